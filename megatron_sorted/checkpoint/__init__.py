@@ -1,0 +1,1 @@
+"""Directory layout, sharded save and load."""

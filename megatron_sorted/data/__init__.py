@@ -1,0 +1,1 @@
+"""Tokenizers, indexed files, packed samples, batches."""

@@ -1,0 +1,1 @@
+"""The method as pure arithmetic: depths, placement, coefficients, selection."""

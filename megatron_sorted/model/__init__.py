@@ -1,0 +1,1 @@
+"""The network: settings to Megatron's config, segments, heads, one pipeline stage."""

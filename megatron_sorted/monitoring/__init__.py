@@ -1,0 +1,1 @@
+"""Reports to console and JSON lines."""

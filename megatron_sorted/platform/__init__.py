@@ -1,0 +1,1 @@
+"""Where it runs: one small contract for cpu and cuda; the only folder that names devices."""

@@ -1,0 +1,1 @@
+"""What a run is: typed, flat settings from files and flags; never imports torch."""

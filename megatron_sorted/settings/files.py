@@ -1,0 +1,32 @@
+"""Where a run reads its data and writes its results."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sorted.settings.field import setting
+
+
+@dataclass(frozen=True)
+class FileSettings:
+    """Data, tokenizer, checkpoints and reports, in Megatron-LM's words."""
+
+    data_path: tuple[str, ...] = setting((), "Prefix of the indexed training data (PREFIX.bin, PREFIX.idx) written by tools/prepare_data.py.")
+    valid_data_path: tuple[str, ...] = setting((), "Prefixes of indexed data for evaluation; each is evaluated and reported by its name.")
+    split: str = setting("98,2", "Shares of --data-path for training and validation when no --valid-data-path is given.")
+    mock_data: bool = setting(False, "Train on made-up tokens (needs --vocab-size), to try a layout without data.")
+    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"] = setting(
+        "SentencePieceTokenizer", "Kind of tokenizer.")
+    tokenizer_model: str | None = setting(None, "Tokenizer file (sentencepiece) or directory (Hugging Face).")
+    save: str | None = setting(None, "Directory for checkpoints and reports.")
+    load: str | None = setting(None, "Directory of checkpoints to continue from.")
+    save_interval: int | None = setting(None, "Steps between checkpoints; the last step is always saved when --save is given.")
+    finetune: bool = setting(False, "Take only the weights from --load; start at step 0.")
+    no_load_optim: bool = setting(False, "Do not load optimizer state.")
+    no_load_rng: bool = setting(False, "Do not load random state.")
+    exit_on_missing_checkpoint: bool = setting(False, "Stop if --load holds no checkpoint, instead of starting afresh.")
+    ckpt_format: Literal["torch_dist"] = setting("torch_dist", "Checkpoint format.")
+    log_interval: int = setting(10, "Steps between reports.")
+    eval_interval: int | None = setting(None, "Steps between evaluations of every exit; also evaluated at the end.")
+    eval_iters: int = setting(10, "Global batches of one evaluation.")
+    full_validation: bool = setting(False, "Evaluate on the whole of each validation set instead of --eval-iters batches.")
+    metrics_file: str | None = setting(None, "JSON lines of every report; by default metrics.jsonl in --save.")

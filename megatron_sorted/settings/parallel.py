@@ -1,0 +1,31 @@
+"""How the work is spread over processes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sorted.settings.field import setting
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """Device and parallel layout, in Megatron-LM's words."""
+
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to run; 'auto' takes an accelerator if there is one.")
+    distributed_backend: Literal["auto", "nccl", "gloo"] = setting("auto", "Communication library; 'auto' is nccl on cuda and gloo on cpu.")
+    distributed_timeout_minutes: int = setting(10, "Minutes after which a silent rank ends the job.")
+    tensor_model_parallel_size: int = setting(1, "Number of processes each layer's matrices are split over.")
+    pipeline_model_parallel_size: int = setting(1, "Number of pipeline stages.")
+    num_layers_per_virtual_pipeline_stage: int | None = setting(None, "Layers of one chunk; a stage then holds several chunks (interleaved schedule).")
+    decoder_first_pipeline_num_layers: int | None = setting(None, "Layers on the first stage, when it is not to hold an equal share.")
+    decoder_last_pipeline_num_layers: int | None = setting(None, "Layers on the last stage, when it is not to hold an equal share.")
+    overlap_p2p_communication: bool = setting(True, "Overlap messages between stages with computation in the interleaved schedule.")
+    sequence_parallel: bool = setting(False, "Also split activations along the sequence over tensor parallel ranks.")
+    context_parallel_size: int = setting(1, "Number of processes each sequence is split over (needs Transformer Engine).")
+    expert_model_parallel_size: int = setting(1, "Number of processes the experts are split over.")
+    use_distributed_optimizer: bool = setting(False, "Split optimizer state over data parallel ranks.")
+    overlap_grad_reduce: bool = setting(False, "Overlap gradient reduction with the backward pass.")
+    overlap_param_gather: bool = setting(False, "Overlap parameter gathering with the forward pass (distributed optimizer).")
+    recompute_granularity: Literal["none", "selective", "full"] = setting("none", "What is computed again in backward instead of kept.")
+    recompute_method: Literal["uniform", "block"] = setting("uniform", "How full recompute groups layers.")
+    recompute_num_layers: int = setting(1, "Layers in one group of full recompute.")
+    recompute_modules: tuple[str, ...] = setting(("core_attn",), "What selective recompute computes again.")

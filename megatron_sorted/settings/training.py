@@ -1,0 +1,39 @@
+"""How long, how fast and in which precision a run trains."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sorted.settings.field import setting
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Batch, optimizer, schedule and precision, in Megatron-LM's words."""
+
+    micro_batch_size: int = setting(1, "Samples one process computes at a time.")
+    global_batch_size: int | None = setting(None, "Samples of one step over all processes; by default micro batch x data parallel size.")
+    train_iters: int = setting(100, "Number of optimizer steps.")
+    skip_train: bool = setting(False, "Do not train; only evaluate what --load brings.")
+    seed: int = setting(1234, "Seed of weights, data order and sampling of exits.")
+    optimizer: Literal["adam", "sgd"] = setting("adam", "Optimizer.")
+    lr: float = setting(3e-4, "Peak learning rate.")
+    min_lr: float = setting(0.0, "Learning rate at the end of the decay.")
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = setting("cosine", "Shape of the decay.")
+    lr_decay_iters: int | None = setting(None, "Steps of the decay; by default --train-iters.")
+    lr_warmup_iters: int = setting(0, "Steps over which the learning rate rises.")
+    lr_warmup_init: float = setting(0.0, "Learning rate at step 0 of the warm-up.")
+    weight_decay: float = setting(0.01, "Weight decay (not applied to norms and biases).")
+    clip_grad: float = setting(1.0, "Largest global gradient norm; 0: no clipping.")
+    adam_beta1: float = setting(0.9, "First Adam coefficient.")
+    adam_beta2: float = setting(0.999, "Second Adam coefficient.")
+    adam_eps: float = setting(1e-8, "Epsilon of Adam.")
+    sgd_momentum: float = setting(0.9, "Momentum of SGD.")
+    bf16: bool = setting(False, "Train in bfloat16 with fp32 main weights and gradients.")
+    fp16: bool = setting(False, "Train in float16 with fp32 main weights and gradients and loss scaling.")
+    loss_scale: float | None = setting(None, "Fixed fp16 loss scale; by default it adapts.")
+    initial_loss_scale: float = setting(2.0**32, "First value of the adapting loss scale.")
+    min_loss_scale: float = setting(1.0, "Smallest value of the adapting loss scale.")
+    loss_scale_window: int = setting(1000, "Good steps after which the loss scale doubles.")
+    hysteresis: int = setting(2, "Bad steps after which the loss scale halves.")
+    calculate_per_token_loss: bool = setting(
+        True, "Loss is the mean over all trained tokens of the global batch, whatever the layout; --no-calculate-per-token-loss averages the micro-batches' means.")

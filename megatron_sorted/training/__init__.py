@@ -1,0 +1,1 @@
+"""The train island's top: build, forward step, step, loop, evaluate."""
