@@ -1,0 +1,41 @@
+"""Where the one-pass loss puts the gradient of a parameter."""
+
+import torch
+
+
+class GradientSink:
+    """Adds to a parameter's gradient in place, so that no temporary of the parameter's size is made.
+
+    Under Megatron's DistributedDataParallel the gradient is ``main_grad``, a slice of its buffer; otherwise ``grad``.
+    A frozen parameter has no sink: everything given is dropped.
+    """
+
+    def __init__(self, parameter: torch.nn.Parameter):
+        self.parameter = parameter
+
+    def target(self) -> torch.Tensor | None:
+        """Returns the tensor gradients are added to, or None for a frozen parameter."""
+        if not self.parameter.requires_grad:
+            return None
+        if getattr(self.parameter, "main_grad", None) is not None:
+            return self.parameter.main_grad
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+        return self.parameter.grad
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Adds ``gradient``, of the parameter's shape."""
+        target = self.target()
+        if target is not None:
+            target.add_(gradient)
+
+    def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Adds ``left.T @ right`` to the first rows; shapes [n, rows], [n, h]."""
+        target = self.target()
+        if target is None:
+            return
+        rows = target[: left.size(1)]
+        if target.dtype == left.dtype:
+            rows.addmm_(left.t(), right)
+        else:  # half precision activations, fp32 main gradient
+            rows.add_(left.t() @ right)

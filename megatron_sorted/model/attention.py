@@ -1,0 +1,54 @@
+"""Attention on torch's scaled_dot_product_attention: less memory and time than the unfused products on every device."""
+
+import math
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class SdpaAttention(MegatronModule):
+    """Core attention of Megatron's local layers.
+
+    Shapes: query [s, b, n, d], key and value [s, b, g, d] (g divides n), attention_mask [b or 1, 1, s, s] with True or 0 where a
+    query may look (any mask that scaled_dot_product_attention takes), or None for plain causal attention. Returns [s, b, n*d].
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type, attention_dropout=None,
+                 softmax_scale=None, cp_comm_type=None, pg_collection=None):
+        super().__init__(config=config)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
+        """Returns the attention output; see the class."""
+        assert attention_bias is None and packed_seq_params is None, "local attention takes a mask, not a bias or packed lengths"
+        query_bnsd, key_bgsd, value_bgsd = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        options = {
+            "attn_mask": attention_mask, "is_causal": attention_mask is None, "dropout_p": dropout,
+            "scale": self.softmax_scale, "enable_gqa": query.size(2) != key.size(2),
+        }
+        if dropout > 0.0 and not self.config.sequence_parallel:
+            # heads differ between tensor parallel ranks, so their dropout must too
+            with get_cuda_rng_tracker().fork():
+                context_bnsd = scaled_dot_product_attention(query_bnsd, key_bgsd, value_bgsd, **options)
+        else:
+            context_bnsd = scaled_dot_product_attention(query_bnsd, key_bgsd, value_bgsd, **options)
+        return context_bnsd.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+
+def packed_attention_mask(segments_bs: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Returns the additive mask that keeps packed documents apart, or None where every sample is one document.
+
+    Shapes: segments [b, s], the number of the document each token belongs to; result [b, 1, s, s], 0 where a token may look and
+    -inf elsewhere. A float mask is made once here; a boolean one would be converted again in every layer.
+    """
+    if segments_bs is None:
+        return None
+    length = segments_bs.size(1)
+    same = segments_bs[:, None, :, None] == segments_bs[:, None, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments_bs.device).tril()
+    mask = torch.zeros(same.shape, dtype=dtype, device=segments_bs.device)
+    return mask.masked_fill_(~(same & causal), float("-inf"))

@@ -1,0 +1,91 @@
+"""The only place that names fields of Megatron's TransformerConfig."""
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from megatron_sorted.platform.contract import Platform
+from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels, num_virtual_chunks
+from megatron_sorted.settings.run import Settings
+
+
+def parameter_dtype(settings: Settings) -> torch.dtype:
+    """Returns the dtype of parameters and activations."""
+    if settings.bf16:
+        return torch.bfloat16
+    return torch.float16 if settings.fp16 else torch.float32
+
+
+def uses_transformer_engine(settings: Settings, platform: Platform) -> bool:
+    """Returns whether layers are built from Transformer Engine."""
+    if settings.transformer_impl == "auto":
+        return platform.has_transformer_engine()
+    return settings.transformer_impl == "transformer_engine"
+
+
+def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
+    """Returns Megatron's configuration of the run described by ``settings``."""
+    dtype = parameter_dtype(settings)
+    interleaved = num_virtual_chunks(settings) > 1
+    recompute = {} if settings.recompute_granularity == "none" else {"recompute_granularity": settings.recompute_granularity}
+    if settings.recompute_granularity == "full":
+        recompute |= {"recompute_method": settings.recompute_method, "recompute_num_layers": settings.recompute_num_layers}
+    if settings.recompute_granularity == "selective":
+        recompute["recompute_modules"] = list(settings.recompute_modules)
+    experts = {}
+    if settings.num_experts is not None:
+        experts = {
+            "num_moe_experts": settings.num_experts,
+            "moe_router_topk": settings.moe_router_topk,
+            "moe_ffn_hidden_size": settings.moe_ffn_hidden_size or ffn_hidden_size(settings),
+            "moe_aux_loss_coeff": settings.moe_aux_loss_coeff,
+            "moe_token_dispatcher_type": "alltoall",
+        }
+    return TransformerConfig(
+        # network
+        num_layers=settings.num_layers,
+        hidden_size=settings.hidden_size,
+        ffn_hidden_size=ffn_hidden_size(settings),
+        num_attention_heads=settings.num_attention_heads,
+        num_query_groups=settings.num_query_groups if settings.group_query_attention else None,
+        kv_channels=kv_channels(settings),
+        normalization=settings.normalization,
+        layernorm_epsilon=settings.norm_epsilon,
+        gated_linear_unit=settings.swiglu,
+        activation_func=torch.nn.functional.silu if settings.swiglu else torch.nn.functional.gelu,
+        add_bias_linear=not settings.disable_bias_linear,
+        add_qkv_bias=settings.add_qkv_bias,
+        qk_layernorm=settings.qk_layernorm,
+        init_method_std=settings.init_method_std,
+        hidden_dropout=settings.hidden_dropout,
+        attention_dropout=settings.attention_dropout,
+        # precision
+        fp16=settings.fp16,
+        bf16=settings.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        attention_softmax_in_fp32=True,
+        # layout
+        tensor_model_parallel_size=settings.tensor_model_parallel_size,
+        pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_virtual_chunks(settings) if interleaved else None,
+        num_layers_in_first_pipeline_stage=settings.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=settings.decoder_last_pipeline_num_layers,
+        sequence_parallel=settings.sequence_parallel,
+        context_parallel_size=settings.context_parallel_size,
+        expert_model_parallel_size=settings.expert_model_parallel_size,
+        overlap_p2p_comm=interleaved and settings.overlap_p2p_communication,
+        batch_p2p_comm=not (interleaved and settings.overlap_p2p_communication),
+        batch_p2p_sync=False,
+        deallocate_pipeline_outputs=platform.can_deallocate_pipeline_outputs(),
+        calculate_per_token_loss=settings.calculate_per_token_loss,
+        # kernels that need Apex or Transformer Engine stay off unless their layers are used
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        **recompute,
+        **experts,
+    )

@@ -1,0 +1,23 @@
+"""Normalization on torch's own kernels, also under sequence parallelism."""
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+
+class Norm:
+    """Makes torch's RMSNorm or LayerNorm over the last dimension, as ``config.normalization`` says.
+
+    Megatron builds modules by calling classes, so this is a class that returns a torch module, as Megatron's own wrapper is.
+    That wrapper refuses sequence parallelism, because each rank then sees only its tokens; marking the parameters is all that
+    is needed: Megatron sums marked gradients over the tensor parallel group.
+    """
+
+    KINDS = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_unused) -> torch.nn.Module:
+        """Returns the norm module."""
+        norm = cls.KINDS[config.normalization](
+            hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm

@@ -1,0 +1,24 @@
+"""Which modules a transformer layer is made of."""
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_sorted.model.attention import SdpaAttention
+from megatron_sorted.model.norm import Norm
+from megatron_sorted.settings.run import Settings
+
+
+def layer_spec(settings: Settings, transformer_engine: bool) -> ModuleSpec:
+    """Returns Megatron's layer specification: Transformer Engine's, or the local one with torch's attention and norm kernels."""
+    if transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec(num_experts=settings.num_experts, qk_layernorm=settings.qk_layernorm)
+    spec = get_gpt_layer_local_spec(
+        num_experts=settings.num_experts, qk_layernorm=settings.qk_layernorm, normalization=settings.normalization)
+    spec.submodules.input_layernorm = Norm
+    spec.submodules.pre_mlp_layernorm = Norm
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = SdpaAttention
+    if settings.qk_layernorm:
+        attention.q_layernorm = Norm
+        attention.k_layernorm = Norm
+    return spec

@@ -1,0 +1,190 @@
+"""One pipeline chunk of a nested language model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from megatron_sorted.model.norm import Norm
+from megatron_sorted.model.segments import cut_block
+from megatron_sorted.settings.run import Settings
+
+
+@dataclass(frozen=True)
+class Head:
+    """How an exit is read: ``norm``, then the vocabulary shard ``weight_ph`` of the output matrix."""
+
+    norm: torch.nn.Module
+    weight_ph: torch.nn.Parameter
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """What one chunk holds: its layers, its exits and which shared modules it owns (a rank's first chunk that needs them does)."""
+
+    chunk: int
+    first_layer: int
+    num_layers: int
+    depths: tuple[int, ...]
+    has_embedding: bool
+    is_last: bool
+
+
+def _output_layer(config: TransformerConfig, vocab_size: int) -> tensor_parallel.ColumnParallelLinear:
+    return tensor_parallel.ColumnParallelLinear(
+        config.hidden_size, vocab_size, config=config, init_method=config.init_method, bias=False, gather_output=False)
+
+
+class SortedStage(MegatronModule):
+    """The layers of one pipeline chunk with the heads of its exits.
+
+    Args:
+        settings: The run.
+        config: Megatron's configuration of it.
+        spec: What a layer is made of.
+        vocab_size: Padded vocabulary.
+        plan: What this chunk holds.
+        shared: Earlier chunks of this rank; norm and head that one of them owns are used, not made again.
+    """
+
+    def __init__(self, settings: Settings, config: TransformerConfig, spec: ModuleSpec, vocab_size: int, plan: ChunkPlan,
+                 shared: tuple["SortedStage", ...] = ()):
+        super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder
+        self.plan = plan
+        self.vp_stage = plan.chunk if config.virtual_pipeline_model_parallel_size else None
+        self.pre_process, self.post_process = plan.has_embedding, plan.is_last
+        # Megatron's own tying knows only the first and the last stage; copies are ours to keep equal (parallel/copies.py)
+        self.share_embeddings_and_output_weights = False
+        self.tied = not settings.untie_embeddings_and_output_weights
+        self.depths = plan.depths
+        if plan.has_embedding:
+            self.embedding = LanguageModelEmbedding(
+                config, vocab_size, settings.max_position_embeddings or settings.seq_length, settings.position_embedding_type)
+        self.rotary_pos_emb = None
+        if settings.position_embedding_type == "rope":
+            self.rotary_pos_emb = RotaryEmbedding(
+                kv_channels=config.kv_channels, rotary_percent=settings.rotary_percent, rotary_base=settings.rotary_base,
+                cp_group=parallel_state.get_context_parallel_group())
+        self.decoder = TransformerBlock(
+            config, spec, post_layer_norm=False, pre_process=plan.has_embedding, post_process=plan.is_last, vp_stage=self.vp_stage)
+        assert len(self.decoder.layers) == plan.num_layers, "our layer split differs from Megatron's"
+        ends = sorted({depth - plan.first_layer for depth in plan.depths} | {plan.num_layers})
+        self._segments = cut_block(self.decoder, ends)
+        self._build_heads(settings, vocab_size, shared)
+
+    def _build_heads(self, settings: Settings, vocab_size: int, shared: tuple["SortedStage", ...]) -> None:
+        """Makes the norms and heads of this chunk's exits; shared ones live in the rank's first chunk that reads or embeds."""
+        own_norms = [depth for depth in self.depths if settings.use_exit_norm and depth != settings.num_layers]
+        own_heads = [depth for depth in self.depths if settings.untie_exit_output_weights and depth != settings.num_layers]
+        self.exit_norms = torch.nn.ModuleDict({str(depth): self._make_norm() for depth in own_norms})
+        self.exit_output_layers = torch.nn.ModuleDict({str(depth): _output_layer(self.config, vocab_size) for depth in own_heads})
+        self._shared_norm: tuple[torch.nn.Module, ...] = ()
+        self._shared_weight: tuple[torch.nn.Parameter, ...] = ()
+        if len(own_norms) < len(self.depths):
+            self._shared_norm = next((stage._shared_norm for stage in shared if stage._shared_norm), ())
+            if not self._shared_norm:
+                self.final_layernorm = self._make_norm()
+                self._shared_norm = (self.final_layernorm,)
+        if len(own_heads) < len(self.depths) or (self.tied and self.pre_process):
+            self._shared_weight = next((stage._shared_weight for stage in shared if stage._shared_weight), ())
+            if not self._shared_weight and self.tied and self.pre_process:
+                self._shared_weight = (self.embedding.word_embeddings.weight,)
+            if not self._shared_weight:
+                self.output_layer = _output_layer(self.config, vocab_size)
+                self._shared_weight = (self.output_layer.weight,)
+
+    def _make_norm(self) -> torch.nn.Module:
+        return Norm(self.config, self.config.hidden_size, self.config.layernorm_epsilon)
+
+    def head(self, depth: int) -> Head:
+        """Returns the norm and output matrix that read the exit at ``depth``, one of this chunk's."""
+        key = str(depth)
+        norm = self.exit_norms[key] if key in self.exit_norms else self._shared_norm[0]
+        weight = self.exit_output_layers[key].weight if key in self.exit_output_layers else self._shared_weight[0]
+        return Head(norm, weight)
+
+    def parameters_complete_at(self, depth: int) -> tuple[torch.nn.Parameter, ...]:
+        """Returns the parameters of this chunk whose gradient is complete once the exit at ``depth`` has run backward.
+
+        Backward passes exits from deep to shallow, and a rank's first chunk last; so what several exits of this rank share is
+        complete at the shallowest exit of the chunk that owns it. A tied embedding is not listed: its lookup runs last.
+        """
+        key = str(depth)
+        complete = list(self.exit_norms[key].parameters()) if key in self.exit_norms else []
+        if key in self.exit_output_layers:
+            complete.append(self.exit_output_layers[key].weight)
+        if depth == self.depths[0]:
+            shared = self.shared_parameters()
+            complete += shared["norm"]
+            if hasattr(self, "output_layer"):
+                complete += shared["head"]
+        return tuple(p for p in complete if p.requires_grad)
+
+    def shared_parameters(self) -> dict[str, list[torch.nn.Parameter]]:
+        """Returns the parameters registered in this chunk that other stages may hold copies of, by what they are."""
+        head = []
+        if hasattr(self, "output_layer"):
+            head = [self.output_layer.weight]
+        elif self.tied and self.pre_process:
+            head = [self.embedding.word_embeddings.weight]
+        norm = list(self.final_layernorm.parameters()) if hasattr(self, "final_layernorm") else []
+        return {"head": head, "norm": norm}
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """Takes the hidden state received from the previous stage (called by Megatron's schedules)."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, tokens_bs: torch.Tensor, positions_bs: torch.Tensor, attention_mask: torch.Tensor | None,
+                at_exit: Callable[[int, torch.Tensor], torch.Tensor], deepest: int) -> torch.Tensor:
+        """Returns what the chunk hands on: the hidden state, or whatever ``at_exit`` made of it at the deepest exit.
+
+        Collective: Megatron's, of the layers (tensor parallel group).
+
+        Args:
+            tokens_bs: Token ids (used where the embedding is).
+            positions_bs: Positions for learned absolute embeddings.
+            attention_mask: As the layers' attention takes it; None for plain causal attention.
+            at_exit: Called with each exit's depth and un-normed hidden state [t, b, h]; returns what deeper layers go on with.
+            deepest: Layers above this depth are not run.
+        """
+        hidden = self.embedding(tokens_bs, positions_bs) if self.pre_process else self.decoder.input_tensor
+        rotary = None
+        if self.rotary_pos_emb is not None:
+            length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden, self.config, None)
+            rotary = self.rotary_pos_emb(length)
+        depth = self.plan.first_layer
+        for segment in self._segments:
+            if depth >= deepest:
+                break
+            segment.training = self.training
+            hidden = segment(hidden_states=hidden, attention_mask=attention_mask, rotary_pos_emb=rotary)
+            depth += len(segment.layers)
+            if depth in self.depths:
+                hidden = at_exit(depth, hidden)
+        return hidden
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Returns Megatron's sharded state dict, under the global names that Megatron's GPTModel uses.
+
+        Copies of a shared parameter go by one name; only the first stage that holds one writes it.
+        """
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        norms = {key: value for key, value in state.items() if key.startswith(f"{prefix}final_layernorm.")}
+        replace_prefix_for_sharding(norms, f"{prefix}final_layernorm.", f"{prefix}decoder.final_layernorm.")
+        output_key = f"{prefix}output_layer.weight"
+        if self.tied and output_key in state:
+            state[output_key].key = f"{prefix}embedding.word_embeddings.weight"
+        for parameter in (p for group in self.shared_parameters().values() for p in group if getattr(p, "shared", False)):
+            for value in state.values():
+                if getattr(value, "data", None) is not None and value.data.data_ptr() == parameter.data_ptr():
+                    value.replica_id = (parameter.copy_index, *value.replica_id[1:])
+        return state

@@ -1,0 +1,86 @@
+"""Process groups: start, end, and the one layout this process has its place in."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_sorted.platform.contract import Platform
+from megatron_sorted.settings.derived import num_virtual_chunks
+from megatron_sorted.settings.run import Settings
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands in the layout."""
+
+    rank: int
+    world_size: int
+    stage: int
+    num_stages: int
+    data_rank: int
+    data_size: int
+    tensor_rank: int
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """Returns rank, world size and local rank as a launcher such as torchrun sets them; one process if it sets nothing."""
+    return tuple(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+def start_process_groups(settings: Settings, platform: Platform, init_method: str | None = None) -> Place:
+    """Returns this process's place after joining the others.
+
+    Collective: creates the world group and all of Megatron's groups; every process must call it.
+
+    Args:
+        settings: The run.
+        platform: Where it runs.
+        init_method: How processes find each other; by default the launcher's environment.
+    """
+    rank, world_size, local_rank = world_from_environment()
+    platform.select_device(local_rank)
+    backend = platform.backend if settings.distributed_backend == "auto" else settings.distributed_backend
+    if init_method is None and "MASTER_ADDR" not in os.environ:
+        # a single process started without a launcher: any free port of this host
+        init_method = "tcp://127.0.0.1:0"
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend, init_method=init_method, rank=rank, world_size=world_size,
+            timeout=timedelta(minutes=settings.distributed_timeout_minutes))
+    chunks = num_virtual_chunks(settings)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=settings.tensor_model_parallel_size,
+        pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        context_parallel_size=settings.context_parallel_size,
+        expert_model_parallel_size=settings.expert_model_parallel_size,
+        distributed_timeout_minutes=settings.distributed_timeout_minutes,
+        create_gloo_process_groups=backend != "gloo",
+    )
+    return current_place()
+
+
+def current_place() -> Place:
+    """Returns this process's place in the groups that were started."""
+    return Place(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
+        num_stages=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+    )
+
+
+def stop_process_groups() -> None:
+    """Leaves all groups.
+
+    Collective: every process must call it.
+    """
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,48 @@
+"""What every platform offers; the rest of the project talks to devices only through it."""
+
+from abc import ABC, abstractmethod
+
+import torch
+
+
+class Platform(ABC):
+    """One kind of device with its communication library."""
+
+    name: str
+    backend: str
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Makes Megatron-core usable on this device. Called once, before a process group or model is built."""
+
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Returns the device this process computes on."""
+
+    @abstractmethod
+    def select_device(self, local_rank: int) -> None:
+        """Binds this process to the ``local_rank``-th device of its host.
+
+        Raises:
+            PlatformError: If the host has fewer devices.
+        """
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Waits until the device has finished all work given to it."""
+
+    @abstractmethod
+    def reset_peak_memory(self) -> None:
+        """Starts a new measurement of peak memory."""
+
+    @abstractmethod
+    def peak_memory_bytes(self) -> int:
+        """Returns the largest memory in use since the last reset: of the device, or resident memory on cpu. Unit: bytes."""
+
+    @abstractmethod
+    def has_transformer_engine(self) -> bool:
+        """Returns whether Transformer Engine's layers can run on this device."""
+
+    @abstractmethod
+    def can_deallocate_pipeline_outputs(self) -> bool:
+        """Returns whether a stage's output may be freed as soon as it was handed to the communication library."""

@@ -1,0 +1,130 @@
+"""CPU with gloo: the same Megatron code, with its mentions of CUDA answered by the CPU.
+
+Megatron-core writes ``device="cuda"`` and calls ``torch.cuda`` in its schedules, buffers and optimizers. Here those names are
+redirected, in this process only, before Megatron runs. No Megatron file or function is changed but the two that read and
+write a CUDA generator's state, for which the CPU generator's are put in place.
+"""
+
+import functools
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_sorted.platform.contract import Platform
+
+CPU = torch.device("cpu")
+# The tensor factories that Megatron calls with device="cuda" or a device index.
+FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "empty_strided", "full", "ones", "rand", "randint", "randn", "tensor", "zeros")
+
+
+def _names_cuda(device: object) -> bool:
+    """Returns whether ``device`` means a GPU (a name, a device, or Megatron's plain index)."""
+    if isinstance(device, int):
+        return True
+    return device is not None and str(device).startswith("cuda")
+
+
+def _on_cpu(factory):
+    @functools.wraps(factory)
+    def create(*args, **kwargs):
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _identity(thing, *_args, **_kwargs):
+    return thing
+
+
+def _nothing(*_args, **_kwargs) -> None:
+    return None
+
+
+def _set_rng_state(state: torch.Tensor, *_args, **_kwargs) -> None:
+    torch.set_rng_state(state)
+
+
+def _get_rng_state(*_args, **_kwargs) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _type_as_cuda(method):
+    """Megatron's optimizers tell dtypes apart by names such as "torch.cuda.FloatTensor"."""
+
+    @functools.wraps(method)
+    def type_name(self, dtype=None, *args, **kwargs):
+        if dtype is not None:
+            return method(self, dtype, *args, **kwargs)
+        return method(self).replace("torch.", "torch.cuda.", 1)
+
+    return type_name
+
+
+def redirect_cuda_to_cpu() -> None:
+    """Answers the CUDA calls that Megatron-core makes with the CPU. Calling it again does nothing."""
+    if getattr(torch.cuda, "redirected_to_cpu", False):
+        return
+    torch.cuda.redirected_to_cpu = True
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = _identity
+    torch.nn.Module.cuda = _identity
+    torch.Tensor.type = _type_as_cuda(torch.Tensor.type)
+    torch.cuda.current_device = lambda: CPU
+    torch.cuda.synchronize = _nothing
+    torch.cuda.empty_cache = _nothing
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = _get_rng_state
+    torch.cuda.random.get_rng_state = _get_rng_state
+    torch.cuda.set_rng_state = _set_rng_state
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = _get_rng_state
+    megatron_random._set_cuda_rng_state = _set_rng_state
+
+
+class CpuPlatform(Platform):
+    """Any number of processes on the cores of one or more hosts."""
+
+    name = "cpu"
+    backend = "gloo"
+
+    def prepare(self) -> None:
+        """Redirects Megatron's CUDA calls (see the module's docstring)."""
+        redirect_cuda_to_cpu()
+
+    def device(self) -> torch.device:
+        """Returns the CPU."""
+        return CPU
+
+    def select_device(self, local_rank: int) -> None:
+        """Nothing to bind: processes share the cores."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: CPU work is done when a call returns."""
+
+    def reset_peak_memory(self) -> None:
+        """Resets the kernel's record of peak resident memory (Linux; elsewhere the peak is that of the whole process)."""
+        if sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_memory_bytes(self) -> int:
+        """Returns the peak of resident memory."""
+        if sys.platform == "linux":
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def has_transformer_engine(self) -> bool:
+        """Transformer Engine has no CPU kernels."""
+        return False
+
+    def can_deallocate_pipeline_outputs(self) -> bool:
+        """Gloo may still be sending: freeing an output early gave wrong numbers in the interleaved schedule."""
+        return False

@@ -1,0 +1,154 @@
+"""Settings -> model chunks, optimizer and learning-rate schedule of this rank."""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_attr_wrapped_model
+
+from megatron_sorted.exits.placement import chunk_layers, place_exits
+from megatron_sorted.loss.linear_cross_entropy import VocabularyShard
+from megatron_sorted.model.config import make_config, parameter_dtype, uses_transformer_engine
+from megatron_sorted.model.spec import layer_spec
+from megatron_sorted.model.stage import ChunkPlan, SortedStage
+from megatron_sorted.parallel.copies import SharedCopies, connect_copies
+from megatron_sorted.parallel.groups import Place
+from megatron_sorted.platform.contract import Platform
+from megatron_sorted.settings.derived import exit_depths, global_batch_size, num_virtual_chunks, padded_vocab_size
+from megatron_sorted.settings.run import Settings
+
+
+@dataclass
+class Model:
+    """The chunks of this rank, wrapped for training, and what belongs to them."""
+
+    chunks: list[DistributedDataParallel]
+    config: TransformerConfig
+    copies: list[SharedCopies]
+    shard: VocabularyShard
+    vocab_size: int
+    optimizer: MegatronOptimizer | None = field(default=None)
+    schedule: OptimizerParamScheduler | None = field(default=None)
+
+
+def unwrap(chunk: torch.nn.Module) -> SortedStage:
+    """Returns the stage inside Megatron's wrappers."""
+    return get_attr_wrapped_model(chunk, "plan", return_model_obj=True)
+
+
+def _all_chunks(settings: Settings):
+    return chunk_layers(
+        settings.num_layers, settings.pipeline_model_parallel_size, num_virtual_chunks(settings),
+        settings.decoder_first_pipeline_num_layers, settings.decoder_last_pipeline_num_layers)
+
+
+def plan_chunks(settings: Settings, stage: int) -> list[ChunkPlan]:
+    """Returns what each chunk of pipeline stage ``stage`` holds."""
+    everywhere = _all_chunks(settings)
+    placed = place_exits(exit_depths(settings), everywhere)
+    plans = []
+    for chunk in (c for c in everywhere if c.stage == stage):
+        depths = tuple(d for d, place in placed.items() if (place.stage, place.chunk) == (chunk.stage, chunk.chunk))
+        plans.append(ChunkPlan(
+            chunk=chunk.chunk, first_layer=chunk.first_layer, num_layers=chunk.num_layers, depths=tuple(sorted(depths)),
+            has_embedding=chunk.first_layer == 0, is_last=chunk.first_layer + chunk.num_layers == settings.num_layers))
+    return plans
+
+
+def stages_with_copies(settings: Settings) -> dict[str, tuple[int, ...]]:
+    """Returns the stages that hold a copy of the shared output matrix ("head") and of the shared final norm ("norm")."""
+    placed = place_exits(exit_depths(settings), _all_chunks(settings))
+    last = settings.num_layers
+    head = {place.stage for depth, place in placed.items() if depth == last or not settings.untie_exit_output_weights}
+    norm = {place.stage for depth, place in placed.items() if depth == last or not settings.use_exit_norm}
+    if not settings.untie_embeddings_and_output_weights:
+        head.add(0)
+    return {"head": tuple(sorted(head)), "norm": tuple(sorted(norm))}
+
+
+def vocabulary_shard(settings: Settings, vocab_size: int) -> VocabularyShard:
+    """Returns this rank's part of a vocabulary of ``vocab_size`` real tokens."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    rows = padded_vocab_size(vocab_size, settings) // group.size()
+    first = rows * group.rank()
+    return VocabularyShard(first, max(0, min(rows, vocab_size - first)), group, settings.sequence_parallel)
+
+
+def build_model(settings: Settings, platform: Platform, place: Place, vocab_size: int) -> Model:
+    """Returns this rank's model with gradient buffers, all shared copies equal.
+
+    Collective: creates the groups of shared copies and broadcasts them (``connect_copies``).
+    """
+    tensor_parallel.model_parallel_cuda_manual_seed(settings.seed)
+    config = make_config(settings, platform)
+    spec = layer_spec(settings, uses_transformer_engine(settings, platform))
+    stages: list[SortedStage] = []
+    for plan in plan_chunks(settings, place.stage):
+        stages.append(SortedStage(settings, config, spec, padded_vocab_size(vocab_size, settings), plan, tuple(stages)).cuda())
+    for stage in stages:
+        for parameter in stage.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    if parameter_dtype(settings) != torch.float32:
+        wrapped = [Float16Module(config, stage) for stage in stages]
+    else:
+        wrapped = list(stages)
+    parameters = {kind: [p for stage in stages for p in stage.shared_parameters()[kind]] for kind in ("head", "norm")}
+    copies = connect_copies(parameters, stages_with_copies(settings))
+    buffers = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=settings.overlap_grad_reduce,
+        overlap_param_gather=settings.overlap_param_gather,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+    )
+    chunks = [DistributedDataParallel(config, buffers, module, disable_bucketing=index > 0) for index, module in enumerate(wrapped)]
+    model = Model(chunks, config, copies, vocabulary_shard(settings, vocab_size), vocab_size)
+    _connect_schedule(model, settings)
+    return model
+
+
+def _connect_schedule(model: Model, settings: Settings) -> None:
+    """Tells Megatron's schedules how gradients are reduced."""
+    from megatron_sorted.training.step import finalize_gradients
+
+    config, chunks = model.config, model.chunks
+
+    def one_or_all(functions: list):
+        return functions if len(functions) > 1 else functions[0]
+
+    config.finalize_model_grads_func = finalize_gradients(model)
+    if settings.overlap_grad_reduce:
+        config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])
+        if len(chunks) > 1:
+            config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+    if settings.overlap_param_gather and len(chunks) > 1:
+        config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+
+
+def build_optimizer(model: Model, settings: Settings, world_size: int) -> None:
+    """Gives ``model`` Megatron's optimizer and learning-rate schedule.
+
+    Collective: creates groups for gradient statistics when Megatron does.
+    """
+    dtype = parameter_dtype(settings)
+    optimizer_config = OptimizerConfig(
+        optimizer=settings.optimizer, lr=settings.lr, min_lr=settings.min_lr, weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2, adam_eps=settings.adam_eps,
+        sgd_momentum=settings.sgd_momentum, clip_grad=settings.clip_grad,
+        fp16=settings.fp16, bf16=settings.bf16, params_dtype=dtype,
+        loss_scale=settings.loss_scale, initial_loss_scale=settings.initial_loss_scale, min_loss_scale=settings.min_loss_scale,
+        loss_scale_window=settings.loss_scale_window, hysteresis=settings.hysteresis,
+        use_distributed_optimizer=settings.use_distributed_optimizer, overlap_param_gather=settings.overlap_param_gather)
+    model.optimizer = get_megatron_optimizer(optimizer_config, model.chunks, use_gloo_process_groups=False)
+    model.config.grad_scale_func = model.optimizer.scale_loss
+    samples = global_batch_size(settings, world_size)  # Megatron's schedule counts samples
+    decay = settings.lr_decay_iters or max(settings.train_iters, 1)
+    model.schedule = OptimizerParamScheduler(
+        model.optimizer, init_lr=settings.lr_warmup_init, max_lr=settings.lr, min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters * samples, lr_decay_steps=decay * samples, lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay, end_wd=settings.weight_decay, wd_incr_steps=decay * samples, wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)
