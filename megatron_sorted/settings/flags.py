@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import difflib
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.settings.run import Settings
@@ -13,7 +13,8 @@ from megatron_sorted.settings.values import choices, convert, field_types, is_li
 
 def field_groups() -> list[tuple[str, list[dataclasses.Field]]]:
     """Returns (the group's line, its fields) for every group of settings, in the order of the fields."""
-    return [((base.__doc__ or base.__name__).splitlines()[0], list(dataclasses.fields(base))) for base in reversed(Settings.__bases__)]
+    # the first base's fields come last in a dataclass with several bases
+    return [((base.__doc__ or base.__name__).splitlines()[0].rstrip("."), list(dataclasses.fields(base))) for base in reversed(Settings.__bases__)]
 
 
 def flag_of(name: str) -> str:
@@ -36,7 +37,13 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Returns a parser with one flag per field, grouped; flags that are not given leave no trace in its result."""
-    parser = _Parser(prog=prog, description=(Settings.__doc__ or "").splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(
+        prog=prog,
+        usage="%(prog)s [--config RUN.YAML] [--setting VALUE ...]",
+        description="Settings of a run. Each is a flag and, without its dashes in front, a key of the YAML file.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     parser.add_argument("--config", action="append", metavar="RUN.YAML", help="YAML file of settings, one `name: value` a line; flags override it.")
     parser.add_argument("--print-settings", action="store_true", help="Print the resolved run as YAML that --config can read, and stop.")
     for title, fields in field_groups():
@@ -48,7 +55,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     kind = field_types()[field.name]
-    default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default).lower()
+    inner = [part for part in get_args(kind) if part is not type(None)] if is_optional(kind) or is_list(kind) else [kind]
+    default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+    default = default.lower() if default in ("None", "True", "False") else default
     # argparse reads % as formatting
     text = f"{field.metadata['help']} (default: {default or 'empty'})".replace("%", "%%")
     words: dict[str, Any] = {"dest": field.name, "help": text}
@@ -58,7 +67,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     if choices(kind):
         words["metavar"] = "{" + ",".join(choices(kind)) + "}"
     else:
-        words["metavar"] = "N" if kind in (int, float) or is_list(kind) or is_optional(kind) else "TEXT"
+        words["metavar"] = "N" if inner[0] in (int, float) else "TEXT"
     if is_list(kind):
         words["nargs"] = "*"
     group.add_argument(flag_of(field.name), **words)

@@ -37,14 +37,16 @@ def _values_of_file(path: str) -> dict[str, Any]:
     values = {}
     for entry in read_yaml(path):
         source = f"{path}, line {entry.line}, {entry.key}"
-        values[_field_name(entry.key, source)] = convert(entry.key.replace("-", "_"), entry.value, source, strict=True)
+        name = _field_name(entry.key, source)
+        values[name] = convert(name, entry.value, source, strict=True)
     return values
 
 
 def _field_name(key: str, source: str) -> str:
     name = key.replace("-", "_")
     if name not in field_types():
-        raise SettingsError(f"{source}: there is no such setting. {nearest(name.replace('_', '-'), [n.replace('_', '-') for n in field_types()])}")
+        known = [field.replace("_", "-") for field in field_types()]
+        raise SettingsError(f"{source}: there is no such setting. {nearest(name.replace('_', '-'), known)}")
     return name
 
 
@@ -60,10 +62,11 @@ def settings_from_dict(values: Mapping[str, Any], source: str = "settings") -> S
     Raises:
         SettingsError: an unknown name or a value of the wrong type.
     """
-    return Settings(**{
-        _field_name(name, f"{source}, {name}"): convert(name.replace("-", "_"), value, f"{source}, {name}", strict=True)
-        for name, value in values.items()
-    })
+    converted = {}
+    for key, value in values.items():
+        name = _field_name(key, f"{source}, {key}")
+        converted[name] = convert(name, value, f"{source}, {key}", strict=True)
+    return Settings(**converted)
 
 
 def settings_as_yaml(settings: Settings) -> str:
