@@ -1,0 +1,129 @@
+"""How much each exit's loss counts at a step: rules of depth, lists, and their warm-up."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sorted.errors import SettingsError
+from megatron_sorted.exits.depths import by_depth, normalise_depths
+
+RULES: dict[str, Callable[[int], float]] = {
+    "uniform": lambda depth: 1.0,
+    "linear": lambda depth: float(depth),
+    "sum": lambda depth: depth * (depth + 1) / 2,
+    "sqrt": lambda depth: math.sqrt(depth),
+    "inverse": lambda depth: 1 / depth,
+    "inverse_sqrt": lambda depth: 1 / math.sqrt(depth),
+}
+"""Weight of a depth before the weights of all exits are divided by their sum."""
+
+WARMUPS: dict[str, Callable[[float], float]] = {
+    "linear": lambda part: part,
+    "cosine": lambda part: (1 - math.cos(math.pi * part)) / 2,
+}
+"""How far coefficients have moved (0..1) when this part (0..1) of the warm-up is over."""
+
+
+class CoefficientRule(ABC):
+    """What gives every exit its coefficient. A rule that learns also overrides the last three methods."""
+
+    @property
+    @abstractmethod
+    def normalised(self) -> bool:
+        """Returns whether coefficients are shares of one whole, so that those of a drawn few are scaled to sum 1 again."""
+
+    @abstractmethod
+    def coefficients(self, step: int) -> dict[int, float]:
+        """Returns {depth: coefficient} of every exit at ``step``, which counts from 0."""
+
+    def observe(self, step: int, losses: Mapping[int, float]) -> None:
+        """Returns nothing; takes note of the losses by depth of a finished step. A fixed rule needs none."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint must keep of the rule; a fixed rule has nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Returns nothing; takes up what `state_dict` gave. A fixed rule has nothing to take up."""
+
+
+@dataclass(frozen=True)
+class FixedCoefficients(CoefficientRule):
+    """Coefficients that are known beforehand for every step: from ``initial`` to ``final`` over the warm-up, then ``final``."""
+
+    final: dict[int, float]
+    initial: dict[int, float]
+    warmup_iters: int
+    warmup_style: str
+    shares: bool
+
+    @property
+    def normalised(self) -> bool:
+        """Returns True for a rule of depth and False for a list, which is used as given."""
+        return self.shares
+
+    def coefficients(self, step: int) -> dict[int, float]:
+        """Returns {depth: coefficient} at ``step``: initial + (final - initial) * f(step / warm-up)."""
+        if step >= self.warmup_iters:
+            return dict(self.final)
+        moved = WARMUPS[self.warmup_style](step / self.warmup_iters)
+        return {depth: self.initial[depth] + (final - self.initial[depth]) * moved for depth, final in self.final.items()}
+
+
+def coefficients_by_rule(rule: str, depths: Sequence[int]) -> dict[int, float]:
+    """Returns {depth: coefficient} of a named rule of depth; they sum to 1."""
+    weights = {depth: RULES[rule](depth) for depth in depths}
+    total = sum(weights.values())
+    return {depth: weight / total for depth, weight in weights.items()}
+
+
+def make_coefficient_rule(
+    exit_layer_nums: Sequence[int],
+    num_layers: int,
+    rule: str = "uniform",
+    weights: Sequence[float] = (),
+    initial: Sequence[float] = (),
+    warmup_iters: int = 0,
+    warmup_style: str = "linear",
+) -> CoefficientRule:
+    """Returns the rule that settings describe.
+
+    Args:
+        exit_layer_nums: depths of the exits, with or without the last layer.
+        num_layers: depth of the last exit.
+        rule: named rule of depth, used when ``weights`` is empty.
+        weights: one coefficient per exit in the order of ``exit_layer_nums``; the last layer counts 1 when it has none.
+        initial: coefficients at step 0 of a warm-up, in the same order; 0 for all but the last layer when empty. The last layer
+            moves only if it has a value here.
+        warmup_iters: steps of the warm-up; 0 for none.
+        warmup_style: one of `WARMUPS`.
+
+    Raises:
+        SettingsError: a list does not fit the exits, has a negative or only zero coefficients, or ``initial`` comes without a warm-up.
+    """
+    depths = normalise_depths(exit_layer_nums, num_layers)
+    if weights:
+        listed = _checked("--exit-layer-weight", weights, exit_layer_nums, num_layers)
+        final = {depth: listed.get(depth, 1.0) for depth in depths}
+    else:
+        final = coefficients_by_rule(rule, depths)
+    if initial and not warmup_iters:
+        raise SettingsError(
+            "--exit-layer-weight-init: it has no effect without a warm-up (--exit-layer-weight-warmup-iters 0). "
+            "Give the warm-up's number of steps or leave the list out."
+        )
+    start = _checked("--exit-layer-weight-init", initial, exit_layer_nums, num_layers) if initial else {}
+    start = {depth: start.get(depth, final[depth] if depth == num_layers else 0.0) for depth in depths}
+    for name, coefficients in (("--exit-layer-weight", final), ("--exit-layer-weight-init", start)):
+        if not any(coefficients.values()):
+            raise SettingsError(f"{name}: every coefficient is 0, so nothing would be trained. Give one exit a positive one.")
+    return FixedCoefficients(final, start, warmup_iters, warmup_style, shares=not weights)
+
+
+def _checked(name: str, values: Sequence[float], exit_layer_nums: Sequence[int], num_layers: int) -> dict[int, float]:
+    for value in values:
+        if value < 0:
+            raise SettingsError(f"{name}: {value} is negative, so training would raise that exit's loss. Give 0 or more.")
+    return by_depth(name, values, exit_layer_nums, num_layers)

@@ -1,0 +1,87 @@
+"""Where each exit stands when layers are split over pipeline stages and chunks, as Megatron-core splits them."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from megatron_sorted.errors import SettingsError
+
+
+class ChunkLayers(NamedTuple):
+    """A run of consecutive layers held by one chunk: depths first_layer + 1 .. first_layer + num_layers."""
+
+    stage: int
+    chunk: int
+    first_layer: int
+    """Number of layers before this chunk's first one."""
+    num_layers: int
+
+
+class Placement(NamedTuple):
+    """Where an exit stands: after ``position`` (1..) layers of chunk ``chunk`` on stage ``stage``."""
+
+    stage: int
+    chunk: int
+    position: int
+
+
+def stage_layers(num_layers: int, num_stages: int, first_stage_layers: int | None = None, last_stage_layers: int | None = None) -> list[int]:
+    """Returns the number of layers on each stage; stages without a number of their own share the rest equally.
+
+    Raises:
+        SettingsError: the layers do not divide.
+    """
+    fixed = {stage: layers for stage, layers in ((0, first_stage_layers), (num_stages - 1, last_stage_layers)) if layers is not None}
+    if fixed and num_stages == 1:
+        raise SettingsError(
+            "--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers: there is only one stage. "
+            "Leave them out or raise --pipeline-model-parallel-size."
+        )
+    rest, free = num_layers - sum(fixed.values()), num_stages - len(fixed)
+    if any(layers < 1 for layers in fixed.values()) or (rest < free if free else rest != 0) or (free and rest % free):
+        raise SettingsError(
+            f"--num-layers: {num_layers} layers do not divide over {num_stages} stages (--pipeline-model-parallel-size, first stage "
+            f"{'equal share' if first_stage_layers is None else first_stage_layers}, last stage "
+            f"{'equal share' if last_stage_layers is None else last_stage_layers}): {rest} layers are left for {free} stages. "
+            "Change the number of layers, of stages, or --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."
+        )
+    return [fixed.get(stage, rest // free if free else 0) for stage in range(num_stages)]
+
+
+def chunk_layers(
+    num_layers: int, num_stages: int, num_chunks: int = 1, first_stage_layers: int | None = None, last_stage_layers: int | None = None
+) -> list[ChunkLayers]:
+    """Returns what every chunk of every stage holds, in the order in which a token passes them.
+
+    With several chunks a token visits chunk 0 of every stage, then chunk 1 of every stage, and so on.
+
+    Raises:
+        SettingsError: the layers do not divide over stages and chunks.
+    """
+    per_stage = stage_layers(num_layers, num_stages, first_stage_layers, last_stage_layers)
+    for stage, layers in enumerate(per_stage):
+        if layers % num_chunks:
+            raise SettingsError(
+                f"--num-layers: {layers} layers on stage {stage} do not divide into {num_chunks} chunks. "
+                "Change --num-layers, --pipeline-model-parallel-size or --num-layers-per-virtual-pipeline-stage."
+            )
+    result, before = [], 0
+    for chunk in range(num_chunks):
+        for stage, layers in enumerate(per_stage):
+            result.append(ChunkLayers(stage, chunk, before, layers // num_chunks))
+            before += layers // num_chunks
+    return result
+
+
+def place_exits(depths: Iterable[int], chunks: Sequence[tuple[int, int, int, int]]) -> dict[int, Placement]:
+    """Returns the place of every depth. A depth on a border belongs to the chunk that ran its last layer.
+
+    Args:
+        depths: depths, each a layer of one of the chunks.
+        chunks: (stage, chunk, first_layer, num_layers) of every chunk, as `chunk_layers` gives them.
+    """
+    places = {}
+    for depth in depths:
+        found = [(stage, chunk, depth - first) for stage, chunk, first, layers in chunks if first < depth <= first + layers]
+        assert len(found) == 1, f"depth {depth} is in {len(found)} chunks"
+        places[depth] = Placement(*found[0])
+    return places

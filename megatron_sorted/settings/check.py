@@ -1,0 +1,30 @@
+"""All rules between settings, checked before any process group starts."""
+
+from megatron_sorted.settings.check_exits import check_exits
+from megatron_sorted.settings.check_files import check_files
+from megatron_sorted.settings.check_layout import check_batch, check_interleaving, check_layout, check_recompute
+from megatron_sorted.settings.check_model import check_experts, check_model
+from megatron_sorted.settings.check_numbers import check_numbers
+from megatron_sorted.settings.check_training import check_training
+from megatron_sorted.settings.run import Settings
+
+
+def check_settings(settings: Settings, world_size: int) -> None:
+    """Returns nothing if the run can be done by ``world_size`` processes.
+
+    Many rules are those of Megatron-LM's argument check, which the megatron-core package does not contain although its
+    schedules and optimizers rely on them.
+
+    Raises:
+        SettingsError: a rule is broken; the first one found.
+    """
+    check_numbers(settings)
+    check_model(settings)
+    check_exits(settings)
+    check_layout(settings, world_size)
+    check_experts(settings, world_size)
+    check_batch(settings, world_size)
+    check_interleaving(settings, world_size)
+    check_recompute(settings)
+    check_training(settings)
+    check_files(settings)

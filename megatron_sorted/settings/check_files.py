@@ -1,0 +1,51 @@
+"""Rules between data, tokenizer and checkpoints."""
+
+from megatron_sorted.settings.derived import split_shares
+from megatron_sorted.settings.require import require
+from megatron_sorted.settings.run import Settings
+
+
+def check_files(settings: Settings) -> None:
+    """Returns nothing if the run knows where its tokens, vocabulary and weights come from.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    _check_data(settings)
+    _check_tokenizer(settings)
+    require(settings.save_interval is None or settings.save is not None, "--save-interval: nowhere to save. Give --save or leave it out.")
+    needs_load = {
+        "--finetune": settings.finetune,
+        "--exit-on-missing-checkpoint": settings.exit_on_missing_checkpoint,
+        "--skip-train": settings.skip_train,
+    }
+    for name, given in needs_load.items():
+        require(not given or settings.load is not None, f"{name}: no checkpoint to take weights from. Give --load or leave it out.")
+
+
+def _check_data(settings: Settings) -> None:
+    require(
+        not (settings.data_path and settings.mock_data),
+        "--mock-data: made-up tokens beside real ones (--data-path). Give one of them.",
+    )
+    if settings.skip_train:
+        require(
+            bool(settings.data_path or settings.valid_data_path or settings.mock_data),
+            "--skip-train: nothing to evaluate on. Give --valid-data-path, --data-path or --mock-data.",
+        )
+    else:
+        require(bool(settings.data_path or settings.mock_data), "--data-path: nothing to train on. Give it, or --mock-data to try a layout.")
+    if settings.data_path and not settings.valid_data_path:
+        split_shares(settings)
+
+
+def _check_tokenizer(settings: Settings) -> None:
+    require(
+        not settings.mock_data or settings.vocab_size is not None,
+        "--mock-data: made-up tokens have no tokenizer to tell the vocabulary. Give --vocab-size.",
+    )
+    if settings.tokenizer_type == "NullTokenizer":
+        require(settings.vocab_size is not None, "--tokenizer-type: a NullTokenizer does not know its vocabulary. Give --vocab-size.")
+        require(settings.tokenizer_model is None, "--tokenizer-model: a NullTokenizer reads no file. Leave it out or change --tokenizer-type.")
+    elif settings.data_path or settings.valid_data_path:
+        require(settings.tokenizer_model is not None, f"--tokenizer-model: {settings.tokenizer_type} needs its file or directory. Give it.")

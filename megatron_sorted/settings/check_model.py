@@ -1,0 +1,69 @@
+"""Rules between the sizes of the network."""
+
+from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels, max_position_embeddings, num_query_groups
+from megatron_sorted.settings.require import require, require_divides
+from megatron_sorted.settings.run import Settings
+
+
+def check_model(settings: Settings) -> None:
+    """Returns nothing if the network's sizes fit each other and tensor parallelism.
+
+    Raises:
+        SettingsError: they do not.
+    """
+    heads, tp = settings.num_attention_heads, settings.tensor_model_parallel_size
+    if settings.kv_channels is None:
+        require_divides(
+            settings.hidden_size, "--hidden-size", heads, "--num-attention-heads",
+            "Change one of them, or give the width of a head with --kv-channels.",
+        )  # fmt: skip
+    require(
+        settings.group_query_attention == (settings.num_query_groups is not None),
+        f"--num-query-groups: {settings.num_query_groups} with --group-query-attention {'on' if settings.group_query_attention else 'off'}. "
+        "Give both or neither.",
+    )
+    groups = num_query_groups(settings)
+    require_divides(heads, "--num-attention-heads", groups, "--num-query-groups", "Every group has the same number of heads; change one.")
+    require_divides(heads, "--num-attention-heads", tp, "--tensor-model-parallel-size", "Change one of them.")
+    require_divides(groups, "--num-query-groups", tp, "--tensor-model-parallel-size", "Each rank needs whole key/value heads; change one.")
+    require_divides(ffn_hidden_size(settings), "--ffn-hidden-size", tp, "--tensor-model-parallel-size", "Change one of them.")
+    if settings.position_embedding_type == "rope":
+        rotated = int(kv_channels(settings) * settings.rotary_percent)
+        require(
+            rotated > 0 and rotated % 2 == 0,
+            f"--rotary-percent: {settings.rotary_percent} of {kv_channels(settings)} channels a head are {rotated}; "
+            "rotary embedding turns pairs. Change --kv-channels, --num-attention-heads or --rotary-percent.",
+        )
+    require(
+        max_position_embeddings(settings) >= settings.seq_length,
+        f"--max-position-embeddings: {settings.max_position_embeddings} is less than --seq-length {settings.seq_length}. Raise it or leave it out.",
+    )
+
+
+def check_experts(settings: Settings, world_size: int) -> None:
+    """Returns nothing if the experts can be spread as asked.
+
+    Raises:
+        SettingsError: they cannot.
+    """
+    experts, tp, spread = settings.num_experts, settings.tensor_model_parallel_size, settings.expert_model_parallel_size
+    if experts is None:
+        require(spread == 1, f"--expert-model-parallel-size: {spread} without experts. Give --num-experts or leave it at 1.")
+        return
+    require_divides(experts, "--num-experts", spread, "--expert-model-parallel-size", "Change one of them.")
+    require(settings.moe_router_topk <= experts, f"--moe-router-topk: {settings.moe_router_topk} of {experts} experts (--num-experts). Lower it.")
+    require_divides(
+        world_size, "number of processes", tp * settings.pipeline_model_parallel_size * spread,
+        "tensor x pipeline x expert parallel size", "Change the sizes or start another number of processes.",
+    )  # fmt: skip
+    if settings.moe_ffn_hidden_size is not None:
+        require_divides(settings.moe_ffn_hidden_size, "--moe-ffn-hidden-size", tp, "--tensor-model-parallel-size", "Change one of them.")
+    if tp > 1:
+        require(
+            settings.sequence_parallel,
+            f"--tensor-model-parallel-size: {tp} with experts needs --sequence-parallel (megatron refuses to train without). Switch it on.",
+        )
+        require(
+            settings.disable_bias_linear,
+            f"--no-disable-bias-linear: experts with biases cannot be split (--tensor-model-parallel-size {tp}). Drop one of them.",
+        )

@@ -1,0 +1,41 @@
+"""The range of every number that has one by itself."""
+
+from megatron_sorted.settings.flags import flag_of
+from megatron_sorted.settings.require import require
+from megatron_sorted.settings.run import Settings
+
+POSITIVE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "num_query_groups", "seq_length",
+    "max_position_embeddings", "rotary_base", "rotary_percent", "norm_epsilon", "make_vocab_size_divisible_by", "vocab_size",
+    "init_method_std", "num_experts", "moe_router_topk", "moe_ffn_hidden_size",
+    "num_sampled_exits", "exit_loss_chunk_tokens",
+    "distributed_timeout_minutes", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+    "context_parallel_size", "expert_model_parallel_size", "recompute_num_layers",
+    "micro_batch_size", "global_batch_size", "lr", "lr_decay_iters", "adam_eps", "loss_scale", "initial_loss_scale", "min_loss_scale",
+    "loss_scale_window", "hysteresis",
+    "save_interval", "log_interval", "eval_interval", "eval_iters",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "moe_aux_loss_coeff", "exit_layer_weight_warmup_iters", "train_iters", "seed", "min_lr", "lr_warmup_iters", "lr_warmup_init",
+    "weight_decay", "clip_grad",
+)  # fmt: skip
+BELOW_ONE = ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "sgd_momentum")
+
+
+def check_numbers(settings: Settings) -> None:
+    """Returns nothing if every number lies in its range; None passes.
+
+    Raises:
+        SettingsError: one does not.
+    """
+    for name in POSITIVE:
+        value = getattr(settings, name)
+        require(value is None or value > 0, f"{flag_of(name)}: {value} is not above 0. Give a positive number.")
+    for name in NOT_NEGATIVE:
+        value = getattr(settings, name)
+        require(value >= 0, f"{flag_of(name)}: {value} is negative. Give 0 or more.")
+    for name in BELOW_ONE:
+        value = getattr(settings, name)
+        require(0 <= value < 1, f"{flag_of(name)}: {value} is not in [0, 1). Give 0 or more, below 1.")
+    require(settings.rotary_percent <= 1, f"--rotary-percent: {settings.rotary_percent} is above 1. It is a part; give at most 1.")

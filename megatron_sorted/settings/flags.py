@@ -1,0 +1,96 @@
+"""The command line of a run: one flag per field of `Settings`, made from the fields themselves."""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any, NoReturn, get_args
+
+from megatron_sorted.errors import SettingsError
+from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.values import choices, convert, field_types, is_list, is_optional
+
+
+def field_groups() -> list[tuple[str, list[dataclasses.Field]]]:
+    """Returns (the group's line, its fields) for every group of settings, in the order of the fields."""
+    # the first base's fields come last in a dataclass with several bases
+    return [((base.__doc__ or base.__name__).splitlines()[0].rstrip("."), list(dataclasses.fields(base))) for base in reversed(Settings.__bases__)]
+
+
+def flag_of(name: str) -> str:
+    """Returns the flag of a field: ``train_iters`` -> ``--train-iters``."""
+    return "--" + name.replace("_", "-")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Returns the sentence that names the known word nearest to an unknown one."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
+    return f"Did you mean {found[0]}?" if found else "See --help for all settings."
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a `SettingsError` instead of an exit of the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message[:1].upper()}{message[1:]}. See --help for all settings.")
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Returns a parser with one flag per field, grouped; flags that are not given leave no trace in its result."""
+    parser = _Parser(
+        prog=prog,
+        usage="%(prog)s [--config RUN.YAML] [--setting VALUE ...]",
+        description="Settings of a run. Each is a flag and, without its dashes in front, a key of the YAML file.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", action="append", metavar="RUN.YAML", help="YAML file of settings, one `name: value` a line; flags override it.")
+    parser.add_argument("--print-settings", action="store_true", help="Print the resolved run as YAML that --config can read, and stop.")
+    for title, fields in field_groups():
+        group = parser.add_argument_group(title)
+        for field in fields:
+            _add_flag(group, field)
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+    kind = field_types()[field.name]
+    inner = [part for part in get_args(kind) if part is not type(None)] if is_optional(kind) or is_list(kind) else [kind]
+    default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+    default = default.lower() if default in ("None", "True", "False") else default
+    # argparse reads % as formatting
+    text = f"{field.metadata['help']} (default: {default or 'empty'})".replace("%", "%%")
+    words: dict[str, Any] = {"dest": field.name, "help": text}
+    if kind is bool:
+        group.add_argument(flag_of(field.name), action=argparse.BooleanOptionalAction, **words)
+        return
+    if choices(kind):
+        words["metavar"] = "{" + ",".join(choices(kind)) + "}"
+    else:
+        words["metavar"] = "N" if inner[0] in (int, float) else "TEXT"
+    if is_list(kind):
+        words["nargs"] = "*"
+    group.add_argument(flag_of(field.name), **words)
+
+
+def parse_flags(argv: list[str]) -> tuple[str | None, bool, dict[str, Any]]:
+    """Returns (path of the YAML file, whether to print the run, values of the fields that were given).
+
+    Raises:
+        SettingsError: an unknown flag, a flag without its value, or a value of the wrong type.
+    """
+    parser = build_parser()
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0].split("=")[0]
+        if not word.startswith("-"):
+            raise SettingsError(f"{word!r}: a value without a flag. Write `--name value`; see --help for all settings.")
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        raise SettingsError(f"{word}: there is no such flag. {nearest(word, known)}")
+    values = vars(given)
+    configs = values.pop("config", [])
+    if len(configs) > 1:
+        raise SettingsError(f"--config: given {len(configs)} times ({', '.join(configs)}). Give one file; flags override it.")
+    print_settings = values.pop("print_settings", False)
+    converted = {name: convert(name, value, flag_of(name), strict=False) for name, value in values.items()}
+    return (configs[0] if configs else None), print_settings, converted

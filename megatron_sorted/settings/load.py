@@ -1,0 +1,80 @@
+"""Settings of one run from a file and flags, and back to plain data."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_sorted.errors import SettingsError
+from megatron_sorted.settings.flags import field_groups, nearest, parse_flags
+from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.values import convert, field_types
+from megatron_sorted.settings.yaml_file import read_yaml
+
+
+def load_settings(argv: list[str] | None = None) -> Settings:
+    """Returns the settings of a run: defaults, then the file of ``--config``, then flags.
+
+    With ``--print-settings`` the run is printed and the process exits with status 0; ``--help`` does the like.
+
+    Args:
+        argv: words of the command line without the program's name; by default those of this process.
+
+    Raises:
+        SettingsError: an unknown name, a value of the wrong type, or an unreadable file.
+    """
+    path, print_settings, from_flags = parse_flags(sys.argv[1:] if argv is None else list(argv))
+    from_file = _values_of_file(path) if path is not None else {}
+    settings = Settings(**{**from_file, **from_flags})
+    if print_settings:
+        print(settings_as_yaml(settings), end="")
+        raise SystemExit(0)
+    return settings
+
+
+def _values_of_file(path: str) -> dict[str, Any]:
+    values = {}
+    for entry in read_yaml(path):
+        source = f"{path}, line {entry.line}, {entry.key}"
+        name = _field_name(entry.key, source)
+        values[name] = convert(name, entry.value, source, strict=True)
+    return values
+
+
+def _field_name(key: str, source: str) -> str:
+    name = key.replace("-", "_")
+    if name not in field_types():
+        known = [field.replace("_", "-") for field in field_types()]
+        raise SettingsError(f"{source}: there is no such setting. {nearest(name.replace('_', '-'), known)}")
+    return name
+
+
+def settings_as_dict(settings: Settings) -> dict[str, Any]:
+    """Returns the settings as plain data that JSON can hold, by field name."""
+    values = dataclasses.asdict(settings)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def settings_from_dict(values: Mapping[str, Any], source: str = "settings") -> Settings:
+    """Returns the settings that `settings_as_dict` gave as plain data; names that are absent take their default.
+
+    Raises:
+        SettingsError: an unknown name or a value of the wrong type.
+    """
+    converted = {}
+    for key, value in values.items():
+        name = _field_name(key, f"{source}, {key}")
+        converted[name] = convert(name, value, f"{source}, {key}", strict=True)
+    return Settings(**converted)
+
+
+def settings_as_yaml(settings: Settings) -> str:
+    """Returns every setting as a line of YAML, grouped under comments; `load_settings` reads it back to the same run."""
+    values = settings_as_dict(settings)
+    lines = []
+    for title, fields in field_groups():
+        lines += ["", f"# {title}"]
+        # JSON is YAML: text is quoted, so that no word is taken for a number or a truth value
+        lines += [f"{field.name.replace('_', '-')}: {json.dumps(values[field.name], ensure_ascii=False)}" for field in fields]
+    return "\n".join(lines[1:]) + "\n"

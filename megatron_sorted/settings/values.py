@@ -1,0 +1,79 @@
+"""One value of one field: from the words of a flag or a YAML value to the field's type, or an error a user can act on."""
+
+import math
+import types
+from functools import lru_cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_sorted.errors import SettingsError
+from megatron_sorted.settings.run import Settings
+
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+@lru_cache(maxsize=1)
+def field_types() -> dict[str, Any]:
+    """Returns the type of every field of `Settings` by name."""
+    return get_type_hints(Settings)
+
+
+@lru_cache(maxsize=None)
+def _adapter(kind: Any) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
+def is_optional(kind: Any) -> bool:
+    """Returns whether a field of this type may be None."""
+    return get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
+
+
+def is_list(kind: Any) -> bool:
+    """Returns whether a field of this type takes several values."""
+    return get_origin(kind) is tuple
+
+
+def choices(kind: Any) -> tuple[str, ...]:
+    """Returns the words a field of this type is limited to; empty when it is not limited."""
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def describe(kind: Any) -> str:
+    """Returns a field's type in a user's words, such as "a whole number or none"."""
+    if is_optional(kind):
+        return " or ".join([*(describe(part) for part in get_args(kind) if part is not type(None)), "none"])
+    if is_list(kind):
+        return f"a list, each element {describe(get_args(kind)[0])}"
+    if choices(kind):
+        return "one of " + ", ".join(choices(kind))
+    return NAMES[kind]
+
+
+def convert(name: str, value: Any, source: str, strict: bool) -> Any:
+    """Returns ``value`` as field ``name`` wants it.
+
+    Args:
+        name: the field.
+        value: what the flag or the file says.
+        source: where it says so, for the message, such as ``--lr`` or ``run.yaml, line 3, lr``.
+        strict: True for values that have a type already (YAML), False for words of a command line.
+
+    Raises:
+        SettingsError: the value is not of the field's type, or not finite.
+    """
+    kind = field_types()[name]
+    if is_optional(kind) and isinstance(value, str) and value.lower() == "none":
+        return None
+    if is_list(kind) and isinstance(value, list):
+        value = tuple(value)
+    try:
+        result = _adapter(kind).validate_python(value, strict=strict)
+    except ValidationError:
+        shown = list(value) if isinstance(value, tuple) else value
+        raise SettingsError(f"{source}: {shown!r} is not what this setting takes. Give {describe(kind)}.") from None
+    numbers = result if isinstance(result, tuple) else (result,)
+    for number in numbers:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise SettingsError(f"{source}: {number} is not a finite number. Give a finite one.")
+    return result
