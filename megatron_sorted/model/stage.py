@@ -112,6 +112,18 @@ class SortedStage(MegatronModule):
         weight = self.exit_output_layers[key].weight if key in self.exit_output_layers else self._shared_weight[0]
         return Head(norm, weight)
 
+    def _await_head_parameters(self) -> None:
+        """Waits for overlapped gathering of the norms and heads this chunk owns.
+
+        Megatron waits in forward hooks of the module that holds a parameter; the deferred loss reads these parameters without
+        calling their modules, or calls them first in backward, which is too late.
+        """
+        for name, module in self.named_children():
+            if name in ("final_layernorm", "output_layer", "exit_norms", "exit_output_layers"):
+                for holder in module.modules():
+                    for hook in holder._forward_pre_hooks.values():
+                        hook(holder, ())
+
     def parameters_complete_at(self, depth: int) -> tuple[torch.nn.Parameter, ...]:
         """Returns the parameters of this chunk whose gradient is complete once the exit at ``depth`` has run backward.
 
@@ -156,6 +168,7 @@ class SortedStage(MegatronModule):
             at_exit: Called with each exit's depth and un-normed hidden state [t, b, h]; returns what deeper layers go on with.
             deepest: Layers above this depth are not run.
         """
+        self._await_head_parameters()
         hidden = self.embedding(tokens_bs, positions_bs) if self.pre_process else self.decoder.input_tensor
         rotary = None
         if self.rotary_pos_emb is not None:

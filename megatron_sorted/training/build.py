@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
 
-from megatron_sorted.exits.placement import chunk_layers, place_exits
+from megatron_sorted.exits.placement import place_exits
 from megatron_sorted.loss.linear_cross_entropy import VocabularyShard
 from megatron_sorted.model.config import make_config, parameter_dtype, uses_transformer_engine
 from megatron_sorted.model.spec import layer_spec
@@ -19,7 +19,7 @@ from megatron_sorted.model.stage import ChunkPlan, SortedStage
 from megatron_sorted.parallel.copies import SharedCopies, connect_copies
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
-from megatron_sorted.settings.derived import exit_depths, global_batch_size, num_virtual_chunks, padded_vocab_size
+from megatron_sorted.settings.derived import exit_depths, global_batch_size, layers_of_chunks, padded_vocab_size
 from megatron_sorted.settings.run import Settings
 
 
@@ -41,15 +41,9 @@ def unwrap(chunk: torch.nn.Module) -> SortedStage:
     return get_attr_wrapped_model(chunk, "plan", return_model_obj=True)
 
 
-def _all_chunks(settings: Settings):
-    return chunk_layers(
-        settings.num_layers, settings.pipeline_model_parallel_size, num_virtual_chunks(settings),
-        settings.decoder_first_pipeline_num_layers, settings.decoder_last_pipeline_num_layers)
-
-
 def plan_chunks(settings: Settings, stage: int) -> list[ChunkPlan]:
     """Returns what each chunk of pipeline stage ``stage`` holds."""
-    everywhere = _all_chunks(settings)
+    everywhere = layers_of_chunks(settings)
     placed = place_exits(exit_depths(settings), everywhere)
     plans = []
     for chunk in (c for c in everywhere if c.stage == stage):
@@ -62,7 +56,7 @@ def plan_chunks(settings: Settings, stage: int) -> list[ChunkPlan]:
 
 def stages_with_copies(settings: Settings) -> dict[str, tuple[int, ...]]:
     """Returns the stages that hold a copy of the shared output matrix ("head") and of the shared final norm ("norm")."""
-    placed = place_exits(exit_depths(settings), _all_chunks(settings))
+    placed = place_exits(exit_depths(settings), layers_of_chunks(settings))
     last = settings.num_layers
     head = {place.stage for depth, place in placed.items() if depth == last or not settings.untie_exit_output_weights}
     norm = {place.stage for depth, place in placed.items() if depth == last or not settings.use_exit_norm}
@@ -125,8 +119,6 @@ def _connect_schedule(model: Model, settings: Settings) -> None:
         config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])
         if len(chunks) > 1:
             config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
-    if settings.overlap_param_gather and len(chunks) > 1:
-        config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
 
 
 def build_optimizer(model: Model, settings: Settings, world_size: int) -> None:

@@ -1,0 +1,134 @@
+"""The central test: whatever the layout, losses, gradients and weights equal a single-process reference in plain PyTorch."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_sorted.settings.derived import exit_depths
+from megatron_sorted.settings.run import Settings
+from tests.support.gather import join_ranks
+from tests.support.ranks import run_ranks
+from tests.support.rank_bodies import train_and_report
+from tests.support.reference import exit_losses
+from tests.support.tiny import make_samples, tiny
+
+STEPS = 3
+
+
+def reference_run(settings: Settings, weights: dict[str, torch.Tensor], steps: int, unequal: bool, packed: bool, coefficients: list[dict]):
+    """Returns per step the losses by depth, the first step's gradients, and the weights after all steps."""
+    parameters = {name: w.clone().requires_grad_() for name, w in weights.items()}
+    decayed = [p for p in parameters.values() if p.dim() > 1]
+    others = [p for p in parameters.values() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=settings.lr, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps)
+    losses, first_gradients = [], None
+    depths = exit_depths(settings)
+    for step in range(steps):
+        samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step, unequal, packed)
+        per_token = exit_losses(
+            parameters, samples["tokens"], samples["labels"], samples["mask"], samples["segments"] if packed else None, depths,
+            settings.num_attention_heads, settings.num_query_groups, settings.vocab_size, settings.norm_epsilon)
+        if settings.calculate_per_token_loss:
+            means = {d: loss.sum() / samples["mask"].sum() for d, loss in per_token.items()}
+        else:  # the mean of the micro-batches' means
+            size = settings.micro_batch_size
+            groups = samples["mask"].split(size)
+            means = {d: sum(part.sum() / m.sum() for part, m in zip(loss.split(size), groups, strict=True)) / len(groups)
+                     for d, loss in per_token.items()}
+        optimizer.zero_grad(set_to_none=False)
+        sum(c * means[d] for d, c in coefficients[step].items()).backward()
+        for p in parameters.values():  # a parameter above the deepest drawn exit has gradient 0, not none
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        losses.append({d: mean.item() for d, mean in means.items() if d in coefficients[step]})
+        if first_gradients is None:
+            first_gradients = {name: p.grad.clone() for name, p in parameters.items()}
+        if settings.clip_grad:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_grad)
+        optimizer.step()
+    return losses, first_gradients, {name: p.detach() for name, p in parameters.items()}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Returns the relative difference of two tensors, in norm."""
+    return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
+
+
+def compare(world_size: int, settings: Settings, tolerance: float, unequal=False, packed=False):
+    """Runs a layout, compares it with the reference, returns the ranks' reports."""
+    reports = run_ranks(world_size, train_and_report, settings, STEPS, unequal, packed)
+    initial, _ = join_ranks([r["initial"] for r in reports])
+    losses, gradients, weights = reference_run(settings, initial, STEPS, unequal, packed, reports[0]["coefficients"])
+    rows = settings.vocab_size
+    got_gradients, _ = join_ranks([r["gradients"] for r in reports])
+    got_weights, _ = join_ranks([r["weights"] for r in reports])
+    assert got_gradients.keys() == gradients.keys()
+    for step, expected in enumerate(losses):
+        assert reports[0]["losses"][step].keys() == expected.keys()
+        for depth, value in expected.items():
+            assert reports[0]["losses"][step][depth] == pytest.approx(value, rel=tolerance), f"loss of exit {depth} at step {step}"
+    for name, gradient in gradients.items():
+        assert relative(got_gradients[name], gradient) < tolerance, f"gradient of {name}: {relative(got_gradients[name], gradient)}"
+    for name, weight in weights.items():
+        real = slice(0, rows if "embedding" in name or "output_layer" in name else None)
+        assert relative(got_weights[name][real], weight[real]) < tolerance, f"weight {name}: {relative(got_weights[name][real], weight[real])}"
+    return reports
+
+
+# processes, tp, pp, chunks, sequence parallel, recompute, own norm and head, untied, distributed optimizer, first/last stage layers
+LAYOUTS = {
+    "one process": (1, {}),
+    "own norms and heads": (1, {"use_exit_norm": True, "untie_exit_output_weights": True}),
+    "untied": (1, {"untie_embeddings_and_output_weights": True}),
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "tp2 sequence parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "tp2 sequence parallel untied own": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "use_exit_norm": True,
+        "untie_embeddings_and_output_weights": True, "untie_exit_output_weights": True}),
+    "dp2": (2, {}),
+    "dp2 distributed": (2, {"use_distributed_optimizer": True}),
+    "dp2 distributed overlap": (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "dp2 distributed overlap untied own": (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True,
+        "untie_embeddings_and_output_weights": True, "use_exit_norm": True, "untie_exit_output_weights": True}),
+    "dp2 overlap untied": (2, {"overlap_grad_reduce": True, "untie_embeddings_and_output_weights": True}),
+    "dp2 overlap own": (2, {"overlap_grad_reduce": True, "use_exit_norm": True, "untie_exit_output_weights": True}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "pp2 untied": (2, {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": True}),
+    "pp2 own": (2, {"pipeline_model_parallel_size": 2, "use_exit_norm": True, "untie_exit_output_weights": True}),
+    "pp2 untied own norm full recompute": (2, {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": True,
+        "use_exit_norm": True, "recompute_granularity": "full"}),
+    "pp2 uneven first": (2, {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1}),
+    "pp2 uneven last block recompute": (2, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1,
+        "recompute_granularity": "full", "recompute_method": "block"}),
+    "pp2 chunks2": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
+    "pp2 chunks2 untied": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1,
+        "untie_embeddings_and_output_weights": True}),
+    "pp2 chunks2 own selective": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1,
+        "use_exit_norm": True, "untie_exit_output_weights": True, "recompute_granularity": "selective"}),
+    "pp4": (4, {"pipeline_model_parallel_size": 4}),
+    "pp4 untied full recompute": (4, {"pipeline_model_parallel_size": 4, "untie_embeddings_and_output_weights": True,
+        "recompute_granularity": "full"}),
+    "pp4 chunks2 8 layers": (4, {"pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 1, "num_layers": 8,
+        "exit_layer_nums": (1, 4, 5, 7)}),
+    "pp4 uneven both": (4, {"pipeline_model_parallel_size": 4, "num_layers": 6, "decoder_first_pipeline_num_layers": 1,
+        "decoder_last_pipeline_num_layers": 1, "exit_layer_nums": (1, 3, 5)}),
+    "tp2 pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "tp2 pp2 sequence parallel selective untied": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
+        "sequence_parallel": True, "recompute_granularity": "selective", "untie_embeddings_and_output_weights": True}),
+    "tp2 pp2 chunks2 sequence parallel full": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
+        "num_layers_per_virtual_pipeline_stage": 1, "sequence_parallel": True, "recompute_granularity": "full"}),
+    "pp2 dp2 distributed": (4, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True}),
+    "pp2 dp2 distributed overlap untied": (4, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True,
+        "overlap_grad_reduce": True, "untie_embeddings_and_output_weights": True}),
+    "pp2 chunks2 dp2 distributed overlap": (4, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1,
+        "use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "tp2 dp2 distributed sequence parallel own": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True,
+        "use_distributed_optimizer": True, "use_exit_norm": True, "untie_exit_output_weights": True}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_reference(name):
+    world_size, changes = LAYOUTS[name]
+    compare(world_size, tiny(**changes), 1e-5)

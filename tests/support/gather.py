@@ -1,0 +1,62 @@
+"""Whole tensors from the shards that ranks hold, under the names of the reference. Written by hand, not by Megatron's sharding."""
+
+import re
+
+import torch
+
+RENAMED = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+def global_name(stage, name: str, tied: bool) -> str:
+    """Returns the reference's name of a parameter of one chunk."""
+    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if match:
+        inner = match.group(2)
+        return f"decoder.layers.{stage.plan.first_layer + int(match.group(1))}.{RENAMED.get(inner, inner)}"
+    if name.startswith("final_layernorm."):
+        return f"decoder.{name}"
+    if name == "output_layer.weight" and tied:
+        return "embedding.word_embeddings.weight"
+    return name
+
+
+def join_shards(name: str, shards: list[torch.Tensor], dim: int | None) -> torch.Tensor:
+    """Returns the whole tensor from its tensor parallel shards (``dim`` None: a copy on every rank, the first is taken)."""
+    if dim is None or len(shards) == 1:
+        return shards[0]
+    if name.endswith("linear_fc1.weight"):  # every shard holds its part of the gate, then of the up projection
+        gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        return torch.cat((*gates, *ups))
+    return torch.cat(shards, dim)
+
+
+def join_ranks(per_rank: list[dict]) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
+    """Returns whole tensors by name, and all copies of each, from ``{name: (tensor, dim, tensor rank)}`` of every rank."""
+    found: dict[str, dict[int, list]] = {}
+    dims: dict[str, int | None] = {}
+    for tensors in per_rank:
+        for name, entries in tensors.items():
+            for tensor, dim, tensor_rank in entries:
+                dims[name] = dim
+                found.setdefault(name, {}).setdefault(tensor_rank, []).append(tensor)
+    whole, copies = {}, {}
+    for name, by_rank in found.items():
+        whole[name] = join_shards(name, [by_rank[r][0] for r in sorted(by_rank)], dims[name])
+        for rank, tensors in by_rank.items():
+            copies[f"{name} shard {rank}"] = tensors
+    return whole, copies
+
+
+def shards_of(model, unwrap, pick, tensor_rank: int, tied: bool) -> dict[str, list]:
+    """Returns ``{global name: [(tensor, partition dim, tensor rank)]}`` of one rank, ``pick(parameter)`` being the tensor."""
+    result: dict[str, list] = {}
+    for chunk in model.chunks:
+        stage = unwrap(chunk)
+        for name, parameter in stage.named_parameters():
+            dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+            entry = (pick(parameter).detach().float().clone(), dim, tensor_rank)
+            result.setdefault(global_name(stage, name, tied), []).append(entry)
+    return result

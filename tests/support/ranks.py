@@ -1,0 +1,68 @@
+"""Runs a function on several gloo processes and brings the results back to the test.
+
+Processes come from a fork server that has imported torch, megatron and our packages once: a test costs tenths of a second, not
+the ten it takes to import everything anew. Processes find each other through a file; the first error of any rank is raised here.
+"""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.support.preload"])
+TIMEOUT_SECONDS = 240
+
+
+def _child(connection, function: Callable, rank: int, world_size: int, rendezvous: str, arguments: tuple) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), TEST_INIT_METHOD=rendezvous)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        answer = ("done", function(*arguments))
+    except BaseException:  # whatever it is, the test must see it
+        answer = ("failed", traceback.format_exc())
+    connection.send_bytes(pickle.dumps(answer))
+    connection.close()
+    os._exit(0)  # leaving process groups in order is not what is tested; a peer that failed would make it hang
+
+
+def run_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]:
+    """Returns ``function(*arguments)`` of each of ``world_size`` processes, by rank.
+
+    Raises:
+        AssertionError: With the traceback of the first rank that failed; the others are ended.
+    """
+    rendezvous = f"file://{tempfile.mktemp(prefix='rendezvous_')}"
+    readers, processes = [], []
+    for rank in range(world_size):
+        reader, writer = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_child, args=(writer, function, rank, world_size, rendezvous, arguments), daemon=True)
+        process.start()
+        writer.close()
+        readers.append(reader)
+        processes.append(process)
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < world_size:
+            ready = wait([r for rank, r in enumerate(readers) if rank not in results], timeout=TIMEOUT_SECONDS)
+            assert ready, f"ranks {sorted(set(range(world_size)) - set(results))} did not answer within {TIMEOUT_SECONDS} s"
+            for reader in ready:
+                rank = readers.index(reader)
+                try:
+                    status, value = pickle.loads(reader.recv_bytes())
+                except EOFError:
+                    raise AssertionError(f"rank {rank} died without a word") from None
+                assert status == "done", f"rank {rank}:\n{value}"
+                results[rank] = value
+    finally:
+        for process in processes:
+            if len(results) < world_size:
+                process.kill()
+            process.join()
+    return [results[rank] for rank in range(world_size)]

@@ -1,0 +1,54 @@
+"""The method in plain PyTorch, on one process: the truth that every parallel layout is compared with.
+
+A LLaMA-style (RMSNorm, rotary, SwiGLU, no bias) network whose every exit is read through a norm and a head. It shares no code
+with megatron_sorted or Megatron. Parameters go by the global names of the sharded checkpoint.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def rotate(x, positions, base=10000.0):
+    """Rotary embedding of x [b, n, s, d], halves convention (GPT-NeoX, Su et al. arXiv 2104.09864)."""
+    d = x.size(-1)
+    angle = positions[:, None] * base ** (-torch.arange(0, d, 2, dtype=torch.float32) / d)
+    cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+    left, right = x[..., : d // 2], x[..., d // 2 :]
+    return x * cos + torch.cat((-right, left), -1) * sin
+
+
+def layer(p, i, x, heads, groups, allowed, eps):
+    """Layer i (from 0) on x [b, s, h]; allowed [b, 1, s, s] says where a token may look."""
+    b, s, h = x.shape
+    d = h // heads
+    w = {key: p[f"decoder.layers.{i}.{key}"] for key in (
+        "self_attention.linear_qkv.layer_norm_weight", "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight",
+        "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight")}
+    y = F.rms_norm(x, (h,), w["self_attention.linear_qkv.layer_norm_weight"], eps)
+    qkv = (y @ w["self_attention.linear_qkv.weight"].t()).view(b, s, groups, heads // groups + 2, d)  # per group: queries, key, value
+    q = qkv[:, :, :, :-2].reshape(b, s, heads, d).transpose(1, 2)
+    k, v = (qkv[:, :, :, n].transpose(1, 2).repeat_interleave(heads // groups, 1) for n in (-2, -1))
+    positions = torch.arange(s, dtype=torch.float32)
+    q, k = rotate(q, positions), rotate(k, positions)
+    scores = (q @ k.transpose(-1, -2) / d**0.5).masked_fill(~allowed, float("-inf"))
+    x = x + (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, h) @ w["self_attention.linear_proj.weight"].t()
+    y = F.rms_norm(x, (h,), w["mlp.linear_fc1.layer_norm_weight"], eps)
+    gate, up = (y @ w["mlp.linear_fc1.weight"].t()).chunk(2, -1)
+    return x + (F.silu(gate) * up) @ w["mlp.linear_fc2.weight"].t()
+
+
+def exit_losses(p, tokens, labels, mask, segments, depths, heads, groups, vocab_size, eps=1e-5):
+    """Returns {depth: loss of every token [b, s] times its mask}."""
+    s = tokens.size(1)
+    allowed = torch.ones(s, s, dtype=torch.bool).tril()[None, None]
+    if segments is not None:
+        allowed = allowed & (segments[:, None, :, None] == segments[:, None, None, :])
+    x, losses = p["embedding.word_embeddings.weight"][tokens], {}
+    for i in range(max(depths)):
+        x = layer(p, i, x, heads, groups, allowed, eps)
+        if i + 1 in depths:
+            norm = p.get(f"exit_norms.{i + 1}.weight", p["decoder.final_layernorm.weight"])
+            head = p.get(f"exit_output_layers.{i + 1}.weight", p.get("output_layer.weight", p["embedding.word_embeddings.weight"]))
+            logits = F.rms_norm(x, x.shape[-1:], norm, eps) @ head[:vocab_size].t()
+            losses[i + 1] = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none") * mask
+    return losses
