@@ -14,7 +14,7 @@ from megatron_sorted.settings.values import choices, convert, field_types, is_li
 def field_groups() -> list[tuple[str, list[dataclasses.Field]]]:
     """Returns (the group's line, its fields) for every group of settings, in the order of the fields."""
     # the first base's fields come last in a dataclass with several bases
-    return [((base.__doc__ or base.__name__).splitlines()[0].rstrip("."), list(dataclasses.fields(base))) for base in reversed(Settings.__bases__)]
+    return [((base.__doc__ or "").splitlines()[0].rstrip("."), list(dataclasses.fields(base))) for base in reversed(Settings.__bases__)]
 
 
 def flag_of(name: str) -> str:
@@ -44,7 +44,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", action="append", metavar="RUN.YAML", help="YAML file of settings, one `name: value` a line; flags override it.")
+    parser.add_argument("--config", action="append", metavar="RUN.YAML", help="YAML file, one `name: value` a line; flags override it.")
     parser.add_argument("--print-settings", action="store_true", help="Print the resolved run as YAML that --config can read, and stop.")
     for title, fields in field_groups():
         group = parser.add_argument_group(title)
