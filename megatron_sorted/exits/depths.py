@@ -16,7 +16,9 @@ def normalise_depths(exit_layer_nums: Sequence[int], num_layers: int) -> tuple[i
     """
     for depth in exit_layer_nums:
         if not 1 <= depth <= num_layers:
-            raise SettingsError(f"--exit-layer-nums: {depth} is not a layer of this model (--num-layers {num_layers}). Use 1..{num_layers}.")
+            raise SettingsError(
+                f"--exit-layer-nums: {depth} is not a layer of this model (--num-layers {num_layers}). Use 1..{num_layers}.",
+            )
     for depth in set(exit_layer_nums):
         if list(exit_layer_nums).count(depth) > 1:
             raise SettingsError(f"--exit-layer-nums: {depth} is listed more than once. Name every depth once.")

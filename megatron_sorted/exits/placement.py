@@ -24,7 +24,9 @@ class Placement(NamedTuple):
     position: int
 
 
-def stage_layers(num_layers: int, num_stages: int, first_stage_layers: int | None = None, last_stage_layers: int | None = None) -> list[int]:
+def stage_layers(
+    num_layers: int, num_stages: int, first_stage_layers: int | None = None, last_stage_layers: int | None = None
+) -> list[int]:
     """Returns the number of layers on each stage; stages without a number of their own share the rest equally.
 
     Raises:

@@ -31,7 +31,8 @@ def check_exits(settings: Settings) -> None:
         return
     require(
         settings.num_sampled_exits <= len(trainable),
-        f"--num-sampled-exits: {settings.num_sampled_exits} of {len(trainable)} exits that can be drawn (coefficient and probability above 0). Lower it.",
+        f"--num-sampled-exits: {settings.num_sampled_exits} of {len(trainable)} exits that can be drawn (coefficient and probability "
+        "above 0). Lower it.",
     )
     # during a warm-up an exit may count 0 for a while; then somebody else must train
     initial = coefficient_rule(settings).coefficients(0)
@@ -45,7 +46,8 @@ def _checked_probabilities(settings: Settings) -> dict[int, float]:
     values, depths = settings.exit_probabilities, exit_depths(settings)
     require(
         len(values) == len(depths),
-        f"--exit-probabilities: {len(values)} values for {len(depths)} exits (depths {', '.join(map(str, depths))}, the last layer included). "
+        f"--exit-probabilities: {len(values)} values for {len(depths)} exits (depths {', '.join(map(str, depths))}, the last layer "
+        "included). "
         "Give one for each.",
     )
     for value in values:

@@ -34,7 +34,10 @@ def _check_data(settings: Settings) -> None:
             "--skip-train: nothing to evaluate on. Give --valid-data-path, --data-path or --mock-data.",
         )
     else:
-        require(bool(settings.data_path or settings.mock_data), "--data-path: nothing to train on. Give it, or --mock-data to try a layout.")
+        require(
+            bool(settings.data_path or settings.mock_data),
+            "--data-path: nothing to train on. Give it, or --mock-data to try a layout.",
+        )
     if settings.data_path and not settings.valid_data_path:
         split_shares(settings)
 
@@ -46,6 +49,9 @@ def _check_tokenizer(settings: Settings) -> None:
     )
     if settings.tokenizer_type == "NullTokenizer":
         require(settings.vocab_size is not None, "--tokenizer-type: a NullTokenizer does not know its vocabulary. Give --vocab-size.")
-        require(settings.tokenizer_model is None, "--tokenizer-model: a NullTokenizer reads no file. Leave it out or change --tokenizer-type.")
+        require(
+            settings.tokenizer_model is None,
+            "--tokenizer-model: a NullTokenizer reads no file. Leave it out or change --tokenizer-type.",
+        )
     elif settings.data_path or settings.valid_data_path:
         require(settings.tokenizer_model is not None, f"--tokenizer-model: {settings.tokenizer_type} needs its file or directory. Give it.")

@@ -34,7 +34,9 @@ def check_layout(settings: Settings, world_size: int) -> None:
         reason = f"--context-parallel-size: {cp} needs Transformer Engine's attention; megatron's local attention sees only its own part"
         require(settings.transformer_impl != "local", f"{reason} (--transformer-impl local). Use transformer_engine, or 1.")
         require(settings.device != "cpu", f"{reason} (--device cpu). Use an accelerator, or 1.")
-        require_divides(settings.seq_length, "--seq-length", 2 * cp, "2 x --context-parallel-size", "Each rank takes two slices; change one.")
+        require_divides(
+            settings.seq_length, "--seq-length", 2 * cp, "2 x --context-parallel-size", "Each rank takes two slices; change one."
+        )
     if settings.sequence_parallel:
         require_divides(
             settings.seq_length, "--seq-length", tp * cp, "--tensor-model-parallel-size x --context-parallel-size",
@@ -63,7 +65,10 @@ def check_interleaving(settings: Settings, world_size: int) -> None:
     """
     pp, per_chunk = settings.pipeline_model_parallel_size, settings.num_layers_per_virtual_pipeline_stage
     if per_chunk is not None:
-        require(pp > 1, f"--num-layers-per-virtual-pipeline-stage: {per_chunk} needs several stages (--pipeline-model-parallel-size 1). Leave it out.")
+        require(
+            pp > 1,
+            f"--num-layers-per-virtual-pipeline-stage: {per_chunk} needs several stages (--pipeline-model-parallel-size 1). Leave it out.",
+        )
         require(
             settings.decoder_first_pipeline_num_layers is None and settings.decoder_last_pipeline_num_layers is None,
             "--num-layers-per-virtual-pipeline-stage: chunks need stages of equal size. "
@@ -103,7 +108,10 @@ def check_recompute(settings: Settings) -> None:
             f"--recompute-num-layers: {settings.recompute_num_layers} is more than the {smallest} layers of a chunk. Lower it.",
         )
     if settings.recompute_granularity == "selective":
-        require(bool(settings.recompute_modules), "--recompute-modules: empty with --recompute-granularity selective. Name some or use none.")
+        require(
+            bool(settings.recompute_modules),
+            "--recompute-modules: empty with --recompute-granularity selective. Name some or use none.",
+        )
         for module in settings.recompute_modules:
             require(
                 module in RECOMPUTABLE,

@@ -19,7 +19,8 @@ def check_model(settings: Settings) -> None:
         )  # fmt: skip
     require(
         settings.group_query_attention == (settings.num_query_groups is not None),
-        f"--num-query-groups: {settings.num_query_groups} with --group-query-attention {'on' if settings.group_query_attention else 'off'}. "
+        f"--num-query-groups: {settings.num_query_groups} with --group-query-attention "
+        f"{'on' if settings.group_query_attention else 'off'}. "
         "Give both or neither.",
     )
     groups = num_query_groups(settings)
@@ -36,7 +37,8 @@ def check_model(settings: Settings) -> None:
         )
     require(
         max_position_embeddings(settings) >= settings.seq_length,
-        f"--max-position-embeddings: {settings.max_position_embeddings} is less than --seq-length {settings.seq_length}. Raise it or leave it out.",
+        f"--max-position-embeddings: {settings.max_position_embeddings} is less than --seq-length {settings.seq_length}. Raise it or "
+        "leave it out.",
     )
 
 
@@ -51,7 +53,10 @@ def check_experts(settings: Settings, world_size: int) -> None:
         require(spread == 1, f"--expert-model-parallel-size: {spread} without experts. Give --num-experts or leave it at 1.")
         return
     require_divides(experts, "--num-experts", spread, "--expert-model-parallel-size", "Change one of them.")
-    require(settings.moe_router_topk <= experts, f"--moe-router-topk: {settings.moe_router_topk} of {experts} experts (--num-experts). Lower it.")
+    require(
+        settings.moe_router_topk <= experts,
+        f"--moe-router-topk: {settings.moe_router_topk} of {experts} experts (--num-experts). Lower it.",
+    )
     require_divides(
         world_size, "number of processes", tp * settings.pipeline_model_parallel_size * spread,
         "tensor x pipeline x expert parallel size", "Change the sizes or start another number of processes.",

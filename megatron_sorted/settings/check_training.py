@@ -26,7 +26,8 @@ def check_training(settings: Settings) -> None:
     # a run without a step (evaluation only) has no schedule to check
     require(
         settings.skip_train or settings.train_iters == 0 or settings.lr_warmup_iters < decay,
-        f"--lr-warmup-iters: {settings.lr_warmup_iters} is not below the {decay} steps of the decay (--lr-decay-iters, else --train-iters). "
+        f"--lr-warmup-iters: {settings.lr_warmup_iters} is not below the {decay} steps of the decay (--lr-decay-iters, else "
+        "--train-iters). "
         "Shorten the warm-up.",
     )
 

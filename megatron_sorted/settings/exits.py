@@ -16,14 +16,21 @@ class ExitSettings:
     exit_layer_weight_rule: Literal["uniform", "linear", "sum", "sqrt", "inverse", "inverse_sqrt"] = setting(
         "uniform", "Loss coefficient as a function of depth, normalised to sum 1 (uniform: the mean, SoFT).")
     exit_layer_weight: tuple[float, ...] = setting(
-        (), "Loss coefficients instead of a rule, one per exit of --exit-layer-nums (the last exit then counts 1) or one more for the last exit; used as given. "
+        (),
+        "Loss coefficients instead of a rule, one per exit of --exit-layer-nums (the last exit then counts 1) or one more for the last "
+        "exit; used as given. "
         "An exit with coefficient 0 is not trained, only evaluated.")
     exit_layer_weight_init: tuple[float, ...] = setting(
-        (), "Coefficients at step 0, moved to the final ones during the warm-up (larger than the final ones: a cool-down). One per exit, with or without the last. Default 0.")
-    exit_layer_weight_warmup_iters: int = setting(0, "Steps over which coefficients move from --exit-layer-weight-init to their final values; 0: no warm-up.")
+        (),
+        "Coefficients at step 0, moved to the final ones during the warm-up (larger than the final ones: a cool-down). One per exit, "
+        "with or without the last. Default 0.")
+    exit_layer_weight_warmup_iters: int = setting(
+        0, "Steps over which coefficients move from --exit-layer-weight-init to their final values; 0: no warm-up.")
     exit_layer_weight_warmup_style: Literal["linear", "cosine"] = setting("linear", "Shape of the warm-up.")
     exit_sampling: Literal["all", "uniform", "probabilities"] = setting(
-        "all", "Which exits train at a step: all (SoFT), or some drawn anew at each step (SortedNet), uniformly or with --exit-probabilities.")
+        "all", "Which exits train at a step: all (SoFT), or some drawn anew at each step (SortedNet), uniformly or with "
+        "--exit-probabilities.")
     num_sampled_exits: int = setting(1, "How many exits are drawn per step (without replacement) when --exit-sampling is not 'all'.")
     exit_probabilities: tuple[float, ...] = setting((), "Probability of each exit, the last included, for --exit-sampling probabilities.")
-    exit_loss_chunk_tokens: int = setting(256, "Tokens whose logits exist at one time when an exit's loss is computed; larger is faster on GPUs and takes more memory.")
+    exit_loss_chunk_tokens: int = setting(
+        256, "Tokens whose logits exist at one time when an exit's loss is computed; larger is faster on GPUs and takes more memory.")

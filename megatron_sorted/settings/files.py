@@ -10,7 +10,8 @@ from megatron_sorted.settings.field import setting
 class FileSettings:
     """Data, tokenizer, checkpoints and reports, in Megatron-LM's words."""
 
-    data_path: tuple[str, ...] = setting((), "Prefix of the indexed training data (PREFIX.bin, PREFIX.idx) written by tools/prepare_data.py.")
+    data_path: tuple[str, ...] = setting(
+        (), "Prefix of the indexed training data (PREFIX.bin, PREFIX.idx) written by tools/prepare_data.py.")
     valid_data_path: tuple[str, ...] = setting((), "Prefixes of indexed data for evaluation; each is evaluated and reported by its name.")
     split: str = setting("98,2", "Shares of --data-path for training and validation when no --valid-data-path is given.")
     mock_data: bool = setting(False, "Train on made-up tokens (needs --vocab-size), to try a layout without data.")

@@ -14,7 +14,7 @@ from megatron_sorted.settings.values import choices, convert, field_types, is_li
 def field_groups() -> list[tuple[str, list[dataclasses.Field]]]:
     """Returns (the group's line, its fields) for every group of settings, in the order of the fields."""
     # the first base's fields come last in a dataclass with several bases
-    return [((base.__doc__ or base.__name__).splitlines()[0].rstrip("."), list(dataclasses.fields(base))) for base in reversed(Settings.__bases__)]
+    return [((base.__doc__ or "").splitlines()[0].rstrip("."), list(dataclasses.fields(base))) for base in reversed(Settings.__bases__)]
 
 
 def flag_of(name: str) -> str:
@@ -35,6 +35,16 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message[:1].upper()}{message[1:]}. See --help for all settings.")
 
 
+class _Switch(argparse.Action):
+    """A flag without a value: its first name means true, its second false.
+
+    argparse's own takes every name that starts with ``--no-`` for false, also that of the field ``no_load_optim``.
+    """
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, option_string == self.option_strings[0])
+
+
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Returns a parser with one flag per field, grouped; flags that are not given leave no trace in its result."""
     parser = _Parser(
@@ -44,7 +54,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", action="append", metavar="RUN.YAML", help="YAML file of settings, one `name: value` a line; flags override it.")
+    parser.add_argument("--config", action="append", metavar="RUN.YAML", help="YAML file, one `name: value` a line; flags override it.")
     parser.add_argument("--print-settings", action="store_true", help="Print the resolved run as YAML that --config can read, and stop.")
     for title, fields in field_groups():
         group = parser.add_argument_group(title)
@@ -62,7 +72,8 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     text = f"{field.metadata['help']} (default: {default or 'empty'})".replace("%", "%%")
     words: dict[str, Any] = {"dest": field.name, "help": text}
     if kind is bool:
-        group.add_argument(flag_of(field.name), action=argparse.BooleanOptionalAction, **words)
+        opposite = field.name.removeprefix("no_") if field.name.startswith("no_") else f"no_{field.name}"
+        group.add_argument(flag_of(field.name), flag_of(opposite), action=_Switch, nargs=0, **words)
         return
     if choices(kind):
         words["metavar"] = "{" + ",".join(choices(kind)) + "}"

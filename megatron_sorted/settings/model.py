@@ -12,7 +12,8 @@ class ModelSettings:
 
     num_layers: int = setting(8, "Number of transformer layers; also the depth of the last exit.")
     hidden_size: int = setting(256, "Width of the hidden state.")
-    ffn_hidden_size: int | None = setting(None, "Width of the MLP; by default 4 x hidden size, or 8/3 of it (rounded up to 64) with SwiGLU.")
+    ffn_hidden_size: int | None = setting(
+        None, "Width of the MLP; by default 4 x hidden size, or 8/3 of it (rounded up to 64) with SwiGLU.")
     num_attention_heads: int = setting(8, "Number of attention heads.")
     kv_channels: int | None = setting(None, "Width of one attention head; by default hidden size / heads.")
     group_query_attention: bool = setting(False, "Share key/value heads between groups of query heads (needs --num-query-groups).")

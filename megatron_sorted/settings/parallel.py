@@ -15,7 +15,8 @@ class ParallelSettings:
     distributed_timeout_minutes: int = setting(10, "Minutes after which a silent rank ends the job.")
     tensor_model_parallel_size: int = setting(1, "Number of processes each layer's matrices are split over.")
     pipeline_model_parallel_size: int = setting(1, "Number of pipeline stages.")
-    num_layers_per_virtual_pipeline_stage: int | None = setting(None, "Layers of one chunk; a stage then holds several chunks (interleaved schedule).")
+    num_layers_per_virtual_pipeline_stage: int | None = setting(
+        None, "Layers of one chunk; a stage then holds several chunks (interleaved schedule).")
     decoder_first_pipeline_num_layers: int | None = setting(None, "Layers on the first stage, when it is not to hold an equal share.")
     decoder_last_pipeline_num_layers: int | None = setting(None, "Layers on the last stage, when it is not to hold an equal share.")
     overlap_p2p_communication: bool = setting(True, "Overlap messages between stages with computation in the interleaved schedule.")

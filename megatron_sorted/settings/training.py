@@ -36,4 +36,6 @@ class TrainingSettings:
     loss_scale_window: int = setting(1000, "Good steps after which the loss scale doubles.")
     hysteresis: int = setting(2, "Bad steps after which the loss scale halves.")
     calculate_per_token_loss: bool = setting(
-        True, "Loss is the mean over all trained tokens of the global batch, whatever the layout; --no-calculate-per-token-loss averages the micro-batches' means.")
+        True,
+        "Loss is the mean over all trained tokens of the global batch, whatever the layout; --no-calculate-per-token-loss averages the "
+        "micro-batches' means.")

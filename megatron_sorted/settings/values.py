@@ -2,7 +2,7 @@
 
 import math
 import types
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,13 +13,13 @@ from megatron_sorted.settings.run import Settings
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-@lru_cache(maxsize=1)
+@cache
 def field_types() -> dict[str, Any]:
     """Returns the type of every field of `Settings` by name."""
     return get_type_hints(Settings)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _adapter(kind: Any) -> TypeAdapter:
     return TypeAdapter(kind)
 

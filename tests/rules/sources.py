@@ -1,0 +1,42 @@
+"""The project's source files, for the rules."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GENERATED = {"runs", "build", "dist", "__pycache__"}
+
+
+def files(*suffixes: str) -> list[Path]:
+    """Returns the project's files with one of these suffixes, generated and hidden ones left out."""
+    found = []
+    for path in ROOT.rglob("*"):
+        parts = path.relative_to(ROOT).parts
+        if path.suffix in suffixes and not any(part.startswith(".") or part in GENERATED or part.endswith(".egg-info") for part in parts):
+            found.append(path)
+    return sorted(found)
+
+
+def program_files() -> list[Path]:
+    """Returns the Python files of the program itself: the package, the tools and the entry points, without tests."""
+    return [path for path in files(".py") if path.relative_to(ROOT).parts[0] not in ("tests", "setup.py")]
+
+
+def name_of(path: Path) -> str:
+    """Returns the path from the project's root, with slashes."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, list[ast.AST]]]:
+    """Yields every function and class with the functions and classes around it, outermost first."""
+
+    def visit(node: ast.AST, around: list[ast.AST]) -> Iterator:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                yield child, around
+                yield from visit(child, [*around, child])
+            else:
+                yield from visit(child, around)
+
+    return visit(tree, [])

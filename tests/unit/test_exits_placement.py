@@ -1,0 +1,71 @@
+"""Layers on stages and chunks, against hand tables and against megatron-core."""
+
+import pytest
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_sorted.errors import SettingsError
+from megatron_sorted.exits.placement import chunk_layers, place_exits
+
+
+def test_layers_of_two_stages_with_two_chunks():
+    assert chunk_layers(8, 2, 2) == [(0, 0, 0, 2), (1, 0, 2, 2), (0, 1, 4, 2), (1, 1, 6, 2)]
+
+
+def test_layers_of_stages_of_unequal_size():
+    assert chunk_layers(11, 4, 1, first_stage_layers=2, last_stage_layers=1) == [(0, 0, 0, 2), (1, 0, 2, 4), (2, 0, 6, 4), (3, 0, 10, 1)]
+    assert chunk_layers(7, 2, 1, first_stage_layers=3) == [(0, 0, 0, 3), (1, 0, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "stages", "chunks", "first", "last"),
+    [
+        (6, 1, 1, None, None), (8, 2, 1, None, None), (12, 4, 1, None, None), (8, 2, 2, None, None), (24, 3, 4, None, None),
+        (8, 4, 2, None, None),
+        (7, 2, 1, 3, None), (7, 2, 1, None, 3), (7, 2, 1, 3, 4), (11, 4, 1, 2, 1), (14, 4, 1, 2, None), (14, 4, 1, None, 2),
+        (20, 4, 2, 2, 2), (14, 4, 2, 2, None),
+    ],
+)  # fmt: skip
+def test_layers_are_split_as_megatron_splits_them(num_layers, stages, chunks, first, last):
+    config = TransformerConfig(
+        num_layers=num_layers, hidden_size=8, num_attention_heads=1, use_cpu_initialization=True, pipeline_dtype="unused",
+        pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        num_layers_in_first_pipeline_stage=first, num_layers_in_last_pipeline_stage=last,
+    )  # fmt: skip
+    runs = chunk_layers(num_layers, stages, chunks, first, last)
+    ours = {(stage, chunk): (before, layers) for stage, chunk, before, layers in runs}
+    theirs = {}
+    for stage in range(stages):
+        for chunk in range(chunks):
+            vp_stage = chunk if chunks > 1 else None
+            theirs[stage, chunk] = (
+                get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=stage),
+                get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage),
+            )
+    assert ours == theirs
+    depths = [before + 1 + position for _, _, before, layers in runs for position in range(layers)]
+    assert depths == list(range(1, num_layers + 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((7, 2), "7 layers do not divide over 2 stages"),
+        ((2, 4), "2 layers do not divide over 4 stages"),
+        ((8, 2, 3), "4 layers on stage 0 do not divide into 3 chunks"),
+        ((8, 1, 1, 4), "there is only one stage"),
+        ((8, 2, 1, 8), "0 layers are left for 1 stages"),
+        ((8, 2, 1, 4, 3), "1 layers are left for 0 stages"),
+        ((8, 4, 1, 1, 2), "5 layers are left for 2 stages"),
+        ((8, 4, 1, 0), "do not divide"),
+    ],
+)
+def test_layers_that_do_not_divide_are_refused(arguments, message):
+    with pytest.raises(SettingsError, match=message):
+        chunk_layers(*arguments)
+
+
+def test_exits_stand_after_layers_of_their_chunk():
+    places = place_exits((1, 2, 3, 6, 7, 8), chunk_layers(8, 2, 2))
+    assert places == {1: (0, 0, 1), 2: (0, 0, 2), 3: (1, 0, 1), 6: (0, 1, 2), 7: (1, 1, 1), 8: (1, 1, 2)}

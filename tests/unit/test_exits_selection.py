@@ -1,0 +1,73 @@
+"""Which exits train at a step."""
+
+from collections import Counter
+from itertools import permutations
+
+import pytest
+
+from megatron_sorted.exits.selection import select_exits
+
+DEPTHS = (2, 4, 6, 8)
+COEFFICIENTS = {2: 0.1, 4: 0.2, 6: 0.3, 8: 0.4}
+PROBABILITIES = {2: 0.1, 4: 0.2, 6: 0.3, 8: 0.4}
+
+
+def exact(probabilities, num):
+    """Returns the chance of each set of ``num`` drawn one after another, by walking through every order."""
+    chances = Counter()
+    for order in permutations(probabilities, num):
+        chance, left = 1.0, 1.0
+        for depth in order:
+            chance *= probabilities[depth] / left
+            left -= probabilities[depth]
+        chances[tuple(sorted(order))] += chance
+    return chances
+
+
+def test_all_exits_train_with_their_coefficients_except_those_at_zero():
+    assert select_exits(3, 1, DEPTHS, COEFFICIENTS) == COEFFICIENTS
+    assert select_exits(3, 1, DEPTHS, {**COEFFICIENTS, 4: 0.0}) == {2: 0.1, 6: 0.3, 8: 0.4}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "num"), [("uniform", 1), ("uniform", 2), ("probabilities", 1), ("probabilities", 2), ("probabilities", 3)]
+)
+def test_draws_are_as_frequent_as_they_should_be(sampling, num):
+    steps = 20_000
+    counts = Counter(tuple(select_exits(step, 7, DEPTHS, COEFFICIENTS, sampling, num, PROBABILITIES)) for step in range(steps))
+    chances = exact(PROBABILITIES if sampling == "probabilities" else dict.fromkeys(DEPTHS, 0.25), num)
+    assert sum(chances.values()) == pytest.approx(1)
+    assert set(counts) == set(chances)
+    for drawn, chance in chances.items():
+        assert abs(counts[drawn] / steps - chance) < 4.5 * (chance * (1 - chance) / steps) ** 0.5
+
+
+def test_coefficients_of_drawn_exits_are_scaled_to_one_only_for_normalised_rules():
+    for step in range(20):
+        (alone,) = select_exits(step, 1, DEPTHS, COEFFICIENTS, "uniform", 1).values()
+        assert alone == 1.0
+        three = select_exits(step, 1, DEPTHS, COEFFICIENTS, "uniform", 3)
+        assert three == pytest.approx({depth: COEFFICIENTS[depth] / sum(COEFFICIENTS[d] for d in three) for depth in three})
+        given = select_exits(step, 1, DEPTHS, COEFFICIENTS, "uniform", 3, normalised=False)
+        assert given == {depth: COEFFICIENTS[depth] for depth in three}
+
+
+def test_an_exit_at_zero_is_never_drawn():
+    for step in range(200):
+        assert 2 not in select_exits(step, 1, DEPTHS, {**COEFFICIENTS, 2: 0.0}, "uniform", 2)
+        assert 8 not in select_exits(step, 1, DEPTHS, COEFFICIENTS, "probabilities", 1, {2: 0.5, 4: 0.3, 6: 0.2, 8: 0.0})
+
+
+def test_fewer_train_where_fewer_can_be_drawn():
+    assert select_exits(0, 1, DEPTHS, {2: 0.0, 4: 0.0, 6: 0.0, 8: 0.4}, "uniform", 2) == {8: 1.0}
+
+
+def test_draws_depend_on_step_and_seed_alone():
+    drawn = [tuple(select_exits(step, 1234, DEPTHS, COEFFICIENTS, "uniform", 2)) for step in range(8)]
+    assert drawn == GOLDEN
+    assert [tuple(select_exits(step, 1234, DEPTHS, COEFFICIENTS, "uniform", 2)) for step in reversed(range(8))] == GOLDEN[::-1]
+    assert drawn != [tuple(select_exits(step, 1235, DEPTHS, COEFFICIENTS, "uniform", 2)) for step in range(8)]
+
+
+GOLDEN = [(4, 6), (4, 8), (2, 6), (6, 8), (4, 8), (4, 6), (2, 6), (2, 6)]
+"""Drawn once, by other code, and kept: another result would make resumed runs differ from unbroken ones."""

@@ -1,0 +1,169 @@
+"""Every rule between settings: one run just within it, one just outside."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from megatron_sorted.errors import SettingsError
+from megatron_sorted.settings.check import check_settings
+from megatron_sorted.settings.check_numbers import BELOW_ONE, NOT_NEGATIVE, POSITIVE
+from megatron_sorted.settings.run import Settings
+
+BASE = replace(Settings(), mock_data=True, vocab_size=100)
+REAL = replace(Settings(), data_path=("corpus",), tokenizer_model="tokenizer.model")
+PP2 = {"pipeline_model_parallel_size": 2}
+TP2 = {"tensor_model_parallel_size": 2}
+CHUNKS = {**PP2, "num_layers_per_virtual_pipeline_stage": 2, "global_batch_size": 4}
+SERIAL = {"overlap_p2p_communication": False}
+EXITS = {"exit_layer_nums": (2, 4)}
+UNIFORM = {**EXITS, "exit_sampling": "uniform"}
+DRAWN = {**EXITS, "exit_sampling": "probabilities", "exit_probabilities": (0.25, 0.25, 0.5)}
+
+ALLOWED = [
+    (BASE, {}, 1),
+    (REAL, {}, 1),
+    (REAL, {"tokenizer_type": "NullTokenizer", "tokenizer_model": None, "vocab_size": 9}, 1),
+    (REAL, {"valid_data_path": ("other",), "split": "100,0"}, 1),
+    (BASE, {"hidden_size": 250, "kv_channels": 32}, 1),
+    (BASE, {"group_query_attention": True, "num_query_groups": 2, **TP2}, 2),
+    (BASE, {**TP2, "sequence_parallel": True}, 4),
+    (BASE, {"context_parallel_size": 2}, 2),
+    (BASE, {**EXITS, "exit_layer_weight": (0.1, 0.2)}, 1),
+    (BASE, {"exit_layer_nums": (4, 8, 2), "exit_layer_weight": (0.1, 0.2, 0.3)}, 1),
+    (BASE, {**EXITS, "exit_layer_weight_init": (0.1, 0.2), "exit_layer_weight_warmup_iters": 5}, 1),
+    (BASE, DRAWN, 1),
+    (BASE, {**DRAWN, "num_sampled_exits": 3}, 1),
+    (BASE, {**DRAWN, "exit_probabilities": (1 / 3, 1 / 3, 1 / 3)}, 1),
+    (BASE, {**DRAWN, "exit_layer_weight_warmup_iters": 5}, 1),
+    (BASE, CHUNKS, 2),
+    (BASE, {**CHUNKS, "num_layers_per_virtual_pipeline_stage": 4, "overlap_p2p_communication": False}, 2),
+    (BASE, {**CHUNKS, "pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 1, **SERIAL}, 4),
+    (BASE, {**PP2, "decoder_first_pipeline_num_layers": 3}, 2),
+    (BASE, {"bf16": True, "device": "cpu"}, 1),
+    (BASE, {"fp16": True, "device": "cpu", "loss_scale": 8.0}, 1),
+    (BASE, {"num_experts": 4, "expert_model_parallel_size": 2, **TP2, "sequence_parallel": True}, 4),
+    (BASE, {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}, 2),
+    (BASE, {"recompute_granularity": "full", "recompute_num_layers": 8}, 1),
+    (BASE, {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp", "layernorm")}, 1),
+    (BASE, {"train_iters": 0}, 1),
+    (BASE, {"skip_train": True, "load": "run", "train_iters": 0}, 1),
+    (REAL, {"data_path": (), "valid_data_path": ("v",), "skip_train": True, "load": "run"}, 1),
+]
+
+REFUSED = [
+    # model
+    (BASE, {"num_attention_heads": 7}, 1, "--hidden-size: 256 is not a multiple of 7"),
+    (BASE, {"num_query_groups": 2}, 1, "--num-query-groups: 2 with --group-query-attention off"),
+    (BASE, {"group_query_attention": True}, 1, "--num-query-groups: None with --group-query-attention on"),
+    (BASE, {"group_query_attention": True, "num_query_groups": 3}, 1, "--num-attention-heads: 8 is not a multiple of 3"),
+    (BASE, {"tensor_model_parallel_size": 16}, 16, "--num-attention-heads: 8 is not a multiple of 16"),
+    (BASE, {"group_query_attention": True, "num_query_groups": 1, **TP2}, 2, "--num-query-groups: 1 is not a multiple of 2"),
+    (BASE, {"ffn_hidden_size": 101, **TP2}, 2, "--ffn-hidden-size: 101 is not a multiple of 2"),
+    (BASE, {"kv_channels": 33}, 1, "turns pairs"),
+    (BASE, {"rotary_percent": 0.01}, 1, "turns pairs"),
+    (BASE, {"rotary_percent": 1.5}, 1, "--rotary-percent: 1.5 is above 1"),
+    (BASE, {"max_position_embeddings": 255}, 1, "--max-position-embeddings: 255 is less than --seq-length 256"),
+    # experts
+    (BASE, {"expert_model_parallel_size": 2}, 2, "--expert-model-parallel-size: 2 without experts"),
+    (BASE, {"num_experts": 3, "expert_model_parallel_size": 2}, 2, "--num-experts: 3 is not a multiple of 2"),
+    (BASE, {"num_experts": 4, "moe_router_topk": 5}, 1, "--moe-router-topk: 5 of 4 experts"),
+    (BASE, {"num_experts": 4, "expert_model_parallel_size": 4}, 2, "number of processes: 2 is not a multiple of 4"),
+    (BASE, {"num_experts": 4, **TP2}, 2, "needs --sequence-parallel"),
+    (BASE, {"num_experts": 4, **TP2, "sequence_parallel": True, "disable_bias_linear": False}, 2, "experts with biases"),
+    (BASE, {"num_experts": 4, **TP2, "sequence_parallel": True, "moe_ffn_hidden_size": 5}, 2, "--moe-ffn-hidden-size: 5 is not a multiple"),
+    # exits
+    (BASE, {"exit_layer_nums": (9,)}, 1, "9 is not a layer of this model"),
+    (BASE, {"exit_layer_nums": (2, 2)}, 1, "2 is listed more than once"),
+    (BASE, {**EXITS, "exit_layer_weight": (0.1,)}, 1, "1 values for 3 exits"),
+    (BASE, {**EXITS, "exit_layer_weight": (0.1, -0.1)}, 1, "-0.1 is negative"),
+    (BASE, {**EXITS, "exit_layer_weight": (0.0, 0.0, 0.0)}, 1, "every coefficient is 0"),
+    (BASE, {**EXITS, "exit_layer_weight": (0.1, 0.1), "exit_layer_weight_rule": "sum"}, 1, "sum beside a list"),
+    (BASE, {**EXITS, "exit_layer_weight_init": (0.1,), "exit_layer_weight_warmup_iters": 5}, 1, "--exit-layer-weight-init: 1 values"),
+    (BASE, {**EXITS, "exit_layer_weight_init": (0.1, 0.1)}, 1, "no effect without a warm-up"),
+    (BASE, {**EXITS, "exit_probabilities": (0.5, 0.5, 0.0)}, 1, "not used with --exit-sampling all"),
+    (BASE, {**DRAWN, "exit_probabilities": (0.5, 0.5)}, 1, "2 values for 3 exits"),
+    (BASE, {**DRAWN, "exit_probabilities": (0.5, 0.75, -0.25)}, 1, "-0.25 is negative"),
+    (BASE, {**DRAWN, "exit_probabilities": (0.5, 0.25, 0.24999)}, 1, "they sum to 0.99999, not 1"),
+    (BASE, {**DRAWN, "num_sampled_exits": 4}, 1, "--num-sampled-exits: 4 of 3"),
+    (BASE, {**DRAWN, "exit_probabilities": (0.5, 0.0, 0.5), "num_sampled_exits": 3}, 1, "--num-sampled-exits: 3 of 2"),
+    (BASE, {**UNIFORM, "exit_layer_weight": (0.0, 1.0), "num_sampled_exits": 3}, 1, "--num-sampled-exits: 3 of 2"),
+    (BASE, {**DRAWN, "exit_probabilities": (0.5, 0.5, 0.0), "exit_layer_weight_warmup_iters": 5}, 1, "at step 0 every exit"),
+    # layout
+    (BASE, {}, 0, "number of processes: 0 is not above 0"),
+    (BASE, TP2, 3, "number of processes: 3 is not a multiple of 2"),
+    (BASE, {**TP2, **PP2, "context_parallel_size": 2}, 12, "number of processes: 12 is not a multiple of 8"),
+    (BASE, {"device": "cpu", "distributed_backend": "nccl"}, 1, "--distributed-backend: nccl cannot"),
+    (BASE, {"device": "cpu", "transformer_impl": "transformer_engine"}, 1, "--transformer-impl: transformer_engine cannot"),
+    (BASE, {"sequence_parallel": True}, 1, "--sequence-parallel: there is nothing to split over"),
+    (BASE, {**TP2, "sequence_parallel": True, "seq_length": 255}, 2, "--seq-length: 255 is not a multiple of 2"),
+    (BASE, {"context_parallel_size": 2, "transformer_impl": "local"}, 2, "--transformer-impl local"),
+    (BASE, {"context_parallel_size": 2, "device": "cpu"}, 2, "--device cpu"),
+    (BASE, {"context_parallel_size": 2, "seq_length": 254}, 2, "--seq-length: 254 is not a multiple of 4"),
+    (BASE, {"micro_batch_size": 2, "global_batch_size": 6}, 2, "--global-batch-size: 6 is not a multiple of 4"),
+    (BASE, {"pipeline_model_parallel_size": 3}, 3, "8 layers do not divide over 3 stages"),
+    (BASE, {**PP2, "decoder_first_pipeline_num_layers": 8}, 2, "0 layers are left for 1 stages"),
+    (BASE, {"decoder_last_pipeline_num_layers": 8}, 1, "there is only one stage"),
+    (BASE, {"num_layers_per_virtual_pipeline_stage": 2}, 1, "needs several stages"),
+    (BASE, {**CHUNKS, "num_layers_per_virtual_pipeline_stage": 3}, 2, "--num-layers: 8 is not a multiple of 6"),
+    (BASE, {**CHUNKS, "decoder_first_pipeline_num_layers": 4}, 2, "chunks need stages of equal size"),
+    (BASE, {**CHUNKS, "overlap_p2p_communication": False}, 2, "gradients are silently wrong"),
+    (BASE, {**CHUNKS, "global_batch_size": 3}, 2, "number of micro-batches: 3 is not a multiple of 2"),
+    (BASE, {**PP2, "recompute_granularity": "full", "recompute_num_layers": 5}, 2, "5 is more than the 4 layers of a chunk"),
+    (BASE, {**CHUNKS, "recompute_granularity": "full", "recompute_num_layers": 3}, 2, "3 is more than the 2 layers of a chunk"),
+    (BASE, {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mla_up_proj")}, 1, "'mla_up_proj' cannot be"),
+    (BASE, {"recompute_granularity": "selective", "recompute_modules": ()}, 1, "--recompute-modules: empty"),
+    (BASE, {"recompute_granularity": "selective", "recompute_modules": ("moe",)}, 1, "moe without experts"),
+    # training
+    (BASE, {"bf16": True, "fp16": True}, 1, "a run has one precision"),
+    (BASE, {"loss_scale": 8.0}, 1, "--loss-scale: 8.0 scales the loss of --fp16 only"),
+    (BASE, {"initial_loss_scale": 0.5}, 1, "--initial-loss-scale: 0.5 is below --min-loss-scale 1.0"),
+    (BASE, {"use_distributed_optimizer": True, "optimizer": "sgd"}, 1, "splits the state of adam only, not of sgd"),
+    (BASE, {"use_distributed_optimizer": True, "overlap_param_gather": True}, 1, "--overlap-param-gather: needs"),
+    (BASE, {"overlap_grad_reduce": True, "overlap_param_gather": True}, 1, "--overlap-param-gather: needs"),
+    (BASE, {"min_lr": 1.0}, 1, "--min-lr: 1.0 is above --lr 0.0003"),
+    (BASE, {"lr_warmup_init": 1.0}, 1, "--lr-warmup-init: 1.0 is above --lr 0.0003"),
+    (BASE, {"lr_warmup_iters": 100}, 1, "--lr-warmup-iters: 100 is not below the 100 steps of the decay"),
+    (BASE, {"lr_warmup_iters": 50, "lr_decay_iters": 50}, 1, "--lr-warmup-iters: 50 is not below the 50 steps"),
+    # files
+    (BASE, {"mock_data": False}, 1, "--data-path: nothing to train on"),
+    (REAL, {"mock_data": True}, 1, "--mock-data: made-up tokens beside real ones"),
+    (BASE, {"vocab_size": None}, 1, "--mock-data: made-up tokens have no tokenizer"),
+    (REAL, {"tokenizer_model": None}, 1, "--tokenizer-model: SentencePieceTokenizer needs its file"),
+    (REAL, {"tokenizer_type": "NullTokenizer", "tokenizer_model": None}, 1, "a NullTokenizer does not know its vocabulary"),
+    (REAL, {"tokenizer_type": "NullTokenizer", "vocab_size": 9}, 1, "a NullTokenizer reads no file"),
+    (REAL, {"split": "100,0"}, 1, "--split: '100,0' is not two positive shares"),
+    (BASE, {"save_interval": 5}, 1, "--save-interval: nowhere to save"),
+    (BASE, {"finetune": True}, 1, "--finetune: no checkpoint"),
+    (BASE, {"exit_on_missing_checkpoint": True}, 1, "--exit-on-missing-checkpoint: no checkpoint"),
+    (BASE, {"skip_train": True}, 1, "--skip-train: no checkpoint"),
+    (REAL, {"data_path": (), "skip_train": True, "load": "run"}, 1, "--skip-train: nothing to evaluate on"),
+]
+
+
+@pytest.mark.parametrize(("base", "words", "world_size"), ALLOWED)
+def test_a_run_within_the_rules_passes(base, words, world_size):
+    check_settings(replace(base, **words), world_size)
+
+
+@pytest.mark.parametrize(("base", "words", "world_size", "message"), REFUSED)
+def test_a_run_outside_a_rule_is_refused(base, words, world_size, message):
+    with pytest.raises(SettingsError) as error:
+        check_settings(replace(base, **words), world_size)
+    assert message in str(error.value)
+    assert str(error.value).endswith(".")
+
+
+def test_every_number_has_a_range():
+    checked = {*POSITIVE, *NOT_NEGATIVE, *BELOW_ONE}
+    numbers = {field.name for field in fields(Settings) if field.type in (int, float, int | None, float | None)}
+    assert checked == numbers
+
+
+@pytest.mark.parametrize(
+    ("names", "outside", "rule"), [(POSITIVE, 0, "is not above 0"), (NOT_NEGATIVE, -1, "is negative"), (BELOW_ONE, 1.0, "is not in [0, 1)")]
+)
+def test_every_number_outside_its_range_is_refused(names, outside, rule):
+    for name in names:
+        with pytest.raises(SettingsError) as error:
+            check_settings(replace(BASE, **{name: outside}), 1)
+        assert str(error.value).startswith(f"--{name.replace('_', '-')}: {outside} {rule}")
