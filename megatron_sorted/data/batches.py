@@ -1,0 +1,182 @@
+"""Micro-batches as torch tensors; each rank cuts its own out of the global order."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_sorted.data.corpus import Corpus
+from megatron_sorted.data.dataset import EVALUATION_SEED, EvaluationSet, MockSamples, Sample, SampleSource, empty_sample, open_samples
+from megatron_sorted.data.tokenizer import Tokenizer
+from megatron_sorted.errors import DataError, SettingsError
+from megatron_sorted.settings.run import Settings
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Shapes:
+        tokens_bs, labels_bs: (micro batch, seq_length) int64.
+        loss_mask_bs: the same, float32.
+        positions_bs: the same, int64; starts again at 0 with each piece.
+        segments_bs: the same, int32; number of the piece, padding has a number of its own. None where plain causal attention is
+            right: no sample holds more than one piece.
+    """
+
+    tokens_bs: torch.Tensor
+    labels_bs: torch.Tensor
+    loss_mask_bs: torch.Tensor
+    segments_bs: torch.Tensor | None
+    positions_bs: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Returns how many labels are trained on."""
+        return int(self.loss_mask_bs.sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Returns the batch on another device."""
+        moved = (None if tensor is None else tensor.to(device, non_blocking=True)
+                 for tensor in (self.tokens_bs, self.labels_bs, self.loss_mask_bs, self.segments_bs, self.positions_bs))
+        return Batch(*moved)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Returns samples stacked into one batch."""
+    segments = np.stack([sample.segments_s for sample in samples])
+    positions = np.broadcast_to(np.arange(segments.shape[1]), segments.shape).copy()
+    # One document followed by padding needs no segments: causal attention never looks at what comes after.
+    packed = any(sample.num_pieces > 1 for sample in samples)
+    if packed:
+        starts = np.zeros_like(positions)
+        starts[:, 1:] = np.where(segments[:, 1:] != segments[:, :-1], positions[:, 1:], 0)
+        positions -= np.maximum.accumulate(starts, axis=1)
+    return Batch(
+        tokens_bs=torch.from_numpy(np.stack([sample.tokens_s for sample in samples])),
+        labels_bs=torch.from_numpy(np.stack([sample.labels_s for sample in samples])),
+        loss_mask_bs=torch.from_numpy(np.stack([sample.loss_mask_s for sample in samples])),
+        segments_bs=torch.from_numpy(segments) if packed else None,
+        positions_bs=torch.from_numpy(positions))
+
+
+def _vocabulary(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) -> tuple[int, int]:
+    """Returns the model's vocabulary and the padding token."""
+    given = tokenizer_or_vocab if isinstance(tokenizer_or_vocab, int | None) else tokenizer_or_vocab.vocab_size
+    pad_id = 0 if isinstance(tokenizer_or_vocab, int | None) else tokenizer_or_vocab.pad_id
+    vocab_size = settings.vocab_size or given
+    if not vocab_size:
+        raise SettingsError("--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size.")
+    if given is not None and given > vocab_size:
+        raise DataError(f"--vocab-size {vocab_size}: the tokenizer has {given} tokens, which do not fit. "
+                        f"Leave --vocab-size out or give at least {given}.")
+    return vocab_size, pad_id
+
+
+def _split_shares(split: str) -> tuple[float, float]:
+    """Returns the fractions where training ends and where validation ends."""
+    try:
+        shares = [float(word) for word in split.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or shares[0] <= 0:
+        raise SettingsError(f"--split: {split!r} is not a list of shares for training, validation (and a rest left alone), such as 98,2.")
+    total = sum(shares)
+    return shares[0] / total, sum(shares[:2]) / total
+
+
+def _global_batch_size(settings: Settings, dp_size: int) -> int:
+    size = settings.global_batch_size or settings.micro_batch_size * dp_size
+    if size % (settings.micro_batch_size * dp_size):
+        raise SettingsError(f"--global-batch-size: {size} is not a multiple of --micro-batch-size {settings.micro_batch_size} x "
+                            f"{dp_size} data parallel processes. Choose a multiple.")
+    return size
+
+
+def open_train_samples(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) -> SampleSource:
+    """Returns the training samples that the settings name; without --valid-data-path only the first share of --split."""
+    vocab_size, pad_id = _vocabulary(settings, tokenizer_or_vocab)
+    if settings.mock_data:
+        return MockSamples(settings.seq_length, vocab_size, settings.seed, samples_per_epoch=1 << 40)
+    if not settings.data_path:
+        raise SettingsError("--data-path: no training data. Give the prefix that tools/prepare_data.py wrote, or --mock-data.")
+    end = 1.0 if settings.valid_data_path else _split_shares(settings.split)[0]
+    return open_samples(Corpus(settings.data_path, (0.0, end)), settings.seq_length, vocab_size, pad_id, settings.seed)
+
+
+def _batches(samples: Iterator[Sample], settings: Settings) -> Iterator[Batch]:
+    chunk: list[Sample] = []
+    for sample in samples:
+        chunk.append(sample)
+        if len(chunk) == settings.micro_batch_size:
+            yield collate(chunk)
+            chunk = []
+
+
+def _own_indices(settings: Settings, dp_rank: int, dp_size: int, start: int) -> Iterator[int]:
+    """Yields the numbers of this rank's samples, micro-batch by micro-batch, without end (Megatron's order)."""
+    size, micro = _global_batch_size(settings, dp_size), settings.micro_batch_size
+    while True:
+        for first in range(start, start + size, micro * dp_size):
+            yield from range(first + dp_rank * micro, first + (dp_rank + 1) * micro)
+        start += size
+
+
+def make_train_batches(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None, dp_rank: int, dp_size: int, start_sample: int = 0,
+                       source: SampleSource | None = None) -> Iterator[Batch]:
+    """Returns this rank's micro-batches without end, after ``start_sample`` samples were trained on over all ranks.
+
+    Global batch g is samples ``start_sample + [g * G, (g + 1) * G)``; its micro-batch m on rank d takes the b samples from
+    ``m * b * dp_size + d * b`` on. Ranks of one tensor or pipeline group pass the same ``dp_rank`` and get the same batches.
+    """
+    source = source or open_train_samples(settings, tokenizer_or_vocab)
+    indices = _own_indices(settings, dp_rank, dp_size, start_sample)
+    return _batches((source.sample(index) for index in indices), settings)
+
+
+def make_eval_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) -> dict[str, EvaluationSet]:
+    """Returns the evaluation sets by name: each --valid-data-path, or the second share of --split (none if that is 0)."""
+    vocab_size, pad_id = _vocabulary(settings, tokenizer_or_vocab)
+    if settings.mock_data:
+        count = settings.eval_iters * (settings.global_batch_size or settings.micro_batch_size)
+        return {"mock": EvaluationSet(MockSamples(settings.seq_length, vocab_size, EVALUATION_SEED, count))}
+    share, prefixes = (0.0, 1.0), settings.valid_data_path
+    if not prefixes:
+        share, prefixes = _split_shares(settings.split), settings.data_path
+    sets: dict[str, EvaluationSet] = {}
+    for prefix in prefixes:
+        corpus = Corpus([prefix], share)
+        if not settings.valid_data_path and not corpus.num_documents:
+            continue
+        name = Path(prefix).name.removesuffix("_text_document")
+        if name in sets:
+            raise SettingsError(f"--valid-data-path: two sets are called {name!r} and could not be told apart in reports. Rename one.")
+        sets[name] = EvaluationSet(open_samples(corpus, settings.seq_length, vocab_size, pad_id, settings.seed, evaluation=True))
+    return sets
+
+
+def make_eval_batches(settings: Settings, samples: EvaluationSet, dp_rank: int, dp_size: int,
+                      num_batches: int | None = None) -> Iterator[Batch]:
+    """Returns this rank's micro-batches of one pass (or its first ``num_batches`` global batches); every rank gets equally many.
+
+    What is missing to the last global batch is filled with samples that count nowhere.
+    """
+    size = _global_batch_size(settings, dp_size)
+    total = num_eval_batches(settings, samples, dp_size, num_batches) * size
+    empty = empty_sample(settings.seq_length, samples.source.pad_id)
+
+    def own() -> Iterator[Sample]:
+        for index in _own_indices(settings, dp_rank, dp_size, 0):
+            if index >= total:
+                return
+            yield samples[index] if index < len(samples) else empty
+
+    return _batches(own(), settings)
+
+
+def num_eval_batches(settings: Settings, samples: EvaluationSet, dp_size: int, num_batches: int | None = None) -> int:
+    """Returns the number of global batches :func:`make_eval_batches` gives."""
+    whole = -(-len(samples) // _global_batch_size(settings, dp_size))
+    return whole if num_batches is None else min(whole, num_batches)
