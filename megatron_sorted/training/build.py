@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_sorted.checkpoint.optimizer_state import count_padding_in_offsets
 from megatron_sorted.exits.placement import place_exits
 from megatron_sorted.loss.linear_cross_entropy import VocabularyShard
 from megatron_sorted.model.config import make_config, parameter_dtype, uses_transformer_engine
@@ -100,6 +101,7 @@ def build_model(settings: Settings, platform: Platform, place: Place, vocab_size
         use_distributed_optimizer=settings.use_distributed_optimizer,
     )
     chunks = [DistributedDataParallel(config, buffers, module, disable_bucketing=index > 0) for index, module in enumerate(wrapped)]
+    count_padding_in_offsets(chunks)
     model = Model(chunks, config, copies, vocabulary_shard(settings, vocab_size), vocab_size)
     _connect_schedule(model, settings)
     return model
@@ -141,6 +143,6 @@ def build_optimizer(model: Model, settings: Settings, world_size: int) -> None:
     decay = settings.lr_decay_iters or max(settings.train_iters, 1)
     model.schedule = OptimizerParamScheduler(
         model.optimizer, init_lr=settings.lr_warmup_init, max_lr=settings.lr, min_lr=settings.min_lr,
-        lr_warmup_steps=settings.lr_warmup_iters * samples, lr_decay_steps=decay * samples, lr_decay_style=settings.lr_decay_style,
+        lr_warmup_steps=settings.lr_warmup_iters * samples, lr_decay_steps=max(decay, settings.lr_warmup_iters + 1) * samples, lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay, end_wd=settings.weight_decay, wd_incr_steps=decay * samples, wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)
