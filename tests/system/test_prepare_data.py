@@ -15,7 +15,7 @@ from megatron_sorted.data.dataset import open_samples
 from megatron_sorted.data.tokenizer import load_tokenizer, train_sentencepiece
 
 ROOT = Path(__file__).resolve().parents[2]
-# 400 samples, 300 kB lines every now and then: several blocks of unequal work, which workers finish out of order.
+# 400 samples with some of 300 kB, and 40 huge ones without a response: 15 blocks of unequal work, which workers finish out of order.
 SAMPLES = [{"instruction": f"Count to {i} in größer 猫", "input": "" if i % 3 else f"start at {i // 2}",
             "output": " ".join(str(n) for n in range(i % 40 + 1)) + " long" * (60000 if i % 50 == 7 else 0)} for i in range(400)]
 
@@ -29,7 +29,8 @@ def run(*arguments, cwd):
 def folder(tmp_path_factory):
     """Returns a folder with samples, plain and gzipped, and a tokenizer."""
     path = tmp_path_factory.mktemp("prepare")
-    lines = [json.dumps(sample, ensure_ascii=i % 2 == 0) for i, sample in enumerate(SAMPLES)]
+    empty = "\n" + json.dumps({"instruction": "huge " * 64000, "output": ""})
+    lines = [json.dumps(sample, ensure_ascii=i % 2 == 0) + empty * (i % 10 == 5) for i, sample in enumerate(SAMPLES)]
     (path / "a.jsonl").write_text("\n".join(lines[:150]) + "\n", encoding="utf-8")
     with gzip.open(path / "b.jsonl.gz", "wt", encoding="utf-8") as stream:
         stream.write("\n".join(lines[150:]))
@@ -49,7 +50,7 @@ def test_workers_make_the_same_bytes_and_samples_hold_all_of_it(folder):
             for workers in (2, 3):
                 assert (folder / "out" / name).read_bytes() == (folder / "out" / f"w{workers}{name[2:]}").read_bytes()
     report = json.loads((folder / "out" / "w2.json").read_text())
-    assert report["samples_read"] == 400 and report["truncated"] == 8 and report["skipped"]["count"] == {}
+    assert report["samples_read"] == 440 and report["truncated"] == 8 and report["skipped"]["count"] == {"empty_response": 40}
     assert report["train"]["documents"] + report["valid"]["documents"] == 400 and 40 < report["valid"]["documents"] < 120
     assert report["data_format"] == "instruction" and report["tokenizer"]["vocab_size"] == 300
     # The table shows the same numbers.
@@ -106,7 +107,7 @@ def test_limit_overwrite_and_stale_files(folder, tmp_path):
     assert run(*common, "--valid-fraction", 0.5, cwd=tmp_path).returncode == 0
     refused = run(*common, "--limit", 5, cwd=tmp_path)
     assert refused.returncode == 1 and "x_text_document.bin" in refused.stderr and "give --overwrite" in refused.stderr
-    assert json.loads((tmp_path / "x.json").read_text())["samples_read"] == 150
+    assert json.loads((tmp_path / "x.json").read_text())["samples_read"] == 165
     assert run(*common, "--limit", 5, "--overwrite", cwd=tmp_path).returncode == 0
     assert json.loads((tmp_path / "x.json").read_text())["train"]["documents"] == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x_text_document.bin", "x_text_document.idx"]
