@@ -13,7 +13,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_sorted.checkpoint.layout import DESCRIPTION, TRACKER, Progress, iteration_directory, read_description, write_text_atomically
-from megatron_sorted.checkpoint.optimizer_state import fill_empty_state
+from megatron_sorted.checkpoint.optimizer_state import fill_empty_state, load_optimizer_state
 from megatron_sorted.errors import CheckpointError
 
 # The form of the distributed optimizer's state that survives a change of layout.
@@ -128,7 +128,7 @@ def load_checkpoint(directory: Path, chunks: list, optimizer, schedule, load_opt
     for index, chunk in enumerate(chunks):
         _inner(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"])
     if load_optimizer:
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer_state(optimizer, loaded["optimizer"])
         schedule.load_state_dict(loaded["opt_param_scheduler"])
     elif hasattr(optimizer, "reload_model_params"):
         optimizer.reload_model_params()
