@@ -67,6 +67,7 @@ def train_and_report(settings: Settings, steps: int, unequal: bool, packed: bool
         report["grad_norms"].append(result.grad_norm)
         report["losses"].append({d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).items()})
         forward_step.ledger.clear()
+    report["loss_scale"] = model.optimizer.get_loss_scale().item()
     for chunk in model.chunks:
         if settings.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
