@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_sorted.checkpoint.layout import DESCRIPTION, TRACKER, Progress, iteration_directory, read_description, write_text_atomically
 from megatron_sorted.checkpoint.optimizer_state import fill_empty_state, load_optimizer_state
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.platform.state import random_state, set_random_state
 
 # The form of the distributed optimizer's state that survives a change of layout.
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True, "singleton_local_shards": False}
@@ -34,8 +35,7 @@ def _model_states(chunks: list) -> dict[str, Any]:
 
 def _random_state() -> dict[str, Any]:
     return {
-        "python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(), "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "python": random.getstate(), "numpy": np.random.get_state(), **random_state(),
     }
 
 
@@ -101,10 +101,11 @@ def save_checkpoint(root: str, chunks: list, optimizer, schedule, progress: Prog
 
 def _merged(states: dict[str, Any]) -> dict[str, Any]:
     """Returns the state dict the optimizer looks parameters up in: a single chunk's, or all chunks' by name."""
-    return states["model"] if "model" in states else states
+    return states.get("model", states)
 
 
-def load_checkpoint(directory: Path, chunks: list, optimizer, schedule, load_optimizer: bool, load_random: bool) -> tuple[Progress, dict[str, Any]]:
+def load_checkpoint(directory: Path, chunks: list, optimizer, schedule, load_optimizer: bool,
+                    load_random: bool) -> tuple[Progress, dict[str, Any]]:
     """Returns progress and further state after loading weights and, if asked for, optimizer, schedule and random state.
 
     Collective: every rank reads the shards it needs.
@@ -141,6 +142,4 @@ def load_checkpoint(directory: Path, chunks: list, optimizer, schedule, load_opt
 def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["device"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    set_random_state(state)

@@ -64,7 +64,8 @@ def opening_lines(settings: Settings, platform: Platform, place: Place, vocab_si
     precision = "bf16" if settings.bf16 else "fp16" if settings.fp16 else "fp32"
     return [
         f"{place.world_size} process{'es' * (place.world_size > 1)} on {platform.name}: {layout}, {precision}, "
-        f"{num_micro_batches(settings, place.world_size)} micro-batches of {settings.micro_batch_size} x {settings.seq_length} tokens a step each",
+        f"{num_micro_batches(settings, place.world_size)} micro-batches of {settings.micro_batch_size} x {settings.seq_length} tokens "
+        "a step each",
         f"{settings.num_layers} layers, hidden {settings.hidden_size}, vocabulary {vocab_size}; sub-models: "
         + ", ".join(f"@{depth} {parameters[depth] / 1e6:.1f}M" for depth in depths),
         *(where if place.num_stages > 1 else []),

@@ -6,7 +6,6 @@ import time
 from itertools import islice
 from pathlib import Path
 
-
 from megatron_sorted.checkpoint.layout import Progress, check_same_shape, latest_checkpoint, write_text_atomically
 from megatron_sorted.checkpoint.sharded import load_checkpoint, save_checkpoint
 from megatron_sorted.data.batches import make_eval_sets, make_train_batches, open_train_samples

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sorted.loss.ledger import COLUMNS, Ledger
+from megatron_sorted.platform.state import current_device
 from megatron_sorted.settings.derived import exit_depths
 from megatron_sorted.settings.run import Settings
 
@@ -34,7 +35,7 @@ def reduce_ledger(ledger: Ledger, settings: Settings) -> dict[int, ExitReport]:
     Collective: one all-reduce over all ranks, of a few numbers an exit. Makes the host wait for the device.
     """
     depths = exit_depths(settings)
-    device = torch.cuda.current_device()
+    device = current_device()
     table = torch.zeros(len(depths), len(COLUMNS), dtype=torch.float64, device=device)
     for row, depth in enumerate(depths):
         if depth in ledger.sums:

@@ -41,7 +41,8 @@ def test_copies_are_bitwise_equal_after_ten_steps(world_size, changes, copies):
 
 @pytest.mark.parametrize("changes", [{}, UNTIED, {"use_exit_norm": True, "untie_exit_output_weights": True}])
 @pytest.mark.parametrize(("world_size", "layout"), [
-    (4, PP4), (2, {"tensor_model_parallel_size": 2}), (4, {**PP2, **DISTRIBUTED}), (2, {**PP2, "num_layers_per_virtual_pipeline_stage": 1})])
+    (4, PP4), (2, {"tensor_model_parallel_size": 2}), (4, {**PP2, **DISTRIBUTED}),
+    (2, {**PP2, "num_layers_per_virtual_pipeline_stage": 1})])
 def test_gradient_norm_counts_every_parameter_once(world_size, layout, changes):
     """The norm that clipping uses equals that of the whole model's gradient, put together from all ranks by hand."""
     settings = tiny(**layout, **changes)

@@ -11,8 +11,8 @@ CHUNKS = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_st
 DISTRIBUTED = {"use_distributed_optimizer": True}
 
 
-@pytest.mark.parametrize(("world_size", "changes"), [(1, {}), (2, {}), (2, PP2), (2, {"tensor_model_parallel_size": 2}), (4, WIDE), (2, CHUNKS),
-                                                     (4, {**PP2, **DISTRIBUTED})])
+@pytest.mark.parametrize(("world_size", "changes"), [
+    (1, {}), (2, {}), (2, PP2), (2, {"tensor_model_parallel_size": 2}), (4, WIDE), (2, CHUNKS), (4, {**PP2, **DISTRIBUTED})])
 @pytest.mark.parametrize("per_token", [True, False])
 def test_samples_of_unequal_length_and_packed_documents(world_size, changes, per_token):
     compare(world_size, tiny(calculate_per_token_loss=per_token, **changes), 1e-5, unequal=True, packed=True)
