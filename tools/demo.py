@@ -30,8 +30,9 @@ NEXT = """What to try next
   more questions     python tools/make_cldr_questions.py --output runs/questions --num-samples 200000
   larger models      examples/llama2_7b_8gpu.yaml, examples/llama2_13b_soft.yaml"""
 
-HOW_TO_READ = """How to read it: `nested` was trained at every exit, `plain` only at the last, equally long. The phrasing set asks trained facts in
-words that were never trained; the unseen set asks facts that were never trained, so its exact match is what guessing earns."""
+HOW_TO_READ = """How to read it: `nested` was trained at every exit, `plain` only at the last, equally long. The phrasing set
+asks trained facts in words that were never trained; the unseen set asks facts that were never trained, so its exact match
+is what guessing earns."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def demo_steps(folder: Path, quick: bool) -> list[Step]:
 
     return [
         Step("questions", "Write questions about names in 16 languages, with true answers from Unicode CLDR", 5,
-             (python, "tools/make_cldr_questions.py", "--output", str(data), *QUESTIONS,
-              "--max-facts", facts, "--num-eval-samples", questions), (data / "train.jsonl", data / "phrasing.jsonl", data / "unseen.jsonl")),
+             (python, "tools/make_cldr_questions.py", "--output", str(data), *QUESTIONS, "--max-facts", facts, "--num-eval-samples", questions),
+             tuple(data / f"{name}.jsonl" for name in ("train", "phrasing", "unseen"))),
         *map(prepare, ("train", "phrasing", "unseen")),
         train("nested", "Train 8 layers so that the first 2, 4 and 6 are models as well: 2 processes, 4 layers each"),
         train("plain", "Train an ordinary model equally long: no loss at exits 2, 4 and 6", "--exit-layer-weight", "0", "0", "0"),
