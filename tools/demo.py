@@ -75,7 +75,8 @@ def demo_steps(folder: Path, quick: bool) -> list[Step]:
 
     return [
         Step("questions", "Write questions about names in 16 languages, with true answers from Unicode CLDR", 5,
-             (python, "tools/make_cldr_questions.py", "--output", str(data), *QUESTIONS, "--max-facts", facts, "--num-eval-samples", questions),
+             (python, "tools/make_cldr_questions.py", "--output", str(data), *QUESTIONS, "--max-facts", facts,
+              "--num-eval-samples", questions),
              tuple(data / f"{name}.jsonl" for name in ("train", "phrasing", "unseen"))),
         *map(prepare, ("train", "phrasing", "unseen")),
         train("nested", "Train 8 layers so that the first 2, 4 and 6 are models as well: 2 processes, 4 layers each"),
