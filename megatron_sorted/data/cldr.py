@@ -29,7 +29,7 @@ _EXCLUDED = {
     "territory": {"ZZ", "XA", "XB", "QO", "EU", "EZ", "UN"},
     "language": {"und", "mul", "zxx", "mis", "root"},
     "script": {"Qaag", "Zanb", "Zinh", "Zmth", "Zsye", "Zsym", "Zxxx", "Zyyy", "Zzzz"},
-    "currency": set(["XAG", "XAU", "XBA", "XBB", "XBC", "XBD", "XDR", "XEU", "XFO", "XFU", "XPD", "XPT", "XRE", "XSU", "XTS", "XUA", "XXX"]),
+    "currency": {"XAG", "XAU", "XBA", "XBB", "XBC", "XBD", "XDR", "XEU", "XFO", "XFU", "XPD", "XPT", "XRE", "XSU", "XTS", "XUA", "XXX"},
 }
 _CLDR_FIELD = {"territory": "territories", "language": "languages", "script": "scripts", "currency": "currency_names"}
 _LINK_DATE = date(2024, 1, 1)  # fixed, so that the questions do not change with the day they are made

@@ -42,10 +42,16 @@ ENGLISH_NAME = Phrasings(
         "Name {thing} in {language}.",
         "Give the {language} name.\n{thing}",
         "Which word does {language} use for {thing}?",
+        "In {language}, how do you say {thing}?",
+        "What is the {language} word for {thing}?",
+        "Say {thing} in {language}.",
+        "In {language}, which name does {thing} have?",
+        "Translate into {language}.\n{thing}",
+        "By which name is {thing} known in {language}?",
     ),
     held_out=(
         "In {language}, what is {thing} called?",
-        "Tell me the {language} word for {thing}.",
+        "Tell me the {language} name of {thing}.",
     ),
 )
 ENGLISH_CODE = Phrasings(
