@@ -3,6 +3,7 @@
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels, num_virtual_chunks
 from megatron_sorted.settings.run import Settings
@@ -22,6 +23,24 @@ def uses_transformer_engine(settings: Settings, platform: Platform) -> bool:
     return settings.transformer_impl == "transformer_engine"
 
 
+def check_platform(settings: Settings, platform: Platform) -> None:
+    """Returns nothing if the platform that was chosen can do what the settings ask. Called before process groups start.
+
+    Raises:
+        PlatformError: It cannot.
+    """
+    if settings.transformer_impl == "transformer_engine" and not platform.has_transformer_engine():
+        raise PlatformError(f"--transformer-impl transformer_engine: Transformer Engine is not installed, or cannot run on {platform.name}. "
+                            "Install it on a GPU host, or use --transformer-impl local.")
+    if settings.context_parallel_size > 1 and not uses_transformer_engine(settings, platform):
+        raise PlatformError(f"--context-parallel-size: {settings.context_parallel_size} needs Transformer Engine's attention, which is not "
+                            f"there on {platform.name}. Install Transformer Engine on GPU hosts, or use 1.")
+    if settings.num_experts and not platform.has_transformer_engine():
+        raise PlatformError(f"--num-experts: {settings.num_experts} needs Transformer Engine: the router of megatron-core 0.16.1 uses its "
+                            f"matrix product without asking whether it is there, and it is not there on {platform.name}. "
+                            "Install Transformer Engine on a GPU host, or leave --num-experts out.")
+
+
 def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
     """Returns Megatron's configuration of the run described by ``settings``."""
     dtype = parameter_dtype(settings)
@@ -38,7 +57,7 @@ def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
             "moe_router_topk": settings.moe_router_topk,
             "moe_ffn_hidden_size": settings.moe_ffn_hidden_size or ffn_hidden_size(settings),
             "moe_aux_loss_coeff": settings.moe_aux_loss_coeff,
-            "moe_token_dispatcher_type": "alltoall",
+            "moe_token_dispatcher_type": settings.moe_token_dispatcher_type,
         }
     return TransformerConfig(
         # network

@@ -38,6 +38,8 @@ class ModelSettings:
     num_experts: int | None = setting(None, "Number of experts of a mixture-of-experts MLP; none by default.")
     moe_router_topk: int = setting(2, "Experts each token is sent to.")
     moe_ffn_hidden_size: int | None = setting(None, "MLP width of one expert; by default --ffn-hidden-size.")
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = setting(
+        "allgather", "How tokens travel to their experts; alltoall sends less and needs an accelerator.")
     moe_aux_loss_coeff: float = setting(0.0, "Coefficient of the router's load-balancing loss.")
     transformer_impl: Literal["auto", "local", "transformer_engine"] = setting(
         "auto", "Layer implementation: plain PyTorch, or Transformer Engine. 'auto' takes Transformer Engine on CUDA where installed.")

@@ -11,6 +11,7 @@ from megatron_sorted.checkpoint.sharded import load_checkpoint, save_checkpoint
 from megatron_sorted.data.batches import make_eval_sets, make_train_batches, open_train_samples
 from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import CheckpointError, SettingsError
+from megatron_sorted.model.config import check_platform
 from megatron_sorted.monitoring.console import duration, evaluation_lines, step_line
 from megatron_sorted.monitoring.json_lines import JsonLines
 from megatron_sorted.monitoring.report import EvaluationReport, ExitNumbers, StepReport
@@ -58,6 +59,7 @@ class Run:
         self.rule = coefficient_rule(settings)
         self.progress = Progress(0, 0)
         self.platform: Platform = choose_platform(settings.device)
+        check_platform(settings, self.platform)
         self.platform.prepare()
 
     def _find_checkpoint(self) -> Path | None:

@@ -135,3 +135,92 @@ def steps_from(settings: Settings, root: str, load: bool, first: int, last: int,
         save_checkpoint(root, model.chunks, model.optimizer, model.schedule, Progress(last, last * settings.global_batch_size),
                         description, {"note": last})
     return report
+
+
+def evaluate_report(settings: Settings) -> dict:
+    """Returns what evaluation says of every exit on the instruction samples, and this rank's shards of the weights."""
+    from megatron_sorted.data.dataset import EvaluationSet
+    from megatron_sorted.training.evaluate import evaluate
+    from tests.support.tiny import InstructionSource
+
+    platform, place, model = start(settings)
+    forward_step = ForwardStep(settings, model, platform.device(), settings.exit_loss_chunk_tokens)
+    likely = make_samples(settings.global_batch_size, settings.seq_length, 79)
+    likely["labels"] = torch.full_like(likely["labels"], 7)
+    batches = micro_batches(likely, settings, place.data_rank, place.data_size)
+    for _ in range(6):  # until label 7 is the most likely one, so that some documents are exactly right
+        train_step(model, settings, forward_step, batches, {depth: 1.0 for depth in (1, 2, 3, 4)}, settings.global_batch_size)
+    seen = []
+    report = evaluate(model, settings, forward_step, place, "set", EvaluationSet(InstructionSource()), 0,
+                      lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] == -(-11 // settings.global_batch_size)
+    tied = not settings.untie_embeddings_and_output_weights
+    weights = shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)
+    return {"exits": report.exits, "tokens": report.num_tokens, "weights": weights}
+
+
+def gpt_model_reads_our_checkpoint(settings: Settings, root: str) -> dict:
+    """Saves our model, loads it into Megatron's GPTModel by global names; returns both last losses on the same tokens."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_sorted.checkpoint.layout import Progress
+    from megatron_sorted.checkpoint.sharded import save_checkpoint
+    from megatron_sorted.model.spec import layer_spec
+
+    platform, _, model = start(settings)
+    directory = save_checkpoint(root, model.chunks, model.optimizer, model.schedule, Progress(1, 1), {}, {})
+    theirs = GPTModel(
+        model.config, layer_spec(settings, False), settings.vocab_size, settings.seq_length, position_embedding_type="rope",
+        share_embeddings_and_output_weights=not settings.untie_embeddings_and_output_weights)
+    sharded = theirs.sharded_state_dict()
+    loaded, missing, unexpected = dist_checkpointing.load(sharded, str(directory), strict="return_all")
+    theirs.load_state_dict(loaded, strict=False)
+    samples = make_samples(settings.global_batch_size, settings.seq_length, 5)
+    positions = torch.arange(settings.seq_length).expand(samples["tokens"].shape)
+    with torch.no_grad():
+        loss = theirs(samples["tokens"], positions, None, labels=samples["labels"]).mean().item()
+    forward_step = ForwardStep(settings, model, platform.device(), settings.exit_loss_chunk_tokens)
+    train_step(model, settings, forward_step, micro_batches(samples, settings, 0, 1), {settings.num_layers: 1.0}, 8)
+    ours = reduce_ledger(forward_step.ledger, settings)[settings.num_layers].loss
+    differ = {"missing": missing, "unexpected": unexpected}
+    extra = ("optimizer", "random_state")  # of the run, not of the model
+    named = {what: sorted(n for n in names if not n.startswith(extra) and "_extra_state" not in n) for what, names in differ.items()}
+    return {"ours": ours, "theirs": loss, **named}
+
+
+def segments_against_block(settings: Settings, ends: list[int]) -> dict:
+    """Runs a block whole and cut at ``ends``; returns outputs and gradients of both."""
+    from megatron_sorted.model.segments import cut_block
+
+    _, _, model = start(settings)
+    block = unwrap(model.chunks[0]).decoder
+    rotary = unwrap(model.chunks[0]).rotary_pos_emb(settings.seq_length)
+    hidden = torch.randn(settings.seq_length, 2, settings.hidden_size, generator=torch.Generator().manual_seed(1))
+    results = []
+    for segments in ((block,), cut_block(block, ends)):
+        block.zero_grad()
+        for parameter in block.parameters():
+            parameter.main_grad.zero_()
+        x = hidden.clone().requires_grad_()
+        out = x
+        for segment in segments:
+            out = segment(hidden_states=out, attention_mask=None, rotary_pos_emb=rotary)
+        (out * hidden).sum().backward()
+        gradients = {name: parameter.main_grad.clone() for name, parameter in block.named_parameters()}
+        results.append((out.detach(), {"input": x.grad, **gradients}))
+    (whole, expected), (cut, got) = results
+    return {"whole": whole, "cut": cut, "gradients": {name: (expected[name], got[name]) for name in expected}}
+
+
+def layers_run(settings: Settings, coefficients: dict[int, float]) -> list[int]:
+    """Returns the numbers of this rank's layers that one step ran."""
+    platform, place, model = start(settings)
+    ran = []
+    for chunk in model.chunks:
+        for layer in unwrap(chunk).decoder.layers:
+            layer.register_forward_hook(lambda module, *_: ran.append(module.layer_number))
+    forward_step = ForwardStep(settings, model, platform.device(), settings.exit_loss_chunk_tokens)
+    samples = make_samples(settings.global_batch_size, settings.seq_length, 5)
+    train_step(model, settings, forward_step, micro_batches(samples, settings, place.data_rank, place.data_size), coefficients, 8)
+    return sorted(set(ran))

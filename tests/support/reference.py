@@ -37,18 +37,23 @@ def layer(p, i, x, heads, groups, allowed, eps):
     return x + (F.silu(gate) * up) @ w["mlp.linear_fc2.weight"].t()
 
 
-def exit_losses(p, tokens, labels, mask, segments, depths, heads, groups, vocab_size, eps=1e-5):
-    """Returns {depth: loss of every token [b, s] times its mask}."""
+def exit_logits(p, tokens, segments, depths, heads, groups, vocab_size, eps=1e-5):
+    """Returns {depth: logits [b, s, v]} over the real vocabulary."""
     s = tokens.size(1)
     allowed = torch.ones(s, s, dtype=torch.bool).tril()[None, None]
     if segments is not None:
         allowed = allowed & (segments[:, None, :, None] == segments[:, None, None, :])
-    x, losses = p["embedding.word_embeddings.weight"][tokens], {}
+    x, logits = p["embedding.word_embeddings.weight"][tokens], {}
     for i in range(max(depths)):
         x = layer(p, i, x, heads, groups, allowed, eps)
         if i + 1 in depths:
             norm = p.get(f"exit_norms.{i + 1}.weight", p["decoder.final_layernorm.weight"])
             head = p.get(f"exit_output_layers.{i + 1}.weight", p.get("output_layer.weight", p["embedding.word_embeddings.weight"]))
-            logits = F.rms_norm(x, x.shape[-1:], norm, eps) @ head[:vocab_size].t()
-            losses[i + 1] = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none") * mask
-    return losses
+            logits[i + 1] = F.rms_norm(x, x.shape[-1:], norm, eps) @ head[:vocab_size].t()
+    return logits
+
+
+def exit_losses(p, tokens, labels, mask, segments, depths, heads, groups, vocab_size, eps=1e-5):
+    """Returns {depth: loss of every token [b, s] times its mask}."""
+    logits = exit_logits(p, tokens, segments, depths, heads, groups, vocab_size, eps)
+    return {depth: F.cross_entropy(values.transpose(1, 2), labels, reduction="none") * mask for depth, values in logits.items()}

@@ -6,6 +6,7 @@ import os
 import torch
 
 from megatron_sorted.data.batches import Batch
+from megatron_sorted.data.dataset import InstructionSamples, Sample
 from megatron_sorted.settings.run import Settings
 
 VOCABULARY = 100
@@ -56,3 +57,25 @@ def micro_batches(samples: dict[str, torch.Tensor], settings: Settings, data_ran
 def init_method() -> str:
     """Returns how the ranks of a test find each other."""
     return os.environ["TEST_INIT_METHOD"]
+
+
+def instruction_samples(num_samples: int = 11) -> dict[str, torch.Tensor]:
+    """Returns packed samples [n, s] with few trained tokens a document, half of them labelled 7."""
+    samples = make_samples(num_samples, TINY.seq_length, 77, packed=True)
+    generator = torch.Generator().manual_seed(78)
+    samples["mask"] = (torch.rand(samples["tokens"].shape, generator=generator) < 0.15).float()
+    samples["labels"] = torch.where(torch.rand(samples["tokens"].shape, generator=generator) < 0.5, 7, samples["labels"])
+    return samples
+
+
+class InstructionSource(InstructionSamples):
+    """The samples above as an evaluation set's source."""
+
+    def __init__(self):
+        self.table = instruction_samples()
+        self.samples_per_epoch, self.seq_length, self.pad_id = self.table["tokens"].size(0), TINY.seq_length, 0
+
+    def sample(self, index: int) -> Sample:
+        """Returns one of the samples."""
+        rows = {name: tensor[index].numpy() for name, tensor in self.table.items()}
+        return Sample(rows["tokens"], rows["labels"], rows["mask"], rows["segments"], int(rows["segments"].max()) + 1)

@@ -1,0 +1,49 @@
+"""Evaluation computes every exit forward only; losses and exact matches equal the reference."""
+
+import pytest
+import torch
+
+from megatron_sorted.settings.derived import exit_depths
+from tests.support.gather import join_ranks
+from tests.support.rank_bodies import evaluate_report
+from tests.support.ranks import run_ranks
+from tests.support.reference import exit_logits
+from tests.support.tiny import VOCABULARY, instruction_samples, tiny
+
+LAYOUTS = [
+    (1, {}),
+    (2, {"pipeline_model_parallel_size": 2, "exit_layer_weight": (0.0, 0.0, 0.0)}),
+    (2, {}),
+    (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "untie_embeddings_and_output_weights": True}),
+    (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, "use_exit_norm": True,
+         "untie_exit_output_weights": True}),
+    (4, {"pipeline_model_parallel_size": 4, "recompute_granularity": "full"}),
+]
+
+
+@pytest.mark.parametrize(("world_size", "changes"), LAYOUTS)
+def test_every_exit_is_evaluated_as_the_reference_does(world_size, changes):
+    settings = tiny(full_validation=True, **changes)
+    reports = run_ranks(world_size, evaluate_report, settings)
+    weights, _ = join_ranks([r["weights"] for r in reports])
+    samples = instruction_samples()
+    logits = exit_logits(weights, samples["tokens"], samples["segments"], exit_depths(settings), settings.num_attention_heads,
+                         settings.num_query_groups, VOCABULARY)
+    mask, labels, segments = samples["mask"], samples["labels"], samples["segments"]
+    for depth, values in logits.items():
+        losses = torch.nn.functional.cross_entropy(values.transpose(1, 2), labels, reduction="none") * mask
+        right = values.argmax(-1) == labels
+        pieces, exact = 0, 0
+        for row in range(labels.size(0)):
+            for piece in segments[row].unique():
+                members = (segments[row] == piece) & (mask[row] > 0)
+                if members.any():
+                    pieces += 1
+                    exact += bool(right[row][members].all())
+        for report in reports:
+            found = report["exits"][depth]
+            assert found.loss == pytest.approx((losses.sum() / mask.sum()).item(), rel=1e-5)
+            assert found.token_accuracy == pytest.approx((right * mask).sum().item() / mask.sum().item(), rel=1e-6)
+            assert found.exact_match == pytest.approx(exact / pieces)
+            assert report["tokens"] == int(mask.sum())
+    assert 0 < exact < pieces, "the set must tell exact from inexact documents"
