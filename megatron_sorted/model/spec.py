@@ -9,9 +9,16 @@ from megatron_sorted.settings.run import Settings
 
 
 def layer_spec(settings: Settings, transformer_engine: bool) -> ModuleSpec:
-    """Returns Megatron's layer specification: Transformer Engine's, or the local one with torch's attention and norm kernels."""
+    """Returns Megatron's layer specification: Transformer Engine's, or the local one with torch's attention and norm kernels.
+
+    Attention is torch's in both, since it takes the mask that keeps packed documents apart; Transformer Engine's causal attention
+    ignores a mask without a word. Only context parallelism needs Transformer Engine's own.
+    """
     if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(num_experts=settings.num_experts, qk_layernorm=settings.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(num_experts=settings.num_experts, qk_layernorm=settings.qk_layernorm)
+        if settings.context_parallel_size == 1:
+            spec.submodules.self_attention.submodules.core_attention = SdpaAttention
+        return spec
     spec = get_gpt_layer_local_spec(
         num_experts=settings.num_experts, qk_layernorm=settings.qk_layernorm, normalization=settings.normalization)
     spec.submodules.input_layernorm = Norm
