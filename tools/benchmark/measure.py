@@ -31,6 +31,12 @@ class ShapeResult:
     rows: list[Measured]
     counted_flops: int
 
+    def per_round(self, row: Measured, cpu: bool) -> list[float]:
+        """Returns the row's time over the plain model's, round by round: wall time, or CPU time of the process."""
+        plain = self.rows[0]
+        pairs = zip(row.cpu_seconds, plain.cpu_seconds, strict=True) if cpu else zip(row.seconds, plain.seconds, strict=True)
+        return [mine / theirs for mine, theirs in pairs]
+
 
 def _say(text: str) -> None:
     print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
@@ -39,7 +45,7 @@ def _say(text: str) -> None:
 def _start(shape: str, cases: list[Case], options: argparse.Namespace) -> list[Worker]:
     workers = [Worker(shape, case, options.device, options.bf16, options.threads) for case in cases]
     for worker in workers:
-        worker.wait_until_ready()
+        worker.answer()
     return workers
 
 
@@ -52,8 +58,8 @@ def _peaks(shape: str, cases: list[Case], options: argparse.Namespace) -> list[i
             _say(f"shape {shape}: memory of {' and '.join(case.name for case in group)}")
             workers = _start(shape, group, options)
             for worker in workers:
-                worker.connection.send("peak")
-            peaks += [worker._answer() for worker in workers]
+                worker.ask("peak")
+            peaks += [worker.answer() for worker in workers]
             for worker in workers:
                 worker.stop()
     return peaks
@@ -63,13 +69,15 @@ def _times(shape: str, cases: list[Case], options: argparse.Namespace) -> tuple[
     """Returns for each case (seconds, CPU seconds) of each round, and torch's count of the plain model's operations."""
     _say(f"shape {shape}: starting {len(cases)} models")
     workers = [worker for first in range(0, len(cases), 2) for worker in _start(shape, cases[first : first + 2], options)]
-    counted = workers[0].ask("flops")
+    workers[0].ask("flops")
+    counted = workers[0].answer()
     times: list[list[tuple[float, float]]] = [[] for _ in cases]
     start, num_rounds = time.monotonic(), 0
     while num_rounds < (1 if options.quick else MINIMUM_ROUNDS) or (not options.quick and time.monotonic() - start < options.seconds):
         for index, worker in enumerate(workers):
             _say(f"shape {shape}: round {num_rounds + 1}, {cases[index].name}")
-            times[index].append(worker.ask("step"))
+            worker.ask("step")
+            times[index].append(worker.answer())
         num_rounds += 1
     for worker in workers:
         worker.stop()

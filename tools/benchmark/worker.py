@@ -14,6 +14,8 @@ RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHO
 
 
 def _serve(connection: Connection, shape: str, case: Case, device: str, bf16: bool, threads: int) -> None:
+    import logging
+
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +23,7 @@ def _serve(connection: Connection, shape: str, case: Case, device: str, bf16: bo
     from benchmark.models import make_trainer
     from megatron_sorted.platform.select import choose_platform
 
+    logging.disable(logging.WARNING)  # of Megatron, on CPU: one random state serves where it expects two
     torch.set_num_threads(threads)
     platform = choose_platform(device)
     platform.prepare()
@@ -45,7 +48,10 @@ def _serve(connection: Connection, shape: str, case: Case, device: str, bf16: bo
 
 
 class Worker:
-    """The other end of ``_serve``: starts the process; ``ask`` returns its answer."""
+    """The other end of ``_serve``: starts the process.
+
+    Questions: "step": (seconds, CPU seconds) of a step; "peak": bytes; "flops": operations of a step as torch counts them.
+    """
 
     def __init__(self, shape: str, case: Case, device: str, bf16: bool, threads: int):
         self.connection, theirs = SPAWN.Pipe()
@@ -54,29 +60,21 @@ class Worker:
         self.process.start()
         theirs.close()
 
-    def wait_until_ready(self) -> None:
-        """Returns when the model is built and one step has run.
-
-        Raises:
-            RuntimeError: The process died.
-        """
-        self._answer()
-
-    def ask(self, question: str):
-        """Returns the answer to "step": (seconds, CPU seconds), "peak": bytes, or "flops": counted by torch.
-
-        Raises:
-            RuntimeError: The process died.
-        """
+    def ask(self, question: str) -> None:
+        """Sends a question; ``answer`` then returns its answer. (The first answer comes unasked: "ready", after one step.)"""
         self.connection.send(question)
-        return self._answer()
 
     def stop(self) -> None:
         """Ends the process."""
-        self.connection.send("stop")
+        self.ask("stop")
         self.process.join()
 
-    def _answer(self):
+    def answer(self):
+        """Returns the next answer.
+
+        Raises:
+            RuntimeError: The process died.
+        """
         try:
             return self.connection.recv()
         except EOFError:

@@ -1,0 +1,119 @@
+"""Tables and verdicts."""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmark.cases import KINDS, VOCABULARY, case_settings
+from benchmark.flops import step_flops
+from benchmark.measure import ShapeResult
+from megatron_sorted.platform.select import choose_platform
+
+TIME_BOUND = 1.10
+"""Time over plain time x FLOP ratio that must hold."""
+PLAIN_BOUND = 1.03
+"""Time of ours without early exits over plain time that must hold."""
+FLAT_BYTES = 16 * 1024 * 1024
+"""Peaks this close count as equal: resident memory is not exact."""
+PACKAGES = ("torch", "megatron-core")
+
+
+def _machine(options: argparse.Namespace) -> str:
+    device = choose_platform(options.device)
+    if device.name == "cpu":
+        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] \
+            if Path("/proc/cpuinfo").exists() else [platform.processor()]
+        return f"{names[0]}, {len(names)} cores, {options.threads} thread(s) a process"
+    import torch
+
+    return torch.get_device_module(device.name).get_device_name()
+
+
+def _commit() -> str:
+    answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown (no git)"
+
+
+def uses_cpu_seconds(options: argparse.Namespace) -> bool:
+    """Returns whether time means CPU time of the process: on CPU with one thread, where other programs share the cores."""
+    return choose_platform(options.device).name == "cpu" and options.threads == 1
+
+
+def table(result: ShapeResult, cpu: bool) -> list[dict]:
+    """Returns a row per case; the time ratio is the median over rounds of the ratio within a round."""
+    plain = result.rows[0]
+    rows = []
+    for row in result.rows:
+        ratio, bound = statistics.median(result.per_round(row, cpu)), row.flops / plain.flops
+        rows.append({
+            "kind": row.case.kind, "exits": row.case.num_exits, "seconds": statistics.median(row.cpu_seconds if cpu else row.seconds),
+            "times_plain": ratio, "flop_ratio": bound, "over_bound": ratio / bound,
+            "wall_times_plain": statistics.median(result.per_round(row, cpu=False)), "peak_bytes": row.peak_bytes,
+            "peak_minus_plain_bytes": row.peak_bytes - plain.peak_bytes})
+    return rows
+
+
+def verdicts(rows: list[dict]) -> dict[str, bool]:
+    """Returns the targets and whether they hold."""
+    ours = [row for row in rows if row["kind"] == "ours"]
+    peaks = [row["peak_bytes"] for row in ours]
+    return {
+        f"ours takes at most {TIME_BOUND:.2f} x (plain time x FLOP ratio)": all(row["over_bound"] <= TIME_BOUND for row in ours),
+        "ours needs no more memory than plain, with any number of exits": all(row["peak_minus_plain_bytes"] <= 0 for row in ours),
+        "ours needs the same memory with any number of exits (within 16 MiB)": max(peaks) - min(peaks) <= FLAT_BYTES,
+        f"ours with 0 exits takes at most {PLAIN_BOUND:.2f} x plain time":
+            all(row["times_plain"] <= PLAIN_BOUND for row in ours if row["exits"] == 0),
+    }
+
+
+def _markdown(shape: str, result: ShapeResult, rows: list[dict], facts: dict[str, str], cpu: bool) -> str:
+    time_name = "CPU s" if cpu else "s"
+    lines = [
+        f"# One training step, shape {shape}", "",
+        f"8 layers, hidden 512, 8 heads, SwiGLU, tied head, vocabulary {VOCABULARY[shape]:,}, 2 x 512 tokens, Adam. All models: the same "
+        "TransformerConfig, layer specification, Megatron DDP and optimizer.", "",
+        *(f"- {name}: {value}" for name, value in facts.items()), "",
+        f"| model | early exits | {time_name} a step | x plain | FLOP ratio | over bound | x plain (wall) | peak MB | peak - plain MB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        *(f"| {row['kind']} | {row['exits']} | {row['seconds']:.2f} | {row['times_plain']:.2f} | {row['flop_ratio']:.2f} "
+          f"| {row['over_bound']:.2f} | {row['wall_times_plain']:.2f} | {row['peak_bytes'] / 1e6:,.0f} "
+          f"| {row['peak_minus_plain_bytes'] / 1e6:+,.0f} |" for row in rows), "",
+        *(f"- {'holds' if holds else 'DOES NOT HOLD'}: {target}" for target, holds in verdicts(rows).items()), "",
+        "Models:", *(f"- {kind}: {meaning}" for kind, meaning in KINDS.items()), "",
+        f"*x plain*: median over {len(result.rows[0].seconds)} rounds of the ratio within a round; a round is one step of each model in turn."
+        + (" Time is CPU time of the process, which other programs on the machine disturb least; wall time stands beside it." if cpu else ""),
+        "*FLOP ratio*: operations with all heads over those of the plain model, from the sizes (attention over the whole square); the "
+        "least an exit can cost. *over bound*: x plain / FLOP ratio; below 1 because a chunk's logits stay in the cache.",
+        "*peak*: largest memory during a step after one warm-up step, in a fresh process"
+        + ("; resident memory of the whole process, with freed blocks given back (see tools/benchmark/worker.py)." if facts["device"] == "cpu"
+           else "."), ""]
+    return "\n".join(lines)
+
+
+def write_report(shape: str, result: ShapeResult, options: argparse.Namespace, command: str) -> str:
+    """Returns the report as text, after writing it and its numbers to files."""
+    cpu = uses_cpu_seconds(options)
+    rows = table(result, cpu)
+    settings = case_settings(shape, result.rows[0].case, options.device, options.bf16)
+    counted = step_flops(settings, 1)
+    facts = {
+        "date": datetime.date.today().isoformat(), "commit": _commit(), "command": command, "device": choose_platform(options.device).name,
+        "machine": _machine(options), "precision": "bf16" if options.bf16 else "fp32",
+        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "operations of the plain step": f"{counted / 1e9:.1f} G from the sizes, {result.counted_flops / 1e9:.1f} G by "
+                                        "torch.utils.flop_counter (which may leave attention's kernel out)",
+    }
+    text = _markdown(shape, result, rows, facts, cpu)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"step_{shape}" + ("" if facts["device"] == "cpu" else f"_{facts['device']}") + ("_bf16" if options.bf16 else "")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    numbers = {**facts, "table": rows, "targets": verdicts(rows), "rounds": [asdict(row) for row in result.rows]}
+    (folder / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    return text
