@@ -9,6 +9,8 @@ EXIT_LAYERS = {0: (), 1: (4,), 3: (2, 4, 6), 7: (1, 2, 3, 4, 5, 6, 7)}
 """Number of early exits -> where they are; the last layer's loss comes on top."""
 VOCABULARY = {"A": 32_000, "B": 6_400}
 """Shape -> vocabulary. In A one head costs as much as 5 layers, in B as much as one; both are multiples of 128, so nobody pads."""
+MEMORY_SHAPES = {"A"}
+"""Shapes whose memory is measured: where the head is large it is what exits could cost."""
 KINDS = {
     "plain": "megatron-core GPTModel with its own loss",
     "ours": "this project",

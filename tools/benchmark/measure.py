@@ -1,27 +1,35 @@
 """Runs the processes and gathers what they measured."""
 
 import argparse
+import statistics
 import sys
-import time
 from dataclasses import dataclass
 
-from benchmark.cases import Case, case_settings
+from benchmark.cases import MEMORY_SHAPES, Case, case_settings
 from benchmark.flops import step_flops
 from benchmark.worker import Worker, returning_freed_memory
 
-MINIMUM_ROUNDS = 3
-MEMORY_WORKERS_AT_ONCE = 2
+EXTRA_ROUNDS = 4
+"""Rounds of plain and ours without early exits alone: their ratio has the narrowest bound, and they are cheap."""
+STARTED_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One case: a wall and a CPU time per round, peak memory, operations of a step."""
+    """One case: {round: (seconds, CPU seconds)}, peak memory in bytes (None: not asked for), operations of a step."""
 
     case: Case
-    seconds: list[float]
-    cpu_seconds: list[float]
-    peak_bytes: int
+    rounds: dict[int, tuple[float, float]]
+    peak_bytes: int | None
     flops: int
+
+    def seconds(self, cpu: bool) -> float:
+        """Returns the median time of a step: wall time, or CPU time of the process."""
+        return statistics.median(times[cpu] for times in self.rounds.values())
+
+    def times(self, other: "Measured", cpu: bool) -> float:
+        """Returns the median over common rounds of this case's time over the other's."""
+        return statistics.median(self.rounds[n][cpu] / other.rounds[n][cpu] for n in self.rounds.keys() & other.rounds.keys())
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,6 @@ class ShapeResult:
 
     rows: list[Measured]
     counted_flops: int
-
-    def per_round(self, row: Measured, cpu: bool) -> list[float]:
-        """Returns the row's time over the plain model's, round by round: wall time, or CPU time of the process."""
-        plain = self.rows[0]
-        pairs = zip(row.cpu_seconds, plain.cpu_seconds, strict=True) if cpu else zip(row.seconds, plain.seconds, strict=True)
-        return [mine / theirs for mine, theirs in pairs]
 
 
 def _say(text: str) -> None:
@@ -53,8 +55,8 @@ def _peaks(shape: str, cases: list[Case], options: argparse.Namespace) -> list[i
     """Returns the peak memory of a step of each case, each in a fresh process."""
     peaks = []
     with returning_freed_memory():
-        for first in range(0, len(cases), MEMORY_WORKERS_AT_ONCE):
-            group = cases[first : first + MEMORY_WORKERS_AT_ONCE]
+        for first in range(0, len(cases), STARTED_AT_ONCE):
+            group = cases[first : first + STARTED_AT_ONCE]
             _say(f"shape {shape}: memory of {' and '.join(case.name for case in group)}")
             workers = _start(shape, group, options)
             for worker in workers:
@@ -65,20 +67,30 @@ def _peaks(shape: str, cases: list[Case], options: argparse.Namespace) -> list[i
     return peaks
 
 
-def _times(shape: str, cases: list[Case], options: argparse.Namespace) -> tuple[list[list[tuple[float, float]]], int]:
-    """Returns for each case (seconds, CPU seconds) of each round, and torch's count of the plain model's operations."""
+def _turns(cases: list[Case], quick: bool, rounds: int) -> list[list[int]]:
+    """Returns the cases of each round: all in the first; then without eager ones, which only show scale; then the extra rounds."""
+    everything = list(range(len(cases)))
+    if quick:
+        return [everything]
+    main = [n for n in everything if cases[n].kind != "eager"]
+    pair = [n for n in main if cases[n].num_exits == 0]
+    return [everything] + [main] * (rounds - 1) + [pair] * EXTRA_ROUNDS
+
+
+def _times(shape: str, cases: list[Case], options: argparse.Namespace) -> tuple[list[dict[int, tuple[float, float]]], int]:
+    """Returns for each case {round: (seconds, CPU seconds)}, and torch's count of the plain model's operations."""
     _say(f"shape {shape}: starting {len(cases)} models")
-    workers = [worker for first in range(0, len(cases), 2) for worker in _start(shape, cases[first : first + 2], options)]
+    starts = range(0, len(cases), STARTED_AT_ONCE)
+    workers = [worker for first in starts for worker in _start(shape, cases[first : first + STARTED_AT_ONCE], options)]
     workers[0].ask("flops")
     counted = workers[0].answer()
-    times: list[list[tuple[float, float]]] = [[] for _ in cases]
-    start, num_rounds = time.monotonic(), 0
-    while num_rounds < (1 if options.quick else MINIMUM_ROUNDS) or (not options.quick and time.monotonic() - start < options.seconds):
-        for index, worker in enumerate(workers):
-            _say(f"shape {shape}: round {num_rounds + 1}, {cases[index].name}")
-            worker.ask("step")
-            times[index].append(worker.answer())
-        num_rounds += 1
+    times: list[dict[int, tuple[float, float]]] = [{} for _ in cases]
+    turns = _turns(cases, options.quick, options.rounds)
+    for number, turn in enumerate(turns):
+        for index in turn:
+            _say(f"shape {shape}: round {number + 1} of {len(turns)}, {cases[index].name}")
+            workers[index].ask("step")
+            times[index][number] = workers[index].answer()
     for worker in workers:
         worker.stop()
     return times, counted
@@ -86,11 +98,11 @@ def _times(shape: str, cases: list[Case], options: argparse.Namespace) -> tuple[
 
 def measure_shape(shape: str, cases: list[Case], options: argparse.Namespace) -> ShapeResult:
     """Returns what was measured of a shape."""
-    peaks = _peaks(shape, cases, options)
+    peaks = _peaks(shape, cases, options) if shape in MEMORY_SHAPES else [None] * len(cases)
     times, counted = _times(shape, cases, options)
     _say("")
     rows = []
     for case, peak, rounds in zip(cases, peaks, times, strict=True):
         flops = step_flops(case_settings(shape, case, options.device, options.bf16), case.num_exits + 1)
-        rows.append(Measured(case, [wall for wall, _ in rounds], [cpu for _, cpu in rounds], peak, flops))
+        rows.append(Measured(case, rounds, peak, flops))
     return ShapeResult(rows, counted)

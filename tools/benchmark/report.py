@@ -4,7 +4,6 @@ import argparse
 import datetime
 import json
 import platform
-import statistics
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -46,54 +45,56 @@ def uses_cpu_seconds(options: argparse.Namespace) -> bool:
 
 
 def table(result: ShapeResult, cpu: bool) -> list[dict]:
-    """Returns a row per case; the time ratio is the median over rounds of the ratio within a round."""
+    """Returns a row per case; time ratios are medians over rounds of the ratio within a round."""
     plain = result.rows[0]
     rows = []
     for row in result.rows:
-        ratio, bound = statistics.median(result.per_round(row, cpu)), row.flops / plain.flops
+        ratio, bound = row.times(plain, cpu), row.flops / plain.flops
         rows.append({
-            "kind": row.case.kind, "exits": row.case.num_exits, "seconds": statistics.median(row.cpu_seconds if cpu else row.seconds),
-            "times_plain": ratio, "flop_ratio": bound, "over_bound": ratio / bound,
-            "wall_times_plain": statistics.median(result.per_round(row, cpu=False)), "peak_bytes": row.peak_bytes,
-            "peak_minus_plain_bytes": row.peak_bytes - plain.peak_bytes})
+            "kind": row.case.kind, "exits": row.case.num_exits, "seconds": row.seconds(cpu), "times_plain": ratio, "flop_ratio": bound,
+            "over_bound": ratio / bound, "wall_times_plain": row.times(plain, cpu=False), "rounds": len(row.rounds),
+            "peak_bytes": row.peak_bytes, "peak_minus_plain_bytes": None if row.peak_bytes is None else row.peak_bytes - plain.peak_bytes})
     return rows
 
 
 def verdicts(rows: list[dict]) -> dict[str, bool]:
     """Returns the targets and whether they hold."""
     ours = [row for row in rows if row["kind"] == "ours"]
-    peaks = [row["peak_bytes"] for row in ours]
-    return {
+    holds = {
         f"ours takes at most {TIME_BOUND:.2f} x (plain time x FLOP ratio)": all(row["over_bound"] <= TIME_BOUND for row in ours),
-        "ours needs no more memory than plain, with any number of exits": all(row["peak_minus_plain_bytes"] <= 0 for row in ours),
-        "ours needs the same memory with any number of exits (within 16 MiB)": max(peaks) - min(peaks) <= FLAT_BYTES,
         f"ours with 0 exits takes at most {PLAIN_BOUND:.2f} x plain time":
             all(row["times_plain"] <= PLAIN_BOUND for row in ours if row["exits"] == 0),
     }
+    peaks = [row["peak_bytes"] for row in ours]
+    if None not in peaks:
+        holds["ours needs no more memory than plain, with any number of exits"] = all(row["peak_minus_plain_bytes"] <= 0 for row in ours)
+        holds["ours needs the same memory with any number of exits (within 16 MiB)"] = max(peaks) - min(peaks) <= FLAT_BYTES
+    return holds
 
 
-def _markdown(shape: str, result: ShapeResult, rows: list[dict], facts: dict[str, str], cpu: bool) -> str:
-    time_name = "CPU s" if cpu else "s"
-    lines = [
+def _line(row: dict) -> str:
+    memory = "- | -" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f} | {row['peak_minus_plain_bytes'] / 1e6:+,.0f}"
+    return (f"| {row['kind']} | {row['exits']} | {row['seconds']:.2f} | {row['times_plain']:.2f} | {row['flop_ratio']:.2f} "
+            f"| {row['over_bound']:.2f} | {row['wall_times_plain']:.2f} | {row['rounds']} | {memory} |")
+
+
+def _markdown(shape: str, rows: list[dict], facts: dict[str, str], cpu: bool) -> str:
+    head = f"early exits | {'CPU s' if cpu else 's'} a step | x plain | FLOP ratio | over bound | x plain (wall) | rounds | peak MB | - plain"
+    time = "Time is CPU time of the process, which other programs disturb least; wall time stands beside it." if cpu else "Time is wall time."
+    memory = "resident memory of the whole process, freed blocks given back to the system" if facts["device"] == "cpu" else "as torch reports it"
+    return "\n".join([
         f"# One training step, shape {shape}", "",
-        f"8 layers, hidden 512, 8 heads, SwiGLU, tied head, vocabulary {VOCABULARY[shape]:,}, 2 x 512 tokens, Adam. All models: the same "
-        "TransformerConfig, layer specification, Megatron DDP and optimizer.", "",
+        f"8 layers, hidden 512, 8 heads, SwiGLU, tied head, vocabulary {VOCABULARY[shape]:,}, 2 x 512 tokens, Adam. All models have the same",
+        "TransformerConfig, layer specification (torch's attention and norm kernels, or Transformer Engine's where installed), Megatron DDP",
+        "and Megatron optimizer.", "",
         *(f"- {name}: {value}" for name, value in facts.items()), "",
-        f"| model | early exits | {time_name} a step | x plain | FLOP ratio | over bound | x plain (wall) | peak MB | peak - plain MB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-        *(f"| {row['kind']} | {row['exits']} | {row['seconds']:.2f} | {row['times_plain']:.2f} | {row['flop_ratio']:.2f} "
-          f"| {row['over_bound']:.2f} | {row['wall_times_plain']:.2f} | {row['peak_bytes'] / 1e6:,.0f} "
-          f"| {row['peak_minus_plain_bytes'] / 1e6:+,.0f} |" for row in rows), "",
+        f"| model | {head} |", "|---" + "|---:" * 9 + "|", *(_line(row) for row in rows), "",
         *(f"- {'holds' if holds else 'DOES NOT HOLD'}: {target}" for target, holds in verdicts(rows).items()), "",
-        "Models:", *(f"- {kind}: {meaning}" for kind, meaning in KINDS.items()), "",
-        f"*x plain*: median over {len(result.rows[0].seconds)} rounds of the ratio within a round; a round is one step of each model in turn."
-        + (" Time is CPU time of the process, which other programs on the machine disturb least; wall time stands beside it." if cpu else ""),
-        "*FLOP ratio*: operations with all heads over those of the plain model, from the sizes (attention over the whole square); the "
-        "least an exit can cost. *over bound*: x plain / FLOP ratio; below 1 because a chunk's logits stay in the cache.",
-        "*peak*: largest memory during a step after one warm-up step, in a fresh process"
-        + ("; resident memory of the whole process, with freed blocks given back (see tools/benchmark/worker.py)." if facts["device"] == "cpu"
-           else "."), ""]
-    return "\n".join(lines)
+        *(f"- *{kind}*: {meaning}" for kind, meaning in KINDS.items()),
+        f"- *x plain*: median over rounds of the ratio within a round; a round is one step of each model in turn. {time}",
+        "- *FLOP ratio*: operations with all heads over those of the plain model, from the sizes (attention over the whole square).",
+        "- *over bound*: x plain / FLOP ratio. Below 1 an exit costs less than the plain model's own head and layers do per operation.",
+        f"- *peak*: largest memory during a step after one warm-up step, in a fresh process; {memory}.", ""])
 
 
 def write_report(shape: str, result: ShapeResult, options: argparse.Namespace, command: str) -> str:
@@ -109,7 +110,7 @@ def write_report(shape: str, result: ShapeResult, options: argparse.Namespace, c
         "operations of the plain step": f"{counted / 1e9:.1f} G from the sizes, {result.counted_flops / 1e9:.1f} G by "
                                         "torch.utils.flop_counter (which may leave attention's kernel out)",
     }
-    text = _markdown(shape, result, rows, facts, cpu)
+    text = _markdown(shape, rows, facts, cpu)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     name = f"step_{shape}" + ("" if facts["device"] == "cpu" else f"_{facts['device']}") + ("_bf16" if options.bf16 else "")
