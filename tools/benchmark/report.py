@@ -79,19 +79,20 @@ def _line(row: dict) -> str:
 
 
 def _markdown(shape: str, rows: list[dict], facts: dict[str, str], cpu: bool) -> str:
-    head = f"early exits | {'CPU s' if cpu else 's'} a step | x plain | FLOP ratio | over bound | x plain (wall) | rounds | peak MB | - plain"
-    time = "Time is CPU time of the process, which other programs disturb least; wall time stands beside it." if cpu else "Time is wall time."
-    memory = "resident memory of the whole process, freed blocks given back to the system" if facts["device"] == "cpu" else "as torch reports it"
+    time_unit = "CPU s" if cpu else "s"
+    head = f"early exits | {time_unit} a step | x plain | FLOP ratio | over bound | x plain (wall) | rounds | peak MB | - plain"
+    time = "CPU time of the process, which other programs disturb least; wall time stands beside it" if cpu else "wall time"
+    memory = "as torch reports it" if facts["device"] != "cpu" else "resident memory of the whole process, freed blocks given back"
     return "\n".join([
         f"# One training step, shape {shape}", "",
-        f"8 layers, hidden 512, 8 heads, SwiGLU, tied head, vocabulary {VOCABULARY[shape]:,}, 2 x 512 tokens, Adam. All models have the same",
-        "TransformerConfig, layer specification (torch's attention and norm kernels, or Transformer Engine's where installed), Megatron DDP",
-        "and Megatron optimizer.", "",
+        f"8 layers, hidden 512, 8 heads, SwiGLU, tied head, vocabulary {VOCABULARY[shape]:,}, 2 x 512 tokens, Adam. All models have the",
+        "same TransformerConfig, layer specification (torch's attention and norm kernels, or Transformer Engine's where installed),",
+        "Megatron DDP and Megatron optimizer.", "",
         *(f"- {name}: {value}" for name, value in facts.items()), "",
         f"| model | {head} |", "|---" + "|---:" * 9 + "|", *(_line(row) for row in rows), "",
         *(f"- {'holds' if holds else 'DOES NOT HOLD'}: {target}" for target, holds in verdicts(rows).items()), "",
         *(f"- *{kind}*: {meaning}" for kind, meaning in KINDS.items()),
-        f"- *x plain*: median over rounds of the ratio within a round; a round is one step of each model in turn. {time}",
+        f"- *x plain*: median over rounds of the ratio within a round; a round is one step of each model in turn. Time is {time}.",
         "- *FLOP ratio*: operations with all heads over those of the plain model, from the sizes (attention over the whole square).",
         "- *over bound*: x plain / FLOP ratio. Below 1 an exit costs less than the plain model's own head and layers do per operation.",
         f"- *peak*: largest memory during a step after one warm-up step, in a fresh process; {memory}.", ""])
