@@ -12,9 +12,18 @@ def forward_flops_per_token(settings: Settings) -> tuple[int, int]:
     """
     h, heads, groups, d = settings.hidden_size, settings.num_attention_heads, num_query_groups(settings), kv_channels(settings)
     projections = 2 * h * d * (heads + 2 * groups) + 2 * heads * d * h
-    attention = 2 * 2 * settings.seq_length * heads * d
     mlp = 2 * h * ffn_hidden_size(settings) * (3 if settings.swiglu else 2)
-    return projections + attention + mlp, 2 * h * padded_vocab_size(settings.vocab_size, settings)
+    return projections + attention_flops_per_token(settings) + mlp, 2 * h * padded_vocab_size(settings.vocab_size, settings)
+
+
+def attention_flops_per_token(settings: Settings) -> int:
+    """Returns those of queries x keys and probabilities x values in one layer."""
+    return 2 * 2 * settings.seq_length * settings.num_attention_heads * kv_channels(settings)
+
+
+def step_attention_flops(settings: Settings) -> int:
+    """Returns the part of ``step_flops`` that attention's two products take."""
+    return 3 * settings.global_batch_size * settings.seq_length * settings.num_layers * attention_flops_per_token(settings)
 
 
 def step_flops(settings: Settings, num_heads: int) -> int:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmark.cases import KINDS, VOCABULARY, case_settings
-from benchmark.flops import step_flops
+from benchmark.flops import step_attention_flops, step_flops
 from benchmark.measure import ShapeResult
 from megatron_sorted.platform.select import choose_platform
 
@@ -103,13 +103,13 @@ def write_report(shape: str, result: ShapeResult, options: argparse.Namespace, c
     cpu = uses_cpu_seconds(options)
     rows = table(result, cpu)
     settings = case_settings(shape, result.rows[0].case, options.device, options.bf16)
-    counted = step_flops(settings, 1)
     facts = {
         "date": datetime.date.today().isoformat(), "commit": _commit(), "command": command, "device": choose_platform(options.device).name,
         "machine": _machine(options), "precision": "bf16" if options.bf16 else "fp32",
         "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
-        "operations of the plain step": f"{counted / 1e9:.1f} G from the sizes, {result.counted_flops / 1e9:.1f} G by "
-                                        "torch.utils.flop_counter (which may leave attention's kernel out)",
+        "operations of the plain step": f"{step_flops(settings, 1) / 1e9:.1f} G from the sizes, attention's two products "
+            f"{step_attention_flops(settings) / 1e9:.1f} G of them; torch.utils.flop_counter, which does not know every attention kernel, "
+            f"counts {result.counted_flops / 1e9:.1f} G",
     }
     text = _markdown(shape, rows, facts, cpu)
     folder = Path(options.output)
