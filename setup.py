@@ -16,9 +16,9 @@ setup(
     install_requires=["pydantic>=2", "pyyaml", "tqdm"],
     extras_require={
         "train": TRAIN,
-        "hf": ["transformers", "tokenizers"],
+        "hf": ["tokenizers"],
         "demo": DEMO,
         "cuda": ["transformer-engine[pytorch]"],
-        "dev": DEV + DEMO + TRAIN + ["transformers"],
+        "dev": DEV + DEMO + TRAIN + ["tokenizers"],
     },
 )

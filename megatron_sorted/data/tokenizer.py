@@ -204,7 +204,8 @@ def train_sentencepiece(texts: Iterable[str], path: str, vocab_size: int, model_
                 shuffle_input_sentence=True, num_threads=num_threads, minloglevel=2)
         os.replace(partial, path)
     except (RuntimeError, OSError) as error:
-        raise DataError(f"--train-tokenizer {vocab_size}: {error}. Choose another vocabulary size or give more text.") from error
+        raise DataError(f"--train-tokenizer {vocab_size}: {str(error).rstrip('.')}. "
+                        "Choose another vocabulary size or give more text.") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)

@@ -3,9 +3,10 @@
 import math
 
 import torch
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_sorted.platform.state import random_tracker
 
 
 class SdpaAttention(MegatronModule):
@@ -32,7 +33,7 @@ class SdpaAttention(MegatronModule):
         }
         if dropout > 0.0 and not self.config.sequence_parallel:
             # heads differ between tensor parallel ranks, so their dropout must too
-            with get_cuda_rng_tracker().fork():
+            with random_tracker().fork():
                 context_bnsd = scaled_dot_product_attention(query_bnsd, key_bgsd, value_bgsd, **options)
         else:
             context_bnsd = scaled_dot_product_attention(query_bnsd, key_bgsd, value_bgsd, **options)

@@ -3,6 +3,10 @@
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megatron_sorted.platform.state import current_device
+
+KINDS = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+
 
 class Norm:
     """Makes torch's RMSNorm or LayerNorm over the last dimension, as ``config.normalization`` says.
@@ -12,12 +16,10 @@ class Norm:
     is needed: Megatron sums marked gradients over the tensor parallel group.
     """
 
-    KINDS = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
-
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_unused) -> torch.nn.Module:
         """Returns the norm module."""
-        norm = cls.KINDS[config.normalization](
-            hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        norm = KINDS[config.normalization](
+            hidden_size, eps=eps, dtype=config.params_dtype, device=current_device())
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm

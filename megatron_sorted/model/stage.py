@@ -194,6 +194,11 @@ class SortedStage(MegatronModule):
         norms = {key: value for key, value in state.items() if key.startswith(f"{prefix}final_layernorm.")}
         replace_prefix_for_sharding(norms, f"{prefix}final_layernorm.", f"{prefix}decoder.final_layernorm.")
         output_key = f"{prefix}output_layer.weight"
+        for key, value in list(state.items()):
+            if "output_layer" in key and key.endswith("_extra_state"):
+                del state[key]  # holds nothing; Megatron's GPTModel leaves it out too
+            elif "output_layer" in key and hasattr(value, "allow_shape_mismatch"):
+                value.allow_shape_mismatch = True  # padding of the vocabulary depends on the layout
         if self.tied and output_key in state:
             state[output_key].key = f"{prefix}embedding.word_embeddings.weight"
         for parameter in (p for group in self.shared_parameters().values() for p in group if getattr(p, "shared", False)):

@@ -6,6 +6,7 @@ write a CUDA generator's state, for which the CPU generator's are put in place.
 """
 
 import functools
+import logging
 import resource
 import sys
 from pathlib import Path
@@ -83,6 +84,8 @@ def redirect_cuda_to_cpu() -> None:
     torch.cuda.set_rng_state = _set_rng_state
     from megatron.core.tensor_parallel import random as megatron_random
 
+    # the tracker warns when the CPU generator moves inside its context; here that is the generator it switches
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
 

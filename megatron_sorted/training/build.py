@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_sorted.checkpoint.optimizer_state import count_padding_in_offsets
 from megatron_sorted.exits.placement import place_exits
 from megatron_sorted.loss.linear_cross_entropy import VocabularyShard
 from megatron_sorted.model.config import make_config, parameter_dtype, uses_transformer_engine
@@ -19,6 +20,7 @@ from megatron_sorted.model.stage import ChunkPlan, SortedStage
 from megatron_sorted.parallel.copies import SharedCopies, connect_copies
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
+from megatron_sorted.platform.state import current_device, seed_everything
 from megatron_sorted.settings.derived import exit_depths, global_batch_size, layers_of_chunks, padded_vocab_size
 from megatron_sorted.settings.run import Settings
 
@@ -78,19 +80,18 @@ def build_model(settings: Settings, platform: Platform, place: Place, vocab_size
 
     Collective: creates the groups of shared copies and broadcasts them (``connect_copies``).
     """
-    tensor_parallel.model_parallel_cuda_manual_seed(settings.seed)
+    seed_everything(settings.seed)
     config = make_config(settings, platform)
     spec = layer_spec(settings, uses_transformer_engine(settings, platform))
     stages: list[SortedStage] = []
     for plan in plan_chunks(settings, place.stage):
-        stages.append(SortedStage(settings, config, spec, padded_vocab_size(vocab_size, settings), plan, tuple(stages)).cuda())
+        stage = SortedStage(settings, config, spec, padded_vocab_size(vocab_size, settings), plan, tuple(stages))
+        stages.append(stage.to(current_device()))
     for stage in stages:
         for parameter in stage.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    if parameter_dtype(settings) != torch.float32:
-        wrapped = [Float16Module(config, stage) for stage in stages]
-    else:
-        wrapped = list(stages)
+    half = parameter_dtype(settings) != torch.float32
+    wrapped = [Float16Module(config, stage) for stage in stages] if half else list(stages)
     parameters = {kind: [p for stage in stages for p in stage.shared_parameters()[kind]] for kind in ("head", "norm")}
     copies = connect_copies(parameters, stages_with_copies(settings))
     buffers = DistributedDataParallelConfig(
@@ -100,6 +101,7 @@ def build_model(settings: Settings, platform: Platform, place: Place, vocab_size
         use_distributed_optimizer=settings.use_distributed_optimizer,
     )
     chunks = [DistributedDataParallel(config, buffers, module, disable_bucketing=index > 0) for index, module in enumerate(wrapped)]
+    count_padding_in_offsets(chunks)
     model = Model(chunks, config, copies, vocabulary_shard(settings, vocab_size), vocab_size)
     _connect_schedule(model, settings)
     return model
@@ -141,6 +143,7 @@ def build_optimizer(model: Model, settings: Settings, world_size: int) -> None:
     decay = settings.lr_decay_iters or max(settings.train_iters, 1)
     model.schedule = OptimizerParamScheduler(
         model.optimizer, init_lr=settings.lr_warmup_init, max_lr=settings.lr, min_lr=settings.min_lr,
-        lr_warmup_steps=settings.lr_warmup_iters * samples, lr_decay_steps=decay * samples, lr_decay_style=settings.lr_decay_style,
+        lr_warmup_steps=settings.lr_warmup_iters * samples, lr_decay_style=settings.lr_decay_style,
+        lr_decay_steps=max(decay, settings.lr_warmup_iters + 1) * samples,
         start_wd=settings.weight_decay, end_wd=settings.weight_decay, wd_incr_steps=decay * samples, wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)

@@ -131,7 +131,8 @@ class ForwardStep:
         head = stage.head(depth)
         return exit_loss(hidden_tbh, head.norm, head.weight_ph, targets, self.model.shard, self.chunk_tokens, factor)
 
-    def _exit_backward(self, stage: SortedStage, depth: int, targets: Targets, hidden_tbh: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    def _exit_backward(self, stage: SortedStage, depth: int, targets: Targets, hidden_tbh: torch.Tensor,
+                       factor: torch.Tensor) -> torch.Tensor:
         losses, gradient = self._exit_loss(stage, depth, targets, hidden_tbh, factor)
         self.ledger.add(depth, losses, targets.loss_mask_n)
         return gradient

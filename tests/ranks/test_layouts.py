@@ -1,6 +1,5 @@
 """The central test: whatever the layout, losses, gradients and weights equal a single-process reference in plain PyTorch."""
 
-import dataclasses
 
 import pytest
 import torch
@@ -8,8 +7,8 @@ import torch
 from megatron_sorted.settings.derived import exit_depths
 from megatron_sorted.settings.run import Settings
 from tests.support.gather import join_ranks
-from tests.support.ranks import run_ranks
 from tests.support.rank_bodies import train_and_report
+from tests.support.ranks import run_ranks
 from tests.support.reference import exit_losses
 from tests.support.tiny import make_samples, tiny
 
@@ -73,7 +72,8 @@ def compare(world_size: int, settings: Settings, tolerance: float, unequal=False
         assert relative(got_gradients[name], gradient) < tolerance, f"gradient of {name}: {relative(got_gradients[name], gradient)}"
     for name, weight in weights.items():
         real = slice(0, rows if "embedding" in name or "output_layer" in name else None)
-        assert relative(got_weights[name][real], weight[real]) < tolerance, f"weight {name}: {relative(got_weights[name][real], weight[real])}"
+        difference = relative(got_weights[name][real], weight[real])
+        assert difference < tolerance, f"weight {name}: {difference}"
     return reports
 
 

@@ -29,7 +29,6 @@ def _child(connection, function: Callable, rank: int, world_size: int, rendezvou
         answer = ("failed", traceback.format_exc())
     connection.send_bytes(pickle.dumps(answer))
     connection.close()
-    os._exit(0)  # leaving process groups in order is not what is tested; a peer that failed would make it hang
 
 
 def run_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]:
@@ -42,7 +41,7 @@ def run_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]
     readers, processes = [], []
     for rank in range(world_size):
         reader, writer = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=_child, args=(writer, function, rank, world_size, rendezvous, arguments), daemon=True)
+        process = CONTEXT.Process(target=_child, args=(writer, function, rank, world_size, rendezvous, arguments))
         process.start()
         writer.close()
         readers.append(reader)

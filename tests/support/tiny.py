@@ -40,14 +40,16 @@ def make_samples(num_samples: int, seq_length: int, seed: int, unequal: bool = F
     return {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous(), "mask": mask, "segments": segments}
 
 
-def micro_batches(samples: dict[str, torch.Tensor], settings: Settings, data_rank: int, data_size: int, packed: bool = False) -> list[Batch]:
+def micro_batches(samples: dict[str, torch.Tensor], settings: Settings, data_rank: int, data_size: int,
+                  packed: bool = False) -> list[Batch]:
     """Returns a rank's micro-batches of one global batch, in Megatron's order."""
     size, batches = settings.micro_batch_size, []
     for start in range(0, samples["tokens"].size(0), size * data_size):
         rows = slice(start + data_rank * size, start + (data_rank + 1) * size)
         segments = samples["segments"][rows]
         positions = torch.arange(segments.size(1)).expand(segments.shape)
-        batches.append(Batch(samples["tokens"][rows], samples["labels"][rows], samples["mask"][rows], segments if packed else None, positions))
+        tokens, labels, mask = (samples[name][rows] for name in ("tokens", "labels", "mask"))
+        batches.append(Batch(tokens, labels, mask, segments if packed else None, positions))
     return batches
 
 

@@ -1,0 +1,59 @@
+"""Mends of the distributed optimizer's checkpoints, from outside: Megatron's code stays as it is.
+
+Met with megatron-core 0.16.1; tests/ranks/test_checkpoint.py fails without any one of them.
+"""
+
+from typing import Any
+
+import torch
+
+
+def count_padding_in_offsets(chunks: list) -> None:
+    """Makes the offsets of saved optimizer state agree with the places of parameters in their buffer.
+
+    A bucket is padded to a multiple of the data parallel size. Parameters' places count that padding, but saving adds up bucket
+    sizes without it: behind a padded bucket, every parameter's moments were cut from the wrong place and the last ones lost
+    (Megatron only warns: "param range exceeds unpadded buffer"). With the padding counted as content, both agree.
+    """
+    for chunk in chunks:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
+
+
+def fill_empty_state(optimizer) -> None:
+    """Gives torch's own Adam, where it has not stepped yet, the state that a loaded one replaces.
+
+    Before its first step the distributed optimizer has no state, and loading stops at the missing step count. The fused Adams of
+    Apex and Transformer Engine keep the count elsewhere and need nothing.
+    """
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(one, "optimizer", None)
+        if not isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)) or inner.state:
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                inner.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+def load_optimizer_state(optimizer, state: Any) -> None:
+    """Loads what ``optimizer.sharded_state_dict`` saved.
+
+    The distributed optimizer copies every entry of an optimizer's state from the checkpoint, but the step count of torch's own
+    Adam is saved once, not for each parameter (KeyError: 'step'). So counts are put aside while the other entries are copied.
+    Then every parameter gets a count of its own: Megatron gives all of them the same tensor, and each parameter's step counts it up.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
+    for one, part in zip(parts, states, strict=True):
+        if "param_state" not in part or not isinstance(one.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            one.load_state_dict(part)
+            continue
+        one.load_state_dict({key: value for key, value in part.items() if key not in ("param_state", "param_state_sharding_type")})
+        steps = {parameter: entries.pop("step") for parameter, entries in one.optimizer.state.items()}
+        one.load_parameter_state_from_fully_reshardable(part["param_state"])
+        for parameter, step in steps.items():
+            one.optimizer.state[parameter]["step"] = step.clone()

@@ -1,0 +1,203 @@
+"""JSON lines to indexed token files, with any number of processes and always the same bytes."""
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_sorted.data.encode import Encoded, EncodeOptions, Encoder, Skipped, encode_in_worker, parsed, start_worker
+from megatron_sorted.data.indexed import RESPONSE, Documents, IndexedWriter
+from megatron_sorted.data.jsonl import Block, read_blocks, records, total_bytes
+from megatron_sorted.data.templates import detect_format
+from megatron_sorted.data.tokenizer import train_sentencepiece
+from megatron_sorted.errors import DataError
+
+BLOCKS_AHEAD = 4  # per worker: enough to keep all busy, few enough that memory does not grow with the input
+FORMAT_LINES = 1000  # how many lines are looked at to find the format
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What tools/prepare_data.py is asked to do."""
+
+    inputs: tuple[str, ...]
+    output_prefix: str
+    encode: EncodeOptions
+    train_tokenizer: int | None = None
+    workers: int = 1
+    limit: int | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class SetCounts:
+    """What one indexed file holds."""
+
+    documents: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+
+    def add(self, documents: Documents) -> None:
+        """Counts more documents; trained tokens are those of responses, without a document's first token, which nothing predicts."""
+        self.documents += len(documents.num_sequences)
+        self.tokens += int(documents.lengths.sum())
+        first = documents.num_sequences.cumsum() - documents.num_sequences
+        self.trained_tokens += int(documents.lengths[documents.modes == RESPONSE].sum()) - int((documents.modes[first] == RESPONSE).sum())
+
+
+@dataclass
+class Summary:
+    """Everything that was counted, as written to ``PREFIX.json``."""
+
+    samples_read: int = 0
+    train: SetCounts = field(default_factory=SetCounts)
+    valid: SetCounts = field(default_factory=SetCounts)
+    truncated: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
+    tokenizer: dict = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def lines(self) -> list[str]:
+        """Returns a small table."""
+        rows = [("samples read", f"{self.samples_read:,}"), ("documents", f"{self.train.documents:,}"),
+                ("tokens", f"{self.train.tokens:,}"), ("trained tokens", f"{self.train.trained_tokens:,}")]
+        if self.valid.documents:
+            rows += [("valid documents", f"{self.valid.documents:,}"), ("valid tokens", f"{self.valid.tokens:,}")]
+        rows.append(("truncated", f"{self.truncated:,}"))
+        rows += [(f"skipped: {reason}", f"{count:,}  first at {', '.join(self.skipped.where[reason])}")
+                 for reason, count in sorted(self.skipped.count.items())]
+        name, sha256, vocab_size = (self.tokenizer[key] for key in ("name", "sha256", "vocab_size"))
+        rows += [("tokenizer", f"{name}  sha256 {sha256[:16]}  vocabulary {vocab_size:,}"), ("seconds", f"{self.seconds:.1f}"),
+                 ("samples/s", f"{self.samples_read / max(self.seconds, 1e-9):,.0f}")]
+        return [f"{title:<28} {value}" for title, value in rows]
+
+
+def output_names(prefix: str) -> tuple[str, str]:
+    """Returns the prefixes of the training and of the validation file."""
+    return f"{prefix}_text_document", f"{prefix}_valid_text_document"
+
+
+def find_format(paths: tuple[str, ...]) -> str:
+    """Returns the format of the first line whose fields tell it.
+
+    Raises:
+        DataError: when none of the first lines does.
+    """
+    fields: list[str] = []
+    for block in read_blocks(paths, limit=FORMAT_LINES):
+        for _, record, _ in records(block):
+            found = detect_format(record)
+            if found:
+                return found
+            fields = fields or (sorted(record) if isinstance(record, dict) else [])
+    raise DataError(f"--format auto: no line among the first {FORMAT_LINES} of {paths[0]} has a field 'messages', 'instruction' or 'text' "
+                    f"(found: {', '.join(fields) or 'no JSON objects'}). Name the fields so, or check the file.")
+
+
+def _check_outputs(options: PrepareOptions) -> None:
+    names = [f"{name}.{ending}" for name in output_names(options.output_prefix) for ending in ("bin", "idx")]
+    names.append(f"{options.output_prefix}.json")
+    if options.train_tokenizer:
+        names.append(f"{options.output_prefix}_tokenizer.model")
+    existing = [name for name in names if Path(name).exists()]
+    if existing and not options.overwrite:
+        raise DataError(f"--output-prefix: {', '.join(existing)} exist already. Choose another prefix, or give --overwrite.")
+
+
+def _train_tokenizer(options: PrepareOptions, data_format: str) -> str:
+    """Returns the path of a tokenizer trained on the texts of the input."""
+    path = f"{options.output_prefix}_tokenizer.model"
+    texts = (part.text for block in read_blocks(options.inputs, options.limit)
+             for _, parts, _ in parsed(block, data_format, options.encode.prompt_template) for part in parts)
+    train_sentencepiece(texts, path, options.train_tokenizer, num_threads=options.workers)
+    return path
+
+
+def _encode_all(blocks: Iterator[Block], encode: EncodeOptions, workers: int) -> Iterator[Encoded]:
+    """Yields the blocks' documents in the order of the blocks, whatever process made them."""
+    if workers == 1:
+        encoder = Encoder(encode)
+        yield from map(encoder.encode, blocks)
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(encode,))
+    waiting: deque[Future[Encoded]] = deque()
+    try:
+        for block in blocks:
+            waiting.append(pool.submit(encode_in_worker, block))
+            if len(waiting) > BLOCKS_AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(f"--workers {workers}: a worker process died (out of memory?). Use fewer workers.") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def prepare(options: PrepareOptions) -> Summary:
+    """Returns what was counted, after writing the indexed files and ``PREFIX.json``.
+
+    Raises:
+        DataError: for missing or damaged input, outputs that exist, or nothing usable; then no file is written.
+    """
+    began = time.perf_counter()
+    size = total_bytes(options.inputs)
+    _check_outputs(options)
+    encode = options.encode
+    if encode.data_format == "auto":
+        encode = EncodeOptions(**{**asdict(encode), "data_format": find_format(options.inputs)})
+    if options.train_tokenizer:
+        encode = EncodeOptions(**{**asdict(encode), "tokenizer_type": "SentencePieceTokenizer",
+                                  "tokenizer_model": _train_tokenizer(options, encode.data_format)})
+    encoder = Encoder(encode)  # here too, so that a damaged tokenizer stops us before any process starts
+    summary = Summary(tokenizer={"type": encode.tokenizer_type, "name": encoder.tokenizer.name, "sha256": encoder.tokenizer.sha256,
+                                 "vocab_size": encoder.tokenizer.vocab_size})
+    train_name, valid_name = output_names(options.output_prefix)
+    with_modes = encode.data_format != "text"
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=size, unit="B", unit_scale=True, disable=None, desc="prepare"))
+        train = stack.enter_context(IndexedWriter(train_name, encoder.dtype, with_modes))
+        valid = stack.enter_context(IndexedWriter(valid_name, encoder.dtype, with_modes)) if encode.valid_fraction else None
+        for encoded in _encode_all(read_blocks(options.inputs, options.limit, bar.update), encode, options.workers):
+            summary.samples_read += encoded.num_samples
+            summary.truncated += encoded.num_truncated
+            summary.skipped.merge(encoded.skipped)
+            summary.train.add(encoded.train)
+            train.append(encoded.train)
+            if valid is not None:
+                summary.valid.add(encoded.valid)
+                valid.append(encoded.valid)
+        _check_enough(summary, encode)
+    summary.seconds = time.perf_counter() - began
+    if valid is None:
+        for ending in ("idx", "bin"):  # of an earlier run that --overwrite replaces
+            Path(f"{valid_name}.{ending}").unlink(missing_ok=True)
+    _write_summary(options, encode, summary)
+    return summary
+
+
+def _check_enough(summary: Summary, encode: EncodeOptions) -> None:
+    if not summary.train.documents:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.count.items()) or "no lines"
+        raise DataError(f"--input: none of {summary.samples_read} samples can be used ({reasons}). Check the file and --format.")
+    if encode.valid_fraction and not summary.valid.documents:
+        raise DataError(f"--valid-fraction {encode.valid_fraction}: none of {summary.train.documents} documents fell into it. "
+                        "Raise it, or give more data.")
+
+
+def _write_summary(options: PrepareOptions, encode: EncodeOptions, summary: Summary) -> None:
+    report = {**asdict(summary), "samples_per_second": summary.samples_read / max(summary.seconds, 1e-9),
+              "inputs": [Path(path).name for path in options.inputs], "workers": options.workers,
+              **{name: value for name, value in asdict(encode).items() if not name.startswith("tokenizer") and name != "vocab_size"}}
+    path = f"{options.output_prefix}.json"
+    Path(f"{path}.partial").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(f"{path}.partial", path)

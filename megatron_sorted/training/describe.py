@@ -1,0 +1,77 @@
+"""The run in words and plain data: for checkpoints, for ``evaluation.json`` and for the first lines on the console."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from megatron_sorted import __version__
+from megatron_sorted.checkpoint.layout import OWN_PART_FIELDS, SHAPE_FIELDS
+from megatron_sorted.parallel.groups import Place
+from megatron_sorted.platform.contract import Platform
+from megatron_sorted.settings.costs import forward_flops_per_token, sub_model_parameters
+from megatron_sorted.settings.derived import (
+    exit_depths,
+    ffn_hidden_size,
+    kv_channels,
+    layers_of_chunks,
+    num_micro_batches,
+    num_query_groups,
+    num_virtual_chunks,
+)
+from megatron_sorted.settings.load import settings_as_dict
+from megatron_sorted.settings.run import Settings
+
+
+def network_shape(settings: Settings, vocab_size: int) -> dict[str, Any]:
+    """Returns the fields that fix the shape of the network, defaults resolved."""
+    shape = {name: getattr(settings, name) for name in (*SHAPE_FIELDS, *OWN_PART_FIELDS)}
+    return shape | {
+        "ffn_hidden_size": ffn_hidden_size(settings), "kv_channels": kv_channels(settings),
+        "num_query_groups": num_query_groups(settings), "vocab_size": vocab_size, "exit_layer_nums": list(exit_depths(settings)),
+    }
+
+
+def description(settings: Settings, vocab_size: int) -> dict[str, Any]:
+    """Returns what a checkpoint's ``run.json`` says of the run."""
+    from importlib.metadata import version
+
+    return {
+        "format": 1, "megatron_sorted": __version__, "megatron_core": version("megatron-core"), "torch": torch.__version__,
+        "shape": network_shape(settings, vocab_size), "settings": settings_as_dict(settings),
+    }
+
+
+def exit_costs(settings: Settings, vocab_size: int) -> dict[str, dict[str, int]]:
+    """Returns {depth: {"parameters", "flops_per_token"}} of every sub-model, depths as text (JSON keys)."""
+    parameters, flops = sub_model_parameters(settings, vocab_size), forward_flops_per_token(settings, vocab_size)
+    return {str(depth): {"parameters": parameters[depth], "flops_per_token": flops[depth]} for depth in exit_depths(settings)}
+
+
+def opening_lines(settings: Settings, platform: Platform, place: Place, vocab_size: int) -> list[str]:
+    """Returns a few lines that say what is about to run and where."""
+    depths = exit_depths(settings)
+    parameters = sub_model_parameters(settings, vocab_size)
+    chunks = num_virtual_chunks(settings)
+    layout = f"tp {settings.tensor_model_parallel_size} x pp {settings.pipeline_model_parallel_size}"
+    layout += f" ({chunks} chunks)" if chunks > 1 else ""
+    layout += f" x dp {place.data_size}"
+    where = []
+    for chunk in layers_of_chunks(settings):
+        inside = [str(d) for d in depths if chunk.first_layer < d <= chunk.first_layer + chunk.num_layers]
+        name = f"stage {chunk.stage}" + (f" chunk {chunk.chunk}" if chunks > 1 else "")
+        where.append(f"{name}: layers {chunk.first_layer + 1}-{chunk.first_layer + chunk.num_layers}, exits {' '.join(inside) or 'none'}")
+    precision = "bf16" if settings.bf16 else "fp16" if settings.fp16 else "fp32"
+    return [
+        f"{place.world_size} process{'es' * (place.world_size > 1)} on {platform.name}: {layout}, {precision}, "
+        f"{num_micro_batches(settings, place.world_size)} micro-batches of {settings.micro_batch_size} x {settings.seq_length} tokens "
+        "a step each",
+        f"{settings.num_layers} layers, hidden {settings.hidden_size}, vocabulary {vocab_size}; sub-models: "
+        + ", ".join(f"@{depth} {parameters[depth] / 1e6:.1f}M" for depth in depths),
+        *(where if place.num_stages > 1 else []),
+    ]
+
+
+def replace_vocab(settings: Settings, vocab_size: int) -> Settings:
+    """Returns the settings with the vocabulary resolved."""
+    return dataclasses.replace(settings, vocab_size=vocab_size)

@@ -1,0 +1,73 @@
+"""Every exit on every evaluation set, forward only."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from megatron_sorted.data.batches import Batch, make_eval_batches, num_eval_batches
+from megatron_sorted.data.dataset import EvaluationSet, InstructionSamples
+from megatron_sorted.loss.ledger import Ledger
+from megatron_sorted.loss.linear_cross_entropy import ExitLoss, Targets
+from megatron_sorted.monitoring.report import EvaluationReport, ExitNumbers
+from megatron_sorted.parallel.groups import Place
+from megatron_sorted.settings.derived import num_micro_batches
+from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.build import Model
+from megatron_sorted.training.forward_step import ForwardStep
+from megatron_sorted.training.reduce import reduce_ledger
+from megatron_sorted.training.step import run_schedule
+
+
+def pieces_of(batch: Batch, targets: Targets) -> torch.Tensor:
+    """Returns the number of the document each counted token belongs to, unique over the micro-batch; shape [n]."""
+    size, length = batch.tokens_bs.shape
+    segments = torch.zeros(size, length, dtype=torch.int64) if batch.segments_bs is None else batch.segments_bs.long()
+    numbered = (segments + torch.arange(size)[:, None] * (length + 1)).t().reshape(-1)
+    return numbered if targets.index_n is None else numbered[targets.index_n.cpu()]
+
+
+def evaluate(model: Model, settings: Settings, forward_step: ForwardStep, place: Place, name: str, samples: EvaluationSet, step: int,
+             progress: Callable[[int, int], None]) -> EvaluationReport:
+    """Returns loss, token accuracy and exact match of every exit on one set.
+
+    Collective: the schedule's for each global batch, then one small all-reduce over all ranks.
+
+    Args:
+        model: The model.
+        settings: The run; ``eval_iters`` global batches are used, or all with ``full_validation``.
+        forward_step: The forward-step function; left as it was.
+        place: This process.
+        name: Of the set.
+        samples: The set.
+        step: Steps trained so far.
+        progress: Called with batches done and batches in all.
+    """
+    started = time.monotonic()
+    limit = None if settings.full_validation else settings.eval_iters
+    total = num_eval_batches(settings, samples, place.data_size, limit)
+    ledger = Ledger()
+    count_pieces = isinstance(samples.source, InstructionSamples)
+
+    def observe(depth: int, losses: ExitLoss, targets: Targets, batch: Batch) -> None:
+        pieces = pieces_of(batch, targets).to(losses.loss_n.device) if count_pieces else None
+        ledger.add(depth, losses, targets.loss_mask_n, pieces)
+
+    for chunk in model.chunks:
+        chunk.eval()
+    forward_step.observer = observe
+    try:
+        batches = make_eval_batches(settings, samples, place.data_rank, place.data_size, limit)
+        for done in range(total):
+            micro_batches = [next(batches) for _ in range(num_micro_batches(settings, place.world_size))]
+            with torch.no_grad():
+                run_schedule(model, settings, forward_step, micro_batches, forward_only=True)
+            progress(done + 1, total)
+    finally:
+        forward_step.observer = None
+        for chunk in model.chunks:
+            chunk.train()
+    found = reduce_ledger(ledger, settings)
+    exits = {d: ExitNumbers(e.loss, e.token_accuracy, exact_match=e.exact_match) for d, e in found.items()}
+    num_tokens = int(max((e.num_tokens for e in found.values()), default=0))
+    return EvaluationReport(step, name, time.monotonic() - started, num_tokens, exits)

@@ -1,0 +1,62 @@
+"""Half precision against the fp32 reference, within what its digits allow; fp16's loss scale leaves no trace."""
+
+import pytest
+import torch
+
+from megatron_sorted.settings.derived import exit_depths
+from tests.ranks.test_layouts import reference_run, relative
+from tests.support.gather import join_ranks
+from tests.support.rank_bodies import train_and_report
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny
+
+LAYOUTS = [
+    (1, {}),
+    (2, {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": True}),
+    (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    (4, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True}),
+]
+# bf16 keeps 8 bits: one rounding is 0.4 %, and a gradient passes tens of them
+BF16_LOSS, BF16_GRADIENT = 5e-3, 5e-2
+# fp16 keeps 11 bits
+FP16_LOSS, FP16_GRADIENT = 1e-3, 1e-2
+
+
+def check_against_reference(world_size, settings, loss_tolerance, gradient_tolerance):
+    """Compares the first step's losses and gradients."""
+    reports = run_ranks(world_size, train_and_report, settings, 1, True, True)
+    initial, _ = join_ranks([r["initial"] for r in reports])
+    losses, gradients, _ = reference_run(settings, initial, 1, True, True, reports[0]["coefficients"])
+    got, _ = join_ranks([r["gradients"] for r in reports])
+    for depth in exit_depths(settings):
+        assert reports[0]["losses"][0][depth] == pytest.approx(losses[0][depth], rel=loss_tolerance)
+    for name, gradient in gradients.items():
+        assert relative(got[name], gradient) < gradient_tolerance, f"{name}: {relative(got[name], gradient)}"
+    return reports
+
+
+@pytest.mark.parametrize(("world_size", "changes"), LAYOUTS)
+def test_bf16(world_size, changes):
+    check_against_reference(world_size, tiny(bf16=True, **changes), BF16_LOSS, BF16_GRADIENT)
+
+
+@pytest.mark.parametrize(("world_size", "changes"), LAYOUTS)
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_fp16_gradients_do_not_depend_on_the_loss_scale(world_size, changes, scale):
+    check_against_reference(world_size, tiny(fp16=True, loss_scale=scale, **changes), FP16_LOSS, FP16_GRADIENT)
+
+
+def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale():
+    settings = tiny(fp16=True, initial_loss_scale=2.0**40, hysteresis=1, pipeline_model_parallel_size=2)
+    reports = run_ranks(2, train_and_report, settings, 1, False, False)
+    before, _ = join_ranks([r["initial"] for r in reports])
+    after, _ = join_ranks([r["weights"] for r in reports])
+    assert all(torch.equal(before[name], after[name]) for name in before), "a step with infinite gradients must change nothing"
+    assert reports[0]["loss_scale"] == 2.0**39
+
+
+def test_selective_recompute_changes_no_bit():
+    plain = run_ranks(2, train_and_report, tiny(pipeline_model_parallel_size=2), 2, False, False)
+    again = run_ranks(2, train_and_report, tiny(pipeline_model_parallel_size=2, recompute_granularity="selective"), 2, False, False)
+    expected, got = join_ranks([r["weights"] for r in plain])[0], join_ranks([r["weights"] for r in again])[0]
+    assert all(torch.equal(got[name], expected[name]) for name in expected)

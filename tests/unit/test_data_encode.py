@@ -1,0 +1,198 @@
+"""From lines of JSON to documents: templates, formats, broken lines, cutting; with a tokenizer of one id per character."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from megatron_sorted.data.encode import EncodeOptions, Encoder, Skipped
+from megatron_sorted.data.jsonl import Block, read_blocks, records
+from megatron_sorted.data.templates import TEMPLATES, Part, detect_format, parts_of
+from megatron_sorted.data.tokenizer import Tokenizer
+from megatron_sorted.errors import DataError
+
+BOS, EOS = 1, 2
+
+
+class Letters(Tokenizer):
+    """One id per character: its code point; 1 is bos, 2 eos."""
+
+    vocab_size, bos_id, eos_id, pad_id, adds_bos, name, sha256 = 1 << 16, BOS, EOS, EOS, True, "letters", ""
+
+    def encode_batch(self, texts):
+        return [[ord(letter) for letter in text] for text in texts]
+
+    def decode(self, ids):
+        return "".join(chr(i) if i > 2 else "" for i in ids)
+
+
+def run(lines, first_line=1, tokenizer=None, **options):
+    defaults = {"tokenizer_type": "", "tokenizer_model": None, "vocab_size": None, "data_format": "instruction", "prompt_template": "plain",
+                "seq_length": None, "too_long": "truncate", "append_eod": True, "valid_fraction": 0.0, "strict": False}
+    data = b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
+    return Encoder(EncodeOptions(**{**defaults, **options}), tokenizer or Letters()).encode(Block("dir/some.jsonl", first_line, data))
+
+
+def listed(documents):
+    """Returns documents as lists of (text with ^ for bos and $ for eos, mode)."""
+    text = "".join({BOS: "^", EOS: "$"}.get(int(t), chr(t)) for t in documents.tokens)
+    ends = np.cumsum(documents.lengths)
+    sequences = [(text[end - length : end], int(mode)) for end, length, mode in zip(ends, documents.lengths, documents.modes, strict=True)]
+    result, at = [], 0
+    for count in documents.num_sequences:
+        result.append(sequences[at : at + count])
+        at += count
+    return result
+
+
+def test_instruction():
+    encoded = run([{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Yo"},
+                                {"instruction": "Hi", "output": "猫"}, {"instruction": "Hi", "input": None, "output": "é"}])
+    assert listed(encoded.train) == [[("^Add\n1 2\n", 0), ("3$", 1)], [("^Hi\n", 0), ("Yo$", 1)], [("^Hi\n", 0), ("猫$", 1)],
+                                     [("^Hi\n", 0), ("é$", 1)]]
+    assert encoded.num_samples == 4 and encoded.skipped == Skipped() and encoded.valid.tokens.size == 0
+
+
+def test_messages_train_on_every_answer():
+    turns = [("system", "Be brief"), ("user", "A?"), ("assistant", "a"), ("user", "B?"), ("assistant", "b"), ("user", "C?")]
+    encoded = run([{"messages": [{"role": role, "content": content} for role, content in turns]},
+                                {"messages": [{"role": "assistant", "content": "first"}]}], data_format="messages")
+    assert listed(encoded.train) == [[("^Be brief\nA?\n", 0), ("a$", 1), ("B?\n", 0), ("b$", 1)], [("^first$", 1)]]
+
+
+def test_text_is_one_sequence_and_never_cut():
+    encoded = run([{"text": "One\ntwo"}, {"text": "x" * 50}], data_format="text", seq_length=8)
+    assert listed(encoded.train) == [[("^One\ntwo$", 1)], [("^" + "x" * 50 + "$", 1)]] and encoded.num_truncated == 0
+    assert listed(run([{"text": "a"}], data_format="text", append_eod=False).train) == [[("^a", 1)]]
+
+
+def test_alpaca_template():
+    with_input = TEMPLATES["alpaca"].instruction("Add", "1 2")
+    assert with_input.startswith("Below is an instruction that describes a task, paired with an input")
+    assert with_input.endswith(".\n\n### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n")
+    assert TEMPLATES["alpaca"].instruction("Hi", "").endswith("request.\n\n### Instruction:\nHi\n\n### Response:\n")
+    messages = [{"role": role, "content": content} for role, content in (("system", "S"), ("user", "Q"), ("assistant", "A"))]
+    parts = parts_of({"messages": messages}, "messages", TEMPLATES["alpaca"])
+    assert parts == [Part("S\n\n### Instruction:\nQ\n\n### Response:\n", False), Part("A", True)]
+
+
+def test_broken_lines_are_counted_with_their_numbers():
+    good = {"instruction": "Q", "output": "A"}
+    lines = [good, b"{not json", b"", b"   ", b'{"instruction": "\xff", "output": "x"}', [1], b"3", {"instruction": "Q"}, {"output": "A"},
+             {"instruction": 5, "output": "A"}, {"instruction": "Q", "output": ["A"]}, {"instruction": "Q", "output": " \n"},
+             {"instruction": "", "input": "", "output": "A"}, b'{"instruction": "\\ud800", "output": "A"}', b"[" * 100_000, good]
+    encoded = run(lines, first_line=101)
+    assert len(encoded.train.num_sequences) == 2 and encoded.num_samples == 14
+    assert encoded.skipped.count == {"not_json": 2, "not_utf8": 1, "not_an_object": 2, "missing_field": 2, "wrong_type": 2,
+                                     "empty_response": 1, "empty_instruction": 1, "invalid_unicode": 1}
+    assert encoded.skipped.where["not_json"] == ["some.jsonl:102", "some.jsonl:115"]
+    assert encoded.skipped.where["empty_response"] == ["some.jsonl:112"]
+
+
+@pytest.mark.parametrize(("record", "reason"), [
+    ({"text": "x"}, "missing_field"), ({"messages": "x"}, "wrong_type"), ({"messages": ["x"]}, "wrong_type"),
+    ({"messages": []}, "no_assistant_turn"),
+    ({"messages": [{"role": "user", "content": "q"}]}, "no_assistant_turn"), ({"messages": [{"role": "user"}]}, "missing_field"),
+    ({"messages": [{"role": "oracle", "content": "q"}]}, "unknown_role"), ({"messages": [{"role": "user", "content": [1]}]}, "wrong_type"),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}, "empty_response"),
+])
+def test_broken_messages(record, reason):
+    assert run([record], data_format="messages").skipped.count == {reason: 1}
+
+
+def test_empty_text():
+    assert run([{"text": ""}, {"text": None}, {"text": 1}], data_format="text").skipped.count == {
+        "empty_text": 1, "missing_field": 1, "wrong_type": 1}
+
+
+def test_strict_stops_at_the_first_broken_line():
+    with pytest.raises(DataError, match=r"dir/some.jsonl:12: missing_field\. Mend the line"):
+        run([{"instruction": "Q", "output": "A"}, b"", {"instruction": "Q"}, b"{"], first_line=10, strict=True)
+
+
+def test_cutting_to_what_a_sample_holds():
+    # "^ab\n" + "cdef$" is 9 tokens: a sample of 8 positions holds it whole.
+    line = {"instruction": "ab", "output": "cdef"}
+    assert run([line], seq_length=8).num_truncated == 0
+    for seq_length, response in ((7, "cdef"), (6, "cde"), (4, "c")):
+        encoded = run([line], seq_length=seq_length)
+        assert listed(encoded.train) == [[("^ab\n", 0), (response, 1)]] and encoded.num_truncated == 1
+    for seq_length in (3, 2, 1):
+        encoded = run([line], seq_length=seq_length)
+        assert encoded.skipped.count == {"response_cut_away": 1} and encoded.num_truncated == 0 and encoded.train.tokens.size == 0
+    encoded = run([line, line], seq_length=7, too_long="skip")
+    assert encoded.skipped.count == {"too_long": 2} and encoded.skipped.where == {"too_long": ["some.jsonl:1", "some.jsonl:2"]}
+
+
+def test_cutting_drops_later_turns():
+    line = {"messages": [{"role": role, "content": content} for role, content in
+                         [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]]}
+    # ^a\n | b$ | c\n | d$ : 3 + 2 + 2 + 2 tokens
+    assert listed(run([line], data_format="messages", seq_length=7).train) == [[("^a\n", 0), ("b$", 1), ("c\n", 0), ("d", 1)]]
+    assert listed(run([line], data_format="messages", seq_length=5).train) == [[("^a\n", 0), ("b$", 1), ("c", 0)]]
+
+
+def test_nothing_to_predict():
+    tokenizer = Letters()
+    tokenizer.adds_bos = False
+    encoded = run([{"text": "a"}, {"text": "ab"}], tokenizer=tokenizer, data_format="text", append_eod=False)
+    assert encoded.skipped.count == {"nothing_to_predict": 1}
+
+
+def test_validation_share_depends_on_the_text_only():
+    lines = [{"instruction": f"Q{i}", "output": "A"} for i in range(2000)]
+    encoded = run(lines, valid_fraction=0.1)
+    train, valid = ({document[0][0] for document in listed(part)} for part in (encoded.train, encoded.valid))
+    assert len(train) + len(valid) == 2000 and not train & valid and 150 < len(valid) < 250
+    again = run(lines[::-1][:1000] * 2, valid_fraction=0.1)
+    assert {document[0][0] for document in listed(again.valid)} <= valid
+
+
+def test_eos_must_exist():
+    tokenizer = Letters()
+    tokenizer.eos_id = None
+    with pytest.raises(DataError, match="--append-eod: letters has no end-of-text token"):
+        run([], tokenizer=tokenizer)
+    assert run([{"text": "a"}], tokenizer=tokenizer, data_format="text", append_eod=False).train.tokens.tolist() == [1, 97]
+
+
+def test_skipped_keeps_the_first_places_over_blocks():
+    total = Skipped()
+    for block in range(3):
+        part = Skipped()
+        for line in range(3):
+            part.add("not_json", [f"f:{10 * block + line}"])
+        total.merge(part)
+    assert total.count == {"not_json": 9} and total.where == {"not_json": ["f:0", "f:1", "f:2", "f:10", "f:11"]}
+
+
+def test_detect_format():
+    assert [detect_format(r) for r in ({"instruction": "", "text": ""}, {"messages": 1}, {"text": ""}, {"x": 1}, [1])] == [
+        "instruction", "messages", "text", None, None]
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("block_bytes", [1, 7, 30, 1 << 20])
+@pytest.mark.parametrize("limit", [None, 1, 4, 7, 100])
+def test_blocks_hold_every_line_once(tmp_path, zipped, block_bytes, limit):
+    texts = [b'{"a": 1}\n\n{"b": "\\u2028"}\n{"c": "line\xe2\x80\xa8separator"}\n', b"", b'[2]\n3']
+    paths = []
+    for i, text in enumerate(texts):
+        paths.append(str(tmp_path / str(i)))
+        (tmp_path / str(i)).write_bytes(gzip.compress(text) if zipped else text)
+    seen, read = [], []
+    for block in read_blocks(paths, limit, read.append, block_bytes):
+        seen += [(int(block.path[-1]), number, record) for number, record, _ in records(block)]
+    lines = [(0, 1, {"a": 1}), None, (0, 3, {"b": "\u2028"}), (0, 4, {"c": "line\u2028separator"}), (2, 1, [2]), (2, 2, 3)]
+    assert seen == [line for line in lines[:limit] if line]
+    if limit is None or limit > 6:
+        assert sum(read) == sum((tmp_path / str(i)).stat().st_size for i in (0, 2))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-12], lambda data: data[:60] + b"\xff" * 8 + data[68:]])
+def test_damaged_gzip(tmp_path, damage):
+    path = tmp_path / "x.gz"
+    path.write_bytes(damage(gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(2000)))))
+    with pytest.raises(DataError, match=r"x\.gz: damaged gzip stream"):
+        list(read_blocks([str(path)]))

@@ -1,0 +1,63 @@
+"""The demo's way through its steps: order, skipping, stopping. Its training is run by the system tests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.demo import QUESTIONS, Step, demo_steps, run_all
+
+APPEND = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text(p.read_text() + sys.argv[2] if p.exists() else sys.argv[2])"
+
+
+def writing(path: Path, text: str) -> Step:
+    """Returns a step that appends ``text`` to ``path``, so that the file counts how often it ran."""
+    return Step(path.name, "append", 1, (sys.executable, "-c", APPEND, str(path), text), (path,))
+
+
+def test_finished_steps_are_skipped_and_later_ones_follow_a_changed_one(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    one, two, last = tmp_path / "one", tmp_path / "two", tmp_path / "last"
+    steps = [writing(one, "a"), writing(two, "b"), writing(last, "c")]
+    assert run_all(steps, tmp_path / "records") == 0
+    assert "step 1 of 3: append (about 1 s)" in capfd.readouterr().out
+    assert run_all(steps, tmp_path / "records") == 0
+    assert (one.read_text(), two.read_text(), last.read_text()) == ("a", "b", "cc")  # the last, the picture, is always drawn
+    assert capfd.readouterr().out.count("finished before, skipped") == 2
+    assert run_all([writing(one, "x"), *steps[1:]], tmp_path / "records") == 0  # another command: it and all after it run
+    assert (one.read_text(), two.read_text(), last.read_text()) == ("ax", "bb", "ccc")
+    two.unlink()  # a lost file is made again
+    assert run_all([writing(one, "x"), *steps[1:]], tmp_path / "records") == 0
+    assert (one.read_text(), two.read_text()) == ("ax", "b")
+
+
+def test_a_failing_step_stops_with_its_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    never = tmp_path / "never"
+    failing = Step("fails", "fail", 1, (sys.executable, "-c", "raise SystemExit(7)"), ())
+    assert run_all([failing, writing(never, "a"), writing(tmp_path / "end", "b")], tmp_path / "records") == 7
+    assert not never.exists()
+    assert "stops at step 1 of 3 (fails), exit code 7" in capfd.readouterr().err
+
+
+def test_a_step_that_writes_nothing_stops_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    silent = Step("silent", "do nothing", 1, (sys.executable, "-c", ""), (tmp_path / "absent",))
+    assert run_all([silent], tmp_path / "records") == 1
+    assert "did not write" in capfd.readouterr().err
+
+
+def test_a_training_starts_with_an_empty_folder(tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    save.mkdir()
+    (save / "old_checkpoint").touch()
+    step = Step("train", "train", 1, (sys.executable, "-c", f"import os; os.mkdir({str(save)!r})"), (save,), (save,))
+    assert run_all([step], tmp_path / "records") == 0
+    assert not list(save.iterdir())
+
+
+def test_both_models_differ_in_nothing_but_coefficients_and_folder(tmp_path: Path) -> None:
+    steps = {step.name: step for step in demo_steps(tmp_path, quick=False)}
+    nested, plain = steps["train-nested"].command, steps["train-plain"].command
+    assert plain[-4:] == ("--exit-layer-weight", "0", "0", "0")
+    assert [word for word in plain[:-4] if word not in nested] == [str(tmp_path / "plain")]
+    assert len(plain) == len(nested) + 4
+    assert sum(step.seconds for step in steps.values()) <= 300
+    assert set(QUESTIONS) <= set(steps["questions"].command)
