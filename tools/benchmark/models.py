@@ -15,6 +15,7 @@ from megatron_sorted.model.spec import layer_spec
 from megatron_sorted.model.stage import SortedStage
 from megatron_sorted.parallel.groups import start_process_groups
 from megatron_sorted.platform.contract import Platform
+from megatron_sorted.platform.state import seed_everything
 from megatron_sorted.settings.derived import coefficient_rule, padded_vocab_size, trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model, build_model, build_optimizer, plan_chunks, unwrap, vocabulary_shard
@@ -91,7 +92,7 @@ def _wrapped(module: torch.nn.Module, config, settings: Settings) -> Model:
 
 
 def _build_plain(settings: Settings, platform: Platform) -> tuple[Model, PlainForwardStep]:
-    tensor_parallel.model_parallel_cuda_manual_seed(settings.seed)
+    seed_everything(settings.seed)
     config = make_config(settings, platform)
     module = GPTModel(
         config, layer_spec(settings, uses_transformer_engine(settings, platform)), padded_vocab_size(settings.vocab_size, settings),
@@ -100,7 +101,7 @@ def _build_plain(settings: Settings, platform: Platform) -> tuple[Model, PlainFo
 
 
 def _build_eager(settings: Settings, platform: Platform) -> tuple[Model, EagerForwardStep]:
-    tensor_parallel.model_parallel_cuda_manual_seed(settings.seed)
+    seed_everything(settings.seed)
     config, vocab_size = make_config(settings, platform), padded_vocab_size(settings.vocab_size, settings)
     spec = layer_spec(settings, uses_transformer_engine(settings, platform))
     (plan,) = plan_chunks(settings, 0)
