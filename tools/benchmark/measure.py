@@ -70,11 +70,9 @@ def _peaks(shape: str, cases: list[Case], options: argparse.Namespace) -> list[i
 def _turns(cases: list[Case], quick: bool, rounds: int) -> list[list[int]]:
     """Returns the cases of each round: all in the first; then without eager ones, which only show scale; then the extra rounds."""
     everything = list(range(len(cases)))
-    if quick:
-        return [everything]
     main = [n for n in everything if cases[n].kind != "eager"]
     pair = [n for n in main if cases[n].num_exits == 0]
-    return [everything] + [main] * (rounds - 1) + [pair] * EXTRA_ROUNDS
+    return [everything] + [main] * (0 if quick else rounds - 1) + [pair] * EXTRA_ROUNDS
 
 
 def _times(shape: str, cases: list[Case], options: argparse.Namespace) -> tuple[list[dict[int, tuple[float, float]]], int]:
