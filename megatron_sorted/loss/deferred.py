@@ -48,10 +48,8 @@ class _End(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss):
         (hidden,) = ctx.saved_tensors
-        if ctx.exit_backward is None:
-            gradient = torch.zeros_like(hidden)
-        else:
-            gradient = ctx.exit_backward(hidden, d_loss * ctx.coefficient)
+        trains = ctx.exit_backward is not None
+        gradient = ctx.exit_backward(hidden, d_loss * ctx.coefficient) if trains else torch.zeros_like(hidden)
         return gradient, None, None, *_ready_signals(ctx.announced)
 
 

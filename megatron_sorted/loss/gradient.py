@@ -34,8 +34,12 @@ class GradientSink:
         target = self.target()
         if target is None:
             return
-        rows = target[: left.size(1)]
         if target.dtype == left.dtype:
-            rows.addmm_(left.t(), right)
-        else:  # half precision activations, fp32 main gradient
-            rows.add_(left.t() @ right)
+            target[: left.size(1)].addmm_(left.t(), right)
+            return
+        # half precision activations, fp32 main gradient: no kernel multiplies halves into fp32 on every device, so rows are done
+        # in blocks whose product is no larger than ``left``
+        block = max(1, left.size(0) * left.size(1) // right.size(1))
+        for start in range(0, left.size(1), block):
+            columns = left[:, start : start + block]
+            target[start : start + columns.size(1)].add_(columns.t() @ right)

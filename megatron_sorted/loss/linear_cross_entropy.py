@@ -59,34 +59,67 @@ class ExitLoss:
     correct_n: torch.Tensor
 
 
-def _chunk_loss(logits: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard):
-    """Returns loss, correctness and softmax (in place of ``logits``) of one chunk; labels outside the shard are another rank's.
+@dataclass(frozen=True)
+class _Chunk:
+    """What a chunk's logits became: losses, correctness, and what the gradient to the logits is made of.
+
+    Attributes:
+        loss_n, correct_n: See ``ExitLoss``.
+        exponential_np: exp(logit - the token's highest logit), fp32.
+        total_n: Its sum over the whole vocabulary; exponential / total is the probability.
+        column_n: Column of each label; 0 where the label is another rank's.
+        here_n: Whether the label is this rank's.
+    """
+
+    loss_n: torch.Tensor
+    correct_n: torch.Tensor
+    exponential_np: torch.Tensor
+    total_n: torch.Tensor
+    column_n: torch.Tensor
+    here_n: torch.Tensor
+
+
+def _chunk_loss(logits_np: torch.Tensor, work_np: torch.Tensor, labels_n: torch.Tensor, shard: VocabularyShard) -> _Chunk:
+    """Returns the losses of one chunk; ``work_np`` (fp32, may be ``logits_np`` itself) is overwritten.
 
     Source: vocabulary-parallel cross entropy of Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3): only a maximum and
     two sums a token cross the network, never logits.
 
     Collective: two all-reduces over ``shard.group``, of n and 2n floats.
     """
-    if logits.size(1):
-        highest = logits.amax(dim=1)
-    else:  # a shard made of padding only
-        highest = logits.new_full((logits.size(0),), float("-inf"))
+    has_rows = logits_np.size(1) > 0  # a shard may be made of padding only
+    highest = logits_np.amax(dim=1).float() if has_rows else work_np.new_full((labels_n.numel(),), float("-inf"))
     if shard.is_split:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
-    logits.sub_(highest[:, None])
-    local = labels - shard.first
-    here = (local >= 0) & (local < shard.size)
-    local = torch.where(here, local, 0)
-    rows = torch.arange(labels.numel(), device=labels.device)
-    target = torch.where(here, logits[rows, local], 0.0) if logits.size(1) else torch.zeros_like(highest)
-    softmax = logits.exp_()
-    total = softmax.sum(dim=1)
+    torch.sub(logits_np, highest[:, None], out=work_np)
+    column = labels_n - shard.first
+    here = (column >= 0) & (column < shard.size)
+    column = torch.where(here, column, 0)
+    target = torch.where(here, _pick(work_np, column), 0.0) if has_rows else torch.zeros_like(highest)
+    total = work_np.exp_().sum(dim=1)
     if shard.is_split:
         both = torch.stack((target, total))
         dist.all_reduce(both, group=shard.group)
         target, total = both[0], both[1]
-    softmax.div_(total[:, None])
-    return total.log() - target, target >= 0, softmax, rows, local, here
+    return _Chunk(total.log() - target, target >= 0, work_np, total, column, here)
+
+
+def _pick(values_np: torch.Tensor, column_n: torch.Tensor) -> torch.Tensor:
+    return values_np.gather(1, column_n[:, None]).squeeze(1)
+
+
+def _chunk_gradient(chunk: _Chunk, scale_n: torch.Tensor, out_np: torch.Tensor) -> torch.Tensor:
+    """Returns the gradient of ``sum(scale * loss)`` to the logits, written to ``out_np`` (may be ``chunk.exponential_np`` itself).
+
+    It is scale * (probability - 1 at the label). Normalising, scaling and rounding to the dtype of ``out_np`` are one pass over
+    the chunk; the label's element is computed apart, before rounding.
+    """
+    factor_n = scale_n / chunk.total_n
+    if not out_np.size(1):
+        return out_np
+    at_label_n = _pick(chunk.exponential_np, chunk.column_n) * factor_n - scale_n * chunk.here_n
+    torch.mul(chunk.exponential_np, factor_n[:, None], out=out_np)
+    return out_np.scatter_(1, chunk.column_n[:, None], at_label_n[:, None].to(out_np.dtype))
 
 
 def exit_loss(
@@ -123,18 +156,17 @@ def exit_loss(
     d_inputs_nh = torch.empty_like(inputs_nh) if factor is not None else None
     sink = GradientSink(weight_ph)
     buffer = torch.empty(min(chunk_tokens, num_tokens), shard.size, dtype=inputs_nh.dtype, device=hidden_tbh.device)
+    work = buffer if buffer.dtype == torch.float32 else torch.empty_like(buffer, dtype=torch.float32)
     for start in range(0, num_tokens, chunk_tokens):
-        chunk = slice(start, min(start + chunk_tokens, num_tokens))
-        x = inputs_nh[chunk]
-        logits = torch.mm(x, weight.t(), out=buffer[: x.size(0)]).float()
-        loss_n[chunk], correct_n[chunk], d_logits, rows, local, here = _chunk_loss(logits, targets.labels_n[chunk], shard)
+        span = slice(start, min(start + chunk_tokens, num_tokens))
+        x = inputs_nh[span]
+        logits = torch.mm(x, weight.t(), out=buffer[: x.size(0)])
+        chunk = _chunk_loss(logits, work[: x.size(0)], targets.labels_n[span], shard)
+        loss_n[span], correct_n[span] = chunk.loss_n, chunk.correct_n
         if factor is None:
             continue
-        if shard.size:
-            d_logits[rows, local] -= here.to(d_logits.dtype)
-        d_logits.mul_((targets.loss_mask_n[chunk] * factor)[:, None])
-        d_logits = d_logits.to(x.dtype)
-        torch.mm(d_logits, weight, out=d_inputs_nh[chunk])
+        d_logits = _chunk_gradient(chunk, targets.loss_mask_n[span] * factor, out_np=logits)
+        torch.mm(d_logits, weight, out=d_inputs_nh[span])
         sink.add_product(d_logits, x)
     losses = ExitLoss(loss_n, correct_n)
     if factor is None:
