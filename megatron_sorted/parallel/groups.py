@@ -58,7 +58,7 @@ def start_process_groups(settings: Settings, platform: Platform, init_method: st
         context_parallel_size=settings.context_parallel_size,
         expert_model_parallel_size=settings.expert_model_parallel_size,
         distributed_timeout_minutes=settings.distributed_timeout_minutes,
-        create_gloo_process_groups=backend != "gloo",
+        create_gloo_process_groups=False,  # nothing here needs them beside the device's own
     )
     return current_place()
 

@@ -10,6 +10,7 @@ class Platform(ABC):
 
     name: str
     backend: str
+    loss_chunk_tokens: int  # tokens whose logits exist at one time, unless the settings say otherwise
 
     @abstractmethod
     def prepare(self) -> None:

@@ -95,6 +95,7 @@ class CpuPlatform(Platform):
 
     name = "cpu"
     backend = "gloo"
+    loss_chunk_tokens = 256
 
     def prepare(self) -> None:
         """Redirects Megatron's CUDA calls (see the module's docstring)."""

@@ -1,6 +1,7 @@
 """NVIDIA GPUs with nccl: Megatron-core's home; nothing has to be redirected."""
 
 import importlib.util
+import os
 
 import torch
 
@@ -13,9 +14,15 @@ class CudaPlatform(Platform):
 
     name = "cuda"
     backend = "nccl"
+    loss_chunk_tokens = 2048
 
     def prepare(self) -> None:
-        """Checks that torch sees a GPU."""
+        """Checks that torch sees a GPU.
+
+        One connection keeps kernels in the order they were launched, on which Megatron's overlap of communication with matrix
+        products in tensor and sequence parallel layers relies; it must be set before the device is first used.
+        """
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if not torch.cuda.is_available():
             raise PlatformError("--device cuda: torch sees no GPU on this host. Install a CUDA build of torch, or use --device cpu.")
 

@@ -32,5 +32,5 @@ class ExitSettings:
         "--exit-probabilities.")
     num_sampled_exits: int = setting(1, "How many exits are drawn per step (without replacement) when --exit-sampling is not 'all'.")
     exit_probabilities: tuple[float, ...] = setting((), "Probability of each exit, the last included, for --exit-sampling probabilities.")
-    exit_loss_chunk_tokens: int = setting(
-        256, "Tokens whose logits exist at one time when an exit's loss is computed; larger is faster on GPUs and takes more memory.")
+    exit_loss_chunk_tokens: int | None = setting(
+        None, "Tokens whose logits exist at one time when an exit's loss is computed; by default 256 on cpu and 2048 on GPUs.")

@@ -14,6 +14,7 @@ from megatron_sorted.loss.linear_cross_entropy import ExitLoss, Targets, exit_lo
 from megatron_sorted.model.attention import packed_attention_mask
 from megatron_sorted.model.config import parameter_dtype
 from megatron_sorted.model.stage import SortedStage
+from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model, unwrap
 
@@ -46,8 +47,7 @@ class ForwardStep:
     Attributes:
         settings: The run.
         model: The chunks of this rank.
-        device: Where batches go.
-        chunk_tokens: Tokens whose logits exist at one time.
+        platform: Where it runs.
         coefficients: {depth: coefficient} of the exits that train at this step.
         num_micro_batches: Of this step.
         ledger: Where training losses are added up.
@@ -56,12 +56,16 @@ class ForwardStep:
 
     settings: Settings
     model: Model
-    device: torch.device
-    chunk_tokens: int
+    platform: Platform
     coefficients: dict[int, float] = field(default_factory=dict)
     num_micro_batches: int = 1
     ledger: Ledger = field(default_factory=Ledger)
     observer: Observer | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return self.platform.device()
 
     def __call__(self, batches: Iterator[Batch], chunk: torch.nn.Module):
         """Returns the chunk's output and Megatron's loss function for it.
@@ -129,7 +133,8 @@ class ForwardStep:
 
     def _exit_loss(self, stage: SortedStage, depth: int, targets: Targets, hidden_tbh: torch.Tensor, factor: torch.Tensor | None):
         head = stage.head(depth)
-        return exit_loss(hidden_tbh, head.norm, head.weight_ph, targets, self.model.shard, self.chunk_tokens, factor)
+        chunk_tokens = self.settings.exit_loss_chunk_tokens or self.platform.loss_chunk_tokens
+        return exit_loss(hidden_tbh, head.norm, head.weight_ph, targets, self.model.shard, chunk_tokens, factor)
 
     def _exit_backward(self, stage: SortedStage, depth: int, targets: Targets, hidden_tbh: torch.Tensor,
                        factor: torch.Tensor) -> torch.Tensor:

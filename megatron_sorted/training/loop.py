@@ -87,8 +87,7 @@ class Run:
             self.say(f"training data: {self.samples.describe()}")
         self.model: Model = build_model(settings, self.platform, self.place, self.vocab_size)
         build_optimizer(self.model, settings, self.place.world_size)
-        chunk_tokens = settings.exit_loss_chunk_tokens
-        self.forward_step = ForwardStep(settings, self.model, self.platform.device(), chunk_tokens)
+        self.forward_step = ForwardStep(settings, self.model, self.platform)
         path = settings.metrics_file or (str(Path(settings.save) / "metrics.jsonl") if settings.save else None)
         self.json_lines = JsonLines(path) if path and self.place.rank == 0 else None
         if self.checkpoint is not None:

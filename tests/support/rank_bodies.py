@@ -56,7 +56,7 @@ def train_and_report(settings: Settings, steps: int, unequal: bool, packed: bool
             report["gradients"] = shards_of(model, unwrap, lambda p: p.main_grad / scale, place.tensor_rank, tied)
 
     model.config.finalize_model_grads_func = finalize_and_keep
-    forward_step = ForwardStep(settings, model, platform.device(), settings.exit_loss_chunk_tokens)
+    forward_step = ForwardStep(settings, model, platform)
     rule = coefficient_rule(settings)
     for step in range(steps):
         samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step, unequal, packed)
@@ -119,7 +119,7 @@ def steps_from(settings: Settings, root: str, load: bool, first: int, last: int,
     report = {"losses": [], "loaded_weights": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)}
     if load:
         report["loaded_moments"] = moments(model, settings)
-    forward_step = ForwardStep(settings, model, platform.device(), settings.exit_loss_chunk_tokens)
+    forward_step = ForwardStep(settings, model, platform)
     rule = coefficient_rule(settings)
     for step in range(first, last):
         samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step)
@@ -144,7 +144,7 @@ def evaluate_report(settings: Settings) -> dict:
     from tests.support.tiny import InstructionSource
 
     platform, place, model = start(settings)
-    forward_step = ForwardStep(settings, model, platform.device(), settings.exit_loss_chunk_tokens)
+    forward_step = ForwardStep(settings, model, platform)
     likely = make_samples(settings.global_batch_size, settings.seq_length, 79)
     likely["labels"] = torch.full_like(likely["labels"], 7)
     batches = micro_batches(likely, settings, place.data_rank, place.data_size)
@@ -180,7 +180,7 @@ def gpt_model_reads_our_checkpoint(settings: Settings, root: str) -> dict:
     positions = torch.arange(settings.seq_length).expand(samples["tokens"].shape)
     with torch.no_grad():
         loss = theirs(samples["tokens"], positions, None, labels=samples["labels"]).mean().item()
-    forward_step = ForwardStep(settings, model, platform.device(), settings.exit_loss_chunk_tokens)
+    forward_step = ForwardStep(settings, model, platform)
     train_step(model, settings, forward_step, micro_batches(samples, settings, 0, 1), {settings.num_layers: 1.0}, 8)
     ours = reduce_ledger(forward_step.ledger, settings)[settings.num_layers].loss
     differ = {"missing": missing, "unexpected": unexpected}
@@ -220,7 +220,7 @@ def layers_run(settings: Settings, coefficients: dict[int, float]) -> list[int]:
     for chunk in model.chunks:
         for layer in unwrap(chunk).decoder.layers:
             layer.register_forward_hook(lambda module, *_: ran.append(module.layer_number))
-    forward_step = ForwardStep(settings, model, platform.device(), settings.exit_loss_chunk_tokens)
+    forward_step = ForwardStep(settings, model, platform)
     samples = make_samples(settings.global_batch_size, settings.seq_length, 5)
     train_step(model, settings, forward_step, micro_batches(samples, settings, place.data_rank, place.data_size), coefficients, 8)
     return sorted(set(ran))

@@ -119,7 +119,7 @@ def make_trainer(case: Case, settings: Settings, platform: Platform) -> Callable
     place = start_process_groups(settings, platform)
     if case.kind == "ours":
         model = build_model(settings, platform, place, settings.vocab_size)
-        forward_step = ForwardStep(settings, model, platform.device(), settings.exit_loss_chunk_tokens)
+        forward_step = ForwardStep(settings, model, platform)
     else:
         model, forward_step = (_build_plain if case.kind == "plain" else _build_eager)(settings, platform)
     build_optimizer(model, settings, place.world_size)
