@@ -18,8 +18,9 @@ def main(words: list[str] | None = None) -> None:
     """Reads and checks the settings, by default those of the command line, then runs them."""
     settings = load_settings(words)
     check_settings(settings, int(os.environ.get("WORLD_SIZE", 1)))
-    # Megatron says at every import that Apex and Transformer Engine are missing; both are optional here
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    # Megatron says on every rank that Apex and Transformer Engine are missing, which are optional here, and calls torch's checkpoint
+    # functions by deprecated names, about which a user can do nothing either.
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.checkpoint\.")
     from megatron_sorted.training.loop import run
 
     run(settings)
