@@ -10,7 +10,7 @@ from megatron_sorted.checkpoint.layout import Progress, latest_checkpoint, write
 from megatron_sorted.checkpoint.sharded import load_checkpoint, save_checkpoint
 from megatron_sorted.data.batches import make_train_batches
 from megatron_sorted.monitoring.console import duration, evaluation_lines, step_line
-from megatron_sorted.monitoring.json_lines import JsonLines
+from megatron_sorted.monitoring.json_lines import JsonLines, finite_or_none
 from megatron_sorted.monitoring.report import EvaluationReport, ExitNumbers, StepReport
 from megatron_sorted.parallel.groups import Place, start_process_groups, stop_process_groups
 from megatron_sorted.platform.contract import Platform
@@ -182,7 +182,7 @@ class Run:
         if settings.save and self.place.rank == 0 and reports:
             path = Path(settings.save) / "evaluation.json"
             whole = evaluation_results(settings, self.vocab_size, self.progress.step, reports)
-            write_text_atomically(path, json.dumps(whole, indent=1) + "\n")
+            write_text_atomically(path, json.dumps(finite_or_none(whole), indent=1) + "\n")
             self.say(f"wrote {path}")
         stop_process_groups()
 
