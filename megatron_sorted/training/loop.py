@@ -198,5 +198,3 @@ def run(settings: Settings) -> None:
         work.train()
     work.finish()
     sys.stdout.flush()
-
-
