@@ -5,9 +5,13 @@ import shutil
 import time
 
 import numpy as np
+import pytest
+import torch.distributed as dist
 
 from megatron_sorted.data.corpus import Corpus
 from megatron_sorted.data.dataset import open_samples
+from megatron_sorted.errors import SettingsError
+from pretrain_sorted import main
 from tests.system.conftest import run_script
 
 BORDER = "=" * 60
@@ -16,6 +20,48 @@ BORDER = "=" * 60
 def last_block(text: str) -> str:
     """Returns what stands between the last two borders that torchrun prints."""
     return text.split(BORDER)[-2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--exit-layer-nums 0", "--exit-layer-nums: 0 is not a layer of this model (--num-layers 4). Use 1..4."),
+        ("--exit-layer-nums 2 2", "--exit-layer-nums: 2 is listed more than once"),
+        ("--exit-layer-weight 0.1 0.2", "--exit-layer-weight: 2 values for 4 exits"),
+        ("--num-layers 5", "--num-layers: 5 "),  # on 2 stages
+        ("--tensor-model-parallel-size 3", "--num-attention-heads: 4 is not a multiple of 3"),
+        ("--pipeline-model-parallel-size 4", "number of processes: 2 is not a multiple of 4 (tensor x pipeline x context parallel size). "),
+        ("--global-batch-size 3", "--global-batch-size: 3 is not a multiple of 2"),
+        ("--exit-layer-num 2", "--exit-layer-num: there is no such flag. Did you mean --exit-layer-nums?"),
+        ("--lr fast", "--lr: 'fast' is not what this setting takes. Give a number."),
+        ("--config wrong.yaml", "--config: given 2 times (run.yaml, wrong.yaml). Give one file; flags override it."),
+        ("--bf16 --fp16", "--bf16, --fp16: a run has one precision. "),
+        ("--mock-data", "--mock-data: made-up tokens beside real ones (--data-path). "),
+        ("--finetune", "--finetune: no checkpoint to take weights from. Give --load or leave it out."),
+    ],
+)
+def test_every_mistake_in_settings_is_found_before_ranks_meet(prepared, monkeypatch, words, message):
+    monkeypatch.chdir(prepared)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError) as error:
+        main(["--config", "run.yaml", *words.split()])
+    assert str(error.value).startswith(message) and not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num-layers: four", "wrong.yaml, line 1, num-layers: 'four' is not what this setting takes. Give a whole number."),
+        ("num-layers: 4\nexit-layers: [2]", "wrong.yaml, line 2, exit-layers: there is no such setting. Did you mean exit-layer-nums?"),
+        ("[1, 2]", "wrong.yaml: a run is a mapping, this file holds something else. "),
+    ],
+)
+def test_every_mistake_in_a_file_names_its_line(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(SettingsError) as error:
+        main(["--config", "wrong.yaml"])
+    assert str(error.value).startswith(message)
 
 
 def test_a_mistake_is_one_line_without_a_traceback(prepared):
@@ -53,7 +99,7 @@ def test_an_error_of_one_rank_ends_all_and_is_seen_last(prepared, tmp_path):
                       "--eval-interval", "none", processes=2, seconds=120)
     seconds = time.monotonic() - started
     message = f"error: data/train_text_document: document {document}: token 60000 is outside the model's vocabulary of 300."
-    assert done.returncode != 0 and seconds < 60
+    assert done.returncode != 0 and seconds < 100
     assert "step  1/50" in done.stdout and "step 50/50" not in done.stdout
     block = last_block(done.stderr)
     assert re.search(r"Root Cause.*rank      : 1 .*traceback : " + re.escape(message), block, re.DOTALL), done.stderr
