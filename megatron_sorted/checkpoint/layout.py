@@ -99,5 +99,6 @@ def check_same_shape(directory: Path, settings: Settings, shape: dict[str, Any])
     if settings.use_exit_norm or settings.untie_exit_output_weights:
         different += [name for name in ("exit_layer_nums",) if saved.get(name) != shape.get(name)]
     if different:
-        rows = "; ".join(f"--{name.replace('_', '-')}: {saved.get(name)} in the checkpoint, {shape.get(name)} in this run" for name in different)
+        rows = "; ".join(
+            f"--{name.replace('_', '-')}: {saved.get(name)} in the checkpoint, {shape.get(name)} in this run" for name in different)
         raise CheckpointError(f"{directory}: made with other sizes. {rows}. Use the checkpoint's values, or train anew without --load.")

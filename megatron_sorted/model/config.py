@@ -30,7 +30,7 @@ def check_platform(settings: Settings, platform: Platform) -> None:
         PlatformError: It cannot.
     """
     if settings.transformer_impl == "transformer_engine" and not platform.has_transformer_engine():
-        raise PlatformError(f"--transformer-impl transformer_engine: Transformer Engine is not installed, or cannot run on {platform.name}. "
+        raise PlatformError(f"--transformer-impl transformer_engine: Transformer Engine is not installed or cannot run on {platform.name}. "
                             "Install it on a GPU host, or use --transformer-impl local.")
     if settings.context_parallel_size > 1 and not uses_transformer_engine(settings, platform):
         raise PlatformError(f"--context-parallel-size: {settings.context_parallel_size} needs Transformer Engine's attention, which is not "

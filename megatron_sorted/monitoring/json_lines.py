@@ -2,10 +2,19 @@
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
+from typing import Any
 
 from megatron_sorted.monitoring.report import EvaluationReport, StepReport
+
+
+def finite_or_none(value: Any) -> Any:
+    """Returns plain data in which every number that JSON does not know (a loss that overflowed) is None."""
+    if isinstance(value, dict):
+        return {key: finite_or_none(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class JsonLines:
@@ -18,6 +27,6 @@ class JsonLines:
     def write(self, report: StepReport | EvaluationReport) -> None:
         """Appends one report."""
         kind = "train" if isinstance(report, StepReport) else "evaluation"
-        line = json.dumps({"kind": kind, "time": time.time(), **dataclasses.asdict(report)})
+        line = json.dumps({"kind": kind, "time": time.time(), **finite_or_none(dataclasses.asdict(report))}, allow_nan=False)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -1,18 +1,21 @@
 """The run in words and plain data: for checkpoints, for ``evaluation.json`` and for the first lines on the console."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_sorted import __version__
 from megatron_sorted.checkpoint.layout import OWN_PART_FIELDS, SHAPE_FIELDS
+from megatron_sorted.monitoring.report import EvaluationReport
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.costs import forward_flops_per_token, sub_model_parameters
 from megatron_sorted.settings.derived import (
     exit_depths,
     ffn_hidden_size,
+    global_batch_size,
     kv_channels,
     layers_of_chunks,
     num_micro_batches,
@@ -48,6 +51,21 @@ def exit_costs(settings: Settings, vocab_size: int) -> dict[str, dict[str, int]]
     return {str(depth): {"parameters": parameters[depth], "flops_per_token": flops[depth]} for depth in exit_depths(settings)}
 
 
+def evaluation_results(settings: Settings, vocab_size: int, step: int, reports: list[EvaluationReport]) -> dict[str, Any]:
+    """Returns what ``evaluation.json`` says: every sub-model's costs and its results on every set."""
+    sets = {report.name: {str(depth): {"loss": e.loss, "token_accuracy": e.token_accuracy, "exact_match": e.exact_match}
+                          for depth, e in sorted(report.exits.items())} for report in reports}
+    return {"run": Path(settings.save).name, "step": step, "exits": exit_costs(settings, vocab_size), "sets": sets}
+
+
+def short_count(count: int) -> str:
+    """Returns a count with three digits, such as 26.1K, 6.74B."""
+    for power, unit in ((9, "B"), (6, "M"), (3, "K")):
+        if count >= 10**power:
+            return f"{count / 10**power:.{max(0, 3 + power - len(str(count)))}f}{unit}"
+    return str(count)
+
+
 def opening_lines(settings: Settings, platform: Platform, place: Place, vocab_size: int) -> list[str]:
     """Returns a few lines that say what is about to run and where."""
     depths = exit_depths(settings)
@@ -64,10 +82,10 @@ def opening_lines(settings: Settings, platform: Platform, place: Place, vocab_si
     precision = "bf16" if settings.bf16 else "fp16" if settings.fp16 else "fp32"
     return [
         f"{place.world_size} process{'es' * (place.world_size > 1)} on {platform.name}: {layout}, {precision}, "
-        f"{num_micro_batches(settings, place.world_size)} micro-batches of {settings.micro_batch_size} x {settings.seq_length} tokens "
-        "a step each",
-        f"{settings.num_layers} layers, hidden {settings.hidden_size}, vocabulary {vocab_size}; sub-models: "
-        + ", ".join(f"@{depth} {parameters[depth] / 1e6:.1f}M" for depth in depths),
+        f"{global_batch_size(settings, place.world_size)} samples of {settings.seq_length} tokens a step "
+        f"({num_micro_batches(settings, place.world_size)} micro-batches of {settings.micro_batch_size} on each data parallel rank)",
+        f"{settings.num_layers} layers, hidden {settings.hidden_size}, vocabulary {vocab_size}; parameters of the sub-model at each exit: "
+        + ", ".join(f"@{depth} {short_count(parameters[depth])}" for depth in depths),
         *(where if place.num_stages > 1 else []),
     ]
 

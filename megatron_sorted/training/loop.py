@@ -6,14 +6,12 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from megatron_sorted.checkpoint.layout import Progress, check_same_shape, latest_checkpoint, write_text_atomically
+from megatron_sorted.checkpoint.layout import Progress, latest_checkpoint, write_text_atomically
 from megatron_sorted.checkpoint.sharded import load_checkpoint, save_checkpoint
-from megatron_sorted.data.batches import make_eval_sets, make_train_batches, open_train_samples
-from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_sorted.errors import CheckpointError, SettingsError
+from megatron_sorted.data.batches import make_train_batches
 from megatron_sorted.model.config import check_platform
 from megatron_sorted.monitoring.console import duration, evaluation_lines, step_line
-from megatron_sorted.monitoring.json_lines import JsonLines
+from megatron_sorted.monitoring.json_lines import JsonLines, finite_or_none
 from megatron_sorted.monitoring.report import EvaluationReport, ExitNumbers, StepReport
 from megatron_sorted.parallel.groups import Place, start_process_groups, stop_process_groups
 from megatron_sorted.platform.contract import Platform
@@ -21,59 +19,25 @@ from megatron_sorted.platform.select import choose_platform
 from megatron_sorted.settings.derived import coefficient_rule, global_batch_size, num_micro_batches, trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model, build_model, build_optimizer
-from megatron_sorted.training.describe import description, exit_costs, network_shape, opening_lines, replace_vocab
+from megatron_sorted.training.describe import description, evaluation_results, opening_lines
 from megatron_sorted.training.evaluate import evaluate
 from megatron_sorted.training.forward_step import ForwardStep
+from megatron_sorted.training.inputs import open_inputs
 from megatron_sorted.training.reduce import reduce_ledger
 from megatron_sorted.training.step import train_step
-
-
-def open_tokenizer(settings: Settings) -> Tokenizer | None:
-    """Returns the tokenizer the settings name, or None where none is needed.
-
-    Raises:
-        SettingsError: The model's vocabulary is smaller than the tokenizer's.
-        DataError: The tokenizer is missing or damaged.
-    """
-    if settings.tokenizer_model is None:
-        return None
-    tokenizer = load_tokenizer(settings.tokenizer_type, settings.tokenizer_model, settings.vocab_size)
-    if settings.vocab_size is not None and tokenizer.vocab_size > settings.vocab_size:
-        raise SettingsError(f"--vocab-size: {settings.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} "
-                            f"({settings.tokenizer_model}). Leave it out, or give at least {tokenizer.vocab_size}.")
-    return tokenizer
 
 
 class Run:
     """One run on this process. Everything that a user can get wrong is checked before process groups start."""
 
     def __init__(self, settings: Settings):
-        self.tokenizer = open_tokenizer(settings)
-        self.vocab_size = settings.vocab_size or (self.tokenizer.vocab_size if self.tokenizer else 0)
-        if not self.vocab_size:
-            raise SettingsError("--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size.")
-        self.settings = settings = replace_vocab(settings, self.vocab_size)
-        self.checkpoint = self._find_checkpoint()
-        self.samples = None if settings.skip_train else open_train_samples(settings, self.vocab_size)
-        self.eval_sets = make_eval_sets(settings, self.vocab_size) if (settings.valid_data_path or settings.data_path or settings.mock_data) else {}
-        self.rule = coefficient_rule(settings)
-        self.progress = Progress(0, 0)
+        self.inputs = open_inputs(settings)
+        self.settings, self.vocab_size = self.inputs.settings, self.inputs.vocab_size
+        self.rule = coefficient_rule(self.settings)
+        self.progress, self.trained = Progress(0, 0), False
         self.platform: Platform = choose_platform(settings.device)
         check_platform(settings, self.platform)
         self.platform.prepare()
-
-    def _find_checkpoint(self) -> Path | None:
-        settings = self.settings
-        if settings.load is None:
-            return None
-        directory = latest_checkpoint(settings.load)
-        if directory is None:
-            if settings.exit_on_missing_checkpoint or settings.finetune or settings.skip_train:
-                raise CheckpointError(f"--load {settings.load}: there is no checkpoint (latest_checkpointed_iteration.txt is missing). "
-                                      "Give the directory that --save of another run wrote to.")
-            return None
-        check_same_shape(directory, settings, network_shape(settings, self.vocab_size))
-        return directory
 
     def start(self) -> None:
         """Joins the other processes, builds the model and loads the checkpoint.
@@ -83,17 +47,20 @@ class Run:
         settings = self.settings
         self.place: Place = start_process_groups(settings, self.platform)
         self.say(*opening_lines(settings, self.platform, self.place, self.vocab_size))
-        if self.samples is not None:
-            self.say(f"training data: {self.samples.describe()}")
+        if self.inputs.samples is not None:
+            self.say(f"training data: {self.inputs.samples.describe()}")
         self.model: Model = build_model(settings, self.platform, self.place, self.vocab_size)
         build_optimizer(self.model, settings, self.place.world_size)
         self.forward_step = ForwardStep(settings, self.model, self.platform)
         path = settings.metrics_file or (str(Path(settings.save) / "metrics.jsonl") if settings.save else None)
         self.json_lines = JsonLines(path) if path and self.place.rank == 0 else None
-        if self.checkpoint is not None:
-            self._load(self.checkpoint)
+        if self.inputs.checkpoint is not None:
+            self._load(self.inputs.checkpoint)
         elif settings.load is not None:
             self.say(f"--load {settings.load} holds no checkpoint: starting afresh")
+        if settings.save and settings.save != settings.load and not settings.skip_train and (older := latest_checkpoint(settings.save)):
+            self.say(f"note: --save {settings.save} holds checkpoints up to {older.name} of an earlier run; this one goes on from step "
+                     f"{self.progress.step} and replaces those it reaches")
 
     def _load(self, directory: Path) -> None:
         settings = self.settings
@@ -121,16 +88,19 @@ class Run:
         settings, place = self.settings, self.place
         samples_a_step = global_batch_size(settings, place.world_size)
         micro_batches_a_step = num_micro_batches(settings, place.world_size)
-        batches = make_train_batches(settings, self.vocab_size, place.data_rank, place.data_size, self.progress.samples, self.samples)
+        batches = make_train_batches(settings, self.vocab_size, place.data_rank, place.data_size, self.progress.samples,
+                                     self.inputs.samples)
         start = first = self.progress.step
         since, skipped = time.monotonic(), 0
         rates: list[float] = []
+        if start >= settings.train_iters:
+            self.say(f"nothing to train: step {start} of --train-iters {settings.train_iters} is reached")
         for step in range(self.progress.step, settings.train_iters):
             coefficients = trained_exits(settings, self.rule, step)
             result = train_step(
                 self.model, settings, self.forward_step, list(islice(batches, micro_batches_a_step)), coefficients, samples_a_step)
             skipped += not result.stepped
-            self.progress = Progress(step + 1, self.progress.samples + samples_a_step)
+            self.progress, self.trained = Progress(step + 1, self.progress.samples + samples_a_step), True
             done = step + 1
             if done % settings.log_interval == 0 or done == settings.train_iters or done == start + 1:
                 self.platform.synchronize()
@@ -171,7 +141,7 @@ class Run:
         Collective: every process must call it.
         """
         reports = []
-        for name, samples in self.eval_sets.items():
+        for name, samples in self.inputs.eval_sets.items():
             report = evaluate(self.model, self.settings, self.forward_step, self.place, name, samples, self.progress.step,
                               self._evaluation_progress(name))
             self.say(evaluation_lines(report))
@@ -207,15 +177,14 @@ class Run:
         Collective: every process must call it.
         """
         settings = self.settings
-        if settings.save and not settings.skip_train and self.progress.step:
+        if settings.save and self.trained:
             self.save()
         reports = self.evaluate_all()
         if settings.save and self.place.rank == 0 and reports:
-            sets = {r.name: {str(d): {"loss": e.loss, "token_accuracy": e.token_accuracy, "exact_match": e.exact_match}
-                             for d, e in sorted(r.exits.items())} for r in reports}
-            whole = {"run": Path(settings.save).name, "step": self.progress.step, "exits": exit_costs(settings, self.vocab_size), "sets": sets}
-            Path(settings.save).mkdir(parents=True, exist_ok=True)
-            write_text_atomically(Path(settings.save) / "evaluation.json", json.dumps(whole, indent=1) + "\n")
+            path = Path(settings.save) / "evaluation.json"
+            whole = evaluation_results(settings, self.vocab_size, self.progress.step, reports)
+            write_text_atomically(path, json.dumps(finite_or_none(whole), indent=1) + "\n")
+            self.say(f"wrote {path}")
         stop_process_groups()
 
 
@@ -230,5 +199,3 @@ def run(settings: Settings) -> None:
         work.train()
     work.finish()
     sys.stdout.flush()
-
-

@@ -57,6 +57,6 @@ def shards_of(model, unwrap, pick, tensor_rank: int, tied: bool) -> dict[str, li
         stage = unwrap(chunk)
         for name, parameter in stage.named_parameters():
             dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-            entry = (pick(parameter).detach().float().clone(), dim, tensor_rank)
+            entry = (pick(parameter).detach().float().clone().cpu(), dim, tensor_rank)
             result.setdefault(global_name(stage, name, tied), []).append(entry)
     return result

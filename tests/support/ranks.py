@@ -13,15 +13,19 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.support.preload"])
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["tests.support.preload"])
+# The fork server has its device calls redirected to the CPU, so processes for another device start from nothing.
+SPAWN = multiprocessing.get_context("spawn")
 TIMEOUT_SECONDS = 240
 
 
 def _child(connection, function: Callable, rank: int, world_size: int, rendezvous: str, arguments: tuple) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), TEST_INIT_METHOD=rendezvous)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), TEST_INIT_METHOD=rendezvous)
     import torch
 
+    # several ranks may share one accelerator
+    os.environ["LOCAL_RANK"] = str(rank % max(1, torch.cuda.device_count()))
     torch.set_num_threads(1)
     try:
         answer = ("done", function(*arguments))
@@ -38,10 +42,11 @@ def run_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]
         AssertionError: With the traceback of the first rank that failed; the others are ended.
     """
     rendezvous = f"file://{tempfile.mktemp(prefix='rendezvous_')}"
+    context = SPAWN if any(getattr(argument, "device", "cpu") != "cpu" for argument in arguments) else FORK_SERVER
     readers, processes = [], []
     for rank in range(world_size):
-        reader, writer = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=_child, args=(writer, function, rank, world_size, rendezvous, arguments))
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(writer, function, rank, world_size, rendezvous, arguments))
         process.start()
         writer.close()
         readers.append(reader)

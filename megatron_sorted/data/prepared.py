@@ -1,0 +1,40 @@
+"""What tools/prepare_data.py left beside the data: ``P.json``, for ``P_text_document`` and ``P_valid_text_document``."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_sorted.data.tokenizer import Tokenizer
+from megatron_sorted.errors import DataError
+
+ENDINGS = ("_valid_text_document", "_text_document")
+
+
+def summary_path(prefix: str) -> Path | None:
+    """Returns the summary of the data at ``prefix``, or None where there is none (data made by another tool, or moved alone)."""
+    for ending in ENDINGS:
+        path = Path(f"{prefix.removesuffix(ending)}.json")
+        if prefix.endswith(ending) and path.is_file():
+            return path
+    return None
+
+
+def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Returns nothing if no summary names another tokenizer than ``tokenizer``.
+
+    Raises:
+        DataError: One does, or it cannot be read. Its tokens would mean other words, and training would go on as if nothing were wrong.
+    """
+    for prefix in prefixes:
+        path = summary_path(prefix)
+        if path is None:
+            continue
+        try:
+            made_with = json.loads(path.read_text(encoding="utf-8"))["tokenizer"]
+            name, sha256 = made_with["name"], made_with["sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not readable as the summary of prepared data ({type(error).__name__}: {error}). "
+                            "Prepare the data again, or take this file away.") from error
+        if sha256 != tokenizer.sha256:
+            raise DataError(f"{prefix}: prepared with tokenizer {name} (sha256 {sha256[:16]}), but --tokenizer-model is {tokenizer.name} "
+                            f"(sha256 {tokenizer.sha256[:16]}). Give the tokenizer the data was prepared with, or prepare it again.")

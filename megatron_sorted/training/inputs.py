@@ -1,0 +1,114 @@
+"""Everything a run reads or writes, opened and checked before any process group starts."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sorted.checkpoint.layout import check_same_shape, latest_checkpoint
+from megatron_sorted.data.batches import make_eval_sets, open_train_samples
+from megatron_sorted.data.dataset import EvaluationSet, InstructionSamples, SampleSource
+from megatron_sorted.data.prepared import check_same_tokenizer
+from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_sorted.errors import CheckpointError, SettingsError
+from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.describe import network_shape, replace_vocab
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was found.
+
+    Attributes:
+        settings: Of the run, with the vocabulary resolved.
+        vocab_size: Real tokens, before padding.
+        checkpoint: The directory to load, or None to start afresh.
+        samples: To train on; None with ``skip_train``.
+        eval_sets: By name.
+    """
+
+    settings: Settings
+    vocab_size: int
+    checkpoint: Path | None
+    samples: SampleSource | None
+    eval_sets: dict[str, EvaluationSet]
+
+
+def open_inputs(settings: Settings) -> Inputs:
+    """Returns what the run works with.
+
+    Raises:
+        SortedError: Something is missing, damaged or does not fit.
+    """
+    tokenizer = open_tokenizer(settings)
+    vocab_size = settings.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
+    if not vocab_size:
+        raise SettingsError("--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size.")
+    settings = replace_vocab(settings, vocab_size)
+    checkpoint = find_checkpoint(settings)
+    if tokenizer is not None:
+        check_same_tokenizer((*settings.data_path, *settings.valid_data_path), tokenizer)
+    samples = None if settings.skip_train else open_train_samples(settings, vocab_size)
+    if settings.context_parallel_size > 1 and isinstance(samples, InstructionSamples):
+        raise SettingsError(
+            f"--context-parallel-size: {settings.context_parallel_size}, but the training data are packed documents, and attention across "
+            "context parallel processes knows no documents. Use 1, or train on plain text.")
+    eval_sets = make_eval_sets(settings, vocab_size)
+    if settings.save:
+        check_writable("--save", Path(settings.save))
+    if settings.metrics_file:
+        check_writable("--metrics-file", Path(settings.metrics_file).parent)
+    return Inputs(settings, vocab_size, checkpoint, samples, eval_sets)
+
+
+def open_tokenizer(settings: Settings) -> Tokenizer | None:
+    """Returns the tokenizer the settings name, or None where none is needed.
+
+    Raises:
+        SettingsError: The model's vocabulary is smaller than the tokenizer's.
+        DataError: The tokenizer is missing or damaged.
+    """
+    if settings.tokenizer_model is None:
+        return None
+    tokenizer = load_tokenizer(settings.tokenizer_type, settings.tokenizer_model, settings.vocab_size)
+    if settings.vocab_size is not None and tokenizer.vocab_size > settings.vocab_size:
+        raise SettingsError(f"--vocab-size: {settings.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} "
+                            f"({settings.tokenizer_model}). Leave it out, or give at least {tokenizer.vocab_size}.")
+    return tokenizer
+
+
+def find_checkpoint(settings: Settings) -> Path | None:
+    """Returns the directory of the checkpoint to load, or None to start afresh.
+
+    Raises:
+        CheckpointError: There is none although there should be, or it is of another shape.
+    """
+    if settings.load is None:
+        return None
+    root = Path(settings.load)
+    # where --load and --save are the same, a job script can be submitted again and again, the first time too
+    same_as_save = settings.save is not None and root.resolve() == Path(settings.save).resolve()
+    if not root.is_dir() and not same_as_save:
+        raise CheckpointError(f"--load: {root} is not a directory. Give the directory that --save of another run wrote to.")
+    directory = latest_checkpoint(root)
+    if directory is None:
+        if settings.exit_on_missing_checkpoint or settings.finetune or settings.skip_train:
+            raise CheckpointError(f"--load: {root} holds no checkpoint (latest_checkpointed_iteration.txt is missing). "
+                                  "Give the directory that --save of another run wrote to.")
+        return None
+    check_same_shape(directory, settings, network_shape(settings, settings.vocab_size))
+    return directory
+
+
+def check_writable(flag: str, directory: Path) -> None:
+    """Returns nothing if a file can be written in ``directory``, which is made if it is missing.
+
+    Raises:
+        SettingsError: It cannot; hours of training would be lost at the first checkpoint.
+    """
+    trial = directory / f".trial.{os.environ.get('RANK', 0)}.{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        trial.write_bytes(b"\0")
+        trial.unlink()
+    except OSError as error:
+        raise SettingsError(f"{flag}: cannot write in {directory} ({error.strerror}). Give a directory that can be written.") from error

@@ -1,0 +1,94 @@
+"""Counted costs against a network that is built and a forward pass that is measured."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_sorted.settings.costs import forward_flops_per_token, layer_parameters, sub_model_parameters, train_flops_per_token
+from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels, num_query_groups
+from megatron_sorted.settings.run import Settings
+from tests.support.rank_bodies import start
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny
+
+# tiny: 4 layers, hidden 32, MLP 48, 4 heads in 2 groups of 8 channels, vocabulary 100
+SHAPES = {
+    "grouped queries": {},
+    "untied": {"untie_embeddings_and_output_weights": True},
+    "all heads, query bias": {"group_query_attention": False, "num_query_groups": None, "add_qkv_bias": True},
+    "query and key norms": {"qk_layernorm": True},
+    "biases, layer norms, GELU, learned positions": {
+        "disable_bias_linear": False, "normalization": "LayerNorm", "swiglu": False, "position_embedding_type": "learned_absolute"},
+    "biases, SwiGLU, wide heads": {"disable_bias_linear": False, "kv_channels": 16, "ffn_hidden_size": None},
+}
+
+
+def built_parameters(settings: Settings) -> tuple[int, int]:
+    """Returns parameters of the whole network, and of its layers alone, counted in the built network without padded rows."""
+    _, _, model = start(settings)
+    sizes = {}
+    for name, parameter in model.chunks[0].module.named_parameters():
+        rows = settings.vocab_size if name.startswith(("embedding.word", "output_layer")) else parameter.shape[0]
+        sizes[name] = parameter[:rows].numel()
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if "decoder.layers" in name)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_are_those_of_the_built_network(name):
+    settings = tiny(**SHAPES[name])
+    [(everything, in_layers)] = run_ranks(1, built_parameters, settings)
+    counted = sub_model_parameters(settings, settings.vocab_size)
+    assert counted[4] == everything and 4 * layer_parameters(settings)[1] == in_layers
+    assert counted == {depth: everything - (4 - depth) * in_layers // 4 for depth in (1, 2, 3, 4)}
+
+
+def test_parameters_of_a_known_model():
+    # LLaMA 2 7B as published: 6,738,415,616 parameters
+    llama = Settings(num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, exit_layer_nums=(16,),
+                     untie_embeddings_and_output_weights=True)
+    assert sub_model_parameters(llama, 32000)[32] == 6_738_415_616
+
+
+def measured_flops(settings: Settings, depth: int) -> int:
+    """Returns the operations of matrix products in one plain forward pass over a sequence, attention over all pairs."""
+    s, h, d = settings.seq_length, settings.hidden_size, kv_channels(settings)
+    heads, groups, width = settings.num_attention_heads, num_query_groups(settings), ffn_hidden_size(settings)
+    x = torch.zeros(1, s, h)
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(depth):
+            q, k, v = F.linear(x, torch.zeros((heads + 2 * groups) * d, h)).split((heads * d, groups * d, groups * d), -1)
+            q = q.view(1, s, heads, d).transpose(1, 2)
+            k, v = (t.reshape(1, s, groups, d).transpose(1, 2).repeat_interleave(heads // groups, 1) for t in (k, v))
+            mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+            x = F.linear(mixed.transpose(1, 2).reshape(1, s, heads * d), torch.zeros(h, heads * d))
+            y = F.linear(x, torch.zeros(width * (2 if settings.swiglu else 1), h))
+            x = F.linear(y[..., :width], torch.zeros(h, width))
+        F.linear(x, torch.zeros(settings.vocab_size, h))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["grouped queries", "biases, layer norms, GELU, learned positions", "biases, SwiGLU, wide heads"])
+def test_operations_are_those_of_a_plain_forward_pass(name):
+    settings = tiny(**SHAPES[name])
+    flops = forward_flops_per_token(settings, settings.vocab_size)
+    for depth in (1, 2, 3, 4):
+        # all pairs of tokens cost twice the mean over a causal sequence, so the plain pass of the same length counts as one twice as long
+        twice = forward_flops_per_token(settings, settings.vocab_size, 2 * settings.seq_length)[depth]
+        assert twice * settings.seq_length == measured_flops(settings, depth)
+        attention = 2 * settings.seq_length * settings.num_attention_heads * kv_channels(settings)
+        assert twice - flops[depth] == depth * attention
+
+
+def test_training_counts_backward_twice_and_every_head():
+    settings = tiny()
+    head = 2 * 32 * 100
+    forward = forward_flops_per_token(settings, 100)
+    assert train_flops_per_token(settings, 100) == 3 * (forward[4] + 3 * head)
+    assert train_flops_per_token(settings, 100, num_exits=1, depth=2) == 3 * forward[2]
+
+
+def test_experts_count_fully_as_parameters_and_by_choice_as_operations():
+    # router 8 x 3; experts of 3 matrices 8 x 16; attention 4 matrices 8 x 8; two norms
+    settings = Settings(num_layers=1, hidden_size=8, num_attention_heads=2, num_experts=3, moe_router_topk=2, moe_ffn_hidden_size=16)
+    assert layer_parameters(settings) == (4 * 64 + 24 + 2 * 384, 4 * 64 + 24 + 3 * 384 + 16)

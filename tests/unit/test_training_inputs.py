@@ -1,0 +1,166 @@
+"""What a user can get wrong about files is said before any process group starts, with the file and the remedy."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_sorted.checkpoint.layout import DESCRIPTION, TRACKER
+from megatron_sorted.data.encode import EncodeOptions
+from megatron_sorted.data.prepare import PrepareOptions, prepare
+from megatron_sorted.errors import CheckpointError, DataError, SettingsError
+from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.describe import network_shape
+from megatron_sorted.training.inputs import open_inputs
+from megatron_sorted.training.loop import Run
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Returns a folder with prepared data and its tokenizer, and another tokenizer."""
+    options = EncodeOptions(tokenizer_type="SentencePieceTokenizer", tokenizer_model=None, vocab_size=None, data_format="auto",
+                            prompt_template="plain", seq_length=64, too_long="truncate", append_eod=True, valid_fraction=0.0, strict=False)
+    for name, word in (("mine", "Count"), ("other", "Sum")):
+        lines = [json.dumps({"instruction": f"{word} all the numbers up to {i}, please",
+                             "output": "Here they are: " + " ".join(map(str, range(i % 9 + 1)))}) for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        prepare(PrepareOptions((str(tmp_path / f"{name}.jsonl"),), str(tmp_path / name), options, train_tokenizer=290))
+    return tmp_path
+
+
+def settings(folder: Path, **changes) -> Settings:
+    data = {"data_path": (str(folder / "mine_text_document"),), "tokenizer_model": str(folder / "mine_tokenizer.model"), "split": "90,10"}
+    base = Settings(num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=64, device="cpu", exit_layer_nums=(2,))
+    return dataclasses.replace(base, **{**data, **changes})
+
+
+def refused(kind: type, run: Settings) -> str:
+    """Returns the message with which a run is refused, without its folder."""
+    with pytest.raises(kind) as error:
+        Run(run)
+    assert not dist.is_initialized()
+    return str(error.value).replace(f"{Path(run.data_path[0]).parent}/", "")
+
+
+def write_checkpoint(root: Path, run: Settings, step: int = 7) -> Path:
+    directory = root / f"iter_{step:07d}"
+    directory.mkdir(parents=True)
+    for name in (".metadata", "metadata.json"):
+        (directory / name).write_text("{}")
+    (directory / DESCRIPTION).write_text(json.dumps({"shape": network_shape(run, 290), "progress": {"step": step, "samples": 9}}))
+    (root / TRACKER).write_text(f"{step}\n")
+    return directory
+
+
+def test_a_run_without_mistakes_is_opened(folder):
+    run = settings(folder, save=str(folder / "new" / "save"), metrics_file=str(folder / "elsewhere" / "m.jsonl"))
+    inputs = open_inputs(run)
+    assert inputs.vocab_size == inputs.settings.vocab_size == 290 and inputs.checkpoint is None
+    assert inputs.samples.describe().startswith("36 documents in ") and list(inputs.eval_sets) == ["mine"]
+    assert list((folder / "new" / "save").iterdir()) == [] == list((folder / "elsewhere").iterdir())
+
+
+def test_missing_and_truncated_data_names_file_and_bytes(folder):
+    absent = settings(folder, data_path=(str(folder / "absent"),))
+    assert refused(DataError, absent).startswith("absent.idx: no such file; indexed data needs PREFIX.bin and PREFIX.idx. ")
+    path = folder / "mine_text_document.bin"
+    whole = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-2])
+    assert refused(DataError, settings(folder)) == (
+        f"mine_text_document.bin: {whole - 2} bytes, but mine_text_document.idx lists {whole // 2} tokens of 2 bytes = {whole} bytes; "
+        "the file is truncated, or the two are not of one run. Write it again with tools/prepare_data.py.")
+    index = folder / "mine_text_document.idx"
+    index.write_bytes(index.read_bytes()[:20])
+    assert refused(DataError, settings(folder)).startswith("mine_text_document.idx: 20 bytes, but the header alone takes 34")
+
+
+def test_samples_longer_than_the_sequence(folder):
+    message = refused(DataError, settings(folder, seq_length=16))
+    assert re.match(r"mine_text_document: document \d+ has \d+ tokens, but --seq-length 16 holds at most 17 \(\d+ such", message)
+
+
+def test_vocabulary_and_tokenizer(folder):
+    name = str(folder / "mine_tokenizer.model")
+    assert refused(SettingsError, settings(folder, vocab_size=289)) == (
+        "--vocab-size: 289 is smaller than the tokenizer's 290 (mine_tokenizer.model). Leave it out, or give at least 290.")
+    assert refused(DataError, settings(folder, tokenizer_model=name + "x")) == (
+        "--tokenizer-model: cannot read mine_tokenizer.modelx (No such file or directory). Give a tokenizer that exists.")
+
+
+def test_data_of_another_tokenizer(folder):
+    mine, other = (hashlib.sha256((folder / f"{name}_tokenizer.model").read_bytes()).hexdigest()[:16] for name in ("mine", "other"))
+    run = settings(folder, tokenizer_model=str(folder / "other_tokenizer.model"))
+    assert refused(DataError, run) == (
+        f"mine_text_document: prepared with tokenizer mine_tokenizer.model (sha256 {mine}), but --tokenizer-model is other_tokenizer.model "
+        f"(sha256 {other}). Give the tokenizer the data was prepared with, or prepare it again.")
+    # evaluation sets too, also the one that --valid-fraction writes
+    for ending in ("bin", "idx"):
+        (folder / f"other_text_document.{ending}").rename(folder / f"other_valid_text_document.{ending}")
+    run = settings(folder, valid_data_path=(str(folder / "other_valid_text_document"),))
+    assert refused(DataError, run).startswith("other_valid_text_document: prepared with tokenizer other_tokenizer.model")
+    (folder / "other.json").write_text("[]")
+    assert refused(DataError, run).startswith("other.json: not readable as the summary of prepared data (TypeError: ")
+    (folder / "other.json").unlink()
+    assert list(open_inputs(run).eval_sets) == ["other_valid"]
+
+
+def test_a_directory_that_cannot_be_written(folder):
+    (folder / "file").write_text("")
+    inside = str(folder / "file" / "inside")
+    for flag, field in (("--save", "save"), ("--metrics-file", "metrics_file")):
+        message = refused(SettingsError, settings(folder, **{field: inside}))
+        assert re.fullmatch(flag + r": cannot write in \S+ \(.+\)\. Give a directory that can be written\.", message)
+
+
+def test_load_from_a_directory_that_is_not_there(folder):
+    missing, empty = str(folder / "missing"), folder / "empty"
+    empty.mkdir()
+    for more in ({}, {"save": str(folder / "save")}, {"finetune": True}):
+        assert refused(CheckpointError, settings(folder, load=missing, **more)) == (
+            "--load: missing is not a directory. Give the directory that --save of another run wrote to.")
+    # a job that saves where it loads starts afresh the first time
+    assert open_inputs(settings(folder, load=missing, save=missing)).checkpoint is None
+    assert open_inputs(settings(folder, load=str(empty))).checkpoint is None
+    for strict in ("finetune", "skip_train", "exit_on_missing_checkpoint"):
+        assert refused(CheckpointError, settings(folder, load=str(empty), **{strict: True})).startswith(
+            "--load: empty holds no checkpoint (latest_checkpointed_iteration.txt is missing). ")
+
+
+def test_a_tracker_that_names_no_complete_checkpoint(folder):
+    root = folder / "save"
+    directory = write_checkpoint(root, settings(folder))
+    run = settings(folder, load=str(root))
+    assert open_inputs(run).checkpoint == directory
+    (directory / ".metadata").unlink()
+    assert refused(CheckpointError, run).startswith("save/iter_0000007: .metadata is missing, so the checkpoint that save/latest_")
+    (root / TRACKER).write_text("8")
+    assert refused(CheckpointError, run).startswith("save/iter_0000008: run.json is missing, so the checkpoint that ")
+    (root / TRACKER).write_text("latest")
+    assert "'latest' is not an iteration number" in refused(CheckpointError, run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"hidden_size": 64},
+         "--hidden-size: 32 in the checkpoint, 64 in this run; --ffn-hidden-size: 128 in the checkpoint, 192 in this run; "
+         "--kv-channels: 8 in the checkpoint, 16 in this run"),
+        ({"num_layers": 6}, "--num-layers: 4 in the checkpoint, 6 in this run"),
+        ({"vocab_size": 300}, "--vocab-size: 290 in the checkpoint, 300 in this run"),
+        ({"use_exit_norm": True, "exit_layer_nums": (2, 3)},
+         "--use-exit-norm: False in the checkpoint, True in this run; --exit-layer-nums: [2, 4] in the checkpoint, [2, 3, 4] in this run"),
+    ],
+)
+def test_a_checkpoint_of_other_sizes(folder, changes, difference):
+    write_checkpoint(folder / "save", settings(folder))
+    assert refused(CheckpointError, settings(folder, load=str(folder / "save"), **changes)) == (
+        f"save/iter_0000007: made with other sizes. {difference}. Use the checkpoint's values, or train anew without --load.")
+
+
+def test_exits_that_share_norm_and_head_may_change(folder):
+    directory = write_checkpoint(folder / "save", settings(folder))
+    assert open_inputs(settings(folder, load=str(folder / "save"), exit_layer_nums=(1, 3))).checkpoint == directory
