@@ -26,8 +26,8 @@ CONFIG = ROOT / "examples" / "demo_nested.yaml"
 # Few enough that both models have learned them after a minute or so of training.
 QUESTIONS = ("--asking-locales", "en", "--kinds", "territory", "language", "month", "weekday", "--max-name-length", "12",
              "--locales", "de", "fr", "es", "it", "fi", "tr", "pl", "sv", "pt", "nl", "cs", "hu", "ru", "el", "ja", "zh")
-OPENING = """A nested language model is one network whose first layers are models by themselves: each chosen prefix of layers is read
-through a norm and an output head and trained to predict the next token. Train once, then run as many layers as you can afford.
+OPENING = """A nested language model is one network whose first layers are models by themselves: at each chosen depth, an exit,
+a norm and an output head read the answer and are trained to. Train once, then run as many layers as you can afford.
 
 This demo trains a tiny nested model, whose first {depths} layers are models, and an ordinary one, in which
 only all layers together are trained to answer: same size, same data, same number of steps. Then it asks every prefix of both.
@@ -90,10 +90,10 @@ def demo_steps(folder: Path, quick: bool) -> list[Step]:
         command = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain_sorted.py",
                    "--config", str(CONFIG.relative_to(ROOT)), "--data-path", str(data / "train_text_document"),
                    "--valid-data-path", *valid, "--tokenizer-model", str(tokenizer), "--save", str(save), *few_steps, *flags)
-        return Step(f"train-{name}", purpose, 20 if quick else 95, command, (save / "evaluation.json",), (save,))
+        return Step(f"train-{name}", purpose, 20 if quick else 90, command, (save / "evaluation.json",), (save,))
 
     return [
-        Step("questions", "Write questions (what is this country, language or month called there?) with true answers from Unicode CLDR", 5,
+        Step("questions", "Write questions such as `How do you say Monday in Finnish?`, with true answers from Unicode CLDR", 5,
              (python, "tools/make_cldr_questions.py", "--output", str(data), *QUESTIONS, "--max-facts", facts,
               "--num-eval-samples", questions),
              tuple(data / f"{name}.jsonl" for name in ("train", "phrasing", "unseen"))),
