@@ -1,6 +1,6 @@
 """Trains a tiny nested model and an ordinary one on true facts, and shows what the first layers of both can do.
 
-    python tools/demo.py            about 4 minutes on 2 idle CPU cores, nothing is downloaded
+    python tools/demo.py            about 3 minutes on 2 idle CPU cores, nothing is downloaded
     python tools/demo.py --quick    the same steps with next to no training, to see whether everything runs
 
 Steps that are finished are not done again; --fresh starts anew.
@@ -26,8 +26,8 @@ CONFIG = ROOT / "examples" / "demo_nested.yaml"
 # Few enough that both models have learned them after a minute or so of training.
 QUESTIONS = ("--asking-locales", "en", "--kinds", "territory", "language", "month", "weekday", "--max-name-length", "12",
              "--locales", "de", "fr", "es", "it", "fi", "tr", "pl", "sv", "pt", "nl", "cs", "hu", "ru", "el", "ja", "zh")
-OPENING = """A nested language model is one network whose first layers are models by themselves: at each chosen depth, an exit,
-a norm and an output head read the answer and are trained to. Train once, then run as many layers as you can afford.
+OPENING = """A nested language model is one network with several exits: after some of its layers, and not only after the last, a norm and an
+output head are trained to predict the next token. So its first layers are models by themselves: train once, run what you can afford.
 
 This demo trains a tiny nested model, whose first {depths} layers are models, and an ordinary one, in which
 only all layers together are trained to answer: same size, same data, same number of steps. Then it asks every prefix of both.
@@ -38,8 +38,7 @@ HOW_TO_READ = """How to read the table: a row is one sub-model, that is, the fir
   unseen    questions about facts that were never trained; nobody can know them, so this is what guessing earns
   loss      mean over the tokens of the answers, lower is better
   exact     share of questions where every token of the answer is the most likely one, higher is better
-The nested model's loss also reaches its lower layers directly, which speeds up training: part of its lead is that.
-A model this small learns these facts with layers to spare. docs/demo.md says what the numbers show and what they do not."""
+These facts need few layers, so the ordinary model's longer prefixes are good as well. More on that: docs/demo.md"""
 
 NEXT = """What to try next
   your own data      {python} tools/prepare_data.py --help
