@@ -1,6 +1,6 @@
-"""Trains a tiny nested model and an ordinary one on true facts, and shows what each sub-model of both can do.
+"""Trains a tiny nested model and an ordinary one on true facts, and shows what the first layers of both can do.
 
-    python tools/demo.py            about 5 minutes on 2 CPU cores, nothing is downloaded
+    python tools/demo.py            about 3 minutes on 2 idle CPU cores, nothing is downloaded
     python tools/demo.py --quick    the same steps with next to no training, to see whether everything runs
 
 Steps that are finished are not done again; --fresh starts anew.
@@ -18,26 +18,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "examples" / "demo_nested.yaml"
 
-# Small enough that a model of 2 million parameters learns them in a minute, and too many to be learned one phrasing at a time.
+# Few enough that both models have learned them after a minute or so of training.
 QUESTIONS = ("--asking-locales", "en", "--kinds", "territory", "language", "month", "weekday", "--max-name-length", "12",
              "--locales", "de", "fr", "es", "it", "fi", "tr", "pl", "sv", "pt", "nl", "cs", "hu", "ru", "el", "ja", "zh")
-NEXT = """What to try next
-  your own data      python tools/prepare_data.py --help
-  other exits        python tools/demo.py --fresh after editing examples/demo_nested.yaml (exit-layer-nums)
-  more questions     python tools/make_cldr_questions.py --output runs/questions --num-samples 200000
-  larger models      examples/llama2_7b_8gpu.yaml, examples/llama2_13b_soft.yaml"""
+OPENING = """A nested language model is one network with several exits: after some of its layers, and not only after the last, a norm and an
+output head are trained to predict the next token. So its first layers are models by themselves: train once, run what you can afford.
 
-HOW_TO_READ = """How to read it: `nested` was trained at every exit, `plain` only at the last, equally long. The phrasing set
-asks trained facts in words that were never trained; the unseen set asks facts that were never trained, so its exact match
-is what guessing earns."""
+This demo trains a tiny nested model, whose first {depths} layers are models, and an ordinary one, in which
+only all layers together are trained to answer: same size, same data, same number of steps. Then it asks every prefix of both.
+About {minutes:.0f} minutes on 2 idle CPU cores. Everything is written to {folder}."""
+
+HOW_TO_READ = """How to read the table: a row is one sub-model, that is, the first `depth` layers, the norm and the head.
+  phrasing  questions about trained facts, worded as never in training: what the sub-model has learned
+  unseen    questions about facts that were never trained; nobody can know them, so this is what guessing earns
+  loss      mean over the tokens of the answers, lower is better
+  exact     share of questions where every token of the answer is the most likely one, higher is better
+These facts need few layers, so the ordinary model's longer prefixes are good as well. More on that: docs/demo.md"""
+
+NEXT = """What to try next
+  your own data      {python} tools/prepare_data.py --help
+  other exits        change exit-layer-nums in examples/demo_nested.yaml (say [1, 3]); then {python} tools/demo.py
+  more questions     {python} tools/make_cldr_questions.py --output runs/questions --num-samples 200000
+  larger models      examples/llama2_7b_8gpu.yaml, examples/llama2_13b_soft.yaml"""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the demo, what it is for, and the files that show that it is finished."""
+    """One command, what it is for, and the files that show that it is finished."""
 
     name: str
     purpose: str
@@ -47,12 +59,18 @@ class Step:
     clears: tuple[Path, ...] = field(default=())
 
 
+def exit_depths() -> list[int]:
+    """Returns the depths at which the example's network is a model, the last layer included."""
+    example = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    return [*example["exit-layer-nums"], example["num-layers"]]
+
+
 def demo_steps(folder: Path, quick: bool) -> list[Step]:
     """Returns the steps in order; every path they write is inside ``folder``, and commands run in the project's folder."""
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder  # commands that can be read and copied
     python, data = sys.executable, folder / "data"
     tokenizer = data / "train_tokenizer.model"
-    facts, questions, vocabulary = ("40", "40", "600") if quick else ("1200", "600", "3072")
+    facts, questions, vocabulary = ("40", "40", "600") if quick else ("500", "1000", "1500")
     few_steps = ("--train-iters", "6", "--lr-warmup-iters", "2") if quick else ()
 
     def prepare(name: str) -> Step:
@@ -60,9 +78,9 @@ def demo_steps(folder: Path, quick: bool) -> list[Step]:
         command = (python, "tools/prepare_data.py", "--input", str(data / f"{name}.jsonl"), "--output-prefix", str(data / name),
                    "--seq-length", "128", "--workers", "2", "--overwrite", *source)
         makes = tuple(data / f"{name}_text_document{ending}" for ending in (".bin", ".idx"))
-        purpose = {"train": "Train a tokenizer on the questions and turn them into token files",
-                   "phrasing": "The same tokenizer for trained facts in phrasings that are never trained",
-                   "unseen": "... and for facts that are never trained: what guessing earns"}[name]
+        purpose = {"train": "Make a tokenizer for the training questions and turn them into tokens",
+                   "phrasing": "Turn the first test into tokens: trained facts, worded as never in training",
+                   "unseen": "Turn the second test into tokens: facts that are never trained"}[name]
         return Step(f"prepare-{name}", purpose, 10 if name == "train" else 3, command, makes + ((tokenizer,) if name == "train" else ()))
 
     def train(name: str, purpose: str, *flags: str) -> Step:
@@ -71,17 +89,18 @@ def demo_steps(folder: Path, quick: bool) -> list[Step]:
         command = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain_sorted.py",
                    "--config", str(CONFIG.relative_to(ROOT)), "--data-path", str(data / "train_text_document"),
                    "--valid-data-path", *valid, "--tokenizer-model", str(tokenizer), "--save", str(save), *few_steps, *flags)
-        return Step(f"train-{name}", purpose, 20 if quick else 100, command, (save / "evaluation.json",), (save,))
+        return Step(f"train-{name}", purpose, 20 if quick else 90, command, (save / "evaluation.json",), (save,))
 
     return [
-        Step("questions", "Write questions about names in 16 languages, with true answers from Unicode CLDR", 5,
+        Step("questions", "Write questions such as `How do you say Monday in Finnish?`, with true answers from Unicode CLDR", 5,
              (python, "tools/make_cldr_questions.py", "--output", str(data), *QUESTIONS, "--max-facts", facts,
               "--num-eval-samples", questions),
              tuple(data / f"{name}.jsonl" for name in ("train", "phrasing", "unseen"))),
         *map(prepare, ("train", "phrasing", "unseen")),
-        train("nested", "Train 8 layers so that the first 2, 4 and 6 are models as well: 2 processes, 4 layers each"),
-        train("plain", "Train an ordinary model equally long: no loss at exits 2, 4 and 6", "--exit-layer-weight", "0", "0", "0"),
-        Step("picture", "Compare every sub-model of both", 5,
+        train("nested", "Train the nested model, half of its layers on each of 2 processes; `@N` is the loss after N layers"),
+        train("plain", "Train the ordinary model equally long; its only loss is after the last layer",
+              "--exit-layer-weight", *["0"] * (len(exit_depths()) - 1)),
+        Step("picture", "Compare every prefix of both models", 5,
              (python, "tools/plot_exits.py", str(folder / "nested" / "evaluation.json"), str(folder / "plain" / "evaluation.json"),
               "--output", str(folder / "exits.png")), (folder / "exits.png",)),
     ]
@@ -138,6 +157,20 @@ def run_all(steps: Sequence[Step], records: Path) -> int:
     return 0
 
 
+def in_short(folder: Path) -> str:
+    """Returns the result in one sentence, from the evaluation files of both models."""
+    nested, plain = (json.loads((folder / name / "evaluation.json").read_text(encoding="utf-8")) for name in ("nested", "plain"))
+    first, last = (str(exit_depths()[index]) for index in (0, -1))
+    share = nested["exits"][first]["flops_per_token"] / nested["exits"][last]["flops_per_token"]
+
+    def right(run: dict, depth: str) -> str:
+        return f"{100 * next(iter(run['sets'].values()))[depth]['exact_match']:.0f} %"
+
+    return (f"In short: {first} of {last} layers, {100 * share:.0f} % of the computing, answer {right(nested, first)} of the reworded "
+            f"questions in the nested model\nand {right(plain, first)} in the ordinary one; all {last} layers answer "
+            f"{right(nested, last)} and {right(plain, last)}.")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code of the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,15 +183,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if values.fresh:
         shutil.rmtree(records, ignore_errors=True)
     steps = demo_steps(folder, values.quick)
-    minutes = sum(step.seconds for step in steps) / 60
-    print(f"This demo trains two tiny models on 2 CPU processes, about {minutes:.0f} minutes in all, into {folder}.")
+    minutes, depths = max(1, sum(step.seconds for step in steps) / 60), exit_depths()
+    print(OPENING.format(minutes=minutes, folder=folder, depths=f"{', '.join(map(str, depths[:-1]))} and all {depths[-1]}") + "\n")
     try:
         code = run_all(steps, records)
     except KeyboardInterrupt:
         print("\nStopped. The same command again goes on from the unfinished step.", file=sys.stderr)
         return 130
     if code == 0:
-        print(f"\nThe picture: {folder / 'exits.png'}\n\n{HOW_TO_READ}\n\n{NEXT}")
+        words = "With --quick nothing was learned: the numbers mean nothing." if values.quick else in_short(folder)
+        print(f"\n{HOW_TO_READ}\n\n{words}\n\nThe picture: {folder / 'exits.png'}\n\n{NEXT.format(python=os.path.relpath(sys.executable))}")
     return code if code >= 0 else 128 - code
 
 

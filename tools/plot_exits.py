@@ -96,7 +96,7 @@ def draw(runs: Sequence[Run], output: Path) -> None:
         right.set_ylim(0, 1.02)
         right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         for axes in (left, right):
-            axes.set_xticks(runs[0].depths, [f"{depth}\n{runs[0].cost[depth]['parameters'] / 1e6:,.1f}M" for depth in runs[0].depths])
+            axes.set_xticks(runs[0].depths, [f"{depth}\n{_millions(runs[0].cost[depth]['parameters'])}" for depth in runs[0].depths])
             axes.set_xlabel("layers run / parameters of that sub-model")
             axes.grid(axis="y", color="#dddddd")
             axes.set_axisbelow(True)
@@ -105,20 +105,29 @@ def draw(runs: Sequence[Run], output: Path) -> None:
         pyplot.close(figure)
 
 
+def _millions(parameters: float) -> str:
+    """Returns a number of parameters in millions; of less than ten of them with two decimals, so that small models differ."""
+    return f"{parameters / 1e6:,.{2 if parameters < 1e7 else 0}f}M"
+
+
 def _scores(run: Run, name: str, score: str) -> list[float]:
     """Returns one score of one set, by increasing depth."""
     return [run.sets[name][depth][score] for depth in run.depths]
 
 
 def _label_lines(axes, runs: Sequence[Run], name: str, score: str) -> None:
-    """Writes each run's name above its line, at the first depth where the lines are clearly apart."""
+    """Writes each run's name at the first depth where the lines are clearly apart: above its line, or below one that climbs from there."""
     def gap(depth: int) -> float:
         values = sorted(run.sets[name][depth][score] for run in runs)
         return min((above - below for below, above in pairwise(values)), default=0.0)
 
     place = next(depth for depth in runs[0].depths if gap(depth) >= 0.7 * max(map(gap, runs[0].depths)))
+    highest = max(value for run in runs for value in _scores(run, name, score))
+    after = next((depth for depth in runs[0].depths if depth > place), place)
     for run, colour in zip(runs, COLOURS, strict=False):
-        axes.annotate(run.name, (place, run.sets[name][place][score]), xytext=(0, 11), textcoords="offset points", color=colour,
+        value = run.sets[name][place][score]
+        climbs = run.sets[name][after][score] - value > 0.1 * highest
+        axes.annotate(run.name, (place, value), xytext=(0, -25 if climbs else 11), textcoords="offset points", color=colour,
                       weight="bold", fontsize=15, ha="center", annotation_clip=False)
 
 

@@ -1,11 +1,12 @@
 """The demo's way through its steps: order, skipping, stopping. Its training is run by the system tests."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools.demo import QUESTIONS, Step, demo_steps, run_all
+from tools.demo import QUESTIONS, Step, demo_steps, exit_depths, in_short, run_all
 
 APPEND = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text(p.read_text() + sys.argv[2] if p.exists() else sys.argv[2])"
 
@@ -56,8 +57,21 @@ def test_a_training_starts_with_an_empty_folder(tmp_path: Path) -> None:
 def test_both_models_differ_in_nothing_but_coefficients_and_folder(tmp_path: Path) -> None:
     steps = {step.name: step for step in demo_steps(tmp_path, quick=False)}
     nested, plain = steps["train-nested"].command, steps["train-plain"].command
-    assert plain[-4:] == ("--exit-layer-weight", "0", "0", "0")
-    assert [word for word in plain[:-4] if word not in nested] == [str(tmp_path / "plain")]
-    assert len(plain) == len(nested) + 4
+    assert plain[-5:] == ("--exit-layer-weight", "0", "0", "0", "0")
+    assert [word for word in plain[:-5] if word not in nested] == [str(tmp_path / "plain")]
+    assert len(plain) == len(nested) + 5
     assert sum(step.seconds for step in steps.values()) <= 300
     assert set(QUESTIONS) <= set(steps["questions"].command)
+
+
+def test_the_result_in_a_sentence(tmp_path: Path) -> None:
+    assert exit_depths() == [1, 2, 4, 6, 8]
+    for name, small, large in (("nested", 0.841, 0.9), ("plain", 0.16, 0.926)):
+        (tmp_path / name).mkdir()
+        scores = {"1": {"exact_match": small}, "8": {"exact_match": large}}
+        costs = {"1": {"flops_per_token": 30}, "8": {"flops_per_token": 120}}
+        sets = {"phrasing": scores, "unseen": {"1": {"exact_match": 0.0}, "8": {"exact_match": 0.0}}}
+        (tmp_path / name / "evaluation.json").write_text(json.dumps({"exits": costs, "sets": sets}), encoding="utf-8")
+    sentence = " ".join(in_short(tmp_path).split())
+    assert "1 of 8 layers, 25 % of the computing, answer 84 %" in sentence
+    assert "and 16 % in the ordinary one; all 8 layers answer 90 % and 93 %." in sentence
