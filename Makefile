@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help setup demo check test test-gpu bench clean
 
 help:
-	@echo "make demo      train a small nested model and see every exit (5 minutes on 2 CPU cores)"
+	@echo "make demo      train a small nested model and see every exit (3 minutes on 2 CPU cores)"
 	@echo "make check     style, imports, words, unit tests (within a minute)"
 	@echo "make test      everything, with parallel layouts on 1 to 4 processes"
 	@echo "make test-gpu  the same bodies on an NVIDIA GPU"

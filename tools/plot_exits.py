@@ -116,7 +116,7 @@ def _scores(run: Run, name: str, score: str) -> list[float]:
 
 
 def _label_lines(axes, runs: Sequence[Run], name: str, score: str) -> None:
-    """Writes each run's name at the first depth where the lines are clearly apart: above its line, or below one that climbs from there."""
+    """Writes each run's name at the first depth where the lines are clearly apart: above its line, or beside one that climbs from there."""
     def gap(depth: int) -> float:
         values = sorted(run.sets[name][depth][score] for run in runs)
         return min((above - below for below, above in pairwise(values)), default=0.0)
@@ -127,8 +127,9 @@ def _label_lines(axes, runs: Sequence[Run], name: str, score: str) -> None:
     for run, colour in zip(runs, COLOURS, strict=False):
         value = run.sets[name][place][score]
         climbs = run.sets[name][after][score] - value > 0.1 * highest
-        axes.annotate(run.name, (place, value), xytext=(0, -25 if climbs else 11), textcoords="offset points", color=colour,
-                      weight="bold", fontsize=15, ha="center", annotation_clip=False)
+        offset, side = ((14, -3), "left") if climbs else ((0, 11), "center")  # below it, a label would meet the axis
+        axes.annotate(run.name, (place, value), xytext=offset, textcoords="offset points", color=colour,
+                      weight="bold", fontsize=15, ha=side, annotation_clip=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -65,13 +65,13 @@ def test_both_models_differ_in_nothing_but_coefficients_and_folder(tmp_path: Pat
 
 
 def test_the_result_in_a_sentence(tmp_path: Path) -> None:
-    assert exit_depths() == [1, 2, 4, 6, 8]
+    assert exit_depths() == [1, 2, 3, 4, 6]
     for name, small, large in (("nested", 0.841, 0.9), ("plain", 0.16, 0.926)):
         (tmp_path / name).mkdir()
-        scores = {"1": {"exact_match": small}, "8": {"exact_match": large}}
-        costs = {"1": {"flops_per_token": 30}, "8": {"flops_per_token": 120}}
-        sets = {"phrasing": scores, "unseen": {"1": {"exact_match": 0.0}, "8": {"exact_match": 0.0}}}
+        scores = {"1": {"exact_match": small}, "6": {"exact_match": large}}
+        costs = {"1": {"flops_per_token": 30}, "6": {"flops_per_token": 120}}
+        sets = {"phrasing": scores, "unseen": {"1": {"exact_match": 0.0}, "6": {"exact_match": 0.0}}}
         (tmp_path / name / "evaluation.json").write_text(json.dumps({"exits": costs, "sets": sets}), encoding="utf-8")
     sentence = " ".join(in_short(tmp_path).split())
-    assert "1 of 8 layers, 25 % of the computing, answer 84 %" in sentence
-    assert "and 16 % in the ordinary one; all 8 layers answer 90 % and 93 %." in sentence
+    assert "1 of 6 layers, 25 % of the computing, answer 84 %" in sentence
+    assert "and 16 % in the ordinary one; all 6 layers answer 90 % and 93 %." in sentence
