@@ -7,8 +7,8 @@
 
 import faulthandler
 import os
-import warnings
 
+from megatron_sorted.platform.quiet import silence_library_warnings
 from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.load import load_settings
 from megatron_sorted.training.failure import report_and_exit
@@ -18,9 +18,7 @@ def main(words: list[str] | None = None) -> None:
     """Reads and checks the settings, by default those of the command line, then runs them."""
     settings = load_settings(words)
     check_settings(settings, int(os.environ.get("WORLD_SIZE", 1)))
-    # Megatron says on every rank that Apex and Transformer Engine are missing, which are optional here, and calls torch's checkpoint
-    # functions by deprecated names, about which a user can do nothing either.
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.checkpoint\.")
+    silence_library_warnings()
     from megatron_sorted.training.loop import run
 
     run(settings)

@@ -123,7 +123,7 @@ def load_checkpoint(directory: Path, chunks: list, optimizer, schedule, load_opt
         wanted["random_state"] = _random_object(None)
     try:
         loaded = dist_checkpointing.load(wanted, str(directory))
-    except Exception as error:
+    except Exception as error:  # a damaged shard shows as anything from KeyError to a collective's own error
         raise CheckpointError(f"{directory}: could not be loaded ({type(error).__name__}: {error}). "
                               "If files were lost or damaged, load an earlier checkpoint.") from error
     for index, chunk in enumerate(chunks):

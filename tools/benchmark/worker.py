@@ -19,6 +19,9 @@ def _serve(connection: Connection, shape: str, case: Case, device: str, bf16: bo
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from megatron_sorted.platform.quiet import silence_library_warnings
+
+    silence_library_warnings()
     from benchmark.cases import case_settings
     from benchmark.models import make_trainer
     from megatron_sorted.platform.select import choose_platform

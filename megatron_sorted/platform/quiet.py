@@ -1,0 +1,12 @@
+"""Warnings that a user can do nothing about."""
+
+import warnings
+
+
+def silence_library_warnings() -> None:
+    """Hides what Megatron says on every rank. Call it before Megatron is imported.
+
+    It says that Apex and Transformer Engine are missing, which are optional here, and calls torch's checkpoint functions by
+    deprecated names.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.checkpoint\.")
