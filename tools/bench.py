@@ -22,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["auto", *PLATFORMS], default="auto", help="where to run")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 instead of fp32")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of timing (eager exits are timed in the first only)")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds of timing (eager exits are timed in the first only)")
     parser.add_argument("--quick", action="store_true", help="0 and 7 exits only, one full round")
     parser.add_argument("--output", default="docs/benchmarks", help="where the reports go")
     return parser.parse_args()

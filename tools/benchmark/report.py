@@ -35,8 +35,10 @@ def _machine(options: argparse.Namespace) -> str:
 
 
 def _commit() -> str:
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown (no git)"
+    """Returns the commit, marked where files other than documents differ from it (an earlier shape's report is one)."""
+    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "status", "--porcelain", "--", ".", ":!docs"], capture_output=True, text=True, check=False)
+    return (answer.stdout.strip() or "unknown (no git)") + ("-dirty" if changed.stdout.strip() else "")
 
 
 def uses_cpu_seconds(options: argparse.Namespace) -> bool:
