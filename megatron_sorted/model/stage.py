@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_sorted.model.norm import Norm
 from megatron_sorted.model.segments import cut_block
+from megatron_sorted.settings.derived import max_position_embeddings
 from megatron_sorted.settings.run import Settings
 
 
@@ -28,7 +29,7 @@ class Head:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """What one chunk holds: its layers, its exits and which shared modules it owns (a rank's first chunk that needs them does)."""
+    """What one chunk holds: its layers, its exits, and whether it is where the network begins or ends."""
 
     chunk: int
     first_layer: int
@@ -68,7 +69,7 @@ class SortedStage(MegatronModule):
         self.depths = plan.depths
         if plan.has_embedding:
             self.embedding = LanguageModelEmbedding(
-                config, vocab_size, settings.max_position_embeddings or settings.seq_length, settings.position_embedding_type)
+                config, vocab_size, max_position_embeddings(settings), settings.position_embedding_type)
         self.rotary_pos_emb = None
         if settings.position_embedding_type == "rope":
             self.rotary_pos_emb = RotaryEmbedding(

@@ -1,6 +1,6 @@
 """Parameters and operations of every sub-model, counted from the settings."""
 
-from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, num_query_groups
+from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, max_position_embeddings, num_query_groups
 from megatron_sorted.settings.run import Settings
 
 
@@ -32,7 +32,7 @@ def sub_model_parameters(settings: Settings, vocab_size: int) -> dict[int, int]:
     outside = vocab_size * h * (2 if settings.untie_embeddings_and_output_weights else 1)
     outside += h if settings.normalization == "RMSNorm" else 2 * h
     if settings.position_embedding_type == "learned_absolute":
-        outside += (settings.max_position_embeddings or settings.seq_length) * h
+        outside += max_position_embeddings(settings) * h
     return {depth: outside + depth * layer_parameters(settings)[1] for depth in exit_depths(settings)}
 
 

@@ -1,6 +1,7 @@
 """Floating point operations of one training step, counted from the sizes."""
 
-from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels, num_query_groups, padded_vocab_size
+from megatron_sorted.settings.costs import layer_parameters
+from megatron_sorted.settings.derived import kv_channels, padded_vocab_size
 from megatron_sorted.settings.run import Settings
 
 
@@ -10,10 +11,8 @@ def forward_flops_per_token(settings: Settings) -> tuple[int, int]:
     Attention is counted over the whole square, as megatron-core's own counting does, although half of it is masked: layers then
     look dearer than they are, and the bound on the time of exits gets stricter.
     """
-    h, heads, groups, d = settings.hidden_size, settings.num_attention_heads, num_query_groups(settings), kv_channels(settings)
-    projections = 2 * h * d * (heads + 2 * groups) + 2 * heads * d * h
-    mlp = 2 * h * ffn_hidden_size(settings) * (3 if settings.swiglu else 2)
-    return projections + attention_flops_per_token(settings) + mlp, 2 * h * padded_vocab_size(settings.vocab_size, settings)
+    head = 2 * settings.hidden_size * padded_vocab_size(settings.vocab_size, settings)
+    return 2 * layer_parameters(settings)[0] + attention_flops_per_token(settings), head
 
 
 def attention_flops_per_token(settings: Settings) -> int:
