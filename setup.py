@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 TRAIN = ["torch>=2.6", "megatron-core==0.16.1", "numpy", "psutil", "sentencepiece"]  # psutil: megatron's checkpoint writer needs it
+MONITORING = ["wandb", "tensorboard"]
 DEMO = ["Babel", "matplotlib"]
 DEV = ["pytest", "ruff", "import-linter"]
 
@@ -17,8 +18,9 @@ setup(
     extras_require={
         "train": TRAIN,
         "hf": ["tokenizers"],
+        "monitoring": MONITORING,
         "demo": DEMO,
         "cuda": ["transformer-engine[pytorch]"],
-        "dev": DEV + DEMO + TRAIN + ["tokenizers"],
+        "dev": DEV + DEMO + TRAIN + MONITORING + ["tokenizers"],
     },
 )

@@ -1,16 +1,35 @@
 """What a run has to say, as plain data; writers turn it into lines."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class ExitNumbers:
-    """One exit: mean loss (nats a token), share of trained tokens predicted right, and its coefficient (None in evaluation)."""
+    """One exit; None stands for what was not measured.
+
+    Attributes:
+        loss: Mean, in nats a token.
+        token_accuracy: Share of trained tokens predicted right.
+        coefficient: Of its loss; None in evaluation.
+        exact_match: Share of documents with every trained token predicted right.
+        grad_norm: Norm of the gradient that the exit's own loss sends into the layers below it.
+        agreement: Share of trained tokens for which it and the last exit find the same token most likely.
+        accept_length: Mean tokens gained by one verification when this exit drafts and the last verifies (1 for the last itself).
+    """
 
     loss: float
     token_accuracy: float
     coefficient: float | None = None
     exact_match: float | None = None
+    grad_norm: float | None = None
+    agreement: float | None = None
+    accept_length: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """Returns exp(loss); infinity where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 @dataclass(frozen=True)
@@ -24,11 +43,20 @@ class StepReport:
         learning_rate: Of the last step.
         grad_norm: Of the last step, before clipping.
         loss_scale: Of fp16, else 1.
-        skipped: Steps that the optimizer skipped since the last report.
+        skipped: Steps that the optimizer skipped since the last report: fp16 overflow and ``nonfinite`` ones.
+        nonfinite: Steps skipped since the last report because a loss or gradient was NaN or infinite.
         step_seconds: Mean duration of a step.
         tokens_per_second: All positions of all samples, over all processes.
         seconds_left: Estimate of the time left.
         exits: By depth.
+        samples_a_step: Global batch size.
+        epoch: Passes over the training data so far, with fraction.
+        data_checksum: Sum over the samples since the last report of a checksum of their tokens: equal for equal data in equal steps.
+        tokens_per_second_per_device: The same for one process.
+        tflops_per_device: 10^12 operations a second of one process, exits' heads counted, recomputation not.
+        mfu: That over the device's peak; None where the peak is unknown.
+        memory_bytes: Largest use so far, over all processes.
+        phases: Mean seconds of each phase of a step, by name; empty unless asked for.
     """
 
     step: int
@@ -42,6 +70,15 @@ class StepReport:
     tokens_per_second: float
     seconds_left: float
     exits: dict[int, ExitNumbers]
+    nonfinite: int = 0
+    samples_a_step: int = 0
+    epoch: float = 0.0
+    data_checksum: int = 0
+    tokens_per_second_per_device: float = 0.0
+    tflops_per_device: float = 0.0
+    mfu: float | None = None
+    memory_bytes: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

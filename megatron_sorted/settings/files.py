@@ -11,9 +11,13 @@ class FileSettings:
     """Data, tokenizer, checkpoints and reports, in Megatron-LM's words."""
 
     data_path: tuple[str, ...] = setting(
-        (), "Prefix of the indexed training data (PREFIX.bin, PREFIX.idx) written by tools/prepare_data.py.")
+        (), "Prefixes of the indexed training data (PREFIX.bin, PREFIX.idx) written by tools/prepare_data.py; a blend is WEIGHT PREFIX "
+        "WEIGHT PREFIX ...")
     valid_data_path: tuple[str, ...] = setting((), "Prefixes of indexed data for evaluation; each is evaluated and reported by its name.")
-    split: str = setting("98,2", "Shares of --data-path for training and validation when no --valid-data-path is given.")
+    test_data_path: tuple[str, ...] = setting((), "Prefixes of indexed data that are evaluated once, after the last step.")
+    split: str = setting("98,2", "Shares of --data-path for training, validation and test, where no data of their own are given.")
+    allow_changed_data: bool = setting(
+        False, "Continue a checkpoint although data files, their weights or their order are not those it was trained on.")
     mock_data: bool = setting(False, "Train on made-up tokens (needs --vocab-size), to try a layout without data.")
     tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"] = setting(
         "SentencePieceTokenizer", "Kind of tokenizer.")
@@ -21,13 +25,18 @@ class FileSettings:
     save: str | None = setting(None, "Directory for checkpoints and reports.")
     load: str | None = setting(None, "Directory of checkpoints to continue from.")
     save_interval: int | None = setting(None, "Steps between checkpoints; the last step is always saved when --save is given.")
+    async_save: bool = setting(True, "Write checkpoints in the background while training goes on.")
+    save_retain: int | None = setting(None, "Keep this many of the newest checkpoints; by default all.")
+    save_retain_interval: int | None = setting(None, "With --save-retain, also keep every checkpoint whose step is a multiple of this.")
+    save_failure: Literal["continue", "stop"] = setting(
+        "continue", "What a checkpoint that could not be written does to training (the last one always ends in an error).")
+    ckpt_step: int | None = setting(None, "Step of the checkpoint to load; by default the newest complete one.")
+    verify_checkpoint: bool = setting(True, "Compare every file of a checkpoint with its hash, after writing and before loading.")
     finetune: bool = setting(False, "Take only the weights from --load; start at step 0.")
     no_load_optim: bool = setting(False, "Do not load optimizer state.")
     no_load_rng: bool = setting(False, "Do not load random state.")
     exit_on_missing_checkpoint: bool = setting(False, "Stop if --load holds no checkpoint, instead of starting afresh.")
     ckpt_format: Literal["torch_dist"] = setting("torch_dist", "Checkpoint format.")
-    log_interval: int = setting(10, "Steps between reports.")
     eval_interval: int | None = setting(None, "Steps between evaluations of every exit; also evaluated at the end.")
     eval_iters: int = setting(10, "Global batches of one evaluation.")
     full_validation: bool = setting(False, "Evaluate on the whole of each validation set instead of --eval-iters batches.")
-    metrics_file: str | None = setting(None, "JSON lines of every report; by default metrics.jsonl in --save.")

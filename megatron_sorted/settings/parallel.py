@@ -12,7 +12,10 @@ class ParallelSettings:
 
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to run; 'auto' takes an accelerator if there is one.")
     distributed_backend: Literal["auto", "nccl", "gloo"] = setting("auto", "Communication library; 'auto' is nccl on cuda and gloo on cpu.")
-    distributed_timeout_minutes: int = setting(10, "Minutes after which a silent rank ends the job.")
+    distributed_timeout_minutes: int = setting(10, "Minutes after which a collective operation that does not end is an error.")
+    hang_timeout_minutes: float | None = setting(
+        None, "Minutes without progress after which the job is ended and the ranks that hang are named; by default "
+        "--distributed-timeout-minutes.")
     tensor_model_parallel_size: int = setting(1, "Number of processes each layer's matrices are split over.")
     pipeline_model_parallel_size: int = setting(1, "Number of pipeline stages.")
     num_layers_per_virtual_pipeline_stage: int | None = setting(

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from megatron_sorted.settings.exits import ExitSettings
 from megatron_sorted.settings.files import FileSettings
 from megatron_sorted.settings.model import ModelSettings
+from megatron_sorted.settings.monitoring import MonitoringSettings
 from megatron_sorted.settings.parallel import ParallelSettings
 from megatron_sorted.settings.training import TrainingSettings
 
 
 @dataclass(frozen=True)
-class Settings(FileSettings, TrainingSettings, ParallelSettings, ExitSettings, ModelSettings):
+class Settings(MonitoringSettings, FileSettings, TrainingSettings, ParallelSettings, ExitSettings, ModelSettings):
     """Every field of a run. One name per field: dataclass field, ``--flag`` and YAML key."""

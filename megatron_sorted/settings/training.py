@@ -13,6 +13,11 @@ class TrainingSettings:
     micro_batch_size: int = setting(1, "Samples one process computes at a time.")
     global_batch_size: int | None = setting(None, "Samples of one step over all processes; by default micro batch x data parallel size.")
     train_iters: int = setting(100, "Number of optimizer steps.")
+    exit_interval: int | None = setting(None, "Save and stop at every step that is a multiple of this.")
+    exit_duration_in_mins: float | None = setting(None, "Save and stop once the run has lasted this many minutes.")
+    exit_signal_handler: bool = setting(True, "Save and stop at SIGTERM and SIGUSR1.")
+    nonfinite_steps_allowed: int = setting(
+        3, "Steps in a row with a loss or gradient that is NaN or infinite: each is skipped, one more stops the run.")
     skip_train: bool = setting(False, "Do not train; only evaluate what --load brings.")
     seed: int = setting(1234, "Seed of weights, data order and sampling of exits.")
     optimizer: Literal["adam", "sgd"] = setting("adam", "Optimizer.")
