@@ -57,7 +57,8 @@ def test_json_lines_follow_those_of_the_run_before(tmp_path):
     exits = train.pop("exits")
     assert train == {
         "step": 20, "total_steps": 1000, "samples": 640, "learning_rate": 2.5e-4, "grad_norm": 1.234, "loss_scale": 1.0, "skipped": 0,
-        "step_seconds": 0.2504, "tokens_per_second": 32768.4, "seconds_left": 245.0, "nonfinite": 0, "samples_a_step": 0, "epoch": 0.0, "data_checksum": 0,
+        "step_seconds": 0.2504, "tokens_per_second": 32768.4, "seconds_left": 245.0, "nonfinite": 0,
+        "samples_a_step": 0, "epoch": 0.0, "data_checksum": 0,
         "tokens_per_second_per_device": 0.0, "tflops_per_device": 0.0, "mfu": None, "memory_bytes": 0, "phases": {}}
     unmeasured = {"grad_norm": None, "agreement": None, "accept_length": None}
     assert exits["2"] == {"loss": 10.9991, "token_accuracy": 0.25, "coefficient": 0.1, "exact_match": None, **unmeasured}
