@@ -12,23 +12,32 @@ from megatron_sorted.platform.quiet import silence_library_warnings
 from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.load import load_settings
 from megatron_sorted.training.failure import report_and_exit
+from megatron_sorted.training.signals import EXIT_STOPPED, stop_request
 
 
-def main(words: list[str] | None = None) -> None:
-    """Reads and checks the settings, by default those of the command line, then runs them."""
+def main(words: list[str] | None = None) -> int:
+    """Reads and checks the settings, by default those of the command line, then runs them; returns the exit status.
+
+    That is 0 when the run is done, and 75 ("try again") when it saved and stopped early, for a scheduler to requeue it. torchrun takes
+    any status but 0 for a failure, so under it a run that stopped early ends with 0; SAVE/stopped.json tells the two apart.
+    """
     settings = load_settings(words)
     check_settings(settings, int(os.environ.get("WORLD_SIZE", 1)))
     silence_library_warnings()
+    if settings.exit_signal_handler:
+        stop_request.listen()  # before the slow imports: a scheduler's warning may come while they go on
     from megatron_sorted.training.loop import run
 
-    run(settings)
+    stopped = run(settings) is not None
+    return EXIT_STOPPED if stopped and "TORCHELASTIC_RUN_ID" not in os.environ else 0
 
 
 if __name__ == "__main__":
     faulthandler.enable()
     try:
-        main()
+        status = main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
         report_and_exit(error)
+    raise SystemExit(status)

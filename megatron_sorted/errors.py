@@ -19,3 +19,7 @@ class CheckpointError(SortedError):
 
 class PlatformError(SortedError):
     """The device, or a library for it, is missing or cannot do what the settings ask."""
+
+
+class TrainingError(SortedError):
+    """Training cannot go on: numbers that are not finite, or a rank that hangs."""

@@ -1,37 +1,21 @@
-"""Where a checkpoint's files lie: Megatron's directory layout with a description of the run beside it.
+"""Where checkpoints lie: Megatron's directory layout, each checkpoint with a manifest beside the shards.
 
     SAVE/latest_checkpointed_iteration.txt    number of the newest complete checkpoint; written last
     SAVE/iter_0000100/                        torch_dist shards, .metadata, metadata.json, common.pt
-    SAVE/iter_0000100/run.json                settings and progress, readable without torch
+    SAVE/iter_0000100/manifest.json           what it is and the hash of every file, readable without torch (manifest.py)
+    SAVE/iter_0000100/tokenizer/              the tokenizer's files
+    SAVE/.iter_0000200.writing/               a checkpoint that is not complete; removed by the next run
+    SAVE/.iter_0000050.removing/              one that --save-retain is deleting; removed by the next run
 """
 
-import json
 import os
-from dataclasses import dataclass
+import re
+import shutil
 from pathlib import Path
-from typing import Any
-
-from megatron_sorted.errors import CheckpointError
-from megatron_sorted.settings.run import Settings
 
 TRACKER = "latest_checkpointed_iteration.txt"
-DESCRIPTION = "run.json"
-# What must agree between a checkpoint and the run that loads it: the shape of the network.
-SHAPE_FIELDS = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "group_query_attention", "num_query_groups",
-    "normalization", "swiglu", "disable_bias_linear", "add_qkv_bias", "qk_layernorm", "position_embedding_type", "rotary_base",
-    "rotary_percent", "untie_embeddings_and_output_weights", "num_experts", "vocab_size",
-)
-# These name parameters, so they must agree too; exits that share norm and head may change freely.
-OWN_PART_FIELDS = ("use_exit_norm", "untie_exit_output_weights")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far training was when a checkpoint was taken."""
-
-    step: int
-    samples: int
+ITERATION = re.compile(r"iter_(\d{7,})")
+LEFT_OVER = re.compile(r"\.iter_\d{7,}\.(writing|removing)")
 
 
 def iteration_directory(root: str | Path, step: int) -> Path:
@@ -39,66 +23,74 @@ def iteration_directory(root: str | Path, step: int) -> Path:
     return Path(root) / f"iter_{step:07d}"
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def writing_directory(root: str | Path, step: int) -> Path:
+    """Returns the directory in which the checkpoint of ``step`` lies until it is complete."""
+    return Path(root) / f".iter_{step:07d}.writing"
 
 
-def latest_checkpoint(root: str | Path) -> Path | None:
-    """Returns the directory the tracker file names, or None where there is no tracker.
-
-    Raises:
-        CheckpointError: The tracker is unreadable or names a directory that is missing or incomplete.
-    """
-    tracker = Path(root) / TRACKER
-    if not tracker.exists():
-        return None
-    word = tracker.read_text(encoding="utf-8").strip()
-    if not word.isdigit():
-        raise CheckpointError(f"{tracker}: {word[:40]!r} is not an iteration number. Write the number of a checkpoint of {root} into it.")
-    directory = iteration_directory(root, int(word))
-    for name in (DESCRIPTION, "metadata.json", ".metadata"):
-        if not (directory / name).exists():
-            raise CheckpointError(
-                f"{directory}: {name} is missing, so the checkpoint that {tracker} names is incomplete. "
-                f"Write the number of a complete checkpoint into {tracker}, or restore the directory.")
-    return directory
-
-
-def read_description(directory: Path) -> dict[str, Any]:
-    """Returns the description of a checkpoint: {"settings": ..., "progress": ..., "vocab_size": ...}.
-
-    Raises:
-        CheckpointError: It is not readable.
-    """
-    path = directory / DESCRIPTION
+def saved_steps(root: str | Path) -> list[int]:
+    """Returns the steps of the checkpoints in ``root``, newest first."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable ({error}). Restore the file, or load another checkpoint.") from error
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return []
+    return sorted((int(match[1]) for match in map(ITERATION.fullmatch, names) if match), reverse=True)
 
 
-def check_same_shape(directory: Path, settings: Settings, shape: dict[str, Any]) -> None:
-    """Returns nothing if the checkpoint holds a network of the shape the run asks for.
+def remove_left_overs(root: str | Path) -> None:
+    """Deletes what a run that was killed while it saved or deleted has left. Only the run that holds the directory may call it."""
+    for path in Path(root).iterdir():
+        if LEFT_OVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_checkpoint(root: str | Path, step: int) -> None:
+    """Deletes a checkpoint; killed in the middle, it never leaves one that looks complete."""
+    directory = iteration_directory(root, step)
+    aside = directory.with_name(f".{directory.name}.removing")
+    shutil.rmtree(aside, ignore_errors=True)
+    directory.rename(aside)
+    shutil.rmtree(aside)
+
+
+def sync_directory(path: Path) -> None:
+    """Waits until the names in a directory are on disk, where the file system knows such a thing."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # some network file systems refuse; they order names themselves
+    finally:
+        os.close(handle)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old or the new one, never half of it, also after a loss of power."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def steps_to_remove(steps: list[int], newest: int, retain: int | None, interval: int | None) -> list[int]:
+    """Returns the checkpoints that are not kept: all but the ``retain`` newest, ``newest`` itself and multiples of ``interval``.
 
     Args:
-        directory: The checkpoint.
-        settings: The run, for messages.
-        shape: {field: value} of the run, with defaults resolved (``training.describe.network_shape``).
-
-    Raises:
-        CheckpointError: Naming every field that differs.
+        steps: Of all checkpoints.
+        newest: The one just saved; checkpoints of higher steps belong to an earlier run and count as older.
+        retain: How many to keep; None for all.
+        interval: Every multiple of it is kept as well.
     """
-    saved = read_description(directory)["shape"]
-    different = [name for name in (*SHAPE_FIELDS, *OWN_PART_FIELDS) if saved.get(name) != shape.get(name)]
-    if settings.use_exit_norm or settings.untie_exit_output_weights:
-        different += [name for name in ("exit_layer_nums",) if saved.get(name) != shape.get(name)]
-    if different:
-        rows = "; ".join(
-            f"--{name.replace('_', '-')}: {saved.get(name)} in the checkpoint, {shape.get(name)} in this run" for name in different)
-        raise CheckpointError(f"{directory}: made with other sizes. {rows}. Use the checkpoint's values, or train anew without --load.")
+    if retain is None:
+        return []
+    by_age = sorted(steps, key=lambda step: (step <= newest, step), reverse=True)
+    return [step for step in by_age[retain:] if step != newest and not (interval and step % interval == 0)]

@@ -1,8 +1,7 @@
-"""Saving and loading through Megatron's torch_dist format: one global name per tensor, whatever the layout."""
+"""What a checkpoint holds, as Megatron's sharded state dict: one global name per tensor, whatever the layout; and loading it."""
 
-import json
 import random
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from megatron_sorted.checkpoint.layout import DESCRIPTION, TRACKER, Progress, iteration_directory, read_description, write_text_atomically
+from megatron_sorted.checkpoint.manifest import find_damage
 from megatron_sorted.checkpoint.optimizer_state import fill_empty_state, load_optimizer_state
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.platform.state import random_state, set_random_state
@@ -33,80 +32,57 @@ def _model_states(chunks: list) -> dict[str, Any]:
     return {name: _inner(chunk).sharded_state_dict(metadata=dict(CONTENT)) for name, chunk in zip(names, chunks, strict=True)}
 
 
-def _random_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(), "numpy": np.random.get_state(), **random_state(),
-    }
-
-
-def _groups() -> tuple[dist.ProcessGroup, ...]:
-    return (
-        parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_tensor_model_parallel_group(),
-        parallel_state.get_data_parallel_group(with_context_parallel=True))
-
-
-def _layout() -> list[int]:
-    """Returns the sizes of pipeline, tensor and data parallel groups."""
-    return [group.size() for group in _groups()]
-
-
-def _random_object(state: Any) -> ShardedObject:
-    """Returns the random state as an object of this place in the layout; it can be loaded only in the same layout."""
-    return ShardedObject("random_state", state, tuple(_layout()), tuple(group.rank() for group in _groups()), replica_id=0)
-
-
-def save_checkpoint(root: str, chunks: list, optimizer, schedule, progress: Progress, description: dict[str, Any],
-                    more_state: dict[str, Any]) -> Path:
-    """Returns the directory of the new checkpoint. It is written aside and named in the tracker only when complete.
-
-    Collective: every rank writes its shards; barriers over all ranks.
-
-    Args:
-        root: Directory of all checkpoints of the run.
-        chunks: This rank's model chunks.
-        optimizer: Megatron's optimizer.
-        schedule: Megatron's learning-rate schedule.
-        progress: How far training is.
-        description: What ``run.json`` holds besides progress; plain data.
-        more_state: Further small state, the same on all ranks (such as a coefficient rule's).
-    """
-    final = iteration_directory(root, progress.step)
-    aside = final.with_name(f".{final.name}.writing")
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    states = _model_states(chunks)
-    state = {
-        **states,
-        "optimizer": optimizer.sharded_state_dict(_merged(states), metadata=dict(CONTENT)),
-        "opt_param_scheduler": schedule.state_dict(),
-        "random_state": _random_object(_random_state()),
-        "iteration": progress.step,
-        "consumed_train_samples": progress.samples,
-        "more": more_state,
-    }
-    dist_checkpointing.save(state, str(aside), content_metadata=dict(CONTENT))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        text = json.dumps({**description, "layout": _layout(), "progress": {"step": progress.step, "samples": progress.samples}}, indent=1)
-        write_text_atomically(aside / DESCRIPTION, text)
-        if final.exists():  # the same step saved again, by a run continued from an earlier checkpoint
-            shutil.rmtree(final)
-        aside.rename(final)
-        write_text_atomically(Path(root) / TRACKER, str(progress.step))
-    dist.barrier()
-    return final
-
-
 def _merged(states: dict[str, Any]) -> dict[str, Any]:
     """Returns the state dict the optimizer looks parameters up in: a single chunk's, or all chunks' by name."""
     return states.get("model", states)
 
 
-def load_checkpoint(directory: Path, chunks: list, optimizer, schedule, load_optimizer: bool,
-                    load_random: bool) -> tuple[Progress, dict[str, Any]]:
-    """Returns progress and further state after loading weights and, if asked for, optimizer, schedule and random state.
+def random_place() -> list[int]:
+    """Returns what random numbers depend on beside the seed: the sizes of pipeline and tensor parallel groups."""
+    return [parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_world_size()]
+
+
+def _random_object(state: Any) -> ShardedObject:
+    """Returns the random state as an object of this place in the layout.
+
+    Data parallel ranks draw alike, so the first writes for all, and their number may change.
+    """
+    place = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank())
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("random_state", state, tuple(random_place()), place, replica_id=replica)
+
+
+def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> dict[str, Any]:
+    """Returns everything a checkpoint holds, for ``Saver.save``.
+
+    Collective: with the distributed optimizer and overlapped gathering, the parameters are gathered first (data parallel group); its
+    state is gathered over the data parallel group.
+
+    Args:
+        chunks: This rank's model chunks.
+        optimizer: Megatron's optimizer.
+        schedule: Megatron's learning-rate schedule.
+        more: Further small state, the same on all ranks (such as a coefficient rule's).
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)  # or each rank would save its own shard new and the others' old
+    states = _model_states(chunks)
+    return {
+        **states,
+        "optimizer": optimizer.sharded_state_dict(_merged(states), metadata=dict(CONTENT)),
+        "opt_param_scheduler": schedule.state_dict(),
+        "random_state": _random_object({"python": random.getstate(), "numpy": np.random.get_state(), **random_state()}),
+        "more": more,
+        "content_metadata": dict(CONTENT),
+    }
+
+
+def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, optimizer, load_optimizer: bool,
+                 load_random: bool) -> dict[str, Any]:
+    """Returns the further state of a checkpoint after loading weights and, if asked for, optimizer and random state.
+
+    The state of the learning-rate schedule is returned under "opt_param_scheduler" beside "more".
 
     Collective: every rank reads the shards it needs.
 
@@ -118,28 +94,40 @@ def load_checkpoint(directory: Path, chunks: list, optimizer, schedule, load_opt
     wanted: dict[str, Any] = dict(states)
     if load_optimizer:
         wanted["optimizer"] = optimizer.sharded_state_dict(_merged(states), is_loading=True, metadata=dict(CONTENT))
-    same_layout = load_random and read_description(directory)["layout"] == _layout()
-    if same_layout:
+    same_place = load_random and manifest["layout"]["random_place"] == random_place()
+    if same_place:
         wanted["random_state"] = _random_object(None)
     try:
         loaded = dist_checkpointing.load(wanted, str(directory))
     except Exception as error:  # a damaged shard shows as anything from KeyError to a collective's own error
         raise CheckpointError(f"{directory}: could not be loaded ({type(error).__name__}: {error}). "
-                              "If files were lost or damaged, load an earlier checkpoint.") from error
+                              "If files were lost or damaged, load an earlier checkpoint with --ckpt-step.") from error
     for index, chunk in enumerate(chunks):
         _inner(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"])
     if load_optimizer:
         load_optimizer_state(optimizer, loaded["optimizer"])
-        schedule.load_state_dict(loaded["opt_param_scheduler"])
     elif hasattr(optimizer, "reload_model_params"):
         optimizer.reload_model_params()
-    if same_layout:
-        _set_random_state(loaded["random_state"])
-    progress = read_description(directory)["progress"]
-    return Progress(progress["step"], progress["samples"]), loaded.get("more", {})
+    if same_place:
+        state = loaded["random_state"]
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        set_random_state(state)
+    return {"more": loaded.get("more", {}), "opt_param_scheduler": loaded["opt_param_scheduler"], "random_state": same_place}
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    set_random_state(state)
+def find_damage_together(directory: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Returns what is wrong with a checkpoint's files, the same on all ranks; each rank reads its share of the bytes.
+
+    Collective: one all-gather of sentences over all ranks.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    load, mine = [0] * world_size, []
+    for name, said in sorted(manifest["files"].items(), key=lambda item: -item[1]["bytes"]):
+        lightest = load.index(min(load))
+        load[lightest] += said["bytes"]
+        if lightest == rank:
+            mine.append(name)
+    problems: list[list[str]] = [[]] * world_size
+    dist.all_gather_object(problems, find_damage(directory, manifest, mine))
+    return [problem for found in problems for problem in found]

@@ -38,3 +38,18 @@ class Ledger:
     def clear(self) -> None:
         """Forgets everything."""
         self.sums.clear()
+
+    def merge(self, other: "Ledger") -> None:
+        """Adds other's sums."""
+        for depth, row in other.sums.items():
+            self.sums[depth] = self.sums[depth] + row if depth in self.sums else row.clone()
+
+    def bad_flag(self) -> torch.Tensor:
+        """Returns 1 where bad."""
+        if not self.sums:
+            return torch.zeros(())
+        return (~torch.isfinite(torch.stack([row[0] for row in self.sums.values()]))).any().float()
+
+    def bad_exits(self) -> dict[int, list[str]]:
+        """Returns names."""
+        return {d: ["loss"] for d, row in self.sums.items() if not torch.isfinite(row[0])}

@@ -10,6 +10,7 @@ class Platform(ABC):
 
     name: str
     backend: str
+    host_backend: str = "gloo"  # communication between hosts' memories, whatever the device
     loss_chunk_tokens: int  # tokens whose logits exist at one time, unless the settings say otherwise
 
     @abstractmethod
@@ -31,6 +32,10 @@ class Platform(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Waits until the device has finished all work given to it."""
+
+    @abstractmethod
+    def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """Returns uninitialised host memory of a tensor's shape and dtype, into which the device can copy without waiting."""
 
     @abstractmethod
     def reset_peak_memory(self) -> None:

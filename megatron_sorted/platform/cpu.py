@@ -111,6 +111,10 @@ class CpuPlatform(Platform):
     def synchronize(self) -> None:
         """Nothing to wait for: CPU work is done when a call returns."""
 
+    def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """Returns plain memory."""
+        return torch.empty(like.shape, dtype=like.dtype)
+
     def reset_peak_memory(self) -> None:
         """Resets the kernel's record of peak resident memory (Linux; elsewhere the peak is that of the whole process)."""
         if sys.platform == "linux":

@@ -43,6 +43,10 @@ class CudaPlatform(Platform):
         """Waits for the GPU."""
         torch.cuda.synchronize()
 
+    def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """Returns page-locked memory."""
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
+
     def reset_peak_memory(self) -> None:
         """Resets torch's record of peak memory."""
         torch.cuda.reset_peak_memory_stats()

@@ -1,18 +1,23 @@
 """The run in words and plain data: for checkpoints, for ``evaluation.json`` and for the first lines on the console."""
 
 import dataclasses
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_sorted import __version__
-from megatron_sorted.checkpoint.layout import OWN_PART_FIELDS, SHAPE_FIELDS
+from megatron_sorted.checkpoint.manifest import OWN_PART_FIELDS, SHAPE_FIELDS
+from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.monitoring.report import EvaluationReport
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.costs import forward_flops_per_token, sub_model_parameters
 from megatron_sorted.settings.derived import (
+    coefficient_rule,
     exit_depths,
     ffn_hidden_size,
     global_batch_size,
@@ -35,13 +40,33 @@ def network_shape(settings: Settings, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def description(settings: Settings, vocab_size: int) -> dict[str, Any]:
-    """Returns what a checkpoint's ``run.json`` says of the run."""
-    from importlib.metadata import version
+def description(settings: Settings, vocab_size: int, run_id: str, place: Place, tokenizer: Tokenizer | None,
+                data: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a checkpoint's manifest says of the run, as plain data.
 
+    Args:
+        settings: The run.
+        vocab_size: Real tokens.
+        run_id: Its name, the same after every resume.
+        place: This process.
+        tokenizer: Of the data, if there is one.
+        data: What the data are (``data.identity.data_identity``).
+    """
+    coefficients = coefficient_rule(settings).coefficients(settings.exit_layer_weight_warmup_iters)
     return {
-        "format": 1, "megatron_sorted": __version__, "megatron_core": version("megatron-core"), "torch": torch.__version__,
+        "run_id": run_id, "saved_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "versions": {"megatron_sorted": __version__, "megatron_core": version("megatron-core"), "torch": torch.__version__,
+                     "python": platform.python_version()},
+        "exits": {"depths": list(exit_depths(settings)), "own_norm": settings.use_exit_norm,
+                  "own_output_weights": settings.untie_exit_output_weights,
+                  "coefficients": {str(depth): value for depth, value in coefficients.items()}},
         "shape": network_shape(settings, vocab_size), "settings": settings_as_dict(settings),
+        "layout": {"world_size": place.world_size, "tensor": settings.tensor_model_parallel_size, "stages": place.num_stages,
+                   "data": place.data_size, "chunks": num_virtual_chunks(settings),
+                   "random_place": [place.num_stages, settings.tensor_model_parallel_size]},
+        "samples_a_step": global_batch_size(settings, place.world_size),
+        "tokenizer": None if tokenizer is None else {"type": settings.tokenizer_type, "name": tokenizer.name, "sha256": tokenizer.sha256},
+        "data": data,
     }
 
 
@@ -66,7 +91,7 @@ def short_count(count: int) -> str:
     return str(count)
 
 
-def opening_lines(settings: Settings, platform: Platform, place: Place, vocab_size: int) -> list[str]:
+def opening_lines(settings: Settings, where: Platform, place: Place, vocab_size: int) -> list[str]:
     """Returns a few lines that say what is about to run and where."""
     depths = exit_depths(settings)
     parameters = sub_model_parameters(settings, vocab_size)
@@ -74,19 +99,19 @@ def opening_lines(settings: Settings, platform: Platform, place: Place, vocab_si
     layout = f"tp {settings.tensor_model_parallel_size} x pp {settings.pipeline_model_parallel_size}"
     layout += f" ({chunks} chunks)" if chunks > 1 else ""
     layout += f" x dp {place.data_size}"
-    where = []
+    stages = []
     for chunk in layers_of_chunks(settings):
         inside = [str(d) for d in depths if chunk.first_layer < d <= chunk.first_layer + chunk.num_layers]
         name = f"stage {chunk.stage}" + (f" chunk {chunk.chunk}" if chunks > 1 else "")
-        where.append(f"{name}: layers {chunk.first_layer + 1}-{chunk.first_layer + chunk.num_layers}, exits {' '.join(inside) or 'none'}")
+        stages.append(f"{name}: layers {chunk.first_layer + 1}-{chunk.first_layer + chunk.num_layers}, exits {' '.join(inside) or 'none'}")
     precision = "bf16" if settings.bf16 else "fp16" if settings.fp16 else "fp32"
     return [
-        f"{place.world_size} process{'es' * (place.world_size > 1)} on {platform.name}: {layout}, {precision}, "
+        f"{place.world_size} process{'es' * (place.world_size > 1)} on {where.name}: {layout}, {precision}, "
         f"{global_batch_size(settings, place.world_size)} samples of {settings.seq_length} tokens a step "
         f"({num_micro_batches(settings, place.world_size)} micro-batches of {settings.micro_batch_size} on each data parallel rank)",
         f"{settings.num_layers} layers, hidden {settings.hidden_size}, vocabulary {vocab_size}; parameters of the sub-model at each exit: "
         + ", ".join(f"@{depth} {short_count(parameters[depth])}" for depth in depths),
-        *(where if place.num_stages > 1 else []),
+        *(stages if place.num_stages > 1 else []),
     ]
 
 

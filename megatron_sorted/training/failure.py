@@ -38,14 +38,16 @@ def message_of(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
-def report_and_exit(error: BaseException) -> NoReturn:
+def report_and_exit(error: BaseException, victim: bool = False) -> NoReturn:
     """Prints the error, hands it to the launcher, and ends this process with status 1.
+
+    A ``victim`` leaves the word to another rank: it waits as one that lost its peer does.
 
     torchrun shows the content of ``TORCHELASTIC_ERROR_FILE`` of the rank that failed first as the last thing on the console. The
     ``record`` decorator of torch writes that file too, but with a traceback for every mistake, without knowing victims, and only
     after importing torch.
     """
-    time.sleep(seconds_to_wait(error, int(os.environ.get("LOCAL_RANK", 0))))
+    time.sleep(VICTIM_SECONDS if victim else seconds_to_wait(error, int(os.environ.get("LOCAL_RANK", 0))))
     message = message_of(error)
     if "RANK" in os.environ and not isinstance(error, SortedError):
         message = f"rank {os.environ['RANK']}: {message}"

@@ -3,15 +3,18 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_sorted.checkpoint.layout import check_same_shape, latest_checkpoint
+from megatron_sorted.checkpoint.candidates import Candidates, find_candidates
 from megatron_sorted.data.batches import make_eval_sets, open_train_samples
 from megatron_sorted.data.dataset import EvaluationSet, InstructionSamples, SampleSource
+from megatron_sorted.data.identity import data_identity
 from megatron_sorted.data.prepared import check_same_tokenizer
 from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.describe import network_shape, replace_vocab
+from megatron_sorted.training.describe import replace_vocab
+from megatron_sorted.training.resume import check_can_continue
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,18 @@ class Inputs:
     Attributes:
         settings: Of the run, with the vocabulary resolved.
         vocab_size: Real tokens, before padding.
-        checkpoint: The directory to load, or None to start afresh.
+        tokenizer: Of the data, if there is one.
+        data: What the data are, for checkpoints.
+        checkpoints: Those the run may continue from; None to start afresh.
         samples: To train on; None with ``skip_train``.
         eval_sets: By name.
     """
 
     settings: Settings
     vocab_size: int
-    checkpoint: Path | None
+    tokenizer: Tokenizer | None
+    data: dict[str, Any]
+    checkpoints: Candidates | None
     samples: SampleSource | None
     eval_sets: dict[str, EvaluationSet]
 
@@ -44,7 +51,6 @@ def open_inputs(settings: Settings) -> Inputs:
     if not vocab_size:
         raise SettingsError("--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size.")
     settings = replace_vocab(settings, vocab_size)
-    checkpoint = find_checkpoint(settings)
     if tokenizer is not None:
         check_same_tokenizer((*settings.data_path, *settings.valid_data_path), tokenizer)
     samples = None if settings.skip_train else open_train_samples(settings, vocab_size)
@@ -53,11 +59,13 @@ def open_inputs(settings: Settings) -> Inputs:
             f"--context-parallel-size: {settings.context_parallel_size}, but the training data are packed documents, and attention across "
             "context parallel processes knows no documents. Use 1, or train on plain text.")
     eval_sets = make_eval_sets(settings, vocab_size)
+    data = data_identity(settings)
+    checkpoints = find_checkpoints(settings, data)
     if settings.save:
         check_writable("--save", Path(settings.save))
     if settings.metrics_file:
         check_writable("--metrics-file", Path(settings.metrics_file).parent)
-    return Inputs(settings, vocab_size, checkpoint, samples, eval_sets)
+    return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets)
 
 
 def open_tokenizer(settings: Settings) -> Tokenizer | None:
@@ -76,11 +84,11 @@ def open_tokenizer(settings: Settings) -> Tokenizer | None:
     return tokenizer
 
 
-def find_checkpoint(settings: Settings) -> Path | None:
-    """Returns the directory of the checkpoint to load, or None to start afresh.
+def find_checkpoints(settings: Settings, data: dict[str, Any]) -> Candidates | None:
+    """Returns the checkpoints the run may continue from, best first; None to start afresh.
 
     Raises:
-        CheckpointError: There is none although there should be, or it is of another shape.
+        CheckpointError: There is none although there should be, or the best one does not fit this run.
     """
     if settings.load is None:
         return None
@@ -89,14 +97,19 @@ def find_checkpoint(settings: Settings) -> Path | None:
     same_as_save = settings.save is not None and root.resolve() == Path(settings.save).resolve()
     if not root.is_dir() and not same_as_save:
         raise CheckpointError(f"--load: {root} is not a directory. Give the directory that --save of another run wrote to.")
-    directory = latest_checkpoint(root)
-    if directory is None:
-        if settings.exit_on_missing_checkpoint or settings.finetune or settings.skip_train:
-            raise CheckpointError(f"--load: {root} holds no checkpoint (latest_checkpointed_iteration.txt is missing). "
-                                  "Give the directory that --save of another run wrote to.")
-        return None
-    check_same_shape(directory, settings, network_shape(settings, settings.vocab_size))
-    return directory
+    try:
+        found = find_candidates(root, settings.ckpt_step)
+    except OSError as error:
+        raise CheckpointError(f"--load: cannot read {root} ({error.strerror}). Give a directory that can be read.") from error
+    if found.usable:
+        check_can_continue(found.usable[0], settings, data)
+        return found
+    if found.skipped:
+        raise CheckpointError(f"--load: {root} holds no complete checkpoint: {' '.join(found.passed_over(None))} Restore one, or give "
+                              "another directory.")
+    if settings.exit_on_missing_checkpoint or settings.finetune or settings.skip_train:
+        raise CheckpointError(f"--load: {root} holds no checkpoint. Give the directory that --save of another run wrote to.")
+    return None
 
 
 def check_writable(flag: str, directory: Path) -> None:

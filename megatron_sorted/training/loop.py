@@ -1,40 +1,50 @@
-"""The whole run: build, load, train, evaluate, save, report."""
+"""The whole run: build, load, train, evaluate, save, report, stop."""
 
 import json
 import sys
 import time
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from megatron_sorted.checkpoint.layout import Progress, latest_checkpoint, write_text_atomically
-from megatron_sorted.checkpoint.sharded import load_checkpoint, save_checkpoint
+from megatron_sorted.checkpoint.layout import saved_steps, write_text_atomically
+from megatron_sorted.checkpoint.manifest import Progress
 from megatron_sorted.data.batches import make_train_batches
 from megatron_sorted.model.config import check_platform
-from megatron_sorted.monitoring.console import duration, evaluation_lines, step_line
+from megatron_sorted.monitoring.console import evaluation_lines, step_line
 from megatron_sorted.monitoring.json_lines import JsonLines, finite_or_none
-from megatron_sorted.monitoring.report import EvaluationReport, ExitNumbers, StepReport
+from megatron_sorted.monitoring.report import EvaluationReport
 from megatron_sorted.parallel.groups import Place, start_process_groups, stop_process_groups
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.select import choose_platform
 from megatron_sorted.settings.derived import coefficient_rule, global_batch_size, num_micro_batches, trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model, build_model, build_optimizer
+from megatron_sorted.training.checkpoints import Checkpoints, agree_on_run_id, choose_checkpoint, tokenizer_files
+from megatron_sorted.training.control import Control, Flags
 from megatron_sorted.training.describe import description, evaluation_results, opening_lines
 from megatron_sorted.training.evaluate import evaluate
+from megatron_sorted.training.failure import report_and_exit
 from megatron_sorted.training.forward_step import ForwardStep
 from megatron_sorted.training.inputs import open_inputs
-from megatron_sorted.training.reduce import reduce_ledger
+from megatron_sorted.training.nonfinite import NonfiniteSteps
+from megatron_sorted.training.reporting import Interval
+from megatron_sorted.training.signals import signal_name, stop_request
 from megatron_sorted.training.step import train_step
+from megatron_sorted.training.watchdog import Watchdog
+
+STOPPED = "stopped.json"
 
 
 class Run:
     """One run on this process. Everything that a user can get wrong is checked before process groups start."""
 
     def __init__(self, settings: Settings):
+        self.started = time.monotonic()
         self.inputs = open_inputs(settings)
         self.settings, self.vocab_size = self.inputs.settings, self.inputs.vocab_size
         self.rule = coefficient_rule(self.settings)
-        self.progress, self.trained = Progress(0, 0), False
+        self.progress = Progress(0, 0)
         self.platform: Platform = choose_platform(settings.device)
         check_platform(settings, self.platform)
         self.platform.prepare()
@@ -46,42 +56,49 @@ class Run:
         """
         settings = self.settings
         self.place: Place = start_process_groups(settings, self.platform)
+        hang_minutes = settings.hang_timeout_minutes or 0.9 * settings.distributed_timeout_minutes
+        self.watchdog = Watchdog(60 * hang_minutes, report_and_exit)
+        self.watchdog.start()
         self.say(*opening_lines(settings, self.platform, self.place, self.vocab_size))
         if self.inputs.samples is not None:
             self.say(f"training data: {self.inputs.samples.describe()}")
         self.model: Model = build_model(settings, self.platform, self.place, self.vocab_size)
         build_optimizer(self.model, settings, self.place.world_size)
         self.forward_step = ForwardStep(settings, self.model, self.platform)
+        self.control = Control(self.platform)
+        self.checkpoints = Checkpoints(settings, self.platform, self.place, self.model, self.rule, self.say)
+        if settings.save and not settings.skip_train:
+            self.checkpoints.open_for_saving(tokenizer_files(settings.tokenizer_model), self.watchdog.alive)
+        self._continue_or_start()
         path = settings.metrics_file or (str(Path(settings.save) / "metrics.jsonl") if settings.save else None)
         self.json_lines = JsonLines(path) if path and self.place.rank == 0 else None
-        if self.inputs.checkpoint is not None:
-            self._load(self.inputs.checkpoint)
-        elif settings.load is not None:
-            self.say(f"--load {settings.load} holds no checkpoint: starting afresh")
-        if settings.save and settings.save != settings.load and not settings.skip_train and (older := latest_checkpoint(settings.save)):
-            self.say(f"note: --save {settings.save} holds checkpoints up to {older.name} of an earlier run; this one goes on from step "
-                     f"{self.progress.step} and replaces those it reaches")
 
-    def _load(self, directory: Path) -> None:
-        settings = self.settings
-        whole = not settings.finetune and not settings.skip_train
-        progress, more = load_checkpoint(
-            directory, self.model.chunks, self.model.optimizer, self.model.schedule,
-            load_optimizer=whole and not settings.no_load_optim, load_random=whole and not settings.no_load_rng)
-        if not settings.finetune:
-            self.progress = progress
-            self.rule.load_state_dict(more.get("coefficient_rule", {}))
-        rate = self.model.optimizer.param_groups[0]["lr"]
-        self.say(f"loaded {directory}: " + ("weights only, starting at step 0" if settings.finetune else
-                 f"step {progress.step}, {progress.samples} samples consumed, learning rate {rate:.3e}"))
+    def _continue_or_start(self) -> None:
+        """Loads the newest sound checkpoint, if the run is to continue one.
+
+        Collective: every process must call it.
+        """
+        settings, found = self.settings, self.inputs.checkpoints
+        candidate = None
+        if settings.load is not None:
+            # the lock was taken in between: what another run saved last is seen by all ranks alike
+            candidate = None if found is None else choose_checkpoint(found, settings, self.inputs.data, self.say)
+            if candidate is None:
+                self.say(f"--load {settings.load} holds no checkpoint: starting afresh")
+        self.run_id = agree_on_run_id(settings, candidate)
+        if candidate is not None:
+            self.progress = self.checkpoints.load(candidate)
+        if settings.save and settings.save != settings.load and not settings.skip_train and (older := saved_steps(settings.save)):
+            self.say(f"note: --save {settings.save} holds checkpoints up to step {older[0]} of an earlier run; this one goes on from step "
+                     f"{self.progress.step} and replaces those it reaches")
 
     def say(self, *lines: str) -> None:
         """Prints on the first process."""
         if self.place.rank == 0:
             print("\n".join(lines), flush=True)
 
-    def train(self) -> None:
-        """Trains to the last step, reporting, evaluating and saving on the way.
+    def train(self) -> str | None:
+        """Trains, reporting, evaluating and saving on the way; returns why it stopped early, or None after the last step.
 
         Collective: every step's; every process must call it.
         """
@@ -90,50 +107,77 @@ class Run:
         micro_batches_a_step = num_micro_batches(settings, place.world_size)
         batches = make_train_batches(settings, self.vocab_size, place.data_rank, place.data_size, self.progress.samples,
                                      self.inputs.samples)
-        start = first = self.progress.step
-        since, skipped = time.monotonic(), 0
-        rates: list[float] = []
+        start = self.progress.step
+        self.interval = Interval(settings, place.world_size)
+        nonfinite = NonfiniteSteps(settings.nonfinite_steps_allowed)
         if start >= settings.train_iters:
             self.say(f"nothing to train: step {start} of --train-iters {settings.train_iters} is reached")
-        for step in range(self.progress.step, settings.train_iters):
-            coefficients = trained_exits(settings, self.rule, step)
-            result = train_step(
-                self.model, settings, self.forward_step, list(islice(batches, micro_batches_a_step)), coefficients, samples_a_step)
-            skipped += not result.stepped
-            self.progress, self.trained = Progress(step + 1, self.progress.samples + samples_a_step), True
+        for step in range(start, settings.train_iters):
             done = step + 1
-            if done % settings.log_interval == 0 or done == settings.train_iters or done == start + 1:
-                self.platform.synchronize()
-                rates.append((time.monotonic() - since) / max(done - first, 1))
-                self._report(done, result.grad_norm, skipped, rates, coefficients)
-                since, first, skipped = time.monotonic(), done, 0
+            coefficients = trained_exits(settings, self.rule, step)
+            self.watchdog.mark(f"step {done}, data")
+            micro_batches = list(islice(batches, micro_batches_a_step))
+            self.watchdog.mark(f"step {done}, forward and backward")
+            result = train_step(self.model, settings, self.forward_step, micro_batches, coefficients, samples_a_step, self._ask_around)
+            self.watchdog.mark(f"step {done}, after the optimizer")
+            self.progress = Progress(done, self.progress.samples + samples_a_step)
+            self.interval.add(result, self.forward_step)
+            if result.not_finite is None:
+                nonfinite.finite()
+            else:
+                self.say(nonfinite.skipped(done, result.not_finite))
+            flags = self.control.finish()
+            if self.checkpoints.saver and not flags.save_busy and (outcome := self.checkpoints.finished(wait=True)):
+                self.checkpoints.tell(outcome, last=False)
+            if done % settings.log_interval == 0 or done in (settings.train_iters, start + 1):
+                self._report(result, coefficients)
             if settings.eval_interval and done % settings.eval_interval == 0 and done != settings.train_iters:
                 self.evaluate_all()
-                since, first = time.monotonic(), done
-            if settings.save and settings.save_interval and done % settings.save_interval == 0 and done != settings.train_iters:
+            if (settings.save and settings.save_interval and done % settings.save_interval == 0 and done != settings.train_iters
+                    and not nonfinite.in_a_row):
                 self.save()
-                since, first = time.monotonic(), done
+            if done != settings.train_iters and (reason := self._reason_to_stop(flags, done)):
+                return reason
+        return None
 
-    def _report(self, done: int, grad_norm: float, skipped: int, rates: list[float], coefficients: dict[int, float]) -> None:
+    def _ask_around(self) -> None:
+        """Tells the other ranks what this one was told, while the device works.
+
+        Collective: starts the exchange that ``train`` finishes.
+        """
+        limit = self.settings.exit_duration_in_mins
+        self.control.start(Flags(
+            stop_signal=stop_request.number, save_busy=int(self.checkpoints.busy),
+            time_is_up=int(limit is not None and time.monotonic() - self.started > 60 * limit)))
+
+    def _reason_to_stop(self, flags: Flags, done: int) -> str | None:
+        if flags.stop_signal:
+            return signal_name(flags.stop_signal)
+        if flags.time_is_up:
+            return f"--exit-duration-in-mins {self.settings.exit_duration_in_mins:g}"
+        if self.settings.exit_interval and done % self.settings.exit_interval == 0:
+            return f"--exit-interval {self.settings.exit_interval}"
+        return None
+
+    def _report(self, result, coefficients: dict[int, float]) -> None:
         """Collects the numbers since the last report and writes them.
 
         Collective: one small all-reduce over all ranks.
         """
-        settings = self.settings
-        found = reduce_ledger(self.forward_step.ledger, settings)
-        self.forward_step.ledger.clear()
-        # the first step also warms up caches and allocators: it says nothing of the time left
-        usual = rates[-1] if len(rates) < 3 else sorted(rates[1:])[len(rates[1:]) // 2]
-        report = StepReport(
-            step=done, total_steps=settings.train_iters, samples=self.progress.samples,
-            learning_rate=self.model.optimizer.param_groups[0]["lr"], grad_norm=grad_norm,
-            loss_scale=float(self.model.optimizer.get_loss_scale()), skipped=skipped, step_seconds=rates[-1],
-            tokens_per_second=global_batch_size(settings, self.place.world_size) * settings.seq_length / rates[-1],
-            seconds_left=usual * (settings.train_iters - done),
-            exits={d: ExitNumbers(e.loss, e.token_accuracy, coefficients.get(d, 0.0)) for d, e in found.items()})
+        report = self.interval.report(
+            result, self.progress.step, self.progress.samples, self.model.optimizer.param_groups[0]["lr"],
+            float(self.model.optimizer.get_loss_scale()), coefficients)
         self.say(step_line(report))
         if self.json_lines:
             self.json_lines.write(report)
+
+    @contextmanager
+    def _aside(self):
+        """Keeps the time of a block out of the time of steps."""
+        began = time.monotonic()
+        yield
+        if hasattr(self, "interval"):
+            self.interval.pause(time.monotonic() - began)
 
     def evaluate_all(self) -> list[EvaluationReport]:
         """Returns the reports of all evaluation sets, after writing them.
@@ -141,19 +185,22 @@ class Run:
         Collective: every process must call it.
         """
         reports = []
-        for name, samples in self.inputs.eval_sets.items():
-            report = evaluate(self.model, self.settings, self.forward_step, self.place, name, samples, self.progress.step,
-                              self._evaluation_progress(name))
-            self.say(evaluation_lines(report))
-            if self.json_lines:
-                self.json_lines.write(report)
-            reports.append(report)
+        with self._aside():
+            for name, samples in self.inputs.eval_sets.items():
+                self.watchdog.mark(f"step {self.progress.step}, evaluation of {name!r}")
+                report = evaluate(self.model, self.settings, self.forward_step, self.place, name, samples, self.progress.step,
+                                  self._evaluation_progress(name))
+                self.say(evaluation_lines(report))
+                if self.json_lines:
+                    self.json_lines.write(report)
+                reports.append(report)
         return reports
 
     def _evaluation_progress(self, name: str):
         shown = [time.monotonic()]
 
         def progress(done: int, total: int) -> None:
+            self.watchdog.alive()
             if self.place.rank == 0 and time.monotonic() - shown[0] > 10:
                 shown[0] = time.monotonic()
                 print(f"evaluating {name!r}: batch {done} of {total}", flush=True)
@@ -161,15 +208,35 @@ class Run:
         return progress
 
     def save(self) -> None:
-        """Writes a checkpoint.
+        """Starts a checkpoint; where the run saves in the foreground, writes it.
 
         Collective: every process must call it.
         """
-        started = time.monotonic()
-        directory = save_checkpoint(
-            self.settings.save, self.model.chunks, self.model.optimizer, self.model.schedule, self.progress,
-            description(self.settings, self.vocab_size), {"coefficient_rule": self.rule.state_dict()})
-        self.say(f"saved {directory} in {duration(time.monotonic() - started)}")
+        self.watchdog.mark(f"step {self.progress.step}, start of a save")
+        with self._aside():
+            said = description(self.settings, self.vocab_size, self.run_id, self.place, self.inputs.tokenizer, self.inputs.data)
+            for outcome in self.checkpoints.save(self.progress, said):
+                self.checkpoints.tell(outcome, last=False)
+
+    def save_last(self) -> None:
+        """Saves the state training ended with, unless it is saved, and waits until it is on disk.
+
+        Collective: every process must call it.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        if self.checkpoints.saver is None:
+            return
+        self.watchdog.mark(f"step {self.progress.step}, end of the last save")
+        if (outcome := self.checkpoints.finished(wait=True)) is not None:
+            self.checkpoints.tell(outcome, last=outcome.step == self.progress.step)
+        if self.checkpoints.saved_step == self.progress.step or self.progress.step == 0:
+            return
+        said = description(self.settings, self.vocab_size, self.run_id, self.place, self.inputs.tokenizer, self.inputs.data)
+        for outcome in [*self.checkpoints.save(self.progress, said), self.checkpoints.finished(wait=True)]:
+            if outcome is not None:
+                self.checkpoints.tell(outcome, last=True)
 
     def finish(self) -> None:
         """Saves, evaluates every exit a last time, and leaves the process groups.
@@ -177,25 +244,51 @@ class Run:
         Collective: every process must call it.
         """
         settings = self.settings
-        if settings.save and self.trained:
-            self.save()
+        self.save_last()
         reports = self.evaluate_all()
         if settings.save and self.place.rank == 0 and reports:
             path = Path(settings.save) / "evaluation.json"
             whole = evaluation_results(settings, self.vocab_size, self.progress.step, reports)
             write_text_atomically(path, json.dumps(finite_or_none(whole), indent=1) + "\n")
             self.say(f"wrote {path}")
+        self.leave()
+
+    def stop_early(self, reason: str) -> None:
+        """Saves what is not saved, leaves word for whoever starts the run again, and leaves the process groups.
+
+        Collective: every process must call it.
+        """
+        stop_request.ignore_from_now_on()
+        self.say(f"stopping at step {self.progress.step} of {self.settings.train_iters}: {reason}")
+        self.save_last()
+        if self.settings.save and self.place.rank == 0:
+            word = {"step": self.progress.step, "train_iters": self.settings.train_iters, "reason": reason}
+            write_text_atomically(Path(self.settings.save) / STOPPED, json.dumps(word) + "\n")
+        self.leave()
+
+    def leave(self) -> None:
+        """Leaves the process groups and gives the directory up.
+
+        Collective: every process must call it.
+        """
+        self.watchdog.stop()
+        self.checkpoints.close()
         stop_process_groups()
+        sys.stdout.flush()
 
 
-def run(settings: Settings) -> None:
-    """Does the whole run.
+def run(settings: Settings) -> str | None:
+    """Does the whole run; returns why it stopped before its last step, or None if it is done.
 
     Collective: every process must call it.
     """
     work = Run(settings)
     work.start()
-    if not settings.skip_train:
-        work.train()
-    work.finish()
-    sys.stdout.flush()
+    if settings.save and work.place.rank == 0:
+        (Path(settings.save) / STOPPED).unlink(missing_ok=True)
+    reason = None if settings.skip_train else work.train()
+    if reason is None:
+        work.finish()
+    else:
+        work.stop_early(reason)
+    return reason

@@ -4,21 +4,35 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.nn.utils import get_total_norm
 
 from megatron_sorted.data.batches import Batch
+from megatron_sorted.platform.state import current_device
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model
 from megatron_sorted.training.forward_step import ForwardStep
+from megatron_sorted.training.nonfinite import where_from
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the optimizer said: whether it stepped (fp16 may skip), and the global gradient norm before clipping."""
+    """What became of a step.
+
+    Attributes:
+        stepped: Whether the optimizer stepped.
+        grad_norm: Global gradient norm before clipping; NaN where fp16 overflowed.
+        not_finite: Where a loss or gradient was NaN or infinite, in words; None for a good step and for fp16 overflow, which the loss
+            scale answers.
+    """
 
     stepped: bool
     grad_norm: float
+    not_finite: str | None = None
 
 
 def finalize_gradients(model: Model) -> Callable:
@@ -58,7 +72,7 @@ def run_schedule(model: Model, settings: Settings, forward_step: ForwardStep, mi
 
 
 def train_step(model: Model, settings: Settings, forward_step: ForwardStep, micro_batches: list[Batch],
-               coefficients: dict[int, float], samples: int) -> StepResult:
+               coefficients: dict[int, float], samples: int, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
     """Returns the result of one optimizer step on this rank's micro-batches.
 
     Collective: the schedule's, gradient reduction's and the optimizer's.
@@ -66,17 +80,60 @@ def train_step(model: Model, settings: Settings, forward_step: ForwardStep, micr
     Args:
         model: The model.
         settings: The run.
-        forward_step: The forward-step function; its ledger receives the losses.
+        forward_step: The forward-step function; its ledger receives the losses of this step.
         micro_batches: This rank's part of the global batch.
         coefficients: {depth: coefficient} of the exits that train at this step.
         samples: Size of the global batch, by which the learning-rate schedule moves on.
+        meanwhile: Called when the device has its work up to the gradients, before the host waits for it.
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
     forward_step.coefficients = coefficients
+    forward_step.ledger.clear()
     run_schedule(model, settings, forward_step, micro_batches, forward_only=False)
-    stepped, grad_norm, _ = model.optimizer.step()
+    meanwhile()
+    return optimizer_step(model, settings, forward_step, samples)
+
+
+def _grad_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """Returns the global norm of the gradients, still on the device; shape ().
+
+    Megatron's own function reads it on the host at once. Source: ``megatron.core.optimizer.clip_grads.get_grad_norm_fp32``.
+
+    Collective: one all-reduce of a number over the group of the optimizer's gradient statistics, for each part of the optimizer.
+    """
+    squares = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        gradients = part.get_main_grads_for_grad_norm()
+        square = get_total_norm(gradients).float().square() if gradients else torch.zeros((), device=current_device())
+        dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
+
+
+def optimizer_step(model: Model, settings: Settings, forward_step: ForwardStep, samples: int) -> StepResult:
+    """Returns the result of the optimizer's step, which is left out where any rank saw a number that is not finite.
+
+    The steps of Megatron's ``ChainedOptimizer.step``, with that question between the gradient norm and the update. For its answer the
+    host waits for the device, as Megatron's optimizer does to read the norm; nothing else in a step makes it wait.
+
+    Collective: the optimizer's, and one all-reduce of a number over all ranks.
+    """
+    optimizer = model.optimizer
+    if optimizer.prepare_grads():  # fp16 overflow on some rank: Megatron lowers the loss scale
+        return StepResult(False, float("nan"))
+    norm = _grad_norm(optimizer)
+    bad = torch.maximum(forward_step.ledger.bad_flag(), (~torch.isfinite(norm)).float())
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    is_bad, grad_norm = torch.stack((bad, norm)).tolist()
+    if is_bad:
+        return StepResult(False, grad_norm, where_from(forward_step.ledger, grad_norm))
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters and settings.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=settings.clip_grad, total_norm=grad_norm)
+    stepped = optimizer.step_with_ready_grads()
     if stepped:
         model.schedule.step(increment=samples)
-    return StepResult(bool(stepped), float(grad_norm) if grad_norm is not None else float("nan"))
+    return StepResult(bool(stepped), grad_norm)

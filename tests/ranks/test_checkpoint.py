@@ -13,6 +13,7 @@ ODD = {"hidden_size": 36, "num_attention_heads": 6, "num_query_groups": 2, "kv_c
 SAME_LAYOUT = {
     "one process": (1, {}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "dp2 overlap": (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "pp2 dp2 distributed": (4, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True}),
     "tp2 dropout": (2, {"tensor_model_parallel_size": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1}),
     "bf16 dp2 distributed own": (2, {"bf16": True, "use_distributed_optimizer": True, "use_exit_norm": True,

@@ -1,13 +1,20 @@
 """What the processes of tests in tests/ranks run. Bodies only: assertions stand in the tests."""
 
+import dataclasses
+
 import torch
 import torch.distributed as dist
 
+from megatron_sorted.checkpoint.candidates import find_candidates
+from megatron_sorted.checkpoint.manifest import Progress
+from megatron_sorted.checkpoint.saver import SaveOutcome
 from megatron_sorted.parallel.groups import start_process_groups
 from megatron_sorted.platform.select import choose_platform
 from megatron_sorted.settings.derived import coefficient_rule, trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import build_model, build_optimizer, unwrap
+from megatron_sorted.training.checkpoints import Checkpoints, choose_checkpoint
+from megatron_sorted.training.describe import description
 from megatron_sorted.training.forward_step import ForwardStep
 from megatron_sorted.training.reduce import reduce_ledger
 from megatron_sorted.training.step import train_step
@@ -106,19 +113,35 @@ def moments(model, settings: Settings) -> dict[str, list]:
     return result
 
 
+def save_now(settings: Settings, root: str, platform, place, model, progress) -> SaveOutcome:
+    """Returns the outcome of a save of the model into ``root``."""
+    settings = dataclasses.replace(settings, save=root)
+    checkpoints = Checkpoints(settings, platform, place, model, coefficient_rule(settings), print)
+    checkpoints.open_for_saving({}, lambda: None)
+    said = description(settings, settings.vocab_size, "test", place, None, {})
+    checkpoints.save(progress, said)
+    outcome = checkpoints.finished(wait=True)
+    checkpoints.close()
+    return outcome
+
+
+def load_now(settings: Settings, root: str, platform, place, model) -> tuple[Progress, list[str]]:
+    """Returns how far the newest sound checkpoint of ``root`` is, now loaded, and what was said."""
+    settings, said = dataclasses.replace(settings, load=root), []
+    checkpoints = Checkpoints(settings, platform, place, model, coefficient_rule(settings), said.append)
+    return checkpoints.load(choose_checkpoint(find_candidates(root), settings, {}, said.append)), said
+
+
 def steps_from(settings: Settings, root: str, load: bool, first: int, last: int, save: bool) -> dict:
     """Loads if asked, trains steps first..last-1, saves if asked; returns losses, weights and moments."""
-    from megatron_sorted.checkpoint.layout import Progress, latest_checkpoint
-    from megatron_sorted.checkpoint.sharded import load_checkpoint, save_checkpoint
-
     platform, place, model = start(settings)
     tied = not settings.untie_embeddings_and_output_weights
+    report: dict = {"losses": []}
     if load:
-        progress, more = load_checkpoint(latest_checkpoint(root), model.chunks, model.optimizer, model.schedule, True, True)
-        assert progress == Progress(first, first * settings.global_batch_size) and more == {"note": first}
-    report = {"losses": [], "loaded_weights": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)}
-    if load:
+        progress, report["said"] = load_now(settings, root, platform, place, model)
+        assert progress == Progress(first, first * settings.global_batch_size)
         report["loaded_moments"] = moments(model, settings)
+    report["loaded_weights"] = shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)
     forward_step = ForwardStep(settings, model, platform)
     rule = coefficient_rule(settings)
     for step in range(first, last):
@@ -127,13 +150,13 @@ def steps_from(settings: Settings, root: str, load: bool, first: int, last: int,
         result = train_step(model, settings, forward_step, batches, trained_exits(settings, rule, step), settings.global_batch_size)
         losses = {d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).items()}
         report["losses"].append((losses, result.grad_norm, model.optimizer.param_groups[0]["lr"]))
-        forward_step.ledger.clear()
+    if save:
+        report["outcome"] = save_now(settings, root, platform, place, model, Progress(last, last * settings.global_batch_size))
+    for chunk in model.chunks:
+        if settings.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
     report["weights"] = shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)
     report["moments"] = moments(model, settings)
-    if save:
-        description = {"shape": {}, "settings": {}}
-        save_checkpoint(root, model.chunks, model.optimizer, model.schedule, Progress(last, last * settings.global_batch_size),
-                        description, {"note": last})
     return report
 
 
@@ -164,12 +187,10 @@ def gpt_model_reads_our_checkpoint(settings: Settings, root: str) -> dict:
     from megatron.core import dist_checkpointing
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_sorted.checkpoint.layout import Progress
-    from megatron_sorted.checkpoint.sharded import save_checkpoint
     from megatron_sorted.model.spec import layer_spec
 
-    platform, _, model = start(settings)
-    directory = save_checkpoint(root, model.chunks, model.optimizer, model.schedule, Progress(1, 1), {}, {})
+    platform, place, model = start(settings)
+    directory = save_now(settings, root, platform, place, model, Progress(1, 1)).directory
     theirs = GPTModel(
         model.config, layer_spec(settings, False), settings.vocab_size, settings.seq_length, position_embedding_type="rope",
         share_embeddings_and_output_weights=not settings.untie_embeddings_and_output_weights)

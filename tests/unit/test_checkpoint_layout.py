@@ -1,20 +1,19 @@
-"""Names and words of the checkpoint directory."""
+"""Names in the checkpoint directory, and which checkpoints are kept."""
 
-import json
 import os
 
 import pytest
 
 from megatron_sorted.checkpoint.layout import (
     TRACKER,
-    check_same_shape,
     iteration_directory,
-    latest_checkpoint,
-    read_description,
+    remove_checkpoint,
+    remove_left_overs,
+    saved_steps,
+    steps_to_remove,
     write_text_atomically,
+    writing_directory,
 )
-from megatron_sorted.errors import CheckpointError
-from megatron_sorted.settings.run import Settings
 
 
 def test_names_sort_by_step_and_take_long_runs(tmp_path):
@@ -31,48 +30,42 @@ def test_a_file_is_replaced_at_once(tmp_path):
     assert path.read_text() == "200" and os.listdir(tmp_path) == [TRACKER]
 
 
-def test_the_tracker_decides_not_the_newest_directory(tmp_path):
-    assert latest_checkpoint(tmp_path) is None
-    for step in (100, 200):
-        directory = tmp_path / f"iter_{step:07d}"
-        directory.mkdir()
-        for name in ("run.json", "metadata.json", ".metadata"):
-            (directory / name).write_text("{}")
-    (tmp_path / TRACKER).write_text("100\n")
-    assert latest_checkpoint(str(tmp_path)) == tmp_path / "iter_0000100"
+def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path):
+    (tmp_path / TRACKER).mkdir()
+    with pytest.raises(OSError):
+        write_text_atomically(tmp_path / TRACKER, "200")
+    assert os.listdir(tmp_path) == [TRACKER]
 
 
-@pytest.mark.parametrize("name", ["run.json", "metadata.json", ".metadata"])
-def test_an_incomplete_checkpoint_is_refused_by_the_file_it_lacks(tmp_path, name):
-    directory = tmp_path / "iter_0000100"
-    directory.mkdir()
-    for other in {"run.json", "metadata.json", ".metadata"} - {name}:
-        (directory / other).write_text("{}")
-    (tmp_path / TRACKER).write_text("100")
-    with pytest.raises(CheckpointError) as error:
-        latest_checkpoint(tmp_path)
-    tracker = tmp_path / TRACKER
-    assert str(error.value) == (
-        f"{directory}: {name} is missing, so the checkpoint that {tracker} names is incomplete. "
-        f"Write the number of a complete checkpoint into {tracker}, or restore the directory.")
+def test_only_finished_directories_are_checkpoints(tmp_path):
+    for name in ("iter_0000003", "iter_0000020", "iter_12345678", ".iter_0000021.writing", ".iter_0000002.removing", "iter_5", "release"):
+        (tmp_path / name).mkdir()
+    assert saved_steps(tmp_path) == [12345678, 20, 3]
+    assert saved_steps(tmp_path / "missing") == []
+    remove_left_overs(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000003", "iter_0000020", "iter_12345678", "iter_5", "release"]
 
 
-@pytest.mark.parametrize("text", ["", "release", "-3", "1.5"])
-def test_a_tracker_without_a_number(tmp_path, text):
-    (tmp_path / TRACKER).write_text(text)
-    with pytest.raises(CheckpointError, match="is not an iteration number"):
-        latest_checkpoint(tmp_path)
+def test_a_removed_checkpoint_is_gone_at_once(tmp_path):
+    directory = iteration_directory(tmp_path, 5)
+    (directory / "tokenizer").mkdir(parents=True)
+    (tmp_path / ".iter_0000005.removing").mkdir()  # of a run killed while it removed the same step
+    remove_checkpoint(tmp_path, 5)
+    assert os.listdir(tmp_path) == []
+    assert writing_directory(tmp_path, 5).name == ".iter_0000005.writing"
 
 
-def test_a_damaged_description_is_named(tmp_path):
-    (tmp_path / "run.json").write_text('{"shape": ')
-    with pytest.raises(CheckpointError) as error:
-        read_description(tmp_path)
-    assert str(error.value).startswith(f"{tmp_path / 'run.json'}: not readable (Expecting value")
-
-
-def test_exits_count_only_where_they_own_parameters(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"shape": {"exit_layer_nums": [2, 4]}}))
-    check_same_shape(tmp_path, Settings(), {"exit_layer_nums": [1, 4]})
-    with pytest.raises(CheckpointError, match=r"--exit-layer-nums: \[2, 4\] in the checkpoint, \[1, 4\] in this run\. "):
-        check_same_shape(tmp_path, Settings(untie_exit_output_weights=True), {"exit_layer_nums": [1, 4]})
+@pytest.mark.parametrize(
+    ("steps", "newest", "retain", "interval", "removed"),
+    [
+        ([50, 40, 30, 20, 10], 50, None, None, []),
+        ([50, 40, 30, 20, 10], 50, 2, None, [30, 20, 10]),
+        ([50, 40, 30, 20, 10], 50, 2, 20, [30, 10]),
+        ([50, 40, 30, 20, 10], 50, 1, 1, []),
+        ([50, 40], 50, 3, None, []),
+        ([90, 80, 30, 20], 30, 2, None, [90, 80]),  # 80 and 90 are of a run that was started over: they go first
+        ([90, 80, 30, 20], 30, 1, None, [20, 90, 80]),
+    ],
+)
+def test_the_last_n_and_every_mth_are_kept(steps, newest, retain, interval, removed):
+    assert steps_to_remove(steps, newest, retain, interval) == removed

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_sorted.checkpoint.layout import DESCRIPTION, TRACKER
+from megatron_sorted.checkpoint.layout import TRACKER
+from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, manifest_text, record_file
 from megatron_sorted.data.encode import EncodeOptions
+from megatron_sorted.data.identity import data_identity
 from megatron_sorted.data.prepare import PrepareOptions, prepare
 from megatron_sorted.errors import CheckpointError, DataError, SettingsError
+from megatron_sorted.parallel.groups import Place
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.describe import network_shape
+from megatron_sorted.training.describe import description
 from megatron_sorted.training.inputs import open_inputs
 from megatron_sorted.training.loop import Run
 
@@ -47,19 +50,27 @@ def refused(kind: type, run: Settings) -> str:
 
 
 def write_checkpoint(root: Path, run: Settings, step: int = 7) -> Path:
+    """Writes a checkpoint of ``run`` without weights: everything that is looked at before ranks meet."""
     directory = root / f"iter_{step:07d}"
     directory.mkdir(parents=True)
-    for name in (".metadata", "metadata.json"):
-        (directory / name).write_text("{}")
-    (directory / DESCRIPTION).write_text(json.dumps({"shape": network_shape(run, 290), "progress": {"step": step, "samples": 9}}))
+    (directory / ".metadata").write_text("{}")
+    place = Place(rank=0, world_size=1, stage=0, num_stages=1, data_rank=0, data_size=1, tensor_rank=0)
+    said = description(dataclasses.replace(run, vocab_size=290), 290, "ab12", place, None, data_identity(run))
+    (directory / MANIFEST).write_text(manifest_text(said, Progress(step, 9), {".metadata": record_file(directory / ".metadata")}))
     (root / TRACKER).write_text(f"{step}\n")
     return directory
+
+
+def found(run: Settings) -> Path | None:
+    """Returns the checkpoint a run would take, before hashes are compared."""
+    checkpoints = open_inputs(run).checkpoints
+    return None if checkpoints is None else checkpoints.usable[0].directory
 
 
 def test_a_run_without_mistakes_is_opened(folder):
     run = settings(folder, save=str(folder / "new" / "save"), metrics_file=str(folder / "elsewhere" / "m.jsonl"))
     inputs = open_inputs(run)
-    assert inputs.vocab_size == inputs.settings.vocab_size == 290 and inputs.checkpoint is None
+    assert inputs.vocab_size == inputs.settings.vocab_size == 290 and inputs.checkpoints is None
     assert inputs.samples.describe().startswith("36 documents in ") and list(inputs.eval_sets) == ["mine"]
     assert list((folder / "new" / "save").iterdir()) == [] == list((folder / "elsewhere").iterdir())
 
@@ -123,24 +134,42 @@ def test_load_from_a_directory_that_is_not_there(folder):
         assert refused(CheckpointError, settings(folder, load=missing, **more)) == (
             "--load: missing is not a directory. Give the directory that --save of another run wrote to.")
     # a job that saves where it loads starts afresh the first time
-    assert open_inputs(settings(folder, load=missing, save=missing)).checkpoint is None
-    assert open_inputs(settings(folder, load=str(empty))).checkpoint is None
+    assert found(settings(folder, load=missing, save=missing)) is None
+    assert found(settings(folder, load=str(empty))) is None
     for strict in ("finetune", "skip_train", "exit_on_missing_checkpoint"):
         assert refused(CheckpointError, settings(folder, load=str(empty), **{strict: True})).startswith(
-            "--load: empty holds no checkpoint (latest_checkpointed_iteration.txt is missing). ")
+            "--load: empty holds no checkpoint. ")
 
 
-def test_a_tracker_that_names_no_complete_checkpoint(folder):
+def test_incomplete_checkpoints(folder):
     root = folder / "save"
-    directory = write_checkpoint(root, settings(folder))
-    run = settings(folder, load=str(root))
-    assert open_inputs(run).checkpoint == directory
-    (directory / ".metadata").unlink()
-    assert refused(CheckpointError, run).startswith("save/iter_0000007: .metadata is missing, so the checkpoint that save/latest_")
-    (root / TRACKER).write_text("8")
-    assert refused(CheckpointError, run).startswith("save/iter_0000008: run.json is missing, so the checkpoint that ")
+    directory, run = write_checkpoint(root, settings(folder)), settings(folder, load=str(root))
     (root / TRACKER).write_text("latest")
-    assert "'latest' is not an iteration number" in refused(CheckpointError, run)
+    assert found(run) == directory
+    (root / TRACKER).write_text("8")
+    assert found(run) == directory
+    (directory / ".metadata").unlink()
+    assert refused(CheckpointError, run) == (
+        "--load: save holds no complete checkpoint: save/iter_0000008: missing, although latest_checkpointed_iteration.txt names it. "
+        "save/iter_0000007/.metadata: No such file or directory. Restore one, or give another directory.")
+    assert refused(CheckpointError, dataclasses.replace(run, ckpt_step=8)).startswith("--ckpt-step: save holds no checkpoint of step 8; ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag", "saved", "now"),
+    [
+        ({"optimizer": "sgd"}, "--optimizer", "adam", "sgd"),
+        ({"bf16": True}, "--bf16", "False", "True"),
+        ({"use_distributed_optimizer": True}, "--use-distributed-optimizer", "False", "True"),
+    ],
+)
+def test_state_of_another_form_is_refused_unless_left_behind(folder, changes, flag, saved, now):
+    directory, run = write_checkpoint(folder / "save", settings(folder)), settings(folder, load=str(folder / "save"), **changes)
+    assert refused(CheckpointError, run) == (
+        f"{flag}: {saved} in save/iter_0000007, {now} in this run; the optimizer's state is kept in a form that depends on it. Keep it, or "
+        "continue without that state (--no-load-optim).")
+    for way_out in ("no_load_optim", "finetune"):
+        assert found(dataclasses.replace(run, **{way_out: True})) == directory
 
 
 @pytest.mark.parametrize(
@@ -163,4 +192,4 @@ def test_a_checkpoint_of_other_sizes(folder, changes, difference):
 
 def test_exits_that_share_norm_and_head_may_change(folder):
     directory = write_checkpoint(folder / "save", settings(folder))
-    assert open_inputs(settings(folder, load=str(folder / "save"), exit_layer_nums=(1, 3))).checkpoint == directory
+    assert found(settings(folder, load=str(folder / "save"), exit_layer_nums=(1, 3))) == directory

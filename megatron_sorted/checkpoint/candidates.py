@@ -1,0 +1,123 @@
+"""Which checkpoint a run continues from: the newest complete one of the same run, and what was passed over and why."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_sorted.checkpoint.layout import TRACKER, iteration_directory, saved_steps
+from megatron_sorted.checkpoint.manifest import check_sizes, read_manifest
+from megatron_sorted.errors import CheckpointError
+
+NEWEST = 1 << 62  # sorts what concerns no single checkpoint before all others
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint whose manifest is sound and whose files have the right sizes."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Returns the step it was taken at."""
+        return self.manifest["progress"]["step"]
+
+    @property
+    def saved_at(self) -> str:
+        """Returns when it was saved, as text that sorts by time."""
+        return self.manifest["saved_at"]
+
+
+@dataclass
+class Candidates:
+    """Checkpoints to try, best first, and (step, sentence) for each that was passed over."""
+
+    usable: list[Candidate] = field(default_factory=list)
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+
+    def passed_over(self, taken: Candidate | None) -> list[str]:
+        """Returns the sentences of checkpoints newer than ``taken``, newest first; all of them where nothing is taken."""
+        above = -1 if taken is None else taken.step
+        return [sentence for step, sentence in sorted(self.skipped, reverse=True) if step > above]
+
+
+def tracked_step(root: str | Path) -> int | None:
+    """Returns the step the tracker names, or None where there is none.
+
+    Raises:
+        CheckpointError: The tracker is unreadable.
+    """
+    tracker = Path(root) / TRACKER
+    try:
+        word = tracker.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{tracker}: not readable ({error})") from error
+    if not word.isdigit():
+        raise CheckpointError(f"{tracker}: {word[:40]!r} is not an iteration number")
+    return int(word)
+
+
+def _open(directory: Path) -> Candidate:
+    manifest = read_manifest(directory)
+    check_sizes(directory, manifest)
+    return Candidate(directory, manifest)
+
+
+def find_candidates(root: str | Path, step: int | None = None) -> Candidates:
+    """Returns the checkpoints a run can continue from, newest first; nothing is read but manifests and sizes.
+
+    The tracker is written last, so a run killed right before has one complete checkpoint more than the tracker says. Newer ones count if
+    they were saved later by the same run; those of a run that was started over, or that went back with --ckpt-step, do not.
+
+    Args:
+        root: The directory of all checkpoints.
+        step: Only the checkpoint of this step.
+
+    Raises:
+        CheckpointError: The checkpoint of ``step`` is missing or unusable.
+    """
+    found = Candidates()
+    if step is not None:
+        directory = iteration_directory(root, step)
+        if not directory.is_dir():
+            there = ", ".join(map(str, saved_steps(root))) or "none"
+            raise CheckpointError(f"--ckpt-step: {root} holds no checkpoint of step {step}; there are: {there}. Give one of these.")
+        found.usable.append(_open(directory))
+        return found
+    try:
+        tracked = tracked_step(root)
+    except CheckpointError as error:
+        tracked = None
+        found.skipped.append((NEWEST, f"{error}; taking the newest complete checkpoint."))
+    for number in saved_steps(root):
+        directory = iteration_directory(root, number)
+        try:
+            found.usable.append(_open(directory))
+        except CheckpointError as error:
+            found.skipped.append((number, str(error)))
+    if tracked is not None and not iteration_directory(root, tracked).is_dir():
+        found.skipped.append((tracked, f"{iteration_directory(root, tracked)}: missing, although {TRACKER} names it."))
+    if found.usable:
+        _keep_those_of_one_run(found, tracked)
+    return found
+
+
+def _keep_those_of_one_run(found: Candidates, tracked: int | None) -> None:
+    """Passes over checkpoints that do not lead to the tracker's, or from it, in time.
+
+    The run to continue is that of the tracker's checkpoint, or of the next older one, or without a tracker the one that saved last.
+    """
+    below = [one for one in found.usable if tracked is not None and one.step <= tracked]
+    base = below[0] if below else max(found.usable, key=lambda one: one.saved_at)
+    keep = []
+    for one in found.usable:
+        if one.manifest["run_id"] != base.manifest["run_id"]:
+            found.skipped.append((one.step, f"{one.directory}: of run {one.manifest['run_id']}, not of {base.manifest['run_id']}."))
+        elif one.step > base.step and one.saved_at < base.saved_at:
+            found.skipped.append((one.step, f"{one.directory}: saved before {base.directory.name}, to which the run went back."))
+        else:
+            keep.append(one)
+    found.usable = keep

@@ -1,0 +1,148 @@
+"""What a checkpoint says of itself: settings, progress, tokenizer, data, versions, and the size and hash of every file."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.settings.run import Settings
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+BLOCK_BYTES = 1 << 20
+# What must agree between a checkpoint and the run that loads it: the shape of the network.
+SHAPE_FIELDS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "group_query_attention", "num_query_groups",
+    "normalization", "swiglu", "disable_bias_linear", "add_qkv_bias", "qk_layernorm", "position_embedding_type", "rotary_base",
+    "rotary_percent", "untie_embeddings_and_output_weights", "num_experts", "vocab_size",
+)
+# These name parameters, so they must agree too; exits that share norm and head may change freely.
+OWN_PART_FIELDS = ("use_exit_norm", "untie_exit_output_weights")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training was when a checkpoint was taken."""
+
+    step: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and content of one file of a checkpoint."""
+
+    num_bytes: int
+    sha256: str
+
+
+def record_file(path: Path) -> FileRecord:
+    """Returns size and hash of a file, read from disk.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    digest, num_bytes = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            num_bytes += len(block)
+    return FileRecord(num_bytes, digest.hexdigest())
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def manifest_text(description: Mapping[str, Any], progress: Progress, files: Mapping[str, FileRecord]) -> str:
+    """Returns the manifest of a checkpoint as JSON.
+
+    Args:
+        description: What the run says of itself (``training.describe.description``); plain data.
+        progress: How far training is.
+        files: By name relative to the checkpoint's directory.
+    """
+    manifest = {
+        "format": FORMAT, **description, "progress": {"step": progress.step, "samples": progress.samples},
+        "files": {name: {"bytes": record.num_bytes, "sha256": record.sha256} for name, record in sorted(files.items())},
+    }
+    return json.dumps({**manifest, "sha256": _own_hash(json.loads(json.dumps(manifest)))}, indent=1) + "\n"
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Returns the manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or of another format.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory}: {MANIFEST} is missing, so this is no complete checkpoint of ours.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable ({error}).") from error
+    number = manifest.get("format") if isinstance(manifest, dict) else None
+    if number != FORMAT:
+        remedy = "A newer megatron_sorted wrote it: update." if isinstance(number, int) and number > FORMAT else "It is not one of ours."
+        raise CheckpointError(f"{path}: format {number}, but this version reads format {FORMAT}. {remedy}")
+    if manifest.get("sha256") != _own_hash(manifest):
+        raise CheckpointError(f"{path}: its content does not match its own hash; the file was damaged or edited.")
+    return manifest
+
+
+def check_sizes(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Returns nothing if every file of the checkpoint is there with its right size; contents are not read.
+
+    Raises:
+        CheckpointError: Naming the first file that is not.
+    """
+    for name, said in manifest["files"].items():
+        try:
+            num_bytes = (directory / name).stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{directory / name}: {error.strerror or error}.") from None
+        if num_bytes != said["bytes"]:
+            state = "truncated" if num_bytes < said["bytes"] else "too long"
+            raise CheckpointError(f"{directory / name}: {num_bytes} bytes where the manifest says {said['bytes']}; it is {state}.")
+
+
+def find_damage(directory: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Returns a sentence for each of the files ``names`` whose content is not what the manifest says."""
+    problems = []
+    for name in names:
+        said = manifest["files"][name]
+        try:
+            found = record_file(directory / name)
+        except OSError as error:
+            problems.append(f"{directory / name}: not readable ({error.strerror or error})")
+            continue
+        if found != FileRecord(said["bytes"], said["sha256"]):
+            problems.append(f"{directory / name}: damaged (sha256 {found.sha256[:12]}, the manifest says {said['sha256'][:12]})")
+    return problems
+
+
+def check_same_shape(directory: Path, manifest: Mapping[str, Any], settings: Settings, shape: Mapping[str, Any]) -> None:
+    """Returns nothing if the checkpoint holds a network of the shape the run asks for.
+
+    Args:
+        directory: The checkpoint.
+        manifest: Its manifest.
+        settings: The run, for messages.
+        shape: {field: value} of the run, with defaults resolved (``training.describe.network_shape``).
+
+    Raises:
+        CheckpointError: Naming every field that differs.
+    """
+    saved = manifest["shape"]
+    different = [name for name in (*SHAPE_FIELDS, *OWN_PART_FIELDS) if saved.get(name) != shape.get(name)]
+    if settings.use_exit_norm or settings.untie_exit_output_weights:
+        different += [name for name in ("exit_layer_nums",) if saved.get(name) != shape.get(name)]
+    if different:
+        rows = "; ".join(
+            f"--{name.replace('_', '-')}: {saved.get(name)} in the checkpoint, {shape.get(name)} in this run" for name in different)
+        raise CheckpointError(f"{directory}: made with other sizes. {rows}. Use the checkpoint's values, or train anew without --load.")

@@ -1,0 +1,262 @@
+"""Saving in the background: training waits only until its state is copied to host memory.
+
+A save has two halves. In the first, on the main thread, the state is described and copied. In the second, on a thread with a process
+group of its own, every rank writes and verifies its shards, and rank 0 adds the manifest, gives the directory its name and then the
+tracker. Torch lets other threads run while it writes, so the main thread goes on training. Until its directory is renamed, a
+checkpoint does not exist for anybody; a save that fails, at whatever point and on whatever rank, leaves what was there before.
+"""
+
+import contextlib
+import io
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+
+from megatron_sorted.checkpoint.layout import (
+    TRACKER,
+    iteration_directory,
+    remove_checkpoint,
+    remove_left_overs,
+    saved_steps,
+    steps_to_remove,
+    sync_directory,
+    write_text_atomically,
+    writing_directory,
+)
+from megatron_sorted.checkpoint.manifest import MANIFEST, FileRecord, Progress, manifest_text, record_file
+from megatron_sorted.checkpoint.staging import Stage
+from megatron_sorted.checkpoint.writer import HashingWriter
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.platform.contract import Platform
+
+
+@dataclass(frozen=True)
+class SaveOutcome:
+    """What became of a save.
+
+    Attributes:
+        step: Of the checkpoint.
+        directory: The checkpoint, or None if it could not be written.
+        error: Why not, with the rank; the same on all ranks.
+        num_bytes: Size of the checkpoint.
+        stall_seconds: How long the main thread was held up by describing and copying.
+        seconds: How long the whole save took.
+    """
+
+    step: int
+    directory: Path | None
+    error: str | None
+    num_bytes: int
+    stall_seconds: float
+    seconds: float
+
+
+@dataclass
+class _Job:
+    """One save on its way."""
+
+    progress: Progress
+    shards: dict[str, Any]
+    common: bytes
+    description: dict[str, Any]
+    started: float
+    stall_seconds: float = 0.0
+    outcome: SaveOutcome | None = None
+
+
+class Saver:
+    """Saves the checkpoints of a run into one directory.
+
+    Args:
+        root: Directory of all checkpoints.
+        platform: Where the run is.
+        background: Whether `save` comes back before the files are written.
+        verify: Whether files are read back and compared after writing.
+        retain: How many of the newest checkpoints are kept; None for all.
+        retain_interval: Checkpoints of steps that are a multiple of it are kept as well.
+        extra_files: Small files for every checkpoint, by name within it (the tokenizer's).
+        progress_mark: Called from the writing thread as it gets on, for a watchdog.
+    """
+
+    def __init__(self, root: str, platform: Platform, background: bool = True, verify: bool = True, retain: int | None = None,
+                 retain_interval: int | None = None, extra_files: Mapping[str, Path] | None = None,
+                 progress_mark: Callable[[], None] = lambda: None):
+        """Clears what an earlier run left unfinished.
+
+        Collective: creates a process group of all ranks; every process must make a saver.
+        """
+        self.root, self.background, self.verify = Path(root), background, verify
+        self.retain, self.retain_interval = retain, retain_interval
+        self.extra_files, self.progress_mark = dict(extra_files or {}), progress_mark
+        self.group = dist.new_group(backend=platform.host_backend)
+        self.stage = Stage(platform)
+        self._validated = False
+        self._thread: threading.Thread | None = None
+        self._job: _Job | None = None
+        if dist.get_rank() == 0:
+            self.root.mkdir(parents=True, exist_ok=True)
+            remove_left_overs(self.root)
+
+    @property
+    def busy(self) -> bool:
+        """Returns whether a save of this rank is still on its way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, state: dict[str, Any], progress: Progress, description: dict[str, Any]) -> None:
+        """Starts a save of ``state``, a Megatron sharded state dict, which may change afterwards. The save before must be taken.
+
+        Collective: Megatron's checks of the state dict over all ranks (the first time), then nothing on the main thread.
+
+        Args:
+            state: What `sharded_state` returns.
+            progress: How far training is.
+            description: What the manifest says of the run.
+        """
+        assert self._job is None, "the outcome of the save before was not taken"
+        started = time.monotonic()
+        sharded, common = save_preprocess(state, validate_access_integrity=not self._validated)
+        self._validated = True
+        self.stage.copy(sharded)
+        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+        shards = mcore_to_pyt_state_dict(flat)
+        serialised = io.BytesIO()
+        if dist.get_rank() == 0:
+            torch.save(common, serialised)
+        self._job = _Job(progress, shards, serialised.getvalue(), description, started, time.monotonic() - started)
+        self._thread = threading.Thread(target=self._run, args=(self._job,), name="save", daemon=True)
+        self._thread.start()
+        if not self.background:
+            self._thread.join()
+
+    def take_outcome(self, wait: bool) -> SaveOutcome | None:
+        """Returns what became of the save on its way, once; None if there is none, or it is not finished and ``wait`` is False.
+
+        Ranks finish at slightly different times: without ``wait``, all must agree before they act on it.
+        """
+        if self._job is None or (self.busy and not wait):
+            return None
+        self._thread.join()
+        outcome, self._job, self._thread = self._job.outcome, None, None
+        return outcome
+
+    def _run(self, job: _Job) -> None:
+        """Does the second half of a save and notes its outcome; never raises.
+
+        Collective: over the saver's own group.
+        """
+        step = job.progress.step
+        aside, final = writing_directory(self.root, step), iteration_directory(self.root, step)
+        writer = HashingWriter(aside)
+        records: list[dict[str, FileRecord]] = []
+        error, _ = self._agree(lambda: self._make_directory(aside))
+        if not error:
+            error, _ = self._agree(lambda: self._write_shards(job, writer))
+        if not error:
+            error, records = self._agree(lambda: self._write_rest(job, writer, aside))
+        files = {name: record for of_rank in records if of_rank for name, record in of_rank.items()}
+        if not error:
+            error, _ = self._agree(lambda: self._publish(job, files, aside, final))
+        if error and dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        job.outcome = SaveOutcome(step, None if error else final, error, sum(record.num_bytes for record in files.values()),
+                                  job.stall_seconds, time.monotonic() - job.started)
+
+    def _agree(self, work: Callable[[], Any]) -> tuple[str | None, list[Any]]:
+        """Returns (None, what ``work`` returned on every rank), or (what went wrong on the lowest rank where it did, []).
+
+        Collective: one small all-gather over the saver's group, and those of ``work``. A rank that fails must not leave others waiting
+        in a collective of ``work``: either torch sees to that, or ``work`` has none.
+        """
+        mine: tuple[str | None, Any]
+        try:
+            mine = (None, work())
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            mine = (_cause(error), None)
+        self.progress_mark()
+        everybody: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, mine, group=self.group)
+        failed = next((f"rank {rank}: {said}" for rank, (said, _) in enumerate(everybody) if said), None)
+        return failed, [] if failed else [value for _, value in everybody]
+
+    def _make_directory(self, aside: Path) -> None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+
+    def _write_shards(self, job: _Job, writer: HashingWriter) -> None:
+        """Writes this rank's shards, and on rank 0 torch's description of all.
+
+        Collective: torch's planning and completion of a checkpoint, over the saver's group.
+        """
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        save_shards(job.shards, storage_writer=writer, planner=planner, process_group=self.group)
+        job.shards = {}
+
+    def _write_rest(self, job: _Job, writer: HashingWriter, aside: Path) -> dict[str, FileRecord]:
+        """Returns the records of all files this rank wrote, after rank 0 has added the small ones and all were read back."""
+        if dist.get_rank() == 0:
+            writer.fs.write_bytes(aside / "common.pt", job.common)
+            save_config(CheckpointingConfig("torch_dist", 1), str(aside))
+            writer.fs.records[aside / "metadata.json"] = record_file(aside / "metadata.json")
+            for name, path in self.extra_files.items():
+                writer.fs.write_bytes(aside / name, path.read_bytes())
+        self.progress_mark()
+        if self.verify:
+            writer.fs.verify()
+        return {str(path.relative_to(aside)): record for path, record in writer.fs.records.items()}
+
+    def _publish(self, job: _Job, files: dict[str, FileRecord], aside: Path, final: Path) -> None:
+        """Adds the manifest, then gives the checkpoint its name, then names it in the tracker, then removes old ones; rank 0 only."""
+        if dist.get_rank() != 0:
+            return
+        write_text_atomically(aside / MANIFEST, manifest_text(job.description, job.progress, files))
+        sync_directory(aside)
+        step = job.progress.step
+        if final.exists():  # the same step saved again, by a run continued from an earlier checkpoint
+            remove_checkpoint(self.root, step)
+        aside.rename(final)
+        sync_directory(self.root)
+        write_text_atomically(self.root / TRACKER, str(step))
+        for old in steps_to_remove(saved_steps(self.root), step, self.retain, self.retain_interval):
+            with contextlib.suppress(OSError):  # it is complete or gone, and the next save tries again
+                remove_checkpoint(self.root, old)
+
+
+def _cause(error: BaseException) -> str:
+    """Returns the innermost reason of an error, which torch wraps with those of all ranks."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (inner, _) = sorted(failures.items())[0]
+        return f"{_cause(inner)}" if len(failures) == 1 else f"{_cause(inner)} (met first by rank {rank})"
+    inner = error.__cause__ or error.__context__
+    if isinstance(inner, OSError) and not isinstance(error, OSError):
+        return _cause(inner)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}"
+
+
+def require_saved(outcome: SaveOutcome) -> None:
+    """Returns nothing if the save succeeded.
+
+    Raises:
+        CheckpointError: It did not.
+    """
+    if outcome.error:
+        raise CheckpointError(f"the checkpoint of step {outcome.step} could not be written ({outcome.error}). "
+                              "Earlier checkpoints are as they were. Make room or mend the file system, then start again with --load.")

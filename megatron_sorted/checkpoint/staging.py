@@ -1,0 +1,42 @@
+"""Copies of what a checkpoint holds, so that training may go on while they are written."""
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+
+from megatron_sorted.platform.contract import Platform
+
+
+class Stage:
+    """Host memory for one checkpoint, kept from save to save: taking it anew costs more than copying."""
+
+    def __init__(self, platform: Platform):
+        self.platform = platform
+        self._buffers: dict[tuple, torch.Tensor] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Returns how much memory is held."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
+
+    def copy(self, sharded_state: Any) -> None:
+        """Puts copies in host memory in place of the tensors of a sharded state dict that this rank writes.
+
+        Tensors that another rank writes are left: they are not looked at any more. Waits for the device.
+        """
+        used = set()
+        for number, sharded in enumerate(nested_values(sharded_state)):
+            if not isinstance(sharded, ShardedTensor) or not is_main_replica(sharded.replica_id):
+                assert isinstance(sharded, ShardedTensor | ShardedObject), type(sharded)
+                continue
+            source = sharded.data.detach()
+            key = (number, sharded.key, tuple(source.shape), source.dtype)
+            if key not in self._buffers:
+                self._buffers[key] = self.platform.host_buffer(source)
+            sharded.data = self._buffers[key].copy_(source, non_blocking=True)
+            used.add(key)
+        for key in self._buffers.keys() - used:
+            del self._buffers[key]
+        self.platform.synchronize()

@@ -1,0 +1,102 @@
+"""torch's checkpoint writer with a hash of everything it writes, compared with what is then read back from disk."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from megatron_sorted.checkpoint.manifest import FileRecord, record_file
+
+
+class _HashingStream(io.RawIOBase):
+    """Hands bytes on to a file and adds them to a hash."""
+
+    def __init__(self, file):
+        self.file, self.digest, self.num_bytes = file, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        written = self.file.write(data)
+        self.num_bytes += written
+        return written
+
+    def flush(self) -> None:
+        if not self.file.closed:
+            self.file.flush()
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+    def fileno(self) -> int:
+        self.file.flush()  # whoever asks is about to sync
+        return self.file.fileno()
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+class HashingFileSystem(FileSystem):
+    """torch's local file system; ``records`` holds size and hash of every file written, by path."""
+
+    def __init__(self) -> None:
+        self.records: dict[Path, FileRecord] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        """Yields a stream of the file; a file opened for writing is on disk when the block ends."""
+        with open(path, mode) as file:
+            if "w" not in mode:
+                yield file
+                return
+            stream = _HashingStream(file)
+            yield stream
+            if not file.closed:
+                file.flush()
+                os.fsync(file.fileno())
+            self.records[Path(path)] = FileRecord(stream.num_bytes, stream.digest.hexdigest())
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        """Renames a file; its record goes with it."""
+        super().rename(path, new_path)
+        self.records[Path(new_path)] = self.records.pop(Path(path))
+
+    def write_bytes(self, path: Path, data: bytes) -> None:
+        """Writes a whole file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.create_stream(path, "wb") as stream:
+            stream.write(data)
+
+    def verify(self) -> None:
+        """Returns nothing if every file on disk is what was written.
+
+        Raises:
+            OSError: One is not, or cannot be read.
+        """
+        for path, record in self.records.items():
+            with open(path, "rb") as file:
+                # or the kernel's memory would be compared, not the disk
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            found = record_file(path)
+            if found != record:
+                raise OSError(f"{path}: {record.num_bytes} bytes with sha256 {record.sha256[:12]} were written, "
+                              f"{found.num_bytes} bytes with {found.sha256[:12]} came back")
+
+
+class HashingWriter(FileSystemWriter):
+    """torch's writer of one file a rank, on a `HashingFileSystem`.
+
+    One thread: with several, torch loses the errors of all but the first, and the checkpoint would lack tensors without a word.
+    """
+
+    def __init__(self, directory: Path):
+        super().__init__(directory, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
+        self.fs = HashingFileSystem()

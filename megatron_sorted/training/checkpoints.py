@@ -1,0 +1,211 @@
+"""The checkpoints of one run: which one it starts from, when one is saved, and what is said about it."""
+
+import json
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_sorted.checkpoint.candidates import Candidate, Candidates
+from megatron_sorted.checkpoint.layout import saved_steps, write_text_atomically
+from megatron_sorted.checkpoint.lock import DirectoryLock
+from megatron_sorted.checkpoint.manifest import Progress
+from megatron_sorted.checkpoint.saver import SaveOutcome, Saver, require_saved
+from megatron_sorted.checkpoint.sharded import find_damage_together, load_sharded, sharded_state
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.exits.coefficients import CoefficientRule
+from megatron_sorted.parallel.groups import Place
+from megatron_sorted.platform.contract import Platform
+from megatron_sorted.platform.state import seed_everything
+from megatron_sorted.settings.derived import global_batch_size
+from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.build import Model
+from megatron_sorted.training.nonfinite import check_finite_weights
+from megatron_sorted.training.resume import check_can_continue, loaded_line, set_schedule
+
+RUN = "run.json"
+# Seeds of a run continued in another layout, step by step apart from each other and from those of Megatron's own ranks.
+SEEDS_A_STEP = 100_003
+Say = Callable[..., None]
+
+
+def agree_on_run_id(settings: Settings, continued: Candidate | None) -> str:
+    """Returns the name of this run, the same on all ranks and after every resume.
+
+    It is kept in every manifest. Before the first checkpoint a file in --save keeps it, so that a run that is killed early and started
+    again is still one run.
+
+    Collective: one broadcast from rank 0.
+    """
+    box = [None]
+    if dist.get_rank() == 0:
+        box = [_run_id(settings, continued)]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _run_id(settings: Settings, continued: Candidate | None) -> str:
+    if continued is not None and not settings.finetune:
+        return continued.manifest["run_id"]
+    if not settings.save or settings.skip_train:
+        return uuid.uuid4().hex[:8]
+    path = Path(settings.save) / RUN
+    restarted = settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
+    if restarted and not settings.finetune:
+        try:
+            return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    run_id = uuid.uuid4().hex[:8]
+    write_text_atomically(path, json.dumps({"run_id": run_id}) + "\n")
+    return run_id
+
+
+def choose_checkpoint(candidates: Candidates, settings: Settings, data: dict[str, Any], say: Say) -> Candidate | None:
+    """Returns the newest checkpoint whose files are sound, the same on all ranks, after saying which were passed over and why.
+
+    Collective: one broadcast from rank 0; for each candidate that is read, one all-gather over all ranks.
+
+    Raises:
+        CheckpointError: There were checkpoints and none is sound, or the run cannot go on from it.
+    """
+    box = [candidates]
+    dist.broadcast_object_list(box, src=0)  # ranks may have looked while another job was still writing
+    candidates = box[0]
+    taken = None
+    for candidate in candidates.usable:
+        problems = find_damage_together(candidate.directory, candidate.manifest) if settings.verify_checkpoint else []
+        if not problems:
+            taken = candidate
+            break
+        candidates.skipped.append((candidate.step, "; ".join(problems)))
+    passed_over = candidates.passed_over(taken)
+    if taken is None and passed_over:
+        raise CheckpointError(f"--load: {settings.load} holds no sound checkpoint: {'; '.join(passed_over)}. Restore one, or give another "
+                              "directory.")
+    for sentence in passed_over:
+        say(f"passed over {sentence.rstrip('.')}")
+    if taken is not None:
+        check_can_continue(taken, settings, data)
+    return taken
+
+
+class Checkpoints:
+    """Loads and saves for one run."""
+
+    def __init__(self, settings: Settings, platform: Platform, place: Place, model: Model, rule: CoefficientRule, say: Say):
+        self.settings, self.platform, self.place, self.model, self.rule, self.say = settings, platform, place, model, rule, say
+        self.lock: DirectoryLock | None = None
+        self.saver: Saver | None = None
+        self.saved_step: int | None = None
+
+    def open_for_saving(self, extra_files: dict[str, Path], progress_mark: Callable[[], None]) -> None:
+        """Takes the directory for this run and makes the saver.
+
+        Collective: one broadcast from rank 0, then a new process group.
+
+        Raises:
+            CheckpointError: Another run is saving there.
+        """
+        settings, refused = self.settings, [None]
+        if dist.get_rank() == 0:
+            try:
+                self.lock = DirectoryLock(settings.save)
+                if not self.lock.acquire():
+                    self.say(f"note: the file system of {settings.save} knows no locks; take care that no other run saves there")
+            except (CheckpointError, OSError) as error:
+                refused = [str(error)]
+        dist.broadcast_object_list(refused, src=0)
+        if refused[0]:
+            raise CheckpointError(refused[0])
+        self.saver = Saver(settings.save, self.platform, settings.async_save, settings.verify_checkpoint, settings.save_retain,
+                           settings.save_retain_interval, extra_files, progress_mark)
+
+    def load(self, candidate: Candidate) -> Progress:
+        """Returns how far training was, after loading a checkpoint into the model and saying so.
+
+        Collective: every rank reads the shards it needs.
+        """
+        settings, model = self.settings, self.model
+        continues = not settings.finetune and not settings.skip_train
+        state = load_sharded(candidate.directory, candidate.manifest, model.chunks, model.optimizer,
+                             load_optimizer=continues and not settings.no_load_optim, load_random=continues and not settings.no_load_rng)
+        progress = Progress(**candidate.manifest["progress"])
+        if settings.finetune:
+            self.say(f"loaded {candidate.directory}: weights only, starting at step 0")
+            return Progress(0, 0)
+        self.rule.load_state_dict(state["more"].get("coefficient_rule", {}))
+        if not settings.skip_train:
+            now = global_batch_size(settings, self.place.world_size)
+            set_schedule(model.schedule, state["opt_param_scheduler"], candidate.manifest["samples_a_step"], now)
+            if not state["random_state"]:
+                seed_everything(settings.seed + SEEDS_A_STEP * progress.step)  # or dropout would repeat that of the first steps
+            self.saved_step = progress.step if settings.load == settings.save else None
+        self.say(loaded_line(candidate, settings, model.optimizer.param_groups[0]["lr"]))
+        return progress
+
+    def save(self, progress: Progress, description: dict[str, Any]) -> list[SaveOutcome]:
+        """Starts a save, or does it where the run saves in the foreground; returns outcomes of saves that ended meanwhile.
+
+        Collective: checks and gathers of the state on the main thread; every process must call it.
+
+        Raises:
+            TrainingError: The weights are not finite.
+        """
+        before = self.saver.take_outcome(wait=True)
+        check_finite_weights(self.model.chunks)
+        more = {"coefficient_rule": self.rule.state_dict()}
+        state = sharded_state(self.model.chunks, self.model.optimizer, self.model.schedule, more)
+        rate = self.model.optimizer.param_groups[0]["lr"]
+        self.saver.save(state, progress, {**description, "learning_rate": rate})
+        self.saved_step = progress.step
+        after = None if self.saver.background else self.saver.take_outcome(wait=True)
+        return [outcome for outcome in (before, after) if outcome is not None]
+
+    @property
+    def busy(self) -> bool:
+        """Returns whether a save of this rank is on its way."""
+        return self.saver is not None and self.saver.busy
+
+    def finished(self, wait: bool) -> SaveOutcome | None:
+        """Returns the outcome of the save on its way once it has ended; all ranks must ask alike."""
+        return self.saver.take_outcome(wait) if self.saver is not None else None
+
+    def tell(self, outcome: SaveOutcome, last: bool) -> None:
+        """Says what became of a save.
+
+        Raises:
+            CheckpointError: It failed and it was the last one, or a failure is to stop the run.
+        """
+        if outcome.error:
+            if last or self.settings.save_failure == "stop":
+                require_saved(outcome)
+            there = saved_steps(self.settings.save)
+            self.saved_step = None
+            self.say(f"warning: the checkpoint of step {outcome.step} could not be written ({outcome.error}); training goes on. "
+                     f"Newest complete checkpoint: {f'step {there[0]}' if there else 'none'}")
+            return
+        held_up = f", training held up for {outcome.stall_seconds:.2f} s" if self.saver.background else ""
+        self.say(f"saved {outcome.directory} in {outcome.seconds:.1f} s ({outcome.num_bytes / 1e6:,.1f} MB{held_up})")
+
+    def close(self) -> None:
+        """Gives the directory up."""
+        if self.lock is not None:
+            self.lock.release()
+
+
+def tokenizer_files(model: str | None) -> dict[str, Path]:
+    """Returns the files a tokenizer consists of, by name within a checkpoint."""
+    if model is None:
+        return {}
+    path = Path(model)
+    if path.is_file():
+        return {f"tokenizer/{path.name}": path}
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
+             "added_tokens.json", "generation_config.json", "chat_template.jinja")
+    return {f"tokenizer/{name}": path / name for name in names if os.path.isfile(path / name)}
+
+

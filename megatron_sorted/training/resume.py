@@ -1,0 +1,84 @@
+"""Continuing a run: what may have changed since its checkpoint, what may not, and the line that says so."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_sorted.checkpoint.candidates import Candidate
+from megatron_sorted.checkpoint.manifest import check_same_shape
+from megatron_sorted.data.identity import describe_changes
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.settings.load import settings_as_dict
+from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.describe import network_shape
+
+# Settings whose change says nothing of training: where files lie, what is printed, how a run is watched.
+SILENT = frozenset((
+    "save", "load", "data_path", "valid_data_path", "test_data_path", "tokenizer_model", "metrics_file", "tensorboard_dir", "finetune",
+    "no_load_optim", "no_load_rng", "exit_on_missing_checkpoint", "skip_train", "ckpt_step", "allow_changed_data", "log_interval",
+    "log_timers", "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "eval_interval", "eval_iters", "full_validation",
+    "save_interval", "async_save", "save_retain", "save_retain_interval", "save_failure", "verify_checkpoint", "num_draft_tokens",
+    "device_peak_tflops", "distributed_timeout_minutes", "hang_timeout_minutes",
+))
+SILENT_PREFIXES = ("wandb_", "profile")
+# The optimizer's state is kept in a form that depends on these.
+FORM_OF_STATE = ("optimizer", "bf16", "fp16", "use_distributed_optimizer")
+
+
+def changed_settings(saved: Mapping[str, Any], settings: Settings) -> list[str]:
+    """Returns every setting that changed since the checkpoint and bears on training, as "train-iters 100 -> 200"."""
+    return [f"{name.replace('_', '-')} {_word(saved.get(name))} -> {_word(value)}" for name, value in settings_as_dict(settings).items()
+            if name not in SILENT and not name.startswith(SILENT_PREFIXES) and saved.get(name) != value]
+
+
+def _word(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def check_can_continue(candidate: Candidate, settings: Settings, data: Mapping[str, Any]) -> None:
+    """Returns nothing if the run can go on from the checkpoint, or only takes its weights.
+
+    Args:
+        candidate: The checkpoint.
+        settings: Of the run.
+        data: Its data (``data.identity.data_identity``).
+
+    Raises:
+        CheckpointError: Naming what changed, why that cannot be, and what can.
+    """
+    manifest, directory = candidate.manifest, candidate.directory
+    check_same_shape(directory, manifest, settings, network_shape(settings, settings.vocab_size))
+    if settings.finetune or settings.skip_train:
+        return
+    if not settings.no_load_optim:
+        for name in FORM_OF_STATE:
+            saved, now = manifest["settings"].get(name), getattr(settings, name)
+            if saved != now:
+                raise CheckpointError(
+                    f"--{name.replace('_', '-')}: {saved} in {directory}, {now} in this run; the optimizer's state is kept in a form that "
+                    "depends on it. Keep it, or continue without that state (--no-load-optim).")
+    changes = [] if settings.allow_changed_data else describe_changes(manifest["data"], data)
+    if changes:
+        raise CheckpointError(
+            f"{directory}: trained on other data than this run names: {'; '.join(changes)}. Sample {manifest['progress']['samples']} would "
+            "not be the next one. Give the data back, continue with --allow-changed-data, or start at step 0 with --finetune.")
+
+
+def set_schedule(schedule, saved: Mapping[str, Any], saved_samples_a_step: int, samples_a_step: int) -> None:
+    """Puts Megatron's learning-rate schedule where the checkpoint's was, counted in steps.
+
+    Megatron counts samples, so that a changed batch size would move the run along its schedule. Steps are what --train-iters,
+    --lr-warmup-iters and --lr-decay-iters count.
+    """
+    schedule.load_state_dict({**saved, "num_steps": saved["num_steps"] // saved_samples_a_step * samples_a_step})
+
+
+def loaded_line(candidate: Candidate, settings: Settings, learning_rate: float) -> str:
+    """Returns the line that says where a run continues and what changed since."""
+    manifest = candidate.manifest
+    progress = manifest["progress"]
+    line = (f"loaded {candidate.directory}: step {progress['step']}, {progress['samples']} samples consumed, "
+            f"learning rate {learning_rate:.3e}")
+    changes = changed_settings(manifest["settings"], settings)
+    if settings.allow_changed_data:
+        changes.append("other data allowed")
+    return line + (f"; changed: {'; '.join(changes)}" if changes else "; nothing changed")

@@ -1,0 +1,105 @@
+"""Which checkpoint a resume takes, and what it says of the others."""
+
+import re
+
+import pytest
+
+from megatron_sorted.checkpoint.candidates import find_candidates, tracked_step
+from megatron_sorted.checkpoint.layout import TRACKER, iteration_directory
+from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, manifest_text, record_file
+from megatron_sorted.errors import CheckpointError
+
+
+def write(root, step, run_id="a", saved_at=None):
+    """Writes a checkpoint of one file."""
+    directory = iteration_directory(root, step)
+    directory.mkdir()
+    (directory / "shard").write_bytes(b"x" * step)
+    said = {"run_id": run_id, "saved_at": saved_at or f"2026-01-01T00:{step:02d}"}
+    (directory / MANIFEST).write_text(manifest_text(said, Progress(step, 8 * step), {"shard": record_file(directory / "shard")}))
+    return directory
+
+
+def steps(found):
+    return [candidate.step for candidate in found.usable]
+
+
+def test_newest_first_and_the_tracker_is_not_needed(tmp_path):
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    assert steps(find_candidates(tmp_path)) == [30, 20, 10]
+    (tmp_path / TRACKER).write_text("20\n")  # killed between the rename of 30 and the tracker
+    found = find_candidates(str(tmp_path))
+    assert steps(found) == [30, 20, 10] and found.passed_over(found.usable[0]) == []
+
+
+def test_incomplete_ones_are_passed_over_by_name(tmp_path):
+    for step in (10, 20, 30, 40):
+        write(tmp_path, step)
+    (tmp_path / TRACKER).write_text("40")
+    (tmp_path / "iter_0000040" / "shard").write_bytes(b"short")
+    (tmp_path / "iter_0000030" / MANIFEST).unlink()
+    (tmp_path / "iter_0000010" / "shard").unlink()
+    found = find_candidates(tmp_path)
+    assert steps(found) == [20]
+    assert found.passed_over(found.usable[0]) == [
+        f"{tmp_path}/iter_0000040/shard: 5 bytes where the manifest says 40; it is truncated.",
+        f"{tmp_path}/iter_0000030: manifest.json is missing, so this is no complete checkpoint of ours."]
+    assert len(found.passed_over(None)) == 3
+
+
+def test_a_run_that_started_over_does_not_continue_the_one_before(tmp_path):
+    write(tmp_path, 100, "old", "2026-01-01T01:00")
+    write(tmp_path, 10, "new", "2026-01-02T01:00")
+    (tmp_path / TRACKER).write_text("10")
+    found = find_candidates(tmp_path)
+    assert steps(found) == [10]
+    assert found.passed_over(found.usable[0]) == [f"{tmp_path}/iter_0000100: of run old, not of new."]
+    (tmp_path / TRACKER).unlink()  # without a tracker, the run that saved last
+    assert steps(find_candidates(tmp_path)) == [10]
+
+
+def test_a_run_that_went_back_does_not_take_what_it_gave_up(tmp_path):
+    write(tmp_path, 50, saved_at="2026-01-02T00:00")
+    write(tmp_path, 60, saved_at="2026-01-01T00:06")
+    write(tmp_path, 40, saved_at="2026-01-01T00:04")
+    (tmp_path / TRACKER).write_text("50")
+    found = find_candidates(tmp_path)
+    assert steps(found) == [50, 40]
+    assert found.passed_over(found.usable[0]) == [f"{tmp_path}/iter_0000060: saved before iter_0000050, to which the run went back."]
+
+
+def test_a_missing_checkpoint_that_the_tracker_names_is_said(tmp_path):
+    write(tmp_path, 10)
+    (tmp_path / TRACKER).write_text("20")
+    found = find_candidates(tmp_path)
+    assert steps(found) == [10]
+    assert found.passed_over(found.usable[0]) == [f"{tmp_path}/iter_0000020: missing, although {TRACKER} names it."]
+
+
+@pytest.mark.parametrize("text", ["", "release", "-3", "1.5"])
+def test_a_tracker_without_a_number_is_said_and_done_without(tmp_path, text):
+    write(tmp_path, 10)
+    (tmp_path / TRACKER).write_text(text)
+    found = find_candidates(tmp_path)
+    assert steps(found) == [10]
+    assert found.passed_over(found.usable[0]) == [
+        f"{tmp_path / TRACKER}: {text!r} is not an iteration number; taking the newest complete checkpoint."]
+    with pytest.raises(CheckpointError):
+        tracked_step(tmp_path)
+
+
+def test_one_step_by_name(tmp_path):
+    for step in (10, 20):
+        write(tmp_path, step)
+    assert steps(find_candidates(tmp_path, 10)) == [10]
+    with pytest.raises(CheckpointError, match=re.escape(f"--ckpt-step: {tmp_path} holds no checkpoint of step 15; there are: 20, 10. ")):
+        find_candidates(tmp_path, 15)
+    (tmp_path / "iter_0000020" / "shard").unlink()
+    with pytest.raises(CheckpointError, match="iter_0000020/shard: No such file"):
+        find_candidates(tmp_path, 20)
+
+
+def test_nothing_there(tmp_path):
+    found = find_candidates(tmp_path / "missing")
+    assert (found.usable, found.passed_over(None)) == ([], [])

@@ -1,0 +1,110 @@
+"""A checkpoint's manifest: what it holds, and every kind of damage found by name."""
+
+import hashlib
+import json
+import re
+
+import pytest
+
+from megatron_sorted.checkpoint.manifest import (
+    MANIFEST,
+    FileRecord,
+    Progress,
+    check_same_shape,
+    check_sizes,
+    find_damage,
+    manifest_text,
+    read_manifest,
+    record_file,
+)
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.settings.run import Settings
+
+CONTENT = {"__0_0.distcp": b"weights" * 1000, "tokenizer/t.model": b"words"}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    for name, content in CONTENT.items():
+        (tmp_path / name).write_bytes(content)
+    files = {name: record_file(tmp_path / name) for name in CONTENT}
+    (tmp_path / MANIFEST).write_text(manifest_text({"run_id": "ab", "exits": {"depths": [1, 2]}, "name": "Ö"}, Progress(7, 56), files))
+    return tmp_path
+
+
+def test_a_manifest_comes_back_as_it_was_written(directory):
+    manifest = read_manifest(directory)
+    assert (manifest["format"], manifest["run_id"], manifest["name"]) == (2, "ab", "Ö")
+    assert manifest["progress"] == {"step": 7, "samples": 56}
+    assert manifest["files"]["__0_0.distcp"] == {"bytes": 7000, "sha256": hashlib.sha256(CONTENT["__0_0.distcp"]).hexdigest()}
+    check_sizes(directory, manifest)
+    assert find_damage(directory, manifest, CONTENT) == []
+
+
+def test_files_larger_than_a_block_are_hashed_whole(tmp_path):
+    content = bytes(range(256)) * 10_000
+    (tmp_path / "f").write_bytes(content)
+    assert record_file(tmp_path / "f") == FileRecord(2_560_000, hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "manifest.json is missing"),
+        (lambda path: path.write_text(path.read_text()[:-40]), "not readable (Unterminated string"),
+        (lambda path: path.write_text("[]"), "format None, but this version reads format 2. It is not one of ours."),
+        (lambda path: path.write_text(path.read_text().replace('"format": 2', '"format": 3')),
+         "format 3, but this version reads format 2. A newer megatron_sorted wrote it: update."),
+        (lambda path: path.write_text(path.read_text().replace('"format": 2', '"format": "x"')), "format x, but"),
+        (lambda path: path.write_text(path.read_text().replace('"step": 7', '"step": 9')), "does not match its own hash"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(directory, spoil, message):
+    spoil(directory / MANIFEST)
+    with pytest.raises(CheckpointError, match=re.escape(message)) as error:
+        read_manifest(directory)
+    assert str(directory) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "No such file or directory."),
+        (lambda path: path.write_bytes(b"x" * 6999), "6999 bytes where the manifest says 7000; it is truncated."),
+        (lambda path: path.write_bytes(b"x" * 7001), "7001 bytes where the manifest says 7000; it is too long."),
+    ],
+)
+def test_files_of_another_size_are_named_without_reading_them(directory, spoil, message):
+    manifest = read_manifest(directory)
+    spoil(directory / "__0_0.distcp")
+    with pytest.raises(CheckpointError) as error:
+        check_sizes(directory, manifest)
+    assert str(error.value) == f"{directory / '__0_0.distcp'}: {message}"
+
+
+def test_a_flipped_bit_is_found(directory):
+    manifest, path = read_manifest(directory), directory / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[3500] ^= 1
+    path.write_bytes(content)
+    check_sizes(directory, manifest)
+    (problem,) = find_damage(directory, manifest, CONTENT)
+    found, said = hashlib.sha256(content).hexdigest(), manifest["files"]["__0_0.distcp"]["sha256"]
+    assert problem == f"{path}: damaged (sha256 {found[:12]}, the manifest says {said[:12]})"
+    (directory / "tokenizer" / "t.model").unlink()
+    assert find_damage(directory, manifest, ["tokenizer/t.model"]) == [
+        f"{directory / 'tokenizer/t.model'}: not readable (No such file or directory)"]
+
+
+def test_exits_count_only_where_they_own_parameters(tmp_path):
+    manifest = {"shape": {"exit_layer_nums": [2, 4]}}
+    check_same_shape(tmp_path, manifest, Settings(), {"exit_layer_nums": [1, 4]})
+    with pytest.raises(CheckpointError, match=r"--exit-layer-nums: \[2, 4\] in the checkpoint, \[1, 4\] in this run\. "):
+        check_same_shape(tmp_path, manifest, Settings(untie_exit_output_weights=True), {"exit_layer_nums": [1, 4]})
+
+
+def test_the_own_hash_is_that_of_plain_json(directory):
+    manifest = json.loads((directory / MANIFEST).read_text())
+    own = manifest.pop("sha256")
+    assert own == hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
