@@ -11,6 +11,7 @@ import traceback
 from typing import NoReturn
 
 from megatron_sorted.errors import SortedError
+from megatron_sorted.training.signals import stop_request
 
 # Most errors are met by every rank at once; the first of a host goes ahead, and its launcher ends the others while they wait.
 PRECEDENCE_SECONDS = 2.0
@@ -38,16 +39,30 @@ def message_of(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
-def report_and_exit(error: BaseException, victim: bool = False) -> NoReturn:
-    """Prints the error, hands it to the launcher, and ends this process with status 1.
+def wait_for_the_launcher(seconds: float) -> None:
+    """Waits, and ends this process without a word if it is told to end meanwhile: the launcher has seen the rank that failed first."""
+    told_before = stop_request.number
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(0.05)
+        if stop_request.number and not told_before:
+            os._exit(1)
 
-    A ``victim`` leaves the word to another rank: it waits as one that lost its peer does.
+
+def report_and_exit(error: BaseException, silent: bool = False) -> NoReturn:
+    """Prints the error, hands it to the launcher, and ends this process with status 1.
 
     torchrun shows the content of ``TORCHELASTIC_ERROR_FILE`` of the rank that failed first as the last thing on the console. The
     ``record`` decorator of torch writes that file too, but with a traceback for every mistake, without knowing victims, and only
     after importing torch.
+
+    Args:
+        error: What happened.
+        silent: Another rank says it, so this one only ends, after it.
     """
-    time.sleep(VICTIM_SECONDS if victim else seconds_to_wait(error, int(os.environ.get("LOCAL_RANK", 0))))
+    wait_for_the_launcher(VICTIM_SECONDS if silent else seconds_to_wait(error, int(os.environ.get("LOCAL_RANK", 0))))
+    if silent:
+        os._exit(1)
     message = message_of(error)
     if "RANK" in os.environ and not isinstance(error, SortedError):
         message = f"rank {os.environ['RANK']}: {message}"

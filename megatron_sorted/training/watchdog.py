@@ -39,7 +39,7 @@ class Watchdog:
 
     Args:
         timeout_seconds: Without a mark for so long, the job hangs.
-        on_hang: Called with the error on the thread of the watchdog; ends the process.
+        on_hang: Called on the thread of the watchdog with the error and whether another rank says it; ends the process.
     """
 
     def __init__(self, timeout_seconds: float, on_hang: Callable[[TrainingError, bool], None]):
@@ -87,7 +87,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(self.interval_seconds):
             if self._launcher is not None and os.getppid() != self._launcher:
-                self.on_hang(TrainingError("the launcher of this process is gone, so nobody would notice the end of another rank."), True)
+                self.on_hang(TrainingError("the launcher of this process is gone, so nobody would notice the end of another rank."), False)
             try:
                 self._beat += 1
                 self._say(self._beat)
@@ -98,7 +98,7 @@ class Watchdog:
                 if time.monotonic() - self._since > self.timeout_seconds and not self._over.is_set():
                     self.on_hang(TrainingError(
                         f"no progress for {time.monotonic() - self._since:.0f} s in {self._phase}, and the store that rank 0 or the "
-                        f"launcher serves does not answer ({error}): it has stopped, died or is cut off."), True)
+                        f"launcher serves does not answer ({error}): it has stopped, died or is cut off."), False)
 
     def _end(self, stalled: float) -> None:
         earlier = self._read()
