@@ -6,10 +6,11 @@ from pathlib import Path
 
 from megatron_sorted.checkpoint.layout import check_same_shape, latest_checkpoint
 from megatron_sorted.data.batches import make_eval_sets, open_train_samples
-from megatron_sorted.data.dataset import EvaluationSet, InstructionSamples, SampleSource
+from megatron_sorted.data.dataset import EvaluationSet, SampleSource
 from megatron_sorted.data.prepared import check_same_tokenizer
 from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import CheckpointError, SettingsError
+from megatron_sorted.settings.derived import data_prefixes
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.describe import network_shape, replace_vocab
 
@@ -46,9 +47,9 @@ def open_inputs(settings: Settings) -> Inputs:
     settings = replace_vocab(settings, vocab_size)
     checkpoint = find_checkpoint(settings)
     if tokenizer is not None:
-        check_same_tokenizer((*settings.data_path, *settings.valid_data_path), tokenizer)
+        check_same_tokenizer((*data_prefixes(settings), *settings.valid_data_path, *settings.test_data_path), tokenizer)
     samples = None if settings.skip_train else open_train_samples(settings, vocab_size)
-    if settings.context_parallel_size > 1 and isinstance(samples, InstructionSamples):
+    if settings.context_parallel_size > 1 and samples is not None and samples.packs:
         raise SettingsError(
             f"--context-parallel-size: {settings.context_parallel_size}, but the training data are packed documents, and attention across "
             "context parallel processes knows no documents. Use 1, or train on plain text.")

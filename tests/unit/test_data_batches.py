@@ -94,7 +94,6 @@ def test_split_shares_documents_without_overlap(settings):
 
 @pytest.mark.parametrize(("change", "error", "message"), [
     ({"split": "a,b", "valid_data_path": ()}, SettingsError, "--split: 'a,b'"),
-    ({"global_batch_size": 6}, SettingsError, "--global-batch-size: 6 is not a multiple of --micro-batch-size 2 x 2"),
     ({"data_path": ()}, SettingsError, "--data-path"),
     ({"vocab_size": None}, SettingsError, "--vocab-size"),
     ({"vocab_size": 33}, DataError, "token 33 is outside the model's vocabulary of 33"),
