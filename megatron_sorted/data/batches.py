@@ -3,20 +3,27 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
 
+from megatron_sorted.data.blend import BlendedSamples, BlendPart
 from megatron_sorted.data.corpus import Corpus
 from megatron_sorted.data.dataset import EVALUATION_SEED, EvaluationSet, MockSamples, Sample, SampleSource, empty_sample, open_samples
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import DataError, SettingsError
+from megatron_sorted.settings.derived import data_blend, data_prefixes, samples_per_step, split_ranges
 from megatron_sorted.settings.run import Settings
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch.
+
+    Attributes:
+        checksum: Sum over the samples of the CRC-32 of their tokens and labels (int64, little endian), kept on the host. Added up over
+            the micro-batches of all data parallel ranks it tells which samples a step was trained on, however they were grouped.
 
     Shapes:
         tokens_bs, labels_bs: (micro batch, seq_length) int64.
@@ -31,6 +38,7 @@ class Batch:
     loss_mask_bs: torch.Tensor
     segments_bs: torch.Tensor | None
     positions_bs: torch.Tensor
+    checksum: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -41,7 +49,12 @@ class Batch:
         """Returns the batch on another device."""
         moved = (None if tensor is None else tensor.to(device, non_blocking=True)
                  for tensor in (self.tokens_bs, self.labels_bs, self.loss_mask_bs, self.segments_bs, self.positions_bs))
-        return Batch(*moved)
+        return Batch(*moved, self.checksum)
+
+
+def _checksum(sample: Sample) -> int:
+    tokens, labels = (np.ascontiguousarray(part, "<i8") for part in (sample.tokens_s, sample.labels_s))
+    return crc32(labels, crc32(tokens))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -59,7 +72,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         labels_bs=torch.from_numpy(np.stack([sample.labels_s for sample in samples])),
         loss_mask_bs=torch.from_numpy(np.stack([sample.loss_mask_s for sample in samples])),
         segments_bs=torch.from_numpy(segments) if packed else None,
-        positions_bs=torch.from_numpy(positions))
+        positions_bs=torch.from_numpy(positions),
+        checksum=sum(map(_checksum, samples)))
 
 
 def _vocabulary(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) -> tuple[int, int]:
@@ -75,35 +89,25 @@ def _vocabulary(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) 
     return vocab_size, pad_id
 
 
-def _split_shares(split: str) -> tuple[float, float]:
-    """Returns the fractions where training ends and where validation ends."""
-    try:
-        shares = [float(word) for word in split.split(",")]
-    except ValueError:
-        shares = []
-    if not 1 <= len(shares) <= 3 or min(shares) < 0 or shares[0] <= 0:
-        raise SettingsError(f"--split: {split!r} is not a list of shares for training, validation (and a rest left alone), such as 98,2.")
-    total = sum(shares)
-    return shares[0] / total, sum(shares[:2]) / total
-
-
-def _global_batch_size(settings: Settings, dp_size: int) -> int:
-    size = settings.global_batch_size or settings.micro_batch_size * dp_size
-    if size % (settings.micro_batch_size * dp_size):
-        raise SettingsError(f"--global-batch-size: {size} is not a multiple of --micro-batch-size {settings.micro_batch_size} x "
-                            f"{dp_size} data parallel processes. Choose a multiple.")
-    return size
-
-
 def open_train_samples(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) -> SampleSource:
-    """Returns the training samples that the settings name; without --valid-data-path only the first share of --split."""
+    """Returns the training samples that the settings name: of each file the first share of ``--split``, without --valid-data-path.
+
+    Files without weights are one set of documents, each seen once an epoch. In a blend each file is packed and shuffled by itself.
+    """
     vocab_size, pad_id = _vocabulary(settings, tokenizer_or_vocab)
     if settings.mock_data:
         return MockSamples(settings.seq_length, vocab_size, settings.seed, samples_per_epoch=1 << 40)
     if not settings.data_path:
         raise SettingsError("--data-path: no training data. Give the prefix that tools/prepare_data.py wrote, or --mock-data.")
-    end = 1.0 if settings.valid_data_path else _split_shares(settings.split)[0]
-    return open_samples(Corpus(settings.data_path, (0.0, end)), settings.seq_length, vocab_size, pad_id, settings.seed)
+    share = split_ranges(settings)[0]
+
+    def opened(*prefixes: str) -> SampleSource:
+        return open_samples(Corpus(prefixes, share), settings.seq_length, vocab_size, pad_id, settings.seed)
+
+    blend = data_blend(settings)
+    if blend is None:
+        return opened(*settings.data_path)
+    return BlendedSamples([BlendPart(weight, prefix, opened(prefix)) for weight, prefix in blend])
 
 
 def _batches(samples: Iterator[Sample], settings: Settings) -> Iterator[Batch]:
@@ -117,7 +121,8 @@ def _batches(samples: Iterator[Sample], settings: Settings) -> Iterator[Batch]:
 
 def _own_indices(settings: Settings, dp_rank: int, dp_size: int, start: int) -> Iterator[int]:
     """Yields the numbers of this rank's samples, micro-batch by micro-batch, without end (Megatron's order)."""
-    size, micro = _global_batch_size(settings, dp_size), settings.micro_batch_size
+    size, micro = samples_per_step(settings, dp_size), settings.micro_batch_size
+    assert size % (micro * dp_size) == 0, "check_settings lets no other batch pass"
     while True:
         for first in range(start, start + size, micro * dp_size):
             yield from range(first + dp_rank * micro, first + (dp_rank + 1) * micro)
@@ -138,21 +143,31 @@ def make_train_batches(settings: Settings, tokenizer_or_vocab: Tokenizer | int |
 
 def make_eval_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) -> dict[str, EvaluationSet]:
     """Returns the evaluation sets by name: each --valid-data-path, or the second share of --split (none if that is 0)."""
-    vocab_size, pad_id = _vocabulary(settings, tokenizer_or_vocab)
     if settings.mock_data:
-        count = settings.eval_iters * (settings.global_batch_size or settings.micro_batch_size)
+        vocab_size, _ = _vocabulary(settings, tokenizer_or_vocab)
+        count = settings.eval_iters * samples_per_step(settings, 1)
         return {"mock": EvaluationSet(MockSamples(settings.seq_length, vocab_size, EVALUATION_SEED, count))}
-    share, prefixes = (0.0, 1.0), settings.valid_data_path
-    if not prefixes:
-        share, prefixes = _split_shares(settings.split), settings.data_path
+    return _held_out_sets(settings, tokenizer_or_vocab, "--valid-data-path", settings.valid_data_path, 1)
+
+
+def make_test_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) -> dict[str, EvaluationSet]:
+    """Returns the sets for the end of the run by name: each --test-data-path, or the third share of --split (none if that is 0)."""
+    return {} if settings.mock_data else _held_out_sets(settings, tokenizer_or_vocab, "--test-data-path", settings.test_data_path, 2)
+
+
+def _held_out_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None, flag: str, given: tuple[str, ...],
+                   share: int) -> dict[str, EvaluationSet]:
+    """Returns a set of each given prefix, or, if none is given, of that share of each training file, where it holds documents."""
+    vocab_size, pad_id = _vocabulary(settings, tokenizer_or_vocab)
+    part = (0.0, 1.0) if given else split_ranges(settings)[share]
     sets: dict[str, EvaluationSet] = {}
-    for prefix in prefixes:
-        corpus = Corpus([prefix], share)
-        if not settings.valid_data_path and not corpus.num_documents:
+    for prefix in given or data_prefixes(settings):
+        corpus = Corpus([prefix], part)
+        if not given and not corpus.num_documents:
             continue
         name = Path(prefix).name.removesuffix("_text_document")
         if name in sets:
-            raise SettingsError(f"--valid-data-path: two sets are called {name!r} and could not be told apart in reports. Rename one.")
+            raise SettingsError(f"{flag}: two sets are called {name!r} and could not be told apart in reports. Rename one.")
         sets[name] = EvaluationSet(open_samples(corpus, settings.seq_length, vocab_size, pad_id, settings.seed, evaluation=True))
     return sets
 
@@ -163,7 +178,7 @@ def make_eval_batches(settings: Settings, samples: EvaluationSet, dp_rank: int, 
 
     What is missing to the last global batch is filled with samples that count nowhere.
     """
-    size = _global_batch_size(settings, dp_size)
+    size = samples_per_step(settings, dp_size)
     total = num_eval_batches(settings, samples, dp_size, num_batches) * size
     empty = empty_sample(settings.seq_length, samples.source.pad_id)
 
@@ -178,5 +193,5 @@ def make_eval_batches(settings: Settings, samples: EvaluationSet, dp_rank: int, 
 
 def num_eval_batches(settings: Settings, samples: EvaluationSet, dp_size: int, num_batches: int | None = None) -> int:
     """Returns the number of global batches :func:`make_eval_batches` gives."""
-    whole = -(-len(samples) // _global_batch_size(settings, dp_size))
+    whole = -(-len(samples) // samples_per_step(settings, dp_size))
     return whole if num_batches is None else min(whole, num_batches)

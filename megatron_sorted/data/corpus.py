@@ -16,7 +16,7 @@ class Corpus:
         kinds = {file.modes is not None for file in self._files}
         if len(kinds) > 1:
             raise DataError(f"--data-path: {', '.join(prefixes)} mix instruction data and plain text, which are packed differently. "
-                            "Train on one kind.")
+                            "Give each a weight (WEIGHT PREFIX WEIGHT PREFIX ...): in a blend each is packed by itself.")
         self.prefixes = tuple(prefixes)
         self.has_modes = kinds == {True}
         self._first = [round(share[0] * file.num_documents) for file in self._files]

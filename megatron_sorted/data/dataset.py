@@ -15,6 +15,7 @@ from megatron_sorted.data.corpus import Corpus
 from megatron_sorted.data.packing import assign_epoch, lay_out, random_keys, shuffled
 from megatron_sorted.errors import DataError
 
+SAMPLE_ORDER = 1  # goes up when the same data and seed give other samples: a checkpoint of the old order cannot be continued exactly
 EVALUATION_SEED = 0  # evaluation sets do not change with --seed: runs must be comparable
 
 
@@ -42,11 +43,19 @@ def empty_sample(seq_length: int, pad_id: int) -> Sample:
 
 
 class SampleSource(ABC):
-    """Samples by global number >= 0, without end."""
+    """Samples by global number >= 0, without end.
+
+    Attributes:
+        samples_per_epoch: Samples of one pass over the data.
+        fill: Part of all positions that hold tokens, not padding.
+        packs: Whether a sample may hold several documents that must not see each other.
+    """
 
     samples_per_epoch: int
     seq_length: int
     pad_id: int
+    fill: float = 1.0
+    packs: bool = False
 
     @abstractmethod
     def sample(self, index: int) -> Sample:
@@ -54,7 +63,11 @@ class SampleSource(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Returns one line for the log: how much there is."""
+        """Returns how much there is, for the log: a line, or one for each source of a blend after a first for all."""
+
+    def epoch_at(self, sample: int) -> float:
+        """Returns how many passes over the data the first ``sample`` samples are."""
+        return sample / self.samples_per_epoch
 
 
 class EvaluationSet(Sequence):
@@ -85,6 +98,8 @@ class InstructionSamples(SampleSource):
     up to ``seq_length + 1`` tokens. Documents of a single token predict nothing and are left out.
     """
 
+    packs = True
+
     def __init__(self, corpus: Corpus, seq_length: int, vocab_size: int, pad_id: int, seed: int):
         self.corpus, self.seq_length, self.vocab_size, self.pad_id, self.seed = corpus, seq_length, vocab_size, pad_id, seed
         self._numbers = np.flatnonzero(corpus.lengths >= 2)
@@ -100,7 +115,8 @@ class InstructionSamples(SampleSource):
         self._layout = lay_out(self._positions, seq_length)
         self.samples_per_epoch = self._layout.num_windows
         self.fill = float(self._positions.sum() / (self.samples_per_epoch * seq_length))
-        self._epoch = lru_cache(maxsize=2)(lambda epoch: assign_epoch(self._layout, self._positions, seed, epoch))
+        # one epoch is kept, not more: samples are asked for in rising order, and an epoch of 10^8 documents takes 1.6 GB
+        self._epoch = lru_cache(maxsize=1)(lambda epoch: assign_epoch(self._layout, self._positions, seed, epoch))
 
     def describe(self) -> str:
         """Returns documents, windows and fill in one line."""
@@ -142,7 +158,8 @@ class TextSamples(SampleSource):
         if self.samples_per_epoch < 1:
             raise DataError(f"{', '.join(corpus.prefixes)}: {self.num_tokens} tokens in this share are too few for one sample of "
                             f"--seq-length {seq_length} (it takes {seq_length + 1}). Give more data or lower --seq-length.")
-        self._epoch = lru_cache(maxsize=2)(self._arrange)
+        self.fill = (self.num_tokens - 1) / (self.samples_per_epoch * seq_length) if evaluation else 1.0
+        self._epoch = lru_cache(maxsize=1)(self._arrange)
 
     def describe(self) -> str:
         """Returns documents, tokens and windows in one line."""

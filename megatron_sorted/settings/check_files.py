@@ -1,6 +1,6 @@
 """Rules between data, tokenizer and checkpoints."""
 
-from megatron_sorted.settings.derived import split_shares
+from megatron_sorted.settings.derived import NUMBER, data_blend, split_ranges
 from megatron_sorted.settings.require import require
 from megatron_sorted.settings.run import Settings
 
@@ -30,16 +30,20 @@ def _check_data(settings: Settings) -> None:
     )
     if settings.skip_train:
         require(
-            bool(settings.data_path or settings.valid_data_path or settings.mock_data),
-            "--skip-train: nothing to evaluate on. Give --valid-data-path, --data-path or --mock-data.",
+            bool(settings.data_path or settings.valid_data_path or settings.test_data_path or settings.mock_data),
+            "--skip-train: nothing to evaluate on. Give --valid-data-path, --test-data-path, --data-path or --mock-data.",
         )
     else:
         require(
             bool(settings.data_path or settings.mock_data),
             "--data-path: nothing to train on. Give it, or --mock-data to try a layout.",
         )
-    if settings.data_path and not settings.valid_data_path:
-        split_shares(settings)
+    for name, prefixes in (("--valid-data-path", settings.valid_data_path), ("--test-data-path", settings.test_data_path)):
+        weight = next((word for word in prefixes if NUMBER.fullmatch(word)), None)
+        require(weight is None, f"{name}: {weight} is a number, but each set is evaluated by itself, without weights. Give prefixes alone.")
+    data_blend(settings)
+    if settings.data_path:
+        split_ranges(settings)
 
 
 def _check_tokenizer(settings: Settings) -> None:
@@ -53,5 +57,5 @@ def _check_tokenizer(settings: Settings) -> None:
             settings.tokenizer_model is None,
             "--tokenizer-model: a NullTokenizer reads no file. Leave it out or change --tokenizer-type.",
         )
-    elif settings.data_path or settings.valid_data_path:
+    elif settings.data_path or settings.valid_data_path or settings.test_data_path:
         require(settings.tokenizer_model is not None, f"--tokenizer-model: {settings.tokenizer_type} needs its file or directory. Give it.")

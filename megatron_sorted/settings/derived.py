@@ -1,11 +1,17 @@
 """Values that follow from the settings. All suppose settings that `check_settings` has passed."""
 
-from megatron_sorted.errors import SettingsError
+import re
+
 from megatron_sorted.exits.coefficients import CoefficientRule, make_coefficient_rule
 from megatron_sorted.exits.depths import by_depth, normalise_depths
 from megatron_sorted.exits.placement import ChunkLayers, chunk_layers
 from megatron_sorted.exits.selection import select_exits
+from megatron_sorted.settings.require import require
 from megatron_sorted.settings.run import Settings
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+SMALLEST_SHARE = 1e-6
+"""Of a source in a blend: where to continue in a blend is found by looking back over one sample of its rarest source."""
 
 
 def ffn_hidden_size(settings: Settings) -> int:
@@ -43,11 +49,14 @@ def data_parallel_size(settings: Settings, world_size: int) -> int:
     return world_size // (settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size * settings.context_parallel_size)
 
 
+def samples_per_step(settings: Settings, data_size: int) -> int:
+    """Returns the samples of one step over ``data_size`` copies of the model."""
+    return settings.micro_batch_size * data_size if settings.global_batch_size is None else settings.global_batch_size
+
+
 def global_batch_size(settings: Settings, world_size: int) -> int:
     """Returns the samples of one step over all processes."""
-    if settings.global_batch_size is not None:
-        return settings.global_batch_size
-    return settings.micro_batch_size * data_parallel_size(settings, world_size)
+    return samples_per_step(settings, data_parallel_size(settings, world_size))
 
 
 def num_micro_batches(settings: Settings, world_size: int) -> int:
@@ -113,16 +122,70 @@ def trained_exits(settings: Settings, rule: CoefficientRule, step: int) -> dict[
     )
 
 
-def split_shares(settings: Settings) -> tuple[float, float]:
-    """Returns the parts of ``--data-path`` for training and validation, which sum to 1.
+def data_blend(settings: Settings) -> tuple[tuple[float, str], ...] | None:
+    """Returns (weight, prefix) of each source where ``--data-path`` is a blend, or None where it lists prefixes alone.
 
     Raises:
-        SettingsError: ``--split`` is not two positive numbers.
+        SettingsError: weights and prefixes do not alternate, or a weight or prefix cannot be.
+    """
+    words = settings.data_path
+    weighs = [NUMBER.fullmatch(word) is not None for word in words]
+    if not any(weighs):
+        return None
+    shown = " ".join(words)
+    require(
+        weighs == [place % 2 == 0 for place in range(len(words))] and len(words) % 2 == 0,
+        f"--data-path: {shown!r} mixes prefixes with and without a weight, or has a weight without a prefix. Write WEIGHT PREFIX WEIGHT "
+        "PREFIX ..., or prefixes alone (a file whose name is a number: ./NAME).",
+    )
+    blend = tuple((float(weight), prefix) for weight, prefix in zip(words[::2], words[1::2], strict=True))
+    for weight, prefix in blend:
+        require(0 < weight < float("inf"), f"--data-path: weight {weight:g} of {prefix} is not above 0. Give a positive one.")
+        share = weight / sum(other for other, _ in blend)
+        require(
+            share >= SMALLEST_SHARE,
+            f"--data-path: weight {weight:g} of {prefix} is a share of {share:.2g}, less than one sample in a million. "
+            "Give it more, or leave it out.",
+        )
+    names = [prefix for _, prefix in blend]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    require(twice is None, f"--data-path: {twice} stands twice in the blend. Give it once, with the sum of its weights.")
+    return blend
+
+
+def data_prefixes(settings: Settings) -> tuple[str, ...]:
+    """Returns the prefixes of ``--data-path`` without weights."""
+    blend = data_blend(settings)
+    return settings.data_path if blend is None else tuple(prefix for _, prefix in blend)
+
+
+def split_ranges(settings: Settings) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
+    """Returns which part of each file of ``--data-path`` is for training, validation and test: (begin, end) as fractions of its documents.
+
+    With ``--valid-data-path`` all of it is trained on.
+
+    Raises:
+        SettingsError: ``--split`` is not one to three shares, the first positive and none negative, or it gives a share to what has data
+            of its own.
     """
     try:
-        training, validation = (float(part) for part in settings.split.split(","))
+        shares = [float(word) for word in settings.split.split(",")]
     except ValueError:
-        training = validation = 0.0
-    if not (0 < training < float("inf") and 0 < validation < float("inf")):
-        raise SettingsError(f"--split: {settings.split!r} is not two positive shares. Write training,validation such as 98,2.")
-    return training / (training + validation), validation / (training + validation)
+        shares = []
+    require(
+        1 <= len(shares) <= 3 and all(0 <= share < float("inf") for share in shares) and shares[0] > 0,
+        f"--split: {settings.split!r} is not one to three shares, the first above 0 and the others not below. "
+        "Write training,validation or training,validation,test such as 98,2 or 969,30,1.",
+    )
+    training, validation, test = (*shares, 0.0, 0.0)[:3]
+    for flag, given in (("--valid-data-path", settings.valid_data_path), ("--test-data-path", settings.test_data_path)):
+        require(
+            not (given and test),
+            f"--split: {settings.split!r} holds a test share back from --data-path, which is not done beside {flag}. "
+            "Leave out the third share" + (", or give --test-data-path for it." if flag == "--valid-data-path" else " or the flag."),
+        )
+    if settings.valid_data_path:
+        return (0.0, 1.0), (1.0, 1.0), (1.0, 1.0)
+    total = training + validation + test
+    first, second = training / total, (training + validation) / total
+    return (0.0, first), (first, second), (second, 1.0)

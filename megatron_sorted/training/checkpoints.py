@@ -64,7 +64,7 @@ def _run_id(settings: Settings, continued: Candidate | None) -> str:
     return run_id
 
 
-def choose_checkpoint(candidates: Candidates, settings: Settings, data: dict[str, Any], say: Say) -> Candidate | None:
+def choose_checkpoint(candidates: Candidates, settings: Settings, data: dict[str, Any] | None, say: Say) -> Candidate | None:
     """Returns the newest checkpoint whose files are sound, the same on all ranks, after saying which were passed over and why.
 
     Collective: one broadcast from rank 0; for each candidate that is read, one all-gather over all ranks.
@@ -72,9 +72,9 @@ def choose_checkpoint(candidates: Candidates, settings: Settings, data: dict[str
     Raises:
         CheckpointError: There were checkpoints and none is sound, or the run cannot go on from it.
     """
-    box = [candidates]
+    box = [candidates, data]
     dist.broadcast_object_list(box, src=0)  # ranks may have looked while another job was still writing
-    candidates = box[0]
+    candidates, data = box
     taken = None
     for candidate in candidates.usable:
         problems = find_damage_together(candidate.directory, candidate.manifest) if settings.verify_checkpoint else []

@@ -41,7 +41,7 @@ def network_shape(settings: Settings, vocab_size: int) -> dict[str, Any]:
 
 
 def description(settings: Settings, vocab_size: int, run_id: str, place: Place, tokenizer: Tokenizer | None,
-                data: dict[str, Any]) -> dict[str, Any]:
+                data: dict[str, Any] | None) -> dict[str, Any]:
     """Returns what a checkpoint's manifest says of the run, as plain data.
 
     Args:

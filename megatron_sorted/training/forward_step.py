@@ -1,7 +1,7 @@
 """Joins model and loss: what Megatron's schedules call for each micro-batch of each chunk."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -88,8 +88,8 @@ class ForwardStep:
         """Returns this rank's part of the sequences under context parallelism."""
         if self.settings.context_parallel_size == 1:
             return batch
-        parts = get_batch_on_this_cp_rank({name: value for name, value in vars(batch).items() if value is not None})
-        return Batch(**{"segments_bs": None, **parts})
+        tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        return replace(batch, **get_batch_on_this_cp_rank(tensors))
 
     def _deepest(self) -> int:
         """Returns the depth above which layers are not run.

@@ -7,11 +7,12 @@ from typing import Any
 
 from megatron_sorted.checkpoint.candidates import Candidates, find_candidates
 from megatron_sorted.data.batches import make_eval_sets, open_train_samples
-from megatron_sorted.data.dataset import EvaluationSet, InstructionSamples, SampleSource
+from megatron_sorted.data.dataset import EvaluationSet, SampleSource
 from megatron_sorted.data.identity import data_identity
 from megatron_sorted.data.prepared import check_same_tokenizer
 from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import CheckpointError, SettingsError
+from megatron_sorted.settings.derived import data_prefixes
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.describe import replace_vocab
 from megatron_sorted.training.resume import check_can_continue
@@ -25,7 +26,7 @@ class Inputs:
         settings: Of the run, with the vocabulary resolved.
         vocab_size: Real tokens, before padding.
         tokenizer: Of the data, if there is one.
-        data: What the data are, for checkpoints.
+        data: What the data are, for checkpoints; None on all ranks but the first, which reads the files once for all.
         checkpoints: Those the run may continue from; None to start afresh.
         samples: To train on; None with ``skip_train``.
         eval_sets: By name.
@@ -34,7 +35,7 @@ class Inputs:
     settings: Settings
     vocab_size: int
     tokenizer: Tokenizer | None
-    data: dict[str, Any]
+    data: dict[str, Any] | None
     checkpoints: Candidates | None
     samples: SampleSource | None
     eval_sets: dict[str, EvaluationSet]
@@ -52,14 +53,15 @@ def open_inputs(settings: Settings) -> Inputs:
         raise SettingsError("--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size.")
     settings = replace_vocab(settings, vocab_size)
     if tokenizer is not None:
-        check_same_tokenizer((*settings.data_path, *settings.valid_data_path), tokenizer)
+        check_same_tokenizer((*data_prefixes(settings), *settings.valid_data_path, *settings.test_data_path), tokenizer)
     samples = None if settings.skip_train else open_train_samples(settings, vocab_size)
-    if settings.context_parallel_size > 1 and isinstance(samples, InstructionSamples):
+    if settings.context_parallel_size > 1 and samples is not None and samples.packs:
         raise SettingsError(
             f"--context-parallel-size: {settings.context_parallel_size}, but the training data are packed documents, and attention across "
             "context parallel processes knows no documents. Use 1, or train on plain text.")
     eval_sets = make_eval_sets(settings, vocab_size)
-    data = data_identity(settings)
+    first = int(os.environ.get("RANK", 0)) == 0
+    data = data_identity(settings) if first and (settings.save or settings.load) and not settings.skip_train else None
     checkpoints = find_checkpoints(settings, data)
     if settings.save:
         check_writable("--save", Path(settings.save))
@@ -84,7 +86,7 @@ def open_tokenizer(settings: Settings) -> Tokenizer | None:
     return tokenizer
 
 
-def find_checkpoints(settings: Settings, data: dict[str, Any]) -> Candidates | None:
+def find_checkpoints(settings: Settings, data: dict[str, Any] | None) -> Candidates | None:
     """Returns the checkpoints the run may continue from, best first; None to start afresh.
 
     Raises:

@@ -34,13 +34,13 @@ def _word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def check_can_continue(candidate: Candidate, settings: Settings, data: Mapping[str, Any]) -> None:
+def check_can_continue(candidate: Candidate, settings: Settings, data: Mapping[str, Any] | None) -> None:
     """Returns nothing if the run can go on from the checkpoint, or only takes its weights.
 
     Args:
         candidate: The checkpoint.
         settings: Of the run.
-        data: Its data (``data.identity.data_identity``).
+        data: Its data (``data.identity.data_identity``), or None where only another rank has looked at them.
 
     Raises:
         CheckpointError: Naming what changed, why that cannot be, and what can.
@@ -56,7 +56,7 @@ def check_can_continue(candidate: Candidate, settings: Settings, data: Mapping[s
                 raise CheckpointError(
                     f"--{name.replace('_', '-')}: {saved} in {directory}, {now} in this run; the optimizer's state is kept in a form that "
                     "depends on it. Keep it, or continue without that state (--no-load-optim).")
-    changes = [] if settings.allow_changed_data else describe_changes(manifest["data"], data)
+    changes = [] if settings.allow_changed_data or data is None else describe_changes(manifest["data"], data)
     if changes:
         raise CheckpointError(
             f"{directory}: trained on other data than this run names: {'; '.join(changes)}. Sample {manifest['progress']['samples']} would "

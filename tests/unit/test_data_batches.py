@@ -2,12 +2,20 @@
 
 from dataclasses import replace
 from itertools import islice
+from zlib import crc32
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_sorted.data.batches import collate, make_eval_batches, make_eval_sets, make_train_batches, num_eval_batches
+from megatron_sorted.data.batches import (
+    collate,
+    make_eval_batches,
+    make_eval_sets,
+    make_test_sets,
+    make_train_batches,
+    num_eval_batches,
+)
 from megatron_sorted.data.dataset import Sample
 from megatron_sorted.data.indexed import Documents, IndexedWriter
 from megatron_sorted.data.tokenizer import load_tokenizer
@@ -60,6 +68,8 @@ def test_contents_of_a_batch(settings):
     assert batch.segments_bs is None and batch.positions_bs.tolist() == [[0, 1, 2, 3]] * 2
     assert (batch.tokens_bs.dtype, batch.labels_bs.dtype, batch.positions_bs.dtype, batch.loss_mask_bs.dtype) == (
         torch.int64, torch.int64, torch.int64, torch.float32)
+    rows = [tokens.numpy().tobytes() + labels.numpy().tobytes() for tokens, labels in zip(batch.tokens_bs, batch.labels_bs, strict=True)]
+    assert batch.checksum == crc32(rows[0]) + crc32(rows[1]) == batch.to("cpu").checksum
 
 
 def test_positions_start_again_with_each_piece():
@@ -92,9 +102,35 @@ def test_split_shares_documents_without_overlap(settings):
     assert make_eval_sets(replace(settings, split="100,0"), None) == {}
 
 
+def numbers(sets):
+    return {name: sorted(int(sample.tokens_s[0]) for sample in samples) for name, samples in sets.items()}
+
+
+def test_split_into_training_validation_and_test(settings):
+    settings = replace(settings, valid_data_path=(), split="4,1,1")
+    assert sorted(i for batch in firsts(make_train_batches(settings, None, 0, 1), 8) for i in batch) == list(range(16))
+    assert numbers(make_eval_sets(settings, None)) == {"numbers": list(range(16, 20))}
+    assert numbers(make_test_sets(settings, None)) == {"numbers": list(range(20, 24))}
+    assert make_test_sets(replace(settings, split="5,1"), None) == {}
+    assert make_eval_sets(replace(settings, split="5,0,1"), None) == {}
+    # in a blend the shares are those of each of its files
+    blend = replace(settings, data_path=("1", settings.data_path[0]))
+    assert numbers(make_eval_sets(blend, None)) == {"numbers": list(range(16, 20))}
+    assert sorted(i for batch in firsts(make_train_batches(blend, None, 0, 1), 8) for i in batch) == list(range(16))
+
+
+def test_data_of_their_own_for_validation_and_test(settings):
+    own = replace(settings, test_data_path=settings.data_path, split="75,25")
+    assert numbers(make_test_sets(own, None)) == numbers(make_eval_sets(own, None)) == {"numbers": list(range(24))}
+    own = replace(own, valid_data_path=())
+    assert numbers(make_test_sets(own, None)) == {"numbers": list(range(24))}
+    assert numbers(make_eval_sets(own, None)) == {"numbers": list(range(18, 24))}
+    with pytest.raises(SettingsError, match="--test-data-path: two sets are called 'numbers'"):
+        make_test_sets(replace(own, test_data_path=own.data_path * 2), None)
+
+
 @pytest.mark.parametrize(("change", "error", "message"), [
     ({"split": "a,b", "valid_data_path": ()}, SettingsError, "--split: 'a,b'"),
-    ({"global_batch_size": 6}, SettingsError, "--global-batch-size: 6 is not a multiple of --micro-batch-size 2 x 2"),
     ({"data_path": ()}, SettingsError, "--data-path"),
     ({"vocab_size": None}, SettingsError, "--vocab-size"),
     ({"vocab_size": 33}, DataError, "token 33 is outside the model's vocabulary of 33"),
@@ -119,4 +155,4 @@ def test_mock_data():
     settings = Settings(mock_data=True, vocab_size=10, seq_length=4, micro_batch_size=2, global_batch_size=4, eval_iters=3)
     batch = next(make_train_batches(settings, None, 1, 2))
     assert batch.tokens_bs.shape == (2, 4) and batch.num_tokens == 8 and batch.segments_bs is None
-    assert len(make_eval_sets(settings, None)["mock"]) == 12
+    assert len(make_eval_sets(settings, None)["mock"]) == 12 and make_test_sets(settings, None) == {}

@@ -46,6 +46,7 @@ def test_batch():
     settings = replace(settings, global_batch_size=60)
     assert derived.global_batch_size(settings, 32) == 60
     assert derived.num_micro_batches(settings, 32) == 5
+    assert derived.samples_per_step(settings, 4) == 60 and derived.samples_per_step(replace(settings, global_batch_size=None), 4) == 12
 
 
 def test_chunks():
@@ -70,12 +71,60 @@ def test_exits():
     assert derived.trained_exits(settings, derived.coefficient_rule(settings), 0) == {6: 1.0}
 
 
-def test_shares_of_the_data():
-    assert derived.split_shares(BASE) == (0.98, 0.02)
-    assert derived.split_shares(replace(BASE, split="3, 1")) == (0.75, 0.25)
+@pytest.mark.parametrize(
+    ("words", "ranges"),
+    [
+        ({}, ((0, 0.98), (0.98, 1), (1, 1))),
+        ({"split": "3, 1"}, ((0, 0.75), (0.75, 1), (1, 1))),
+        ({"split": "969,30,1"}, ((0, 0.969), (0.969, 0.999), (0.999, 1))),
+        ({"split": "7"}, ((0, 1), (1, 1), (1, 1))),
+        ({"split": "100,0"}, ((0, 1), (1, 1), (1, 1))),
+        ({"split": "3,0,1"}, ((0, 0.75), (0.75, 0.75), (0.75, 1))),
+        ({"test_data_path": ("t",)}, ((0, 0.98), (0.98, 1), (1, 1))),
+        ({"valid_data_path": ("v",), "split": "1,1"}, ((0, 1), (1, 1), (1, 1))),
+    ],
+)
+def test_shares_of_the_data(words, ranges):
+    assert derived.split_ranges(replace(BASE, **words)) == ranges
 
 
-@pytest.mark.parametrize("split", ["", "98", "98,1,1", "98,0", "-1,2", "a,b", "nan,1", "inf,1"])
-def test_shares_that_are_not_two_positive_numbers_are_refused(split):
-    with pytest.raises(SettingsError, match="is not two positive shares"):
-        derived.split_shares(replace(BASE, split=split))
+@pytest.mark.parametrize("split", ["", "0,1", "0", "1,1,1,1", "-1,2", "2,-1", "a,b", "nan,1", "1,nan", "inf,1", "1,inf"])
+def test_shares_that_cannot_be_are_refused(split):
+    with pytest.raises(SettingsError, match="is not one to three shares"):
+        derived.split_ranges(replace(BASE, split=split))
+
+
+@pytest.mark.parametrize(("flag", "field"), [("--valid-data-path", "valid_data_path"), ("--test-data-path", "test_data_path")])
+def test_a_test_share_beside_data_of_its_own_is_refused(flag, field):
+    with pytest.raises(SettingsError, match=f"--split: '98,1,1' holds a test share back .* beside {flag}"):
+        derived.split_ranges(replace(BASE, split="98,1,1", **{field: ("x",)}))
+
+
+def test_a_blend_alternates_weights_and_prefixes():
+    blend = replace(BASE, data_path=("0.3", "a", "7e-1", "b/2"))
+    assert derived.data_blend(blend) == ((0.3, "a"), (0.7, "b/2")) and derived.data_prefixes(blend) == ("a", "b/2")
+    assert derived.data_blend(replace(BASE, data_path=("2", "./3"))) == ((2.0, "./3"),)
+    for plain in ((), ("a",), ("a", "b", "nan")):
+        settings = replace(BASE, data_path=plain)
+        assert derived.data_blend(settings) is None and derived.data_prefixes(settings) == plain
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("0.3", "a", "b"), "mixes prefixes"),
+        (("a", "0.3"), "mixes prefixes"),
+        (("0.3", "a", "0.7"), "a weight without a prefix"),
+        (("0.3", "0.7", "a", "b"), "mixes prefixes"),
+        (("1",), "a weight without a prefix"),
+        (("a", "b", "0.5", "c"), "mixes prefixes"),
+        (("0", "a", "1", "b"), "weight 0 of a is not above 0"),
+        (("-0.5", "a", "1", "b"), "weight -0.5 of a is not above 0"),
+        (("1e999", "a", "1", "b"), "weight inf of a is not above 0"),
+        (("1e-9", "a", "1", "b"), "weight 1e-09 of a is a share of 1e-09"),
+        (("0.5", "a", "0.5", "a"), "a stands twice in the blend"),
+    ],
+)
+def test_blends_that_cannot_be_are_refused(words, message):
+    with pytest.raises(SettingsError, match=message):
+        derived.data_blend(replace(BASE, data_path=words))
