@@ -54,6 +54,8 @@ class Run:
         self.forward_step = ForwardStep(settings, self.model, self.platform)
         path = settings.metrics_file or (str(Path(settings.save) / "metrics.jsonl") if settings.save else None)
         self.json_lines = JsonLines(path) if path and self.place.rank == 0 else None
+        if self.json_lines:
+            self.json_lines.start()
         if self.inputs.checkpoint is not None:
             self._load(self.inputs.checkpoint)
         elif settings.load is not None:
