@@ -1,1 +1,1 @@
-"""Reports to console and JSON lines."""
+"""Reports to console, JSON lines, TensorBoard and Weights & Biases."""

@@ -14,21 +14,34 @@ def duration(seconds: float) -> str:
 
 
 def step_line(report: StepReport) -> str:
-    """Returns one line: progress, loss of every trained exit (exit@depth), rate and time left."""
+    """Returns one line: progress, loss of every trained exit (exit@depth), rate and time left; then what is known of the device's use."""
     width = len(str(report.total_steps))
     losses = "  ".join(f"@{depth} {exit_.loss:.3f}" for depth, exit_ in sorted(report.exits.items()))
     scale = f"  scale {report.loss_scale:g}" if report.loss_scale != 1 else ""
     skipped = f"  {report.skipped} skipped" if report.skipped else ""
+    skipped += f" ({report.nonfinite} not finite)" if report.nonfinite else ""
+    device = f"  {report.tflops_per_device:.3g} TFLOP/s" if report.tflops_per_device > 0 else ""
+    device += f"  MFU {100 * report.mfu:.1f} %" if report.mfu is not None else ""
+    device += f"  {report.memory_bytes / 2**30:.1f} GiB" if report.memory_bytes > 0 else ""
     return (f"step {report.step:{width}}/{report.total_steps}  loss {losses}  lr {report.learning_rate:.2e}  "
             f"grad norm {report.grad_norm:.2f}{scale}{skipped}  {report.step_seconds * 1000:.0f} ms/step  "
-            f"{report.tokens_per_second:,.0f} tokens/s  {duration(report.seconds_left)} left")
+            f"{report.tokens_per_second:,.0f} tokens/s  {duration(report.seconds_left)} left{device}")
 
 
 def evaluation_lines(report: EvaluationReport) -> str:
-    """Returns a small table: loss, share of tokens right and exact match of every exit."""
+    """Returns a small table: loss, share of tokens right, exact match and, where measured, agreement and accept length of every exit."""
+    exits = sorted(report.exits.items())
+    agreement = any(exit_.agreement is not None for _, exit_ in exits)
+    drafts = any(exit_.accept_length is not None for _, exit_ in exits)
     rows = [f"evaluation of {report.name!r} at step {report.step}: {report.num_tokens:,} tokens, {duration(report.seconds)}",
-            "   exit    loss  tokens right  exact match"]
-    for depth, exit_ in sorted(report.exits.items()):
-        match = "-" if exit_.exact_match is None else f"{100 * exit_.exact_match:.1f} %"
-        rows.append(f"  {depth:5d}  {exit_.loss:6.3f}  {100 * exit_.token_accuracy:10.1f} %  {match:>11}")
+            "   exit    loss  tokens right  exact match" + "  agreement" * agreement + "  accept length" * drafts]
+    for depth, exit_ in exits:
+        row = f"  {depth:5d}  {exit_.loss:6.3f}  {100 * exit_.token_accuracy:10.1f} %  {_percent(exit_.exact_match):>11}"
+        row += f"  {_percent(exit_.agreement):>9}" if agreement else ""
+        row += f"  {'-' if exit_.accept_length is None else format(exit_.accept_length, '.2f'):>13}" if drafts else ""
+        rows.append(row)
     return "\n".join(rows)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

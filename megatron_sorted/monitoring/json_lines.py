@@ -1,13 +1,21 @@
-"""Reports as JSON lines: one object a report, appended, readable while the run goes on."""
+"""Reports as JSON lines: one object a report, appended, readable while the run goes on and after it was killed."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.monitoring.report import EvaluationReport, StepReport
+from megatron_sorted.errors import DataError, SettingsError
+from megatron_sorted.monitoring.report import StepReport
+from megatron_sorted.monitoring.writer import Report, Writer
+
+TAIL_BYTES = 1 << 16
+"""Read at a time, from the end, to find the last line."""
 
 
 def finite_or_none(value: Any) -> Any:
@@ -17,16 +25,123 @@ def finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class JsonLines:
-    """Appends reports to a file; lines of a run that is continued follow those of the run before."""
+def json_line(report: Report) -> dict[str, Any]:
+    """Returns a report as plain data, perplexities included, with its kind and the time."""
+    values = {"kind": "train" if isinstance(report, StepReport) else "evaluation", "time": time.time(), **dataclasses.asdict(report)}
+    for depth, exit_ in report.exits.items():
+        values["exits"][depth]["perplexity"] = exit_.perplexity
+    return finite_or_none(values)
+
+
+class JsonLines(Writer):
+    """Appends reports to a file; lines of a run that is continued follow those of the run before.
+
+    A line is one write of a file opened for appending, so that it is there as a whole or, when the machine stops or the disk is full
+    in the middle, is the torn end of the file, which the next start moves to ``PATH.torn``.
+    """
+
+    name = "JSON lines"
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._notes: list[str] = []
+        self._file: int | None = None
 
-    def write(self, report: StepReport | EvaluationReport) -> None:
-        """Appends one report."""
-        kind = "train" if isinstance(report, StepReport) else "evaluation"
-        line = json.dumps({"kind": kind, "time": time.time(), **finite_or_none(dataclasses.asdict(report))}, allow_nan=False)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    def start(self) -> None:
+        """Opens the file, first moving away a last line that was torn.
+
+        Raises:
+            SettingsError: it cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._mend()
+        except OSError as error:
+            raise SettingsError(f"--metrics-file: cannot write {self.path} ({error.strerror}). Give a file that can be written.") from error
+
+    def _mend(self) -> None:
+        size = os.fstat(self._file).st_size
+        tail, start = b"", size
+        while start and b"\n" not in tail:
+            start = max(0, start - TAIL_BYTES)
+            tail = os.pread(self._file, size - start, start)
+        torn = tail.rpartition(b"\n")[2]
+        if torn:
+            with open(f"{self.path}.torn", "ab") as file:
+                file.write(torn + b"\n")
+            os.ftruncate(self._file, size - len(torn))
+            self._notes.append(f"{self.path}: its last line was torn ({len(torn)} bytes) when an earlier run ended; moved to "
+                               f"{self.path}.torn")
+
+    def write(self, report: Report) -> None:
+        """Appends one report.
+
+        Raises:
+            OSError: it could not be written; the file is as it was.
+        """
+        line = json.dumps(json_line(report), allow_nan=False).encode() + b"\n"
+        written = os.write(self._file, line)
+        if written < len(line):  # the disk is full: a part of a line would spoil the one after it
+            os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+            raise OSError(errno.ENOSPC, "no space left for a whole line", str(self.path))
+
+    def notes(self) -> list[str]:
+        """Returns what to tell the user since the last call."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file, in its order; a torn last line (a run is writing, or was killed) is left out.
+
+    Raises:
+        DataError: the file is missing, or a line that is not the last is not an object.
+    """
+    path = Path(path)
+    try:
+        *lines, torn = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Give the metrics.jsonl that a run wrote.") from error
+    found = []
+    for number, line in enumerate([*lines, torn], 1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            if number > len(lines):
+                break
+            raise DataError(f"{path}, line {number}: not JSON ({error}). Give the metrics.jsonl that a run wrote.") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{path}, line {number}: not an object. Give the metrics.jsonl that a run wrote.")
+        found.append(value)
+    return found
+
+
+def latest_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the lines that hold, in order, where a run was continued from a checkpoint before its last line.
+
+    Training that goes back to a step has undone all that was reported from that step on, evaluations too. An evaluation repeated on
+    its own (``--skip-train``) replaces the earlier one of its set and step.
+    """
+    kept: list[dict[str, Any]] = []
+    highest, evaluated = -1, set()
+    for line in lines:
+        step, key = line["step"], (line["step"], line.get("name"))
+        if line["kind"] == "train":
+            if step <= highest:
+                kept = [other for other in kept if other["step"] < step]
+                evaluated = {other for other in evaluated if other[0] < step}
+            highest = step
+        else:
+            if key in evaluated:
+                kept = [other for other in kept if other["kind"] == "train" or (other["step"], other["name"]) != key]
+            evaluated.add(key)
+            highest = max(highest, step)
+        kept.append(line)
+    return kept

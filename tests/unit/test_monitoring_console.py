@@ -1,12 +1,10 @@
 """The lines people read, letter by letter."""
 
 import dataclasses
-import json
 
 import pytest
 
 from megatron_sorted.monitoring.console import duration, evaluation_lines, step_line
-from megatron_sorted.monitoring.json_lines import JsonLines
 from megatron_sorted.monitoring.report import EvaluationReport, ExitNumbers, StepReport
 
 STEP = StepReport(
@@ -47,29 +45,16 @@ def test_evaluation_table():
     assert evaluation_lines(text).splitlines()[-1] == "      2   1.000        50.0 %            -"
 
 
-def test_json_lines_follow_those_of_the_run_before(tmp_path):
-    path = tmp_path / "new" / "metrics.jsonl"
-    JsonLines(path).write(STEP)
-    JsonLines(str(path)).write(EVALUATION)
-    train, evaluation = (json.loads(line) for line in path.read_text().splitlines())
-    assert (train.pop("kind"), evaluation.pop("kind")) == ("train", "evaluation")
-    assert 1.6e9 < train.pop("time") <= evaluation.pop("time")
-    exits = train.pop("exits")
-    assert train == {
-        "step": 20, "total_steps": 1000, "samples": 640, "learning_rate": 2.5e-4, "grad_norm": 1.234, "loss_scale": 1.0, "skipped": 0,
-        "step_seconds": 0.2504, "tokens_per_second": 32768.4, "seconds_left": 245.0, "nonfinite": 0,
-        "samples_a_step": 0, "epoch": 0.0, "data_checksum": 0,
-        "tokens_per_second_per_device": 0.0, "tflops_per_device": 0.0, "mfu": None, "memory_bytes": 0, "phases": {}}
-    unmeasured = {"grad_norm": None, "agreement": None, "accept_length": None}
-    assert exits["2"] == {"loss": 10.9991, "token_accuracy": 0.25, "coefficient": 0.1, "exact_match": None, **unmeasured}
-    assert evaluation["exits"]["12"] == {"loss": 0.5, "token_accuracy": 0.9, "coefficient": None, "exact_match": 1.0, **unmeasured}
+def test_device_numbers_follow_where_they_are_known():
+    report = dataclasses.replace(STEP, skipped=3, nonfinite=2, tflops_per_device=312.44, mfu=0.3159, memory_bytes=61 * 2**30 + 2**29)
+    assert step_line(report) == (
+        "step   20/1000  loss @2 10.999  @8 2.346  lr 2.50e-04  grad norm 1.23  3 skipped (2 not finite)  250 ms/step  32,768 tokens/s  "
+        "4m05s left  312 TFLOP/s  MFU 31.6 %  61.5 GiB")
 
 
-def test_numbers_that_json_does_not_know_are_null(tmp_path):
-    JsonLines(tmp_path / "m").write(dataclasses.replace(STEP, grad_norm=float("inf"), exits={8: ExitNumbers(float("nan"), 0.0, 1.0)}))
-
-    def refuse(word: str) -> float:
-        raise AssertionError(f"{word} is not JSON")
-
-    line = json.loads((tmp_path / "m").read_text(), parse_constant=refuse)
-    assert line["grad_norm"] is None and line["exits"]["8"]["loss"] is None
+def test_evaluation_table_with_drafts():
+    exits = {2: ExitNumbers(1.0, 0.5, agreement=0.456, accept_length=2.345), 4: ExitNumbers(0.5, 0.75, agreement=1.0)}
+    assert evaluation_lines(dataclasses.replace(EVALUATION, exits=exits)).splitlines()[1:] == [
+        "   exit    loss  tokens right  exact match  agreement  accept length",
+        "      2   1.000        50.0 %            -     45.6 %           2.35",
+        "      4   0.500        75.0 %            -    100.0 %              -"]

@@ -1,0 +1,146 @@
+"""The process that talks to Weights & Biases for a run; `wandb_writer` starts this file by its path.
+
+A process of its own, because wandb waits: for servers in ``init``, for uploads in ``finish`` and again when the interpreter ends. Here all
+that can be cut off by ending one process. It reads JSON lines on its standard input, first what to open, then reports:
+
+    {"mode": "online" | "offline", "init": {...}, ...}
+    {"iteration": N, "values": {...}}
+    {"close": true}
+
+and answers with JSON lines on its standard output: ``started``, ``failed`` or ``finished``. Its input also ends when the training process
+dies; then the run is finished as failed, so that no row is lost. Nothing of this project is imported here.
+"""
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+SECONDS_BETWEEN_LOOKS = 5.0
+"""At the process that started this one, in case another process inherited the other end of the input."""
+
+
+class StepNumbers:
+    """The number that wandb gets for an iteration: the iteration itself, as with Megatron, while that is free.
+
+    wandb drops rows whose step is not above the last one. A run continued from a checkpoint repeats iterations that were
+    reported before the interruption; their rows get the next free numbers instead, and ``iteration``, the x axis of all charts, is right
+    in every row. Offline no server knows the last number, so it is kept in a file beside the run's.
+    """
+
+    def __init__(self, path: Path, starting_step: int):
+        self._path, self._iteration = path, None
+        with contextlib.suppress(OSError, ValueError):  # a new run has no file
+            starting_step = max(starting_step, int(path.read_text(encoding="ascii")))
+        self._step = starting_step - 1
+
+    def of(self, iteration: int) -> int:
+        """Returns the step of a row; rows of one iteration share it."""
+        if iteration != self._iteration:
+            self._iteration, self._step = iteration, max(iteration, self._step + 1)
+            self._path.write_text(f"{self._step + 1}\n", encoding="ascii")
+        return self._step
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns an error in one line, without keys."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    key = os.environ.get("WANDB_API_KEY")
+    if key:
+        text = text.replace(key, "***")
+    text = re.sub(r"(?<=//)[^/@\s]+@", "***@", text)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def open_run(start: dict[str, Any]):
+    """Returns the opened run of wandb; every row's x axis is ``iteration``."""
+    import wandb
+
+    wanted = {
+        "console": "off", "silent": True, "program": start["program"], "init_timeout": start["init_seconds"],
+        "finish_timeout": start["finish_seconds"],
+        "x_stats_pid": start["trainer"],  # whose use of memory and devices is recorded
+        "x_transaction_log_flush_interval": 1.0}  # seconds; what a node that fails may lose
+    known = {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}  # other versions have fewer
+    run = wandb.init(mode=start["mode"], settings=wandb.Settings(**known), **start["init"])
+    run.define_metric("iteration", hidden=True)
+    run.define_metric("*", step_metric="iteration")
+    return run
+
+
+def incoming(stream: IO[bytes], trainer: int) -> Iterator[dict[str, Any]]:
+    """Yields the messages until the input ends or the training process is gone."""
+    rest = b""
+    while True:
+        if not select.select([stream], [], [], SECONDS_BETWEEN_LOOKS)[0]:
+            if os.getppid() != trainer:
+                return
+            continue
+        data = os.read(stream.fileno(), 1 << 16)
+        if not data:
+            return
+        *lines, rest = (rest + data).split(b"\n")
+        yield from map(json.loads, lines)
+
+
+def serve(stream: IO[bytes], answers: IO[str]) -> None:
+    """Opens the run, logs what comes in, and finishes it.
+
+    Raises:
+        Exception: whatever wandb could not do.
+    """
+    def answer(**values: Any) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    messages = incoming(stream, os.getppid())
+    start = next(messages)
+    run = open_run(start)
+    online = start["mode"] == "online"
+    directory = Path(run.dir).parent
+    steps = StepNumbers(directory.parent / f"next-step-{run.id}.txt", run.starting_step)
+    answer(started={"directory": str(directory), "name": run.name, "url": run.url if online else None, "resumed": bool(run.resumed)})
+    closed = False
+    for message in messages:
+        if message.get("close"):
+            closed = True
+            break
+        run.log({**message["values"], "iteration": message["iteration"]}, step=steps.of(message["iteration"]))
+    started = time.monotonic()
+    run.finish(exit_code=0 if closed else 1)
+    if closed:
+        answer(finished={"complete": time.monotonic() - started < start["finish_seconds"] or not online})
+
+
+def main() -> None:
+    """Serves, then ends without wandb's own waiting for the end of the interpreter."""
+    # Started by its path, this file's folder would stand before all others on the search path.
+    if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+        del sys.path[0]
+    # A scheduler's signals go to every process of a job. Training answers them; this process goes on until its input ends.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # Copies for this process alone: what wandb starts inherits, and what it prints goes, nowhere.
+    stream, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(nowhere, number)
+    status = 0
+    try:
+        serve(stream, answers)
+    except BaseException as error:
+        status = 1
+        missing = isinstance(error, ImportError)
+        with contextlib.suppress(OSError):  # nobody is left to be told
+            print(json.dumps({"failed": {"reason": reason_of(error), "missing": missing}}), file=answers, flush=True)
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

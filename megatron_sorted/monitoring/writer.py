@@ -1,0 +1,39 @@
+"""What every place that reports go to can do."""
+
+from abc import ABC, abstractmethod
+
+from megatron_sorted.monitoring.report import EvaluationReport, StepReport
+
+Report = StepReport | EvaluationReport
+
+
+class Writer(ABC):
+    """One place that reports go to. One process has one: the one that holds the reduced numbers.
+
+    An error of ``start`` is a user's to mend and ends the run before training; one of ``write`` or ``close`` never does.
+
+    Attributes:
+        name: What messages call it.
+    """
+
+    name: str
+
+    @abstractmethod
+    def start(self) -> None:
+        """Opens what is written to.
+
+        Raises:
+            SettingsError: it cannot be written.
+        """
+
+    @abstractmethod
+    def write(self, report: Report) -> None:
+        """Writes one report; never waits for a network."""
+
+    def notes(self) -> list[str]:
+        """Returns the lines to tell the user since the last call: what went wrong and the remedy, each thing once."""
+        return []
+
+    @abstractmethod
+    def close(self) -> None:
+        """Writes what is left; returns within seconds."""

@@ -1,0 +1,52 @@
+"""Rules between reports, wandb, TensorBoard and profiles: one run just within, one just outside."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_sorted.errors import SettingsError
+from megatron_sorted.settings import check_monitoring as rules
+from megatron_sorted.settings.check import check_settings
+from megatron_sorted.settings.run import Settings
+
+BASE = replace(Settings(), mock_data=True, vocab_size=100)
+PROFILE = {"profile": True, "save": "run"}
+
+
+@pytest.mark.parametrize(("words", "world_size"), [
+    ({"wandb_project": "p" * 128}, 1),
+    ({"wandb_project": "nested 7B", "wandb_exp_name": "a", "wandb_entity": "b", "wandb_group": "c", "wandb_save_dir": "d"}, 1),
+    ({"wandb_mode": "disabled"}, 1),
+    ({"tensorboard_dir": "tb"}, 1),
+    ({"profile_step_start": 5, "profile_step_end": 5}, 1),  # not asked for
+    ({**PROFILE, "profile_step_start": 4, "profile_step_end": 5, "profile_ranks": (0, 1)}, 2),
+    ({"profile": True, "profile_dir": "elsewhere"}, 1),
+])
+def test_a_run_within_the_rules_passes(words, world_size):
+    check_settings(replace(BASE, **words), world_size)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ({"wandb_project": ""}, "--wandb-project: '' cannot be a project's name"),
+    ({"wandb_project": "p" * 129}, "Give 1 to 128 characters"),
+    ({"wandb_project": "team/p"}, "--wandb-project: 'team/p' cannot be a project's name"),
+    ({"wandb_exp_name": "a"}, "--wandb-exp-name: without --wandb-project nothing goes to Weights & Biases"),
+    ({"wandb_entity": "a"}, "--wandb-entity: without"),
+    ({"wandb_group": "a"}, "--wandb-group: without"),
+    ({"wandb_save_dir": "a"}, "--wandb-save-dir: without"),
+    ({"metrics_file": "/"}, "--metrics-file: / is a directory. Give a file"),
+    ({**PROFILE, "profile_step_start": 5, "profile_step_end": 5}, "--profile-step-start: 5 is not below --profile-step-end 5"),
+    ({**PROFILE, "profile_ranks": (0, 1)}, r"--profile-ranks: 1 is not a rank of 1 process. Use 0..0"),
+    ({**PROFILE, "profile_ranks": (-1,)}, r"--profile-ranks: -1 is not a rank"),
+    ({"profile": True}, "--profile: nowhere to write the recordings. Give --profile-dir or --save"),
+])
+def test_a_run_outside_a_rule_is_refused(words, message):
+    with pytest.raises(SettingsError) as error:
+        check_settings(replace(BASE, **words), 1)
+    assert message in str(error.value)
+
+
+def test_tensorboard_must_be_installed(monkeypatch):
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="pip install tensorboard"):
+        check_settings(replace(BASE, tensorboard_dir="tb"), 1)
