@@ -24,6 +24,9 @@ class Batch:
         positions_bs: the same, int64; starts again at 0 with each piece.
         segments_bs: the same, int32; number of the piece, padding has a number of its own. None where plain causal attention is
             right: no sample holds more than one piece.
+
+    Attributes:
+        checksum: Sum of a checksum of each sample.
     """
 
     tokens_bs: torch.Tensor
@@ -31,6 +34,7 @@ class Batch:
     loss_mask_bs: torch.Tensor
     segments_bs: torch.Tensor | None
     positions_bs: torch.Tensor
+    checksum: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -41,7 +45,7 @@ class Batch:
         """Returns the batch on another device."""
         moved = (None if tensor is None else tensor.to(device, non_blocking=True)
                  for tensor in (self.tokens_bs, self.labels_bs, self.loss_mask_bs, self.segments_bs, self.positions_bs))
-        return Batch(*moved)
+        return Batch(*moved, checksum=self.checksum)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -111,6 +111,14 @@ class CpuPlatform(Platform):
     def synchronize(self) -> None:
         """Nothing to wait for: CPU work is done when a call returns."""
 
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the tensor itself."""
+        return tensor
+
+    def peak_tflops(self, dtype: torch.dtype) -> float | None:
+        """Returns None: it depends on the kind, number and clock of the cores."""
+        return None
+
     def reset_peak_memory(self) -> None:
         """Resets the kernel's record of peak resident memory (Linux; elsewhere the peak is that of the whole process)."""
         if sys.platform == "linux":

@@ -5,6 +5,7 @@ from megatron_sorted.settings.check_files import check_files
 from megatron_sorted.settings.check_layout import check_batch, check_interleaving, check_layout, check_recompute
 from megatron_sorted.settings.check_model import check_experts, check_model
 from megatron_sorted.settings.check_numbers import check_numbers
+from megatron_sorted.settings.check_profile import check_profile
 from megatron_sorted.settings.check_training import check_training
 from megatron_sorted.settings.run import Settings
 
@@ -28,3 +29,4 @@ def check_settings(settings: Settings, world_size: int) -> None:
     check_recompute(settings)
     check_training(settings)
     check_files(settings)
+    check_profile(settings, world_size)

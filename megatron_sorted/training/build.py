@@ -27,7 +27,11 @@ from megatron_sorted.settings.run import Settings
 
 @dataclass
 class Model:
-    """The chunks of this rank, wrapped for training, and what belongs to them."""
+    """The chunks of this rank, wrapped for training, and what belongs to them.
+
+    Attributes:
+        num_tokens: Trained tokens of the global batch just passed, on the device; set with per-token loss only.
+    """
 
     chunks: list[DistributedDataParallel]
     config: TransformerConfig
@@ -36,6 +40,7 @@ class Model:
     vocab_size: int
     optimizer: MegatronOptimizer | None = field(default=None)
     schedule: OptimizerParamScheduler | None = field(default=None)
+    num_tokens: torch.Tensor | None = None
 
 
 def unwrap(chunk: torch.nn.Module) -> SortedStage:

@@ -32,6 +32,7 @@ def finalize_gradients(model: Model) -> Callable:
 
     def finalize(chunks: list, num_tokens: torch.Tensor | None = None, **options) -> None:
         finalize_model_grads(chunks, num_tokens, **options)
+        model.num_tokens = num_tokens  # by now summed over all ranks
         for copies in model.copies:
             copies.sum_gradients()
 
@@ -66,7 +67,7 @@ def train_step(model: Model, settings: Settings, forward_step: ForwardStep, micr
     Args:
         model: The model.
         settings: The run.
-        forward_step: The forward-step function; its ledger receives the losses.
+        forward_step: The forward-step function; its ledger receives the losses, and what else is measured of exits.
         micro_batches: This rank's part of the global batch.
         coefficients: {depth: coefficient} of the exits that train at this step.
         samples: Size of the global batch, by which the learning-rate schedule moves on.
@@ -76,6 +77,7 @@ def train_step(model: Model, settings: Settings, forward_step: ForwardStep, micr
     model.optimizer.zero_grad()
     forward_step.coefficients = coefficients
     run_schedule(model, settings, forward_step, micro_batches, forward_only=False)
+    forward_step.finish_step()
     stepped, grad_norm, _ = model.optimizer.step()
     if stepped:
         model.schedule.step(increment=samples)
