@@ -31,6 +31,9 @@ class Batch:
         positions_bs: the same, int64; starts again at 0 with each piece.
         segments_bs: the same, int32; number of the piece, padding has a number of its own. None where plain causal attention is
             right: no sample holds more than one piece.
+
+    Attributes:
+        checksum: Sum of a checksum of each sample.
     """
 
     tokens_bs: torch.Tensor

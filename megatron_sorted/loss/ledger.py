@@ -6,7 +6,20 @@ import torch
 
 from megatron_sorted.loss.linear_cross_entropy import ExitLoss
 
-COLUMNS = ("loss", "correct", "tokens", "mean_loss", "micro_batches", "pieces", "exact_pieces")
+COLUMNS = (
+    "loss", "correct", "tokens", "mean_loss", "micro_batches", "pieces", "exact_pieces", "gradient_square", "steps",
+)  # fmt: skip
+LOSS, GRADIENT, STEPS = COLUMNS.index("loss"), COLUMNS.index("gradient_square"), COLUMNS.index("steps")
+
+
+def square_sum(gradient: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of squares of a gradient in half or single precision, as a float64 scalar; above 3e38 a token it is infinite.
+
+    Only a token's numbers are summed in single precision: over all of them at once torch loses digits on the CPU.
+
+    Shapes: gradient [..., h].
+    """
+    return torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).double().square().sum()
 
 
 @dataclass
@@ -15,41 +28,97 @@ class Ledger:
 
     Attributes:
         sums: Per depth a float64 tensor with the sums named in ``COLUMNS``: loss x mask, labels that were the most likely token,
-            tokens, micro-batch means of the loss, micro-batches, pieces (documents), and pieces with every label right.
+            tokens, micro-batch means of the loss, micro-batches, pieces (documents), pieces with every label right, squared norm
+            of the gradient that the exit's own loss sends down (of finished steps), and finished steps in which the exit trained.
+        drafts: Per depth what ``agreement.draft_counts`` counted [2, k], float64.
+        open_squares: Per depth the squared norm of the unfinished step's gradient, still multiplied by what the step divides by.
     """
 
     sums: dict[int, torch.Tensor] = field(default_factory=dict)
+    drafts: dict[int, torch.Tensor] = field(default_factory=dict)
+    open_squares: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def add(self, depth: int, losses: ExitLoss, loss_mask_n: torch.Tensor, piece_n: torch.Tensor | None = None) -> None:
-        """Adds one micro-batch of the exit at ``depth``; ``piece_n`` [n] numbers the document of each token, to count exact ones."""
+    def add(self, depth: int, losses: ExitLoss, loss_mask_n: torch.Tensor, piece_n: torch.Tensor | None = None,
+            num_pieces: int = 0) -> None:
+        """Adds one micro-batch of the exit at ``depth``.
+
+        Args:
+            depth: The exit.
+            losses: What it said.
+            loss_mask_n: The tokens' weights.
+            piece_n: Number of the document of each token, to count the exact ones; shape [n].
+            num_pieces: A number above every one in ``piece_n``, known to the host: reading it off the device would wait for it.
+        """
         loss = (losses.loss_n * loss_mask_n).sum()
         tokens = loss_mask_n.sum()
         correct = (losses.correct_n * loss_mask_n).sum()
-        pieces = exact = torch.zeros_like(loss)
-        if piece_n is not None and piece_n.numel():
-            size = int(piece_n.max()) + 1
-            members = torch.zeros(size, device=loss.device).index_add_(0, piece_n, torch.ones_like(loss_mask_n))
-            right = torch.zeros(size, device=loss.device).index_add_(0, piece_n, losses.correct_n.float())
+        none = torch.zeros_like(loss)
+        pieces = exact = none
+        if piece_n is not None:
+            members = loss_mask_n.new_zeros(num_pieces).index_add_(0, piece_n, torch.ones_like(loss_mask_n))
+            right = loss_mask_n.new_zeros(num_pieces).index_add_(0, piece_n, losses.correct_n.float())
             pieces = (members > 0).sum().float()
             exact = ((members > 0) & (members == right)).sum().float()
-        row = torch.stack((loss, correct, tokens, loss / tokens.clamp(min=1), torch.ones_like(loss), pieces, exact)).double()
-        self.sums[depth] = self.sums[depth] + row if depth in self.sums else row
+        row = torch.stack((loss, correct, tokens, loss / tokens.clamp(min=1), torch.ones_like(loss), pieces, exact, none, none))
+        _add(self.sums, depth, row.double())
+
+    def add_gradient(self, depth: int, gradient: torch.Tensor) -> None:
+        """Adds the gradient that one micro-batch of the exit at ``depth`` sends into the hidden state below it."""
+        _add(self.open_squares, depth, square_sum(gradient))
+
+    def add_drafts(self, depth: int, counts: torch.Tensor) -> None:
+        """Adds what ``agreement.draft_counts`` counted for the exit at ``depth``."""
+        _add(self.drafts, depth, counts.double())
+
+    def finish_step(self, divisor: torch.Tensor) -> None:
+        """Ends a step: its gradients are divided by ``divisor`` (a scalar on the device), which only the end of a step knows."""
+        for depth, square in self.open_squares.items():
+            row = self.sums[depth]
+            row[GRADIENT].add_(square / divisor.double().square().reshape(()))
+            row[STEPS].add_(1)
+        self.open_squares.clear()
+
+    def merge(self, other: "Ledger") -> None:
+        """Adds the sums of ``other``: those of a step that is to count, to those of the steps since the last report."""
+        for ours, theirs in ((self.sums, other.sums), (self.drafts, other.drafts), (self.open_squares, other.open_squares)):
+            for depth, value in theirs.items():
+                _add(ours, depth, value)
+
+    def bad_flag(self, device: torch.device) -> torch.Tensor:
+        """Returns a float32 scalar on the device: 1 if a loss or gradient of any exit on this rank is NaN or infinite, else 0."""
+        flags = list(self._bad().values())
+        return torch.stack(flags).any().float() if flags else torch.zeros((), device=device)
+
+    def bad_exits(self) -> dict[int, list[str]]:
+        """Returns {depth: which of "loss" and "gradient" is NaN or infinite} of this rank's exits. Makes the host wait for the device."""
+        flags = self._bad()
+        if not flags:
+            return {}
+        found: dict[int, list[str]] = {}
+        for (depth, name), bad in zip(flags, torch.stack(list(flags.values())).tolist(), strict=True):
+            if bad:
+                found.setdefault(depth, []).append(name)
+        return found
+
+    def _bad(self) -> dict[tuple[int, str], torch.Tensor]:
+        flags = {}
+        for depth, row in sorted(self.sums.items()):
+            gradient = row[GRADIENT] + self.open_squares[depth] if depth in self.open_squares else row[GRADIENT]
+            flags[depth, "loss"], flags[depth, "gradient"] = ~row[LOSS].isfinite(), ~gradient.isfinite()
+        return flags
+
+    def drop_gradients(self) -> None:
+        """Forgets the gradients of finished steps: those of a step whose loss scale was too high say nothing."""
+        for row in self.sums.values():
+            row[GRADIENT].zero_()
+            row[STEPS].zero_()
 
     def clear(self) -> None:
         """Forgets everything."""
-        self.sums.clear()
+        for sums in (self.sums, self.drafts, self.open_squares):
+            sums.clear()
 
-    def merge(self, other: "Ledger") -> None:
-        """Adds other's sums."""
-        for depth, row in other.sums.items():
-            self.sums[depth] = self.sums[depth] + row if depth in self.sums else row.clone()
 
-    def bad_flag(self) -> torch.Tensor:
-        """Returns 1 where bad."""
-        if not self.sums:
-            return torch.zeros(())
-        return (~torch.isfinite(torch.stack([row[0] for row in self.sums.values()]))).any().float()
-
-    def bad_exits(self) -> dict[int, list[str]]:
-        """Returns names."""
-        return {d: ["loss"] for d, row in self.sums.items() if not torch.isfinite(row[0])}
+def _add(sums: dict[int, torch.Tensor], depth: int, value: torch.Tensor) -> None:
+    # always a tensor of its own: a ledger that was merged goes on without changing this one
+    sums[depth] = sums[depth] + value if depth in sums else value.clone()

@@ -53,10 +53,17 @@ class Targets:
 
 @dataclass(frozen=True)
 class ExitLoss:
-    """What one exit says of one micro-batch: per counted token its loss (nats) and whether its label was the most likely token."""
+    """What one exit says of one micro-batch, per counted token.
+
+    Attributes:
+        loss_n: The loss (nats), fp32.
+        correct_n: Whether the label was the most likely token.
+        choice_n: The most likely token, of equally likely ones the lowest id; int32. None unless asked for.
+    """
 
     loss_n: torch.Tensor
     correct_n: torch.Tensor
+    choice_n: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class _Chunk:
         total_n: Its sum over the whole vocabulary; exponential / total is the probability.
         column_n: Column of each label; 0 where the label is another rank's.
         here_n: Whether the label is this rank's.
+        choice_n: See ``ExitLoss``.
     """
 
     loss_n: torch.Tensor
@@ -77,20 +85,40 @@ class _Chunk:
     total_n: torch.Tensor
     column_n: torch.Tensor
     here_n: torch.Tensor
+    choice_n: torch.Tensor | None
 
 
-def _chunk_loss(logits_np: torch.Tensor, work_np: torch.Tensor, labels_n: torch.Tensor, shard: VocabularyShard) -> _Chunk:
+def _choice(logits_np: torch.Tensor, highest_n: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+    """Returns the id of the most likely token, int32; ``highest_n`` is its logit.
+
+    Collective: where the vocabulary is split one all-reduce over ``shard.group``, of n int32.
+    """
+    nobody = torch.iinfo(torch.int32).max
+    if not logits_np.size(1):
+        choice = torch.full_like(highest_n, nobody, dtype=torch.int32)
+    else:
+        column = logits_np.argmax(dim=1)
+        here = _pick(logits_np, column).float() == highest_n if shard.is_split else torch.ones_like(column, dtype=torch.bool)
+        choice = torch.where(here, column + shard.first, nobody).int()
+    if shard.is_split:
+        dist.all_reduce(choice, op=dist.ReduceOp.MIN, group=shard.group)
+    return choice
+
+
+def _chunk_loss(logits_np: torch.Tensor, work_np: torch.Tensor, labels_n: torch.Tensor, shard: VocabularyShard,
+                with_choice: bool = False) -> _Chunk:
     """Returns the losses of one chunk; ``work_np`` (fp32, may be ``logits_np`` itself) is overwritten.
 
     Source: vocabulary-parallel cross entropy of Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3): only a maximum and
     two sums a token cross the network, never logits.
 
-    Collective: two all-reduces over ``shard.group``, of n and 2n floats.
+    Collective: two all-reduces over ``shard.group``, of n and 2n floats; ``with_choice`` a third of n int32.
     """
     has_rows = logits_np.size(1) > 0  # a shard may be made of padding only
     highest = logits_np.amax(dim=1).float() if has_rows else work_np.new_full((labels_n.numel(),), float("-inf"))
     if shard.is_split:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
+    choice = _choice(logits_np, highest, shard) if with_choice else None  # before the logits are overwritten
     torch.sub(logits_np, highest[:, None], out=work_np)
     column = labels_n - shard.first
     here = (column >= 0) & (column < shard.size)
@@ -101,7 +129,7 @@ def _chunk_loss(logits_np: torch.Tensor, work_np: torch.Tensor, labels_n: torch.
         both = torch.stack((target, total))
         dist.all_reduce(both, group=shard.group)
         target, total = both[0], both[1]
-    return _Chunk(total.log() - target, target >= 0, work_np, total, column, here)
+    return _Chunk(total.log() - target, target >= 0, work_np, total, column, here, choice)
 
 
 def _pick(values_np: torch.Tensor, column_n: torch.Tensor) -> torch.Tensor:
@@ -130,15 +158,19 @@ def exit_loss(
     shard: VocabularyShard,
     chunk_tokens: int,
     factor: torch.Tensor | None = None,
+    with_choice: bool = False,
 ) -> tuple[ExitLoss, torch.Tensor | None]:
     """Returns the exit's losses and, when ``factor`` is given, the gradient of ``factor * sum(loss_mask * loss)`` to its input.
 
     Gradients of the norm and of the output matrix are added to the parameters directly (``GradientSink``).
 
-    Collective: over ``shard.group`` where the vocabulary is split: two small all-reduces a chunk (``_chunk_loss``), then for
-    gradients one all-reduce of [n, h]; with sequence parallelism instead one all-gather and one reduce-scatter of [s, b, h].
+    ``with_choice`` the losses also hold each token's most likely token; nothing else changes.
 
-    Shapes: hidden [t, b, h] un-normed, weight [p, h], result [t, b, h]; loss and correctness [n].
+    Collective: over ``shard.group`` where the vocabulary is split: two small all-reduces a chunk (three ``with_choice``, see
+    ``_chunk_loss``), then for gradients one all-reduce of [n, h]; with sequence parallelism instead one all-gather and one
+    reduce-scatter of [s, b, h].
+
+    Shapes: hidden [t, b, h] un-normed, weight [p, h], result [t, b, h]; losses [n].
     """
     with torch.set_grad_enabled(factor is not None):
         leaf = hidden_tbh.detach().requires_grad_(factor is not None)
@@ -153,6 +185,7 @@ def exit_loss(
     num_tokens = targets.labels_n.numel()
     loss_n = torch.empty(num_tokens, dtype=torch.float32, device=hidden_tbh.device)
     correct_n = torch.empty(num_tokens, dtype=torch.bool, device=hidden_tbh.device)
+    choice_n = torch.empty(num_tokens, dtype=torch.int32, device=hidden_tbh.device) if with_choice else None
     d_inputs_nh = torch.empty_like(inputs_nh) if factor is not None else None
     sink = GradientSink(weight_ph)
     buffer = torch.empty(min(chunk_tokens, num_tokens), shard.size, dtype=inputs_nh.dtype, device=hidden_tbh.device)
@@ -161,14 +194,16 @@ def exit_loss(
         span = slice(start, min(start + chunk_tokens, num_tokens))
         x = inputs_nh[span]
         logits = torch.mm(x, weight.t(), out=buffer[: x.size(0)])
-        chunk = _chunk_loss(logits, work[: x.size(0)], targets.labels_n[span], shard)
+        chunk = _chunk_loss(logits, work[: x.size(0)], targets.labels_n[span], shard, with_choice)
         loss_n[span], correct_n[span] = chunk.loss_n, chunk.correct_n
+        if choice_n is not None:
+            choice_n[span] = chunk.choice_n
         if factor is None:
             continue
         d_logits = _chunk_gradient(chunk, targets.loss_mask_n[span] * factor, out_np=logits)
         torch.mm(d_logits, weight, out=d_inputs_nh[span])
         sink.add_product(d_logits, x)
-    losses = ExitLoss(loss_n, correct_n)
+    losses = ExitLoss(loss_n, correct_n, choice_n)
     if factor is None:
         return losses, None
     return losses, _through_norm(leaf, normed_tbh, norm, d_inputs_nh, full_sbh.shape, targets, shard)

@@ -38,6 +38,14 @@ class Platform(ABC):
         """Returns uninitialised host memory of a tensor's shape and dtype, into which the device can copy without waiting."""
 
     @abstractmethod
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns a tensor of the host on the device, without making the host wait for the device."""
+
+    @abstractmethod
+    def peak_tflops(self, dtype: torch.dtype) -> float | None:
+        """Returns the device's published peak for dense matrix products of ``dtype``, in 10^12 operations a second; None if unknown."""
+
+    @abstractmethod
     def reset_peak_memory(self) -> None:
         """Starts a new measurement of peak memory."""
 

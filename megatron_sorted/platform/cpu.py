@@ -115,6 +115,14 @@ class CpuPlatform(Platform):
         """Returns plain memory."""
         return torch.empty(like.shape, dtype=like.dtype)
 
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the tensor itself."""
+        return tensor
+
+    def peak_tflops(self, dtype: torch.dtype) -> float | None:
+        """Returns None: it depends on the kind, number and clock of the cores."""
+        return None
+
     def reset_peak_memory(self) -> None:
         """Resets the kernel's record of peak resident memory (Linux; elsewhere the peak is that of the whole process)."""
         if sys.platform == "linux":

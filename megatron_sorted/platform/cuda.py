@@ -7,6 +7,7 @@ import torch
 
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform.contract import Platform
+from megatron_sorted.platform.peaks import peak_tflops_of
 
 
 class CudaPlatform(Platform):
@@ -46,6 +47,14 @@ class CudaPlatform(Platform):
     def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
         """Returns page-locked memory."""
         return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns a copy on the GPU, made from pinned memory: from pageable memory the driver may wait for the stream."""
+        return tensor.pin_memory().to(self.device(), non_blocking=True)
+
+    def peak_tflops(self, dtype: torch.dtype) -> float | None:
+        """Returns the GPU's published peak, by its name."""
+        return peak_tflops_of(torch.cuda.get_device_name(), dtype)
 
     def reset_peak_memory(self) -> None:
         """Resets torch's record of peak memory."""

@@ -6,6 +6,7 @@ from megatron_sorted.settings.check_layout import check_batch, check_interleavin
 from megatron_sorted.settings.check_model import check_experts, check_model
 from megatron_sorted.settings.check_monitoring import check_monitoring
 from megatron_sorted.settings.check_numbers import check_numbers
+from megatron_sorted.settings.check_profile import check_profile
 from megatron_sorted.settings.check_training import check_training
 from megatron_sorted.settings.run import Settings
 
@@ -30,3 +31,4 @@ def check_settings(settings: Settings, world_size: int) -> None:
     check_training(settings)
     check_files(settings)
     check_monitoring(settings, world_size)
+    check_profile(settings, world_size)

@@ -1,6 +1,7 @@
 """Values that follow from the settings. All suppose settings that `check_settings` has passed."""
 
 import re
+from collections.abc import Iterable
 
 from megatron_sorted.exits.coefficients import CoefficientRule, make_coefficient_rule
 from megatron_sorted.exits.depths import by_depth, normalise_depths
@@ -120,6 +121,17 @@ def trained_exits(settings: Settings, rule: CoefficientRule, step: int) -> dict[
         exit_probabilities(settings),
         rule.normalised,
     )
+
+
+def deepest_layer_run(settings: Settings, depths: Iterable[int]) -> int:
+    """Returns the depth above which layers are not run at a step that trains the exits at ``depths``.
+
+    With one stage that is the deepest of them. With several, stages above could only idle. Megatron's overlapped gradient
+    reduction waits for the gradient of every layer, so there all layers are run.
+    """
+    if settings.pipeline_model_parallel_size > 1 or settings.overlap_grad_reduce:
+        return settings.num_layers
+    return max(depths)
 
 
 def data_blend(settings: Settings) -> tuple[tuple[float, str], ...] | None:

@@ -25,7 +25,7 @@ class MonitoringSettings:
         None, "Peak TFLOP/s of one device at the run's precision, for MFU; by default known for common accelerators.")
     log_timers: bool = setting(False, "Report the time of each phase of a step; waits for the device between phases.")
     profile: bool = setting(False, "Record some steps with torch.profiler.")
-    profile_step_start: int = setting(10, "First step recorded.")
+    profile_step_start: int = setting(10, "First step recorded; the first of a run is 1.")
     profile_step_end: int = setting(12, "First step not recorded any more.")
     profile_ranks: tuple[int, ...] = setting((0,), "Ranks that record.")
     profile_dir: str | None = setting(None, "Directory of the recordings; by default profile in --save.")

@@ -23,11 +23,16 @@ from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.state import current_device, seed_everything
 from megatron_sorted.settings.derived import exit_depths, global_batch_size, layers_of_chunks, padded_vocab_size
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.timers import PhaseTimers
 
 
 @dataclass
 class Model:
-    """The chunks of this rank, wrapped for training, and what belongs to them."""
+    """The chunks of this rank, wrapped for training, and what belongs to them.
+
+    Attributes:
+        num_tokens: Trained tokens of the global batch just passed, on the device; set with per-token loss only.
+    """
 
     chunks: list[DistributedDataParallel]
     config: TransformerConfig
@@ -36,6 +41,8 @@ class Model:
     vocab_size: int
     optimizer: MegatronOptimizer | None = field(default=None)
     schedule: OptimizerParamScheduler | None = field(default=None)
+    timers: PhaseTimers = field(default_factory=lambda: PhaseTimers(False, lambda: None))
+    num_tokens: torch.Tensor | None = None
 
 
 def unwrap(chunk: torch.nn.Module) -> SortedStage:

@@ -9,29 +9,33 @@ from megatron_sorted.data.batches import Batch, make_eval_batches, num_eval_batc
 from megatron_sorted.data.dataset import EvaluationSet, InstructionSamples
 from megatron_sorted.loss.ledger import Ledger
 from megatron_sorted.loss.linear_cross_entropy import ExitLoss, Targets
-from megatron_sorted.monitoring.report import EvaluationReport, ExitNumbers
+from megatron_sorted.monitoring.report import EvaluationReport
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.settings.derived import num_micro_batches
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model
 from megatron_sorted.training.forward_step import ForwardStep
-from megatron_sorted.training.reduce import reduce_ledger
+from megatron_sorted.training.reduce import exit_numbers, reduce_ledger
 from megatron_sorted.training.step import run_schedule
 
 
-def pieces_of(batch: Batch, targets: Targets) -> torch.Tensor:
-    """Returns the number of the document each counted token belongs to, unique over the micro-batch; shape [n]."""
+def pieces_of(batch: Batch) -> tuple[torch.Tensor, int]:
+    """Returns the number of the document of each counted token, unique over the micro-batch, and a number above all; shape [n].
+
+    Works on the host, where the batch lies.
+    """
     size, length = batch.tokens_bs.shape
     segments = torch.zeros(size, length, dtype=torch.int64) if batch.segments_bs is None else batch.segments_bs.long()
-    numbered = (segments + torch.arange(size)[:, None] * (length + 1)).t().reshape(-1)
-    return numbered if targets.index_n is None else numbered[targets.index_n.cpu()]
+    stride = length + 1  # padding has a number of its own
+    numbered = (segments + torch.arange(size)[:, None] * stride).t().reshape(-1)
+    return numbered[batch.loss_mask_bs.t().reshape(-1) != 0], size * stride
 
 
 def evaluate(model: Model, settings: Settings, forward_step: ForwardStep, place: Place, name: str, samples: EvaluationSet, step: int,
              progress: Callable[[int, int], None]) -> EvaluationReport:
-    """Returns loss, token accuracy and exact match of every exit on one set.
+    """Returns loss, token accuracy, exact match, agreement with the last exit and accept length of every exit on one set.
 
-    Collective: the schedule's for each global batch, then one small all-reduce over all ranks.
+    Collective: for each global batch the schedule's and that of ``Choices.compare``; then one small all-reduce over all ranks.
 
     Args:
         model: The model.
@@ -50,24 +54,28 @@ def evaluate(model: Model, settings: Settings, forward_step: ForwardStep, place:
     count_pieces = isinstance(samples.source, InstructionSamples)
 
     def observe(depth: int, losses: ExitLoss, targets: Targets, batch: Batch) -> None:
-        pieces = pieces_of(batch, targets).to(losses.loss_n.device) if count_pieces else None
-        ledger.add(depth, losses, targets.loss_mask_n, pieces)
+        if not count_pieces:
+            ledger.add(depth, losses, targets.loss_mask_n)
+            return
+        pieces, num_pieces = pieces_of(batch)
+        ledger.add(depth, losses, targets.loss_mask_n, forward_step.platform.to_device(pieces), num_pieces)
 
     for chunk in model.chunks:
         chunk.eval()
-    forward_step.observer = observe
+    tracked, forward_step.track_agreement, forward_step.observer = forward_step.track_agreement, True, observe
     try:
         batches = make_eval_batches(settings, samples, place.data_rank, place.data_size, limit)
         for done in range(total):
             micro_batches = [next(batches) for _ in range(num_micro_batches(settings, place.world_size))]
             with torch.no_grad():
                 run_schedule(model, settings, forward_step, micro_batches, forward_only=True)
+            forward_step.finish_comparison(ledger)
             progress(done + 1, total)
     finally:
-        forward_step.observer = None
+        forward_step.track_agreement, forward_step.observer = tracked, None
         for chunk in model.chunks:
             chunk.train()
     found = reduce_ledger(ledger, settings)
-    exits = {d: ExitNumbers(e.loss, e.token_accuracy, exact_match=e.exact_match) for d, e in found.items()}
+    exits = {d: exit_numbers(e) for d, e in found.items()}
     num_tokens = int(max((e.num_tokens for e in found.values()), default=0))
     return EvaluationReport(step, name, time.monotonic() - started, num_tokens, exits)

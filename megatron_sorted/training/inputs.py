@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.checkpoint.candidates import Candidates, find_candidates
-from megatron_sorted.data.batches import make_eval_sets, open_train_samples
+from megatron_sorted.data.batches import make_eval_sets, make_test_sets, open_train_samples
 from megatron_sorted.data.dataset import EvaluationSet, SampleSource
 from megatron_sorted.data.identity import data_identity
 from megatron_sorted.data.prepared import check_same_tokenizer
@@ -29,7 +29,8 @@ class Inputs:
         data: What the data are, for checkpoints; None on all ranks but the first, which reads the files once for all.
         checkpoints: Those the run may continue from; None to start afresh.
         samples: To train on; None with ``skip_train``.
-        eval_sets: By name.
+        eval_sets: By name, evaluated on the way and at the end.
+        test_sets: By name, evaluated at the end only.
     """
 
     settings: Settings
@@ -39,6 +40,7 @@ class Inputs:
     checkpoints: Candidates | None
     samples: SampleSource | None
     eval_sets: dict[str, EvaluationSet]
+    test_sets: dict[str, EvaluationSet]
 
 
 def open_inputs(settings: Settings) -> Inputs:
@@ -60,6 +62,7 @@ def open_inputs(settings: Settings) -> Inputs:
             f"--context-parallel-size: {settings.context_parallel_size}, but the training data are packed documents, and attention across "
             "context parallel processes knows no documents. Use 1, or train on plain text.")
     eval_sets = make_eval_sets(settings, vocab_size)
+    test_sets = make_test_sets(settings, vocab_size)
     first = int(os.environ.get("RANK", 0)) == 0
     data = data_identity(settings) if first and (settings.save or settings.load) and not settings.skip_train else None
     checkpoints = find_checkpoints(settings, data)
@@ -67,7 +70,7 @@ def open_inputs(settings: Settings) -> Inputs:
         check_writable("--save", Path(settings.save))
     if settings.metrics_file:
         check_writable("--metrics-file", Path(settings.metrics_file).parent)
-    return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets)
+    return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets, test_sets)
 
 
 def open_tokenizer(settings: Settings) -> Tokenizer | None:

@@ -4,16 +4,19 @@ import json
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from megatron_sorted.checkpoint.layout import saved_steps, write_text_atomically
 from megatron_sorted.checkpoint.manifest import Progress
 from megatron_sorted.data.batches import make_train_batches
 from megatron_sorted.model.config import check_platform
 from megatron_sorted.monitoring.console import evaluation_lines, step_line
-from megatron_sorted.monitoring.json_lines import JsonLines, finite_or_none
+from megatron_sorted.monitoring.json_lines import finite_or_none
 from megatron_sorted.monitoring.report import EvaluationReport
+from megatron_sorted.monitoring.writers import open_writers
 from megatron_sorted.parallel.groups import Place, start_process_groups, stop_process_groups
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.select import choose_platform
@@ -28,9 +31,11 @@ from megatron_sorted.training.failure import report_and_exit
 from megatron_sorted.training.forward_step import ForwardStep
 from megatron_sorted.training.inputs import open_inputs
 from megatron_sorted.training.nonfinite import NonfiniteSteps
+from megatron_sorted.training.profile import Profiler
 from megatron_sorted.training.reporting import Interval
 from megatron_sorted.training.signals import signal_name, stop_request
-from megatron_sorted.training.step import train_step
+from megatron_sorted.training.step import StepResult, train_step
+from megatron_sorted.training.timers import PhaseTimers
 from megatron_sorted.training.watchdog import Watchdog
 
 STOPPED = "stopped.json"
@@ -70,8 +75,9 @@ class Run:
         if settings.save and not settings.skip_train:
             self.checkpoints.open_for_saving(tokenizer_files(settings.tokenizer_model), self.watchdog.alive)
         self._continue_or_start()
-        path = settings.metrics_file or (str(Path(settings.save) / "metrics.jsonl") if settings.save else None)
-        self.json_lines = JsonLines(path) if path and self.place.rank == 0 else None
+        self.writers = None
+        if self.place.rank == 0:
+            self.writers = open_writers(settings, self.run_id, self.progress.step, self._description(), self.say)
 
     def _continue_or_start(self) -> None:
         """Loads the newest sound checkpoint, if the run is to continue one.
@@ -108,15 +114,22 @@ class Run:
         batches = make_train_batches(settings, self.vocab_size, place.data_rank, place.data_size, self.progress.samples,
                                      self.inputs.samples)
         start = self.progress.step
-        self.interval = Interval(settings, place.world_size)
+        self.interval = Interval(settings, self.platform, self.model, self.inputs.samples, place.world_size)
+        self.model.timers = timers = PhaseTimers(settings.log_timers, self.platform.synchronize)
+        directory = settings.profile_dir or (Path(settings.save) / "profile" if settings.save else None)
+        profiler = Profiler(settings, place.rank, directory, partial(print, flush=True))
         nonfinite = NonfiniteSteps(settings.nonfinite_steps_allowed)
         if start >= settings.train_iters:
             self.say(f"nothing to train: step {start} of --train-iters {settings.train_iters} is reached")
+        profiler.step(start)
         for step in range(start, settings.train_iters):
             done = step + 1
+            reports = done % settings.log_interval == 0 or done in (settings.train_iters, start + 1)
+            self.forward_step.track_agreement = reports
             coefficients = trained_exits(settings, self.rule, step)
             self.watchdog.mark(f"step {done}, data")
-            micro_batches = list(islice(batches, micro_batches_a_step))
+            with timers("data"):
+                micro_batches = list(islice(batches, micro_batches_a_step))
             self.watchdog.mark(f"step {done}, forward and backward")
             result = train_step(self.model, settings, self.forward_step, micro_batches, coefficients, samples_a_step, self._ask_around)
             self.watchdog.mark(f"step {done}, after the optimizer")
@@ -129,16 +142,20 @@ class Run:
             flags = self.control.finish()
             if self.checkpoints.saver and not flags.save_busy and (outcome := self.checkpoints.finished(wait=True)):
                 self.checkpoints.tell(outcome, last=False)
-            if done % settings.log_interval == 0 or done in (settings.train_iters, start + 1):
-                self._report(result, coefficients)
+            if reports:
+                self._report(result)
+            profiler.step(done)
             if settings.eval_interval and done % settings.eval_interval == 0 and done != settings.train_iters:
                 self.evaluate_all()
             if (settings.save and settings.save_interval and done % settings.save_interval == 0 and done != settings.train_iters
                     and not nonfinite.in_a_row):
                 self.save()
             if done != settings.train_iters and (reason := self._reason_to_stop(flags, done)):
-                return reason
-        return None
+                break
+        else:
+            reason = None
+        profiler.close()
+        return reason
 
     def _ask_around(self) -> None:
         """Tells the other ranks what this one was told, while the device works.
@@ -159,17 +176,16 @@ class Run:
             return f"--exit-interval {self.settings.exit_interval}"
         return None
 
-    def _report(self, result, coefficients: dict[int, float]) -> None:
+    def _report(self, result: StepResult) -> None:
         """Collects the numbers since the last report and writes them.
 
-        Collective: one small all-reduce over all ranks.
+        Collective: two small all-reduces over all ranks.
         """
-        report = self.interval.report(
-            result, self.progress.step, self.progress.samples, self.model.optimizer.param_groups[0]["lr"],
-            float(self.model.optimizer.get_loss_scale()), coefficients)
+        with self.model.timers("report"):
+            report = self.interval.report(result, self.forward_step, self.progress.step, self.progress.samples)
         self.say(step_line(report))
-        if self.json_lines:
-            self.json_lines.write(report)
+        if self.writers:
+            self.writers.write(report)
 
     @contextmanager
     def _aside(self):
@@ -179,20 +195,20 @@ class Run:
         if hasattr(self, "interval"):
             self.interval.pause(time.monotonic() - began)
 
-    def evaluate_all(self) -> list[EvaluationReport]:
-        """Returns the reports of all evaluation sets, after writing them.
+    def evaluate_all(self, last: bool = False) -> list[EvaluationReport]:
+        """Returns the reports of all evaluation sets, with those of test sets at the end of training, after writing them.
 
         Collective: every process must call it.
         """
         reports = []
         with self._aside():
-            for name, samples in self.inputs.eval_sets.items():
+            for name, samples in (self.inputs.eval_sets | (self.inputs.test_sets if last else {})).items():
                 self.watchdog.mark(f"step {self.progress.step}, evaluation of {name!r}")
                 report = evaluate(self.model, self.settings, self.forward_step, self.place, name, samples, self.progress.step,
                                   self._evaluation_progress(name))
                 self.say(evaluation_lines(report))
-                if self.json_lines:
-                    self.json_lines.write(report)
+                if self.writers:
+                    self.writers.write(report)
                 reports.append(report)
         return reports
 
@@ -207,6 +223,9 @@ class Run:
 
         return progress
 
+    def _description(self) -> dict[str, Any]:
+        return description(self.settings, self.vocab_size, self.run_id, self.place, self.inputs.tokenizer, self.inputs.data)
+
     def save(self) -> None:
         """Starts a checkpoint; where the run saves in the foreground, writes it.
 
@@ -214,8 +233,7 @@ class Run:
         """
         self.watchdog.mark(f"step {self.progress.step}, start of a save")
         with self._aside():
-            said = description(self.settings, self.vocab_size, self.run_id, self.place, self.inputs.tokenizer, self.inputs.data)
-            for outcome in self.checkpoints.save(self.progress, said):
+            for outcome in self.checkpoints.save(self.progress, self._description()):
                 self.checkpoints.tell(outcome, last=False)
 
     def save_last(self) -> None:
@@ -233,8 +251,7 @@ class Run:
             self.checkpoints.tell(outcome, last=outcome.step == self.progress.step)
         if self.checkpoints.saved_step == self.progress.step or self.progress.step == 0:
             return
-        said = description(self.settings, self.vocab_size, self.run_id, self.place, self.inputs.tokenizer, self.inputs.data)
-        for outcome in [*self.checkpoints.save(self.progress, said), self.checkpoints.finished(wait=True)]:
+        for outcome in [*self.checkpoints.save(self.progress, self._description()), self.checkpoints.finished(wait=True)]:
             if outcome is not None:
                 self.checkpoints.tell(outcome, last=True)
 
@@ -245,7 +262,7 @@ class Run:
         """
         settings = self.settings
         self.save_last()
-        reports = self.evaluate_all()
+        reports = self.evaluate_all(last=True)
         if settings.save and self.place.rank == 0 and reports:
             path = Path(settings.save) / "evaluation.json"
             whole = evaluation_results(settings, self.vocab_size, self.progress.step, reports)
@@ -272,6 +289,8 @@ class Run:
         Collective: every process must call it.
         """
         self.watchdog.stop()
+        if self.writers:
+            self.writers.close()
         self.checkpoints.close()
         stop_process_groups()
         sys.stdout.flush()

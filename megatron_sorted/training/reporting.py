@@ -3,27 +3,44 @@
 import statistics
 import time
 
+from megatron_sorted.data.dataset import SampleSource
 from megatron_sorted.loss.ledger import Ledger
-from megatron_sorted.monitoring.report import ExitNumbers, StepReport
+from megatron_sorted.monitoring.report import StepReport
+from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.derived import global_batch_size
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.build import Model
 from megatron_sorted.training.forward_step import ForwardStep
-from megatron_sorted.training.reduce import reduce_ledger
+from megatron_sorted.training.reduce import exit_numbers, reduce_interval
 from megatron_sorted.training.step import StepResult
+from megatron_sorted.training.throughput import device_peak_tflops, model_flops_utilisation, step_flops, tflops_per_device
+
+# Reports that the estimate of the time left looks back on.
+RECENT_REPORTS = 100
 
 
 class Interval:
-    """Steps since the last report. Steps that were skipped for a number that is not finite leave nothing in its means."""
+    """Steps since the last report. A step that was skipped for a number that is not finite leaves nothing in the means.
 
-    def __init__(self, settings: Settings, world_size: int):
-        self.settings, self.world_size = settings, world_size
+    Args:
+        settings: The run.
+        platform: Where it runs.
+        model: The model, for learning rate and loss scale.
+        samples: What it trains on.
+        world_size: Number of ranks.
+    """
+
+    def __init__(self, settings: Settings, platform: Platform, model: Model, samples: SampleSource, world_size: int):
+        self.settings, self.platform, self.model, self.samples, self.world_size = settings, platform, model, samples, world_size
+        self.samples_a_step = global_batch_size(settings, world_size)
+        self.peak_tflops = device_peak_tflops(settings, platform)
         self.ledger = Ledger()
         self.rates: list[float] = []
         self._start_anew()
 
     def _start_anew(self) -> None:
         self.ledger.clear()
-        self.steps = self.skipped = self.nonfinite = 0
+        self.steps = self.skipped = self.nonfinite = self.flops = 0
         self._since, self._paused = time.monotonic(), 0.0
 
     def add(self, result: StepResult, forward_step: ForwardStep) -> None:
@@ -31,39 +48,43 @@ class Interval:
         self.steps += 1
         self.skipped += not result.stepped
         self.nonfinite += result.not_finite is not None
+        self.flops += step_flops(self.settings, self.model.vocab_size, self.world_size, forward_step.coefficients)
         if result.not_finite is None:
+            if not result.stepped:
+                forward_step.ledger.drop_gradients()
             self.ledger.merge(forward_step.ledger)
 
     def pause(self, seconds: float) -> None:
-        """Leaves out time that was not spent on steps: evaluation, a save in the foreground."""
+        """Leaves out time that was not spent on steps: evaluation, the start of a save."""
         self._paused += seconds
 
-    def report(self, result: StepResult, step: int, samples: int, learning_rate: float, loss_scale: float,
-               coefficients: dict[int, float]) -> StepReport:
+    def report(self, result: StepResult, forward_step: ForwardStep, step: int, samples: int) -> StepReport:
         """Returns the report of the steps taken in, and starts anew.
 
-        Collective: one small all-reduce over all ranks. The host waits for the device.
+        Collective: two small all-reduces over all ranks. The host waits for the device.
 
         Args:
             result: Of the last step.
+            forward_step: With the coefficients of the last step.
             step: Steps done.
             samples: Samples consumed.
-            learning_rate: Of the last step.
-            loss_scale: Of fp16, else 1.
-            coefficients: Of the last step.
         """
-        settings = self.settings
-        found = reduce_ledger(self.ledger, settings)
-        self.rates.append((time.monotonic() - self._since - self._paused) / max(self.steps, 1))
+        settings, optimizer = self.settings, self.model.optimizer
+        found = reduce_interval(self.ledger, settings, forward_step.take_checksum(), self.platform.peak_memory_bytes(),
+                                self.model.timers.take(self.steps))
+        seconds = time.monotonic() - self._since - self._paused
+        self.rates = [*self.rates[-RECENT_REPORTS:], seconds / max(self.steps, 1)]
         # the first step also warms up caches and allocators: it says nothing of the time left
-        usual = self.rates[-1] if len(self.rates) < 3 else statistics.median(self.rates[1:][-100:])
-        samples_a_step = global_batch_size(settings, self.world_size)
-        tokens_per_second = samples_a_step * settings.seq_length / self.rates[-1]
+        usual = self.rates[-1] if len(self.rates) < 3 else statistics.median(self.rates[1:])
+        tokens_per_second = self.samples_a_step * settings.seq_length / self.rates[-1]
+        tflops = tflops_per_device(self.flops, seconds, self.world_size)
         report = StepReport(
-            step=step, total_steps=settings.train_iters, samples=samples, learning_rate=learning_rate, grad_norm=result.grad_norm,
-            loss_scale=loss_scale, skipped=self.skipped, step_seconds=self.rates[-1], tokens_per_second=tokens_per_second,
-            seconds_left=usual * (settings.train_iters - step),
-            exits={d: ExitNumbers(e.loss, e.token_accuracy, coefficients.get(d, 0.0)) for d, e in found.items()},
-            nonfinite=self.nonfinite, samples_a_step=samples_a_step, tokens_per_second_per_device=tokens_per_second / self.world_size)
+            step=step, total_steps=settings.train_iters, samples=samples, learning_rate=optimizer.param_groups[0]["lr"],
+            grad_norm=result.grad_norm, loss_scale=float(optimizer.get_loss_scale()), skipped=self.skipped, step_seconds=self.rates[-1],
+            tokens_per_second=tokens_per_second, seconds_left=usual * (settings.train_iters - step),
+            exits={depth: exit_numbers(e, forward_step.coefficients.get(depth, 0.0)) for depth, e in found.exits.items()},
+            nonfinite=self.nonfinite, samples_a_step=self.samples_a_step, epoch=self.samples.epoch_at(samples),
+            data_checksum=found.checksum, tokens_per_second_per_device=tokens_per_second / self.world_size, tflops_per_device=tflops,
+            mfu=model_flops_utilisation(tflops, self.peak_tflops), memory_bytes=found.memory_bytes, phases=found.phases)
         self._start_anew()
         return report

@@ -45,9 +45,11 @@ def finalize_gradients(model: Model) -> Callable:
     """
 
     def finalize(chunks: list, num_tokens: torch.Tensor | None = None, **options) -> None:
-        finalize_model_grads(chunks, num_tokens, **options)
-        for copies in model.copies:
-            copies.sum_gradients()
+        with model.timers("gradients"):
+            finalize_model_grads(chunks, num_tokens, **options)
+            model.num_tokens = num_tokens  # by now summed over all ranks
+            for copies in model.copies:
+                copies.sum_gradients()
 
     return finalize
 
@@ -80,7 +82,7 @@ def train_step(model: Model, settings: Settings, forward_step: ForwardStep, micr
     Args:
         model: The model.
         settings: The run.
-        forward_step: The forward-step function; its ledger receives the losses of this step.
+        forward_step: The forward-step function; its ledger receives the losses, and what else is measured of exits.
         micro_batches: This rank's part of the global batch.
         coefficients: {depth: coefficient} of the exits that train at this step.
         samples: Size of the global batch, by which the learning-rate schedule moves on.
@@ -91,9 +93,12 @@ def train_step(model: Model, settings: Settings, forward_step: ForwardStep, micr
     model.optimizer.zero_grad()
     forward_step.coefficients = coefficients
     forward_step.ledger.clear()
-    run_schedule(model, settings, forward_step, micro_batches, forward_only=False)
+    with model.timers("forward-backward"):
+        run_schedule(model, settings, forward_step, micro_batches, forward_only=False)
+        forward_step.finish_step()
     meanwhile()
-    return optimizer_step(model, settings, forward_step, samples)
+    with model.timers("optimizer"):
+        return optimizer_step(model, settings, forward_step, samples)
 
 
 def _grad_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
@@ -124,7 +129,7 @@ def optimizer_step(model: Model, settings: Settings, forward_step: ForwardStep, 
     if optimizer.prepare_grads():  # fp16 overflow on some rank: Megatron lowers the loss scale
         return StepResult(False, float("nan"))
     norm = _grad_norm(optimizer)
-    bad = torch.maximum(forward_step.ledger.bad_flag(), (~torch.isfinite(norm)).float())
+    bad = torch.maximum(forward_step.ledger.bad_flag(forward_step.device), (~torch.isfinite(norm)).float())
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     is_bad, grad_norm = torch.stack((bad, norm)).tolist()
     if is_bad:

@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
-from reliability.task import RunningJob
 
 from megatron_sorted.monitoring.json_lines import read_json_lines
+from reliability.task import RunningJob
 
 VICTIMS = ("one rank", "all ranks", "all ranks and torchrun")
 POLL_SECONDS = 0.002

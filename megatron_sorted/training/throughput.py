@@ -1,0 +1,34 @@
+"""Operations of a step, and the rate at which the devices do them."""
+
+from collections.abc import Collection
+
+from megatron_sorted.model.config import parameter_dtype
+from megatron_sorted.platform.contract import Platform
+from megatron_sorted.settings.costs import train_flops_per_token
+from megatron_sorted.settings.derived import deepest_layer_run, global_batch_size
+from megatron_sorted.settings.run import Settings
+
+
+def step_flops(settings: Settings, vocab_size: int, world_size: int, depths: Collection[int]) -> int:
+    """Returns the operations of one step over all devices that trains the exits at ``depths``.
+
+    Forward and backward of the layers that are run and of these exits' heads, for every position of every sample; causal
+    attention at half the square, over the whole sample also where documents are packed. What is recomputed is not counted.
+    """
+    tokens = global_batch_size(settings, world_size) * settings.seq_length
+    return tokens * train_flops_per_token(settings, vocab_size, len(depths), deepest_layer_run(settings, depths))
+
+
+def tflops_per_device(flops: float, seconds: float, world_size: int) -> float:
+    """Returns the rate of one device in 10^12 operations a second when all together did ``flops`` in ``seconds``."""
+    return flops / max(seconds, 1e-9) / world_size / 1e12
+
+
+def device_peak_tflops(settings: Settings, platform: Platform) -> float | None:
+    """Returns the peak rate of one device at the run's precision: as given, else the published one; None if unknown."""
+    return settings.device_peak_tflops or platform.peak_tflops(parameter_dtype(settings))
+
+
+def model_flops_utilisation(tflops: float, peak: float | None) -> float | None:
+    """Returns MFU, the share of the peak rate that the counted operations reach (Chowdhery et al., arXiv 2204.02311, appendix B)."""
+    return None if peak is None else tflops / peak
