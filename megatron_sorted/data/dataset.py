@@ -85,10 +85,16 @@ class EvaluationSet(Sequence):
         return self.source.sample(index)
 
 
-def _check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
-    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-        raise DataError(f"{where}: token {int(tokens.max())} is outside the model's vocabulary of {vocab_size}. "
-                        "Use the tokenizer the data was prepared with, or prepare the data again.")
+def _check_ids(text: np.ndarray, vocab_size: int, corpus: Corpus, numbers: Sequence[int]) -> None:
+    """Returns nothing if all tokens of a window, cut from the documents ``numbers``, are in the vocabulary; else names a document."""
+    if 0 <= text.min() <= text.max() < vocab_size:
+        return
+    for number in numbers:
+        tokens = corpus.document(number)
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+            wrong = int(tokens.max() if tokens.max() >= vocab_size else tokens.min())
+            raise DataError(f"{corpus.name_of(number)}: token {wrong} is outside the model's vocabulary of {vocab_size}. "
+                            "Use the tokenizer the data was prepared with, or prepare the data again.")
 
 
 class InstructionSamples(SampleSource):
@@ -125,14 +131,14 @@ class InstructionSamples(SampleSource):
 
     def sample(self, index: int) -> Sample:
         """Returns one packed window."""
-        documents, starts = self._epoch(index // self.samples_per_epoch)
+        order, starts = self._epoch(index // self.samples_per_epoch)
         window = index % self.samples_per_epoch
         sample = empty_sample(self.seq_length, self.pad_id)
-        members = self._numbers[documents[starts[window] : starts[window + 1]]]
+        members = self._numbers[order[starts[window] : starts[window + 1]]]
+        documents = [self.corpus.document(number) for number in members]
+        _check_ids(np.concatenate(documents), self.vocab_size, self.corpus, members)
         at = 0
-        for piece, number in enumerate(members):
-            tokens = self.corpus.document(number)
-            _check_ids(tokens, self.vocab_size, self.corpus.name_of(number))
+        for piece, (number, tokens) in enumerate(zip(members, documents, strict=True)):
             end = at + len(tokens) - 1
             sample.tokens_s[at:end] = tokens[:-1]
             sample.labels_s[at:end] = tokens[1:]
@@ -179,15 +185,13 @@ class TextSamples(SampleSource):
         order, starts, windows = self._epoch(index // self.samples_per_epoch)
         begin = int(windows[index % self.samples_per_epoch]) * self.seq_length
         end = min(begin + self.seq_length + 1, self.num_tokens)
-        at, parts = begin, []
-        place = int(np.searchsorted(starts, begin, side="right")) - 1
-        while at < end:
-            part = self.corpus.document(order[place])[at - starts[place] : end - starts[place]]
-            _check_ids(part, self.vocab_size, self.corpus.name_of(order[place]))
-            parts.append(part)
-            at += len(part)
-            place += 1
+        first = int(np.searchsorted(starts, begin, side="right")) - 1
+        members = order[first : int(np.searchsorted(starts, end, side="left"))]
+        # cut before they are joined: a document may be far longer than a window
+        parts = [self.corpus.document(number)[max(0, begin - at) : end - at]
+                 for number, at in zip(members, starts[first : first + len(members)].tolist(), strict=True)]
         text = np.concatenate(parts).astype(np.int64)
+        _check_ids(text, self.vocab_size, self.corpus, members)
         sample = empty_sample(self.seq_length, self.pad_id)
         count = len(text) - 1
         sample.tokens_s[:count], sample.labels_s[:count], sample.loss_mask_s[:count] = text[:-1], text[1:], 1
