@@ -20,6 +20,8 @@ from reliability.compare import differing_reports, differing_tensors
 from reliability.killer import Killer
 from reliability.task import RunningJob, write_task
 
+from megatron_sorted.platform.quiet import silence_library_warnings
+
 
 def main() -> int:
     """Returns 0 if both runs ended alike."""
@@ -32,6 +34,7 @@ def main() -> int:
     parser.add_argument("--result", type=Path, help="JSON file for the figures.")
     parser.add_argument("settings", nargs="*", help="Further settings of both runs, after --.")
     given = parser.parse_args()
+    silence_library_warnings()
     with tempfile.TemporaryDirectory(prefix="kill_test_") as temporary:
         folder = given.folder or Path(temporary)
         return kill_test(folder, given)

@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_sorted.parallel.rendezvous import has_shared_store, meet
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.derived import num_virtual_chunks
 from megatron_sorted.settings.run import Settings
@@ -46,10 +47,13 @@ def start_process_groups(settings: Settings, platform: Platform, init_method: st
     if init_method is None and "MASTER_ADDR" not in os.environ:
         # a single process started without a launcher: any free port of this host
         init_method = "tcp://127.0.0.1:0"
+    timeout = timedelta(minutes=settings.distributed_timeout_minutes)
     if not dist.is_initialized():
-        dist.init_process_group(
-            backend, init_method=init_method, rank=rank, world_size=world_size,
-            timeout=timedelta(minutes=settings.distributed_timeout_minutes))
+        if init_method is None and has_shared_store():
+            store, rank, world_size = meet(timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        else:
+            dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
     chunks = num_virtual_chunks(settings)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
