@@ -168,7 +168,11 @@ def _loss(axes, runs: Sequence[Run], colours: dict[int, tuple]) -> None:
                     tops.append(max(found.values))
     if tops:
         low, high = min(bottoms), max(tops)
-        axes.set_ylim(low - 0.04 * (high - low or 1.0), high + 0.04 * (high - low or 1.0))
+        if low > 0 and high > 20 * low:  # what was learned by heart
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        else:
+            axes.set_ylim(low - 0.04 * (high - low or 1.0), high + 0.04 * (high - low or 1.0))
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.margins(x=0.01)
