@@ -224,7 +224,17 @@ class Wandb(Writer):
         """Opens the run, online if that works, and hands over the queue."""
         try:
             self._open()
-            self._hand_over()
+            try:
+                self._hand_over()
+            except Unusable as error:
+                if self._process.mode == "offline" or self._closing_at is not None:
+                    raise
+                self._note(f"wandb: stopped ({error}).{self._remedy()}")
+                self._process.end()
+                self._directory = None
+                self._try("offline")
+                self._note(f"wandb: going on offline. Send the run later: wandb sync {self._directory}")
+                self._hand_over()
         except Exception as error:  # whatever it is, training goes on
             reason = wandb_process.reason_of(error)
             self._note(f"wandb: {'stopped' if self._directory else 'not used'} ({reason}). Training goes on without it." + self._remedy())

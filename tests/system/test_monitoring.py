@@ -18,6 +18,7 @@ from megatron_sorted.monitoring.values import metric_values
 from megatron_sorted.monitoring.writers import Writers, open_writers
 from megatron_sorted.settings.run import Settings
 from tests.support.wandb_files import read_wandb_run, read_wandb_runs
+from tests.support.wandb_server import wandb_server
 
 SETTINGS = dataclasses.replace(Settings(), num_layers=4, wandb_project="nested", wandb_mode="offline")
 KEY = "k" * 40
@@ -62,14 +63,15 @@ def process_of(writers: Writers) -> subprocess.Popen:
 
 
 def wandb_processes() -> list[str]:
-    """Returns the command lines of all processes of wandb that serve this user."""
+    """Returns the command lines of the processes of wandb that this test started."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            words = path.read_bytes().decode(errors="replace").split("\0")
+            words = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            ours = f"HOME={os.environ['HOME']}".encode() in (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if any(word.endswith(("wandb-core", "wandb_process.py")) for word in words):
+        if ours and any(word.endswith(("wandb-core", "wandb_process.py")) for word in words):
             found.append(" ".join(words))
     return found
 
@@ -108,6 +110,67 @@ def test_a_run_resumed_after_a_kill_is_one_run(tmp_path):
     assert second.values() == [{"iteration": number} | metric_values(step(number, 0.5), 4) for number in range(5, 10)]
 
 
+def online(monkeypatch, url: str) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+
+
+def test_online_runs_are_sent_and_continued(tmp_path, monkeypatch):
+    with wandb_server() as server:
+        online(monkeypatch, server.url)
+        for resumed, steps, mark in ((0, range(1, 6), 0.0), (3, range(4, 8), 0.5)):
+            writers, said = opened(tmp_path, resumed, wandb_mode="online")
+            for number in steps:
+                writers.write(step(number, mark))
+            writers.close()
+            continued = " continued" if resumed else ""
+            assert said == [f"wandb: run {tmp_path.name} (run7){continued}, {server.url}/team/nested/runs/run7"]
+        assert list(server.runs) == ["run7"] and server.finished == {"run7": 0}
+        rows = server.rows("run7")
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 4, 5, 6, 7]
+    assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    sent = [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
+    expected = [(number, 0.0) for number in range(1, 6)] + [(number, 0.5) for number in range(4, 8)]
+    assert sent == [{"iteration": number} | metric_values(step(number, mark), 4) for number, mark in expected]
+
+
+def test_offline_runs_are_joined_by_wandb_sync(tmp_path, monkeypatch):
+    for resumed, steps in ((0, range(1, 6)), (3, range(4, 8))):
+        writers, _ = opened(tmp_path, resumed)
+        for number in steps:
+            writers.write(step(number))
+        writers.close()
+    with wandb_server() as server:
+        online(monkeypatch, server.url)
+        directories = sorted((tmp_path / "wandb").glob("offline-run-*"))
+        done = subprocess.run([Path(sys.executable).parent / "wandb", "sync", *directories], cwd=tmp_path, capture_output=True, text=True,
+                              timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert list(server.runs) == ["run7"]
+        assert [(row["iteration"], row["_step"]) for row in server.rows("run7")] == [
+            (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (4, 6), (5, 7), (6, 8), (7, 9)]
+
+
+def test_a_server_that_breaks_wandb_leaves_an_offline_run(tmp_path, monkeypatch):
+    with wandb_server() as server:
+        online(monkeypatch, server.url)
+        writers, said = opened(tmp_path, wandb_mode="online")
+        process = process_of(writers)
+        writers.write(step(1))
+        time.sleep(2.0)
+        process.kill()
+        for number in range(2, 6):
+            writers.write(step(number))
+            time.sleep(0.6)
+        writers.close()
+    first, second = read_wandb_runs(tmp_path)
+    assert (first.directory.name.split("-")[0], second.directory.name.split("-")[0]) == ("run", "offline")
+    assert said[1:] == [f"wandb: stopped (its process ended). Send the rest later: wandb sync {first.directory}",
+                        f"wandb: going on offline. Send the run later: wandb sync {second.directory}"]
+    # the report that found the process gone is in the JSON lines alone
+    assert [row["iteration"] for row in second.rows] in ([3, 4, 5], [4, 5]) and second.exit_code == 0
+
+
 def test_online_without_a_key_goes_on_offline_and_asks_nobody(tmp_path):
     started = time.monotonic()
     writers, said = opened(tmp_path, wandb_mode="online")
@@ -125,7 +188,7 @@ def test_online_without_a_key_goes_on_offline_and_asks_nobody(tmp_path):
 
 @pytest.mark.parametrize("server", ["refuses", "never answers"])
 def test_without_network_nothing_waits(tmp_path, monkeypatch, server):
-    monkeypatch.setattr(wandb_writer, "CLOSE_SECONDS", 11.0)
+    monkeypatch.setattr(wandb_writer, "OFFLINE_SECONDS", wandb_writer.CLOSE_SECONDS - 3.0)  # gives up the server 3 s after close
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if server == "never answers":
@@ -139,10 +202,10 @@ def test_without_network_nothing_waits(tmp_path, monkeypatch, server):
             started = time.perf_counter()
             writers.write(step(number))
             seconds.append(time.perf_counter() - started)
-        assert max(seconds) < 0.25 and sorted(seconds)[100] < 0.005, max(seconds)
+        assert max(seconds) < 1.0 and sorted(seconds)[100] < 0.005, max(seconds)
         started = time.monotonic()
         writers.close()
-        assert time.monotonic() - started < 12.5
+        assert time.monotonic() - started < wandb_writer.CLOSE_SECONDS + 1.0
     (run,) = read_wandb_runs(tmp_path)  # what the failed try left behind is gone
     assert [row["iteration"] for row in run.rows] == list(range(1, 201)) and run.exit_code == 0
     assert len(said) == 1 and said[0].startswith("wandb: not online (") and said[0].endswith(f"wandb sync {run.directory}")
@@ -232,7 +295,7 @@ def test_a_stuck_wandb_costs_the_oldest_reports_only(tmp_path, monkeypatch):
         started = time.perf_counter()
         writers.write(step(number))
         slowest = max(slowest, time.perf_counter() - started)
-    assert slowest < 0.25
+    assert slowest < 1.0
     started = time.monotonic()
     writers.close()
     assert time.monotonic() - started < 4

@@ -1,0 +1,1 @@
+"""What tools/report.py does: reads the reports of runs, draws them, and writes a page."""
