@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.host_waits import HostWaits
-from tests.support.rank_bodies import host_waits
+from tests.support.measure_bodies import host_waits
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny
 

@@ -8,7 +8,7 @@ import torch
 from megatron_sorted.settings.derived import exit_depths
 from megatron_sorted.settings.run import Settings
 from tests.support.gather import join_ranks
-from tests.support.rank_bodies import batch_checksum, broken_exit, measure, shared_choice
+from tests.support.measure_bodies import batch_checksum, broken_exit, measure, shared_choice
 from tests.support.ranks import run_ranks
 from tests.support.reference import exit_logits
 from tests.support.tiny import make_samples, tiny
