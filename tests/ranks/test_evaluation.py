@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_sorted.settings.derived import exit_depths
+from tests.ranks.test_measures import runs
 from tests.support.gather import join_ranks
 from tests.support.rank_bodies import evaluate_report
 from tests.support.ranks import run_ranks
@@ -46,4 +47,7 @@ def test_every_exit_is_evaluated_as_the_reference_does(world_size, changes):
             assert found.token_accuracy == pytest.approx((right * mask).sum().item() / mask.sum().item(), rel=1e-6)
             assert found.exact_match == pytest.approx(exact / pieces)
             assert report["tokens"] == int(mask.sum())
+            agreement, length = runs(values.argmax(-1) == logits[settings.num_layers].argmax(-1), mask, segments, settings.num_draft_tokens)
+            assert found.agreement == pytest.approx(agreement) and found.grad_norm is None
+            assert found.accept_length == pytest.approx(1.0 if depth == settings.num_layers else length)
     assert 0 < exact < pieces, "the set must tell exact from inexact documents"

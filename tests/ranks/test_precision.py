@@ -15,6 +15,9 @@ LAYOUTS = [
     (2, {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": True}),
     (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     (4, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True}),
+    (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    (4, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, "use_distributed_optimizer": True,
+         "overlap_grad_reduce": True, "overlap_param_gather": True, "untie_embeddings_and_output_weights": True}),
 ]
 # bf16 keeps 8 bits: one rounding is 0.4 %, and a gradient passes tens of them
 BF16_LOSS, BF16_GRADIENT = 5e-3, 5e-2
@@ -53,6 +56,17 @@ def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale():
     after, _ = join_ranks([r["weights"] for r in reports])
     assert all(torch.equal(before[name], after[name]) for name in before), "a step with infinite gradients must change nothing"
     assert reports[0]["loss_scale"] == 2.0**39
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_overlap_changes_no_bit(precision):
+    """Three steps with and without overlap of gradient reduction and parameter gathering: the same weights."""
+    layout = {precision: True, "loss_scale": 64.0 if precision == "fp16" else None, "use_distributed_optimizer": True,
+              "untie_embeddings_and_output_weights": True}
+    overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    plain, overlapped = (join_ranks([r["weights"] for r in run_ranks(2, train_and_report, tiny(**layout, **more), 3, True, True)])[0]
+                         for more in ({}, overlap))
+    assert all(torch.equal(plain[name], overlapped[name]) for name in plain)
 
 
 def test_selective_recompute_changes_no_bit():

@@ -50,11 +50,22 @@ ALLOWED = [
     (BASE, {"recompute_granularity": "full", "recompute_num_layers": 8}, 1),
     (BASE, {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp", "layernorm")}, 1),
     (BASE, {"train_iters": 0}, 1),
+    (BASE, {"profile_step_start": 5, "profile_step_end": 5, "profile_ranks": (9,)}, 1),  # not asked for
+    (BASE, {"profile": True, "profile_dir": "p", "profile_step_start": 0, "profile_step_end": 2, "profile_ranks": (1,)}, 2),
     (BASE, {"skip_train": True, "load": "run", "train_iters": 0}, 1),
     (REAL, {"data_path": (), "valid_data_path": ("v",), "skip_train": True, "load": "run"}, 1),
 ]
 
+PROFILE = {"profile": True, "save": "run"}
+
 REFUSED = [
+    # profile
+    (BASE, {**PROFILE, "profile_step_end": 10}, 1, "--profile-step-end: 10 is not above --profile-step-start 10"),
+    (BASE, {**PROFILE, "profile_step_start": 0, "profile_step_end": 1}, 1, "--profile-step-end: 1 is not above --profile-step-start 0"),
+    (BASE, {**PROFILE, "profile_ranks": ()}, 1, "--profile-ranks: nobody records"),
+    (BASE, {**PROFILE, "profile_ranks": (0, 2)}, 2, "--profile-ranks: 2 is not one of the 2 processes. Use 0..1."),
+    (BASE, {**PROFILE, "profile_ranks": (-1,)}, 2, "--profile-ranks: -1 is not one of the 2 processes"),
+    (BASE, {**PROFILE, "save": None}, 1, "--profile: nowhere to write"),
     # model
     (BASE, {"num_attention_heads": 7}, 1, "--hidden-size: 256 is not a multiple of 7"),
     (BASE, {"num_query_groups": 2}, 1, "--num-query-groups: 2 with --group-query-attention off"),

@@ -1,0 +1,50 @@
+"""A training step asks the device for nothing between two reports, beyond what Megatron's own optimizer asks."""
+
+import pytest
+import torch
+
+from tests.support.host_waits import HostWaits
+from tests.support.measure_bodies import host_waits
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny
+
+PP2 = {"pipeline_model_parallel_size": 2}
+LAYOUTS = [
+    (1, {}),
+    (1, {"calculate_per_token_loss": False, "untie_exit_output_weights": True, "exit_sampling": "uniform"}),
+    (1, {"fp16": True}),
+    (2, {**PP2, "num_layers_per_virtual_pipeline_stage": 1}),
+    (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "bf16": True}),
+    (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True, "bf16": True}),
+]
+@pytest.mark.parametrize("track", [False, True])
+@pytest.mark.parametrize(("world_size", "changes"), LAYOUTS)
+def test_nothing_waits_for_the_device_during_a_step(world_size, changes, track):
+    for report in run_ranks(world_size, host_waits, tiny(**changes), track, True):
+        assert report["step"] == []
+        assert report["report"], "a report must be seen to wait, or the recorder sees nothing"
+
+
+def test_the_recorder_sees_waits_in_forward_and_backward():
+    class Asks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, d):
+            d.sum().item()
+            return d
+
+    waits = HostWaits()
+    x = torch.ones(3, requires_grad=True)
+    waits.mark(x.data)
+    host = torch.ones(3)
+    with waits:
+        int(host.sum()), host.nonzero(), torch.full((), 3, device="cpu"), host.tolist()
+        assert waits.megatrons == []
+        y = Asks.apply(2 * x)
+        y.sum().backward()
+        bool(x.sum() > 1), y.nonzero(), y[y > 1], y.cpu(), torch.where(y > 1), float(y[0]), torch.tensor(1, device="cpu")
+    assert [name for name, _ in waits.megatrons] == [
+        "item", "__bool__", "nonzero", "__getitem__", "cpu", "where", "__float__", "tensor"]
