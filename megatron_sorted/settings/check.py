@@ -30,5 +30,5 @@ def check_settings(settings: Settings, world_size: int) -> None:
     check_recompute(settings)
     check_training(settings)
     check_files(settings)
-    check_monitoring(settings, world_size)
+    check_monitoring(settings)
     check_profile(settings, world_size)

@@ -14,7 +14,16 @@ def check_files(settings: Settings) -> None:
     _check_data(settings)
     _check_tokenizer(settings)
     require(settings.save_interval is None or settings.save is not None, "--save-interval: nowhere to save. Give --save or leave it out.")
+    require(
+        settings.save_retain is None or settings.save is not None,
+        "--save-retain: nothing is saved. Give --save or leave it out.",
+    )
+    require(
+        settings.save_retain_interval is None or settings.save_retain is not None,
+        "--save-retain-interval: all checkpoints are kept anyway. Give --save-retain as well, or leave it out.",
+    )
     needs_load = {
+        "--ckpt-step": settings.ckpt_step is not None,
         "--finetune": settings.finetune,
         "--exit-on-missing-checkpoint": settings.exit_on_missing_checkpoint,
         "--skip-train": settings.skip_train,

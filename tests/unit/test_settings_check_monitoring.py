@@ -1,4 +1,4 @@
-"""Rules between reports, wandb, TensorBoard and profiles: one run just within, one just outside."""
+"""Rules between reports, wandb and TensorBoard: one run just within, one just outside."""
 
 from dataclasses import replace
 
@@ -10,7 +10,6 @@ from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.run import Settings
 
 BASE = replace(Settings(), mock_data=True, vocab_size=100)
-PROFILE = {"profile": True, "save": "run"}
 
 
 @pytest.mark.parametrize(("words", "world_size"), [
@@ -18,9 +17,6 @@ PROFILE = {"profile": True, "save": "run"}
     ({"wandb_project": "nested 7B", "wandb_exp_name": "a", "wandb_entity": "b", "wandb_group": "c", "wandb_save_dir": "d"}, 1),
     ({"wandb_mode": "disabled"}, 1),
     ({"tensorboard_dir": "tb"}, 1),
-    ({"profile_step_start": 5, "profile_step_end": 5}, 1),  # not asked for
-    ({**PROFILE, "profile_step_start": 4, "profile_step_end": 5, "profile_ranks": (0, 1)}, 2),
-    ({"profile": True, "profile_dir": "elsewhere"}, 1),
 ])
 def test_a_run_within_the_rules_passes(words, world_size):
     check_settings(replace(BASE, **words), world_size)
@@ -35,10 +31,6 @@ def test_a_run_within_the_rules_passes(words, world_size):
     ({"wandb_group": "a"}, "--wandb-group: without"),
     ({"wandb_save_dir": "a"}, "--wandb-save-dir: without"),
     ({"metrics_file": "/"}, "--metrics-file: / is a directory. Give a file"),
-    ({**PROFILE, "profile_step_start": 5, "profile_step_end": 5}, "--profile-step-start: 5 is not below --profile-step-end 5"),
-    ({**PROFILE, "profile_ranks": (0, 1)}, r"--profile-ranks: 1 is not a rank of 1 process. Use 0..0"),
-    ({**PROFILE, "profile_ranks": (-1,)}, r"--profile-ranks: -1 is not a rank"),
-    ({"profile": True}, "--profile: nowhere to write the recordings. Give --profile-dir or --save"),
 ])
 def test_a_run_outside_a_rule_is_refused(words, message):
     with pytest.raises(SettingsError) as error:
