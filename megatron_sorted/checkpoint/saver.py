@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from megatron_sorted.checkpoint.layout import (
@@ -177,7 +178,7 @@ class Saver:
                                   job.stall_seconds, time.monotonic() - job.started)
 
     def _agree(self, work: Callable[[], Any]) -> tuple[str | None, list[Any]]:
-        """Returns (None, what ``work`` returned on every rank), or (what went wrong on the lowest rank where it did, []).
+        """Returns (None, what ``work`` returned on every rank), or (what went wrong and on which rank, []).
 
         Collective: one small all-gather over the saver's group, and those of ``work``. A rank that fails must not leave others waiting
         in a collective of ``work``: either torch sees to that, or ``work`` has none.
@@ -185,12 +186,12 @@ class Saver:
         mine: tuple[str | None, Any]
         try:
             mine = (None, work())
-        except Exception as error:  # whatever it is, the other ranks must hear of it
+        except (Exception, CheckpointException) as error:  # torch's is no Exception; whatever it is, other ranks must hear of it
             mine = (_cause(error), None)
         self.progress_mark()
         everybody: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everybody, mine, group=self.group)
-        failed = next((f"rank {rank}: {said}" for rank, (said, _) in enumerate(everybody) if said), None)
+        failed = next((said if "on rank" in said else f"{said}, on rank {rank}" for rank, (said, _) in enumerate(everybody) if said), None)
         return failed, [] if failed else [value for _, value in everybody]
 
     def _make_directory(self, aside: Path) -> None:
@@ -238,14 +239,10 @@ class Saver:
 
 
 def _cause(error: BaseException) -> str:
-    """Returns the innermost reason of an error, which torch wraps with those of all ranks."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank, (inner, _) = sorted(failures.items())[0]
-        return f"{_cause(inner)}" if len(failures) == 1 else f"{_cause(inner)} (met first by rank {rank})"
-    inner = error.__cause__ or error.__context__
-    if isinstance(inner, OSError) and not isinstance(error, OSError):
-        return _cause(inner)
+    """Returns the reason of an error in a few words; of torch's, which hold those of all ranks, the one of the lowest rank."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
+        return f"{_cause(inner)}, on rank {rank}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sorted.checkpoint.manifest import find_damage
 from megatron_sorted.checkpoint.optimizer_state import fill_empty_state, load_optimizer_state
@@ -99,8 +100,8 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
         wanted["random_state"] = _random_object(None)
     try:
         loaded = dist_checkpointing.load(wanted, str(directory))
-    except Exception as error:  # a damaged shard shows as anything from KeyError to a collective's own error
-        raise CheckpointError(f"{directory}: could not be loaded ({type(error).__name__}: {error}). "
+    except (Exception, CheckpointException) as error:  # torch's is no Exception; damage shows as anything from KeyError on
+        raise CheckpointError(f"{directory}: could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
                               "If files were lost or damaged, load an earlier checkpoint with --ckpt-step.") from error
     for index, chunk in enumerate(chunks):
         _inner(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"])

@@ -116,8 +116,10 @@ class Checkpoints:
                 self.lock = DirectoryLock(settings.save)
                 if not self.lock.acquire():
                     self.say(f"note: the file system of {settings.save} knows no locks; take care that no other run saves there")
-            except (CheckpointError, OSError) as error:
+            except CheckpointError as error:
                 refused = [str(error)]
+            except OSError as error:
+                refused = [f"--save: cannot write in {settings.save} ({error.strerror}). Give a directory that can be written."]
         dist.broadcast_object_list(refused, src=0)
         if refused[0]:
             raise CheckpointError(refused[0])

@@ -1,27 +1,35 @@
-"""A training step asks the device for nothing between two reports, beyond what Megatron's own optimizer asks."""
+"""Between two reports a training step asks the device one question: may the optimizer step? Megatron's own optimizer asks as much."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_sorted.training import step
 from tests.support.host_waits import HostWaits
 from tests.support.measure_bodies import host_waits
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny
 
+STEP = Path(step.__file__).read_text().splitlines()
+NUMBER, LINE = next((number, line.strip()) for number, line in enumerate(STEP, 1) if "is_bad, grad_norm = " in line)
+ONCE = f"step.py:{NUMBER} {LINE}"
 PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS = [
     (1, {}),
     (1, {"calculate_per_token_loss": False, "untie_exit_output_weights": True, "exit_sampling": "uniform"}),
-    (1, {"fp16": True}),
+    (1, {"fp16": True, "loss_scale": 1024.0}),
     (2, {**PP2, "num_layers_per_virtual_pipeline_stage": 1}),
     (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "bf16": True}),
     (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True, "bf16": True}),
 ]
+
+
 @pytest.mark.parametrize("track", [False, True])
 @pytest.mark.parametrize(("world_size", "changes"), LAYOUTS)
-def test_nothing_waits_for_the_device_during_a_step(world_size, changes, track):
+def test_a_step_waits_for_the_device_once_where_the_optimizer_is_asked_to_step(world_size, changes, track):
     for report in run_ranks(world_size, host_waits, tiny(**changes), track, True):
-        assert report["step"] == []
+        assert report["step"] == [("tolist", ONCE)]
         assert report["report"], "a report must be seen to wait, or the recorder sees nothing"
 
 

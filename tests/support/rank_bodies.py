@@ -1,6 +1,9 @@
 """What the processes of tests in tests/ranks run. Bodies only: assertions stand in the tests."""
 
 import dataclasses
+import os
+import resource
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -113,27 +116,62 @@ def moments(model, settings: Settings) -> dict[str, list]:
     return result
 
 
-def save_now(settings: Settings, root: str, platform, place, model, progress) -> SaveOutcome:
-    """Returns the outcome of a save of the model into ``root``."""
+def save_now(settings: Settings, root: str, platform, place, model, progress, meanwhile=lambda: None) -> SaveOutcome:
+    """Returns the outcome of a save of the model into ``root``; ``meanwhile`` is called while it is on its way."""
     settings = dataclasses.replace(settings, save=root)
     checkpoints = Checkpoints(settings, platform, place, model, coefficient_rule(settings), print)
     checkpoints.open_for_saving({}, lambda: None)
-    said = description(settings, settings.vocab_size, "test", place, None, {})
+    said = description(settings, settings.vocab_size, "test", place, None, None)
     checkpoints.save(progress, said)
+    meanwhile()
     outcome = checkpoints.finished(wait=True)
     checkpoints.close()
     return outcome
+
+
+def save_under_faults(settings: Settings, root: str, fault: str) -> tuple[SaveOutcome, SaveOutcome, SaveOutcome, list[str]]:
+    """Returns the outcomes of three saves, of which the second meets ``fault``, and what was said."""
+    platform, place, model = start(settings)
+    settings, lines = dataclasses.replace(settings, save=root), []
+    Path(root).mkdir(exist_ok=True)
+    checkpoints = Checkpoints(settings, platform, place, model, coefficient_rule(settings), lines.append)
+    checkpoints.open_for_saving({}, lambda: None)
+    said, outcomes = description(settings, settings.vocab_size, "test", place, None, None), []
+    ballast, in_the_way = Path(root, ".ballast"), Path(root, ".iter_0000002.writing")
+    for step in (1, 2, 3):
+        dist.barrier()
+        if step == 2 and fault == "full disk" and place.rank == 0:
+            used = os.statvfs(root)
+            ballast.write_bytes(bytes(max(0, used.f_bavail * used.f_frsize - 100_000)))
+        if step == 2 and fault == "file in the way" and place.rank == 0:
+            in_the_way.write_text("")
+        if step == 2 and fault == f"file limit on {place.rank}":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        dist.barrier()
+        checkpoints.save(Progress(step, 8 * step), said)
+        outcomes.append(checkpoints.finished(wait=True))
+        checkpoints.tell(outcomes[-1], last=False)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        if step == 2 and place.rank == 0:
+            ballast.unlink(missing_ok=True)
+            if fault == "file in the way":
+                in_the_way.unlink()
+    checkpoints.close()
+    return (*outcomes, lines)
 
 
 def load_now(settings: Settings, root: str, platform, place, model) -> tuple[Progress, list[str]]:
     """Returns how far the newest sound checkpoint of ``root`` is, now loaded, and what was said."""
     settings, said = dataclasses.replace(settings, load=root), []
     checkpoints = Checkpoints(settings, platform, place, model, coefficient_rule(settings), said.append)
-    return checkpoints.load(choose_checkpoint(find_candidates(root), settings, {}, said.append)), said
+    return checkpoints.load(choose_checkpoint(find_candidates(root), settings, None, said.append)), said
 
 
-def steps_from(settings: Settings, root: str, load: bool, first: int, last: int, save: bool) -> dict:
-    """Loads if asked, trains steps first..last-1, saves if asked; returns losses, weights and moments."""
+def steps_from(settings: Settings, root: str, load: bool, first: int, last: int, save: bool, steps_during_save: int = 0) -> dict:
+    """Loads if asked, trains steps first..last-1, saves if asked; returns losses, weights and moments.
+
+    With ``steps_during_save`` training goes on for so many steps before anybody looks whether the save has ended.
+    """
     platform, place, model = start(settings)
     tied = not settings.untie_embeddings_and_output_weights
     report: dict = {"losses": []}
@@ -144,14 +182,20 @@ def steps_from(settings: Settings, root: str, load: bool, first: int, last: int,
     report["loaded_weights"] = shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)
     forward_step = ForwardStep(settings, model, platform)
     rule = coefficient_rule(settings)
-    for step in range(first, last):
+
+    def train(step: int):
         samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step)
         batches = micro_batches(samples, settings, place.data_rank, place.data_size)
-        result = train_step(model, settings, forward_step, batches, trained_exits(settings, rule, step), settings.global_batch_size)
+        return train_step(model, settings, forward_step, batches, trained_exits(settings, rule, step), settings.global_batch_size)
+
+    for step in range(first, last):
+        result = train(step)
         losses = {d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).items()}
         report["losses"].append((losses, result.grad_norm, model.optimizer.param_groups[0]["lr"]))
     if save:
-        report["outcome"] = save_now(settings, root, platform, place, model, Progress(last, last * settings.global_batch_size))
+        progress = Progress(last, last * settings.global_batch_size)
+        report["outcome"] = save_now(settings, root, platform, place, model, progress,
+                                     lambda: [train(step) for step in range(last, last + steps_during_save)])
     for chunk in model.chunks:
         if settings.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)

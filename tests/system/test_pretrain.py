@@ -1,5 +1,6 @@
 """pretrain_sorted.py from prepared data to checkpoints and results; continued, evaluated, fine-tuned."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -9,14 +10,16 @@ from tests.support.command_line import pretrain
 from tests.system.conftest import run_script
 
 STEP = (r"step {}/4  loss @1 \d\.\d{{3}}  @2 \d\.\d{{3}}  @3 \d\.\d{{3}}  @4 \d\.\d{{3}}  lr \d\.\d\de-\d\d  grad norm \d+\.\d\d  "
-        r"\d+ ms/step  [\d,]+ tokens/s  \w+ left")
+        r"\d+ ms/step  [\d,]+ tokens/s  \w+ left  \d\S* TFLOP/s  \d+\.\d GiB")
+SAVED = r"saved whole/iter_000000{} in \d+\.\d s \(\d+\.\d MB, training held up for \d+\.\d\d s\)"
 NOISE = re.compile("warn|error|Traceback|deprecated", re.IGNORECASE)
 NUMBER, SHARE = r" +\d+\.\d{3}", r" +\d+\.\d %"
 
 
 def evaluation_patterns(name: str, step: int, tokens: int) -> list[str]:
-    return [rf"evaluation of '{name}' at step {step}: {tokens} tokens, \w+", "   exit    loss  tokens right  exact match",
-            *(rf"  {depth:5d}{NUMBER}{SHARE}{SHARE}" for depth in (1, 2, 3, 4))]
+    return [rf"evaluation of '{name}' at step {step}: {tokens} tokens, \w+",
+            "   exit    loss  tokens right  exact match  agreement  accept length",
+            *(rf"  {depth:5d}{NUMBER}{SHARE}{SHARE}{SHARE} +\d\.\d\d" for depth in (1, 2, 3, 4))]
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -24,8 +27,9 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def untimed(line: dict) -> dict:
-    """Returns a line of metrics without what the clock decides."""
-    clock = ("time", "seconds", "step_seconds", "tokens_per_second", "seconds_left")
+    """Returns a line of metrics without what the clock and the machine decide."""
+    clock = ("time", "seconds", "step_seconds", "tokens_per_second", "seconds_left", "tokens_per_second_per_device", "tflops_per_device",
+             "memory_bytes")
     return {key: value for key, value in line.items() if key not in clock}
 
 
@@ -38,28 +42,43 @@ def test_console_says_each_thing_once(trained):
         "4 layers, hidden 32, vocabulary 300; parameters of the sub-model at each exit: @1 26.1K, @2 42.5K, @3 59.0K, @4 75.4K",
         "stage 0: layers 1-2, exits 1 2", "stage 1: layers 3-4, exits 3 4",
         r"training data: 200 documents in \d+ samples of 64 positions, \d\d\.\d % filled",
-        STEP.format(1), STEP.format(2), *evaluations[2], r"saved whole/iter_0000002 in \w+", STEP.format(3), STEP.format(4),
-        r"saved whole/iter_0000004 in \w+", *evaluations[4], "wrote whole/evaluation.json"]
-    lines = done.stdout.splitlines()
+        STEP.format(1), STEP.format(2), *evaluations[2], STEP.format(3), STEP.format(4), *evaluations[4], "wrote whole/evaluation.json"]
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("saved")]
+    saved = [line for line in done.stdout.splitlines() if line.startswith("saved")]  # in the background: between any lines that follow
+    assert len(saved) == 2 and all(re.fullmatch(SAVED.format(step), line) for step, line in zip((2, 4), saved, strict=True)), saved
     assert len(lines) == len(patterns), done.stdout
     for line, pattern in zip(lines, patterns, strict=True):
         assert re.fullmatch(pattern, line), line
     assert not NOISE.search(done.stderr), done.stderr
 
 
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def test_files_of_a_run(trained):
     folder, _ = trained
     save = folder / "whole"
     assert sorted(path.name for path in save.iterdir()) == [
-        "evaluation.json", "iter_0000002", "iter_0000004", "latest_checkpointed_iteration.txt", "metrics.jsonl"]
+        ".lock", "evaluation.json", "iter_0000002", "iter_0000004", "latest_checkpointed_iteration.txt", "metrics.jsonl", "run.json"]
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "4"
     for step in (2, 4):
         names = {path.name for path in (save / f"iter_{step:07d}").iterdir()}
-        assert {".metadata", "metadata.json", "common.pt", "run.json"} < names
+        assert {".metadata", "metadata.json", "common.pt", "manifest.json", "tokenizer"} < names
         assert {name.split("_")[2] for name in names if name.startswith("__")} == {"0", "1"}  # shards of both ranks
-        said = json.loads((save / f"iter_{step:07d}" / "run.json").read_text())
-        assert said["progress"] == {"step": step, "samples": 4 * step} and said["layout"] == [2, 1, 1]
-        assert said["shape"]["exit_layer_nums"] == [1, 2, 3, 4] and said["settings"]["train_iters"] == 4
+        said = json.loads((save / f"iter_{step:07d}" / "manifest.json").read_text())
+        assert said["progress"] == {"step": step, "samples": 4 * step} and said["samples_a_step"] == 4
+        assert said["layout"] == {"world_size": 2, "tensor": 1, "stages": 2, "data": 1, "chunks": 1, "random_place": [2, 1]}
+        assert said["shape"]["exit_layer_nums"] == [1, 2, 3, 4] == said["exits"]["depths"] and said["settings"]["train_iters"] == 4
+        assert set(said["exits"]["coefficients"].values()) == {0.25}
+        assert said["run_id"] == json.loads((save / "run.json").read_text())["run_id"]
+        assert set(said["versions"]) == {"megatron_sorted", "megatron_core", "torch", "python"}
+        tokenizer = save / f"iter_{step:07d}" / "tokenizer" / "train_tokenizer.model"
+        assert tokenizer.read_bytes() == (folder / "data" / "train_tokenizer.model").read_bytes()
+        assert said["tokenizer"] == {"type": "SentencePieceTokenizer", "name": tokenizer.name, "sha256": sha256(tokenizer)}
+        for name, of_file in said["files"].items():
+            path = save / f"iter_{step:07d}" / name
+            assert of_file == {"bytes": path.stat().st_size, "sha256": sha256(path)}
     lines = read_lines(save / "metrics.jsonl")
     assert [(line["kind"], line["step"], line.get("name")) for line in lines] == [
         ("train", 1, None), ("train", 2, None), ("evaluation", 2, "first"), ("evaluation", 2, "second"),
@@ -85,7 +104,9 @@ def test_continued_run_repeats_the_uninterrupted_one(trained):
     shutil.copytree(folder / "whole" / "iter_0000002", folder / "half" / "iter_0000002")
     (folder / "half" / "latest_checkpointed_iteration.txt").write_text("2")
     printed = pretrain(2, folder, "--config", "run.yaml", "--load", "half", "--metrics-file", "rest.jsonl")
-    assert sum(line.startswith("loaded half/iter_0000002: step 2, 8 samples consumed, learning rate ") for line in printed) == 1
+    (loaded,) = [line for line in printed if line.startswith("loaded ")]
+    # cosine over --lr-decay-iters 6: (1 + cos(pi / 3)) / 2 of 1e-2 after two steps
+    assert loaded == "loaded half/iter_0000002: step 2, 8 samples consumed, learning rate 7.500e-03; nothing changed"
     whole, rest = (read_lines(folder / name) for name in ("whole/metrics.jsonl", "rest.jsonl"))
     assert [untimed(line) for line in rest] == [untimed(line) for line in whole[4:]]
 
@@ -115,7 +136,7 @@ def test_finetune_takes_the_weights_and_starts_at_step_0(trained):
 def test_a_finished_run_is_left_as_it_is(trained):
     folder, _ = trained
     shutil.copytree(folder / "whole", folder / "finished")
-    stamp = (folder / "finished" / "iter_0000004" / "run.json").stat().st_mtime_ns
+    stamp = (folder / "finished" / "iter_0000004" / "manifest.json").stat().st_mtime_ns
     printed = pretrain(2, folder, "--config", "run.yaml", "--load", "finished", "--save", "finished")
     assert "nothing to train: step 4 of --train-iters 4 is reached" in printed and not any("saved" in line for line in printed)
-    assert (folder / "finished" / "iter_0000004" / "run.json").stat().st_mtime_ns == stamp
+    assert (folder / "finished" / "iter_0000004" / "manifest.json").stat().st_mtime_ns == stamp
