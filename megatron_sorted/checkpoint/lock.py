@@ -12,7 +12,7 @@ from megatron_sorted.errors import CheckpointError
 
 LOCK = ".lock"
 # A run that was told to end, or whose launcher was killed, may need a moment to be gone.
-PATIENCE_SECONDS = 15.0
+PATIENCE_SECONDS = 8.0
 
 
 class DirectoryLock:

@@ -15,6 +15,7 @@ from megatron_sorted.checkpoint.lock import DirectoryLock
 from megatron_sorted.checkpoint.manifest import Progress
 from megatron_sorted.checkpoint.saver import SaveOutcome, Saver, require_saved
 from megatron_sorted.checkpoint.sharded import find_damage_together, load_sharded, sharded_state
+from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.exits.coefficients import CoefficientRule
 from megatron_sorted.parallel.groups import Place
@@ -64,7 +65,8 @@ def _run_id(settings: Settings, continued: Candidate | None) -> str:
     return run_id
 
 
-def choose_checkpoint(candidates: Candidates, settings: Settings, data: dict[str, Any] | None, say: Say) -> Candidate | None:
+def choose_checkpoint(candidates: Candidates, settings: Settings, tokenizer: Tokenizer | None, data: dict[str, Any] | None,
+                      say: Say) -> Candidate | None:
     """Returns the newest checkpoint whose files are sound, the same on all ranks, after saying which were passed over and why.
 
     Collective: one broadcast from rank 0; for each candidate that is read, one all-gather over all ranks.
@@ -89,7 +91,7 @@ def choose_checkpoint(candidates: Candidates, settings: Settings, data: dict[str
     for sentence in passed_over:
         say(f"passed over {sentence.rstrip('.')}")
     if taken is not None:
-        check_can_continue(taken, settings, data)
+        check_can_continue(taken, settings, tokenizer, data)
     return taken
 
 

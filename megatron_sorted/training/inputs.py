@@ -65,7 +65,7 @@ def open_inputs(settings: Settings) -> Inputs:
     test_sets = make_test_sets(settings, vocab_size)
     first = int(os.environ.get("RANK", 0)) == 0
     data = data_identity(settings) if first and (settings.save or settings.load) and not settings.skip_train else None
-    checkpoints = find_checkpoints(settings, data)
+    checkpoints = find_checkpoints(settings, tokenizer, data)
     if settings.save:
         check_writable("--save", Path(settings.save))
     if settings.metrics_file:
@@ -89,7 +89,7 @@ def open_tokenizer(settings: Settings) -> Tokenizer | None:
     return tokenizer
 
 
-def find_checkpoints(settings: Settings, data: dict[str, Any] | None) -> Candidates | None:
+def find_checkpoints(settings: Settings, tokenizer: Tokenizer | None, data: dict[str, Any] | None) -> Candidates | None:
     """Returns the checkpoints the run may continue from, best first; None to start afresh.
 
     Raises:
@@ -107,7 +107,7 @@ def find_checkpoints(settings: Settings, data: dict[str, Any] | None) -> Candida
     except OSError as error:
         raise CheckpointError(f"--load: cannot read {root} ({error.strerror}). Give a directory that can be read.") from error
     if found.usable:
-        check_can_continue(found.usable[0], settings, data)
+        check_can_continue(found.usable[0], settings, tokenizer, data)
         return found
     if found.skipped:
         raise CheckpointError(f"--load: {root} holds no complete checkpoint: {' '.join(found.passed_over(None))} Restore one, or give "

@@ -88,7 +88,7 @@ class Run:
         candidate = None
         if settings.load is not None:
             # the lock was taken in between: what another run saved last is seen by all ranks alike
-            candidate = None if found is None else choose_checkpoint(found, settings, self.inputs.data, self.say)
+            candidate = None if found is None else choose_checkpoint(found, settings, self.inputs.tokenizer, self.inputs.data, self.say)
             if candidate is None:
                 self.say(f"--load {settings.load} holds no checkpoint: starting afresh")
         self.run_id = agree_on_run_id(settings, candidate)

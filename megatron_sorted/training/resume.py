@@ -6,6 +6,7 @@ from typing import Any
 from megatron_sorted.checkpoint.candidates import Candidate
 from megatron_sorted.checkpoint.manifest import check_same_shape
 from megatron_sorted.data.identity import describe_changes
+from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
@@ -34,12 +35,13 @@ def _word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def check_can_continue(candidate: Candidate, settings: Settings, data: Mapping[str, Any] | None) -> None:
+def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Tokenizer | None, data: Mapping[str, Any] | None) -> None:
     """Returns nothing if the run can go on from the checkpoint, or only takes its weights.
 
     Args:
         candidate: The checkpoint.
         settings: Of the run.
+        tokenizer: Of its data, if there is one.
         data: Its data (``data.identity.data_identity``), or None where only another rank has looked at them.
 
     Raises:
@@ -47,6 +49,12 @@ def check_can_continue(candidate: Candidate, settings: Settings, data: Mapping[s
     """
     manifest, directory = candidate.manifest, candidate.directory
     check_same_shape(directory, manifest, settings, network_shape(settings, settings.vocab_size))
+    saved_tokenizer = manifest["tokenizer"]
+    if tokenizer is not None and saved_tokenizer and saved_tokenizer["sha256"] != tokenizer.sha256 and not settings.allow_changed_data:
+        raise CheckpointError(
+            f"--tokenizer-model: {tokenizer.name} (sha256 {tokenizer.sha256[:12]}), but {directory} was trained with "
+            f"{saved_tokenizer['name']} (sha256 {saved_tokenizer['sha256'][:12]}), so its tokens mean other words. Use that one "
+            f"({directory / 'tokenizer'} holds it), or give --allow-changed-data if the two are the same vocabulary.")
     if settings.finetune or settings.skip_train:
         return
     if not settings.no_load_optim:

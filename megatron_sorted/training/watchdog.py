@@ -24,13 +24,14 @@ WAITING_FILES = ("torch/distributed/", "megatron/core/pipeline_parallel/p2p_comm
 
 
 def _place_of(thread_id: int) -> tuple[str, bool]:
-    """Returns where a thread is, as file, line and function of ours or the innermost, and whether it waits for other ranks."""
+    """Returns where a thread is, as file, line and function (no library's if possible), and whether it waits for other ranks."""
     frame = sys._current_frames().get(thread_id)
     if frame is None:
         return "unknown place", False
     stack = traceback.extract_stack(frame)
     waits = any(word in stack[-1].filename for word in WAITING_FILES)
-    own = [entry for entry in stack if "megatron_sorted" in entry.filename] or [stack[-1]]
+    libraries = (sys.prefix, sys.base_prefix)
+    own = [entry for entry in stack if "megatron_sorted" in entry.filename or not entry.filename.startswith(libraries)] or [stack[-1]]
     return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno} in {own[-1].name}", waits
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import resource
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from megatron_sorted.training.describe import description
 from megatron_sorted.training.forward_step import ForwardStep
 from megatron_sorted.training.reduce import reduce_ledger
 from megatron_sorted.training.step import train_step
+from megatron_sorted.training.watchdog import Watchdog
 from tests.support.gather import shards_of
 from tests.support.tiny import init_method, make_samples, micro_batches
 
@@ -164,7 +167,7 @@ def load_now(settings: Settings, root: str, platform, place, model) -> tuple[Pro
     """Returns how far the newest sound checkpoint of ``root`` is, now loaded, and what was said."""
     settings, said = dataclasses.replace(settings, load=root), []
     checkpoints = Checkpoints(settings, platform, place, model, coefficient_rule(settings), said.append)
-    return checkpoints.load(choose_checkpoint(find_candidates(root), settings, None, said.append)), said
+    return checkpoints.load(choose_checkpoint(find_candidates(root), settings, None, None, said.append)), said
 
 
 def steps_from(settings: Settings, root: str, load: bool, first: int, last: int, save: bool, steps_during_save: int = 0) -> dict:
@@ -289,3 +292,57 @@ def layers_run(settings: Settings, coefficients: dict[int, float]) -> list[int]:
     samples = make_samples(settings.global_batch_size, settings.seq_length, 5)
     train_step(model, settings, forward_step, micro_batches(samples, settings, place.data_rank, place.data_size), coefficients, 8)
     return sorted(set(ran))
+
+
+def train_with_poison(settings: Settings, poisoned: dict[int, tuple[int, int, str]], steps: list[int]) -> dict:
+    """Trains on the data of ``steps``; returns results and final weights.
+
+    ``poisoned`` names, for some of the steps, (rank, depth, what): that rank's exit says NaN of its loss, or sends infinity down.
+    """
+    platform, place, model = start(settings)
+    forward_step = ForwardStep(settings, model, platform)
+    honest = forward_step._exit_loss
+    results = []
+    for step in steps:
+        rank, depth, what = poisoned.get(step, (-1, -1, ""))
+
+        def exit_loss(stage, micro, at, hidden, factor, rank=rank, depth=depth, what=what):
+            losses, gradient = honest(stage, micro, at, hidden, factor)
+            if place.rank == rank and at == depth:
+                (losses.loss_n if what == "loss" else gradient).view(-1)[0] = float("nan") if what == "loss" else float("inf")
+            return losses, gradient
+
+        forward_step._exit_loss = exit_loss
+        samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step)
+        batches = micro_batches(samples, settings, place.data_rank, place.data_size)
+        coefficients = trained_exits(settings, coefficient_rule(settings), step)
+        results.append(train_step(model, settings, forward_step, batches, coefficients, settings.global_batch_size))
+    tied = not settings.untie_embeddings_and_output_weights
+    return {"results": results, "rate": model.optimizer.param_groups[0]["lr"],
+            "weights": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied), "moments": moments(model, settings)}
+
+
+def hang_somewhere(settings: Settings, hanging_rank: int) -> dict[str, object]:
+    """Returns what the watchdog of this rank said when one rank slept while the others waited for it."""
+    platform = choose_platform(settings.device)
+    platform.prepare()
+    place = start_process_groups(settings, platform, init_method())
+    said, over = {}, threading.Event()
+
+    def on_hang(error, silent):
+        if not said:  # in a run this call does not come back
+            said.update(error=str(error), silent=silent)
+        over.set()
+
+    watchdog = Watchdog(1.0, on_hang)
+    watchdog.start()
+    watchdog.mark("step 6, forward and backward")
+    watchdog.mark("step 7, data")
+    if place.rank == hanging_rank:
+        over.wait(30)
+        time.sleep(1)  # until the others have judged as well
+    else:
+        watchdog.mark("step 7, forward and backward")
+    dist.barrier()
+    watchdog.stop()
+    return said

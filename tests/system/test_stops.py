@@ -1,0 +1,140 @@
+"""Runs that are told to stop, that run out of time, whose launcher or peer dies: under torchrun, with real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_sorted.monitoring.json_lines import read_json_lines
+from tests.support.command_line import pretrain
+from tests.system.conftest import ROOT, run_script
+from tests.system.test_pretrain import untimed
+
+RUN = ("--config", "run.yaml", "--eval-interval", "none", "--valid-data-path", "--split", "100,0", "--lr-decay-iters", "1000",
+       "--load", "save", "--save", "save")
+
+
+def start(folder: Path, *words: object, processes: int = 2) -> psutil.Popen:
+    """Returns a run of many steps that has done its first ones."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(folder / "log", "w") as log:
+        process = psutil.Popen([sys.executable, *launcher, str(ROOT / "pretrain_sorted.py"), *RUN, "--train-iters", "100000",
+                                *map(str, words)], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    metrics = folder / "save" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert process.poll() is None and time.monotonic() < until, (folder / "log").read_text()
+        time.sleep(0.05)
+    return process
+
+
+def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
+    return [child for child in launcher.children() if "pretrain_sorted.py" in " ".join(child.cmdline())]
+
+
+@pytest.fixture
+def folder(prepared, tmp_path) -> Path:
+    for name in ("data", "run.yaml"):
+        (tmp_path / name).symlink_to(prepared / name)
+    return tmp_path
+
+
+def check_stopped(folder: Path, reason: str) -> int:
+    """Returns the step at which the run has saved and stopped, saying why."""
+    word = json.loads((folder / "save" / "stopped.json").read_text())
+    step = word["step"]
+    assert word == {"step": step, "train_iters": 100000, "reason": reason} and step >= 3
+    assert (folder / "save" / "latest_checkpointed_iteration.txt").read_text() == str(step)
+    lines = (folder / "log").read_text().splitlines()
+    assert lines.count(f"stopping at step {step} of 100000: {reason}") == 1
+    assert sum(line.startswith(f"saved save/iter_{step:07d} in ") for line in lines) == 1
+    assert read_json_lines(folder / "save" / "metrics.jsonl")[-1]["step"] == step
+    return step
+
+
+def test_usr1_to_the_ranks_saves_and_ends_well_under_torchrun(folder):
+    launcher = start(folder)
+    for number, rank in enumerate(ranks_of(launcher)):
+        time.sleep(0.2 * number)  # a scheduler does not reach all at one time, nor does everyone need a signal of their own
+        if rank.is_running():
+            rank.send_signal(signal.SIGUSR1)
+    assert launcher.wait(timeout=60) == 0, (folder / "log").read_text()
+    step = check_stopped(folder, "SIGUSR1")
+    # the same command goes on from there
+    lines = pretrain(2, folder, *RUN, "--train-iters", step + 1)
+    assert any(line.startswith(f"loaded save/iter_{step:07d}: step {step}, ") for line in lines)
+    assert not (folder / "save" / "stopped.json").exists()
+
+
+def test_term_to_torchrun_saves(folder):
+    launcher = start(folder)
+    launcher.terminate()
+    assert launcher.wait(timeout=60) != 0  # torchrun's own answer to SIGTERM
+    check_stopped(folder, "SIGTERM")
+
+
+def test_term_without_a_launcher_ends_with_a_code_to_requeue_on(folder):
+    process = start(folder, "--pipeline-model-parallel-size", 1, processes=0)
+    process.terminate()
+    assert process.wait(timeout=60) == 75, (folder / "log").read_text()
+    check_stopped(folder, "SIGTERM")
+
+
+@pytest.mark.parametrize(
+    ("words", "step", "reason"),
+    [(("--exit-interval", 3), 3, "--exit-interval 3"), (("--exit-duration-in-mins", 0.0001), 1, "--exit-duration-in-mins 0.0001")],
+)
+def test_a_run_stops_where_it_is_told_to_and_goes_on_as_if_it_had_not(folder, words, step, reason):
+    whole = (*RUN, "--train-iters", 4, "--metrics-file", "whole.jsonl", "--save", "whole", "--load", "whole")
+    pretrain(2, folder, *whole)
+    printed = pretrain(2, folder, *RUN, "--train-iters", 4, *words)
+    assert f"stopping at step {step} of 4: {reason}" in printed
+    assert json.loads((folder / "save" / "stopped.json").read_text()) == {"step": step, "train_iters": 4, "reason": reason}
+    pretrain(2, folder, *RUN, "--train-iters", 4)
+    expected, got = (read_json_lines(folder / name) for name in ("whole.jsonl", "save/metrics.jsonl"))
+    assert [untimed(line) for line in got] == [untimed(line) for line in expected]
+
+
+def test_a_frozen_rank_is_named_and_ends_the_job(folder):
+    launcher = start(folder, "--hang-timeout-minutes", 0.1)
+    victim = next(rank for rank in ranks_of(launcher) if rank.environ()["RANK"] == "1")
+    victim.suspend()
+    began = time.monotonic()
+    assert launcher.wait(timeout=120) != 0
+    # 6 s until it counts as a hang, 2 s to judge, up to 30 s of torchrun's patience with a frozen process
+    assert time.monotonic() - began < 60
+    log = (folder / "log").read_text()
+    assert f"process {victim.pid}) is silent (stopped, dead or cut off), last seen in step " in log and "error: no progress for " in log
+    assert "Traceback" not in log and "Connection" not in log
+
+
+def test_ranks_do_not_outlive_their_launcher(folder):
+    launcher = start(folder, "--hang-timeout-minutes", 0.1)
+    ranks = ranks_of(launcher)
+    launcher.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive, "they would go on saving beside the job that was started in their place"
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run_and_save_nothing(folder):
+    done = run_script(folder, "pretrain_sorted.py", *RUN, "--pipeline-model-parallel-size", 1, "--train-iters", 20, "--lr", "1e30",
+                      "--clip-grad", 0, "--save-interval", 1, "--nonfinite-steps-allowed", 2)
+    assert done.returncode == 1
+    skipped = [line for line in done.stdout.splitlines() if " skipped: " in line]
+    assert len(skipped) == 2 and skipped[0].endswith("(1 in a row, 2 allowed)") and skipped[1].endswith("(2 in a row, 2 allowed)")
+    assert all("of exit 1 not finite on rank 0; " in line and "of exit 4 not finite on rank 0" in line for line in skipped)
+    step = int(skipped[0].split()[1])
+    assert done.stderr.startswith(f"error: step {step + 2}: ") and "--nonfinite-steps-allowed is 2" in done.stderr
+    saved = sorted(path.name for path in (folder / "save").glob("iter_*"))
+    assert saved == [f"iter_{number:07d}" for number in range(1, step)]  # nothing from the first bad step on
+    metrics = read_json_lines(folder / "save" / "metrics.jsonl")
+    assert sum(line["nonfinite"] for line in metrics) == 2 and metrics[step - 2]["nonfinite"] == 0
