@@ -192,6 +192,9 @@ class SortedStage(MegatronModule):
         Copies of a shared parameter go by one name; only the first stage that holds one writes it.
         """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        # Megatron does not look into a ModuleDict: it took each rank's vocabulary shard of an exit's own head for a copy of one tensor
+        for depth, layer in self.exit_output_layers.items():
+            state.update(layer.sharded_state_dict(f"{prefix}exit_output_layers.{depth}.", sharded_offsets, metadata))
         norms = {key: value for key, value in state.items() if key.startswith(f"{prefix}final_layernorm.")}
         replace_prefix_for_sharding(norms, f"{prefix}final_layernorm.", f"{prefix}decoder.final_layernorm.")
         output_key = f"{prefix}output_layer.weight"
