@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_sorted.checkpoint.optimizer_shards import take_state_of_parts
+
 
 def count_padding_in_offsets(chunks: list) -> None:
     """Makes the offsets of saved optimizer state agree with the places of parameters in their buffer.
@@ -39,8 +41,13 @@ def fill_empty_state(optimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
+def _own_steps(one) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Returns the step counts that torch's own Adam keeps with each parameter, taken out of its state; none for other optimizers."""
+    return {parameter: entries.pop("step") for parameter, entries in one.optimizer.state.items() if "step" in entries}
+
+
 def load_optimizer_state(optimizer, state: Any) -> None:
-    """Loads what ``optimizer.sharded_state_dict`` saved.
+    """Loads what ``checkpoint.sharded.optimizer_state`` saved.
 
     The distributed optimizer copies every entry of an optimizer's state from the checkpoint, but the step count of torch's own
     Adam is saved once, not for each parameter (KeyError: 'step'). So counts are put aside while the other entries are copied.
@@ -49,11 +56,18 @@ def load_optimizer_state(optimizer, state: Any) -> None:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
     for one, part in zip(parts, states, strict=True):
+        if "parts" in part:
+            one.load_state_dict({key: value for key, value in part.items() if key != "parts"})
+            steps = _own_steps(one)
+            take_state_of_parts(one, part["parts"])
+            for parameter, step in steps.items():
+                one.optimizer.state[parameter]["step"] = step.clone()
+            continue
         if "param_state" not in part or not isinstance(one.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             one.load_state_dict(part)
             continue
         one.load_state_dict({key: value for key, value in part.items() if key not in ("param_state", "param_state_sharding_type")})
-        steps = {parameter: entries.pop("step") for parameter, entries in one.optimizer.state.items()}
+        steps = _own_steps(one)
         one.load_parameter_state_from_fully_reshardable(part["param_state"])
         for parameter, step in steps.items():
             one.optimizer.state[parameter]["step"] = step.clone()

@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sorted.checkpoint.manifest import find_damage
+from megatron_sorted.checkpoint.optimizer_shards import only_part, state_of_parts
 from megatron_sorted.checkpoint.optimizer_state import fill_empty_state, load_optimizer_state
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.platform.state import random_state, set_random_state
@@ -53,11 +54,23 @@ def _random_object(state: Any) -> ShardedObject:
     return ShardedObject("random_state", state, tuple(random_place()), place, replica_id=replica)
 
 
+def optimizer_state(optimizer, model_state: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+    """Returns the optimizer's sharded state dict.
+
+    Collective: none for a plain or a distributed optimizer; one of several parts (experts) gathers over data parallel groups.
+    """
+    part = only_part(optimizer)
+    if part is None:
+        return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(CONTENT))
+    if hasattr(optimizer, "_synchronize_steps"):
+        optimizer._synchronize_steps()
+    return {**part.state_dict(), "parts": state_of_parts(part, model_state, with_data=not is_loading)}
+
+
 def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> dict[str, Any]:
     """Returns everything a checkpoint holds, for ``Saver.save``.
 
-    Collective: with the distributed optimizer and overlapped gathering, the parameters are gathered first (data parallel group); its
-    state is gathered over the data parallel group.
+    Collective: with overlapped gathering the parameters are gathered first (data parallel group); then those of ``optimizer_state``.
 
     Args:
         chunks: This rank's model chunks.
@@ -71,7 +84,7 @@ def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> di
     states = _model_states(chunks)
     return {
         **states,
-        "optimizer": optimizer.sharded_state_dict(_merged(states), metadata=dict(CONTENT)),
+        "optimizer": optimizer_state(optimizer, _merged(states), is_loading=False),
         "opt_param_scheduler": schedule.state_dict(),
         "random_state": _random_object({"python": random.getstate(), "numpy": np.random.get_state(), **random_state()}),
         "more": more,
@@ -94,7 +107,7 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
     states = _model_states(chunks)
     wanted: dict[str, Any] = dict(states)
     if load_optimizer:
-        wanted["optimizer"] = optimizer.sharded_state_dict(_merged(states), is_loading=True, metadata=dict(CONTENT))
+        wanted["optimizer"] = optimizer_state(optimizer, _merged(states), is_loading=True)
     same_place = load_random and manifest["layout"]["random_place"] == random_place()
     if same_place:
         wanted["random_state"] = _random_object(None)

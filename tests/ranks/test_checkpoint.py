@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.gather import join_ranks
-from tests.support.rank_bodies import steps_from
+from tests.support.rank_bodies import steps_from, steps_with_megatrons_form
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCABULARY, tiny
 
@@ -96,3 +96,13 @@ def test_ten_steps_equal_five_and_five_in_another_layout(name, tmp_path):
         weights = largest_difference(joined(never_stopped, "weights"), joined(loaded, "weights"))
         with open(os.environ["RELAYOUT_TABLE"], "a", encoding="utf-8") as table:
             table.write(f"| {name} | {len(joined(saved, 'moments', 'exp_avg'))} | 0 | {worst:.1e} | {weights:.1e} | {max(moments):.1e} |\n")
+
+
+@pytest.mark.parametrize(("save", "load"), [(steps_from, steps_with_megatrons_form), (steps_with_megatrons_form, steps_from)])
+def test_optimizer_state_of_parts_and_megatrons_gathered_form_are_one_checkpoint(save, load, tmp_path):
+    before, after = tiny(**{**ODD, **TP2, **DISTRIBUTED}), tiny(**{**ODD, **PP2, **DISTRIBUTED})
+    saved = run_ranks(4, save, before, str(tmp_path), False, 0, 3, True)
+    loaded = run_ranks(2, load, after, str(tmp_path), True, 3, 3, False)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        expected, got = joined(saved, "moments", moment), joined(loaded, "loaded_moments", moment)
+        assert expected.keys() == got.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
