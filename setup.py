@@ -9,7 +9,7 @@ DEV = ["pytest", "ruff", "import-linter"]
 
 setup(
     name="megatron_sorted",
-    version="0.1.0",
+    version="0.2.0",
     description="Train nested (sorted) language models on megatron-core",
     license="Apache-2.0",
     python_requires=">=3.10",
