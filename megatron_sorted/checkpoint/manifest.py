@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ class FileRecord:
     sha256: str
 
 
-def record_file(path: Path) -> FileRecord:
-    """Returns size and hash of a file, read from disk.
+def record_file(path: Path, progress_mark: Callable[[], None] = lambda: None) -> FileRecord:
+    """Returns size and hash of a file, read from disk; ``progress_mark`` is called as it gets on.
 
     Raises:
         OSError: It cannot be read.
@@ -50,6 +50,7 @@ def record_file(path: Path) -> FileRecord:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
             num_bytes += len(block)
+            progress_mark()
     return FileRecord(num_bytes, digest.hexdigest())
 
 

@@ -162,7 +162,7 @@ class Saver:
         """
         step = job.progress.step
         aside, final = writing_directory(self.root, step), iteration_directory(self.root, step)
-        writer = HashingWriter(aside)
+        writer = HashingWriter(aside, self.progress_mark)
         records: list[dict[str, FileRecord]] = []
         error, _ = self._agree(lambda: self._make_directory(aside))
         if not error:

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from megatron_sorted.checkpoint.manifest import FileRecord, record_file
 class _HashingStream(io.RawIOBase):
     """Hands bytes on to a file and adds them to a hash."""
 
-    def __init__(self, file):
-        self.file, self.digest, self.num_bytes = file, hashlib.sha256(), 0
+    def __init__(self, file, progress_mark: Callable[[], None]):
+        self.file, self.progress_mark, self.digest, self.num_bytes = file, progress_mark, hashlib.sha256(), 0
 
     def writable(self) -> bool:
         return True
@@ -26,6 +26,7 @@ class _HashingStream(io.RawIOBase):
         self.digest.update(data)
         written = self.file.write(data)
         self.num_bytes += written
+        self.progress_mark()
         return written
 
     def flush(self) -> None:
@@ -47,8 +48,9 @@ class _HashingStream(io.RawIOBase):
 class HashingFileSystem(FileSystem):
     """torch's local file system; ``records`` holds size and hash of every file written, by path."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress_mark: Callable[[], None] = lambda: None) -> None:
         self.records: dict[Path, FileRecord] = {}
+        self.progress_mark = progress_mark
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
@@ -57,7 +59,7 @@ class HashingFileSystem(FileSystem):
             if "w" not in mode:
                 yield file
                 return
-            stream = _HashingStream(file)
+            stream = _HashingStream(file, self.progress_mark)
             yield stream
             if not file.closed:
                 file.flush()
@@ -85,7 +87,7 @@ class HashingFileSystem(FileSystem):
             with open(path, "rb") as file:
                 # or the kernel's memory would be compared, not the disk
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            found = record_file(path)
+            found = record_file(path, self.progress_mark)
             if found != record:
                 raise OSError(f"{path}: {record.num_bytes} bytes with sha256 {record.sha256[:12]} were written, "
                               f"{found.num_bytes} bytes with {found.sha256[:12]} came back")
@@ -97,6 +99,6 @@ class HashingWriter(FileSystemWriter):
     One thread: with several, torch loses the errors of all but the first, and the checkpoint would lack tensors without a word.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, progress_mark: Callable[[], None]):
         super().__init__(directory, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
-        self.fs = HashingFileSystem()
+        self.fs = HashingFileSystem(progress_mark)

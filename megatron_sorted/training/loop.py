@@ -12,6 +12,7 @@ from typing import Any
 from megatron_sorted.checkpoint.layout import saved_steps, write_text_atomically
 from megatron_sorted.checkpoint.manifest import Progress
 from megatron_sorted.data.batches import make_train_batches
+from megatron_sorted.errors import TrainingError
 from megatron_sorted.model.config import check_platform
 from megatron_sorted.monitoring.console import evaluation_lines, step_line
 from megatron_sorted.monitoring.json_lines import finite_or_none
@@ -24,7 +25,6 @@ from megatron_sorted.settings.derived import coefficient_rule, global_batch_size
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model, build_model, build_optimizer
 from megatron_sorted.training.checkpoints import Checkpoints, agree_on_run_id, choose_checkpoint, tokenizer_files
-from megatron_sorted.training.control import Control, Flags
 from megatron_sorted.training.describe import description, evaluation_results, opening_lines
 from megatron_sorted.training.evaluate import evaluate
 from megatron_sorted.training.failure import report_and_exit
@@ -33,12 +33,11 @@ from megatron_sorted.training.inputs import open_inputs
 from megatron_sorted.training.nonfinite import NonfiniteSteps
 from megatron_sorted.training.profile import Profiler
 from megatron_sorted.training.reporting import Interval
-from megatron_sorted.training.signals import signal_name, stop_request
+from megatron_sorted.training.signals import stop_request
 from megatron_sorted.training.step import StepResult, train_step
+from megatron_sorted.training.stops import Stops, leave_word, take_word_back
 from megatron_sorted.training.timers import PhaseTimers
 from megatron_sorted.training.watchdog import Watchdog
-
-STOPPED = "stopped.json"
 
 
 class Run:
@@ -63,14 +62,13 @@ class Run:
         self.place: Place = start_process_groups(settings, self.platform)
         hang_minutes = settings.hang_timeout_minutes or 0.9 * settings.distributed_timeout_minutes
         self.watchdog = Watchdog(60 * hang_minutes, report_and_exit)
-        self.watchdog.start()
         self.say(*opening_lines(settings, self.platform, self.place, self.vocab_size))
         if self.inputs.samples is not None:
             self.say(f"training data: {self.inputs.samples.describe()}")
         self.model: Model = build_model(settings, self.platform, self.place, self.vocab_size)
         build_optimizer(self.model, settings, self.place.world_size)
         self.forward_step = ForwardStep(settings, self.model, self.platform)
-        self.control = Control(self.platform)
+        self.stops = Stops(settings, self.platform, self.started)
         self.checkpoints = Checkpoints(settings, self.platform, self.place, self.model, self.rule, self.say)
         if settings.save and not settings.skip_train:
             self.checkpoints.open_for_saving(tokenizer_files(settings.tokenizer_model), self.watchdog.alive)
@@ -78,6 +76,9 @@ class Run:
         self.writers = None
         if self.place.rank == 0:
             self.writers = open_writers(settings, self.run_id, self.progress.step, self._description(), self.say)
+            if settings.save and not settings.skip_train:
+                take_word_back(settings.save)
+        self.watchdog.start()
 
     def _continue_or_start(self) -> None:
         """Loads the newest sound checkpoint, if the run is to continue one.
@@ -131,7 +132,8 @@ class Run:
             with timers("data"):
                 micro_batches = list(islice(batches, micro_batches_a_step))
             self.watchdog.mark(f"step {done}, forward and backward")
-            result = train_step(self.model, settings, self.forward_step, micro_batches, coefficients, samples_a_step, self._ask_around)
+            result = train_step(self.model, settings, self.forward_step, micro_batches, coefficients, samples_a_step,
+                                lambda: self.stops.ask_around(self.checkpoints.busy))
             self.watchdog.mark(f"step {done}, after the optimizer")
             self.progress = Progress(done, self.progress.samples + samples_a_step)
             self.interval.add(result, self.forward_step)
@@ -139,7 +141,7 @@ class Run:
                 nonfinite.finite()
             else:
                 self.say(nonfinite.skipped(done, result.not_finite))
-            flags = self.control.finish()
+            flags = self.stops.answers()
             if self.checkpoints.saver and not flags.save_busy and (outcome := self.checkpoints.finished(wait=True)):
                 self.checkpoints.tell(outcome, last=False)
             if reports:
@@ -150,31 +152,12 @@ class Run:
             if (settings.save and settings.save_interval and done % settings.save_interval == 0 and done != settings.train_iters
                     and not nonfinite.in_a_row):
                 self.save()
-            if done != settings.train_iters and (reason := self._reason_to_stop(flags, done)):
+            if reason := self.stops.reason(flags, done):
                 break
         else:
             reason = None
         profiler.close()
         return reason
-
-    def _ask_around(self) -> None:
-        """Tells the other ranks what this one was told, while the device works.
-
-        Collective: starts the exchange that ``train`` finishes.
-        """
-        limit = self.settings.exit_duration_in_mins
-        self.control.start(Flags(
-            stop_signal=stop_request.number, save_busy=int(self.checkpoints.busy),
-            time_is_up=int(limit is not None and time.monotonic() - self.started > 60 * limit)))
-
-    def _reason_to_stop(self, flags: Flags, done: int) -> str | None:
-        if flags.stop_signal:
-            return signal_name(flags.stop_signal)
-        if flags.time_is_up:
-            return f"--exit-duration-in-mins {self.settings.exit_duration_in_mins:g}"
-        if self.settings.exit_interval and done % self.settings.exit_interval == 0:
-            return f"--exit-interval {self.settings.exit_interval}"
-        return None
 
     def _report(self, result: StepResult) -> None:
         """Collects the numbers since the last report and writes them.
@@ -279,9 +262,18 @@ class Run:
         self.say(f"stopping at step {self.progress.step} of {self.settings.train_iters}: {reason}")
         self.save_last()
         if self.settings.save and self.place.rank == 0:
-            word = {"step": self.progress.step, "train_iters": self.settings.train_iters, "reason": reason}
-            write_text_atomically(Path(self.settings.save) / STOPPED, json.dumps(word) + "\n")
+            leave_word(self.settings.save, self.progress.step, self.settings.train_iters, reason)
         self.leave()
+
+    def give_up(self) -> None:
+        """Lets the save on its way end, which was started when all was well, before the run ends in an error.
+
+        Collective: every process must call it.
+        """
+        if (outcome := self.checkpoints.finished(wait=True)) is not None:
+            self.checkpoints.tell(outcome, last=False)
+        if self.writers:
+            self.writers.close()
 
     def leave(self) -> None:
         """Leaves the process groups and gives the directory up.
@@ -303,9 +295,11 @@ def run(settings: Settings) -> str | None:
     """
     work = Run(settings)
     work.start()
-    if settings.save and work.place.rank == 0:
-        (Path(settings.save) / STOPPED).unlink(missing_ok=True)
-    reason = None if settings.skip_train else work.train()
+    try:
+        reason = None if settings.skip_train else work.train()
+    except TrainingError:  # met by all ranks at the same step
+        work.give_up()
+        raise
     if reason is None:
         work.finish()
     else:
