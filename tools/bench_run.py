@@ -8,6 +8,7 @@ file system is what is measured.
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
@@ -18,6 +19,7 @@ from benchmark.loop_page import write_loop_page
 from benchmark.run_cases import RunCase, checkpoint_cases, loop_cases
 from benchmark.run_facts import file_system_of
 from benchmark.run_jobs import CaseResult, run_case
+from reliability.task import write_task
 
 PARTS = {"loop": loop_cases, "checkpoint": checkpoint_cases}
 
@@ -34,11 +36,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def _run_all(cases: list[RunCase], folder: Path) -> list[CaseResult]:
     results = []
-    for case in cases:
-        with tempfile.TemporaryDirectory(prefix="bench_run_", dir=folder) as one:
-            print(f"{case.name} ...", end=" ", file=sys.stderr, flush=True)
-            results.append(run_case(case, Path(one)))
-            print(f"{results[-1].seconds:.0f} s", file=sys.stderr, flush=True)
+    for number, case in enumerate(cases):
+        print(f"{case.name} ...", end=" ", file=sys.stderr, flush=True)
+        place = folder / f"{case.kind}_{number}"
+        place.mkdir()
+        results.append(run_case(case, place, folder))
+        shutil.rmtree(place)
+        print(f"{results[-1].seconds:.0f} s", file=sys.stderr, flush=True)
     return results
 
 
@@ -46,13 +50,16 @@ def main() -> None:
     """Runs the benchmark."""
     options = parse_arguments()
     start = time.monotonic()
-    folder = options.folder or Path(tempfile.gettempdir())
-    folder.mkdir(parents=True, exist_ok=True)
-    if "loop" in options.parts:
-        print(write_loop_page(_run_all(loop_cases(options.quick), folder), options.output))
-    if "checkpoint" in options.parts:
-        results = _run_all(checkpoint_cases(options.quick), folder)
-        print(write_checkpoint_page(results, options.output, file_system_of(folder)))
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench_run_", dir=options.folder) as temporary:
+        folder = Path(temporary)
+        write_task(folder)
+        if "loop" in options.parts:
+            print(write_loop_page(_run_all(loop_cases(options.quick), folder), options.output))
+        if "checkpoint" in options.parts:
+            results = _run_all(checkpoint_cases(options.quick), folder)
+            print(write_checkpoint_page(results, options.output, file_system_of(folder)))
     print(f"{time.monotonic() - start:.0f} s")
 
 

@@ -142,7 +142,7 @@ def test_steps_beside_saves_leave_out_those_in_which_one_begins_or_ends():
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_case_is_a_run_that_can_start(quick):
     for case in [*loop_cases(quick), *checkpoint_cases(quick)]:
-        settings = load_settings(command_words(case))
+        settings = load_settings(command_words(case, Path("folder")))
         check_settings(settings, case.num_processes)
         assert settings.device == "cpu" and settings.save_interval is None and settings.async_save
 

@@ -60,7 +60,7 @@ def loop_cases(quick: bool) -> list[RunCase]:
         return [_case("loop", layout, TINY, 1, seq_length=64, global_batch_size=2, exit_layer_nums=[1, 2])
                 for layout in ("1 process", "pp 2")]
     return [_case("loop", layout, SMALL, 2, seq_length=128, global_batch_size=batch, exit_layer_nums=[2, 4, 6])
-            for layout, batch in (("1 process", 2), ("pp 2", 4))]
+            for layout, batch in (("1 process", 2), ("pp 2", 3))]
 
 
 def checkpoint_cases(quick: bool) -> list[RunCase]:

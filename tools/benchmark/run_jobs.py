@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reliability.task import ROOT, write_task
+from reliability.task import ROOT
 
 from benchmark.run_cases import LOG_INTERVALS, RunCase
 
@@ -28,9 +28,10 @@ class CaseResult:
     seconds: float
 
 
-def command_words(case: RunCase) -> list[str]:
-    """Returns the run's command line; folders are relative to the one that holds the data."""
-    words = ["--data-path", "data/task_text_document", "--tokenizer-model", "data/task_tokenizer.model", "--split", "100,0"]
+def command_words(case: RunCase, data: Path) -> list[str]:
+    """Returns the run's command line; ``data`` is the folder of the task, what the run writes goes where it is started."""
+    words = ["--data-path", str(data / "data" / "task_text_document"), "--tokenizer-model", str(data / "data" / "task_tokenizer.model"),
+             "--split", "100,0"]
     if case.kind == "loop":
         words += ["--metrics-file", "metrics.jsonl", "--tensorboard-dir", "tensorboard"]
     else:
@@ -41,16 +42,20 @@ def command_words(case: RunCase) -> list[str]:
     return words
 
 
-def run_case(case: RunCase, folder: Path) -> CaseResult:
+def run_case(case: RunCase, folder: Path, data: Path) -> CaseResult:
     """Returns what the ranks of a case measured.
+
+    Args:
+        case: What to run.
+        folder: Empty; what the run writes goes there.
+        data: Where ``reliability.task.write_task`` has written.
 
     Raises:
         RuntimeError: A rank failed; the message holds the end of its output.
     """
     began, load_before = time.monotonic(), os.getloadavg()[0]
-    write_task(folder)
-    job = {"kind": case.kind, "words": command_words(case), "folder": str(folder), "rounds": case.rounds, "leg_steps": case.leg_steps,
-           "intervals": LOG_INTERVALS}
+    job = {"kind": case.kind, "words": command_words(case, data), "folder": str(folder), "rounds": case.rounds,
+           "leg_steps": case.leg_steps, "intervals": LOG_INTERVALS}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     launch = [sys.executable]
     if case.num_processes > 1:
