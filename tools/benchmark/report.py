@@ -23,18 +23,19 @@ FLAT_BYTES = 16 * 1024 * 1024
 PACKAGES = ("torch", "megatron-core")
 
 
-def _machine(options: argparse.Namespace) -> str:
-    device = choose_platform(options.device)
+def machine(device_name: str, threads: int) -> str:
+    """Returns the machine in words."""
+    device = choose_platform(device_name)
     if device.name == "cpu":
         names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] \
             if Path("/proc/cpuinfo").exists() else [platform.processor()]
-        return f"{names[0]}, {len(names)} cores, {options.threads} thread(s) a process"
+        return f"{names[0]}, {len(names)} cores, {threads} thread(s) a process"
     import torch
 
     return torch.get_device_module(device.name).get_device_name()
 
 
-def _commit() -> str:
+def commit() -> str:
     """Returns the commit, marked where files other than documents differ from it (an earlier shape's report is one)."""
     answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(["git", "status", "--porcelain", "--", ".", ":!docs"], capture_output=True, text=True, check=False)
@@ -106,8 +107,8 @@ def write_report(shape: str, result: ShapeResult, options: argparse.Namespace, c
     rows = table(result, cpu)
     settings = case_settings(shape, result.rows[0].case, options.device, options.bf16)
     facts = {
-        "date": datetime.date.today().isoformat(), "commit": _commit(), "command": command, "device": choose_platform(options.device).name,
-        "machine": _machine(options), "precision": "bf16" if options.bf16 else "fp32",
+        "date": datetime.date.today().isoformat(), "commit": commit(), "command": command, "device": choose_platform(options.device).name,
+        "machine": machine(options.device, options.threads), "precision": "bf16" if options.bf16 else "fp32",
         "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
         "operations of the plain step": f"{step_flops(settings, 1) / 1e9:.1f} G from the sizes, attention's two products "
             f"{step_attention_flops(settings) / 1e9:.1f} G of them; torch.utils.flop_counter, which does not know every attention kernel, "
