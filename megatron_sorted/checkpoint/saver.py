@@ -55,7 +55,7 @@ class SaveOutcome:
         directory: The checkpoint, or None if it could not be written.
         error: Why not, with the rank; the same on all ranks.
         num_bytes: Size of the checkpoint.
-        stall_seconds: How long the main thread was held up by describing and copying.
+        stall_seconds: How long training was held up: by the end of the save before, a look at the weights, describing and copying.
         seconds: How long the whole save took.
     """
 
@@ -118,7 +118,7 @@ class Saver:
         """Returns whether a save of this rank is still on its way."""
         return self._thread is not None and self._thread.is_alive()
 
-    def save(self, state: dict[str, Any], progress: Progress, description: dict[str, Any]) -> None:
+    def save(self, state: dict[str, Any], progress: Progress, description: dict[str, Any], began: float) -> None:
         """Starts a save of ``state``, a Megatron sharded state dict, which may change afterwards. The save before must be taken.
 
         Collective: Megatron's checks of the state dict over all ranks (the first time), then nothing on the main thread.
@@ -127,9 +127,9 @@ class Saver:
             state: What `sharded_state` returns.
             progress: How far training is.
             description: What the manifest says of the run.
+            began: ``time.monotonic()`` when training stopped for it.
         """
         assert self._job is None, "the outcome of the save before was not taken"
-        started = time.monotonic()
         sharded, common = save_preprocess(state, validate_access_integrity=not self._validated)
         self._validated = True
         self.stage.copy(sharded)
@@ -138,7 +138,7 @@ class Saver:
         serialised = io.BytesIO()
         if dist.get_rank() == 0:
             torch.save(common, serialised)
-        self._job = _Job(progress, shards, serialised.getvalue(), description, started, time.monotonic() - started)
+        self._job = _Job(progress, shards, serialised.getvalue(), description, began, time.monotonic() - began)
         self._thread = threading.Thread(target=self._run, args=(self._job,), name="save", daemon=True)
         self._thread.start()
         if not self.background:

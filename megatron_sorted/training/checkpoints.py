@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -159,12 +160,13 @@ class Checkpoints:
         Raises:
             TrainingError: The weights are not finite.
         """
+        began = time.monotonic()
         before = self.saver.take_outcome(wait=True)
         check_finite_weights(self.model.chunks)
         more = {"coefficient_rule": self.rule.state_dict()}
         state = sharded_state(self.model.chunks, self.model.optimizer, self.model.schedule, more)
         rate = self.model.optimizer.param_groups[0]["lr"]
-        self.saver.save(state, progress, {**description, "learning_rate": rate})
+        self.saver.save(state, progress, {**description, "learning_rate": rate}, began)
         self.saved_step = progress.step
         after = None if self.saver.background else self.saver.take_outcome(wait=True)
         return [outcome for outcome in (before, after) if outcome is not None]
