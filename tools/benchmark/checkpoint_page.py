@@ -19,13 +19,13 @@ ratios are medians of ratios within a round; of several ranks the slowest counts
 """
 WORDS = """\
 - *in the background*: while training goes on, from the call to the tracker.
-- *held up*: the whole of the loop's call of a save in the background; *told* is the part that the line "saved ..." names
-  (`SaveOutcome.stall_seconds`), which begins when the state is gathered and found finite. *first*: the first save of a process also takes
-  host memory for its copies and has Megatron check the state dict over all ranks.
+- *held up*: the whole of the loop's call of a save in the background; *told* is what the line "saved ..." names
+  (`SaveOutcome.stall_seconds`). *first*: the first save of a process also takes host memory for its copies and has Megatron check the
+  state dict over all ranks.
 - *steps beside a save*: median step while a save is written over the median step between two saves of the same run, in turns, the time
   held up left out; behind it how many of each.
 - *all parts*: hash + write and flush + read + hash, one after another. With two ranks each does half of the bytes, at the same time; in the
-  save itself the first data parallel rank writes all that its copies share.
+  save itself the first data parallel rank writes the weights, of which all have copies, and every one its part of the optimizer's state.
 - *load*: from looking for the newest checkpoint to going on from it; files out of the page cache, optimizer state empty as at a start.
 """
 READING = """\
@@ -33,8 +33,8 @@ READING = """\
 
 A save in the foreground is bound by writing and flushing; then come hashing, and reading back with its hash, all on one thread a rank, so
 that the parts add up: what is above 1 in *save / all parts* is torch's planning and serialisation. Training is held up by a copy in host
-memory, by one pass over the weights for numbers that are not finite, and with the distributed optimizer by gathering its state over the
-data parallel ranks, which also holds the weights once more (16 bytes a parameter instead of 12). Steps beside a save are slower by what
+memory and by one pass over the weights for numbers that are not finite. The distributed optimizer's state holds the weights once more (16
+bytes a parameter instead of 12), as Megatron's own form of it does. Steps beside a save are slower by what
 the writing thread takes of cores and memory bus; with as many processes as cores it takes a core from one of them. megatron-core starts
 writing processes at every save and a server process at the first, which costs seconds before a byte is written and dominates small
 checkpoints. A load is bound by reading; verifying reads and hashes the files once before that, after which they come from memory where
