@@ -22,6 +22,10 @@ def check_files(settings: Settings) -> None:
         settings.save_retain_interval is None or settings.save_retain is not None,
         "--save-retain-interval: all checkpoints are kept anyway. Give --save-retain as well, or leave it out.",
     )
+    require(
+        settings.pretrained_checkpoint is None or not settings.finetune,
+        "--pretrained-checkpoint: beside --finetune, which takes the weights of --load each time. Give one of them.",
+    )
     needs_load = {
         "--ckpt-step": settings.ckpt_step is not None,
         "--finetune": settings.finetune,

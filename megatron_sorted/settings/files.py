@@ -24,6 +24,8 @@ class FileSettings:
     tokenizer_model: str | None = setting(None, "Tokenizer file (sentencepiece) or directory (Hugging Face).")
     save: str | None = setting(None, "Directory for checkpoints and reports.")
     load: str | None = setting(None, "Directory of checkpoints to continue from.")
+    pretrained_checkpoint: str | None = setting(
+        None, "Directory of checkpoints whose newest weights a run starts from at step 0, as long as --load holds none of its own.")
     save_interval: int | None = setting(None, "Steps between checkpoints; the last step is always saved when --save is given.")
     async_save: bool = setting(True, "Write checkpoints in the background while training goes on.")
     save_retain: int | None = setting(None, "Keep this many of the newest checkpoints; by default all.")

@@ -56,7 +56,7 @@ def _run_id(settings: Settings, continued: Candidate | None) -> str:
         return uuid.uuid4().hex[:8]
     path = Path(settings.save) / RUN
     restarted = settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
-    if restarted and not settings.finetune:
+    if (restarted and not settings.finetune) or settings.pretrained_checkpoint is not None:
         try:
             return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
         except (OSError, ValueError, KeyError, TypeError):

@@ -1,11 +1,13 @@
 """Everything a run reads or writes, opened and checked before any process group starts."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_sorted.checkpoint.candidates import Candidates, find_candidates
+from megatron_sorted.checkpoint.layout import saved_steps
 from megatron_sorted.data.batches import make_eval_sets, make_test_sets, open_train_samples
 from megatron_sorted.data.dataset import EvaluationSet, SampleSource
 from megatron_sorted.data.identity import data_identity
@@ -53,7 +55,7 @@ def open_inputs(settings: Settings) -> Inputs:
     vocab_size = settings.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     if not vocab_size:
         raise SettingsError("--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size.")
-    settings = replace_vocab(settings, vocab_size)
+    settings = start_from_pretrained(replace_vocab(settings, vocab_size))
     if tokenizer is not None:
         check_same_tokenizer((*data_prefixes(settings), *settings.valid_data_path, *settings.test_data_path), tokenizer)
     samples = None if settings.skip_train else open_train_samples(settings, vocab_size)
@@ -89,6 +91,13 @@ def open_tokenizer(settings: Settings) -> Tokenizer | None:
     return tokenizer
 
 
+def start_from_pretrained(settings: Settings) -> Settings:
+    """Returns the settings with the weights of --pretrained-checkpoint to be taken, where the run has no checkpoint of its own yet."""
+    if settings.pretrained_checkpoint is None or (settings.load is not None and saved_steps(settings.load)):
+        return settings
+    return dataclasses.replace(settings, load=settings.pretrained_checkpoint, finetune=True)
+
+
 def find_checkpoints(settings: Settings, tokenizer: Tokenizer | None, data: dict[str, Any] | None) -> Candidates | None:
     """Returns the checkpoints the run may continue from, best first; None to start afresh.
 
@@ -98,22 +107,23 @@ def find_checkpoints(settings: Settings, tokenizer: Tokenizer | None, data: dict
     if settings.load is None:
         return None
     root = Path(settings.load)
+    flag = "--pretrained-checkpoint" if settings.load == settings.pretrained_checkpoint else "--load"
     # where --load and --save are the same, a job script can be submitted again and again, the first time too
     same_as_save = settings.save is not None and root.resolve() == Path(settings.save).resolve()
     if not root.is_dir() and not same_as_save:
-        raise CheckpointError(f"--load: {root} is not a directory. Give the directory that --save of another run wrote to.")
+        raise CheckpointError(f"{flag}: {root} is not a directory. Give the directory that --save of another run wrote to.")
     try:
         found = find_candidates(root, settings.ckpt_step)
     except OSError as error:
-        raise CheckpointError(f"--load: cannot read {root} ({error.strerror}). Give a directory that can be read.") from error
+        raise CheckpointError(f"{flag}: cannot read {root} ({error.strerror}). Give a directory that can be read.") from error
     if found.usable:
         check_can_continue(found.usable[0], settings, tokenizer, data)
         return found
     if found.skipped:
-        raise CheckpointError(f"--load: {root} holds no complete checkpoint: {' '.join(found.passed_over(None))} Restore one, or give "
+        raise CheckpointError(f"{flag}: {root} holds no complete checkpoint: {' '.join(found.passed_over(None))} Restore one, or give "
                               "another directory.")
     if settings.exit_on_missing_checkpoint or settings.finetune or settings.skip_train:
-        raise CheckpointError(f"--load: {root} holds no checkpoint. Give the directory that --save of another run wrote to.")
+        raise CheckpointError(f"{flag}: {root} holds no checkpoint. Give the directory that --save of another run wrote to.")
     return None
 
 

@@ -63,6 +63,7 @@ REFUSED = [
     (BASE, {"save_retain": 2}, 1, "--save-retain: nothing is saved"),
     (BASE, {"save": "run", "save_retain_interval": 2}, 1, "--save-retain-interval: all checkpoints are kept anyway"),
     (BASE, {"ckpt_step": 2}, 1, "--ckpt-step: no checkpoint to take weights from"),
+    (BASE, {"pretrained_checkpoint": "p", "finetune": True, "load": "l"}, 1, "--pretrained-checkpoint: beside --finetune"),
     # profile
     (BASE, {**PROFILE, "profile_step_end": 10}, 1, "--profile-step-end: 10 is not above --profile-step-start 10"),
     (BASE, {**PROFILE, "profile_step_start": 0, "profile_step_end": 1}, 1, "--profile-step-end: 1 is not above --profile-step-start 0"),

@@ -155,6 +155,19 @@ def test_incomplete_checkpoints(folder):
     assert refused(CheckpointError, dataclasses.replace(run, ckpt_step=8)).startswith("--ckpt-step: save holds no checkpoint of step 8; ")
 
 
+def test_pretrained_weights_start_a_run_and_its_own_checkpoints_go_on(folder):
+    pretrained, own = write_checkpoint(folder / "pretrained", settings(folder)), folder / "own"
+    run = settings(folder, pretrained_checkpoint=str(folder / "pretrained"), load=str(own), save=str(own))
+    inputs = open_inputs(run)
+    assert inputs.settings.finetune and inputs.checkpoints.usable[0].directory == pretrained
+    mine = write_checkpoint(own, settings(folder), step=3)
+    inputs = open_inputs(run)
+    assert not inputs.settings.finetune and inputs.checkpoints.usable[0].directory == mine
+    missing = dataclasses.replace(run, load=None, pretrained_checkpoint=str(folder / "nowhere"))
+    assert refused(CheckpointError, missing) == (
+        "--pretrained-checkpoint: nowhere is not a directory. Give the directory that --save of another run wrote to.")
+
+
 @pytest.mark.parametrize(
     ("changes", "flag", "saved", "now"),
     [
