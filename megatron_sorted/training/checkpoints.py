@@ -76,7 +76,7 @@ def choose_checkpoint(candidates: Candidates, settings: Settings, tokenizer: Tok
         CheckpointError: There were checkpoints and none is sound, or the run cannot go on from it.
     """
     box = [candidates, data]
-    dist.broadcast_object_list(box, src=0)  # ranks may have looked while another job was still writing
+    dist.broadcast_object_list(box, src=0)  # ranks may have looked at different moments
     candidates, data = box
     taken = None
     for candidate in candidates.usable:

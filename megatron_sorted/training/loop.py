@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from megatron_sorted.checkpoint.candidates import Candidates
 from megatron_sorted.checkpoint.layout import saved_steps, write_text_atomically
 from megatron_sorted.checkpoint.manifest import Progress
 from megatron_sorted.data.batches import make_train_batches
@@ -29,7 +30,7 @@ from megatron_sorted.training.describe import description, evaluation_results, o
 from megatron_sorted.training.evaluate import evaluate
 from megatron_sorted.training.failure import report_and_exit
 from megatron_sorted.training.forward_step import ForwardStep
-from megatron_sorted.training.inputs import open_inputs
+from megatron_sorted.training.inputs import find_checkpoints, open_inputs
 from megatron_sorted.training.nonfinite import NonfiniteSteps
 from megatron_sorted.training.profile import Profiler
 from megatron_sorted.training.reporting import Interval
@@ -85,11 +86,13 @@ class Run:
 
         Collective: every process must call it.
         """
-        settings, found = self.settings, self.inputs.checkpoints
+        settings, inputs = self.settings, self.inputs
         candidate = None
         if settings.load is not None:
-            # the lock was taken in between: what another run saved last is seen by all ranks alike
-            candidate = None if found is None else choose_checkpoint(found, settings, self.inputs.tokenizer, self.inputs.data, self.say)
+            found = inputs.checkpoints
+            if self.place.rank == 0:  # again, now that the directory is ours: the run before may have saved since
+                found = find_checkpoints(settings, inputs.tokenizer, inputs.data)
+            candidate = choose_checkpoint(found or Candidates(), settings, inputs.tokenizer, inputs.data, self.say)
             if candidate is None:
                 self.say(f"--load {settings.load} holds no checkpoint: starting afresh")
         self.run_id = agree_on_run_id(settings, candidate)
