@@ -110,9 +110,9 @@ def find_checkpoints(settings: Settings, tokenizer: Tokenizer | None, data: dict
     flag = "--pretrained-checkpoint" if settings.load == settings.pretrained_checkpoint else "--load"
     # where --load and --save are the same, a job script can be submitted again and again, the first time too
     same_as_save = settings.save is not None and root.resolve() == Path(settings.save).resolve()
-    if not root.is_dir() and not same_as_save:
-        raise CheckpointError(f"{flag}: {root} is not a directory. Give the directory that --save of another run wrote to.")
     try:
+        if not root.is_dir() and not same_as_save:
+            raise CheckpointError(f"{flag}: {root} is not a directory. Give the directory that --save of another run wrote to.")
         found = find_candidates(root, settings.ckpt_step)
     except OSError as error:
         raise CheckpointError(f"{flag}: cannot read {root} ({error.strerror}). Give a directory that can be read.") from error

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from megatron_sorted.errors import CheckpointError, DataError, SettingsError
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.describe import description
-from megatron_sorted.training.inputs import open_inputs
+from megatron_sorted.training.inputs import find_checkpoints, open_inputs
 from megatron_sorted.training.loop import Run
 
 
@@ -125,6 +126,28 @@ def test_a_directory_that_cannot_be_written(folder):
     for flag, field in (("--save", "save"), ("--metrics-file", "metrics_file")):
         message = refused(SettingsError, settings(folder, **{field: inside}))
         assert re.fullmatch(flag + r": cannot write in \S+ \(.+\)\. Give a directory that can be written\.", message)
+
+
+@pytest.mark.parametrize("closed", ["save", "."])
+def test_directories_without_permission(folder, closed):
+    """The directory itself or the one it lies in may not be read; also where tests are run by root, who may read anything."""
+    write_checkpoint(folder / "save", settings(folder))
+    run = settings(folder, load=str(folder / "save"), vocab_size=290)
+    (folder / closed).chmod(0)
+    child = os.fork()
+    if not child:
+        try:
+            if os.geteuid() == 0:
+                os.seteuid(65534)
+            find_checkpoints(run, None, None)
+        except CheckpointError as error:
+            said = f"--load: cannot read {folder / 'save'} (Permission denied). Give a directory that can be read."
+            os._exit(0 if str(error) == said else 2)
+        finally:
+            os._exit(3)
+    _, status = os.waitpid(child, 0)
+    (folder / closed).chmod(0o700)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_load_from_a_directory_that_is_not_there(folder):
