@@ -55,8 +55,9 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Starts watching."""
+        """Starts watching, with a first sign: a rank that stops right after it can be named as well."""
         self._since = time.monotonic()
+        self._say(self._beat)
         self._thread.start()
 
     def stop(self) -> None:
