@@ -114,7 +114,7 @@ def test_a_frozen_rank_is_named_and_ends_the_job(folder):
     log = (folder / "log").read_text()
     block = last_block(log)
     assert "error: no progress for " in block, log
-    assert f"process {victim.pid}) is silent (stopped, dead or cut off), last seen in step " in block, block
+    assert f"process {victim.pid}) is silent (stopped, dead or cut off), last seen in " in block, block
     assert "Traceback" not in block and "Connection" not in block
 
 
