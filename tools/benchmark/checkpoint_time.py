@@ -152,7 +152,7 @@ class CheckpointTimes:
             part.optimizer.state.clear()  # as before the first step
 
         def load() -> None:
-            candidate = choose_checkpoint(find_candidates(self.root), settings, run.inputs.data, run.say)
+            candidate = choose_checkpoint(find_candidates(self.root), settings, run.inputs.tokenizer, run.inputs.data, run.say)
             run.progress = run.checkpoints.load(candidate)
 
         return self._together(load)
