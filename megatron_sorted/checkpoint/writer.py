@@ -18,13 +18,18 @@ class _HashingStream(io.RawIOBase):
 
     def __init__(self, file, progress_mark: Callable[[], None]):
         self.file, self.progress_mark, self.digest, self.num_bytes = file, progress_mark, hashlib.sha256(), 0
+        self.failure: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data) -> int:
         self.digest.update(data)
-        written = self.file.write(data)
+        try:
+            written = self.file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
         self.num_bytes += written
         self.progress_mark()
         return written
@@ -60,7 +65,12 @@ class HashingFileSystem(FileSystem):
                 yield file
                 return
             stream = _HashingStream(file, self.progress_mark)
-            yield stream
+            try:
+                yield stream
+            except Exception as error:
+                if stream.failure is not None:  # torch says "unexpected pos" of a stream that could not be written
+                    raise stream.failure from error
+                raise
             if not file.closed:
                 file.flush()
                 os.fsync(file.fileno())
