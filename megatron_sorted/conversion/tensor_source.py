@@ -1,0 +1,41 @@
+"""What every directory of weights looks like to a conversion: names with shapes, and tensors read one at a time."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and kind of one stored tensor, known without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Returns its size."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class TensorSource(ABC):
+    """Named tensors on disk.
+
+    A source of Megatron weights uses the global names of a sharded checkpoint with the layer's index (from 0) after ``decoder.layers.``,
+    such as ``decoder.layers.3.self_attention.linear_qkv.weight``, and returns whole tensors, whatever layout they were saved in.
+
+    Attributes:
+        tensors: What there is, by name, in the order in which it is best read.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+
+    @abstractmethod
+    def read(self, name: str) -> torch.Tensor:
+        """Returns a tensor in memory of its own, on the CPU; nothing else stays in memory.
+
+        Raises:
+            CheckpointError: It cannot be read, or is damaged.
+        """
