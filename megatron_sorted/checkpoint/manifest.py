@@ -1,5 +1,6 @@
 """What a checkpoint says of itself: settings, progress, tokenizer, data, versions, and the size and hash of every file."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -8,19 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, num_query_groups
 from megatron_sorted.settings.run import Settings
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 BLOCK_BYTES = 1 << 20
-# What must agree between a checkpoint and the run that loads it: the shape of the network.
+# What must agree between a checkpoint and the run that loads it: what the network computes of its weights.
 SHAPE_FIELDS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "group_query_attention", "num_query_groups",
     "normalization", "swiglu", "disable_bias_linear", "add_qkv_bias", "qk_layernorm", "position_embedding_type", "rotary_base",
-    "rotary_percent", "untie_embeddings_and_output_weights", "num_experts", "vocab_size",
+    "rotary_percent", "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor", "rope_scaling_low_freq_factor",
+    "rope_scaling_high_freq_factor", "rope_scaling_original_max_position_embeddings", "sliding_window", "norm_epsilon",
+    "untie_embeddings_and_output_weights", "num_experts", "vocab_size",
 )
 # These name parameters, so they must agree too; exits that share norm and head may change freely.
 OWN_PART_FIELDS = ("use_exit_norm", "untie_exit_output_weights")
+# What a manifest says under "contents" where there are no optimizer, schedule and random state, as in an imported model.
+WEIGHTS_ONLY = "weights"
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,15 @@ def find_damage(directory: Path, manifest: Mapping[str, Any], names: Iterable[st
     return problems
 
 
+def network_shape(settings: Settings, vocab_size: int) -> dict[str, Any]:
+    """Returns the fields that fix what the network computes of its weights, defaults resolved: "shape" of a manifest."""
+    shape = {name: getattr(settings, name) for name in (*SHAPE_FIELDS, *OWN_PART_FIELDS)}
+    return shape | {
+        "ffn_hidden_size": ffn_hidden_size(settings), "kv_channels": kv_channels(settings),
+        "num_query_groups": num_query_groups(settings), "vocab_size": vocab_size, "exit_layer_nums": list(exit_depths(settings)),
+    }
+
+
 def check_same_shape(directory: Path, manifest: Mapping[str, Any], settings: Settings, shape: Mapping[str, Any]) -> None:
     """Returns nothing if the checkpoint holds a network of the shape the run asks for.
 
@@ -134,16 +149,19 @@ def check_same_shape(directory: Path, manifest: Mapping[str, Any], settings: Set
         directory: The checkpoint.
         manifest: Its manifest.
         settings: The run, for messages.
-        shape: {field: value} of the run, with defaults resolved (``training.describe.network_shape``).
+        shape: {field: value} of the run, with defaults resolved (``network_shape``).
 
     Raises:
         CheckpointError: Naming every field that differs.
     """
-    saved = manifest["shape"]
-    different = [name for name in (*SHAPE_FIELDS, *OWN_PART_FIELDS) if saved.get(name) != shape.get(name)]
+    absent = {field.name: field.default for field in dataclasses.fields(Settings)}
+    before = {**absent, **manifest.get("settings", {}), **manifest["shape"]}  # what an older version did not write is as it was then
+    now = {**absent, **shape}
+    names = (*SHAPE_FIELDS, *OWN_PART_FIELDS)
     if settings.use_exit_norm or settings.untie_exit_output_weights:
-        different += [name for name in ("exit_layer_nums",) if saved.get(name) != shape.get(name)]
+        names += ("exit_layer_nums",)
+    different = [name for name in names if before[name] != now[name]]
     if different:
         rows = "; ".join(
-            f"--{name.replace('_', '-')}: {saved.get(name)} in the checkpoint, {shape.get(name)} in this run" for name in different)
+            f"--{name.replace('_', '-')}: {before[name]} in the checkpoint, {now[name]} in this run" for name in different)
         raise CheckpointError(f"{directory}: made with other sizes. {rows}. Use the checkpoint's values, or train anew without --load.")

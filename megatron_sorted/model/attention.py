@@ -1,6 +1,7 @@
 """Attention on torch's scaled_dot_product_attention: less memory and time than the unfused products on every device."""
 
 import math
+from functools import lru_cache
 
 import torch
 from megatron.core.transformer import MegatronModule, TransformerConfig
@@ -40,16 +41,35 @@ class SdpaAttention(MegatronModule):
         return context_bnsd.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
 
-def packed_attention_mask(segments_bs: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Returns the additive mask that keeps packed documents apart, or None where every sample is one document.
+def make_attention_mask(tokens_bs: torch.Tensor, segments_bs: torch.Tensor | None, window: int | None,
+                        dtype: torch.dtype) -> torch.Tensor | None:
+    """Returns the additive mask that keeps packed documents apart and glances short, or None where plain causal attention is meant.
 
-    Shapes: segments [b, s], the number of the document each token belongs to; result [b, 1, s, s], 0 where a token may look and
-    -inf elsewhere. A float mask is made once here; a boolean one would be converted again in every layer.
+    Shapes: result [b or 1, 1, s, s], 0 where a token may look and -inf elsewhere. A float mask is made once here; a boolean one would
+    be converted again in every layer.
+
+    Args:
+        tokens_bs: Tokens of the micro-batch, for length and device.
+        segments_bs: Number of the document each token belongs to; None where every sample is one document.
+        window: Tokens a token may look back at, itself included; None for all before it.
+        dtype: Of the mask.
     """
+    length = tokens_bs.size(1)
+    window = length if window is None else min(window, length)
     if segments_bs is None:
-        return None
-    length = segments_bs.size(1)
+        return None if window == length else _window_mask(length, window, dtype, tokens_bs.device)
     same = segments_bs[:, None, :, None] == segments_bs[:, None, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments_bs.device).tril()
     mask = torch.zeros(same.shape, dtype=dtype, device=segments_bs.device)
-    return mask.masked_fill_(~(same & causal), float("-inf"))
+    return mask.masked_fill_(~(same & _visible(length, window, segments_bs.device)), float("-inf"))
+
+
+def _visible(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Returns [s, s], whether token i may look at token j: i - window < j <= i, as in transformers' sliding-window attention."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
+
+
+@lru_cache(maxsize=2)
+def _window_mask(length: int, window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Returns the mask [1, 1, s, s] of a window without packing: the same for every micro-batch, so it is kept."""
+    mask = torch.zeros(1, 1, length, length, dtype=dtype, device=device)
+    return mask.masked_fill_(~_visible(length, window, device), float("-inf"))

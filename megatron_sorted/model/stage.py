@@ -4,16 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_sorted.model.norm import Norm
+from megatron_sorted.model.rotary import make_rotary
 from megatron_sorted.model.segments import cut_block
 from megatron_sorted.settings.derived import max_position_embeddings
 from megatron_sorted.settings.run import Settings
@@ -70,11 +70,7 @@ class SortedStage(MegatronModule):
         if plan.has_embedding:
             self.embedding = LanguageModelEmbedding(
                 config, vocab_size, max_position_embeddings(settings), settings.position_embedding_type)
-        self.rotary_pos_emb = None
-        if settings.position_embedding_type == "rope":
-            self.rotary_pos_emb = RotaryEmbedding(
-                kv_channels=config.kv_channels, rotary_percent=settings.rotary_percent, rotary_base=settings.rotary_base,
-                cp_group=parallel_state.get_context_parallel_group())
+        self.rotary_pos_emb = make_rotary(settings)
         self.decoder = TransformerBlock(
             config, spec, post_layer_norm=False, pre_process=plan.has_embedding, post_process=plan.is_last, vp_stage=self.vp_stage)
         assert len(self.decoder.layers) == plan.num_layers, "our layer split differs from Megatron's"

@@ -1,6 +1,9 @@
 """Rules between the sizes of the network."""
 
+from dataclasses import fields
+
 from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels, max_position_embeddings, num_query_groups
+from megatron_sorted.settings.flags import flag_of
 from megatron_sorted.settings.require import require, require_divides
 from megatron_sorted.settings.run import Settings
 
@@ -35,10 +38,52 @@ def check_model(settings: Settings) -> None:
             f"--rotary-percent: {settings.rotary_percent} of {kv_channels(settings)} channels a head are {rotated}; "
             "rotary embedding turns pairs. Change --kv-channels, --num-attention-heads or --rotary-percent.",
         )
+    _check_positions(settings)
+    require(
+        settings.sliding_window is None or settings.seq_length <= settings.sliding_window or settings.context_parallel_size == 1,
+        f"--sliding-window: {settings.sliding_window} is shorter than --seq-length {settings.seq_length}, and attention across context "
+        f"parallel processes (--context-parallel-size {settings.context_parallel_size}) looks at the whole sequence. Use 1 process for it.",
+    )
     require(
         max_position_embeddings(settings) >= settings.seq_length,
         f"--max-position-embeddings: {settings.max_position_embeddings} is less than --seq-length {settings.seq_length}. Raise it or "
         "leave it out.",
+    )
+
+
+def _check_positions(settings: Settings) -> None:
+    """Returns nothing if rotary frequencies are stretched in one way, and in a way that is defined."""
+    stretch, rope = settings.rotary_seq_len_interpolation_factor, settings.position_embedding_type == "rope"
+    for flag, given in (("--rotary-seq-len-interpolation-factor", stretch is not None), ("--use-rope-scaling", settings.use_rope_scaling)):
+        require(
+            rope or not given,
+            f"{flag}: there are no rotary frequencies with --position-embedding-type {settings.position_embedding_type}. Leave it out.",
+        )
+    require(
+        stretch is None or stretch >= 1,
+        f"--rotary-seq-len-interpolation-factor: {stretch} would squeeze positions. Give 1 or more.",
+    )
+    if not settings.use_rope_scaling:
+        for field in (field for field in fields(settings) if field.name.startswith("rope_scaling_")):
+            value = getattr(settings, field.name)
+            require(
+                value == field.default,
+                f"{flag_of(field.name)}: {value} has no effect without --use-rope-scaling. Give that as well, or leave it out.",
+            )
+        return
+    require(
+        stretch is None,
+        f"--rotary-seq-len-interpolation-factor: {stretch} beside --use-rope-scaling, but positions are stretched in one way. Give one.",
+    )
+    require(
+        settings.rope_scaling_factor >= 1,
+        f"--rope-scaling-factor: {settings.rope_scaling_factor} would squeeze the text. Give 1 or more.",
+    )
+    low, high = settings.rope_scaling_low_freq_factor, settings.rope_scaling_high_freq_factor
+    require(
+        low < high,
+        f"--rope-scaling-low-freq-factor: {low} is not below --rope-scaling-high-freq-factor {high}. Frequencies between the two are "
+        "divided in part; lower the first or raise the second.",
     )
 
 

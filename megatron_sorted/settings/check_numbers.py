@@ -6,9 +6,10 @@ from megatron_sorted.settings.run import Settings
 
 POSITIVE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "num_query_groups", "seq_length",
-    "max_position_embeddings", "rotary_base", "rotary_percent", "norm_epsilon", "make_vocab_size_divisible_by", "vocab_size",
-    "init_method_std", "num_experts", "moe_router_topk", "moe_ffn_hidden_size",
-    "num_sampled_exits", "exit_loss_chunk_tokens",
+    "max_position_embeddings", "rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor", "rope_scaling_factor",
+    "rope_scaling_low_freq_factor", "rope_scaling_high_freq_factor", "rope_scaling_original_max_position_embeddings", "sliding_window",
+    "norm_epsilon", "make_vocab_size_divisible_by", "vocab_size", "init_method_std", "num_experts", "moe_router_topk",
+    "moe_ffn_hidden_size", "num_sampled_exits", "exit_loss_chunk_tokens",
     "distributed_timeout_minutes", "tensor_model_parallel_size", "pipeline_model_parallel_size",
     "num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
     "context_parallel_size", "expert_model_parallel_size", "recompute_num_layers",

@@ -39,10 +39,13 @@ def sub_model_parameters(settings: Settings, vocab_size: int) -> dict[int, int]:
 def forward_flops_per_token(settings: Settings, vocab_size: int, seq_length: int | None = None) -> dict[int, int]:
     """Returns {depth: operations of the sub-model's forward pass for one token}, a multiply-add counting 2.
 
-    Attention is counted at its mean over a causal sequence: half of ``seq_length`` (by default the run's).
+    Attention is counted at its mean over a causal sequence: half of ``seq_length`` (by default the run's); with a sliding window ``w``,
+    where a token sees at most ``w`` others, that is w - w**2 / (2 * seq_length).
     """
     length = seq_length or settings.seq_length
-    attention = 2 * length * settings.num_attention_heads * kv_channels(settings)  # scores and values, each 2 * length / 2 * width
+    window = min(settings.sliding_window or length, length)
+    seen_twice = 2 * window - window * window // length
+    attention = 2 * seen_twice * settings.num_attention_heads * kv_channels(settings)  # scores and values, each 2 * seen * width
     layer = 2 * layer_parameters(settings)[0] + attention
     return {depth: depth * layer + 2 * settings.hidden_size * vocab_size for depth in exit_depths(settings)}
 

@@ -23,6 +23,18 @@ class ModelSettings:
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = setting("rope", "How positions enter the network.")
     rotary_base: int = setting(10000, "Base of the rotary frequencies.")
     rotary_percent: float = setting(1.0, "Part of each head's channels that is rotated.")
+    rotary_seq_len_interpolation_factor: float | None = setting(
+        None, "Divide positions by this before rotating (linear position interpolation), to stretch a model over longer texts.")
+    use_rope_scaling: bool = setting(False, "Stretch the low rotary frequencies as Llama 3.1 and later do.")
+    rope_scaling_factor: float = setting(8.0, "With --use-rope-scaling: what the lowest rotary frequencies are divided by.")
+    rope_scaling_low_freq_factor: float = setting(
+        1.0, "With --use-rope-scaling: frequencies that turn less often than this within the original context are divided in full.")
+    rope_scaling_high_freq_factor: float = setting(
+        4.0, "With --use-rope-scaling: frequencies that turn more often than this within the original context stay as they are.")
+    rope_scaling_original_max_position_embeddings: int = setting(
+        8192, "With --use-rope-scaling: the context the model was first trained with.")
+    sliding_window: int | None = setting(
+        None, "Tokens a token may look back at, itself included, the same in every layer (Mistral 7B v0.1); by default all before it.")
     normalization: Literal["RMSNorm", "LayerNorm"] = setting("RMSNorm", "Kind of normalization.")
     norm_epsilon: float = setting(1e-5, "Epsilon of the normalization.")
     swiglu: bool = setting(True, "Gated MLP with SiLU (LLaMA); --no-swiglu gives a GELU MLP.")

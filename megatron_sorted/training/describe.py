@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_sorted import __version__
-from megatron_sorted.checkpoint.manifest import OWN_PART_FIELDS, SHAPE_FIELDS
+from megatron_sorted.checkpoint.manifest import network_shape
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.monitoring.report import EvaluationReport
 from megatron_sorted.parallel.groups import Place
@@ -19,25 +19,13 @@ from megatron_sorted.settings.costs import forward_flops_per_token, sub_model_pa
 from megatron_sorted.settings.derived import (
     coefficient_rule,
     exit_depths,
-    ffn_hidden_size,
     global_batch_size,
-    kv_channels,
     layers_of_chunks,
     num_micro_batches,
-    num_query_groups,
     num_virtual_chunks,
 )
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
-
-
-def network_shape(settings: Settings, vocab_size: int) -> dict[str, Any]:
-    """Returns the fields that fix the shape of the network, defaults resolved."""
-    shape = {name: getattr(settings, name) for name in (*SHAPE_FIELDS, *OWN_PART_FIELDS)}
-    return shape | {
-        "ffn_hidden_size": ffn_hidden_size(settings), "kv_channels": kv_channels(settings),
-        "num_query_groups": num_query_groups(settings), "vocab_size": vocab_size, "exit_layer_nums": list(exit_depths(settings)),
-    }
 
 
 def description(settings: Settings, vocab_size: int, run_id: str, place: Place, tokenizer: Tokenizer | None,

@@ -13,7 +13,7 @@ from megatron_sorted.data.batches import Batch
 from megatron_sorted.loss.deferred import end, tap
 from megatron_sorted.loss.ledger import Ledger
 from megatron_sorted.loss.linear_cross_entropy import ExitLoss, Targets, exit_loss
-from megatron_sorted.model.attention import packed_attention_mask
+from megatron_sorted.model.attention import make_attention_mask
 from megatron_sorted.model.config import parameter_dtype
 from megatron_sorted.model.stage import SortedStage
 from megatron_sorted.platform.contract import Platform
@@ -111,7 +111,7 @@ class ForwardStep:
         targets = self._to_device(count_targets(batch)) if stage.depths else None
         micro = _MicroBatch(batch, targets, number, int(batch.loss_mask_bs.sum()), self._deepest())
         moved = self._to_device(batch)
-        mask = packed_attention_mask(moved.segments_bs, parameter_dtype(self.settings))
+        mask = make_attention_mask(moved.tokens_bs, moved.segments_bs, self.settings.sliding_window, parameter_dtype(self.settings))
         output = chunk(tokens_bs=moved.tokens_bs, positions_bs=moved.positions_bs, attention_mask=mask,
                        at_exit=partial(self._at_exit, stage, micro), deepest=micro.deepest)
         # filled by the device: torch.tensor would copy from the host and wait

@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_sorted.checkpoint.candidates import Candidate
-from megatron_sorted.checkpoint.manifest import check_same_shape
+from megatron_sorted.checkpoint.manifest import check_same_shape, network_shape
 from megatron_sorted.data.identity import describe_changes
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.describe import network_shape
 
 # Settings whose change says nothing of training: where files lie, what is printed, how a run is watched.
 SILENT = frozenset((

@@ -14,6 +14,7 @@ from megatron_sorted.checkpoint.manifest import (
     check_sizes,
     find_damage,
     manifest_text,
+    network_shape,
     read_manifest,
     record_file,
 )
@@ -102,6 +103,23 @@ def test_exits_count_only_where_they_own_parameters(tmp_path):
     check_same_shape(tmp_path, manifest, Settings(), {"exit_layer_nums": [1, 4]})
     with pytest.raises(CheckpointError, match=r"--exit-layer-nums: \[2, 4\] in the checkpoint, \[1, 4\] in this run\. "):
         check_same_shape(tmp_path, manifest, Settings(untie_exit_output_weights=True), {"exit_layer_nums": [1, 4]})
+
+
+def test_a_field_that_an_older_version_did_not_know_had_its_default(tmp_path):
+    shape = network_shape(Settings(norm_epsilon=1e-6), 100)
+    old = {name: value for name, value in shape.items() if not name.startswith(("rope_", "use_rope", "sliding", "norm_eps", "rotary_seq"))}
+    assert len(shape) - len(old) == 8
+    manifest = {"shape": old, "settings": {"norm_epsilon": 1e-6}}  # it stood among the settings before it was checked
+    check_same_shape(tmp_path, manifest, Settings(), shape)
+    for changes, message in (
+        ({"sliding_window": 64}, "--sliding-window: None in the checkpoint, 64 in this run"),
+        ({"use_rope_scaling": True}, "--use-rope-scaling: False in the checkpoint, True in this run"),
+        ({"norm_epsilon": 1e-5}, "--norm-epsilon: 1e-06 in the checkpoint, 1e-05 in this run"),
+        ({"rotary_seq_len_interpolation_factor": 2.0}, "--rotary-seq-len-interpolation-factor: None in the checkpoint, 2.0 in this run"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            check_same_shape(tmp_path, manifest, Settings(), {**shape, **changes})
+        assert str(error.value).startswith(f"{tmp_path}: made with other sizes. {message}. ")
 
 
 def test_the_own_hash_is_that_of_plain_json(directory):

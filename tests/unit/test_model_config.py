@@ -1,10 +1,8 @@
 """What a platform cannot do is refused with the reason, before anything starts."""
 
 import pytest
-import torch
 
 from megatron_sorted.errors import PlatformError
-from megatron_sorted.model.attention import packed_attention_mask
 from megatron_sorted.model.config import check_platform, uses_transformer_engine
 from megatron_sorted.platform.cpu import CpuPlatform
 from megatron_sorted.settings.run import Settings
@@ -24,10 +22,3 @@ def test_what_needs_transformer_engine_is_refused_on_cpu(changes, words):
 def test_auto_takes_local_layers_on_cpu():
     check_platform(Settings(), CpuPlatform())
     assert not uses_transformer_engine(Settings(transformer_impl="auto"), CpuPlatform())
-
-
-def test_mask_keeps_packed_documents_apart():
-    mask = packed_attention_mask(torch.tensor([[0, 0, 1, 1]]), torch.float32)
-    inf = float("inf")
-    assert mask.tolist() == [[[[0, -inf, -inf, -inf], [0, 0, -inf, -inf], [-inf, -inf, 0, -inf], [-inf, -inf, 0, 0]]]]
-    assert packed_attention_mask(None, torch.float32) is None

@@ -1,5 +1,7 @@
 """Counted costs against a network that is built and a forward pass that is measured."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_sorted.settings.costs import forward_flops_per_token, layer_parameters, sub_model_parameters, train_flops_per_token
 from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels, num_query_groups
 from megatron_sorted.settings.run import Settings
+from tests.support.hugging_face import make_model
 from tests.support.rank_bodies import start
 from tests.support.ranks import run_ranks
-from tests.support.tiny import tiny
+from tests.support.tiny import VOCABULARY, tiny
 
 # tiny: 4 layers, hidden 32, MLP 48, 4 heads in 2 groups of 8 channels, vocabulary 100
 SHAPES = {
@@ -78,6 +81,31 @@ def test_operations_are_those_of_a_plain_forward_pass(name):
         assert twice * settings.seq_length == measured_flops(settings, depth)
         attention = 2 * settings.seq_length * settings.num_attention_heads * kv_channels(settings)
         assert twice - flops[depth] == depth * attention
+
+
+@pytest.mark.parametrize("window", [1, 4, 15, 16, 40])
+def test_a_window_counts_what_tokens_see(window):
+    settings = tiny(sliding_window=window)
+    without = forward_flops_per_token(replace(settings, sliding_window=None), 100)
+    seen = sum(min(i, window) - 0.5 for i in range(1, 17)) / 16  # as without a window, where the mean over 16 tokens is counted as 8
+    expected = without[4] - round(4 * 4 * 4 * 8 * (8 - seen))  # 4 operations, 4 layers, 4 heads of 8 channels
+    assert forward_flops_per_token(settings, 100)[4] == pytest.approx(expected, abs=4 * 2 * 32 * (2 * 0.5))
+
+
+FAMILIES = {
+    "Llama": ({"tie_word_embeddings": False, "num_key_value_heads": 4},
+              {"untie_embeddings_and_output_weights": True, "group_query_attention": False, "num_query_groups": None}),
+    "Mistral": ({"tie_word_embeddings": False, "head_dim": 16}, {"untie_embeddings_and_output_weights": True, "kv_channels": 16}),
+    "Qwen2": ({"tie_word_embeddings": True}, {"add_qkv_bias": True}),
+    "Qwen3": ({"tie_word_embeddings": True, "head_dim": 16}, {"qk_layernorm": True, "kv_channels": 16}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_those_of_transformers(family):
+    config, ours = FAMILIES[family]
+    for depth, count in sub_model_parameters(tiny(**ours), VOCABULARY).items():
+        assert make_model(family, num_hidden_layers=depth, **config).num_parameters() == count
 
 
 def test_training_counts_backward_twice_and_every_head():

@@ -1,0 +1,45 @@
+"""Rotary position embedding: Megatron's, with the ways in which models were stretched over longer texts."""
+
+import math
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+from megatron_sorted.settings.derived import kv_channels
+from megatron_sorted.settings.run import Settings
+
+
+def stretch_low_frequencies(frequencies: torch.Tensor, factor: float, low: float, high: float, context_tokens: int) -> torch.Tensor:
+    """Returns rotary frequencies of which those that hardly turn within ``context_tokens`` are divided by ``factor``.
+
+    A frequency that turns less than ``low`` times within the context is divided in full, one that turns more than ``high`` times stays,
+    and between the two its share goes linearly with the turns.
+
+    Source: the rotary scaling of Llama 3.1 ("The Llama 3 Herd of Models", arXiv 2407.21783, and ``apply_scaling`` in Meta's
+    llama-models), which transformers calls rope_type "llama3". Megatron-core has it for one choice of the last three numbers only.
+
+    Args:
+        frequencies: Angles per token, in radians.
+        factor: What the lowest ones are divided by.
+        low: Turns within the context below which a frequency is divided in full.
+        high: Turns above which it stays.
+        context_tokens: Length of the context the model was first trained with.
+    """
+    turns = context_tokens * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1.0 - kept) * frequencies / factor + kept * frequencies
+
+
+def make_rotary(settings: Settings) -> RotaryEmbedding | None:
+    """Returns Megatron's rotary embedding with the frequencies of this model, or None where positions enter in another way."""
+    if settings.position_embedding_type != "rope":
+        return None
+    rotary = RotaryEmbedding(
+        kv_channels=kv_channels(settings), rotary_percent=settings.rotary_percent, rotary_base=settings.rotary_base,
+        seq_len_interpolation_factor=settings.rotary_seq_len_interpolation_factor, cp_group=parallel_state.get_context_parallel_group())
+    if settings.use_rope_scaling:
+        rotary.inv_freq = stretch_low_frequencies(
+            rotary.inv_freq, settings.rope_scaling_factor, settings.rope_scaling_low_freq_factor, settings.rope_scaling_high_freq_factor,
+            settings.rope_scaling_original_max_position_embeddings)
+    return rotary

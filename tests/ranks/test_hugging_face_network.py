@@ -1,0 +1,106 @@
+"""Every exit says what transformers' model of the same family and weights says with as many layers, in every layout."""
+
+import pytest
+import torch
+
+from tests.support.hugging_face import exit_logits, global_weights, make_model
+from tests.support.logits import join_logits, logits_of_exits
+from tests.support.ranks import run_ranks
+from tests.support.tiny import VOCABULARY, tiny
+
+LENGTH = 48
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+UNTIED = {"untie_embeddings_and_output_weights": True}
+ROPE_SCALING = {"use_rope_scaling": True, "rope_scaling_factor": 8.0, "rope_scaling_original_max_position_embeddings": 16}
+# name: (family, changes of its config, changes of our settings); tiny: 4 layers, 4 heads in 2 groups, tied
+CASES = {
+    "llama 1, all heads, untied": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": False, "rms_norm_eps": 1e-6},
+                                   {"group_query_attention": False, "num_query_groups": None, "norm_epsilon": 1e-6, **UNTIED}),
+    "llama 3.2, tied, scaled": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}, ROPE_SCALING),
+    "llama, other numbers of the scaling, base 500000": (
+        "Llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "head_dim": 16,
+                  "rope_parameters": {**LLAMA3, "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 0.5, "high_freq_factor": 2.5,
+                                      "original_max_position_embeddings": 24}},
+        {"kv_channels": 16, "rotary_base": 500000, "use_rope_scaling": True, "rope_scaling_factor": 32.0,
+         "rope_scaling_low_freq_factor": 0.5, "rope_scaling_high_freq_factor": 2.5,
+         "rope_scaling_original_max_position_embeddings": 24}),
+    "llama 2, positions interpolated": (
+        "Llama", {"tie_word_embeddings": False, "rms_norm_eps": 1e-5,
+                  "rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0}},
+        {"rotary_seq_len_interpolation_factor": 2.5, **UNTIED}),
+    "mistral 0.1, sliding window": ("Mistral", {"tie_word_embeddings": False, "sliding_window": 7, "rms_norm_eps": 1e-5},
+                                    {"sliding_window": 7, **UNTIED}),
+    "mistral 0.3, no window": ("Mistral", {"tie_word_embeddings": False, "sliding_window": None, "rms_norm_eps": 1e-5,
+                                           "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+                               {"rotary_base": 1000000, **UNTIED}),
+    "qwen 2, biases, tied": ("Qwen2", {"tie_word_embeddings": True, "rms_norm_eps": 1e-6}, {"add_qkv_bias": True, "norm_epsilon": 1e-6}),
+    "qwen 2.5, biases, untied": ("Qwen2", {"tie_word_embeddings": False, "rms_norm_eps": 1e-6},
+                                 {"add_qkv_bias": True, "norm_epsilon": 1e-6, **UNTIED}),
+    "qwen 3, norms, wide heads, tied": ("Qwen3", {"tie_word_embeddings": True, "rms_norm_eps": 1e-6, "head_dim": 16},
+                                        {"qk_layernorm": True, "kv_channels": 16, "norm_epsilon": 1e-6}),
+    "qwen 3, norms, untied": ("Qwen3", {"tie_word_embeddings": False, "rms_norm_eps": 1e-3, "head_dim": 8},
+                              {"qk_layernorm": True, "norm_epsilon": 1e-3, **UNTIED}),
+}
+LAYOUTS = {"one process": (1, {}), "tp2 pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2})}
+SEQUENCE_PARALLEL = (4, {**LAYOUTS["tp2 pp2"][1], "sequence_parallel": True})
+
+
+def tokens(seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def compare(name: str, layout: tuple[int, dict], changes: dict | None = None) -> None:
+    family, config, ours = CASES[name]
+    world_size, split = layout
+    model = make_model(family, **config)
+    weights = global_weights(model)
+    settings = tiny(seq_length=LENGTH, **{**ours, **split, **(changes or {})})
+    reports = run_ranks(world_size, logits_of_exits, settings, weights, tokens())
+    assert set.union(*(used for _, used, _ in reports)) == weights.keys(), "a weight of transformers' model was left over"
+    got, expected = join_logits(reports, VOCABULARY), exit_logits(model, tokens())
+    assert got.keys() == expected.keys() == {1, 2, 3, 4}
+    for depth in expected:
+        difference = (got[depth] - expected[depth]).abs().max().item()
+        assert difference < 1e-5, f"exit {depth}: logits up to {expected[depth].abs().max():.2f} differ by {difference:.2e}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
+def test_logits_of_every_exit_equal_those_of_transformers(name, layout):
+    compare(name, LAYOUTS[layout])
+
+
+def test_also_with_sequence_parallelism_and_recomputed_layers():
+    compare("qwen 3, norms, wide heads, tied", SEQUENCE_PARALLEL)
+    compare("mistral 0.1, sliding window", SEQUENCE_PARALLEL, {"recompute_granularity": "full"})
+
+
+def test_what_differs_between_the_cases_is_seen_in_the_logits():
+    """Or the comparisons above would show nothing: each case with one of its settings forgotten says something else."""
+    forgotten = {
+        "llama 3.2, tied, scaled": {"use_rope_scaling": False},
+        "llama, other numbers of the scaling, base 500000": {"rope_scaling_low_freq_factor": 1.0},
+        "llama 2, positions interpolated": {"rotary_seq_len_interpolation_factor": None},
+        "mistral 0.1, sliding window": {"sliding_window": 8},
+        "qwen 3, norms, untied": {"norm_epsilon": 1e-6},
+    }
+    for name, changes in forgotten.items():
+        with pytest.raises(AssertionError, match=r"exit \d: logits"):
+            compare(name, LAYOUTS["one process"], changes)
+
+
+def test_packed_documents_see_only_themselves_within_the_window():
+    model = make_model("Mistral", **CASES["mistral 0.1, sliding window"][1])
+    settings = tiny(seq_length=LENGTH, sliding_window=7, **UNTIED)
+    starts = [[0, 5, 30], [0, 20, 21]]  # documents shorter and longer than the window
+    segments = torch.zeros(2, LENGTH, dtype=torch.int32)
+    for row, begins in enumerate(starts):
+        for begin in begins[1:]:
+            segments[row, begin:] += 1
+    got = join_logits(run_ranks(1, logits_of_exits, settings, global_weights(model), tokens(), segments), VOCABULARY)
+    for row, begins in enumerate(starts):
+        for begin, end in zip(begins, [*begins[1:], LENGTH], strict=True):
+            alone = exit_logits(model, tokens()[row : row + 1, begin:end])
+            for depth, logits in alone.items():
+                assert (got[depth][row, begin:end] - logits[0]).abs().max() < 1e-5, (row, begin, depth)

@@ -1,0 +1,81 @@
+"""What the processes of a test run to see what every exit says of given tokens, with given weights."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from megatron_sorted.data.batches import Batch
+from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.build import Model, unwrap
+from megatron_sorted.training.forward_step import ForwardStep
+from megatron_sorted.training.step import run_schedule
+from tests.support.gather import global_name
+from tests.support.rank_bodies import start
+
+
+def cut_shard(name: str, whole: torch.Tensor, dim: int | None, rank: int, size: int) -> torch.Tensor:
+    """Returns the part of a whole tensor that tensor parallel rank ``rank`` of ``size`` holds."""
+    if dim is None:
+        return whole
+    if name.endswith("linear_fc1.weight"):  # part of the gate, then part of the up projection
+        return torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
+    return whole.chunk(size, dim)[rank]
+
+
+def set_weights(model: Model, settings: Settings, weights: dict[str, torch.Tensor], tensor_rank: int) -> set[str]:
+    """Returns the names of ``weights`` that this rank has a part of, after copying them in."""
+    used = set()
+    for chunk in model.chunks:
+        stage = unwrap(chunk)
+        for local, parameter in stage.named_parameters():
+            name = global_name(stage, local, not settings.untie_embeddings_and_output_weights)
+            whole, dim = weights[name], parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+            if "embedding" in name or "output_layer" in name:
+                rows = parameter.shape[0] * settings.tensor_model_parallel_size
+                whole = F.pad(whole, (0, 0, 0, rows - whole.shape[0]))
+            shard = cut_shard(name, whole, dim, tensor_rank, settings.tensor_model_parallel_size)
+            assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} for {tuple(parameter.shape)}"
+            with torch.no_grad():
+                parameter.copy_(shard)
+            used.add(name)
+    return used
+
+
+def say_logits(model: Model, settings: Settings, platform, tokens_bs: torch.Tensor,
+               segments_bs: torch.Tensor | None = None) -> dict[int, torch.Tensor]:
+    """Returns {depth: this rank's vocabulary shard of the logits [b, s, p]} of the exits on this rank, through Megatron's schedule."""
+    forward_step, said = ForwardStep(settings, model, platform), {}
+
+    def at_exit(stage, micro, depth, hidden_tbh):
+        head = stage.head(depth)
+        read_sbh = head.norm(hidden_tbh)
+        if settings.sequence_parallel:
+            read_sbh = gather_from_sequence_parallel_region(read_sbh)
+        said[depth] = F.linear(read_sbh, head.weight_ph).transpose(0, 1).float().cpu()
+        return torch.zeros(()) if depth == micro.deepest else hidden_tbh
+
+    forward_step._at_exit, forward_step.observer = at_exit, lambda *_: None
+    positions_bs = torch.arange(tokens_bs.size(1)).expand(tokens_bs.shape)
+    batch = Batch(tokens_bs, tokens_bs, torch.ones(tokens_bs.shape), segments_bs, positions_bs)
+    for chunk in model.chunks:
+        chunk.eval()
+    with torch.no_grad():
+        run_schedule(model, settings, forward_step, [batch], forward_only=True)
+    return said
+
+
+def logits_of_exits(settings: Settings, weights: dict[str, torch.Tensor], tokens_bs: torch.Tensor,
+                    segments_bs: torch.Tensor | None = None) -> tuple[int, set[str], dict[int, torch.Tensor]]:
+    """Returns this tensor parallel rank, the weights it used and what its exits say, of a model with these weights."""
+    platform, place, model = start(settings)
+    used = set_weights(model, settings, weights, place.tensor_rank)
+    return place.tensor_rank, used, say_logits(model, settings, platform, tokens_bs, segments_bs)
+
+
+def join_logits(reports: list[tuple[int, set[str], dict[int, torch.Tensor]]], vocab_size: int) -> dict[int, torch.Tensor]:
+    """Returns {depth: logits [b, s, v]} over the real vocabulary from all ranks' reports."""
+    shards: dict[int, dict[int, torch.Tensor]] = {}
+    for tensor_rank, _, said in reports:
+        for depth, logits in said.items():
+            shards.setdefault(depth, {})[tensor_rank] = logits
+    return {depth: torch.cat([of_rank[rank] for rank in sorted(of_rank)], -1)[..., :vocab_size] for depth, of_rank in shards.items()}
