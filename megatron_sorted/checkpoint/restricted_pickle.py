@@ -82,12 +82,16 @@ class _Anything(_Record): ...
 
 
 TORCH_METADATA, TORCH_FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+TORCH_PLANNER, MEGATRON = "torch.distributed.checkpoint.planner", "megatron.core.dist_checkpointing.strategies.torch"
 DTYPES = {name: value for name in dir(torch) if isinstance(value := getattr(torch, name), torch.dtype)}
 PERMITTED: dict[tuple[str, str], Any] = {
     **{(TORCH_METADATA, name): _Anything for name in (
         "Metadata", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING")},
     (TORCH_METADATA, "TensorStorageMetadata"): _TensorRecord, (TORCH_METADATA, "BytesStorageMetadata"): _BytesRecord,
     (TORCH_FILES, "_StorageInfo"): _Anything, (TORCH_FILES, "_StoragePrefix"): _Anything,
+    # Megatron keeps the plan of the save beside it, and once had classes of its own for both
+    **{(TORCH_PLANNER, name): _Anything for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")},
+    **{(MEGATRON, name): _Anything for name in ("MCoreMetadata", "MCoreSavePlan")},
     ("torch", "Size"): tuple, ("torch.serialization", "_get_layout"): _Anything,
     **{("torch", name): dtype for name, dtype in DTYPES.items()},
     **{("torch", name): _Anything for name in ("strided", "contiguous_format", "preserve_format", "channels_last")},
