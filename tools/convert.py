@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if values.verb == "verify":
         other = open_model(values.second)
         print(describe(other), flush=True)
-        comparison = compare(model, other, values.tolerance, progress_bars("verifying", other.num_bytes))
+        comparison = compare(model, other, tolerance=values.tolerance, progress=progress_bars("verifying", other.num_bytes))
     else:
         if values.target_tensor_parallel_size or values.target_pipeline_parallel_size:
             print("note: a checkpoint loads in any layout; the --target sizes are not needed")

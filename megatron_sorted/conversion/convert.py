@@ -73,7 +73,9 @@ def import_model(model: OpenModel, destination: Path, exits: Exits, overwrite: b
     if verify and model.kind == "hugging_face":
         require_transformers()
     settings = exits.on(model.settings)
-    pairs, origins = tensor_table(settings), _origins(model, settings)
+    pairs, origins = tensor_table(settings), origins_of(model, settings)
+    if left := [pair.ours for pair in model.pairs if pair not in origins.values()]:
+        raise CheckpointError(f"{model.directory}: the exits asked for leave {', '.join(left[:3])} unused. Keep the exits it has.")
     tensors = {pair.ours: TensorInfo(pair.shape, model.dtype_of(origins[pair.ours])) for pair in pairs}
     total = sum(info.num_bytes for info in tensors.values())
     with written_aside(destination, overwrite, total) as aside:
@@ -93,25 +95,28 @@ def import_model(model: OpenModel, destination: Path, exits: Exits, overwrite: b
         write_text_atomically(aside / TRACKER, "0")
         comparison = None
         if verify:
-            asked = [pair for pair in pairs if origins[pair.ours] == pair]  # copies for new exits have no counterpart
-            comparison = compare(model, open_model(aside), tolerance, watch("verifying", total), pairs=asked)
+            comparison = compare(model, open_model(aside), origins, tolerance, watch("verifying", total))
             require_same(comparison, destination)
     return comparison
 
 
-def _origins(model: OpenModel, settings: Settings) -> dict[str, Pair]:
-    """Returns, for every tensor to be written, the model's own that it is made of."""
+def origins_of(model: OpenModel, settings: Settings) -> dict[str, Pair]:
+    """Returns, for every tensor of a network of ``settings``, the model's own that it is made of, by our name.
+
+    The network may have exits with norms and heads that the model has not: they begin as copies of the last exit's. It may end at an exit
+    of the model: what that is read by then stands in the last place.
+    """
     own = {pair.ours: pair for pair in model.pairs}
-    last_head = "output_layer.weight" if "output_layer.weight" in own else "embedding.word_embeddings.weight"
-    origins = {}
+    depth, origins = settings.num_layers, {}
+    norm = own.get(f"exit_norms.{depth}.weight", own["decoder.final_layernorm.weight"])
+    head = own.get(f"exit_output_layers.{depth}.weight", own.get("output_layer.weight", own["embedding.word_embeddings.weight"]))
     for pair in tensor_table(settings):
-        if pair.ours in own:
-            origins[pair.ours] = own[pair.ours]
+        if pair.ours == "decoder.final_layernorm.weight" or (pair.ours.startswith("exit_norms.") and pair.ours not in own):
+            origins[pair.ours] = norm
+        elif pair.ours == "output_layer.weight" or (pair.ours.startswith("exit_output_layers.") and pair.ours not in own):
+            origins[pair.ours] = head
         else:
-            origins[pair.ours] = own["decoder.final_layernorm.weight" if pair.ours.startswith("exit_norms.") else last_head]
-    dropped = [name for name in own if name not in origins]
-    if dropped:
-        raise CheckpointError(f"{model.directory}: the exits asked for leave {', '.join(dropped[:3])} unused. Keep the exits it has.")
+            origins[pair.ours] = own[pair.ours]
     return origins
 
 
@@ -141,11 +146,12 @@ def _description(model: OpenModel, settings: Settings) -> dict[str, Any]:
 
 
 def export_model(model: OpenModel, destination: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES, overwrite: bool = False,
-                 verify: bool = True, tolerance: float = TOLERANCE, watch: Watch = silent) -> Comparison | None:
+                 verify: bool = True, tolerance: float = TOLERANCE, watch: Watch = silent, settings: Settings | None = None,
+                 more_files: Mapping[str, str] | None = None) -> Comparison | None:
     """Returns how the Hugging Face directory written to ``destination`` compares with the model; None if it was not verified.
 
     Args:
-        model: One of our checkpoints, or of Megatron-LM's.
+        model: Of any kind.
         destination: A new directory.
         dtype: Kind of numbers to write, of ``families.DTYPES``; by default as stored.
         shard_bytes: Size of one file at most.
@@ -153,6 +159,8 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
         verify: Compare every tensor, and the logits of every exit with transformers'.
         tolerance: Of logits, relative to the largest.
         watch: Shows progress.
+        settings: Of the network to write where it is not the whole model (``submodel``).
+        more_files: Texts to write beside, by name.
 
     Raises:
         CheckpointError: No Hugging Face family computes this network, the destination exists, the disk is full, or the two do not match;
@@ -160,11 +168,12 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
     """
     if verify:
         require_transformers()
-    settings, cast = model.settings, None if dtype is None else KINDS[dtype]
+    settings, cast = settings or model.settings, None if dtype is None else KINDS[dtype]
+    pairs, origins = tensor_table(settings), origins_of(model, settings)
     stored = model.dtype_of(model.pairs[0])
     config = config_of_settings(settings, dtype or str(stored).removeprefix("torch."), model.config)
     _add_token_ids(config, model)
-    main, own = ({name: TensorInfo(shape, cast or model.dtype_of(pair)) for pair in model.pairs if pair.is_own_exit == is_own
+    main, own = ({name: TensorInfo(shape, cast or model.dtype_of(origins[pair.ours])) for pair in pairs if pair.is_own_exit == is_own
                   for name, shape in zip(pair.theirs, pair.shapes, strict=True)} for is_own in (False, True))
     total = sum(info.num_bytes for info in (*main.values(), *own.values()))
     with written_aside(destination, overwrite, total) as aside:
@@ -172,19 +181,19 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
         if own:
             writers[True] = SafetensorsWriter(aside, own, total + 1, EXITS)
         count = watch("converting", total)
-        for pair in model.pairs:
-            parts = pair.operation.split(model.source.read(pair.ours) if model.kind == "megatron" else model.read_ours(pair))
-            for name, part in zip(pair.theirs, parts, strict=True):
+        for pair in pairs:
+            for name, part in zip(pair.theirs, model.read_theirs(origins[pair.ours]), strict=True):
                 writers[pair.is_own_exit].write(name, part if cast is None else part.to(cast))
                 count((own if pair.is_own_exit else main)[name].num_bytes)
-            del parts
         for writer in writers.values():
             writer.close()
         write_config(aside, config)
         write_small_files(aside, model.files, config)
+        for name, text in (more_files or {}).items():
+            (aside / name).write_text(text, encoding="utf-8")
         comparison = None
         if verify:
-            comparison = compare(model, open_model(aside), tolerance, watch("verifying", total), cast)
+            comparison = compare(model, open_model(aside), origins, tolerance, watch("verifying", total), cast)
             require_same(comparison, destination)
     return comparison
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,13 @@ class OpenModel:
             tensor = self.source.read(pair.ours)
             return tensor if tuple(tensor.shape) == pair.shape else pair.operation.split(tensor)[0]
         return pair.operation.join((self.source.read(name) for name in pair.theirs), pair.shape)
+
+    def read_theirs(self, pair: Pair) -> Iterator[torch.Tensor]:
+        """Yields the tensors of a pair under their names and in their form, from either kind."""
+        if self.kind == "megatron":
+            yield from pair.operation.split(self.source.read(pair.ours))
+        else:
+            yield from (self.source.read(name) for name in pair.theirs)
 
     def dtype_of(self, pair: Pair) -> torch.dtype:
         """Returns the kind of numbers a tensor is stored in."""

@@ -1,7 +1,7 @@
 """Whether two directories hold the same model: every tensor bit for bit, and the logits of every exit on real text."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,8 +109,8 @@ def compared_depths(model: OpenModel) -> tuple[int, ...]:
     return depths if len(depths) > 1 else tuple(sorted({*(max(1, layers * part // 4) for part in (1, 2, 3)), layers}))
 
 
-def _compare_tensor(first: OpenModel, second: OpenModel, pair: Pair, cast: torch.dtype | None) -> TensorRow:
-    wanted, got = first.read_ours(pair), second.read_ours(pair)
+def _compare_tensor(first: OpenModel, origin: Pair, second: OpenModel, pair: Pair, cast: torch.dtype | None) -> TensorRow:
+    wanted, got = first.read_ours(origin), second.read_ours(pair)
     if cast is not None:
         wanted = wanted.to(got.dtype)
     if wanted.shape != got.shape or wanted.dtype != got.dtype:
@@ -140,26 +140,27 @@ def _exits(model: OpenModel, tokens_bs: torch.Tensor, depths: tuple[int, ...], c
     return nested_exits(model.settings, read, tokens_bs, depths)
 
 
-def compare(first: OpenModel, second: OpenModel, tolerance: float = TOLERANCE, progress: Callable[[int], None] = lambda num_bytes: None,
-            cast: torch.dtype | None = None, pairs: Iterable[Pair] | None = None) -> Comparison:
+def compare(first: OpenModel, second: OpenModel, origins: Mapping[str, Pair] | None = None, tolerance: float = TOLERANCE,
+            progress: Callable[[int], None] = lambda num_bytes: None, cast: torch.dtype | None = None) -> Comparison:
     """Returns how two models differ.
 
     Args:
         first: What there was.
         second: What was made of it.
+        origins: By the second's names, the first's tensors that they were made of; by default those of the same names.
         tolerance: Of logits, relative to the largest.
         progress: Called with the bytes of each tensor once it is compared.
         cast: The first model's tensors were written in this kind of numbers.
-        pairs: Tensors to compare; by default all of the second model's.
 
     Raises:
         CheckpointError: They have not the same tensors.
     """
-    pairs = second.pairs if pairs is None else list(pairs)
-    check_names([pair.ours for pair in first.pairs], [pair.ours for pair in pairs], f"{first.directory} against {second.directory}")
+    if origins is None:
+        check_names([pair.ours for pair in first.pairs], [pair.ours for pair in second.pairs], str(second.directory))
+        origins = {pair.ours: pair for pair in first.pairs}
     rows = []
-    for pair in pairs:
-        rows.append(_compare_tensor(first, second, pair, cast))
+    for pair in second.pairs:
+        rows.append(_compare_tensor(first, origins[pair.ours], second, pair, cast))
         progress(torch.Size(pair.shape).numel() * rows[-1].dtype.itemsize)
     tokens_bs, depths = text_tokens(second if second.files else first), compared_depths(second)
     wanted, got = _exits(first, tokens_bs, depths, cast), _exits(second, tokens_bs, depths, None)
