@@ -83,7 +83,7 @@ class LegacyFiles(TensorSource):
         if (said.get("expert_model_parallel_size") or 1) > 1 or said.get("num_experts"):
             raise self._error("is of a model with experts, which cannot be converted.")
         for name, found in (("tensor_model_parallel_size", self._tensor_ranks), ("pipeline_model_parallel_size", self._stages)):
-            if said.get(name, found) != found:
+            if said.get(name) not in (None, found):
                 raise self._error(f"was saved with {name} {said[name]}, but files of {found} are there. Copy the whole directory again.")
 
     def _join_all(self, ranks: dict[tuple[int, int], RankFile]) -> None:

@@ -66,9 +66,9 @@ def rank_files(directory: Path) -> dict[tuple[int, int], Path]:
 
 def plain_arguments(arguments: Any) -> dict[str, Any] | None:
     """Returns Megatron's arguments as a dict; None where there are none."""
-    if arguments is None:
-        return None
-    return dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else dict(arguments)
+    if isinstance(arguments, argparse.Namespace):
+        return dict(vars(arguments))
+    return dict(arguments) if isinstance(arguments, Mapping) else None
 
 
 def _flatten(content: Mapping[str, Any], prefix: str, told: str) -> dict[str, torch.Tensor]:
@@ -112,7 +112,7 @@ def read_rank_file(path: Path) -> RankFile:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict; it is no checkpoint of Megatron.")
     version = content.get("checkpoint_version", 0)
-    if version < OLDEST_VERSION:
+    if not isinstance(version, int | float) or version < OLDEST_VERSION:
         raise CheckpointError(f"{path}: is of checkpoint version {version}, which orders queries, keys and values another way; from "
                               f"{OLDEST_VERSION} on it can be read. Load it in Megatron-LM and save it again.")
     keys = ["model"] if "model" in content else [f"model{n}" for n in range(sum(bool(re.fullmatch(r"model\d+", k)) for k in content))]

@@ -118,7 +118,7 @@ def settings_of(arguments: argparse.Namespace | Mapping[str, Any], keep_exits: b
     said = arguments if isinstance(arguments, Mapping) else vars(arguments)
     for name, reason in REFUSED.items():
         value = said.get(name)
-        if value and not (name.startswith("scale_") and value == 1.0):
+        if value and not (name.startswith("scale_") and value == 1.0 and value is not True):
             raise _refuse(name, value, f"{reason} cannot be converted")
     if (kind := getattr(said.get("softmax_type"), "name", said.get("softmax_type"))) not in (None, "vanilla"):
         raise _refuse("softmax_type", kind, "another softmax cannot be converted")

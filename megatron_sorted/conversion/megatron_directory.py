@@ -1,10 +1,8 @@
 """A directory of Megatron checkpoints, whoever wrote it and in whichever of its formats, as one source of weights."""
 
-import argparse
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +10,7 @@ from megatron_sorted.checkpoint.layout import ITERATION, TRACKER
 from megatron_sorted.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_sorted.checkpoint.restricted_pickle import METADATA
 from megatron_sorted.conversion.legacy_files import EMBEDDING, LegacyFiles
+from megatron_sorted.conversion.legacy_layout import plain_arguments
 from megatron_sorted.conversion.megatron_arguments import settings_of
 from megatron_sorted.conversion.torch_dist_files import COMMON, TorchDistFiles
 from megatron_sorted.errors import CheckpointError
@@ -103,9 +102,9 @@ def open_megatron(path: str | Path, keep_exits: bool = True) -> MegatronCheckpoi
             step = manifest["progress"]["step"]
         elif (directory / COMMON).exists():
             common = source.common()
-            arguments = common.get("args")
-            settings = settings_of(arguments, keep_exits) if isinstance(arguments, argparse.Namespace | Mapping) else None
-            step = common.get("iteration", step)
+            arguments, said = plain_arguments(common.get("args")), common.get("iteration")
+            settings = settings_of(arguments, keep_exits) if arguments is not None else None
+            step = said if isinstance(said, int) else step
     elif any(directory.glob("mp_rank_*")):
         source = LegacyFiles(directory)
         settings = settings_of(source.arguments, keep_exits) if source.arguments is not None else None
@@ -115,4 +114,4 @@ def open_megatron(path: str | Path, keep_exits: bool = True) -> MegatronCheckpoi
     if EMBEDDING not in source.tensors:
         some = ", ".join(list(source.tensors)[:3])
         raise CheckpointError(f"{directory}: holds no {EMBEDDING} (but {some}, ...), so it is no GPT model of Megatron.")
-    return MegatronCheckpoint(source, settings, int(step))
+    return MegatronCheckpoint(source, settings, step)

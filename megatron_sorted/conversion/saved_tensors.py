@@ -1,5 +1,6 @@
 """Where the tensors of a file of ``torch.save`` lie in it, and reading one of them without the others."""
 
+import ctypes
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -86,8 +87,10 @@ class SavedFile:
         """
         if place.storage_bytes == 0:
             return torch.empty(place.shape, dtype=place.dtype)
-        content = bytearray(place.storage_bytes)
-        target, done, checksum = memoryview(content), 0, 0
+        content = torch.empty(place.storage_bytes, dtype=torch.uint8)
+        # its memory as bytes, without NumPy and without the zeros that a bytearray would write first
+        target = memoryview((ctypes.c_ubyte * place.storage_bytes).from_address(content.data_ptr())).cast("B")
+        done = checksum = 0
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(place.file_offset)
@@ -103,7 +106,7 @@ class SavedFile:
         if size == done and checksum != expected:
             raise CheckpointError(f"{self.path}: the bytes from {place.file_offset} on do not match their checksum; the file is damaged. "
                                   "Copy it again.")
-        flat = torch.frombuffer(content, dtype=place.dtype)
+        flat = content.view(place.dtype)
         tensor = flat.as_strided(place.shape, place.stride, place.storage_offset)
         whole = tensor.is_contiguous() and tensor.numel() == flat.numel()
         return flat.view(place.shape) if whole else tensor.contiguous().clone()
