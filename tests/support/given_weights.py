@@ -10,7 +10,7 @@ from megatron_sorted.training.build import Model, unwrap
 from megatron_sorted.training.forward_step import ForwardStep
 from megatron_sorted.training.step import run_schedule, train_step
 from tests.support.gather import global_name, shards_of
-from tests.support.rank_bodies import start
+from tests.support.rank_bodies import load_now, start
 from tests.support.tiny import make_samples, micro_batches
 
 
@@ -97,3 +97,19 @@ def gradients_of_step(settings: Settings, weights: dict[str, torch.Tensor], coef
     batches = micro_batches(samples, settings, place.data_rank, place.data_size)
     train_step(model, settings, ForwardStep(settings, model, platform), batches, coefficients, settings.global_batch_size)
     return kept
+
+
+def load_and_report(settings: Settings, root: str, tokens_bs: torch.Tensor) -> dict:
+    """Returns what a run that loads the newest checkpoint of ``root`` holds and says, before and after one step."""
+    platform, place, model = start(settings)
+    progress, lines = load_now(settings, root, platform, place, model)
+    tied = not settings.untie_embeddings_and_output_weights
+    report = {"tensor rank": place.tensor_rank, "progress": progress, "lines": lines,
+              "weights": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied),
+              "logits": say_logits(model, settings, platform, tokens_bs)}
+    for chunk in model.chunks:
+        chunk.train()
+    samples = make_samples(settings.global_batch_size, settings.seq_length, 5)
+    batches = micro_batches(samples, settings, place.data_rank, place.data_size)
+    train_step(model, settings, ForwardStep(settings, model, platform), batches, {settings.num_layers: 1.0}, settings.global_batch_size)
+    return report | {"weights after": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)}
