@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.checkpoint.layout import TRACKER, iteration_directory, saved_steps
-from megatron_sorted.checkpoint.manifest import check_sizes, read_manifest
+from megatron_sorted.checkpoint.manifest import WEIGHTS_ONLY, check_sizes, read_manifest
 from megatron_sorted.errors import CheckpointError
 
 NEWEST = 1 << 62  # sorts what concerns no single checkpoint before all others
@@ -27,6 +27,11 @@ class Candidate:
     def saved_at(self) -> str:
         """Returns when it was saved, as text that sorts by time."""
         return self.manifest["saved_at"]
+
+    @property
+    def weights_only(self) -> bool:
+        """Returns whether it holds a model alone, as an import writes it: a run starts from it at step 0."""
+        return self.manifest.get("contents") == WEIGHTS_ONLY
 
 
 @dataclass
@@ -70,7 +75,8 @@ def find_candidates(root: str | Path, step: int | None = None) -> Candidates:
     """Returns the checkpoints a run can continue from, newest first; nothing is read but manifests and sizes.
 
     The tracker is written last, so a run killed right before has one complete checkpoint more than the tracker says. Newer ones count if
-    they were saved later by the same run; those of a run that was started over, or that went back with --ckpt-step, do not.
+    they were saved later by the same run; those of a run that was started over, or that went back with --ckpt-step, do not. Weights alone
+    (an import) are taken where nothing was saved after them.
 
     Args:
         root: The directory of all checkpoints.
@@ -108,16 +114,24 @@ def find_candidates(root: str | Path, step: int | None = None) -> Candidates:
 def _keep_those_of_one_run(found: Candidates, tracked: int | None) -> None:
     """Passes over checkpoints that do not lead to the tracker's, or from it, in time.
 
-    The run to continue is that of the tracker's checkpoint, or of the next older one, or without a tracker the one that saved last.
+    The run to continue is that of the tracker's checkpoint, or of the next older one, or without a tracker the one that saved last. A
+    checkpoint of weights only is no run's: whatever was saved after it in its directory goes before it.
     """
     below = [one for one in found.usable if tracked is not None and one.step <= tracked]
     base = below[0] if below else max(found.usable, key=lambda one: one.saved_at)
+    if base.weights_only:  # a run that started from it may have been killed before its first checkpoint was named
+        base = max((one for one in found.usable if one.saved_at > base.saved_at), key=lambda one: one.saved_at, default=base)
     keep = []
     for one in found.usable:
-        if one.manifest["run_id"] != base.manifest["run_id"]:
+        if one is base:
+            keep.append(one)
+        elif one.weights_only:
+            found.skipped.append((one.step, f"{one.directory}: weights only, with which a run can start but not go on."))
+        elif not base.weights_only and one.manifest["run_id"] != base.manifest["run_id"]:
             found.skipped.append((one.step, f"{one.directory}: of run {one.manifest['run_id']}, not of {base.manifest['run_id']}."))
         elif one.step > base.step and one.saved_at < base.saved_at:
-            found.skipped.append((one.step, f"{one.directory}: saved before {base.directory.name}, to which the run went back."))
+            what = "which was imported since" if base.weights_only else "to which the run went back"
+            found.skipped.append((one.step, f"{one.directory}: saved before {base.directory.name}, {what}."))
         else:
             keep.append(one)
     found.usable = keep

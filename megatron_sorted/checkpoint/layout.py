@@ -4,6 +4,8 @@
     SAVE/iter_0000100/                        torch_dist shards, .metadata, metadata.json, common.pt
     SAVE/iter_0000100/manifest.json           what it is and the hash of every file, readable without torch (manifest.py)
     SAVE/iter_0000100/tokenizer/              the tokenizer's files
+    SAVE/iter_0000100/huggingface/            config.json and generation_config.json of the model that was imported, if one was
+    SAVE/iter_0000000/                        an imported model: weights only, with which a run starts
     SAVE/.iter_0000200.writing/               a checkpoint that is not complete; removed by the next run
     SAVE/.iter_0000050.removing/              one that --save-retain is deleting; removed by the next run
 """
@@ -15,6 +17,12 @@ from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ITERATION = re.compile(r"iter_(\d{7,})")
+TOKENIZER, HUGGING_FACE = "tokenizer", "huggingface"  # directories whose files travel from checkpoint to checkpoint
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "tokenizer.model.v*",
+    "spiece.model", "sentencepiece.bpe.model", "tekken.json", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "generation_config.json",
+)
 LEFT_OVER = re.compile(r"\.iter_\d{7,}\.(writing|removing)")
 
 
@@ -35,6 +43,12 @@ def saved_steps(root: str | Path) -> list[int]:
     except FileNotFoundError:
         return []
     return sorted((int(match[1]) for match in map(ITERATION.fullmatch, names) if match), reverse=True)
+
+
+def tokenizer_files_in(directory: Path) -> dict[str, Path]:
+    """Returns the files in a Hugging Face directory that make up its tokenizer, by name within a checkpoint."""
+    found = {path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
+    return {f"{TOKENIZER}/{path.relative_to(directory).as_posix()}": path for path in sorted(found)}
 
 
 def remove_left_overs(root: str | Path) -> None:

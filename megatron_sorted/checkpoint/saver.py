@@ -90,12 +90,12 @@ class Saver:
         verify: Whether files are read back and compared after writing.
         retain: How many of the newest checkpoints are kept; None for all.
         retain_interval: Checkpoints of steps that are a multiple of it are kept as well.
-        extra_files: Small files for every checkpoint, by name within it (the tokenizer's).
+        extra_files: Content of small files that go into every checkpoint, by name within it; only the first rank's are written.
         progress_mark: Called from the writing thread as it gets on, for a watchdog.
     """
 
     def __init__(self, root: str, platform: Platform, background: bool = True, verify: bool = True, retain: int | None = None,
-                 retain_interval: int | None = None, extra_files: Mapping[str, Path] | None = None,
+                 retain_interval: int | None = None, extra_files: Mapping[str, bytes] | None = None,
                  progress_mark: Callable[[], None] = lambda: None):
         """Clears what an earlier run left unfinished.
 
@@ -214,8 +214,8 @@ class Saver:
             writer.fs.write_bytes(aside / "common.pt", job.common)
             save_config(CheckpointingConfig("torch_dist", 1), str(aside))
             writer.fs.records[aside / "metadata.json"] = record_file(aside / "metadata.json")
-            for name, path in self.extra_files.items():
-                writer.fs.write_bytes(aside / name, path.read_bytes())
+            for name, content in self.extra_files.items():
+                writer.fs.write_bytes(aside / name, content)
         self.progress_mark()
         if self.verify:
             writer.fs.verify()
@@ -233,7 +233,8 @@ class Saver:
         aside.rename(final)
         sync_directory(self.root)
         write_text_atomically(self.root / TRACKER, str(step))
-        for old in steps_to_remove(saved_steps(self.root), step, self.retain, self.retain_interval):
+        own = [saved for saved in saved_steps(self.root) if saved]  # at step 0 lies what was imported, never a checkpoint of a run
+        for old in steps_to_remove(own, step, self.retain, self.retain_interval):
             with contextlib.suppress(OSError):  # it is complete or gone, and the next save tries again
                 remove_checkpoint(self.root, old)
 

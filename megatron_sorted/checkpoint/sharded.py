@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sorted.checkpoint.manifest import find_damage
+from megatron_sorted.checkpoint.manifest import WEIGHTS_ONLY, find_damage
 from megatron_sorted.checkpoint.optimizer_shards import only_part, state_of_parts
 from megatron_sorted.checkpoint.optimizer_state import fill_empty_state, load_optimizer_state
 from megatron_sorted.errors import CheckpointError
@@ -92,11 +92,24 @@ def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> di
     }
 
 
+def _take_extra_states(states: dict[str, Any]) -> dict[str, dict[str, None]]:
+    """Returns {model: {name: None}} of what layers keep beside their weights, after taking it out of ``states``.
+
+    Weights alone have no such state, and layers that are given None start without.
+    """
+    extra = {model: {name: None for name in state if name.endswith("_extra_state")} for model, state in states.items()}
+    for model, names in extra.items():
+        for name in names:
+            del states[model][name]
+    return extra
+
+
 def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, optimizer, load_optimizer: bool,
                  load_random: bool) -> dict[str, Any]:
     """Returns the further state of a checkpoint after loading weights and, if asked for, optimizer and random state.
 
-    The state of the learning-rate schedule is returned under "opt_param_scheduler" beside "more".
+    The state of the learning-rate schedule is returned under "opt_param_scheduler" beside "more"; both are empty where the checkpoint
+    holds weights only. Weights are converted to the run's dtype.
 
     Collective: every rank reads the shards it needs.
 
@@ -105,10 +118,11 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
     """
     fill_empty_state(optimizer)
     states = _model_states(chunks)
+    extra = _take_extra_states(states) if manifest.get("contents") == WEIGHTS_ONLY else {}
     wanted: dict[str, Any] = dict(states)
     if load_optimizer:
         wanted["optimizer"] = optimizer_state(optimizer, _merged(states), is_loading=True)
-    same_place = load_random and manifest["layout"]["random_place"] == random_place()
+    same_place = load_random and manifest.get("layout", {}).get("random_place") == random_place()
     if same_place:
         wanted["random_state"] = _random_object(None)
     try:
@@ -117,7 +131,8 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
         raise CheckpointError(f"{directory}: could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
                               "If files were lost or damaged, load an earlier checkpoint with --ckpt-step.") from error
     for index, chunk in enumerate(chunks):
-        _inner(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"])
+        name = "model" if len(chunks) == 1 else f"model{index}"
+        _inner(chunk).load_state_dict({**loaded[name], **extra.get(name, {})})
     if load_optimizer:
         load_optimizer_state(optimizer, loaded["optimizer"])
     elif hasattr(optimizer, "reload_model_params"):
@@ -127,7 +142,7 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         set_random_state(state)
-    return {"more": loaded.get("more", {}), "opt_param_scheduler": loaded["opt_param_scheduler"], "random_state": same_place}
+    return {"more": loaded.get("more", {}), "opt_param_scheduler": loaded.get("opt_param_scheduler", {}), "random_state": same_place}
 
 
 def find_damage_together(directory: Path, manifest: Mapping[str, Any]) -> list[str]:

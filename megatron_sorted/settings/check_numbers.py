@@ -15,12 +15,12 @@ POSITIVE = (
     "context_parallel_size", "expert_model_parallel_size", "recompute_num_layers",
     "micro_batch_size", "global_batch_size", "lr", "lr_decay_iters", "adam_eps", "loss_scale", "initial_loss_scale", "min_loss_scale",
     "loss_scale_window", "hysteresis",
-    "save_interval", "log_interval", "eval_interval", "eval_iters", "save_retain", "save_retain_interval", "ckpt_step",
+    "save_interval", "log_interval", "eval_interval", "eval_iters", "save_retain", "save_retain_interval",
     "exit_interval", "exit_duration_in_mins", "hang_timeout_minutes", "num_draft_tokens", "device_peak_tflops", "profile_step_end",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "moe_aux_loss_coeff", "exit_layer_weight_warmup_iters", "train_iters", "seed", "min_lr", "lr_warmup_iters", "lr_warmup_init",
-    "weight_decay", "clip_grad", "nonfinite_steps_allowed", "profile_step_start",
+    "weight_decay", "clip_grad", "nonfinite_steps_allowed", "profile_step_start", "ckpt_step",
 )  # fmt: skip
 BELOW_ONE = ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "sgd_momentum")
 
@@ -36,7 +36,7 @@ def check_numbers(settings: Settings) -> None:
         require(value is None or value > 0, f"{flag_of(name)}: {value} is not above 0. Give a positive number.")
     for name in NOT_NEGATIVE:
         value = getattr(settings, name)
-        require(value >= 0, f"{flag_of(name)}: {value} is negative. Give 0 or more.")
+        require(value is None or value >= 0, f"{flag_of(name)}: {value} is negative. Give 0 or more.")
     for name in BELOW_ONE:
         value = getattr(settings, name)
         require(0 <= value < 1, f"{flag_of(name)}: {value} is not in [0, 1). Give 0 or more, below 1.")

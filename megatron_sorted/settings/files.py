@@ -23,7 +23,7 @@ class FileSettings:
         "SentencePieceTokenizer", "Kind of tokenizer.")
     tokenizer_model: str | None = setting(None, "Tokenizer file (sentencepiece) or directory (Hugging Face).")
     save: str | None = setting(None, "Directory for checkpoints and reports.")
-    load: str | None = setting(None, "Directory of checkpoints to continue from.")
+    load: str | None = setting(None, "Directory of checkpoints to continue from; from weights alone (an import) the run starts at step 0.")
     pretrained_checkpoint: str | None = setting(
         None, "Directory of checkpoints whose newest weights a run starts from at step 0, as long as --load holds none of its own.")
     save_interval: int | None = setting(None, "Steps between checkpoints; the last step is always saved when --save is given.")

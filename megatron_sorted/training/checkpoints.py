@@ -1,10 +1,9 @@
 """The checkpoints of one run: which one it starts from, when one is saved, and what is said about it."""
 
 import json
-import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from megatron_sorted.settings.derived import global_batch_size
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model
 from megatron_sorted.training.nonfinite import check_finite_weights
-from megatron_sorted.training.resume import check_can_continue, loaded_line, set_schedule
+from megatron_sorted.training.resume import check_can_continue, loaded_line, set_schedule, takes_weights_only
+from megatron_sorted.training.travelling import carry_files, files_of_checkpoint
 
 RUN = "run.json"
 # Seeds of a run continued in another layout, step by step apart from each other and from those of Megatron's own ranks.
@@ -50,7 +50,7 @@ def agree_on_run_id(settings: Settings, continued: Candidate | None) -> str:
 
 
 def _run_id(settings: Settings, continued: Candidate | None) -> str:
-    if continued is not None and not settings.finetune:
+    if continued is not None and not takes_weights_only(continued, settings):
         return continued.manifest["run_id"]
     if not settings.save or settings.skip_train:
         return uuid.uuid4().hex[:8]
@@ -104,8 +104,9 @@ class Checkpoints:
         self.lock: DirectoryLock | None = None
         self.saver: Saver | None = None
         self.saved_step: int | None = None
+        self._tokenizer: dict[str, Any] | None = None  # that of the checkpoint the run started from
 
-    def open_for_saving(self, extra_files: dict[str, Path], progress_mark: Callable[[], None]) -> None:
+    def open_for_saving(self, extra_files: Mapping[str, bytes], progress_mark: Callable[[], None]) -> None:
         """Takes the directory for this run and makes the saver.
 
         Collective: one broadcast from rank 0, then a new process group.
@@ -129,18 +130,27 @@ class Checkpoints:
         self.saver = Saver(settings.save, self.platform, settings.async_save, settings.verify_checkpoint, settings.save_retain,
                            settings.save_retain_interval, extra_files, progress_mark)
 
+    def _carry_on(self, candidate: Candidate) -> None:
+        """Makes the tokenizer and the Hugging Face files of the checkpoint that was loaded travel on into those of this run."""
+        if self.saver is None or self.place.rank != 0:
+            return
+        self._tokenizer = candidate.manifest.get("tokenizer")
+        self.saver.extra_files = carry_files(files_of_checkpoint(candidate), self.saver.extra_files, self._tokenizer)
+
     def load(self, candidate: Candidate) -> Progress:
         """Returns how far training was, after loading a checkpoint into the model and saying so.
 
         Collective: every rank reads the shards it needs.
         """
         settings, model = self.settings, self.model
-        continues = not settings.finetune and not settings.skip_train
+        continues = not takes_weights_only(candidate, settings) and not settings.skip_train
         state = load_sharded(candidate.directory, candidate.manifest, model.chunks, model.optimizer,
                              load_optimizer=continues and not settings.no_load_optim, load_random=continues and not settings.no_load_rng)
+        self._carry_on(candidate)
         progress = Progress(**candidate.manifest["progress"])
-        if settings.finetune:
-            self.say(f"loaded {candidate.directory}: weights only, starting at step 0")
+        if takes_weights_only(candidate, settings):
+            why = " (it holds nothing else)" if candidate.weights_only and not settings.finetune else ""
+            self.say(f"loaded {candidate.directory}: weights only{why}, starting at step 0")
             return Progress(0, 0)
         self.rule.load_state_dict(state["more"].get("coefficient_rule", {}))
         if not settings.skip_train:
@@ -165,8 +175,8 @@ class Checkpoints:
         check_finite_weights(self.model.chunks)
         more = {"coefficient_rule": self.rule.state_dict()}
         state = sharded_state(self.model.chunks, self.model.optimizer, self.model.schedule, more)
-        rate = self.model.optimizer.param_groups[0]["lr"]
-        self.saver.save(state, progress, {**description, "learning_rate": rate}, began)
+        said = {**description, "learning_rate": self.model.optimizer.param_groups[0]["lr"]}
+        self.saver.save(state, progress, {**said, "tokenizer": said["tokenizer"] or self._tokenizer}, began)
         self.saved_step = progress.step
         after = None if self.saver.background else self.saver.take_outcome(wait=True)
         return [outcome for outcome in (before, after) if outcome is not None]
@@ -201,17 +211,3 @@ class Checkpoints:
         """Gives the directory up."""
         if self.lock is not None:
             self.lock.release()
-
-
-def tokenizer_files(model: str | None) -> dict[str, Path]:
-    """Returns the files a tokenizer consists of, by name within a checkpoint."""
-    if model is None:
-        return {}
-    path = Path(model)
-    if path.is_file():
-        return {f"tokenizer/{path.name}": path}
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
-             "added_tokens.json", "generation_config.json", "chat_template.jinja")
-    return {f"tokenizer/{name}": path / name for name in names if os.path.isfile(path / name)}
-
-

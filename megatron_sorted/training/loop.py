@@ -25,7 +25,7 @@ from megatron_sorted.platform.select import choose_platform
 from megatron_sorted.settings.derived import coefficient_rule, global_batch_size, num_micro_batches, trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model, build_model, build_optimizer
-from megatron_sorted.training.checkpoints import Checkpoints, agree_on_run_id, choose_checkpoint, tokenizer_files
+from megatron_sorted.training.checkpoints import Checkpoints, agree_on_run_id, choose_checkpoint
 from megatron_sorted.training.describe import description, evaluation_results, opening_lines
 from megatron_sorted.training.evaluate import evaluate
 from megatron_sorted.training.failure import report_and_exit
@@ -38,6 +38,7 @@ from megatron_sorted.training.signals import stop_request
 from megatron_sorted.training.step import StepResult, train_step
 from megatron_sorted.training.stops import Stops, leave_word, take_word_back
 from megatron_sorted.training.timers import PhaseTimers
+from megatron_sorted.training.travelling import tokenizer_files
 from megatron_sorted.training.watchdog import Watchdog
 
 
@@ -72,7 +73,7 @@ class Run:
         self.stops = Stops(settings, self.platform, self.started)
         self.checkpoints = Checkpoints(settings, self.platform, self.place, self.model, self.rule, self.say)
         if settings.save and not settings.skip_train:
-            self.checkpoints.open_for_saving(tokenizer_files(settings.tokenizer_model), self.watchdog.alive)
+            self.checkpoints.open_for_saving(tokenizer_files(settings) if self.place.rank == 0 else {}, self.watchdog.alive)
         self._continue_or_start()
         self.writers = None
         if self.place.rank == 0:

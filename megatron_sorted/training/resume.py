@@ -34,6 +34,11 @@ def _word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def takes_weights_only(candidate: Candidate, settings: Settings) -> bool:
+    """Returns whether a run starts at step 0 with the checkpoint's weights: it was told to, or there is nothing else to take."""
+    return settings.finetune or candidate.weights_only
+
+
 def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Tokenizer | None, data: Mapping[str, Any] | None) -> None:
     """Returns nothing if the run can go on from the checkpoint, or only takes its weights.
 
@@ -48,13 +53,13 @@ def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Toke
     """
     manifest, directory = candidate.manifest, candidate.directory
     check_same_shape(directory, manifest, settings, network_shape(settings, settings.vocab_size))
-    saved_tokenizer = manifest["tokenizer"]
+    saved_tokenizer = manifest.get("tokenizer")
     if tokenizer is not None and saved_tokenizer and saved_tokenizer["sha256"] != tokenizer.sha256 and not settings.allow_changed_data:
         raise CheckpointError(
-            f"--tokenizer-model: {tokenizer.name} (sha256 {tokenizer.sha256[:12]}), but {directory} was trained with "
+            f"--tokenizer-model: {tokenizer.name} (sha256 {tokenizer.sha256[:12]}), but {directory} was made with "
             f"{saved_tokenizer['name']} (sha256 {saved_tokenizer['sha256'][:12]}), so its tokens mean other words. Use that one "
             f"({directory / 'tokenizer'} holds it), or give --allow-changed-data if the two are the same vocabulary.")
-    if settings.finetune or settings.skip_train:
+    if takes_weights_only(candidate, settings) or settings.skip_train:
         return
     if not settings.no_load_optim:
         for name in FORM_OF_STATE:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from tests.support.hugging_face import exit_logits, global_weights, make_model
-from tests.support.logits import join_logits, logits_of_exits
+from tests.support.gather import join_ranks
+from tests.support.given_weights import gradients_of_step, join_logits, logits_of_exits
+from tests.support.hugging_face import exit_logits, global_weights, gradients, make_model
 from tests.support.ranks import run_ranks
-from tests.support.tiny import VOCABULARY, tiny
+from tests.support.tiny import VOCABULARY, make_samples, tiny
 
 LENGTH = 48
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -104,3 +105,23 @@ def test_packed_documents_see_only_themselves_within_the_window():
             alone = exit_logits(model, tokens()[row : row + 1, begin:end])
             for depth, logits in alone.items():
                 assert (got[depth][row, begin:end] - logits[0]).abs().max() < 1e-5, (row, begin, depth)
+
+
+COEFFICIENTS = {1: 0.5, 2: 1.0, 3: 0.25, 4: 1.0}
+
+
+@pytest.mark.parametrize("name", ["llama 3.2, tied, scaled", "mistral 0.1, sliding window", "qwen 2.5, biases, untied",
+                                  "qwen 3, norms, wide heads, tied"])
+def test_gradients_of_all_exits_equal_those_of_transformers(name):
+    """Norms of queries and keys see only their rank's heads, and biases only theirs."""
+    family, config, ours = CASES[name]
+    model = make_model(family, **config)
+    weights, samples = global_weights(model), make_samples(8, LENGTH, 5)
+    expected = gradients(model, samples["tokens"], samples["labels"], COEFFICIENTS)
+    for world_size, split in (*LAYOUTS.values(), SEQUENCE_PARALLEL):
+        settings = tiny(seq_length=LENGTH, clip_grad=0.0, **{**ours, **split})
+        got, _ = join_ranks(run_ranks(world_size, gradients_of_step, settings, weights, COEFFICIENTS))
+        assert got.keys() == expected.keys()
+        for key, gradient in expected.items():
+            found = got[key][:VOCABULARY] if "embedding" in key or "output_layer" in key else got[key]
+            assert (found - gradient).norm() < 1e-5 * gradient.norm(), f"{key} in {split}"

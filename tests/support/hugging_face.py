@@ -1,6 +1,7 @@
 """Tiny random models of transformers, and their weights under the names of a sharded checkpoint: written for tests alone."""
 
 import torch
+import torch.nn.functional as F
 
 DEFAULTS = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
             "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "attn_implementation": "eager",
@@ -32,9 +33,21 @@ def exit_logits(model, tokens_bs: torch.Tensor) -> dict[int, torch.Tensor]:
     return logits
 
 
-def global_weights(model) -> dict[str, torch.Tensor]:
-    """Returns whole tensors by the names of a sharded checkpoint."""
-    config, given = model.config, {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+def gradients(model, tokens_bs: torch.Tensor, labels_bs: torch.Tensor, coefficients: dict[int, float]) -> dict[str, torch.Tensor]:
+    """Returns, by the names of a sharded checkpoint, the gradients of the sum of coefficient x mean cross entropy over the exits."""
+    layers, loss = model.model.layers, torch.zeros(())
+    for depth, coefficient in coefficients.items():
+        model.model.layers, model.config.num_hidden_layers = layers[:depth], depth
+        loss = loss + coefficient * F.cross_entropy(model(tokens_bs, use_cache=False).logits.flatten(0, 1), labels_bs.flatten())
+    model.model.layers, model.config.num_hidden_layers = layers, len(layers)
+    loss.backward()
+    return global_weights(model, {name: parameter.grad for name, parameter in model.named_parameters()})
+
+
+def global_weights(model, given: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Returns whole tensors by the names of a sharded checkpoint: the weights, or what is ``given`` for each parameter."""
+    config = model.config
+    given = given or {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     groups = config.num_key_value_heads
     result = {"embedding.word_embeddings.weight": given["model.embed_tokens.weight"],
               "decoder.final_layernorm.weight": given["model.norm.weight"]}

@@ -42,7 +42,7 @@ def run_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]
         AssertionError: With the traceback of the first rank that failed; the others are ended.
     """
     rendezvous = f"file://{tempfile.mktemp(prefix='rendezvous_')}"
-    context = SPAWN if any(getattr(argument, "device", "cpu") != "cpu" for argument in arguments) else FORK_SERVER
+    context = SPAWN if any(str(getattr(argument, "device", "cpu")) != "cpu" for argument in arguments) else FORK_SERVER
     readers, processes = [], []
     for rank in range(world_size):
         reader, writer = context.Pipe(duplex=False)

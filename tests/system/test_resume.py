@@ -111,7 +111,7 @@ def test_another_tokenizer_is_refused(folder):
     done = run_script(folder, "pretrain_sorted.py", *RUN, "--pipeline-model-parallel-size", 1, "--load", "save", "--data-path",
                       "data/more_text_document", "--tokenizer-model", "data/more_tokenizer.model", "--finetune")
     assert done.stderr.startswith("error: --tokenizer-model: more_tokenizer.model (sha256 ")
-    assert "was trained with train_tokenizer.model" in done.stderr and "save/iter_0000004/tokenizer" in done.stderr
+    assert "was made with train_tokenizer.model" in done.stderr and "save/iter_0000004/tokenizer" in done.stderr
 
 
 def test_changed_length_batch_and_layout_are_said_and_continued_rightly(folder):

@@ -1,4 +1,4 @@
-"""What the processes of a test run to see what every exit says of given tokens, with given weights."""
+"""What the processes of a test run to see what a network of given weights says, and how it would learn."""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,10 @@ from megatron_sorted.data.batches import Batch
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model, unwrap
 from megatron_sorted.training.forward_step import ForwardStep
-from megatron_sorted.training.step import run_schedule
-from tests.support.gather import global_name
-from tests.support.rank_bodies import start
+from megatron_sorted.training.step import run_schedule, train_step
+from tests.support.gather import global_name, shards_of
+from tests.support.rank_bodies import load_now, start
+from tests.support.tiny import make_samples, micro_batches
 
 
 def cut_shard(name: str, whole: torch.Tensor, dim: int | None, rank: int, size: int) -> torch.Tensor:
@@ -79,3 +80,36 @@ def join_logits(reports: list[tuple[int, set[str], dict[int, torch.Tensor]]], vo
         for depth, logits in said.items():
             shards.setdefault(depth, {})[tensor_rank] = logits
     return {depth: torch.cat([of_rank[rank] for rank in sorted(of_rank)], -1)[..., :vocab_size] for depth, of_rank in shards.items()}
+
+
+def gradients_of_step(settings: Settings, weights: dict[str, torch.Tensor], coefficients: dict[int, float]) -> dict[str, list]:
+    """Returns this rank's shards of the gradients of one step on the samples of seed 5, as ``tests.support.gather.shards_of``."""
+    platform, place, model = start(settings)
+    set_weights(model, settings, weights, place.tensor_rank)
+    finalize, kept = model.config.finalize_model_grads_func, {}
+
+    def finalize_and_keep(*args, **kwargs):
+        finalize(*args, **kwargs)
+        kept.update(shards_of(model, unwrap, lambda p: p.main_grad, place.tensor_rank, not settings.untie_embeddings_and_output_weights))
+
+    model.config.finalize_model_grads_func = finalize_and_keep
+    samples = make_samples(settings.global_batch_size, settings.seq_length, 5)
+    batches = micro_batches(samples, settings, place.data_rank, place.data_size)
+    train_step(model, settings, ForwardStep(settings, model, platform), batches, coefficients, settings.global_batch_size)
+    return kept
+
+
+def load_and_report(settings: Settings, root: str, tokens_bs: torch.Tensor) -> dict:
+    """Returns what a run that loads the newest checkpoint of ``root`` holds and says, before and after one step."""
+    platform, place, model = start(settings)
+    progress, lines = load_now(settings, root, platform, place, model)
+    tied = not settings.untie_embeddings_and_output_weights
+    report = {"tensor rank": place.tensor_rank, "progress": progress, "lines": lines,
+              "weights": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied),
+              "logits": say_logits(model, settings, platform, tokens_bs)}
+    for chunk in model.chunks:
+        chunk.train()
+    samples = make_samples(settings.global_batch_size, settings.seq_length, 5)
+    batches = micro_batches(samples, settings, place.data_rank, place.data_size)
+    train_step(model, settings, ForwardStep(settings, model, platform), batches, {settings.num_layers: 1.0}, settings.global_batch_size)
+    return report | {"weights after": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)}

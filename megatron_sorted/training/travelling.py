@@ -1,0 +1,66 @@
+"""Small files that travel from checkpoint to checkpoint: the tokenizer's, and those of the Hugging Face model a run started from.
+
+They make every checkpoint complete: whoever exports one needs its directory alone. They are held in memory, since the checkpoint
+they came from may be deleted while the run goes on.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_sorted.checkpoint.candidates import Candidate
+from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, tokenizer_files_in
+from megatron_sorted.errors import CheckpointError, DataError
+from megatron_sorted.settings.run import Settings
+
+
+def tokenizer_files(settings: Settings) -> dict[str, bytes]:
+    """Returns the content of the files of the run's tokenizer, by name within a checkpoint; none where it reads none.
+
+    Raises:
+        DataError: One cannot be read.
+    """
+    if settings.tokenizer_model is None:
+        return {}
+    path = Path(settings.tokenizer_model)
+    if path.is_file() and settings.tokenizer_type == "HuggingFaceTokenizer":
+        path = path.parent  # the directory is the tokenizer
+    found = {f"{TOKENIZER}/{path.name}": path} if path.is_file() else tokenizer_files_in(path)
+    try:
+        return {name: file.read_bytes() for name, file in found.items()}
+    except OSError as error:
+        raise DataError(f"--tokenizer-model: cannot read {error.filename} ({error.strerror}), which is to go into every checkpoint. "
+                        "Make it readable.") from error
+
+
+def files_of_checkpoint(candidate: Candidate) -> dict[str, bytes]:
+    """Returns the content of the travelling files of a checkpoint, by name within it.
+
+    Raises:
+        CheckpointError: One cannot be read.
+    """
+    names = [name for name in candidate.manifest["files"] if name.startswith((f"{TOKENIZER}/", f"{HUGGING_FACE}/"))]
+    try:
+        return {name: (candidate.directory / name).read_bytes() for name in names}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: not readable ({error.strerror}), although it is to travel on with the run. "
+                              "Restore it, or load another checkpoint.") from error
+
+
+def carry_files(carried: Mapping[str, bytes], own: Mapping[str, bytes], saved_tokenizer: Mapping[str, Any] | None) -> dict[str, bytes]:
+    """Returns what goes into every checkpoint of a run.
+
+    The Hugging Face files always travel. The run's own tokenizer replaces the checkpoint's; where it is the same one, named by one of
+    its files alone, what belongs to it beside that file stays.
+
+    Args:
+        carried: Travelling files of the checkpoint the run started from.
+        own: Those of the run's tokenizer.
+        saved_tokenizer: What the checkpoint's manifest says of its tokenizer.
+    """
+    same = saved_tokenizer is not None and saved_tokenizer["sha256"] in {hashlib.sha256(content).hexdigest() for content in own.values()}
+    mine = set(own.values())
+    kept = {name: content for name, content in carried.items()
+            if name.startswith(f"{HUGGING_FACE}/") or not own or (same and content not in mine)}
+    return {**kept, **own}
