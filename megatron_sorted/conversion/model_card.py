@@ -15,7 +15,8 @@ from megatron_sorted.settings.run import Settings
 
 # {measure: title}; every other number of an evaluation file is left to that file.
 TITLES = {"loss": "loss, nats per token", "bits_per_byte": "bits per byte", "perplexity": "perplexity",
-          "agreement": "agrees with the full model", "token_accuracy": "tokens right", "exact_match": "exact match", "f1": "F1", "exact_match_with_case": "exact match with case",
+          "agreement": "agrees with the full model", "token_accuracy": "tokens right",
+          "exact_match": "exact match", "f1": "F1", "exact_match_with_case": "exact match with case",
           "acc": "accuracy", "acc_norm": "accuracy, normalised"}
 SHARES = {"agreement", "token_accuracy", "exact_match", "f1", "exact_match_with_case", "acc", "acc_norm"}
 
