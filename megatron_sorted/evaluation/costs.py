@@ -17,10 +17,16 @@ def forward_flops_per_token(sub_model: nn.Module, seq_length: int) -> int:
     config = sub_model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     linear = sum(module.in_features * module.out_features for module in sub_model.modules() if isinstance(module, nn.Linear))
-    attended = sum(_mean_attended(seq_length, layer.self_attn) for layer in sub_model.model.layers)
+    attended = sum(_mean_attended(seq_length, window) for window in _windows(config))
     return round(2 * linear + 4 * attended * config.num_attention_heads * head_dim)
 
 
-def _mean_attended(length: int, attention: nn.Module) -> float:
-    window = getattr(attention, "sliding_window", None)
+def _windows(config) -> list[int | None]:
+    """Returns how far every layer looks back; None: without limit."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _mean_attended(length: int, window: int | None) -> float:
     return length / 2 if window is None or window >= length else window - window * window / (2 * length)

@@ -50,9 +50,12 @@ class Harness:
         Raises:
             DataError: The task's data cannot be read, as when it would have to be fetched.
         """
+        import logging
+
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that a model object was given, which is the point
         model = HFLM(pretrained=sub_model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         try:
             found = simple_evaluate(model=model, tasks=list(self.tasks), task_manager=self._manager, num_fewshot=num_fewshot, limit=limit,

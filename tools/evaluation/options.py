@@ -55,7 +55,7 @@ def read_arguments(arguments: Sequence[str] | None, description: str | None) -> 
     text.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="plain text, or JSON lines (.jsonl, .jsonl.gz)")
     text.add_argument("--separator", help="cuts plain text into documents, as '<|endoftext|>' does; default: a file is one document")
     text.add_argument("--prompt-template", choices=tuple(TEMPLATES), default="plain", help="of instructions in JSON lines")
-    text.add_argument("--seq-length", type=_positive, help=f"tokens of a window; default: what the models allow, up to {DEFAULT_SEQ_LENGTH}")
+    text.add_argument("--seq-length", type=_positive, help=f"tokens of a window; default: what models allow, up to {DEFAULT_SEQ_LENGTH}")
     text.add_argument("--stride", type=_positive, help="windows start this many tokens apart; default: --seq-length, no overlap")
     text.add_argument("--append-eos", action="store_true", help="count the eos at the end of texts and responses too")
     text.add_argument("--limit", type=_positive, help="only the first documents of each text")

@@ -55,7 +55,7 @@ def _table(title: str, measured: dict, results: dict, columns: dict[str, Callabl
         for name, model in measured["models"].items():
             if depth in model["exits"]:
                 cost = results["models"][name]["exits"][depth]
-                rows.append([str(depth), name, f"{cost['parameters']:,}", f"{cost['flops_per_token']:.3g}",
+                rows.append([str(depth), name, f"{cost['parameters']:,}", f"{cost['flops_per_token']:.2e}",
                              *(column(model["exits"][depth]) for column in columns.values())])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
