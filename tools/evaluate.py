@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 from evaluation.options import name_subjects, read_arguments, read_measures
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # Tasks of lm-evaluation-harness import Hugging Face's package `evaluate`; with this folder on the path they would find this file.
+    sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
     try:
         main()
     except SortedError as error:

@@ -138,14 +138,18 @@ def _label(axes, row: Row, where: Callable[[Line], Sequence[float]]) -> None:
     best = max(gap(depth) for depth in shared)
     place = next(depth for depth in shared if gap(depth) >= min(0.8 * best, 40.0))
     to_points = 72 / axes.figure.dpi
-    floor = axes.transAxes.transform((0, 0))[1] * to_points + 6
-    right = axes.transAxes.transform((1, 0))[0] * to_points
-    used = floor - 24
-    for x, y, number in points(place):
-        x, y = x * to_points, y * to_points
-        y = max(y + 9, used + 20)  # just above its own point, and above the name below
+    corners = axes.transAxes.transform([(0, 0), (1, 1)]) * to_points
+    used = corners[0][1] - 12
+    top = max(value for line in row.lines for value in line.values) or 1.0
+    for order, (x, y, number) in enumerate(points(place)):
+        x, y, line = x * to_points, y * to_points, row.lines[number]
+        at = line.depths.index(place) if place in line.depths else 0
+        climbs = at + 1 < len(line.depths) and line.values[at + 1] - line.values[at] > 0.02 * top
+        below = order == 0 and len(row.lines) > 1 and not climbs and y - corners[0][1] > 40
+        y = y - 26 if below else max(y + 9, used + 20)  # else just above its own point, and above the name below
         used = y
-        near_end = x > right - 120
-        axes.annotate(row.lines[number].name, (x, y), xycoords="figure points", color=COLOURS[number], weight="bold", fontsize=14,
-                      ha="right" if near_end else "left", va="bottom", annotation_clip=False,
+        # a name stands on the side to which its line does not climb, and inside the panel
+        left = (climbs and x - corners[0][0] > 100) or x > corners[1][0] - 110
+        axes.annotate(line.name, (x - 5 if climbs and left else x, y), xycoords="figure points", color=COLOURS[number], weight="bold",
+                      fontsize=14, ha="right" if left else "left", va="bottom", annotation_clip=False,
                       bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8})
