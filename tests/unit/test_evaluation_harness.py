@@ -15,5 +15,6 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def test_flat_names_of_metrics():
-    assert _metrics({"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.25, "em,strict": 1, "em_stderr,strict": "N/A", "sample_len": 3}) == {
+    flat = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.25, "em,strict": 1, "em_stderr,strict": "N/A", "sample_len": 3}
+    assert _metrics(flat) == {
         "acc": {"value": 0.5, "standard_error": 0.25}, "em (strict)": {"value": 1.0, "standard_error": None}}
