@@ -1,0 +1,81 @@
+"""Tasks of lm-evaluation-harness for a sub-model, through the harness's own API. The only file that knows it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from megatron_sorted.errors import DataError, PlatformError
+
+
+class Harness:
+    """lm-evaluation-harness with the tasks that were asked for.
+
+    Attributes:
+        tasks: Their names; groups are as good as tasks.
+        version: Of the package.
+    """
+
+    def __init__(self, tasks: Sequence[str], tasks_path: Path | None = None):
+        """Finds the tasks.
+
+        Raises:
+            PlatformError: lm-eval is not installed.
+            DataError: A task is unknown, or the folder does not exist.
+        """
+        try:
+            import lm_eval
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise PlatformError(f"--tasks needs lm-evaluation-harness ({error}). pip install lm-eval, or leave --tasks out.") from error
+        if tasks_path is not None and not tasks_path.is_dir():
+            raise DataError(f"--tasks-path: {tasks_path} is no directory. Give the folder with the tasks' YAML files.")
+        self.tasks, self.version = tuple(tasks), getattr(lm_eval, "__version__", "unknown")
+        include = None if tasks_path is None else str(tasks_path)
+        # reading the index of its thousands of own tasks takes seconds
+        self._manager = TaskManager(include_path=include, include_defaults=include is None)
+        if include is not None and not set(tasks) <= set(self._manager.all_tasks):
+            self._manager = TaskManager(include_path=include)
+        for task in tasks:
+            if task not in self._manager.all_tasks:
+                raise DataError(f"--tasks: lm-evaluation-harness knows no {task!r}"
+                                + (f", neither in {tasks_path} nor of its own. " if include else ". ")
+                                + "Give its name, and --tasks-path DIRECTORY for tasks in local YAML files.")
+
+    def run(self, sub_model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 16, num_fewshot: int | None = None,
+            limit: int | None = None) -> dict[str, dict]:
+        """Returns {task: {"samples": number, metric: {"value", "standard_error"}}} for one model.
+
+        Raises:
+            DataError: The task's data cannot be read, as when it would have to be fetched.
+        """
+        import logging
+
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that a model object was given, which is the point
+        model = HFLM(pretrained=sub_model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        try:
+            found = simple_evaluate(model=model, tasks=list(self.tasks), task_manager=self._manager, num_fewshot=num_fewshot, limit=limit,
+                                    log_samples=False, bootstrap_iters=1000, verbosity="ERROR")
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise DataError(f"--tasks: lm-evaluation-harness stopped: {type(error).__name__}: {reason}. Mend the task's files; data must "
+                            "lie on this machine (or set HF_HUB_OFFLINE=0).") from error
+        return {task: {"samples": found.get("n-samples", {}).get(task, {}).get("effective"), **_metrics(numbers)}
+                for task, numbers in {**found["results"], **found.get("groups", {})}.items()}
+
+
+def _metrics(numbers: dict) -> dict[str, dict]:
+    """Returns {metric: {"value", "standard_error"}} of the harness's flat "metric,filter" and "metric_stderr,filter"."""
+    found = {}
+    for key, value in numbers.items():
+        name, comma, kept = key.partition(",")
+        if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = numbers.get(f"{name}_stderr,{kept}")
+        found[name if kept == "none" else f"{name} ({kept})"] = {
+            "value": float(value), "standard_error": float(error) if isinstance(error, int | float) else None}
+    return found

@@ -1,0 +1,121 @@
+"""Closed-book questions: reading them, and prompts with worked examples."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sorted.data.jsonl import read_blocks, records
+from megatron_sorted.errors import DataError, SettingsError
+
+TEMPLATE = "Question: {question}\nAnswer:"
+_WRITTEN_OUT = re.compile(r"Question:\s*(.*?)\s*\nAnswer:\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+        text: The question alone.
+        answer: As an example shows it.
+        right: Every answer that counts as right, ``answer`` among them.
+    """
+
+    text: str
+    answer: str
+    right: tuple[str, ...]
+
+
+def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+    """Returns the questions of a JSON lines file.
+
+    A line has ``question`` (or ``context`` = "Question: ...\\nAnswer:", or ``instruction`` and perhaps ``input``) and ``answer`` (or
+    ``output``): a text, a list of texts, or an object with ``value`` and ``aliases`` as in TriviaQA's own files; ``aliases`` may stand
+    beside it.
+
+    Raises:
+        DataError: No such file, nothing in it, or a line without question or answer.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. Give JSON lines with 'question' and 'answer'.")
+    questions = []
+    for block in read_blocks([str(path)], limit):
+        for number, record, reason in records(block):
+            try:
+                if reason is not None or not isinstance(record, dict):
+                    raise ValueError(reason or "not an object")
+                questions.append(_question(record))
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: {error}. Mend or remove the line.") from error
+    if not questions:
+        raise DataError(f"{path}: no question in it. Give JSON lines with 'question' and 'answer'.")
+    return questions
+
+
+def check_template(template: str) -> str:
+    """Returns the template.
+
+    Raises:
+        SettingsError: It does not say where the question stands.
+    """
+    if "{question}" not in template:
+        raise SettingsError(f"--question-template: {template!r} has no {{question}}. Write {{question}} where the question belongs.")
+    return template
+
+
+def write_prompts(questions: Sequence[Question], shots: int, examples: Sequence[Question] | None = None, template: str = TEMPLATE,
+                  seed: int = 0) -> list[str]:
+    """Returns a prompt for each question: ``shots`` worked examples, then the question without its answer.
+
+    Examples are drawn anew for each question, from ``examples`` or from the other questions; never one with the same text. They do not
+    depend on which other questions are asked before.
+
+    Raises:
+        DataError: There are fewer examples than shots.
+    """
+    pool = list(questions if examples is None else examples)
+    prompts = []
+    for place, question in enumerate(questions):
+        # a few more than needed are drawn, so that a question's own text can be passed over
+        drawn = random.Random(f"{seed}/{place}").sample(pool, len(pool) if len(pool) <= 4 * shots + 8 else 4 * shots + 8) if shots else []
+        chosen = [example for example in drawn if example.text != question.text][:shots]
+        if len(chosen) < shots:
+            raise DataError(f"--shots: {shots} examples are wanted, {len(chosen)} other questions are there. Use fewer --shots or "
+                            "give --shots-from FILE.")
+        prompts.append("\n\n".join([*(_join(_ask(example.text, template), example.answer) for example in chosen),
+                                    _ask(question.text, template)]))
+    return prompts
+
+
+def _ask(text: str, template: str) -> str:
+    return template.replace("{question}", text)
+
+
+def _join(prompt: str, answer: str) -> str:
+    return prompt + answer if prompt[-1:].isspace() else f"{prompt} {answer}"
+
+
+def _question(record: dict[str, Any]) -> Question:
+    text = record.get("question", record.get("context"))
+    if text is None and isinstance(record.get("instruction"), str):
+        given = record.get("input") or ""
+        text = f"{record['instruction']}\n{given}" if given else record["instruction"]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("no question (field 'question', 'context' or 'instruction')")
+    if "question" not in record and (written := _WRITTEN_OUT.fullmatch(text)):
+        text = written.group(1)
+    answer = record.get("answer", record.get("output"))
+    more = record.get("aliases") or []
+    if isinstance(answer, dict):
+        more = [*(answer.get("aliases") or []), *(answer.get("human_answers") or answer.get("HumanAnswers") or []), *more]
+        answer = answer.get("value")
+    if isinstance(answer, list) and answer:
+        more, answer = [*answer, *more], answer[0]
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError("no answer (field 'answer' or 'output')")
+    if not isinstance(more, list) or not all(isinstance(alias, str) for alias in more):
+        raise ValueError("'aliases' is not a list of texts")
+    return Question(text.strip(), answer.strip(), tuple(dict.fromkeys([answer, *more])))

@@ -1,0 +1,40 @@
+"""Parameters and operations, against torch's own counter and against the settings' formula."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_sorted.evaluation.costs import count_parameters, forward_flops_per_token
+from megatron_sorted.evaluation.nested_model import NestedModel
+from megatron_sorted.settings import costs
+from megatron_sorted.settings.load import load_settings
+from tests.support.evaluated import VOCAB_SIZE, make_model
+
+LENGTH = 24
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("qwen2", True), ("qwen3", False)])
+def test_costs(family, tied):
+    model = NestedModel("m", make_model(family, tied=tied, attn_implementation="eager"), (1, 2, 3))
+    settings = load_settings([
+        "--num-layers", "3", "--hidden-size", "32", "--ffn-hidden-size", "48", "--num-attention-heads", "4", "--group-query-attention",
+        "--num-query-groups", "2", "--seq-length", str(LENGTH), "--exit-layer-nums", "1", "2",
+        *["--untie-embeddings-and-output-weights"] * (not tied), *["--add-qkv-bias"] * (family == "qwen2"),
+        *["--qk-layernorm"] * (family == "qwen3")])
+    flops, parameters = costs.forward_flops_per_token(settings, VOCAB_SIZE), costs.sub_model_parameters(settings, VOCAB_SIZE)
+    for depth in model.depths:
+        sub = model.sub_model(depth)
+        assert forward_flops_per_token(sub, LENGTH) == flops[depth] and count_parameters(sub) == parameters[depth]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            sub(torch.ones(1, LENGTH, dtype=torch.long), use_cache=False)
+        # torch multiplies the whole square of attention, of which half is masked
+        square = depth * 4 * LENGTH * LENGTH * 32
+        assert counter.get_total_flops() - square // 2 == LENGTH * forward_flops_per_token(sub, LENGTH)
+
+
+def test_a_window_shorter_than_the_sequence_costs_less():
+    model = NestedModel("m", make_model("mistral", sliding_window=6), (3,)).sub_model(3)
+    linear = 3 * (32 * (32 + 32) + 32 * 32 + 3 * 32 * 48) + 32 * VOCAB_SIZE
+    attended = sum(min(place + 0.5, 6) for place in range(LENGTH)) / LENGTH  # a token's own place counts half, as in L / 2
+    assert forward_flops_per_token(model, LENGTH) == 2 * linear + 3 * 4 * 32 * attended
+    assert forward_flops_per_token(model, 6) == 2 * linear + 3 * 4 * 32 * 3

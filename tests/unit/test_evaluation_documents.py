@@ -1,0 +1,59 @@
+"""Documents: which text is counted, and its bytes."""
+
+import gzip
+import json
+
+import pytest
+
+from megatron_sorted.errors import DataError
+from megatron_sorted.evaluation.documents import encode_documents, read_documents
+from megatron_sorted.evaluation.tokenizer import encode_texts, open_tokenizer
+from tests.support.evaluated import write_tokenizer
+
+
+def test_plain_text(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("One größer.\n<|endoftext|>\nTwo.\n<|endoftext|>\n \n<|endoftext|>", encoding="utf-8")
+    documents = read_documents(path, "<|endoftext|>")
+    assert [document.parts[0].text for document in documents] == ["One größer.", "Two."]
+    assert [document.num_bytes for document in documents] == [13, 4]
+    assert len(read_documents(path, "<|endoftext|>", limit=1)) == 1
+    whole = read_documents(path)
+    assert len(whole) == 1 and whole[0].parts[0].text == path.read_text(encoding="utf-8")  # nothing dropped, blanks neither
+
+
+def test_responses_alone_are_counted(tmp_path):
+    path = tmp_path / "t.jsonl.gz"
+    records = [{"instruction": "Say it.", "input": "", "output": "A cat."}, {"text": "The bird"},
+               {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "Ha"},
+                             {"role": "assistant", "content": "He"}]}]
+    with gzip.open(path, "wt", encoding="utf-8") as stream:
+        stream.write("\n".join(map(json.dumps, records)))
+    documents = read_documents(path)
+    assert [document.num_bytes for document in documents] == [6, 8, 4]
+    tokenizer = open_tokenizer(write_tokenizer(tmp_path))
+    prompt, response, text = encode_texts(tokenizer, ["Say it.\n", "A cat.", "The bird"])
+    first, second, third = encode_documents(documents, tokenizer)
+    assert first.ids == [1, *prompt, *response] and first.counted == [False] * (1 + len(prompt)) + [True] * len(response)
+    assert second.ids == [1, *text] and second.counted == [False] + [True] * len(text)
+    assert sum(third.counted) == len(encode_texts(tokenizer, ["Ho"])[0]) + len(encode_texts(tokenizer, ["He"])[0])
+    ended = encode_documents(documents, tokenizer, append_eos=True)
+    assert ended[0].ids == [*first.ids, 2] and ended[0].counted == [*first.counted, True]
+    assert sum(ended[2].counted) == sum(third.counted) + 2
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("t.txt", b" \n", "no text in it"), ("t.txt", b"\xff\xfe", "not UTF-8 at byte 0"), ("t.jsonl", b"", "no text in it"),
+    ("t.jsonl", b'{"text": "a"}\n\n{"tex": "b"}', r"t\.jsonl:3: needs a field 'text'"), ("t.jsonl", b"nothing", r"t\.jsonl:1: not_json"),
+    ("t.jsonl", b'{"instruction": "a", "output": " "}', r"t\.jsonl:1: empty_response"),
+    ("t.jsonl", b'{"text": "\\ud800"}', r"t\.jsonl:1: invalid_unicode")])
+def test_bad_texts(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_documents(tmp_path / name, "###")
+
+
+def test_missing_texts(tmp_path):
+    for name in ("t.txt", "t.jsonl"):
+        with pytest.raises(DataError, match=r"cannot be read|no such file"):
+            read_documents(tmp_path / name)

@@ -1,0 +1,59 @@
+"""What a directory says of its exits, and directories that say nothing sensible."""
+
+import json
+
+import pytest
+
+from megatron_sorted.errors import CheckpointError, SettingsError
+from megatron_sorted.evaluation.model_directory import open_model_directory, plan_exits
+
+
+def directory_with(path, **config):
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 6, **config}))
+    (path / "model.safetensors").touch()
+    return path
+
+
+def test_depths(tmp_path):
+    plain = directory_with(tmp_path)
+    assert plan_exits(plain).depths == (1, 2, 3, 4, 5, 6) and plan_exits(plain, [4, 2]).depths == (2, 4, 6)
+    nested = directory_with(tmp_path, exit_layer_indices=[2, 4])
+    assert plan_exits(nested).depths == (2, 4, 6) and plan_exits(nested, [3]).depths == (3, 6)
+    (tmp_path / "exits.safetensors").touch()
+    own = directory_with(tmp_path, exit_layer_indices=[2, 4, 6], own_exit_norms=True, tie_exit_lm_head=True)
+    plan = plan_exits(own)
+    assert (plan.own_norms, plan.own_heads, plan.num_layers) == (True, False, 6)
+    with pytest.raises(SettingsError, match=r"no norm or head of its own for depth 3\. Use some of 2, 4, 6"):
+        plan_exits(own, [3])
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported. Give one of llama, mistral"),
+    ({"num_hidden_layers": None}, "num_hidden_layers None, which is no number"),
+    ({"exit_layer_indices": [2, 9]}, r"exit_layer_indices \[2, 9\] of config.json are not different layers of 1..6"),
+    ({"exit_layer_indices": [2, 2]}, "are not different layers"),
+    ({"exit_layer_indices": []}, "are not different layers"),
+    ({"own_exit_norms": True}, "has no exit_layer_indices"),
+    ({"own_exit_norms": True, "exit_layer_indices": [2]}, "own norms, but exits.safetensors is missing"),
+])
+def test_contradictions(tmp_path, config, message):
+    with pytest.raises(CheckpointError, match=message):
+        plan_exits(directory_with(tmp_path, **config))
+
+
+def test_what_is_no_model_directory(tmp_path):
+    with pytest.raises(CheckpointError, match="no such directory"):
+        open_model_directory(tmp_path / "none")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        open_model_directory(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"no model\*\.safetensors; files of other kinds can run code"):
+        open_model_directory(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        plan_exits(tmp_path)
+    assert open_model_directory(directory_with(tmp_path)) == tmp_path
+    (tmp_path / "iter_0000010").mkdir()
+    with pytest.raises(CheckpointError, match=r"a training checkpoint\. Export it first"):
+        open_model_directory(tmp_path)

@@ -1,0 +1,157 @@
+"""The options of tools/evaluate.py, and what they name: models, texts, questions, tasks; all is checked before a model is loaded."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_sorted.data.templates import TEMPLATES
+from megatron_sorted.errors import SettingsError
+from megatron_sorted.evaluation.documents import read_documents
+from megatron_sorted.evaluation.evaluate import Measures, QuestionSet, Subject
+from megatron_sorted.evaluation.harness import Harness
+from megatron_sorted.evaluation.model_directory import open_model_directory, plan_exits, read_config
+from megatron_sorted.evaluation.questions import TEMPLATE, check_template, read_questions, write_prompts
+from megatron_sorted.evaluation.save_heads import check_destination
+from megatron_sorted.evaluation.tokenizer import open_tokenizer
+from megatron_sorted.evaluation.train_heads import HeadTraining
+
+from .picture import MAX_MODELS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_SEQ_LENGTH = 2048
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def _rate(text: str) -> float:
+    if not (value := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def read_arguments(arguments: Sequence[str] | None, description: str | None) -> argparse.Namespace:
+    """Returns what the command line says."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="directory, or NAME=DIRECTORY")
+    parser.add_argument("--baseline", action="append", default=[], metavar="MODEL", help="compare with this model's exits; may be repeated")
+    parser.add_argument("--depths", nargs="+", type=int, help="default: exit_layer_indices of config.json, or all; the last layer always")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--tokenizer", type=Path, help="directory or sentencepiece file; default: the model's directory")
+    parser.add_argument("--output", type=Path, default=Path("runs/evaluation"), help="folder of evaluation.json and .png (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of drawn examples and of the order in which heads are trained")
+    text = parser.add_argument_group("held-out text")
+    text.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="plain text, or JSON lines (.jsonl, .jsonl.gz)")
+    text.add_argument("--separator", help="cuts plain text into documents, as '<|endoftext|>' does; default: a file is one document")
+    text.add_argument("--prompt-template", choices=tuple(TEMPLATES), default="plain", help="of instructions in JSON lines")
+    text.add_argument("--seq-length", type=_positive, help=f"tokens of a window; default: what models allow, up to {DEFAULT_SEQ_LENGTH}")
+    text.add_argument("--stride", type=_positive, help="windows start this many tokens apart; default: --seq-length, no overlap")
+    text.add_argument("--append-eos", action="store_true", help="count the eos at the end of texts and responses too")
+    text.add_argument("--limit", type=_positive, help="only the first documents of each text")
+    text.add_argument("--batch-tokens", type=_positive, default=8192, help="tokens of one forward pass (%(default)s)")
+    asked = parser.add_argument_group("closed-book questions")
+    asked.add_argument("--questions", nargs="+", type=Path, default=[], metavar="FILE", help="JSON lines: question, answer, aliases")
+    asked.add_argument("--shots", type=_count, default=5, help="worked examples before each question (%(default)s)")
+    asked.add_argument("--shots-from", type=Path, metavar="FILE", help="file of the examples; default: other questions of the same file")
+    asked.add_argument("--question-template", default=TEMPLATE.replace("\n", "\\n"), help="\\n is a line break (%(default)s)")
+    asked.add_argument("--num-questions", type=_positive, help="only the first questions of each file")
+    asked.add_argument("--max-new-tokens", type=_positive, default=32, help="of an answer (%(default)s)")
+    asked.add_argument("--batch-size", type=_positive, default=16, help="questions, or requests of a task, at a time (%(default)s)")
+    tasks = parser.add_argument_group("lm-evaluation-harness")
+    tasks.add_argument("--tasks", type=lambda names: [name for name in names.split(",") if name], default=[], metavar="NAME[,NAME]")
+    tasks.add_argument("--tasks-path", type=Path, metavar="DIR", help="folder with the YAML files of local tasks")
+    tasks.add_argument("--task-shots", type=_count, help="default: as the task says")
+    tasks.add_argument("--task-limit", type=_positive, help="only the first samples of each task")
+    heads = parser.add_argument_group("SFT+ICT: own heads on frozen layers, for the baselines, or for the models if there is no baseline")
+    heads.add_argument("--train-heads", type=Path, metavar="TEXT", help="train a norm and a head for each exit on this text")
+    heads.add_argument("--train-heads-epochs", type=_positive, default=1)
+    heads.add_argument("--train-heads-lr", type=_rate, help="default: 1 / hidden size")
+    heads.add_argument("--train-heads-batch-size", type=_positive, default=8, help="windows of a step (%(default)s)")
+    heads.add_argument("--save-heads", type=Path, metavar="DIR", help="write the model with these heads as a nested directory")
+    heads.add_argument("--overwrite", action="store_true", help="replace what is at --save-heads")
+    return parser.parse_args(arguments)
+
+
+def name_subjects(values: argparse.Namespace) -> list[Subject]:
+    """Returns the models to evaluate, each with a name of its own.
+
+    Raises:
+        SettingsError: Two models have one name, or there are too many for one picture.
+        CheckpointError: A directory is no model.
+    """
+    subjects = []
+    for text, is_baseline in [*((text, False) for text in values.models), *((text, True) for text in values.baseline)]:
+        name, equals, path = text.partition("=")
+        if not equals or "/" in name:
+            name, path = "", text
+        heads = values.train_heads is not None and is_baseline == bool(values.baseline)
+        subjects.append(Subject(name or Path(path).resolve().name, open_model_directory(Path(path)), is_baseline, heads))
+    names = [name for subject in subjects for name in [subject.name, *[f"{subject.name}+ICT"] * subject.with_heads]]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingsError(f"two models are called {name}. Give one another name: NAME=DIRECTORY.")
+    if len(names) > MAX_MODELS:
+        raise SettingsError(f"{len(names)} models are more than one picture can tell apart. Give at most {MAX_MODELS}.")
+    if values.save_heads and sum(subject.with_heads for subject in subjects) != 1:
+        raise SettingsError("--save-heads writes one directory, of one model with --train-heads. Train heads of one model at a time.")
+    return subjects
+
+
+def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Measures:
+    """Returns everything that is measured; all files are read and checked before the first model is loaded.
+
+    Raises:
+        SortedError: An option or a file cannot be used.
+    """
+    if not (values.text or values.questions or values.tasks):
+        raise SettingsError("nothing to measure. Give --text, --questions or --tasks.")
+    for subject in subjects:
+        plan_exits(subject.directory, values.depths)
+        open_tokenizer(subject.directory, values.tokenizer)
+    allowed = {subject.name: read_config(subject.directory).get("max_position_embeddings") or DEFAULT_SEQ_LENGTH for subject in subjects}
+    seq_length = values.seq_length or min(DEFAULT_SEQ_LENGTH, *allowed.values())
+    for name, length in allowed.items():
+        if seq_length > length:
+            raise SettingsError(f"--seq-length: {seq_length} is more than the {length} positions of {name}. Use at most {length}.")
+    if values.stride and values.stride > seq_length:
+        raise SettingsError(f"--stride: {values.stride} is more than --seq-length {seq_length}, so tokens would be left out. Use less.")
+    if values.save_heads:
+        check_destination(values.save_heads, values.overwrite)
+    template = check_template(values.question_template.replace("\\n", "\n"))
+    examples = read_questions(values.shots_from) if values.shots_from else None
+    questions = {}
+    for name, path in _by_name(values.questions).items():
+        found = read_questions(path)
+        asked = found[:values.num_questions]
+        questions[name] = QuestionSet(asked, write_prompts(asked, values.shots, examples or found, template, values.seed))
+    texts = {name: read_documents(path, values.separator, values.prompt_template, values.limit)
+             for name, path in _by_name(values.text).items()}
+    heads = read_documents(values.train_heads, values.separator, values.prompt_template) if values.train_heads else None
+    training = HeadTraining(values.train_heads_epochs, values.train_heads_lr, values.train_heads_batch_size, seed=values.seed)
+    return Measures(
+        texts, questions, seq_length, values.stride or seq_length, tuple(values.depths) if values.depths else None, DTYPES[values.dtype],
+        values.tokenizer, values.append_eos, values.batch_tokens, values.batch_size, values.max_new_tokens,
+        Harness(values.tasks, values.tasks_path) if values.tasks else None, values.task_shots, values.task_limit, heads, training,
+        values.save_heads, values.overwrite)
+
+
+def _by_name(paths: Sequence[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in paths:
+        name = path.name.removesuffix(".gz")
+        name = name.rsplit(".", 1)[0] or name
+        if name in found:
+            raise SettingsError(f"{found[name]} and {path} have the same name. Rename one of them.")
+        found[name] = path
+    return found
