@@ -1,0 +1,225 @@
+"""The two directions: a model into one of our checkpoints, and a model into a Hugging Face directory. Verified before it gets its name."""
+
+import dataclasses
+import json
+import platform
+import uuid
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sorted import __version__
+from megatron_sorted.checkpoint.layout import TRACKER, write_text_atomically
+from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, manifest_text, network_shape
+from megatron_sorted.conversion.aside import written_aside
+from megatron_sorted.conversion.checkpoint_files import WeightsWriter
+from megatron_sorted.conversion.families import CONFIG, config_of_settings
+from megatron_sorted.conversion.open_model import EXITS, OpenModel, open_model
+from megatron_sorted.conversion.safetensors_files import SafetensorsWriter
+from megatron_sorted.conversion.tensor_source import TensorInfo
+from megatron_sorted.conversion.tensor_table import Pair, tensor_table
+from megatron_sorted.conversion.transformers_states import require_transformers
+from megatron_sorted.conversion.verify import TOLERANCE, Comparison, compare, require_same
+from megatron_sorted.data.tokenizer import load_tokenizer
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.settings.derived import coefficient_rule, exit_depths
+from megatron_sorted.settings.load import settings_as_dict
+from megatron_sorted.settings.run import Settings
+
+STEP_DIRECTORY = "iter_0000000"
+SHARD_BYTES = 5_000_000_000
+KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Watch = Callable[[str, int], Callable[[int], None]]
+
+
+def silent(_title: str, _num_bytes: int) -> Callable[[int], None]:
+    """Returns a progress that shows nothing. A watch is called with a title and the bytes to come, and returns what counts them."""
+    return lambda _done: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Exits:
+    """Exits to give a model that is imported; None keeps those it has. New norms and heads start as copies of the last exit's."""
+
+    depths: tuple[int, ...] | None = None
+    own_norms: bool | None = None
+    own_heads: bool | None = None
+
+    def on(self, settings: Settings) -> Settings:
+        """Returns the settings with these exits.
+
+        Raises:
+            SettingsError: A depth is not a layer of the model.
+        """
+        changes = {"exit_layer_nums": self.depths, "use_exit_norm": self.own_norms, "untie_exit_output_weights": self.own_heads}
+        changed = dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
+        exit_depths(changed)
+        return changed
+
+
+def import_model(model: OpenModel, destination: Path, exits: Exits, overwrite: bool = False, verify: bool = True,
+                 tolerance: float = TOLERANCE, watch: Watch = silent) -> Comparison | None:
+    """Returns how the checkpoint written to ``destination`` compares with the model it is made of; None if it was not verified.
+
+    The checkpoint holds weights only and loads in any layout.
+
+    Raises:
+        CheckpointError: The destination exists, the disk is full, or the two do not match; nothing is left there then.
+        SettingsError: An exit is not a layer of the model.
+    """
+    if verify and model.kind == "hugging_face":
+        require_transformers()
+    settings = exits.on(model.settings)
+    pairs, origins = tensor_table(settings), origins_of(model, settings)
+    if left := [pair.ours for pair in model.pairs if pair not in origins.values()]:
+        raise CheckpointError(f"{model.directory}: the exits asked for leave {', '.join(left[:3])} unused. Keep the exits it has.")
+    tensors = {pair.ours: TensorInfo(pair.shape, model.dtype_of(origins[pair.ours])) for pair in pairs}
+    total = sum(info.num_bytes for info in tensors.values())
+    with written_aside(destination, overwrite, total) as aside:
+        directory = aside / STEP_DIRECTORY
+        directory.mkdir()
+        writer, count = WeightsWriter(directory, tensors, settings.num_layers), watch("converting", total)
+        try:
+            for pair in pairs:
+                writer.write(pair.ours, model.read_ours(origins[pair.ours]))
+                count(tensors[pair.ours].num_bytes)
+            files = writer.close({name: path.read_bytes() for name, path in model.files.items()})
+        except BaseException:
+            writer.abandon()
+            raise
+        text = manifest_text(_description(model, settings), Progress(0, 0), files)
+        (directory / MANIFEST).write_text(text, encoding="utf-8")
+        write_text_atomically(aside / TRACKER, "0")
+        comparison = None
+        if verify:
+            comparison = compare(model, open_model(aside), origins, tolerance, watch("verifying", total))
+            require_same(comparison, destination)
+    return comparison
+
+
+def origins_of(model: OpenModel, settings: Settings) -> dict[str, Pair]:
+    """Returns, for every tensor of a network of ``settings``, the model's own that it is made of, by our name.
+
+    The network may have exits with norms and heads that the model has not: they begin as copies of the last exit's. It may end at an exit
+    of the model: what that is read by then stands in the last place.
+    """
+    own = {pair.ours: pair for pair in model.pairs}
+    depth, origins = settings.num_layers, {}
+    norm = own.get(f"exit_norms.{depth}.weight", own["decoder.final_layernorm.weight"])
+    head = own.get(f"exit_output_layers.{depth}.weight", own.get("output_layer.weight", own["embedding.word_embeddings.weight"]))
+    for pair in tensor_table(settings):
+        if pair.ours == "decoder.final_layernorm.weight" or (pair.ours.startswith("exit_norms.") and pair.ours not in own):
+            origins[pair.ours] = norm
+        elif pair.ours == "output_layer.weight" or (pair.ours.startswith("exit_output_layers.") and pair.ours not in own):
+            origins[pair.ours] = head
+        else:
+            origins[pair.ours] = own[pair.ours]
+    return origins
+
+
+def _description(model: OpenModel, settings: Settings) -> dict[str, Any]:
+    """Returns what the manifest of an imported checkpoint says."""
+    tokenizer = None
+    name = next((name for name in ("tokenizer/tokenizer.json", "tokenizer/tokenizer.model") if name in model.files), None)
+    if name is not None:
+        found = load_tokenizer("HuggingFaceTokenizer", str(model.files[name].parent))
+        kind = "HuggingFaceTokenizer" if name.endswith(".json") else "SentencePieceTokenizer"
+        tokenizer = {"type": kind, "name": found.name, "sha256": found.sha256}
+        settings = dataclasses.replace(settings, tokenizer_type=kind)
+    elif model.manifest:
+        tokenizer = model.manifest["tokenizer"]
+    coefficients = coefficient_rule(settings).coefficients(0)
+    return {
+        "contents": "weights", "run_id": uuid.uuid4().hex[:8], "saved_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "origin": {"name": model.directory.name, "kind": model.kind},
+        "versions": {"megatron_sorted": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "exits": {"depths": list(exit_depths(settings)), "own_norm": settings.use_exit_norm,
+                  "own_output_weights": settings.untie_exit_output_weights,
+                  "coefficients": {str(depth): value for depth, value in coefficients.items()}},
+        "shape": network_shape(settings, settings.vocab_size), "settings": settings_as_dict(settings),
+        "layout": {"world_size": 1, "tensor": 1, "stages": 1, "data": 1, "chunks": 1, "random_place": [1, 1]},
+        "samples_a_step": 1, "tokenizer": tokenizer, "data": None,
+    }
+
+
+def export_model(model: OpenModel, destination: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES, overwrite: bool = False,
+                 verify: bool = True, tolerance: float = TOLERANCE, watch: Watch = silent, settings: Settings | None = None,
+                 more_files: Mapping[str, str] | None = None) -> Comparison | None:
+    """Returns how the Hugging Face directory written to ``destination`` compares with the model; None if it was not verified.
+
+    Args:
+        model: Of any kind.
+        destination: A new directory.
+        dtype: Kind of numbers to write, of ``families.DTYPES``; by default as stored.
+        shard_bytes: Size of one file at most.
+        overwrite: Replace what is there.
+        verify: Compare every tensor, and the logits of every exit with transformers'.
+        tolerance: Of logits, relative to the largest.
+        watch: Shows progress.
+        settings: Of the network to write where it is not the whole model (``submodel``).
+        more_files: Texts to write beside, by name.
+
+    Raises:
+        CheckpointError: No Hugging Face family computes this network, the destination exists, the disk is full, or the two do not match;
+            nothing is left there then.
+    """
+    if verify:
+        require_transformers()
+    settings, cast = settings or model.settings, None if dtype is None else KINDS[dtype]
+    pairs, origins = tensor_table(settings), origins_of(model, settings)
+    stored = model.dtype_of(model.pairs[0])
+    config = config_of_settings(settings, dtype or str(stored).removeprefix("torch."), model.config)
+    _add_token_ids(config, model)
+    main, own = ({name: TensorInfo(shape, cast or model.dtype_of(origins[pair.ours])) for pair in pairs if pair.is_own_exit == is_own
+                  for name, shape in zip(pair.theirs, pair.shapes, strict=True)} for is_own in (False, True))
+    total = sum(info.num_bytes for info in (*main.values(), *own.values()))
+    with written_aside(destination, overwrite, total) as aside:
+        writers = {False: SafetensorsWriter(aside, main, shard_bytes)}
+        if own:
+            writers[True] = SafetensorsWriter(aside, own, total + 1, EXITS)
+        count = watch("converting", total)
+        for pair in pairs:
+            for name, part in zip(pair.theirs, model.read_theirs(origins[pair.ours]), strict=True):
+                writers[pair.is_own_exit].write(name, part if cast is None else part.to(cast))
+                count((own if pair.is_own_exit else main)[name].num_bytes)
+        for writer in writers.values():
+            writer.close()
+        write_config(aside, config)
+        write_small_files(aside, model.files, config)
+        for name, text in (more_files or {}).items():
+            (aside / name).write_text(text, encoding="utf-8")
+        comparison = None
+        if verify:
+            comparison = compare(model, open_model(aside), origins, tolerance, watch("verifying", total), cast)
+            require_same(comparison, destination)
+    return comparison
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Writes config.json."""
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_small_files(directory: Path, files: Mapping[str, Path], config: Mapping[str, Any]) -> None:
+    """Writes tokenizer, chat template and generation config into a Hugging Face directory."""
+    for name, path in files.items():
+        short = name.split("/", 1)[1]
+        if short != CONFIG:
+            (directory / short).write_bytes(path.read_bytes())
+    generation = directory / "generation_config.json"
+    if not generation.exists():
+        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None}
+        generation.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+
+
+def _add_token_ids(config: dict[str, Any], model: OpenModel) -> None:
+    """Puts the ids of the special tokens into a config that has none, as a model trained from scratch."""
+    if model.config is not None:
+        return
+    name = next((name for name in ("tokenizer/tokenizer.json", "tokenizer/tokenizer.model") if name in model.files), None)
+    tokenizer = None if name is None else load_tokenizer("HuggingFaceTokenizer", str(model.files[name].parent))
+    # left out, transformers would take LLaMA's own ids, and generation would stop at a token that means something else
+    config |= {"bos_token_id": tokenizer and tokenizer.bos_id, "eos_token_id": tokenizer and tokenizer.eos_id}

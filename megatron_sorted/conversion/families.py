@@ -1,0 +1,249 @@
+"""The model families of Hugging Face that are trained here, and what their config.json says in our settings' words.
+
+The only file that knows the keys of config.json. It needs no torch.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sorted.errors import CheckpointError, SettingsError
+from megatron_sorted.exits.depths import normalise_depths
+from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, max_position_embeddings, num_query_groups
+from megatron_sorted.settings.run import Settings
+
+CONFIG = "config.json"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets one family apart from LLaMA.
+
+    Attributes:
+        model_type, architecture: As config.json names them.
+        qkv_bias: Queries, keys and values have a bias.
+        qk_norm: Queries and keys of every head are normed.
+        slides: All layers look back over ``sliding_window`` tokens, if config.json gives one.
+    """
+
+    model_type: str
+    architecture: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    slides: bool = False
+
+
+FAMILIES = {family.model_type: family for family in (
+    Family("llama", "LlamaForCausalLM"),
+    Family("mistral", "MistralForCausalLM", slides=True),
+    Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True),
+    Family("qwen3", "Qwen3ForCausalLM", qk_norm=True),
+)}
+# Values that change what a network computes in a way ours cannot: {key: the only value that is understood}.
+UNDERSTOOD = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "partial_rotary_factor": 1.0,
+              "quantization_config": None, "add_cross_attention": False, "is_encoder_decoder": False}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Returns the config.json of a Hugging Face directory.
+
+    Raises:
+        CheckpointError: There is none, or it is no JSON object.
+    """
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory}: no {CONFIG}, so this is no Hugging Face model. Give a directory that holds config.json and "
+                              "safetensors.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable ({error}). Fetch it again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: not a JSON object. Fetch it again.")
+    return config
+
+
+def family_of_config(config: Mapping[str, Any], where: str) -> Family:
+    """Returns the family a config.json is of.
+
+    Raises:
+        CheckpointError: None that is supported; says which are.
+    """
+    family = FAMILIES.get(config.get("model_type"))
+    known = ", ".join(f"{family.model_type} ({family.architecture})" for family in FAMILIES.values())
+    if family is None:
+        raise CheckpointError(f"{where}: model_type {config.get('model_type')!r} is not supported. Supported are {known}.")
+    architectures = config.get("architectures") or [family.architecture]
+    if architectures != [family.architecture]:
+        raise CheckpointError(f"{where}: architectures {architectures} is not a language model of a supported kind. Supported are {known}.")
+    return family
+
+
+def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
+    """Returns the settings of the network that a config.json describes; whatever else a run needs is left at its default.
+
+    Args:
+        config: Of ``read_config``.
+        where: Its name, for messages.
+
+    Raises:
+        CheckpointError: The family is not supported, a key is missing, or a value is not understood; naming it.
+    """
+    family = family_of_config(config, where)
+    for key, value in UNDERSTOOD.items():
+        if config.get(key, value) not in (value, None):
+            raise CheckpointError(f"{where}: {key} is {config[key]!r}; of {family.model_type} models only {value!r} is supported.")
+    if family.slides is False and set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        raise CheckpointError(f"{where}: layer_types holds {sorted(set(config['layer_types']))}; only full_attention is supported.")
+
+    def need(key: str) -> Any:
+        if not isinstance(config.get(key), int) or isinstance(config[key], bool) or config[key] < 1:
+            raise CheckpointError(f"{where}: {key} is {config.get(key)!r} where a number above 0 is needed. Fetch the file again.")
+        return config[key]
+
+    heads = need("num_attention_heads")
+    groups = config.get("num_key_value_heads") or heads
+    hidden = need("hidden_size")
+    # these two are left out of config.json by some versions where they have transformers' own default
+    length = config.get("max_position_embeddings") or 2048
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if not config.get("head_dim") and hidden % heads:
+        raise CheckpointError(f"{where}: hidden_size {hidden} does not divide by num_attention_heads {heads}, and head_dim is not given.")
+    try:
+        return Settings(
+            num_layers=need("num_hidden_layers"), hidden_size=hidden, ffn_hidden_size=need("intermediate_size"), num_attention_heads=heads,
+            kv_channels=config.get("head_dim") or hidden // heads, group_query_attention=groups != heads,
+            num_query_groups=groups if groups != heads else None, seq_length=length, max_position_embeddings=length,
+            normalization="RMSNorm", norm_epsilon=float(config.get("rms_norm_eps", 1e-6)), swiglu=True, disable_bias_linear=True,
+            add_qkv_bias=family.qkv_bias, qk_layernorm=family.qk_norm, vocab_size=need("vocab_size"),
+            untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
+            init_method_std=float(config.get("initializer_range", 0.02)), bf16=dtype == "bfloat16", fp16=dtype == "float16",
+            sliding_window=config.get("sliding_window") if family.slides else None,
+            **_rotary_settings(config, where), **_exit_settings(config, where))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: a value of the wrong kind ({error}). Fetch the file again.") from error
+
+
+def _rotary_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns what config.json says of rotary positions: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    base = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    if base != int(base):
+        raise CheckpointError(f"{where}: rope_theta {base} is not a whole number, which --rotary-base must be.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    fields: dict[str, Any] = {"position_embedding_type": "rope", "rotary_base": int(base), "rotary_percent": 1.0}
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1.")
+    try:
+        if kind == "linear":
+            fields["rotary_seq_len_interpolation_factor"] = float(rope["factor"])
+        elif kind == "llama3":
+            fields |= {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"]),
+                       "rope_scaling_low_freq_factor": float(rope["low_freq_factor"]),
+                       "rope_scaling_high_freq_factor": float(rope["high_freq_factor"]),
+                       "rope_scaling_original_max_position_embeddings": int(rope["original_max_position_embeddings"])}
+        elif kind != "default":
+            raise CheckpointError(f"{where}: rotary positions of kind {kind!r} are not supported; default, linear and llama3 are.")
+    except KeyError as error:
+        raise CheckpointError(f"{where}: rotary positions of kind {kind} without {error.args[0]}. Fetch the file again.") from None
+    return fields
+
+
+def _exit_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns the exits config.json names, in our settings' words."""
+    depths = config.get("exit_layer_indices")
+    if depths is None:
+        return {}
+    try:
+        found = normalise_depths(tuple(depths), config["num_hidden_layers"])
+    except (SettingsError, TypeError) as error:
+        raise CheckpointError(f"{where}: exit_layer_indices {depths!r}: {error}") from None
+    return {"exit_layer_nums": found, "use_exit_norm": bool(config.get("own_exit_norms", False)),
+            "untie_exit_output_weights": not config.get("tie_exit_lm_head", True)}
+
+
+def family_of_settings(settings: Settings) -> Family:
+    """Returns the family whose models compute what a network of these settings computes.
+
+    Raises:
+        CheckpointError: There is none, naming the setting that none has.
+    """
+    needed = {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True, "position_embedding_type": "rope",
+              "rotary_percent": 1.0, "num_experts": None}
+    for name, value in needed.items():
+        if getattr(settings, name) != value:
+            raise CheckpointError(f"--{name.replace('_', '-')}: {getattr(settings, name)}, which no supported Hugging Face family has "
+                                  f"(only {value}). Such a model stays a Megatron checkpoint.")
+    for family in FAMILIES.values():
+        if (family.qkv_bias, family.qk_norm, family.slides) == (settings.add_qkv_bias, settings.qk_layernorm,
+                                                                settings.sliding_window is not None):
+            return family
+    raise CheckpointError("--add-qkv-bias, --qk-layernorm and --sliding-window: no supported Hugging Face family has them together.")
+
+
+def config_of_settings(settings: Settings, dtype: str, origin: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the config.json of a network.
+
+    Args:
+        settings: With the vocabulary resolved.
+        dtype: Of the weights, one of ``DTYPES``.
+        origin: The config.json the model once came with. What it says stays, in its own words, where it still holds.
+
+    Raises:
+        CheckpointError: No supported family computes this.
+    """
+    family = family_of_settings(settings)
+    if origin is not None and origin.get("model_type") in FAMILIES:
+        kept = FAMILIES[origin["model_type"]]
+        # a Mistral without a window computes what a LLaMA does; it stays a Mistral
+        if (kept.qkv_bias, kept.qk_norm) == (family.qkv_bias, family.qk_norm) and (kept.slides or not family.slides):
+            family = kept
+    new = {
+        "architectures": [family.architecture], "model_type": family.model_type, "vocab_size": settings.vocab_size,
+        "hidden_size": settings.hidden_size, "intermediate_size": ffn_hidden_size(settings), "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_attention_heads, "num_key_value_heads": num_query_groups(settings),
+        "head_dim": kv_channels(settings), "hidden_act": "silu", "max_position_embeddings": max_position_embeddings(settings),
+        "initializer_range": settings.init_method_std, "rms_norm_eps": settings.norm_epsilon,
+        "tie_word_embeddings": not settings.untie_embeddings_and_output_weights, "attention_dropout": settings.attention_dropout,
+        "torch_dtype": dtype, "rope_theta": float(settings.rotary_base), "rope_scaling": _rope_scaling(settings),
+    }
+    if family.slides:
+        new["sliding_window"] = settings.sliding_window
+    if family.model_type == "llama":
+        new |= {"attention_bias": False, "mlp_bias": False}
+    if origin is not None:
+        new = _in_the_words_of(origin, new)
+    new["exit_layer_indices"] = list(exit_depths(settings))
+    new["tie_exit_lm_head"] = not settings.untie_exit_output_weights
+    new["own_exit_norms"] = settings.use_exit_norm
+    return new
+
+
+def _rope_scaling(settings: Settings) -> dict[str, Any] | None:
+    if settings.use_rope_scaling:
+        return {"rope_type": "llama3", "factor": settings.rope_scaling_factor, "low_freq_factor": settings.rope_scaling_low_freq_factor,
+                "high_freq_factor": settings.rope_scaling_high_freq_factor,
+                "original_max_position_embeddings": settings.rope_scaling_original_max_position_embeddings}
+    if settings.rotary_seq_len_interpolation_factor is not None:
+        return {"rope_type": "linear", "factor": settings.rotary_seq_len_interpolation_factor}
+    return None
+
+
+def _in_the_words_of(origin: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``origin`` with what ``new`` says, under the keys that ``origin`` uses."""
+    new = dict(new)
+    if "rope_parameters" in origin:
+        new["rope_parameters"] = {"rope_type": "default", **(new.pop("rope_scaling") or {}), "rope_theta": new.pop("rope_theta")}
+    if "dtype" in origin:
+        new["dtype"] = new.pop("torch_dtype")
+    # a key that older files leave out, with the value it then has, need not appear
+    optional = {"head_dim": new["hidden_size"] // new["num_attention_heads"], "attention_dropout": 0.0, "rope_scaling": None,
+                "attention_bias": False, "mlp_bias": False, "num_key_value_heads": new["num_attention_heads"]}
+    for key, value in optional.items():
+        if key not in origin and new.get(key) == value:
+            new.pop(key, None)
+    counted_by_layer = {} if "layer_types" not in origin else {"layer_types": ["full_attention"] * new["num_hidden_layers"]}
+    return {**origin, **new, **counted_by_layer}

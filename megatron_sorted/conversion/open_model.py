@@ -1,0 +1,160 @@
+"""Any directory of weights, opened: a Hugging Face model, one of our checkpoints, or one of Megatron-LM's."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sorted.checkpoint.candidates import find_candidates
+from megatron_sorted.checkpoint.layout import TRACKER, saved_steps
+from megatron_sorted.checkpoint.manifest import MANIFEST
+from megatron_sorted.conversion.families import CONFIG, read_config, settings_of_config
+from megatron_sorted.conversion.megatron_directory import open_megatron
+from megatron_sorted.conversion.safetensors_files import HuggingFaceFiles, SafetensorsFile
+from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
+from megatron_sorted.conversion.tensor_table import EMBEDDING, HEAD, Pair, check_ours, check_theirs, tensor_table
+from megatron_sorted.conversion.torch_dist_files import TorchDistFiles
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.settings.load import settings_from_dict
+from megatron_sorted.settings.run import Settings
+
+EXITS = "exits.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.txt")
+CARRIED_FILES = ("config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model on disk.
+
+    Attributes:
+        directory: Where its weights are.
+        kind: "hugging_face" or "megatron": whose names its tensors go by.
+        settings: Of its network, with the vocabulary resolved.
+        source: Its tensors.
+        pairs: Between ours and theirs.
+        config: The config.json it has, or once came with.
+        manifest: Of one of our checkpoints, else empty.
+        files: Small files that travel with it, by name: tokenizer's, generation_config.json, chat template.
+    """
+
+    directory: Path
+    kind: str
+    settings: Settings
+    source: TensorSource
+    pairs: list[Pair]
+    config: dict[str, Any] | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Returns the size of its tensors."""
+        return sum(info.num_bytes for info in self.source.tensors.values())
+
+    def read_ours(self, pair: Pair) -> torch.Tensor:
+        """Returns a tensor under our name and in our form, from either kind; without padding of the vocabulary."""
+        if self.kind == "megatron":
+            tensor = self.source.read(pair.ours)
+            return tensor if tuple(tensor.shape) == pair.shape else pair.operation.split(tensor)[0]
+        return pair.operation.join((self.source.read(name) for name in pair.theirs), pair.shape)
+
+    def read_theirs(self, pair: Pair) -> Iterator[torch.Tensor]:
+        """Yields the tensors of a pair under their names and in their form, from either kind."""
+        if self.kind == "megatron":
+            yield from pair.operation.split(self.source.read(pair.ours))
+        else:
+            yield from (self.source.read(name) for name in pair.theirs)
+
+    def dtype_of(self, pair: Pair) -> torch.dtype:
+        """Returns the kind of numbers a tensor is stored in."""
+        return self.source.tensors[pair.ours if self.kind == "megatron" else pair.theirs[0]].dtype
+
+
+class _Together(TensorSource):
+    """The tensors of two sources."""
+
+    def __init__(self, first: TensorSource, second: TensorSource):
+        self.first, self.second = first, second
+        self.tensors: dict[str, TensorInfo] = {**first.tensors, **second.tensors}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Returns a tensor of either."""
+        return (self.first if name in self.first.tensors else self.second).read(name)
+
+
+def open_model(path: Path, ckpt_step: int | None = None) -> OpenModel:
+    """Returns the model in a directory, its names and shapes checked; no tensor is read.
+
+    Args:
+        path: A Hugging Face directory, a directory of checkpoints, or one checkpoint.
+        ckpt_step: Of a directory of checkpoints, which; by default the newest complete one.
+
+    Raises:
+        CheckpointError: It is no model, is incomplete, is of an unsupported kind, or contradicts itself.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: not a directory. Give a Hugging Face directory or a directory of checkpoints.")
+    if (path / CONFIG).is_file():
+        return _open_hugging_face(path)
+    if (path / MANIFEST).is_file():
+        return _open_ours(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+    if saved_steps(path) and any((path / f"iter_{step:07d}" / MANIFEST).is_file() for step in saved_steps(path)):
+        found = find_candidates(path, ckpt_step)
+        if not found.usable:
+            raise CheckpointError(f"{path}: holds no complete checkpoint: {' '.join(found.passed_over(None))}")
+        return _open_ours(found.usable[0].directory, found.usable[0].manifest)
+    if (path / TRACKER).is_file() or any(path.glob("mp_rank_*")) or (path / "metadata.json").is_file():
+        return _open_foreign(path)
+    raise CheckpointError(f"{path}: neither a Hugging Face model ({CONFIG} and safetensors) nor a checkpoint ({TRACKER}, iter_*). "
+                          f"It holds {', '.join(sorted(entry.name for entry in path.iterdir())[:5]) or 'nothing'}.")
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Returns whether a directory is a Hugging Face model and not one of checkpoints."""
+    return (path / CONFIG).is_file() and not (path / MANIFEST).is_file()
+
+
+def _open_hugging_face(path: Path) -> OpenModel:
+    config = read_config(path)
+    settings = settings_of_config(config, str(path / CONFIG))
+    source: TensorSource = HuggingFaceFiles(path)
+    pairs = tensor_table(settings)
+    if settings.use_exit_norm or settings.untie_exit_output_weights:
+        if not (path / EXITS).is_file():
+            raise CheckpointError(f"{path}: {CONFIG} says that exits have norms or heads of their own, but {EXITS} is missing. Fetch it.")
+        source = _Together(source, SafetensorsFile(path / EXITS))
+    if check_theirs(pairs, source.tensors, str(path)) and not torch.equal(source.read(EMBEDDING), source.read(HEAD)):
+        raise CheckpointError(f"{path}: {CONFIG} says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}. One of the two is wrong.")
+    files = {f"tokenizer/{name}": path / name for name in TOKENIZER_FILES if (path / name).is_file()}
+    files |= {f"huggingface/{name}": path / name for name in CARRIED_FILES if (path / name).is_file()}
+    return OpenModel(path, "hugging_face", settings, source, pairs, config, {}, files)
+
+
+def _open_ours(directory: Path, manifest: Mapping[str, Any]) -> OpenModel:
+    shape = manifest["shape"]
+    settings = dataclasses.replace(
+        settings_from_dict(manifest["settings"], str(directory / MANIFEST)), vocab_size=shape["vocab_size"],
+        exit_layer_nums=tuple(shape["exit_layer_nums"]))
+    origin = directory / "huggingface" / CONFIG
+    config = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else None
+    files = {name: directory / name for name in manifest["files"] if name.split("/")[0] in ("tokenizer", "huggingface")}
+    source, pairs = TorchDistFiles(directory), tensor_table(settings)
+    check_ours(pairs, source.tensors, str(directory))
+    return OpenModel(directory, "megatron", settings, source, pairs, config, manifest, files)
+
+
+def _open_foreign(path: Path) -> OpenModel:
+    found = open_megatron(path)
+    if found.settings is None:
+        raise CheckpointError(f"{path}: this checkpoint holds no arguments, so the shape of its network is unknown.")
+    source, settings = found.source, Settings(**found.settings)
+    pairs = tensor_table(settings)
+    check_ours(pairs, source.tensors, str(path))
+    return OpenModel(path, "megatron", settings, source, pairs)

@@ -1,0 +1,135 @@
+"""Which tensor of ours is made of which tensors of a Hugging Face directory; every name on both sides exactly once."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from megatron_sorted.conversion.operations import Copy, Operation, QueryKeyValue, Shape, Stack, Vocabulary
+from megatron_sorted.conversion.tensor_source import TensorInfo
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, num_query_groups
+from megatron_sorted.settings.run import Settings
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Older files store what is computed from config.json; nothing is lost without it.
+COMPUTED = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tensor of ours and the tensors of theirs it is made of.
+
+    Attributes:
+        ours: Global name of the sharded checkpoint, with the layer's index.
+        theirs: Names in the Hugging Face directory, in the operation's order.
+        shapes: Of theirs, as the settings ask.
+        operation: Between them.
+        is_own_exit: Whether it is an intermediate exit's own norm or head, which lies in a file beside the model's.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    operation: Operation
+    is_own_exit: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        """Returns the shape of ours, without padding of the vocabulary."""
+        return self.operation.joined_shape(list(self.shapes))
+
+
+def tensor_table(settings: Settings) -> list[Pair]:
+    """Returns the pairs of a network, in the order in which a token meets them."""
+    h, v, ffn = settings.hidden_size, settings.vocab_size, ffn_hidden_size(settings)
+    heads, groups, d = settings.num_attention_heads, num_query_groups(settings), kv_channels(settings)
+    fuse = QueryKeyValue(heads, groups)
+    pairs = [Pair("embedding.word_embeddings.weight", (EMBEDDING,), ((v, h),), Vocabulary(v))]
+    for layer in range(settings.num_layers):
+        ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
+        names = tuple(f"{theirs}.self_attn.{part}_proj" for part in "qkv")
+        rows = (heads * d, groups * d, groups * d)
+        pairs += [
+            Pair(f"{ours}.self_attention.linear_qkv.layer_norm_weight", (f"{theirs}.input_layernorm.weight",), ((h,),), Copy()),
+            Pair(f"{ours}.self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in names),
+                 tuple((row, h) for row in rows), fuse),
+        ]
+        if settings.add_qkv_bias:
+            pairs.append(Pair(f"{ours}.self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in names),
+                              tuple((row,) for row in rows), fuse))
+        if settings.qk_layernorm:
+            pairs += [Pair(f"{ours}.self_attention.{part}_layernorm.weight", (f"{theirs}.self_attn.{part}_norm.weight",), ((d,),), Copy())
+                      for part in "qk"]
+        pairs += [
+            Pair(f"{ours}.self_attention.linear_proj.weight", (f"{theirs}.self_attn.o_proj.weight",), ((h, heads * d),), Copy()),
+            Pair(f"{ours}.mlp.linear_fc1.layer_norm_weight", (f"{theirs}.post_attention_layernorm.weight",), ((h,),), Copy()),
+            Pair(f"{ours}.mlp.linear_fc1.weight", tuple(f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up")),
+                 ((ffn, h), (ffn, h)), Stack()),
+            Pair(f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.mlp.down_proj.weight",), ((h, ffn),), Copy()),
+        ]
+    pairs.append(Pair("decoder.final_layernorm.weight", ("model.norm.weight",), ((h,),), Copy()))
+    if settings.untie_embeddings_and_output_weights:
+        pairs.append(Pair("output_layer.weight", (HEAD,), ((v, h),), Vocabulary(v)))
+    for depth in exit_depths(settings)[:-1]:
+        if settings.use_exit_norm:
+            pairs.append(Pair(f"exit_norms.{depth}.weight", (f"exits.{depth}.norm.weight",), ((h,),), Copy(), True))
+        if settings.untie_exit_output_weights:
+            pairs.append(Pair(f"exit_output_layers.{depth}.weight", (f"exits.{depth}.lm_head.weight",), ((v, h),), Vocabulary(v), True))
+    return pairs
+
+
+def check_names(wanted: Iterable[str], found: Iterable[str], where: str) -> None:
+    """Returns nothing if the two are the same names.
+
+    Raises:
+        CheckpointError: Naming what is missing and what is unknown.
+    """
+    wanted, found = list(wanted), set(found)
+    missing = [name for name in wanted if name not in found]
+    unknown = sorted(found - set(wanted))
+    if missing or unknown:
+        problems = [f"{len(names)} {what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+                    for what, names in (("missing", missing), ("unknown", unknown)) if names]
+        raise CheckpointError(f"{where}: its tensors are not those its configuration describes; {'; '.join(problems)}. Every "
+                              "tensor must be used exactly once: fetch the files again, or mend the configuration.")
+
+
+def check_theirs(pairs: Iterable[Pair], tensors: Mapping[str, TensorInfo], where: str) -> bool:
+    """Returns whether a tied model stores its head all the same (it must then equal the embedding), after comparing names and shapes.
+
+    Raises:
+        CheckpointError: A tensor is missing, unknown, of another shape than the configuration says, or its kind differs from its partner's.
+    """
+    pairs = list(pairs)
+    wanted = {name: shape for pair in pairs for name, shape in zip(pair.theirs, pair.shapes, strict=True)}
+    found = {name: info for name, info in tensors.items() if not name.endswith(COMPUTED)}
+    stored_twice = HEAD in found and HEAD not in wanted
+    check_names(wanted, [name for name in found if not (stored_twice and name == HEAD)], where)
+    if stored_twice:
+        wanted[HEAD] = wanted[EMBEDDING]
+    for name, shape in wanted.items():
+        if found[name].shape != shape:
+            raise CheckpointError(f"{where}: {name} has shape {list(found[name].shape)}, and config.json makes it {list(shape)}. "
+                                  "One of the two is wrong; fetch both again.")
+        if not found[name].dtype.is_floating_point:
+            raise CheckpointError(f"{where}: {name} holds {found[name].dtype}; only floating point weights are supported.")
+    for pair in pairs:
+        kinds = {found[name].dtype for name in pair.theirs}
+        if len(kinds) > 1:
+            raise CheckpointError(f"{where}: {', '.join(pair.theirs)} are of different kinds ({', '.join(map(str, kinds))}) and become one "
+                                  "tensor. Store them alike.")
+    return stored_twice
+
+
+def check_ours(pairs: Iterable[Pair], tensors: Mapping[str, TensorInfo], where: str) -> None:
+    """Returns nothing if a Megatron source holds the tensors of the table; a vocabulary may have padding.
+
+    Raises:
+        CheckpointError: Naming one that is missing, unknown, or of another shape.
+    """
+    pairs = list(pairs)
+    check_names([pair.ours for pair in pairs], tensors, where)
+    for pair in pairs:
+        shape, wanted = tensors[pair.ours].shape, pair.shape
+        padded = isinstance(pair.operation, Vocabulary) and shape[1:] == wanted[1:] and shape[0] >= wanted[0]
+        if shape != wanted and not padded:
+            raise CheckpointError(f"{where}: {pair.ours} has shape {list(shape)}, and its settings make it {list(wanted)}.")

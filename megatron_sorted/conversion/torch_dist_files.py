@@ -1,0 +1,199 @@
+"""Weights of a ``torch_dist`` checkpoint: ours, and those of GPT models that Megatron-LM and MindSpeed save; in any layout."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sorted.checkpoint.plain_objects import load_plain
+from megatron_sorted.checkpoint.restricted_pickle import StoredChunk, StoredPiece, StoredTensor, read_stored_names
+from megatron_sorted.conversion.megatron_names import STACKED, is_no_weight, plain_name
+from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
+from megatron_sorted.errors import CheckpointError
+
+COMMON = "common.pt"
+
+
+class FileSlice(io.RawIOBase):
+    """A piece of a file, as a file of its own, so that a reader takes only the bytes it needs."""
+
+    def __init__(self, path: Path, piece: StoredPiece):
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
+        self._piece = piece
+        self._at = 0
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def tell(self) -> int:
+        """Returns the position in the piece."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Returns the new position in the piece."""
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._piece.num_bytes}[whence])
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        """Returns how many bytes were put into ``buffer``."""
+        target = memoryview(buffer).cast("B")[: max(0, self._piece.num_bytes - self._at)]
+        done = 0
+        while done < len(target):  # one call reads 2 GB at most
+            self._file.seek(self._piece.offset + self._at)
+            got = self._file.readinto(target[done:])
+            if not got:
+                break
+            done += got
+            self._at += got
+        return done
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+        super().close()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor offered: the stored one it is, or whose layer it is."""
+
+    stored: str
+    layer: int | None
+
+
+def _overlap(chunk: StoredChunk, layer: int | None) -> tuple[tuple[slice, ...], tuple[slice, ...], int] | None:
+    """Returns where a chunk's part of a tensor goes, where in the chunk it is, and its elements; None if it has no part of it."""
+    offsets, sizes = chunk.offsets, chunk.sizes
+    source = tuple(slice(0, size) for size in sizes)
+    if layer is not None:
+        if not offsets[0] <= layer < offsets[0] + sizes[0]:
+            return None
+        source = (slice(layer - offsets[0], layer - offsets[0] + 1), *source[1:])
+        offsets, sizes = offsets[1:], sizes[1:]
+    target = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+    return target, source, torch.Size(sizes).numel()
+
+
+def _meet(one: tuple[slice, ...], other: tuple[slice, ...]) -> bool:
+    return all(a.start < b.stop and b.start < a.stop for a, b in zip(one, other, strict=True))
+
+
+class TorchDistFiles(TensorSource):
+    """The weights of one checkpoint directory, in the names of ``TensorSource``.
+
+    Layers stored as one tensor over all of them, or one by one, are offered one by one. Reading takes the memory of one tensor and
+    one stored piece of it.
+
+    Attributes:
+        tensors: In the order in which they lie in the files.
+        extra: Names of what the checkpoint holds besides weights: optimizer, random state, extra state of layers.
+    """
+
+    def __init__(self, directory: str | Path):
+        """Reads what there is, and looks whether every file that should hold some of it is there and long enough.
+
+        Raises:
+            CheckpointError: It is no such checkpoint, asks for something refused, or lacks files or parts of tensors.
+        """
+        self.directory = Path(directory)
+        names = read_stored_names(self.directory)
+        self._stored = {name: stored for name, stored in names.tensors.items() if not is_no_weight(name)}
+        self.extra = (*(name for name in names.tensors if is_no_weight(name)), *names.objects)
+        found: dict[str, tuple[tuple[str, int], TensorInfo, _Place]] = {}
+        sizes: dict[str, int] = {}
+        for name, stored in self._stored.items():
+            self._check_pieces(name, stored, sizes)
+            for offered, place in self._offers(name, stored):
+                if offered in found:
+                    raise CheckpointError(f"{self.directory}: {offered} is there twice, as {found[offered][2].stored} and as {name}.")
+                shape = stored.shape if place.layer is None else stored.shape[1:]
+                parts = [chunk.piece for chunk in stored.chunks if _overlap(chunk, place.layer)]
+                if not parts:
+                    raise self._hole(offered, place)
+                found[offered] = (min((p.file, p.offset) for p in parts), TensorInfo(shape, stored.dtype), place)
+        if not found:
+            raise CheckpointError(f"{self.directory}: holds no weights of a GPT model.")
+        order = sorted(found, key=lambda name: found[name][0])
+        self.tensors: Mapping[str, TensorInfo] = {name: found[name][1] for name in order}
+        self._places = {name: found[name][2] for name in order}
+
+    @staticmethod
+    def _offers(name: str, stored: StoredTensor) -> list[tuple[str, _Place]]:
+        if match := STACKED.fullmatch(name):
+            return [(plain_name(f"decoder.layers.{layer}.{match[1]}"), _Place(name, layer)) for layer in range(stored.shape[0])]
+        return [(plain_name(name), _Place(name, None))]
+
+    def _hole(self, name: str, place: _Place) -> CheckpointError:
+        files = sorted({chunk.piece.file for chunk in self._stored[place.stored].chunks if chunk.piece})
+        return CheckpointError(f"{self.directory}: {name}: parts of it are in no file (those of {place.stored} lie in "
+                               f"{', '.join(files) or 'none'}). The save was not complete, or the files are of different saves.")
+
+    def _check_pieces(self, name: str, stored: StoredTensor, sizes: dict[str, int]) -> None:
+        for chunk in stored.chunks:
+            if chunk.piece is None:
+                raise CheckpointError(f"{self.directory}: {name}: the metadata does not say where its part at {list(chunk.offsets)} lies.")
+            file = chunk.piece.file
+            if file not in sizes:
+                path = self.directory / file
+                sizes[file] = path.stat().st_size if path.is_file() else -1
+            if sizes[file] < 0:
+                raise CheckpointError(f"{self.directory}: {file} is missing; it holds {name}. Copy the whole directory again.")
+            end = chunk.piece.offset + chunk.piece.num_bytes
+            if sizes[file] < end:
+                raise CheckpointError(f"{self.directory}: {file} has {sizes[file]} bytes, but {name} lies up to byte {end}; it was cut "
+                                      "off. Copy it again.")
+
+    def common(self) -> dict[str, Any]:
+        """Returns what all ranks share (``common.pt``): arguments, step, and whatever else the program put there.
+
+        Raises:
+            CheckpointError: It is missing or damaged, or holds a class that is not on the list of plain ones.
+        """
+        found = load_plain(self.directory / COMMON, str(self.directory / COMMON))
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{self.directory / COMMON}: holds a {type(found).__name__}, not a dict; it is no common part of a save.")
+        return found
+
+    def _load(self, name: str, stored: StoredTensor, chunk: StoredChunk) -> torch.Tensor:
+        told = f"{self.directory}: {name} in {chunk.piece.file}"
+        try:
+            with FileSlice(self.directory / chunk.piece.file, chunk.piece) as content:
+                tensor = load_plain(content, told)
+        except OSError as error:
+            raise CheckpointError(f"{told}: cannot be read ({error.strerror}).") from error
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != stored.dtype or tuple(tensor.shape) != chunk.sizes:
+            said = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise CheckpointError(f"{told}: {said} lies where the metadata says {stored.dtype} {list(chunk.sizes)}; the files are of "
+                                  "different saves.")
+        return tensor
+
+    def read(self, name: str) -> torch.Tensor:
+        """Returns a tensor in memory of its own.
+
+        Raises:
+            CheckpointError: A part of it is missing or damaged.
+        """
+        place, info = self._places[name], self.tensors[name]
+        stored = self._stored[place.stored]
+        parts = [(chunk, part) for chunk in stored.chunks if (part := _overlap(chunk, place.layer))]
+        boxes = [target for _, (target, _, _) in parts]
+        count = sum(numel for *_, (_, _, numel) in parts)
+        if count != torch.Size(info.shape).numel() or any(_meet(a, b) for i, a in enumerate(boxes) for b in boxes[:i]):
+            raise self._hole(name, place)
+        if len(parts) == 1:
+            chunk, (_, source, numel) = parts[0]
+            whole = self._load(name, stored, chunk)
+            part = whole[source].reshape(info.shape)
+            return part if whole.untyped_storage().nbytes() == numel * info.dtype.itemsize else part.clone()
+        result = torch.empty(info.shape, dtype=info.dtype)
+        for chunk, (target, source, _) in sorted(parts, key=lambda part: (part[0].piece.file, part[0].piece.offset)):
+            result[target] = self._load(name, stored, chunk)[source].reshape([s.stop - s.start for s in target])
+        return result

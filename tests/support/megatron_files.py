@@ -1,0 +1,112 @@
+"""Checkpoints as Megatron-LM writes them, of megatron-core's own GPTModel: the truth that readers of such files are held to."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from megatron_sorted.model.config import make_config
+from megatron_sorted.model.spec import layer_spec
+from megatron_sorted.parallel.groups import start_process_groups
+from megatron_sorted.platform.select import choose_platform
+from megatron_sorted.platform.state import seed_everything
+from megatron_sorted.settings.derived import num_virtual_chunks, padded_vocab_size
+from megatron_sorted.settings.run import Settings
+from tests.support.tiny import init_method
+
+FORMS = ("legacy", "stacked", "per_layer", "norms_by_module")
+PADDED = 104  # rows of every layout, so that one truth serves all
+
+
+def megatron_arguments(settings: Settings, **more) -> argparse.Namespace:
+    """Returns what Megatron-LM's parser makes of such a model, as far as a checkpoint's readers look at it."""
+    return argparse.Namespace(
+        num_layers=settings.num_layers, hidden_size=settings.hidden_size, ffn_hidden_size=settings.ffn_hidden_size,
+        num_attention_heads=settings.num_attention_heads, kv_channels=settings.hidden_size // settings.num_attention_heads,
+        group_query_attention=settings.group_query_attention, num_query_groups=settings.num_query_groups or 1,
+        seq_length=settings.seq_length, max_position_embeddings=settings.seq_length, position_embedding_type="rope",
+        rotary_base=settings.rotary_base, rotary_percent=1.0, normalization="RMSNorm", norm_epsilon=1e-5, swiglu=settings.swiglu,
+        add_bias_linear=not settings.disable_bias_linear, add_qkv_bias=settings.add_qkv_bias, qk_layernorm=settings.qk_layernorm,
+        untie_embeddings_and_output_weights=settings.untie_embeddings_and_output_weights, make_vocab_size_divisible_by=8,
+        padded_vocab_size=PADDED, vocab_size=None, tensor_model_parallel_size=settings.tensor_model_parallel_size,
+        pipeline_model_parallel_size=settings.pipeline_model_parallel_size, params_dtype=torch.float32, num_experts=None, **more)
+
+
+def _chunks(settings: Settings) -> list:
+    """Returns this rank's chunks of GPTModel."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+
+    platform = choose_platform("cpu")
+    platform.prepare()
+    start_process_groups(settings, platform, init_method())
+    seed_everything(settings.seed)
+    count = num_virtual_chunks(settings)
+    assert padded_vocab_size(settings.vocab_size, settings) == PADDED
+    spec = layer_spec(settings, False)
+    chunks = []
+    for chunk in range(count):
+        ends = {"ignore_virtual": count == 1, "vp_stage": chunk if count > 1 else None}
+        chunks.append(GPTModel(
+            make_config(settings, platform), spec, PADDED, settings.seq_length, position_embedding_type="rope",
+            pre_process=parallel_state.is_pipeline_first_stage(**ends), post_process=parallel_state.is_pipeline_last_stage(**ends),
+            share_embeddings_and_output_weights=not settings.untie_embeddings_and_output_weights, vp_stage=ends["vp_stage"]))
+    return chunks
+
+
+def _named(chunks: list, make) -> dict:
+    return {"model" if len(chunks) == 1 else f"model{n}": make(chunk) for n, chunk in enumerate(chunks)}
+
+
+def _sharded(chunks: list, per_layer: bool) -> dict:
+    return _named(chunks, lambda chunk: chunk.sharded_state_dict(metadata={"non_homogeneous_layers": per_layer}))
+
+
+def make_truth(settings: Settings, seed_directory: str) -> dict[str, torch.Tensor]:
+    """Returns all weights of a model on one process, every one random, in GPTModel's own names; saves them for other layouts to load."""
+    from megatron.core import dist_checkpointing
+
+    (model,) = _chunks(settings)
+    generator = torch.Generator().manual_seed(17)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    Path(seed_directory).mkdir()
+    dist_checkpointing.save(_sharded([model], False), seed_directory)
+    return {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def save_as_megatron(settings: Settings, seed_directory: str, root: str, step: int) -> None:
+    """Saves the truth from this layout in every form, each in a directory of its own with a tracker.
+
+    "legacy": ``mp_rank_*``; "stacked" and "per_layer": ``torch_dist`` with one tensor over all layers or one for each;
+    "norms_by_module": norms under the names of their modules instead of those of the linear layers after them.
+    """
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing, parallel_state
+
+    chunks = _chunks(settings)
+    loaded = dist_checkpointing.load(_sharded(chunks, False), seed_directory)
+    for name, chunk in _named(chunks, lambda chunk: chunk).items():
+        chunk.load_state_dict(loaded[name])
+    state = {"args": megatron_arguments(settings), "checkpoint_version": 3.0, "iteration": step}
+    directories = {form: Path(root) / form / f"iter_{step:07d}" for form in FORMS}
+    if dist.get_rank() == 0:
+        for directory in directories.values():
+            directory.mkdir(parents=True)
+            (directory.parent / "latest_checkpointed_iteration.txt").write_text(str(step))
+    dist.barrier()
+
+    tensor, stage = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    name = f"mp_rank_{tensor:02d}" + (f"_{stage:03d}" if settings.pipeline_model_parallel_size > 1 else "")
+    (directories["legacy"] / name).mkdir()
+    rest = {"optimizer": {"state": {0: {"step": torch.tensor(3), "exp_avg": torch.randn(10_000)}}}, "opt_param_scheduler": {"num_steps": 3}}
+    models = _named(chunks, lambda chunk: chunk.state_dict_for_save_checkpoint())
+    torch.save({**state, **models, **rest}, directories["legacy"] / name / "model_optim_rng.pt")
+
+    dist_checkpointing.save({**state, **_sharded(chunks, False)}, str(directories["stacked"]))
+    dist_checkpointing.save({**state, **_sharded(chunks, True)}, str(directories["per_layer"]))
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            layer.submodules_config.sharded_state_dict_keys_map = {}
+    dist_checkpointing.save({**state, **_sharded(chunks, False)}, str(directories["norms_by_module"]))

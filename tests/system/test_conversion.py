@@ -1,0 +1,199 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_sorted.conversion.convert import Exits, export_model, import_model
+from megatron_sorted.conversion.open_model import open_model
+from megatron_sorted.conversion.verify import compare
+from megatron_sorted.errors import CheckpointError, SettingsError
+from tests.support.hugging_face import exit_logits
+from tests.support.model_directories import FAMILIES, save_model, tokens
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in sorted(directory.glob("model*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_is_bitwise(family, tied, num_shards, dtype, tmp_path):
+    save_model(tmp_path / "origin", family, tied, num_shards, dtype)
+    assert len(list((tmp_path / "origin").glob("*.safetensors"))) >= num_shards
+    model = open_model(tmp_path / "origin")
+    inward = import_model(model, tmp_path / "checkpoint", Exits((1, 3)))
+    outward = export_model(open_model(tmp_path / "checkpoint"), tmp_path / "back", shard_bytes=10**9 if num_shards == 1 else 20_000)
+    assert same(weights(tmp_path / "origin"), weights(tmp_path / "back"))
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) >= num_shards
+    for comparison in (inward, outward):
+        assert not comparison.problems and [row.depth for row in comparison.exits] == [1, 3, 4]
+        for row in comparison.exits:
+            assert row.largest_difference <= 1e-5 * max(1.0, row.largest_logit)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_the_comparison_are_those_of_transformers_at_every_depth(family, tmp_path):
+    from megatron_sorted.conversion.nested_logits import nested_exits
+    from megatron_sorted.conversion.transformers_states import transformers_exits
+
+    reference = exit_logits(save_model(tmp_path / "origin", family), tokens())
+    model = open_model(tmp_path / "origin")
+    import_model(model, tmp_path / "checkpoint", Exits((1, 2, 3)), verify=False)
+    checkpoint = open_model(tmp_path / "checkpoint")
+    pairs = {pair.ours: pair for pair in checkpoint.pairs}
+    ours = nested_exits(checkpoint.settings, lambda name: checkpoint.read_ours(pairs[name]), tokens(), (1, 2, 3, 4))
+    theirs = transformers_exits(model, tokens(), (1, 2, 3, 4))
+    for depth, logits in reference.items():
+        scale = float(logits.abs().max())
+        assert scale > 1, "logits so small would agree whatever the network"
+        assert float((ours[depth].logits() - logits).abs().max()) <= 1e-5 * scale, depth
+        assert float((theirs[depth].logits() - logits).abs().max()) <= 1e-5 * scale, depth
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    save_model(tmp_path / "origin", "qwen3")
+    import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", Exits((2,)))
+    return tmp_path / "checkpoint"
+
+
+def test_what_does_not_match_is_not_written(checkpoint, tmp_path, monkeypatch):
+    # a mapping that swaps gate and up is its own inverse: only the comparison with the origin can find it
+    from megatron_sorted.conversion import operations
+
+    monkeypatch.setattr(operations.Stack, "split", lambda self, tensor: list(tensor.chunk(2))[::-1])
+    with pytest.raises(CheckpointError, match=r"the conversion does not match its origin, so nothing was written.*linear_fc1.weight"):
+        export_model(open_model(checkpoint), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_mapping_wrong_in_both_directions_shows_in_the_logits(tmp_path, monkeypatch):
+    from megatron_sorted.conversion import operations
+
+    def join(self, parts, shape):
+        return torch.cat(list(parts)[::-1])
+
+    monkeypatch.setattr(operations.Stack, "join", join)
+    monkeypatch.setattr(operations.Stack, "split", lambda self, tensor: list(tensor.chunk(2))[::-1])
+    save_model(tmp_path / "origin", "llama")
+    with pytest.raises(CheckpointError, match=r"exit @1: logits differ by up to"):
+        import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", Exits((1,)))
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_destination_that_exists_is_kept_unless_told(checkpoint, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match=r"exists and is not empty.*--overwrite"):
+        export_model(open_model(checkpoint), tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+    export_model(open_model(checkpoint), tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "config.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "origin", "out"]
+
+
+def test_an_interrupted_conversion_leaves_nothing(checkpoint, tmp_path):
+    def watch(_title, _num_bytes):
+        def count(_done):
+            raise KeyboardInterrupt
+        return count
+
+    with pytest.raises(KeyboardInterrupt):
+        export_model(open_model(checkpoint), tmp_path / "out", watch=watch)
+    with pytest.raises(KeyboardInterrupt):
+        import_model(open_model(tmp_path / "origin"), tmp_path / "again", Exits(), watch=watch)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "origin"]
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(CheckpointError, match=r"MB are needed and 0 MB are free"):
+        export_model(open_model(checkpoint), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_new_norms_and_heads_are_copies_of_the_last(tmp_path):
+    save_model(tmp_path / "origin", "qwen2", tied=True)
+    import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", Exits((1, 3), own_norms=True, own_heads=True))
+    comparison = export_model(open_model(tmp_path / "checkpoint"), tmp_path / "out")
+    assert [row.depth for row in comparison.exits] == [1, 3, 4]
+    assert same(weights(tmp_path / "origin"), weights(tmp_path / "out"))
+    origin, own = weights(tmp_path / "origin"), load_file(tmp_path / "out" / "exits.safetensors")
+    assert sorted(own) == sorted(f"exits.{depth}.{part}.weight" for depth in (1, 3) for part in ("norm", "lm_head"))
+    for depth in (1, 3):
+        assert torch.equal(own[f"exits.{depth}.norm.weight"], origin["model.norm.weight"])
+        assert torch.equal(own[f"exits.{depth}.lm_head.weight"], origin["model.embed_tokens.weight"])
+    # and back, with numbers that differ from the last exit's
+    save_file({name: tensor + 0.25 for name, tensor in own.items()}, tmp_path / "out" / "exits.safetensors")
+    import_model(open_model(tmp_path / "out"), tmp_path / "second", Exits())
+    export_model(open_model(tmp_path / "second"), tmp_path / "third")
+    assert same(load_file(tmp_path / "third" / "exits.safetensors"), {name: tensor + 0.25 for name, tensor in own.items()})
+
+
+def test_other_exits_may_be_given_only_if_they_are_layers(tmp_path):
+    save_model(tmp_path / "origin", "llama")
+    with pytest.raises(SettingsError, match="9 is not a layer of this model"):
+        import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", Exits((9,)))
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_numbers_may_be_written_in_another_kind(checkpoint, tmp_path):
+    comparison = export_model(open_model(checkpoint), tmp_path / "half", dtype="bfloat16")
+    assert not comparison.problems
+    origin, half = weights(tmp_path / "origin"), weights(tmp_path / "half")
+    assert same({name: tensor.bfloat16() for name, tensor in origin.items()}, half)
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+
+
+def test_small_files_travel_there_and_back(tmp_path):
+    save_model(tmp_path / "origin", "llama")
+    small = {"generation_config.json": '{"temperature": 0.6, "eos_token_id": [2, 7]}', "chat_template.jinja": "{{ messages }}",
+             "special_tokens_map.json": "{}", "tokenizer_config.json": '{"model_max_length": 128}'}
+    for name, text in small.items():
+        (tmp_path / "origin" / name).write_text(text)
+    import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", Exits())
+    export_model(open_model(tmp_path / "checkpoint"), tmp_path / "back")
+    for name, text in small.items():
+        assert (tmp_path / "back" / name).read_text() == text, name
+
+
+def test_a_tied_model_whose_stored_head_differs_is_refused(tmp_path):
+    save_model(tmp_path / "origin", "llama", tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"says tie_word_embeddings, but lm_head.weight differs"):
+        open_model(tmp_path / "origin")
+
+
+def test_two_models_that_differ_in_one_number_are_told_apart(tmp_path):
+    save_model(tmp_path / "origin", "mistral")
+    shutil.copytree(tmp_path / "origin", tmp_path / "other")
+    changed = weights(tmp_path / "origin")
+    changed["model.layers.2.mlp.down_proj.weight"][3, 4] += 0.5
+    save_file(changed, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    comparison = compare(open_model(tmp_path / "origin"), open_model(tmp_path / "other"))
+    (first, *rest) = comparison.problems
+    assert first == "decoder.layers.2.mlp.linear_fc2.weight: 1 of 1536 numbers differ, by up to 0.5"
+    assert all(sentence.startswith(("exit @3", "exit @4")) for sentence in rest) and rest
+
+
+@pytest.mark.parametrize("content", ["nothing", "notes.txt"])
+def test_a_directory_that_is_no_model_says_so(content, tmp_path):
+    if content != "nothing":
+        (tmp_path / content).write_text("x")
+    with pytest.raises(CheckpointError, match=f"neither a Hugging Face model .* It holds {content}"):
+        open_model(tmp_path)
+    with pytest.raises(CheckpointError, match="not a directory"):
+        open_model(tmp_path / "absent")

@@ -1,0 +1,59 @@
+"""Which checkpoint a path means, and what is told where there is none."""
+
+import json
+
+import pytest
+import torch
+
+from megatron_sorted.conversion.megatron_directory import open_megatron
+from megatron_sorted.errors import CheckpointError
+from tests.support.stored_files import tiny_arguments, tiny_weights, write_old, write_torch_dist
+
+
+def boxes(weights: dict) -> dict:
+    return {name: (value, [("__0_0.distcp", (0,) * value.dim(), tuple(value.shape))]) for name, value in weights.items()}
+
+
+@pytest.mark.parametrize(("tracker", "name", "step"), [("7", "iter_0000007", 7), ("release\n", "release", 7), ("1234567890",
+    "iter_1234567890", 7)])  # fmt: skip
+def test_the_tracker_is_followed(tracker, name, step, tmp_path):
+    write_old(tmp_path / name, tiny_weights())
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
+    for path in (tmp_path, tmp_path / name):
+        opened = open_megatron(path)
+        assert (opened.kind, opened.step, opened.settings["num_layers"]) == ("legacy", step, 4)
+
+
+def test_torch_dist_says_arguments_and_step(tmp_path):
+    write_torch_dist(tmp_path / "iter_0000012", boxes(tiny_weights()))
+    source, settings, step = open_megatron(tmp_path / "iter_0000012")
+    assert (settings, step, len(source.tensors)) == (None, 12, 26)
+    torch.save({"args": tiny_arguments(1, 1), "iteration": 13}, tmp_path / "iter_0000012" / "common.pt")
+    _, settings, step = opened = open_megatron(tmp_path / "iter_0000012")
+    assert settings["num_layers"] == 4 and step == 13 and opened.kind == "torch_dist"
+
+
+@pytest.mark.parametrize(("files", "told"), [
+    ({}, "holds neither latest_checkpointed_iteration.txt nor a checkpoint"),
+    ({"config.json": "{}"}, "looks like a Hugging Face directory"),
+    ({"iter_0000005/x": "", "release/x": ""}, "Give one of those in it: iter_0000005, release"),
+    ({"latest_checkpointed_iteration.txt": "seven"}, "says 'seven', which is neither a number"),
+    ({"latest_checkpointed_iteration.txt": "7"}, "iter_0000007: is missing"),
+    ({"latest_checkpointed_iteration.txt": "7", "iter_0000007/x": ""}, "holds neither .metadata nor mp_rank"),
+    ({".metadata": "", "metadata.json": json.dumps({"sharded_backend": "zarr"})}, "stored as 'zarr'"),
+    ({".metadata": "", "metadata.json": "{"}, "metadata.json: not readable"),
+])  # fmt: skip
+def test_a_path_that_is_no_checkpoint_is_told(files, told, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=told):
+        open_megatron(tmp_path)
+
+
+def test_a_missing_path_and_another_model_are_told(tmp_path):
+    with pytest.raises(CheckpointError, match="is no directory"):
+        open_megatron(tmp_path / "none")
+    write_torch_dist(tmp_path, boxes({"encoder.weight": torch.ones(2)}))
+    with pytest.raises(CheckpointError, match=r"holds no embedding\.word_embeddings\.weight \(but encoder\.weight"):
+        open_megatron(tmp_path)

@@ -1,0 +1,142 @@
+"""Tensors of torch_dist checkpoints from any boxes; what is missing is told with its name."""
+
+import argparse
+import pickle
+
+import pytest
+import torch
+
+from megatron_sorted.conversion.torch_dist_files import TorchDistFiles
+from megatron_sorted.errors import CheckpointError
+from tests.support.stored_files import write_torch_dist
+
+EMBEDDING = torch.arange(48.0).reshape(8, 6)
+STACKED = torch.arange(3 * 4 * 6, dtype=torch.int32).reshape(3, 4, 6)
+NORMS = torch.arange(18.0).reshape(3, 6).bfloat16()
+TENSORS = {
+    "embedding.word_embeddings.weight": (EMBEDDING, [("__1_0.distcp", (4, 0), (4, 6)), ("__0_0.distcp", (0, 0), (4, 6))]),
+    "decoder.layers.mlp.linear_fc2.weight": (STACKED, [  # layer 0 in quarters, 1 and 2 in one box for each half of the columns
+        *((f"__{n}_1.distcp", (0, 2 * (n // 2), 3 * (n % 2)), (1, 2, 3)) for n in range(4)),
+        ("__0_0.distcp", (1, 0, 0), (2, 4, 3)), ("__1_0.distcp", (1, 0, 3), (2, 4, 3))]),
+    "decoder.layers.input_layernorm.weight": (NORMS, [("__0_0.distcp", (n, 0), (1, 6)) for n in range(3)]),
+    "decoder.layers.2.pre_mlp_layernorm.weight": (NORMS[2], [("__0_0.distcp", (0,), (6,))]),
+    "decoder.final_layernorm.weight": (NORMS[1], [("__0_0.distcp", (0,), (6,))]),
+    "exit_norms.2.weight": (NORMS[0], [("__0_0.distcp", (0,), (6,))]),
+    "optimizer.state.exp_avg.embedding.word_embeddings.weight": (EMBEDDING, [("__1_1.distcp", (0, 0), (8, 6))]),
+}  # fmt: skip
+OFFERED = {
+    "embedding.word_embeddings.weight": EMBEDDING, **{f"decoder.layers.{n}.mlp.linear_fc2.weight": STACKED[n] for n in range(3)},
+    **{f"decoder.layers.{n}.self_attention.linear_qkv.layer_norm_weight": NORMS[n] for n in range(3)},
+    "decoder.layers.2.mlp.linear_fc1.layer_norm_weight": NORMS[2], "decoder.final_layernorm.weight": NORMS[1],
+    "exit_norms.2.weight": NORMS[0],
+}  # fmt: skip
+
+
+def test_tensors_are_whole_whatever_the_boxes(tmp_path):
+    write_torch_dist(tmp_path, TENSORS, {"decoder.layers.mlp.linear_fc2._extra_state/shard_0_3": None, "random_state/shard_0.0_1.1": [1]})
+    files = TorchDistFiles(tmp_path)
+    assert files.tensors.keys() == OFFERED.keys()
+    for name, info in files.tensors.items():
+        read = files.read(name)
+        assert torch.equal(read, OFFERED[name]) and read.dtype == info.dtype and tuple(read.shape) == info.shape, name
+        assert read.untyped_storage().nbytes() == info.num_bytes, f"{name} keeps more in memory than itself"
+    assert set(files.extra) == {"optimizer.state.exp_avg.embedding.word_embeddings.weight", "random_state/shard_0.0_1.1",
+                                "decoder.layers.mlp.linear_fc2._extra_state/shard_0_3"}
+
+
+def test_order_is_that_of_the_files(tmp_path):
+    write_torch_dist(tmp_path, TENSORS)
+    order = list(TorchDistFiles(tmp_path).tensors)
+    assert order[0] == "embedding.word_embeddings.weight" and order[-1] == "decoder.layers.0.mlp.linear_fc2.weight"
+    assert order[1:3] == ["decoder.layers.1.mlp.linear_fc2.weight", "decoder.layers.2.mlp.linear_fc2.weight"]
+
+
+def without(name: str, box: int) -> dict:
+    whole, boxes = TENSORS[name]
+    return {**TENSORS, name: (whole, boxes[:box] + boxes[box + 1 :])}
+
+
+@pytest.mark.parametrize(("name", "box", "offered"), [
+    ("embedding.word_embeddings.weight", 1, "embedding.word_embeddings.weight"),
+    ("decoder.layers.mlp.linear_fc2.weight", 2, "decoder.layers.0.mlp.linear_fc2.weight"),
+    ("decoder.layers.mlp.linear_fc2.weight", 5, "decoder.layers.1.mlp.linear_fc2.weight"),
+])  # fmt: skip
+def test_a_hole_is_told(name, box, offered, tmp_path):
+    write_torch_dist(tmp_path, without(name, box))
+    files = TorchDistFiles(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{offered}: parts of it are in no file"):
+        files.read(offered)
+
+
+def test_a_missing_layer_is_told_at_once(tmp_path):
+    write_torch_dist(tmp_path, without("decoder.layers.input_layernorm.weight", 1))
+    with pytest.raises(CheckpointError, match=r"decoder\.layers\.1\.self_attention\.linear_qkv\.layer_norm_weight: parts of it"):
+        TorchDistFiles(tmp_path)
+
+
+def test_boxes_that_overlap_do_not_hide_a_hole(tmp_path):
+    boxes = [("__0_0.distcp", (0, 0), (4, 6)), ("__0_0.distcp", (3, 0), (4, 6))]
+    write_torch_dist(tmp_path, {"embedding.word_embeddings.weight": (EMBEDDING, boxes)})
+    files = TorchDistFiles(tmp_path)
+    with pytest.raises(CheckpointError, match="parts of it are in no file"):
+        files.read("embedding.word_embeddings.weight")
+
+
+def test_lost_short_and_strange_files_are_told(tmp_path):
+    write_torch_dist(tmp_path, TENSORS)
+    path = tmp_path / "__1_0.distcp"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=r"__1_0\.distcp has \d+ bytes, but decoder\.layers\.mlp\.linear_fc2\.weight lies up to"):
+        TorchDistFiles(tmp_path)
+    path.write_bytes(bytes(len(content)))
+    with pytest.raises(CheckpointError, match=r"embedding\.word_embeddings\.weight in __1_0\.distcp: "):
+        TorchDistFiles(tmp_path).read("embedding.word_embeddings.weight")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"__1_0\.distcp is missing; it holds embedding\.word_embeddings\.weight"):
+        TorchDistFiles(tmp_path)
+
+
+def test_files_of_another_save_are_told(tmp_path):
+    write_torch_dist(tmp_path, TENSORS)
+    other = {**TENSORS, "embedding.word_embeddings.weight": (EMBEDDING.double().int(), TENSORS["embedding.word_embeddings.weight"][1])}
+    write_torch_dist(tmp_path / "other", other)
+    (tmp_path / "__1_0.distcp").write_bytes((tmp_path / "other" / "__1_0.distcp").read_bytes())
+    with pytest.raises(CheckpointError, match=r"torch\.int32 \[4, 6\] lies where the metadata says torch\.float32 \[4, 6\]"):
+        TorchDistFiles(tmp_path).read("embedding.word_embeddings.weight")
+
+
+def test_both_dialects_at_once_are_told(tmp_path):
+    twice = {**TENSORS, "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (NORMS, TENSORS[
+        "decoder.layers.input_layernorm.weight"][1])}
+    write_torch_dist(tmp_path, twice)
+    with pytest.raises(CheckpointError, match="layer_norm_weight is there twice"):
+        TorchDistFiles(tmp_path)
+
+
+class Runs:
+    """Runs something when a plain pickle reads it."""
+
+    def __reduce__(self):
+        return print, ("never",)
+
+
+def test_common_part_takes_plain_values_only(tmp_path, capsys):
+    write_torch_dist(tmp_path, TENSORS)
+    files = TorchDistFiles(tmp_path)
+    torch.save({"args": argparse.Namespace(a=1), "iteration": 3}, tmp_path / "common.pt")
+    assert files.common() == {"args": argparse.Namespace(a=1), "iteration": 3}
+    torch.save({"args": Runs()}, tmp_path / "common.pt")
+    with pytest.raises(CheckpointError, match=r"common\.pt: refused: it asks for .*print"):
+        files.common()
+    torch.save({"args": Runs()}, tmp_path / "common.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"common\.pt: refused or damaged .*print"):
+        files.common()
+    assert capsys.readouterr().out == ""
+    assert pickle.loads(pickle.dumps(Runs())) is None and capsys.readouterr().out == "never\n"  # a plain pickle does run it
+
+
+def test_an_empty_checkpoint_is_told(tmp_path):
+    write_torch_dist(tmp_path, {"optimizer.x": TENSORS["exit_norms.2.weight"]})
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        TorchDistFiles(tmp_path)
