@@ -150,7 +150,7 @@ class Checkpoints:
         progress = Progress(**candidate.manifest["progress"])
         if takes_weights_only(candidate, settings):
             why = " (it holds nothing else)" if candidate.weights_only and not settings.finetune else ""
-            self.say(f"loaded {candidate.directory}: weights only{why}, starting at step 0")
+            self.say(f"loaded {candidate.directory}: weights only{why}" + (", starting at step 0" if not settings.skip_train else ""))
             return Progress(0, 0)
         self.rule.load_state_dict(state["more"].get("coefficient_rule", {}))
         if not settings.skip_train:

@@ -10,12 +10,12 @@ from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, manifest_tex
 from megatron_sorted.errors import CheckpointError
 
 
-def write(root, step, run_id="a", saved_at=None):
+def write(root, step, run_id="a", saved_at=None, **more):
     """Writes a checkpoint of one file."""
     directory = iteration_directory(root, step)
     directory.mkdir()
     (directory / "shard").write_bytes(b"x" * step)
-    said = {"run_id": run_id, "saved_at": saved_at or f"2026-01-01T00:{step:02d}"}
+    said = {"run_id": run_id, "saved_at": saved_at or f"2026-01-01T00:{step:02d}", **more}
     (directory / MANIFEST).write_text(manifest_text(said, Progress(step, 8 * step), {"shard": record_file(directory / "shard")}))
     return directory
 
@@ -103,3 +103,44 @@ def test_one_step_by_name(tmp_path):
 def test_nothing_there(tmp_path):
     found = find_candidates(tmp_path / "missing")
     assert (found.usable, found.passed_over(None)) == ([], [])
+
+
+IMPORTED = {"contents": "weights", "run_id": "import"}
+
+
+def test_weights_alone_are_taken_until_a_run_has_saved_beside_them(tmp_path):
+    write(tmp_path, 0, **IMPORTED)
+    (tmp_path / TRACKER).write_text("0")
+    found = find_candidates(tmp_path)
+    assert steps(found) == [0] and found.usable[0].weights_only
+    write(tmp_path, 10)  # killed between its rename and the tracker
+    found = find_candidates(tmp_path)
+    assert steps(found) == [10] and not found.usable[0].weights_only and found.passed_over(found.usable[0]) == []
+    write(tmp_path, 20)
+    (tmp_path / TRACKER).write_text("20")
+    assert steps(find_candidates(tmp_path)) == [20, 10]
+    assert steps(find_candidates(tmp_path, 0)) == [0]
+
+
+def test_a_damaged_run_does_not_fall_back_to_the_weights_it_began_with(tmp_path):
+    write(tmp_path, 0, **IMPORTED)
+    write(tmp_path, 10)
+    found = find_candidates(tmp_path)
+    found.skipped.append((10, "damaged"))
+    assert found.passed_over(None) == ["damaged", f"{tmp_path}/iter_0000000: weights only, with which a run can start but not go on."]
+
+
+def test_weights_imported_anew_go_before_an_older_run(tmp_path):
+    write(tmp_path, 10)
+    write(tmp_path, 0, saved_at="2026-01-02T00:00", **IMPORTED)
+    for tracked in ("0", None):
+        (tmp_path / TRACKER).unlink(missing_ok=True)
+        if tracked:
+            (tmp_path / TRACKER).write_text(tracked)
+        found = find_candidates(tmp_path)
+        assert steps(found) == [0]
+        assert found.passed_over(found.usable[0]) == [
+            f"{tmp_path}/iter_0000010: saved before iter_0000000, which was imported since."]
+    write(tmp_path, 5, run_id="b", saved_at="2026-01-03T00:00")
+    found = find_candidates(tmp_path)
+    assert steps(found) == [5]

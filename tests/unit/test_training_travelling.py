@@ -1,0 +1,68 @@
+"""Which small files go into a run's checkpoints, and from where."""
+
+import hashlib
+
+import pytest
+
+from megatron_sorted.checkpoint.candidates import Candidate
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.travelling import carry_files, files_of_checkpoint, tokenizer_files
+
+NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+         "tokenizer.model.v3", "vocab.json", "vocab.txt", "merges.txt", "qwen.tiktoken", "tekken.json", "chat_template.jinja",
+         "chat_template.json", "generation_config.json", "additional_chat_templates/tools.jinja")
+
+
+@pytest.fixture
+def directory(tmp_path):
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in (*NAMES, "config.json", "model.safetensors", "README.md", "notes.txt"):
+        (tmp_path / name).write_text(f"this is {name}")
+    return tmp_path
+
+
+def test_every_file_of_a_tokenizer_is_known_and_nothing_else(directory):
+    expected = {f"tokenizer/{name}": f"this is {name}".encode() for name in NAMES}
+    assert tokenizer_files(Settings(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(directory))) == expected
+    by_file = Settings(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(directory / "tokenizer.json"))
+    assert tokenizer_files(by_file) == expected
+    sentencepiece = Settings(tokenizer_model=str(directory / "tokenizer.model"))
+    assert tokenizer_files(sentencepiece) == {"tokenizer/tokenizer.model": b"this is tokenizer.model"}
+    assert tokenizer_files(Settings()) == {}
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    candidate = Candidate(tmp_path, {"files": {"tokenizer/gone.json": {}, "__0_0.distcp": {}}})
+    with pytest.raises(CheckpointError, match=r"tokenizer/gone.json: not readable \(No such file or directory\)"):
+        files_of_checkpoint(candidate)
+
+
+def test_only_tokenizer_and_hugging_face_files_travel(tmp_path):
+    for name in ("tokenizer", "huggingface"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.json").write_text(name)
+    candidate = Candidate(tmp_path, {"files": {"tokenizer/a.json": {}, "huggingface/a.json": {}, "common.pt": {}, "__0_0.distcp": {}}})
+    assert files_of_checkpoint(candidate) == {"tokenizer/a.json": b"tokenizer", "huggingface/a.json": b"huggingface"}
+
+
+CARRIED = {"huggingface/config.json": b"{}", "tokenizer/tokenizer.json": b"words", "tokenizer/chat_template.jinja": b"chat"}
+SAID = {"type": "HuggingFaceTokenizer", "name": "x", "sha256": hashlib.sha256(b"words").hexdigest()}
+
+
+def test_a_run_without_a_tokenizer_carries_everything():
+    assert carry_files(CARRIED, {}, SAID) == CARRIED == carry_files(CARRIED, {}, None)
+
+
+def test_another_tokenizer_replaces_the_one_before_but_not_the_hugging_face_files():
+    own = {"tokenizer/tokenizer.model": b"other words"}
+    for said in (SAID, None):
+        assert carry_files(CARRIED, own, said) == {"huggingface/config.json": b"{}", **own}
+
+
+def test_the_same_tokenizer_named_by_one_file_keeps_what_belongs_to_it():
+    own = {"tokenizer/my_words.json": b"words"}
+    assert carry_files(CARRIED, own, SAID) == {
+        "huggingface/config.json": b"{}", "tokenizer/chat_template.jinja": b"chat", "tokenizer/my_words.json": b"words"}
+    changed = {"tokenizer/tokenizer.json": b"words", "tokenizer/chat_template.jinja": b"my chat"}
+    assert carry_files(CARRIED, changed, SAID) == {"huggingface/config.json": b"{}", **changed}
