@@ -8,6 +8,7 @@
 import faulthandler
 import os
 
+from megatron_sorted.conversion.network import network_to_start_from
 from megatron_sorted.platform.quiet import silence_library_warnings
 from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.load import load_settings
@@ -21,7 +22,7 @@ def main(words: list[str] | None = None) -> int:
     That is 0 when the run is done, and 75 ("try again") when it saved and stopped early, for a scheduler to requeue it. torchrun takes
     any status but 0 for a failure, so under it a run that stopped early ends with 0; SAVE/stopped.json tells the two apart.
     """
-    settings = load_settings(words)
+    settings = load_settings(words, network_to_start_from)
     check_settings(settings, int(os.environ.get("WORLD_SIZE", 1)))
     silence_library_warnings()
     if settings.exit_signal_handler:

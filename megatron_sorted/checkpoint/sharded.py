@@ -22,7 +22,7 @@ from megatron_sorted.platform.state import random_state, set_random_state
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True, "singleton_local_shards": False}
 
 
-def _inner(chunk: torch.nn.Module) -> torch.nn.Module:
+def inner(chunk: torch.nn.Module) -> torch.nn.Module:
     """Returns the module inside Megatron's wrappers, whose names carry no "module." prefix."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
@@ -31,7 +31,7 @@ def _inner(chunk: torch.nn.Module) -> torch.nn.Module:
 
 def _model_states(chunks: list) -> dict[str, Any]:
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    return {name: _inner(chunk).sharded_state_dict(metadata=dict(CONTENT)) for name, chunk in zip(names, chunks, strict=True)}
+    return {name: inner(chunk).sharded_state_dict(metadata=dict(CONTENT)) for name, chunk in zip(names, chunks, strict=True)}
 
 
 def _merged(states: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
                               "If files were lost or damaged, load an earlier checkpoint with --ckpt-step.") from error
     for index, chunk in enumerate(chunks):
         name = "model" if len(chunks) == 1 else f"model{index}"
-        _inner(chunk).load_state_dict({**loaded[name], **extra.get(name, {})})
+        inner(chunk).load_state_dict({**loaded[name], **extra.get(name, {})})
     if load_optimizer:
         load_optimizer_state(optimizer, loaded["optimizer"])
     elif hasattr(optimizer, "reload_model_params"):

@@ -120,17 +120,25 @@ def origins_of(model: OpenModel, settings: Settings) -> dict[str, Pair]:
     return origins
 
 
+def tokenizer_description(model: OpenModel) -> dict[str, str] | None:
+    """Returns what a manifest says of a model's tokenizer; None if it has none.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    name = next((name for name in ("tokenizer/tokenizer.json", "tokenizer/tokenizer.model") if name in model.files), None)
+    if name is None:
+        return model.manifest["tokenizer"] if model.manifest else None
+    found = load_tokenizer("HuggingFaceTokenizer", str(model.files[name].parent))
+    kind = "HuggingFaceTokenizer" if name.endswith(".json") else "SentencePieceTokenizer"
+    return {"type": kind, "name": found.name, "sha256": found.sha256}
+
+
 def _description(model: OpenModel, settings: Settings) -> dict[str, Any]:
     """Returns what the manifest of an imported checkpoint says."""
-    tokenizer = None
-    name = next((name for name in ("tokenizer/tokenizer.json", "tokenizer/tokenizer.model") if name in model.files), None)
-    if name is not None:
-        found = load_tokenizer("HuggingFaceTokenizer", str(model.files[name].parent))
-        kind = "HuggingFaceTokenizer" if name.endswith(".json") else "SentencePieceTokenizer"
-        tokenizer = {"type": kind, "name": found.name, "sha256": found.sha256}
-        settings = dataclasses.replace(settings, tokenizer_type=kind)
-    elif model.manifest:
-        tokenizer = model.manifest["tokenizer"]
+    tokenizer = tokenizer_description(model)
+    if tokenizer is not None:
+        settings = dataclasses.replace(settings, tokenizer_type=tokenizer["type"])
     coefficients = coefficient_rule(settings).coefficients(0)
     return {
         "contents": "weights", "run_id": uuid.uuid4().hex[:8], "saved_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),

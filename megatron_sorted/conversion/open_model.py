@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from megatron_sorted.checkpoint.candidates import find_candidates
-from megatron_sorted.checkpoint.layout import TRACKER, saved_steps
+from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, TRACKER, saved_steps, tokenizer_files_in
 from megatron_sorted.checkpoint.manifest import MANIFEST
 from megatron_sorted.conversion.families import CONFIG, read_config, settings_of_config
 from megatron_sorted.conversion.megatron_directory import open_megatron
+from megatron_sorted.conversion.network import is_hugging_face
 from megatron_sorted.conversion.safetensors_files import HuggingFaceFiles, SafetensorsFile
 from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
 from megatron_sorted.conversion.tensor_table import EMBEDDING, HEAD, Pair, check_ours, check_theirs, tensor_table
@@ -23,9 +24,6 @@ from megatron_sorted.settings.load import settings_from_dict
 from megatron_sorted.settings.run import Settings
 
 EXITS = "exits.safetensors"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.txt")
 CARRIED_FILES = ("config.json", "generation_config.json")
 
 
@@ -101,7 +99,7 @@ def open_model(path: Path, ckpt_step: int | None = None) -> OpenModel:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: not a directory. Give a Hugging Face directory or a directory of checkpoints.")
-    if (path / CONFIG).is_file():
+    if is_hugging_face(path):
         return _open_hugging_face(path)
     if (path / MANIFEST).is_file():
         return _open_ours(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
@@ -116,11 +114,6 @@ def open_model(path: Path, ckpt_step: int | None = None) -> OpenModel:
                           f"It holds {', '.join(sorted(entry.name for entry in path.iterdir())[:5]) or 'nothing'}.")
 
 
-def is_hugging_face(path: Path) -> bool:
-    """Returns whether a directory is a Hugging Face model and not one of checkpoints."""
-    return (path / CONFIG).is_file() and not (path / MANIFEST).is_file()
-
-
 def _open_hugging_face(path: Path) -> OpenModel:
     config = read_config(path)
     settings = settings_of_config(config, str(path / CONFIG))
@@ -132,8 +125,8 @@ def _open_hugging_face(path: Path) -> OpenModel:
         source = _Together(source, SafetensorsFile(path / EXITS))
     if check_theirs(pairs, source.tensors, str(path)) and not torch.equal(source.read(EMBEDDING), source.read(HEAD)):
         raise CheckpointError(f"{path}: {CONFIG} says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}. One of the two is wrong.")
-    files = {f"tokenizer/{name}": path / name for name in TOKENIZER_FILES if (path / name).is_file()}
-    files |= {f"huggingface/{name}": path / name for name in CARRIED_FILES if (path / name).is_file()}
+    files = tokenizer_files_in(path)
+    files |= {f"{HUGGING_FACE}/{name}": path / name for name in CARRIED_FILES if (path / name).is_file()}
     return OpenModel(path, "hugging_face", settings, source, pairs, config, {}, files)
 
 
@@ -142,9 +135,9 @@ def _open_ours(directory: Path, manifest: Mapping[str, Any]) -> OpenModel:
     settings = dataclasses.replace(
         settings_from_dict(manifest["settings"], str(directory / MANIFEST)), vocab_size=shape["vocab_size"],
         exit_layer_nums=tuple(shape["exit_layer_nums"]))
-    origin = directory / "huggingface" / CONFIG
+    origin = directory / HUGGING_FACE / CONFIG
     config = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else None
-    files = {name: directory / name for name in manifest["files"] if name.split("/")[0] in ("tokenizer", "huggingface")}
+    files = {name: directory / name for name in manifest["files"] if name.split("/")[0] in (TOKENIZER, HUGGING_FACE)}
     source, pairs = TorchDistFiles(directory), tensor_table(settings)
     check_ours(pairs, source.tensors, str(directory))
     return OpenModel(directory, "megatron", settings, source, pairs, config, manifest, files)

@@ -26,6 +26,15 @@ def check_files(settings: Settings) -> None:
         settings.pretrained_checkpoint is None or not settings.finetune,
         "--pretrained-checkpoint: beside --finetune, which takes the weights of --load each time. Give one of them.",
     )
+    require(settings.save_hf is None or settings.save is not None, "--save-hf: it is made of the last checkpoint. Give --save as well.")
+    require(
+        settings.save_hf is None or not settings.skip_train,
+        "--save-hf: beside --skip-train, which saves nothing. Use tools/convert.py export.",
+    )
+    require(
+        not settings.use_checkpoint_args or bool(settings.load or settings.pretrained_checkpoint),
+        "--use-checkpoint-args: no checkpoint to take them from. Give --load or --pretrained-checkpoint.",
+    )
     needs_load = {
         "--ckpt-step": settings.ckpt_step is not None,
         "--finetune": settings.finetune,

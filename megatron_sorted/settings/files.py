@@ -23,9 +23,16 @@ class FileSettings:
         "SentencePieceTokenizer", "Kind of tokenizer.")
     tokenizer_model: str | None = setting(None, "Tokenizer file (sentencepiece) or directory (Hugging Face).")
     save: str | None = setting(None, "Directory for checkpoints and reports.")
-    load: str | None = setting(None, "Directory of checkpoints to continue from; from weights alone (an import) the run starts at step 0.")
+    load: str | None = setting(
+        None, "Directory of checkpoints to continue from; with weights alone (an import) the run starts at step 0. Or a Hugging Face "
+        "directory whose weights are taken: the network's settings that are not given then come from its config.json.")
+    use_checkpoint_args: bool = setting(
+        False, "Take the network's settings that are not given from the checkpoint of --load or --pretrained-checkpoint.")
+    save_hf: str | None = setting(
+        None, "Hugging Face directory that is made of the last checkpoint once training is done; needs --save.")
     pretrained_checkpoint: str | None = setting(
-        None, "Directory of checkpoints whose newest weights a run starts from at step 0, as long as --load holds none of its own.")
+        None, "Directory of checkpoints, or Hugging Face directory, whose (newest) weights a run starts from at step 0, as long as --load "
+        "holds none of its own.")
     save_interval: int | None = setting(None, "Steps between checkpoints; the last step is always saved when --save is given.")
     async_save: bool = setting(True, "Write checkpoints in the background while training goes on.")
     save_retain: int | None = setting(None, "Keep this many of the newest checkpoints; by default all.")

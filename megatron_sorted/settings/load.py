@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_sorted.errors import SettingsError
@@ -13,20 +13,23 @@ from megatron_sorted.settings.values import convert, field_types
 from megatron_sorted.settings.yaml_file import read_yaml
 
 
-def load_settings(argv: list[str] | None = None) -> Settings:
-    """Returns the settings of a run: defaults, then the file of ``--config``, then flags.
+def load_settings(argv: list[str] | None = None,
+                  network_of: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {}) -> Settings:
+    """Returns the settings of a run: defaults, then the network of the model it starts from, then the file of ``--config``, then flags.
 
     With ``--print-settings`` the run is printed and the process exits with status 0; ``--help`` does the like.
 
     Args:
         argv: words of the command line without the program's name; by default those of this process.
+        network_of: Returns the settings that the model to start from brings, of those that were given.
 
     Raises:
         SettingsError: an unknown name, a value of the wrong type, or an unreadable file.
     """
     path, print_settings, from_flags = parse_flags(sys.argv[1:] if argv is None else list(argv))
     from_file = _values_of_file(path) if path is not None else {}
-    settings = Settings(**{**from_file, **from_flags})
+    given = {**from_file, **from_flags}
+    settings = Settings(**{**network_of(given), **given})
     if print_settings:
         print(settings_as_yaml(settings), end="")
         raise SystemExit(0)

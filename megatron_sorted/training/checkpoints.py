@@ -24,6 +24,7 @@ from megatron_sorted.platform.state import seed_everything
 from megatron_sorted.settings.derived import global_batch_size
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model
+from megatron_sorted.training.hugging_face import is_hugging_face_candidate, load_hugging_face, travelling_files_of
 from megatron_sorted.training.nonfinite import check_finite_weights
 from megatron_sorted.training.resume import check_can_continue, loaded_line, set_schedule, takes_weights_only
 from megatron_sorted.training.travelling import carry_files, files_of_checkpoint
@@ -135,7 +136,8 @@ class Checkpoints:
         if self.saver is None or self.place.rank != 0:
             return
         self._tokenizer = candidate.manifest.get("tokenizer")
-        self.saver.extra_files = carry_files(files_of_checkpoint(candidate), self.saver.extra_files, self._tokenizer)
+        files = travelling_files_of(candidate.directory) if is_hugging_face_candidate(candidate) else files_of_checkpoint(candidate)
+        self.saver.extra_files = carry_files(files, self.saver.extra_files, self._tokenizer)
 
     def load(self, candidate: Candidate) -> Progress:
         """Returns how far training was, after loading a checkpoint into the model and saying so.
@@ -144,8 +146,13 @@ class Checkpoints:
         """
         settings, model = self.settings, self.model
         continues = not takes_weights_only(candidate, settings) and not settings.skip_train
-        state = load_sharded(candidate.directory, candidate.manifest, model.chunks, model.optimizer,
-                             load_optimizer=continues and not settings.no_load_optim, load_random=continues and not settings.no_load_rng)
+        if is_hugging_face_candidate(candidate):
+            load_hugging_face(candidate.directory, settings, model.chunks, model.optimizer)
+            state = {}
+        else:
+            state = load_sharded(
+                candidate.directory, candidate.manifest, model.chunks, model.optimizer,
+                load_optimizer=continues and not settings.no_load_optim, load_random=continues and not settings.no_load_rng)
         self._carry_on(candidate)
         progress = Progress(**candidate.manifest["progress"])
         if takes_weights_only(candidate, settings):

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_sorted.checkpoint.candidates import Candidates, find_candidates
 from megatron_sorted.checkpoint.layout import saved_steps
+from megatron_sorted.conversion.network import is_hugging_face
 from megatron_sorted.data.batches import make_eval_sets, make_test_sets, open_train_samples
 from megatron_sorted.data.dataset import EvaluationSet, SampleSource
 from megatron_sorted.data.identity import data_identity
@@ -17,6 +18,7 @@ from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.settings.derived import data_prefixes
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.describe import replace_vocab
+from megatron_sorted.training.hugging_face import check_export, hugging_face_candidate
 from megatron_sorted.training.resume import check_can_continue
 
 
@@ -68,6 +70,7 @@ def open_inputs(settings: Settings) -> Inputs:
     first = int(os.environ.get("RANK", 0)) == 0
     data = data_identity(settings) if first and (settings.save or settings.load) and not settings.skip_train else None
     checkpoints = find_checkpoints(settings, tokenizer, data)
+    check_export(settings)
     if settings.save:
         check_writable("--save", Path(settings.save))
     if settings.metrics_file:
@@ -113,7 +116,7 @@ def find_checkpoints(settings: Settings, tokenizer: Tokenizer | None, data: dict
     try:
         if not root.is_dir() and not same_as_save:
             raise CheckpointError(f"{flag}: {root} is not a directory. Give the directory that --save of another run wrote to.")
-        found = find_candidates(root, settings.ckpt_step)
+        found = Candidates([hugging_face_candidate(root, settings)]) if is_hugging_face(root) else find_candidates(root, settings.ckpt_step)
     except OSError as error:
         raise CheckpointError(f"{flag}: cannot read {root} ({error.strerror}). Give a directory that can be read.") from error
     if found.usable:

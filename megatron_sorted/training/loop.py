@@ -30,6 +30,7 @@ from megatron_sorted.training.describe import description, evaluation_results, o
 from megatron_sorted.training.evaluate import evaluate
 from megatron_sorted.training.failure import report_and_exit
 from megatron_sorted.training.forward_step import ForwardStep
+from megatron_sorted.training.hugging_face import export_last
 from megatron_sorted.training.inputs import find_checkpoints, open_inputs
 from megatron_sorted.training.nonfinite import NonfiniteSteps
 from megatron_sorted.training.profile import Profiler
@@ -257,6 +258,15 @@ class Run:
             self.say(f"wrote {path}")
         self.leave()
 
+    def export(self) -> None:
+        """Makes the Hugging Face directory of --save-hf, on the first process; all have left the groups.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        if self.settings.save_hf and self.place.rank == 0:
+            export_last(self.settings, self.progress.step, self.run_id, self.say)
+
     def stop_early(self, reason: str) -> None:
         """Saves what is not saved, leaves word for whoever starts the run again, and leaves the process groups.
 
@@ -306,6 +316,7 @@ def run(settings: Settings) -> str | None:
         raise
     if reason is None:
         work.finish()
+        work.export()
     else:
         work.stop_early(reason)
     return reason

@@ -17,7 +17,7 @@ SILENT = frozenset((
     "no_load_optim", "no_load_rng", "exit_on_missing_checkpoint", "skip_train", "ckpt_step", "allow_changed_data", "log_interval",
     "log_timers", "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "eval_interval", "eval_iters", "full_validation",
     "save_interval", "async_save", "save_retain", "save_retain_interval", "save_failure", "verify_checkpoint", "num_draft_tokens",
-    "pretrained_checkpoint", "device_peak_tflops", "distributed_timeout_minutes", "hang_timeout_minutes",
+    "pretrained_checkpoint", "use_checkpoint_args", "save_hf", "device_peak_tflops", "distributed_timeout_minutes", "hang_timeout_minutes",
 ))
 SILENT_PREFIXES = ("wandb_", "profile")
 # The optimizer's state is kept in a form that depends on these.

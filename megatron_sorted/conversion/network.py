@@ -1,0 +1,63 @@
+"""The settings of a network, from the directory of a model that a run starts from. Needs no torch."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_sorted.checkpoint.candidates import find_candidates
+from megatron_sorted.checkpoint.manifest import MANIFEST
+from megatron_sorted.conversion.families import CONFIG, read_config, settings_of_config
+from megatron_sorted.settings.load import settings_from_dict
+from megatron_sorted.settings.model import ModelSettings
+from megatron_sorted.settings.run import Settings
+
+EXITS = ("exit_layer_nums", "use_exit_norm", "untie_exit_output_weights")
+# Of the network's settings, those that say how it is run and not what it is.
+OF_THE_RUN = ("seq_length", "transformer_impl", "init_method_std", "make_vocab_size_divisible_by", "moe_token_dispatcher_type",
+              "moe_aux_loss_coeff", "hidden_dropout", "attention_dropout")
+
+
+def is_hugging_face(path: str | Path) -> bool:
+    """Returns whether a directory is a Hugging Face model and not one of checkpoints."""
+    return (Path(path) / CONFIG).is_file() and not (Path(path) / MANIFEST).is_file()
+
+
+def network_fields(settings: Settings) -> dict[str, Any]:
+    """Returns the settings that say what the network is, by field name."""
+    names = [field.name for field in dataclasses.fields(ModelSettings) if field.name not in OF_THE_RUN]
+    return {name: getattr(settings, name) for name in (*names, *EXITS)}
+
+
+def network_to_start_from(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that the model a run starts from brings, for those that the user did not give.
+
+    A Hugging Face directory always brings its network and its tokenizer; a checkpoint brings its network with --use-checkpoint-args.
+
+    Args:
+        given: Settings that the user gave, by field name.
+
+    Raises:
+        CheckpointError: The directory is no model, or not one that can be trained here.
+    """
+    for path in (given.get("load"), given.get("pretrained_checkpoint")):
+        if path is None or not Path(path).is_dir():
+            continue
+        if is_hugging_face(path):
+            config = read_config(Path(path))
+            return {**network_fields(settings_of_config(config, str(Path(path) / CONFIG))), **_tokenizer_fields(Path(path), given)}
+        if given.get("use_checkpoint_args") and (found := find_candidates(path, given.get("ckpt_step"))).usable:
+            manifest = found.usable[0].manifest
+            saved = settings_from_dict({**manifest["settings"], "vocab_size": manifest["shape"]["vocab_size"]}, str(path))
+            return network_fields(saved)
+    return {}
+
+
+def _tokenizer_fields(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    if given.get("tokenizer_model") is not None or given.get("tokenizer_type") is not None:
+        return {}
+    for name, kind in (("tokenizer.json", "HuggingFaceTokenizer"), ("tokenizer.model", "SentencePieceTokenizer")):
+        if (path / name).is_file():
+            return {"tokenizer_type": kind, "tokenizer_model": str(path)}
+    return {}
+

@@ -1,0 +1,135 @@
+"""A run that starts from a Hugging Face directory, or ends in one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from megatron_sorted.checkpoint.candidates import Candidate
+from megatron_sorted.checkpoint.layout import iteration_directory
+from megatron_sorted.checkpoint.manifest import OWN_PART_FIELDS, WEIGHTS_ONLY, network_shape
+from megatron_sorted.checkpoint.sharded import CONTENT, inner
+from megatron_sorted.conversion.aside import check_destination
+from megatron_sorted.conversion.convert import export_model, origins_of, tokenizer_description
+from megatron_sorted.conversion.families import family_of_settings
+from megatron_sorted.conversion.open_model import open_model
+from megatron_sorted.conversion.transformers_states import require_transformers
+from megatron_sorted.errors import CheckpointError, SettingsError
+from megatron_sorted.settings.load import settings_as_dict
+from megatron_sorted.settings.run import Settings
+
+KIND = "hugging_face"
+EXPORT = "export.json"  # says of which run a directory of --save-hf is, which may then replace it
+
+
+def hugging_face_candidate(root: Path, settings: Settings) -> Candidate:
+    """Returns a Hugging Face directory as a checkpoint of weights only that a run can start from.
+
+    Raises:
+        CheckpointError: It is incomplete, unsupported, or contradicts itself.
+    """
+    model = open_model(root)
+    shape = network_shape(model.settings, model.settings.vocab_size)
+    for name in OWN_PART_FIELDS:
+        if not shape[name]:  # norms and heads that the model has not begin as copies of its last
+            shape[name] = getattr(settings, name)
+            shape["exit_layer_nums"] = network_shape(settings, settings.vocab_size)["exit_layer_nums"]
+    manifest = {
+        "contents": WEIGHTS_ONLY, "kind": KIND, "run_id": "", "saved_at": "", "shape": shape, "files": {},
+        "settings": settings_as_dict(model.settings), "progress": {"step": 0, "samples": 0}, "tokenizer": tokenizer_description(model),
+    }
+    return Candidate(root, manifest)
+
+
+def is_hugging_face_candidate(candidate: Candidate) -> bool:
+    """Returns whether a run starts from a Hugging Face directory."""
+    return candidate.manifest.get("kind") == KIND
+
+
+def load_hugging_face(directory: Path, settings: Settings, chunks: list, optimizer) -> None:
+    """Takes the weights of a Hugging Face directory into this rank's chunks.
+
+    Every rank reads the tensors of its own layers, one at a time, and keeps its part of each; no rank waits for another.
+
+    Raises:
+        CheckpointError: A tensor cannot be read.
+    """
+    model = open_model(directory)
+    origins = origins_of(model, settings)
+    for chunk in chunks:
+        state = inner(chunk).sharded_state_dict(metadata=dict(CONTENT))
+        apply_factories(state)  # gate and up of an MLP are one parameter and two shards: views of it
+        shards: dict[str, list[ShardedTensor]] = {}
+        for shard in nested_values(state):
+            if isinstance(shard, ShardedTensor):
+                shards.setdefault(_name_of(shard), []).append(shard)
+        with torch.no_grad():
+            for name, of_tensor in shards.items():
+                whole = model.read_ours(origins[name])
+                for shard in of_tensor:
+                    _copy_part(whole, shard)
+    if hasattr(optimizer, "reload_model_params"):
+        optimizer.reload_model_params()
+
+
+def _name_of(shard: ShardedTensor) -> str:
+    """Returns the name of a tensor with its layer's index, which Megatron keeps as an offset."""
+    if shard.prepend_axis_num == 0:
+        return shard.key
+    return shard.key.replace("decoder.layers.", f"decoder.layers.{shard.global_offset[0]}.", 1)
+
+
+def _copy_part(whole: torch.Tensor, shard: ShardedTensor) -> None:
+    offsets = shard.global_offset[shard.prepend_axis_num :]
+    source = whole[tuple(slice(begin, begin + size) for begin, size in zip(offsets, shard.local_shape, strict=True))]
+    target = shard.data.view(shard.local_shape)
+    # a rank may hold rows that pad the vocabulary: they stay as they were made
+    target[tuple(slice(0, size) for size in source.shape)].copy_(source)
+
+
+def travelling_files_of(directory: Path) -> dict[str, bytes]:
+    """Returns the content of the small files that go on into every checkpoint of a run that starts here, by name within one."""
+    return {name: path.read_bytes() for name, path in open_model(directory).files.items()}
+
+
+def check_export(settings: Settings) -> None:
+    """Returns nothing if --save-hf can be written when training is done.
+
+    Raises:
+        SettingsError: No Hugging Face family computes this network, or the directory holds something else.
+    """
+    if settings.save_hf is None:
+        return
+    destination = Path(settings.save_hf)
+    try:
+        family_of_settings(settings)
+        check_destination(destination, (destination / EXPORT).is_file(), 0)
+    except CheckpointError as error:
+        raise SettingsError(f"--save-hf: {error}") from error
+
+
+def export_last(settings: Settings, step: int, run_id: str, say: Callable[..., None]) -> None:
+    """Writes the Hugging Face directory of the last checkpoint, verified where transformers is installed. One process does it.
+
+    Raises:
+        CheckpointError: It could not be written; the checkpoint is complete.
+    """
+    destination = Path(settings.save_hf)
+    try:
+        require_transformers()
+        verify = True
+    except CheckpointError:
+        verify = False
+    model = open_model(iteration_directory(settings.save, step))
+    say(f"exporting to {destination} ({model.num_bytes / 1e6:,.1f} MB)")
+    comparison = export_model(model, destination, overwrite=(destination / EXPORT).is_file(), verify=verify,
+                              more_files={EXPORT: json.dumps({"run_id": run_id, "step": step}) + "\n"})
+    if comparison is None:
+        say(f"wrote {destination}; not verified, since transformers is not installed")
+        return
+    worst = max(comparison.exits, key=lambda row: row.largest_difference)
+    say(f"wrote {destination}; verified: {len(comparison.tensors)} tensors equal, logits of {len(comparison.exits)} exits equal those of "
+        f"transformers within {worst.largest_difference:.1g} (largest logit {worst.largest_logit:.3g})")
