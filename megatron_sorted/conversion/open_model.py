@@ -11,7 +11,7 @@ import torch
 
 from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, TRACKER, saved_steps, tokenizer_files_in
-from megatron_sorted.checkpoint.manifest import MANIFEST
+from megatron_sorted.checkpoint.manifest import MANIFEST, check_sizes, find_damage, read_manifest
 from megatron_sorted.conversion.families import CONFIG, read_config, settings_of_config
 from megatron_sorted.conversion.megatron_directory import open_megatron
 from megatron_sorted.conversion.network import is_hugging_face
@@ -24,6 +24,7 @@ from megatron_sorted.settings.load import settings_from_dict
 from megatron_sorted.settings.run import Settings
 
 EXITS = "exits.safetensors"
+SHARDS = ".distcp"
 CARRIED_FILES = ("config.json", "generation_config.json")
 
 
@@ -102,7 +103,7 @@ def open_model(path: Path, ckpt_step: int | None = None) -> OpenModel:
     if is_hugging_face(path):
         return _open_hugging_face(path)
     if (path / MANIFEST).is_file():
-        return _open_ours(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+        return _open_ours(path, read_manifest(path))
     if saved_steps(path) and any((path / f"iter_{step:07d}" / MANIFEST).is_file() for step in saved_steps(path)):
         found = find_candidates(path, ckpt_step)
         if not found.usable:
@@ -131,6 +132,11 @@ def _open_hugging_face(path: Path) -> OpenModel:
 
 
 def _open_ours(directory: Path, manifest: Mapping[str, Any]) -> OpenModel:
+    check_sizes(directory, manifest)
+    # of the files of tensors, those that are read are compared with their own checksums on the way
+    damaged = find_damage(directory, manifest, [name for name in manifest["files"] if not name.endswith(SHARDS)])
+    if damaged:
+        raise CheckpointError(f"{damaged[0]}. Copy the checkpoint again, or take another step of it with --ckpt-step.")
     shape = manifest["shape"]
     settings = dataclasses.replace(
         settings_from_dict(manifest["settings"], str(directory / MANIFEST)), vocab_size=shape["vocab_size"],
