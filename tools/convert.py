@@ -83,6 +83,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--load-dir", type=Path, help=f"another way to write {first}")
         command.add_argument("--save-dir", type=Path, help=f"another way to write {second}")
         command.add_argument("--ckpt-step", type=int, help="step of the checkpoint to take (default: the newest complete one)")
+        command.add_argument("--vocab-size", type=int, help="number of real tokens, for a Megatron-LM checkpoint that knows only the "
+                                                            "padded one (default: as it says)")
         command.add_argument("--tolerance", type=float, default=TOLERANCE,
                              help=f"largest difference of logits, relative to the largest logit (default {TOLERANCE:g})")
         command.add_argument("--report", type=Path, help="also write the comparison of every single tensor to this JSON file")
@@ -113,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Does what the command line says, and says what became of it."""
     values = parse(arguments)
     began = time.monotonic()
-    model = open_model(values.first, values.ckpt_step)
+    model = open_model(values.first, values.ckpt_step, values.vocab_size)
     print(describe(model), flush=True)
     if values.verb == "verify":
         other = open_model(values.second)
