@@ -44,8 +44,7 @@ def run_worker(verb: str, source: Path, target: Path, verify: bool = False) -> d
     job, load = target.with_name("job.json"), os.getloadavg()[0]
     job.write_text(json.dumps({"verb": verb, "source": str(source), "target": str(target), "verify": verify,
                                "result": str(target.with_name("result.json"))}), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])}
-    environment.pop("OMP_NUM_THREADS", None)  # as the tools run
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "benchmark.convert_worker", str(job)], env=environment, capture_output=True, text=True,
                           timeout=LIMIT_SECONDS, check=False)
     if done.returncode:
@@ -65,7 +64,8 @@ def measure(shape: Shape, folder: Path, rounds: int) -> dict[str, Any]:
             for name in sorted(work, reverse=bool(number % 2)):  # each begins every other time
                 one[name] = run_worker(*work[name])
                 seconds, load = one[name]["seconds"], one[name]["load"]
-                print(f"round {number + 1}, {name}: {seconds:.1f} s, load {load:.1f}", file=sys.stderr, flush=True)
+                verified = f" + {one[name]['verify_seconds']:.1f} s" if "verify_seconds" in one[name] else ""
+                print(f"round {number + 1}, {name}: {seconds:.1f} s{verified}, load {load:.1f}", file=sys.stderr, flush=True)
                 shutil.rmtree(plain, ignore_errors=True)
         found["rounds"].append(one)
     return found
@@ -92,7 +92,7 @@ def main() -> None:
     loads = [run["load"] for model in models.values() for one in model["rounds"] for run in one.values()]
     facts = {
         "date": datetime.date.today().isoformat(), "commit": commit(), "command": shlex.join(["python", *sys.argv]),
-        "machine": machine("cpu", os.cpu_count() or 1), "file system": disk,
+        "machine": machine("cpu", 1), "file system": disk,
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors")),
         "models": "LLaMA shapes of hidden size 2048, MLP 5632, 32 heads in 4 groups, vocabulary 32,000, untied, in files of 1 GB",
         "load of the machine": f"{before:.1f} before the first run, {min(loads):.1f} to {max(loads):.1f} before the others (1-minute mean; "

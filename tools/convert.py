@@ -27,12 +27,14 @@ from megatron_sorted.conversion.verify import TOLERANCE, Comparison, compare
 from megatron_sorted.errors import SettingsError, SortedError
 from megatron_sorted.settings.derived import exit_depths
 
+OPEN_BARS: list[tqdm] = []
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def progress_bars(title: str, num_bytes: int) -> Callable[[int], None]:
     """Returns what a bar of ``num_bytes`` is moved on with."""
     bar = tqdm(total=num_bytes, desc=title, unit="B", unit_scale=True, leave=True)
+    OPEN_BARS.append(bar)
 
     def move(done: int) -> None:
         bar.update(done)
@@ -40,6 +42,12 @@ def progress_bars(title: str, num_bytes: int) -> Callable[[int], None]:
             bar.close()
 
     return move
+
+
+def close_bars() -> None:
+    """Ends the lines of bars that an error left unfinished, so that it stands on a line of its own."""
+    while OPEN_BARS:
+        OPEN_BARS.pop().close()
 
 
 def parse_size(word: str) -> int:
@@ -148,4 +156,5 @@ if __name__ == "__main__":
     try:
         main()
     except SortedError as error:
+        close_bars()
         sys.exit(f"error: {error}")

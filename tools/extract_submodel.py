@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from convert import parse_size, progress_bars
+from convert import close_bars, parse_size, progress_bars
 
 from megatron_sorted.conversion.aside import check_destination
 from megatron_sorted.conversion.convert import SHARD_BYTES, export_model
@@ -78,4 +78,5 @@ if __name__ == "__main__":
     try:
         main()
     except SortedError as error:
+        close_bars()
         sys.exit(f"error: {error}")

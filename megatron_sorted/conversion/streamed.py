@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from megatron_sorted.conversion.tensor_source import TensorSource
 
-BLOCK_BYTES = 2 << 20  # stays in a core's cache between being made and being used
+BLOCK_BYTES = 8 << 20  # stays in the caches between being made and being used; smaller ones would only make threads wait for each other
 ROWS_AT_LEAST = 128
 
 
