@@ -27,12 +27,14 @@ from megatron_sorted.conversion.verify import TOLERANCE, Comparison, compare
 from megatron_sorted.errors import SettingsError, SortedError
 from megatron_sorted.settings.derived import exit_depths
 
+OPEN_BARS: list[tqdm] = []
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def progress_bars(title: str, num_bytes: int) -> Callable[[int], None]:
     """Returns what a bar of ``num_bytes`` is moved on with."""
     bar = tqdm(total=num_bytes, desc=title, unit="B", unit_scale=True, leave=True)
+    OPEN_BARS.append(bar)
 
     def move(done: int) -> None:
         bar.update(done)
@@ -40,6 +42,12 @@ def progress_bars(title: str, num_bytes: int) -> Callable[[int], None]:
             bar.close()
 
     return move
+
+
+def close_bars() -> None:
+    """Ends the lines of bars that an error left unfinished, so that it stands on a line of its own."""
+    while OPEN_BARS:
+        OPEN_BARS.pop().close()
 
 
 def parse_size(word: str) -> int:
@@ -83,6 +91,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--load-dir", type=Path, help=f"another way to write {first}")
         command.add_argument("--save-dir", type=Path, help=f"another way to write {second}")
         command.add_argument("--ckpt-step", type=int, help="step of the checkpoint to take (default: the newest complete one)")
+        command.add_argument("--vocab-size", type=int, help="number of real tokens, for a Megatron-LM checkpoint that knows only the "
+                                                            "padded one (default: as it says)")
         command.add_argument("--tolerance", type=float, default=TOLERANCE,
                              help=f"largest difference of logits, relative to the largest logit (default {TOLERANCE:g})")
         command.add_argument("--report", type=Path, help="also write the comparison of every single tensor to this JSON file")
@@ -113,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Does what the command line says, and says what became of it."""
     values = parse(arguments)
     began = time.monotonic()
-    model = open_model(values.first, values.ckpt_step)
+    model = open_model(values.first, values.ckpt_step, values.vocab_size)
     print(describe(model), flush=True)
     if values.verb == "verify":
         other = open_model(values.second)
@@ -146,4 +156,5 @@ if __name__ == "__main__":
     try:
         main()
     except SortedError as error:
+        close_bars()
         sys.exit(f"error: {error}")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from convert import parse_size, progress_bars
+from convert import close_bars, parse_size, progress_bars
 
 from megatron_sorted.conversion.aside import check_destination
 from megatron_sorted.conversion.convert import SHARD_BYTES, export_model
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     which.add_argument("--depth", type=int, help="number of layers")
     which.add_argument("--all", action="store_true", help="every exit, the full model included")
     parser.add_argument("--ckpt-step", type=int, help="step of the checkpoint to take (default: the newest complete one)")
+    parser.add_argument("--vocab-size", type=int, help="number of real tokens, for a Megatron-LM checkpoint that knows only the padded one")
     parser.add_argument("--dtype", choices=DTYPES, help="kind of numbers to write (default: as stored)")
     parser.add_argument("--max-shard-size", default=f"{SHARD_BYTES // 10**9}GB", help="size of one file at most (default 5GB)")
     parser.add_argument("--evaluation", type=Path, help="evaluation.json with the quality of every exit, for the model card")
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what exists")
     parser.add_argument("--no-verify", action="store_true", help="do not compare what was written with what there was")
     values = parser.parse_args(arguments)
-    model = open_model(values.model, values.ckpt_step)
+    model = open_model(values.model, values.ckpt_step, values.vocab_size)
     quality = find_quality(model, values.evaluation, values.evaluation_name)
     depths = exit_depths(model.settings) if values.all else (values.depth,)
     width = len(str(model.settings.num_layers))
@@ -77,4 +78,5 @@ if __name__ == "__main__":
     try:
         main()
     except SortedError as error:
+        close_bars()
         sys.exit(f"error: {error}")

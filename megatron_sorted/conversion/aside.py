@@ -39,17 +39,19 @@ def written_aside(destination: Path, overwrite: bool, num_bytes: int) -> Iterato
     Raises:
         CheckpointError: As `check_destination`; or the disk filled up or failed meanwhile.
     """
-    check_destination(destination, overwrite, num_bytes)
     destination = destination.absolute()
-    destination.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (destination.with_name(f".{destination.name}.{state}") for state in ("writing", "removing"))
+    if old.is_dir() and not destination.exists():  # killed between the two renames below
+        old.rename(destination)
+    check_destination(destination, overwrite, num_bytes)
+    destination.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(aside, ignore_errors=True)  # of a conversion that was killed
+    shutil.rmtree(old, ignore_errors=True)
     try:
         aside.mkdir()
         yield aside
         sync_directory(aside)
         if destination.exists():
-            shutil.rmtree(old, ignore_errors=True)
             destination.rename(old)
         aside.rename(destination)
         sync_directory(destination.parent)

@@ -11,8 +11,9 @@ import torch
 
 from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, TRACKER, saved_steps, tokenizer_files_in
-from megatron_sorted.checkpoint.manifest import MANIFEST
+from megatron_sorted.checkpoint.manifest import MANIFEST, check_sizes, find_damage, read_manifest
 from megatron_sorted.conversion.families import CONFIG, EXITS, read_config, settings_of_config
+from megatron_sorted.conversion.legacy_files import EMBEDDING as EMBEDDING_OURS
 from megatron_sorted.conversion.megatron_directory import open_megatron
 from megatron_sorted.conversion.network import is_hugging_face
 from megatron_sorted.conversion.safetensors_files import HuggingFaceFiles, SafetensorsFile
@@ -23,6 +24,7 @@ from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.load import settings_from_dict
 from megatron_sorted.settings.run import Settings
 
+SHARDS = ".distcp"
 CARRIED_FILES = ("config.json", "generation_config.json")
 
 
@@ -86,29 +88,38 @@ class _Together(TensorSource):
         return (self.first if name in self.first.tensors else self.second).read(name)
 
 
-def open_model(path: Path, ckpt_step: int | None = None) -> OpenModel:
+def open_model(path: Path, ckpt_step: int | None = None, vocab_size: int | None = None) -> OpenModel:
     """Returns the model in a directory, its names and shapes checked; no tensor is read.
 
     Args:
         path: A Hugging Face directory, a directory of checkpoints, or one checkpoint.
         ckpt_step: Of a directory of checkpoints, which; by default the newest complete one.
+        vocab_size: Number of real tokens; only for a checkpoint of Megatron-LM, whose arguments may know the padded number alone.
 
     Raises:
-        CheckpointError: It is no model, is incomplete, is of an unsupported kind, or contradicts itself.
+        CheckpointError: It is no model, is incomplete, is of an unsupported kind, or contradicts itself or ``vocab_size``.
     """
+    model = _open(path, ckpt_step, vocab_size)
+    if vocab_size not in (None, model.settings.vocab_size):
+        raise CheckpointError(f"--vocab-size: {vocab_size}, but {model.directory} says that it has {model.settings.vocab_size} tokens. "
+                              "Leave the option out.")
+    return model
+
+
+def _open(path: Path, ckpt_step: int | None, vocab_size: int | None) -> OpenModel:
     if not path.is_dir():
         raise CheckpointError(f"{path}: not a directory. Give a Hugging Face directory or a directory of checkpoints.")
     if is_hugging_face(path):
         return _open_hugging_face(path)
     if (path / MANIFEST).is_file():
-        return _open_ours(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+        return _open_ours(path, read_manifest(path))
     if saved_steps(path) and any((path / f"iter_{step:07d}" / MANIFEST).is_file() for step in saved_steps(path)):
         found = find_candidates(path, ckpt_step)
         if not found.usable:
             raise CheckpointError(f"{path}: holds no complete checkpoint: {' '.join(found.passed_over(None))}")
         return _open_ours(found.usable[0].directory, found.usable[0].manifest)
     if (path / TRACKER).is_file() or any(path.glob("mp_rank_*")) or (path / "metadata.json").is_file():
-        return _open_foreign(path)
+        return _open_foreign(path, vocab_size)
     raise CheckpointError(f"{path}: neither a Hugging Face model ({CONFIG} and safetensors) nor a checkpoint ({TRACKER}, iter_*). "
                           f"It holds {', '.join(sorted(entry.name for entry in path.iterdir())[:5]) or 'nothing'}.")
 
@@ -130,6 +141,11 @@ def _open_hugging_face(path: Path) -> OpenModel:
 
 
 def _open_ours(directory: Path, manifest: Mapping[str, Any]) -> OpenModel:
+    check_sizes(directory, manifest)
+    # of the files of tensors, those that are read are compared with their own checksums on the way
+    damaged = find_damage(directory, manifest, [name for name in manifest["files"] if not name.endswith(SHARDS)])
+    if damaged:
+        raise CheckpointError(f"{damaged[0]}. Copy the checkpoint again, or take another step of it with --ckpt-step.")
     shape = manifest["shape"]
     settings = dataclasses.replace(
         settings_from_dict(manifest["settings"], str(directory / MANIFEST)), vocab_size=shape["vocab_size"],
@@ -142,11 +158,16 @@ def _open_ours(directory: Path, manifest: Mapping[str, Any]) -> OpenModel:
     return OpenModel(directory, "megatron", settings, source, pairs, config, manifest, files)
 
 
-def _open_foreign(path: Path) -> OpenModel:
+def _open_foreign(path: Path, vocab_size: int | None) -> OpenModel:
     found = open_megatron(path)
     if found.settings is None:
         raise CheckpointError(f"{path}: this checkpoint holds no arguments, so the shape of its network is unknown.")
     source, settings = found.source, Settings(**found.settings)
+    rows = source.tensors[EMBEDDING_OURS].shape[0]
+    if vocab_size is not None and settings.vocab_size == rows:  # it may have been padded, and does not say
+        if not 1 <= vocab_size <= rows:
+            raise CheckpointError(f"--vocab-size: {vocab_size}, but the embedding of {path} has {rows} rows. Give 1..{rows}.")
+        settings = dataclasses.replace(settings, vocab_size=vocab_size)
     pairs = tensor_table(settings)
     check_ours(pairs, source.tensors, str(path))
     return OpenModel(path, "megatron", settings, source, pairs)

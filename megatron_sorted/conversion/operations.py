@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_sorted.conversion.memory import new_tensor
+
 Shape = tuple[int, ...]
 
 
@@ -85,7 +87,7 @@ class QueryKeyValue(Operation):
         fused, views = None, []
         for place, part in enumerate(parts):
             if fused is None:
-                fused = torch.empty(shape, dtype=part.dtype)
+                fused = new_tensor(shape, part.dtype)
                 views = self._views(fused)
             views[place].copy_(part.view(views[place].shape))
         return fused
@@ -114,7 +116,7 @@ class Stack(Operation):
         stacked, row = None, 0
         for part in parts:
             if stacked is None:
-                stacked = torch.empty(shape, dtype=part.dtype)
+                stacked = new_tensor(shape, part.dtype)
             stacked[row : row + part.shape[0]] = part
             row += part.shape[0]
         return stacked

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_sorted.conversion.memory import bytes_of, new_tensor
 from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
 from megatron_sorted.errors import CheckpointError
 
@@ -97,10 +98,10 @@ class SafetensorsFile(TensorSource):
 
 
 def _read(name: str, place: _Place) -> torch.Tensor:
-    tensor = torch.empty(place.info.shape, dtype=place.info.dtype)
+    tensor = new_tensor(place.info.shape, place.info.dtype)
     if not tensor.numel():
         return tensor
-    target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    target = bytes_of(tensor)
     try:
         with open(place.file, "rb", buffering=0) as file:
             file.seek(place.offset)
@@ -218,7 +219,7 @@ class SafetensorsWriter:
             self._begin(file_name)
         flat = tensor.detach().contiguous().view(-1)
         if flat.numel():
-            rest = memoryview(flat.view(torch.uint8).numpy())
+            rest = bytes_of(flat)
             while rest:
                 rest = rest[self._file.write(rest):]
 

@@ -1,6 +1,5 @@
 """Weights of a ``torch_dist`` checkpoint: ours, and those of GPT models that Megatron-LM and MindSpeed save; in any layout."""
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,54 +10,12 @@ import torch
 from megatron_sorted.checkpoint.plain_objects import load_plain
 from megatron_sorted.checkpoint.restricted_pickle import StoredChunk, StoredPiece, StoredTensor, read_stored_names
 from megatron_sorted.conversion.megatron_names import STACKED, is_no_weight, plain_name
+from megatron_sorted.conversion.memory import new_tensor
+from megatron_sorted.conversion.saved_tensors import SavedFile
 from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
 from megatron_sorted.errors import CheckpointError
 
 COMMON = "common.pt"
-
-
-class FileSlice(io.RawIOBase):
-    """A piece of a file, as a file of its own, so that a reader takes only the bytes it needs."""
-
-    def __init__(self, path: Path, piece: StoredPiece):
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
-        self._piece = piece
-        self._at = 0
-
-    def readable(self) -> bool:
-        """Returns True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Returns True."""
-        return True
-
-    def tell(self) -> int:
-        """Returns the position in the piece."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Returns the new position in the piece."""
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._piece.num_bytes}[whence])
-        return self._at
-
-    def readinto(self, buffer) -> int:
-        """Returns how many bytes were put into ``buffer``."""
-        target = memoryview(buffer).cast("B")[: max(0, self._piece.num_bytes - self._at)]
-        done = 0
-        while done < len(target):  # one call reads 2 GB at most
-            self._file.seek(self._piece.offset + self._at)
-            got = self._file.readinto(target[done:])
-            if not got:
-                break
-            done += got
-            self._at += got
-        return done
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-        super().close()
 
 
 @dataclass(frozen=True)
@@ -105,6 +62,7 @@ class TorchDistFiles(TensorSource):
         """
         self.directory = Path(directory)
         names = read_stored_names(self.directory)
+        self._sound: set[StoredPiece] = set()  # whose bytes were found to be those that were saved; once is enough
         self._stored = {name: stored for name, stored in names.tensors.items() if not is_no_weight(name)}
         self.extra = (*(name for name in names.tensors if is_no_weight(name)), *names.objects)
         found: dict[str, tuple[tuple[str, int], TensorInfo, _Place]] = {}
@@ -164,16 +122,15 @@ class TorchDistFiles(TensorSource):
 
     def _load(self, name: str, stored: StoredTensor, chunk: StoredChunk) -> torch.Tensor:
         told = f"{self.directory}: {name} in {chunk.piece.file}"
-        try:
-            with FileSlice(self.directory / chunk.piece.file, chunk.piece) as content:
-                tensor = load_plain(content, told)
-        except OSError as error:
-            raise CheckpointError(f"{told}: cannot be read ({error.strerror}).") from error
+        saved = SavedFile(self.directory / chunk.piece.file, chunk.piece, told)
+        tensor = saved.content
         if not isinstance(tensor, torch.Tensor) or tensor.dtype != stored.dtype or tuple(tensor.shape) != chunk.sizes:
             said = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise CheckpointError(f"{told}: {said} lies where the metadata says {stored.dtype} {list(chunk.sizes)}; the files are of "
                                   "different saves.")
-        return tensor
+        result = saved.read(saved.place(tensor), check=chunk.piece not in self._sound)
+        self._sound.add(chunk.piece)
+        return result
 
     def read(self, name: str) -> torch.Tensor:
         """Returns a tensor in memory of its own.
@@ -193,7 +150,7 @@ class TorchDistFiles(TensorSource):
             whole = self._load(name, stored, chunk)
             part = whole[source].reshape(info.shape)
             return part if whole.untyped_storage().nbytes() == numel * info.dtype.itemsize else part.clone()
-        result = torch.empty(info.shape, dtype=info.dtype)
+        result = new_tensor(info.shape, info.dtype)
         for chunk, (target, source, _) in sorted(parts, key=lambda part: (part[0].piece.file, part[0].piece.offset)):
             result[target] = self._load(name, stored, chunk)[source].reshape([s.stop - s.start for s in target])
         return result

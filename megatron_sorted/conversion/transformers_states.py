@@ -6,6 +6,7 @@ which read a matrix when they are called.
 
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 
@@ -22,11 +23,9 @@ def require_transformers() -> None:
     Raises:
         CheckpointError: It is not.
     """
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
+    if find_spec("transformers") is None:
         raise CheckpointError("Verifying compares with transformers, which is not installed. pip install transformers, or give "
-                              "--no-verify.") from None
+                              "--no-verify.")
 
 
 def _build(model: OpenModel) -> torch.nn.Module:

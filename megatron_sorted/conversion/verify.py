@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_sorted.conversion.memory import same_bits
 from megatron_sorted.conversion.nested_logits import nested_exits
 from megatron_sorted.conversion.open_model import OpenModel
 from megatron_sorted.conversion.streamed import ReadExit
@@ -120,7 +121,7 @@ def _compare_tensor(first: OpenModel, origin: Pair, second: OpenModel, pair: Pai
     wanted, got = wanted.reshape(-1), got.reshape(-1)
     for begin in range(0, got.numel(), 1 << 22):  # no copies of whole tensors
         one, other = wanted[begin : begin + (1 << 22)], got[begin : begin + (1 << 22)]
-        if torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
+        if same_bits(one, other):
             continue
         num_different += int((one.view(torch.uint8).view(-1, one.itemsize) != other.view(torch.uint8).view(-1, one.itemsize)).any(-1).sum())
         largest = max(largest, float((one.float() - other.float()).abs().max()))

@@ -140,3 +140,26 @@ def test_an_empty_checkpoint_is_told(tmp_path):
     write_torch_dist(tmp_path, {"optimizer.x": TENSORS["exit_norms.2.weight"]})
     with pytest.raises(CheckpointError, match="holds no weights"):
         TorchDistFiles(tmp_path)
+
+
+def test_a_flipped_bit_is_told_with_the_name_of_its_tensor(tmp_path):
+    write_torch_dist(tmp_path, TENSORS)
+    path = tmp_path / "__1_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[content.index(EMBEDDING[5].numpy().tobytes()) + 9] ^= 4
+    path.write_bytes(content)
+    files = TorchDistFiles(tmp_path)
+    for name in files.tensors.keys() - {"embedding.word_embeddings.weight"}:
+        files.read(name)
+    with pytest.raises(CheckpointError, match=r"word_embeddings.weight in __1_0.distcp: the bytes from \d+ on do not match their checksum"):
+        files.read("embedding.word_embeddings.weight")
+
+
+def test_pieces_without_checksums_are_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        write_torch_dist(tmp_path, TENSORS)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    files = TorchDistFiles(tmp_path)
+    assert all(torch.equal(files.read(name), OFFERED[name]) for name in files.tensors)

@@ -48,9 +48,14 @@ def write_page(folder: Path, name: str, lines: list[str], numbers: dict[str, Any
     raw = [{"case": result.case.as_dict(), "load": [result.load_before, result.load_after], "seconds": round(result.seconds, 1),
             "ranks": rounded(result.ranks)} for result in results]
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    body = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in {**rounded(numbers), "runs": raw}.items())
-    (folder / f"{name}.json").write_text(f"{{\n{body}\n}}\n", encoding="utf-8")
+    write_numbers(folder / f"{name}.json", {**rounded(numbers), "runs": raw})
     return text
+
+
+def write_numbers(path: Path, numbers: dict[str, Any]) -> None:
+    """Writes plain data as JSON, one line for each key."""
+    body = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in numbers.items())
+    path.write_text(f"{{\n{body}\n}}\n", encoding="utf-8")
 
 
 def rounded(value: Any) -> Any:
