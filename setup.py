@@ -2,14 +2,17 @@
 
 from setuptools import find_packages, setup
 
-TRAIN = ["torch>=2.6", "megatron-core==0.16.1", "numpy", "psutil", "sentencepiece"]  # psutil: megatron's checkpoint writer needs it
+# psutil: megatron's checkpoint writer needs it
+TRAIN = ["torch>=2.6", "megatron-core==0.16.1", "numpy", "psutil", "sentencepiece", "safetensors"]
 MONITORING = ["wandb", "tensorboard"]
+CONVERT = ["torch>=2.6", "numpy", "safetensors", "transformers>=5", "tokenizers", "sentencepiece"]
+EVALUATE = [*CONVERT, "lm-eval", "accelerate", "datasets", "matplotlib"]  # lm-eval's models of transformers need accelerate
 DEMO = ["Babel", "matplotlib"]
 DEV = ["pytest", "ruff", "import-linter"]
 
 setup(
     name="megatron_sorted",
-    version="0.2.0",
+    version="0.3.0",
     description="Train nested (sorted) language models on megatron-core",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -17,10 +20,11 @@ setup(
     install_requires=["pydantic>=2", "pyyaml", "tqdm"],
     extras_require={
         "train": TRAIN,
-        "hf": ["tokenizers"],
+        "convert": CONVERT,
+        "evaluate": EVALUATE,
         "monitoring": MONITORING,
         "demo": DEMO,
         "cuda": ["transformer-engine[pytorch]"],
-        "dev": DEV + DEMO + TRAIN + MONITORING + ["tokenizers"],
+        "dev": DEV + DEMO + TRAIN + MONITORING + EVALUATE,
     },
 )

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_sorted.checkpoint.manifest import WEIGHTS_ONLY, find_damage
 from megatron_sorted.checkpoint.optimizer_shards import only_part, state_of_parts
 from megatron_sorted.checkpoint.optimizer_state import fill_empty_state, load_optimizer_state
+from megatron_sorted.checkpoint.plain_objects import check_checkpoint_is_safe
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.platform.state import random_state, set_random_state
 
@@ -114,8 +115,9 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
     Collective: every rank reads the shards it needs.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read into this model.
+        CheckpointError: The checkpoint cannot be read into this model, or would run somebody's program when it is read.
     """
+    check_checkpoint_is_safe(directory)
     fill_empty_state(optimizer)
     states = _model_states(chunks)
     extra = _take_extra_states(states) if manifest.get("contents") == WEIGHTS_ONLY else {}

@@ -5,7 +5,7 @@ The only file that knows the keys of config.json. It needs no torch.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Family:
         qkv_bias: Queries, keys and values have a bias.
         qk_norm: Queries and keys of every head are normed.
         slides: All layers look back over ``sliding_window`` tokens, if config.json gives one.
+        absent: What transformers takes for keys that config.json leaves out.
     """
 
     model_type: str
@@ -34,13 +35,16 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     slides: bool = False
+    absent: Mapping[str, Any] = field(default_factory=dict)
 
 
 FAMILIES = {family.model_type: family for family in (
-    Family("llama", "LlamaForCausalLM"),
-    Family("mistral", "MistralForCausalLM", slides=True),
-    Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True),
-    Family("qwen3", "Qwen3ForCausalLM", qk_norm=True),
+    Family("llama", "LlamaForCausalLM", absent={"max_position_embeddings": 2048}),
+    Family("mistral", "MistralForCausalLM", slides=True,
+           absent={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}),
+    Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, absent={"max_position_embeddings": 32768, "num_key_value_heads": 32}),
+    Family("qwen3", "Qwen3ForCausalLM", qk_norm=True,
+           absent={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128}),
 )}
 # Values that change what a network computes in a way ours cannot: {key: the only value that is understood}.
 UNDERSTOOD = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "partial_rotary_factor": 1.0,
@@ -93,6 +97,7 @@ def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
         CheckpointError: The family is not supported, a key is missing, or a value is not understood; naming it.
     """
     family = family_of_config(config, where)
+    config = {**family.absent, **config}
     for key, value in UNDERSTOOD.items():
         if config.get(key, value) not in (value, None):
             raise CheckpointError(f"{where}: {key} is {config[key]!r}; of {family.model_type} models only {value!r} is supported.")
@@ -107,8 +112,7 @@ def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
     heads = need("num_attention_heads")
     groups = config.get("num_key_value_heads") or heads
     hidden = need("hidden_size")
-    # these two are left out of config.json by some versions where they have transformers' own default
-    length = config.get("max_position_embeddings") or 2048
+    length = need("max_position_embeddings")
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if not config.get("head_dim") and hidden % heads:
         raise CheckpointError(f"{where}: hidden_size {hidden} does not divide by num_attention_heads {heads}, and head_dim is not given.")

@@ -1,10 +1,17 @@
 """What a Hugging Face directory says about its exits, before any tensor is read."""
 
+import atexit
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sorted.checkpoint.layout import TRACKER
+from megatron_sorted.checkpoint.manifest import MANIFEST
+from megatron_sorted.conversion.convert import export_model
+from megatron_sorted.conversion.open_model import open_model
 from megatron_sorted.errors import CheckpointError, SettingsError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -29,21 +36,31 @@ class ExitPlan:
 
 
 def open_model_directory(path: Path) -> Path:
-    """Returns the Hugging Face directory to evaluate for what the user named.
+    """Returns the Hugging Face directory to evaluate for what the user named; a checkpoint is exported into one that goes with the process.
 
     Raises:
-        CheckpointError: It is no model directory, or one of this project's checkpoints.
+        CheckpointError: It is no model directory, or a checkpoint that no Hugging Face family computes.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory. Give a Hugging Face directory with config.json and *.safetensors.")
-    if any(path.glob("iter_*")):
-        raise CheckpointError(f"{path}: a training checkpoint. Export it first (tools/convert.py export) and give the exported directory.")
+        raise CheckpointError(f"{path}: no such directory. Give a Hugging Face directory or one of checkpoints.")
+    if (path / MANIFEST).is_file() or (path / TRACKER).is_file() or any(path.glob("iter_*")) or any(path.glob("mp_rank_*")):
+        return _export(path)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json. Give a Hugging Face directory with config.json and *.safetensors.")
     if not any(path.glob("model*.safetensors")):
         raise CheckpointError(f"{path}: no model*.safetensors; files of other kinds can run code when they are read. "
                               "Give a directory whose weights are safetensors.")
     return path
+
+
+def _export(path: Path) -> Path:
+    """Returns the Hugging Face directory made of a checkpoint; it is removed when the process ends."""
+    model = open_model(path)
+    folder = Path(tempfile.mkdtemp(prefix="evaluate_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    print(f"exporting {model.directory} ({model.num_bytes / 1e6:,.1f} MB) to {folder}", flush=True)
+    export_model(model, folder / path.resolve().name, verify=False)  # evaluating is reading every number of it
+    return folder / path.resolve().name
 
 
 def read_config(directory: Path) -> dict:

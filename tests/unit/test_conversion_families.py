@@ -58,6 +58,17 @@ def test_a_config_made_from_settings_alone_is_understood_by_transformers_as_the_
     assert dataclasses.replace(settings_of_config(made.to_dict(), "again"), exit_layer_nums=()) == settings
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_a_config_leaves_out_is_what_transformers_takes_for_it(family):
+    import transformers
+
+    shortest = {"model_type": family, "num_hidden_layers": 2, "hidden_size": 4096, "intermediate_size": 64, "num_attention_heads": 32,
+                "vocab_size": 100}
+    full = transformers.AutoConfig.for_model(**shortest).to_dict()
+    full["architectures"] = None
+    assert settings_of_config(shortest, "config.json") == settings_of_config(full, "config.json")
+
+
 def test_exits_are_named_in_the_config_and_read_back():
     settings = dataclasses.replace(settings_of_config(LLAMA3, "config.json"), exit_layer_nums=(4, 8), use_exit_norm=True)
     out = config_of_settings(settings, "bfloat16", LLAMA3)

@@ -3,9 +3,14 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from megatron_sorted.conversion.convert import Exits, import_model
+from megatron_sorted.conversion.open_model import open_model
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.evaluation.model_directory import open_model_directory, plan_exits
+from tests.support.model_directories import save_model
 
 
 def directory_with(path, **config):
@@ -55,5 +60,14 @@ def test_what_is_no_model_directory(tmp_path):
         plan_exits(tmp_path)
     assert open_model_directory(directory_with(tmp_path)) == tmp_path
     (tmp_path / "iter_0000010").mkdir()
-    with pytest.raises(CheckpointError, match=r"a training checkpoint\. Export it first"):
+    with pytest.raises(CheckpointError):
         open_model_directory(tmp_path)
+
+
+def test_a_checkpoint_is_exported_for_the_time_of_the_process(tmp_path):
+    save_model(tmp_path / "origin", "qwen3")
+    import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoints", Exits((2,)), verify=False)
+    exported = open_model_directory(tmp_path / "checkpoints")
+    assert plan_exits(exported).depths == (2, 4)
+    one, other = (load_file(place / "model.safetensors") for place in (exported, tmp_path / "origin"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

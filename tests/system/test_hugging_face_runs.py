@@ -1,0 +1,126 @@
+"""A run that starts from a Hugging Face directory and ends in one: nothing of the network is typed, and nothing is lost on the way."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sorted.checkpoint.manifest import read_manifest
+from megatron_sorted.monitoring.json_lines import read_json_lines
+from tests.support.command_line import pretrain
+from tests.support.hugging_face import exit_logits
+from tests.support.model_directories import save_model
+
+CHAT = "{{ messages }}"
+RUN = ("--seq-length", 32, "--device", "cpu", "--micro-batch-size", 2, "--global-batch-size", 4, "--lr", 1e-2, "--lr-decay-style",
+       "constant", "--train-iters", 2, "--log-interval", 1, "--mock-data", "--adam-eps", 1e-4)
+TENSOR_AND_PIPELINE = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory) -> Path:
+    """Returns a folder with Hugging Face directories ``qwen3`` (untied) and ``llama3`` (tied), with files that travel."""
+    folder = tmp_path_factory.mktemp("hugging_face")
+    save_model(folder / "qwen3", "qwen3")
+    save_model(folder / "llama3", "llama3", tied=True)
+    for name in ("qwen3", "llama3"):
+        (folder / name / "generation_config.json").write_text('{"temperature": 0.7}')
+        (folder / name / "chat_template.jinja").write_text(CHAT)
+    return folder
+
+
+@pytest.fixture
+def folder(origin, tmp_path) -> Path:
+    """Returns an empty folder in which the directories can be named."""
+    for name in ("qwen3", "llama3"):
+        (tmp_path / name).symlink_to(origin / name)
+    return tmp_path
+
+
+def losses_at_first_step(folder: Path, save: str) -> dict[int, float]:
+    """Returns {depth: loss} of a run's first step, before the weights changed."""
+    first = next(iter(read_json_lines(folder / save / "metrics.jsonl")))
+    return {int(depth): numbers["loss"] for depth, numbers in first["exits"].items()}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3"])
+def test_the_first_losses_are_the_same_in_every_layout_and_after_an_import(name, folder):
+    words = (*RUN, "--exit-layer-nums", 1, 3)
+    pretrain(1, folder, *words, "--load", name, "--save", "alone")
+    lines = pretrain(4, folder, *words, *TENSOR_AND_PIPELINE, "--load", name, "--save", "spread")
+    assert f"loaded {name}: weights only (it holds nothing else), starting at step 0" in lines
+    one, other = losses_at_first_step(folder, "alone"), losses_at_first_step(folder, "spread")
+    assert one.keys() == {1, 3, 4} and one == pytest.approx(other, rel=1e-5)
+    assert len(set(one.values())) == 3, "exits that say the same were not read apart"
+
+
+def test_what_is_trained_goes_out_and_says_what_the_trained_checkpoint_says(folder):
+    from transformers import AutoModelForCausalLM
+
+    lines = pretrain(4, folder, *RUN, *TENSOR_AND_PIPELINE, "--load", "qwen3", "--exit-layer-nums", 2, "--save", "run", "--save-hf", "out")
+    assert any(line.startswith("wrote out; verified: ") for line in lines)
+    trained, before = (AutoModelForCausalLM.from_pretrained(folder / place, dtype=torch.float32) for place in ("out", "qwen3"))
+    tokens = torch.arange(20)[None]
+    logits, old = exit_logits(trained, tokens), exit_logits(before, tokens)
+    assert all(float((logits[depth] - old[depth]).abs().max()) > 1e-2 for depth in (2, 4)), "nothing was trained"
+    config = json.loads((folder / "out" / "config.json").read_text())
+    assert config["exit_layer_indices"] == [2, 4] and config["model_type"] == "qwen3"
+    assert json.loads((folder / "out" / "generation_config.json").read_text()) == {"temperature": 0.7}
+    assert (folder / "out" / "chat_template.jinja").read_text() == CHAT
+    # what went out comes in again: the same losses as going on from the checkpoint's weights
+    pretrain(1, folder, *RUN, "--load", "out", "--save", "from_out")
+    pretrain(1, folder, *RUN, "--load", "run", "--finetune", "--use-checkpoint-args", "--save", "from_run")
+    one, other = losses_at_first_step(folder, "from_out"), losses_at_first_step(folder, "from_run")
+    assert one.keys() == {2, 4} and one == pytest.approx(other, rel=1e-6)
+
+
+def test_a_job_that_is_started_again_goes_on_from_its_own_checkpoints(folder):
+    words = (*RUN, "--pretrained-checkpoint", "llama3", "--load", "own", "--save", "own", "--save-hf", "out")
+    lines = pretrain(1, folder, *words, "--exit-interval", 1)
+    assert "loaded llama3: weights only, starting at step 0" in lines and not (folder / "out").exists()
+    lines = pretrain(1, folder, *words)
+    assert any(line.startswith("loaded own/iter_0000001: step 1") for line in lines) and (folder / "out" / "config.json").exists()
+    # once more, to train longer: its own export may be replaced, and what travels is still there
+    pretrain(1, folder, *words, "--train-iters", 3)
+    assert json.loads((folder / "out" / "export.json").read_text())["step"] == 3
+    manifest = read_manifest(folder / "own" / "iter_0000003")
+    assert {"huggingface/config.json", "huggingface/generation_config.json", "tokenizer/chat_template.jinja"} <= set(manifest["files"])
+
+
+def test_new_norms_and_heads_begin_as_the_last_exits(folder):
+    shared, own = (*RUN, "--exit-layer-nums", 1, 3), ("--use-exit-norm", "--untie-exit-output-weights")
+    pretrain(1, folder, *shared, "--load", "llama3", "--save", "shared")
+    pretrain(2, folder, *shared, *own, "--load", "llama3", "--save", "own", "--pipeline-model-parallel-size", 2, "--save-hf", "out")
+    assert losses_at_first_step(folder, "own") == pytest.approx(losses_at_first_step(folder, "shared"), rel=1e-5)
+    assert (folder / "out" / "exits.safetensors").exists()
+    pretrain(1, folder, *RUN, "--load", "out", "--save", "again")  # own parts are the model's now: nothing need be said of them
+    assert losses_at_first_step(folder, "again").keys() == {1, 3, 4}
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--hidden-size", 64), r"--hidden-size: 32 in the checkpoint, 64 in this run"),
+    (("--rotary-base", 7), r"--rotary-base: 500000 in the checkpoint, 7 in this run"),
+    (("--exit-layer-nums", 9), r"--exit-layer-nums: 9 is not a layer of this model"),
+    (("--save", "run", "--save-hf", "taken"), r"--save-hf: taken: exists and is not empty"),
+    (("--save-hf", "out"), r"--save-hf: it is made of the last checkpoint. Give --save as well"),
+])
+def test_what_does_not_fit_is_refused_before_anything_starts(words, message, folder):
+    (folder / "taken").mkdir()
+    (folder / "taken" / "mine").write_text("x")
+    with pytest.raises(AssertionError, match=message):
+        pretrain(1, folder, *RUN, "--load", "llama3", *words)
+
+
+def test_a_network_no_family_has_is_refused_before_training(folder):
+    with pytest.raises(AssertionError, match=r"--save-hf: --normalization: LayerNorm, which no supported Hugging Face family has"):
+        pretrain(1, folder, *RUN, "--vocab-size", 100, "--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4,
+                 "--normalization", "LayerNorm", "--save", "run", "--save-hf", "out")
+
+
+def test_a_damaged_directory_is_refused(folder):
+    shutil.copytree(folder / "llama3", folder / "half")
+    (folder / "half" / "model.safetensors").write_bytes((folder / "half" / "model.safetensors").read_bytes()[:-10])
+    with pytest.raises(AssertionError, match=r"too short: the download did not finish"):
+        pretrain(1, folder, *RUN, "--load", "half")
