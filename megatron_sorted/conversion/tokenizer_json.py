@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 FAST, SLOW, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+NOT_BY_AUTO = ("; for models of type qwen2 AutoTokenizer of transformers 5 takes Qwen's class instead: "
+               "read it with PreTrainedTokenizerFast.from_pretrained")
 OF_THE_OLD_CLASS = (
     "auto_map", "legacy", "sp_model_kwargs", "vocab_file", "tokenizer_file", "use_fast", "add_prefix_space",
     "spaces_between_special_tokens")
@@ -38,18 +40,19 @@ def add_fast_tokenizer(directory: Path) -> str | None:
     try:
         config = _read_object(directory / SETTINGS)
         made = make_tokenizer_json((directory / SLOW).read_bytes(), config, _read_object(directory / "added_tokens.json"))
-        limit = _read_object(directory / "config.json").get("max_position_embeddings")
+        model = _read_object(directory / "config.json")
     except (ImportError, OSError, ValueError) as error:
         made = str(error)
     if isinstance(made, str):
         return (f"{SLOW} goes alone, without {FAST}: {made.rstrip('.')}. Transformers and vLLM may cut texts into other tokens; "
                 "sentencepiece and our own tools read it as it is.")
     text, config, line = made
-    if isinstance(limit, int):
-        config.setdefault("model_max_length", limit)
+    if isinstance(model.get("max_position_embeddings"), int):
+        config.setdefault("model_max_length", model["max_position_embeddings"])
     write_text_atomically(directory / FAST, text)
     write_text_atomically(directory / SETTINGS, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    return line
+    # transformers 5 ignores the class a directory of this type names, and cuts texts as Qwen's own tokenizer does
+    return line + (NOT_BY_AUTO if model.get("model_type") == "qwen2" else "")
 
 
 def make_tokenizer_json(data: bytes, config: Mapping[str, Any], more_tokens: Mapping[str, int]) -> tuple[str, dict[str, Any], str] | str:
