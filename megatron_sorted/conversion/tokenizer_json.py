@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
 
-FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
+FLAGS = ("special", "lstrip", "rstrip", "single_word")
 FAST, SLOW, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 NOT_BY_AUTO = ("; for models of type qwen2 AutoTokenizer of transformers 5 takes Qwen's class instead: "
                "read it with PreTrainedTokenizerFast.from_pretrained")
@@ -102,20 +102,24 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _add_tokens(fast: "Tokenizer", said: SentencePieceFile, config: Mapping[str, Any], more_tokens: Mapping[str, int]) -> str | None:
+def _add_tokens(fast: "Tokenizer", said: SentencePieceFile, config: dict[str, Any], more_tokens: Mapping[str, int]) -> str | None:
     """Adds control pieces and the tokens that a configuration adds; returns why that cannot be, or None."""
     from tokenizers import AddedToken
 
     tokens = {i: {"content": piece.text, "special": True} for i, piece in enumerate(said.pieces) if piece.kind in (CONTROL, UNKNOWN)}
     tokens |= {int(number): {"content": content, "special": True} for content, number in more_tokens.items()}
-    for number, token in (config.get("added_tokens_decoder") or {}).items():
+    added = config.get("added_tokens_decoder") or {}
+    for number, token in added.items():
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
             return f"{SETTINGS} says nothing of token {number}"
-        tokens[int(number)] = {name: token[name] for name in ("content", *FLAGS) if name in token}
+        tokens[int(number)] = {"content": token["content"], **{name: bool(token.get(name)) for name in FLAGS}}
     for number, token in sorted(tokens.items()):
-        fast.add_tokens([AddedToken(**{"normalized": False, **token})])
+        token["normalized"] = False  # a normalized name has a blank before it, which a text has not
+        fast.add_tokens([AddedToken(**token)])
         if fast.token_to_id(token["content"]) != number:
             return f"{token['content']!r} is to be token {number}, but the file and the tokens before it end at {fast.get_vocab_size() - 1}"
+    if added:
+        config["added_tokens_decoder"] = {number: tokens[int(number)] for number in added}
     return None
 
 

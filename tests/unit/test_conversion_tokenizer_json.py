@@ -185,8 +185,7 @@ def test_what_differs_is_refused(directory, monkeypatch):
 
 @pytest.mark.parametrize(("changes", "reason"), [
     ({"treat_whitespace_as_suffix": True}, "it writes blanks behind words"),
-    ({"escape_whitespaces": False}, "it writes blanks behind words"),
-    ({"model_type": "word", "vocab_size": 200, "hard_vocab_limit": False}, "neither of BPE nor of unigram"),
+    ({"model_type": "word", "byte_fallback": False}, "neither of BPE nor of unigram"),
 ])
 def test_kinds_that_cannot_be_rebuilt(tmp_path, changes, reason):
     changes = dict(changes)
