@@ -17,8 +17,8 @@ from megatron_sorted.checkpoint.layout import TRACKER, write_text_atomically
 from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, manifest_text, network_shape
 from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.conversion.checkpoint_files import WeightsWriter
-from megatron_sorted.conversion.families import CONFIG, config_of_settings
-from megatron_sorted.conversion.open_model import EXITS, FAST, SLOW, OpenModel, open_model
+from megatron_sorted.conversion.families import CONFIG, EXITS, config_of_settings
+from megatron_sorted.conversion.open_model import FAST, SLOW, OpenModel, open_model
 from megatron_sorted.conversion.safetensors_files import SafetensorsWriter
 from megatron_sorted.conversion.tensor_source import TensorInfo
 from megatron_sorted.conversion.tensor_table import Pair, tensor_table

@@ -4,7 +4,7 @@ The only file that knows the keys of config.json. It needs no torch.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_ch
 from megatron_sorted.settings.run import Settings
 
 CONFIG = "config.json"
+EXITS = "exits.safetensors"  # norms and heads of exits, where they have their own; plain transformers does not look at it
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -86,6 +87,26 @@ def family_of_config(config: Mapping[str, Any], where: str) -> Family:
     return family
 
 
+def num_layers_of_config(config: Mapping[str, Any], where: str) -> int:
+    """Returns the number of layers.
+
+    Raises:
+        CheckpointError: It is no number above 0.
+    """
+    return _count(config, "num_hidden_layers", where)
+
+
+def max_length_of_config(config: Mapping[str, Any]) -> int:
+    """Returns the longest sequence a supported model can be used with."""
+    return config.get("max_position_embeddings") or FAMILIES[config["model_type"]].absent["max_position_embeddings"]
+
+
+def _count(config: Mapping[str, Any], key: str, where: str) -> int:
+    if not isinstance(config.get(key), int) or isinstance(config[key], bool) or config[key] < 1:
+        raise CheckpointError(f"{where}: {key} is {config.get(key)!r} where a number above 0 is needed. Fetch the file again.")
+    return config[key]
+
+
 def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
     """Returns the settings of the network that a config.json describes; whatever else a run needs is left at its default.
 
@@ -104,10 +125,8 @@ def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
     if family.slides is False and set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
         raise CheckpointError(f"{where}: layer_types holds {sorted(set(config['layer_types']))}; only full_attention is supported.")
 
-    def need(key: str) -> Any:
-        if not isinstance(config.get(key), int) or isinstance(config[key], bool) or config[key] < 1:
-            raise CheckpointError(f"{where}: {key} is {config.get(key)!r} where a number above 0 is needed. Fetch the file again.")
-        return config[key]
+    def need(key: str) -> int:
+        return _count(config, key, where)
 
     heads = need("num_attention_heads")
     groups = config.get("num_key_value_heads") or heads
@@ -126,7 +145,7 @@ def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
             untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
             init_method_std=float(config.get("initializer_range", 0.02)), bf16=dtype == "bfloat16", fp16=dtype == "float16",
             sliding_window=config.get("sliding_window") if family.slides else None,
-            **_rotary_settings(config, where), **_exit_settings(config, where))
+            **_rotary_settings(config, where), **exits_of_config(config, where))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: a value of the wrong kind ({error}). Fetch the file again.") from error
 
@@ -156,17 +175,30 @@ def _rotary_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return fields
 
 
-def _exit_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the exits config.json names, in our settings' words."""
+def exits_of_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns the exits that config.json names, in our settings' words; none for an ordinary model.
+
+    Raises:
+        CheckpointError: They are not layers of the model, or parts of their own are spoken of where there are none.
+    """
     depths = config.get("exit_layer_indices")
+    own_norms, own_heads = bool(config.get("own_exit_norms")), not config.get("tie_exit_lm_head", True)
     if depths is None:
+        if own_norms or own_heads:
+            raise CheckpointError(f"{where}: speaks of exits' own norms or heads but has no exit_layer_indices. Export the model again.")
         return {}
     try:
+        if not depths or not all(isinstance(depth, int) and not isinstance(depth, bool) for depth in depths):
+            raise TypeError("not a list of depths")
         found = normalise_depths(tuple(depths), config["num_hidden_layers"])
     except (SettingsError, TypeError) as error:
         raise CheckpointError(f"{where}: exit_layer_indices {depths!r}: {error}") from None
-    return {"exit_layer_nums": found, "use_exit_norm": bool(config.get("own_exit_norms", False)),
-            "untie_exit_output_weights": not config.get("tie_exit_lm_head", True)}
+    return {"exit_layer_nums": found, "use_exit_norm": own_norms, "untie_exit_output_weights": own_heads}
+
+
+def keys_of_exits(depths: Iterable[int], own_norms: bool, own_heads: bool) -> dict[str, Any]:
+    """Returns what config.json says of exits, in keys that plain transformers ignores."""
+    return {"exit_layer_indices": list(depths), "tie_exit_lm_head": not own_heads, "own_exit_norms": own_norms}
 
 
 def family_of_settings(settings: Settings) -> Family:
@@ -220,10 +252,7 @@ def config_of_settings(settings: Settings, dtype: str, origin: Mapping[str, Any]
         new |= {"attention_bias": False, "mlp_bias": False}
     if origin is not None:
         new = _in_the_words_of(origin, new)
-    new["exit_layer_indices"] = list(exit_depths(settings))
-    new["tie_exit_lm_head"] = not settings.untie_exit_output_weights
-    new["own_exit_norms"] = settings.use_exit_norm
-    return new
+    return new | keys_of_exits(exit_depths(settings), settings.use_exit_norm, settings.untie_exit_output_weights)
 
 
 def _rope_scaling(settings: Settings) -> dict[str, Any] | None:

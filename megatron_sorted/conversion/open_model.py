@@ -12,7 +12,7 @@ import torch
 from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, TRACKER, saved_steps, tokenizer_files_in
 from megatron_sorted.checkpoint.manifest import MANIFEST
-from megatron_sorted.conversion.families import CONFIG, read_config, settings_of_config
+from megatron_sorted.conversion.families import CONFIG, EXITS, read_config, settings_of_config
 from megatron_sorted.conversion.megatron_directory import open_megatron
 from megatron_sorted.conversion.network import is_hugging_face
 from megatron_sorted.conversion.safetensors_files import HuggingFaceFiles, SafetensorsFile
@@ -24,7 +24,6 @@ from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.load import settings_from_dict
 from megatron_sorted.settings.run import Settings
 
-EXITS = "exits.safetensors"
 FAST, SLOW = "tokenizer/tokenizer.json", "tokenizer/tokenizer.model"
 CARRIED_FILES = ("config.json", "generation_config.json")
 

@@ -1,7 +1,6 @@
 """What a Hugging Face directory says about its exits, before any tensor is read."""
 
 import atexit
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -11,11 +10,16 @@ from pathlib import Path
 from megatron_sorted.checkpoint.layout import TRACKER
 from megatron_sorted.checkpoint.manifest import MANIFEST
 from megatron_sorted.conversion.convert import export_model
+from megatron_sorted.conversion.families import (
+    CONFIG,
+    EXITS,
+    exits_of_config,
+    family_of_config,
+    num_layers_of_config,
+    read_config,
+)
 from megatron_sorted.conversion.open_model import open_model
 from megatron_sorted.errors import CheckpointError, SettingsError
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose logits are head(norm(hidden state)) and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def open_model_directory(path: Path) -> Path:
         raise CheckpointError(f"{path}: no such directory. Give a Hugging Face directory or one of checkpoints.")
     if (path / MANIFEST).is_file() or (path / TRACKER).is_file() or any(path.glob("iter_*")) or any(path.glob("mp_rank_*")):
         return _export(path)
-    if not (path / "config.json").is_file():
+    if not (path / CONFIG).is_file():
         raise CheckpointError(f"{path}: no config.json. Give a Hugging Face directory with config.json and *.safetensors.")
     if not any(path.glob("model*.safetensors")):
         raise CheckpointError(f"{path}: no model*.safetensors; files of other kinds can run code when they are read. "
@@ -63,55 +67,26 @@ def _export(path: Path) -> Path:
     return folder / path.resolve().name
 
 
-def read_config(directory: Path) -> dict:
-    """Returns config.json as it is written.
-
-    Raises:
-        CheckpointError: It is not a JSON object, or of a family whose exits cannot be read.
-    """
-    try:
-        config = json.loads((directory / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory / 'config.json'}: cannot be read ({error}). Give an intact directory.") from error
-    if not isinstance(config, dict) or config.get("model_type") not in FAMILIES:
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        raise CheckpointError(f"{directory}: model_type {kind!r} is not supported. Give one of {', '.join(FAMILIES)}.")
-    if not _is_count(config.get("num_hidden_layers")):
-        raise CheckpointError(f"{directory}: config.json says num_hidden_layers {config.get('num_hidden_layers')!r}, which is no number of "
-                              "layers. Give an intact directory.")
-    return config
-
-
 def plan_exits(directory: Path, wanted: Sequence[int] | None = None) -> ExitPlan:
     """Returns the exits of a directory: ``wanted``, by default those of config.json, by default all layers; the last always.
 
     Raises:
-        CheckpointError: config.json contradicts itself, or says own norms or heads and exits.safetensors is missing.
+        CheckpointError: config.json is of no supported family, contradicts itself, or says own norms or heads and they are missing.
         SettingsError: A wanted depth is no layer, or an exit whose norm or head does not exist.
     """
-    config = read_config(directory)
-    layers = config["num_hidden_layers"]
-    listed = config.get("exit_layer_indices")
-    own_norms, own_heads = bool(config.get("own_exit_norms", False)), not config.get("tie_exit_lm_head", True)
-    if listed is not None and not (isinstance(listed, list) and listed and all(_is_count(depth) and depth <= layers for depth in listed)
-                                   and len(set(listed)) == len(listed)):
-        raise CheckpointError(f"{directory}: exit_layer_indices {listed} of config.json are not different layers of 1..{layers}. "
-                              "Export the model again.")
-    if (own_norms or own_heads) and listed is None:
-        raise CheckpointError(f"{directory}: config.json speaks of the exits' own norms or heads but has no exit_layer_indices. "
-                              "Export the model again.")
-    if (own_norms or own_heads) and not (directory / "exits.safetensors").is_file():
-        raise CheckpointError(f"{directory}: config.json says that exits have own {'heads' if own_heads else 'norms'}, but "
-                              "exits.safetensors is missing. Copy the whole directory.")
-    exits = {*(listed or range(1, layers + 1)), layers}
+    config, where = read_config(directory), str(directory / CONFIG)
+    family_of_config(config, where)
+    layers, exits = num_layers_of_config(config, where), exits_of_config(config, where)
+    own_norms, own_heads = exits.get("use_exit_norm", False), exits.get("untie_exit_output_weights", False)
+    has_own = own_norms or own_heads
+    if has_own and not (directory / EXITS).is_file():
+        raise CheckpointError(f"{directory}: {CONFIG} says exits have own {'heads' if own_heads else 'norms'}, but {EXITS} is missing. "
+                              "Copy the whole directory.")
+    depths = exits.get("exit_layer_nums") or tuple(range(1, layers + 1))
     for depth in wanted or ():
         if not 1 <= depth <= layers:
             raise SettingsError(f"--depths: {depth} is not a layer of {directory} ({layers} layers). Use 1..{layers}.")
-        if (own_norms or own_heads) and depth not in exits:
+        if has_own and depth not in depths:
             raise SettingsError(f"--depths: {directory} has no norm or head of its own for depth {depth}. "
-                                f"Use some of {', '.join(map(str, sorted(exits)))}.")
-    return ExitPlan(layers, tuple(sorted({*wanted, layers} if wanted else exits)), own_norms, own_heads)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+                                f"Use some of {', '.join(map(str, depths))}.")
+    return ExitPlan(layers, tuple(sorted({*wanted, layers})) if wanted else depths, own_norms, own_heads)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from megatron_sorted.conversion.families import EXITS
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.evaluation.model_directory import ExitPlan, plan_exits
 
@@ -129,7 +130,7 @@ def _own_modules(directory: Path, plan: ExitPlan, model: nn.Module) -> tuple[dic
         return norms, heads
     from safetensors import SafetensorError, safe_open
 
-    path = directory / "exits.safetensors"
+    path = directory / EXITS
     try:
         with safe_open(str(path), framework="pt") as stream:
             names = set(stream.keys())

@@ -1,141 +1,29 @@
 """Fast tokenizers made of sentencepiece files: ids and texts are sentencepiece's own."""
 
-import functools
-import io
 import json
-import os
-import random
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import sentencepiece
 from sentencepiece import SentencePieceProcessor
 
 from megatron_sorted.conversion import tokenizer_json
 from megatron_sorted.conversion.sentencepiece_file import read_sentencepiece
-from megatron_sorted.conversion.tokenizer_check import TEXTS
 from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
-from megatron_sorted.data.tokenizer import load_tokenizer, train_sentencepiece
-from megatron_sorted.evaluation.tokenizer import encode_texts, open_tokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
-SYMBOLS = ("<|user|>", "<|u", "def ", "\n", "   ")
-SETTINGS = {
-    "ours": {},
-    "split_digits": {"split_digits": True},
-    "no_dummy_prefix": {"add_dummy_prefix": False},
-    "blanks_removed": {"remove_extra_whitespaces": True, "allow_whitespace_only_pieces": False},
-    "nmt_nfkc": {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
-    "nfkc_blanks_kept": {"normalization_rule_name": "nfkc", "byte_fallback": False},
-    "symbols": {"user_defined_symbols": list(SYMBOLS)},
-    "symbols_no_dummy_prefix": {"user_defined_symbols": list(SYMBOLS), "add_dummy_prefix": False},
-    "no_bytes": {"byte_fallback": False, "character_coverage": 0.98},
-    "special_tokens": {"pad_id": 3, "bos_id": 5, "eos_id": 4, "unk_id": 0, "control_symbols": ["<mask>"], "unk_piece": "[unk]"},
-    "no_bos": {"bos_id": -1},
-}
+from megatron_sorted.data.tokenizer import train_sentencepiece
+from megatron_sorted.evaluation.tokenizer import open_tokenizer
+from tests.support.sentencepiece_files import SETTINGS, check_tokenizer, lines, train
 
 
-@functools.cache
-def lines() -> list[str]:
-    source = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "megatron_sorted" / "data").glob("*.py"))]
-    source += [text.replace("\0", "") for text in TEXTS for _ in range(3)]
-    return [line for text in source for line in text.splitlines() if line.strip()]
-
-
-def train(algorithm: str, **changes) -> bytes:
-    stream = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines()), model_writer=stream, model_type=algorithm, **{
-        "vocab_size": 1200, "hard_vocab_limit": algorithm == "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "minloglevel": 2, **changes})
-    return stream.getvalue()
-
-
-def texts_not_built_in() -> list[str]:
-    """Returns lines of this repository, and every kind of character in random order."""
-    chance = random.Random(7)
-    found = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests" / "unit").glob("test_conv*.py"))[:6]]
-    found += [line for text in found for line in text.splitlines()]
-    signs = "ab cdeXYZ   \n\t012.,()<>|_=\"'éüßñжЖλאبनม猫カ한😀👍🏽\u200d\u00a0\u3000\u2028\x00\x07\x7f\ufeff\u2581"
-    found += ["".join(chance.choices(signs, k=chance.randint(1, 40))) for _ in range(2000)]
-    return [text for text in found if "<" not in text or not any(name in text for name in ("<s>", "</s>", "<unk>", "<pad>", "<mask>"))]
-
-
-def same_score(data: bytes, one: list[int], other: list[int]) -> bool:
-    pieces = SentencePieceProcessor(model_proto=data)
-    first, second = (sum(pieces.get_score(i) for i in ids) for ids in (one, other))
-    return abs(first - second) <= 1e-5 * abs(first) and pieces.decode(one) == pieces.decode(other)
-
-
-@pytest.mark.parametrize(("algorithm", "name"), [
-    *(("bpe", name) for name in SETTINGS), *(("unigram", name) for name in SETTINGS if name != "nfkc_blanks_kept"), ("char", "symbols")])
+@pytest.mark.parametrize(("algorithm", "name"), [("bpe", "ours"), ("bpe", "symbols"), ("bpe", "blanks_removed"), ("unigram", "ours"),
+                                                 ("char", "symbols")])
 def test_ids_and_texts_are_sentencepieces(algorithm, name, tmp_path):
-    data = train(algorithm, **SETTINGS[name])
-    (tmp_path / "tokenizer.model").write_bytes(data)
-    line = add_fast_tokenizer(tmp_path)
-    assert line.startswith("tokenizer.json: made of tokenizer.model, the same ids and texts as sentencepiece on "), line
-    pieces, fast = SentencePieceProcessor(model_proto=data), open_tokenizer(tmp_path)
-    texts = [*TEXTS, *texts_not_built_in()]
-    wanted, got = pieces.encode(texts), encode_texts(fast, texts)
-    different = [(text, one, other) for text, one, other in zip(texts, wanted, got, strict=True) if one != other]
-    if algorithm == "unigram":  # sums in single precision leave equal ways to chance
-        different = [row for row in different if not same_score(data, *row[1:])]
-    assert not different
-    assert [fast.decode(ids) for ids in wanted] == [pieces.decode(ids) for ids in wanted]
-    ids = {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "pad": pieces.pad_id(), "unk": pieces.unk_id()}
-    assert {key: getattr(fast, f"{key}_token_id") for key in ids} == {key: None if i < 0 else i for key, i in ids.items()}
-    assert fast("a cat").input_ids == [*([ids["bos"]] if ids["bos"] >= 0 else []), *pieces.encode("a cat")]
-    ours, slow = load_tokenizer("HuggingFaceTokenizer", str(tmp_path)), load_tokenizer("SentencePieceTokenizer", str(tmp_path))
-    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.adds_bos) == (slow.bos_id, slow.eos_id, slow.pad_id, slow.adds_bos)
-    assert ours.vocab_size == slow.vocab_size == len(fast)
-    assert ours.encode(TEXTS[-1]) == fast(TEXTS[-1], add_special_tokens=False).input_ids
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
-
-
-def real_tokenizers() -> list[Path]:
-    root = Path(os.environ.get("MEGATRON_SORTED_TOKENIZERS", ROOT.parent / "shared" / "data"))
-    return sorted(root.glob("*/*/tokenizer.model")) if root.is_dir() else []
-
-
-def test_real_tokenizers(tmp_path):
-    if not real_tokenizers():
-        pytest.skip("set MEGATRON_SORTED_TOKENIZERS to a directory of */*/tokenizer.model")
-    for number, path in enumerate(real_tokenizers()):
-        directory = tmp_path / str(number)
-        directory.mkdir()
-        (directory / "tokenizer.model").write_bytes(path.read_bytes())
-        assert "the same ids" in add_fast_tokenizer(directory)
-        pieces, texts = SentencePieceProcessor(model_file=str(path)), [*TEXTS, *texts_not_built_in()]
-        assert encode_texts(open_tokenizer(directory), texts) == pieces.encode(texts)
+    check_tokenizer(algorithm, name, tmp_path)  # the other settings: tests/system/test_fast_tokenizers.py
 
 
 @pytest.fixture
 def directory(tmp_path):
     train_sentencepiece(lines(), str(tmp_path / "tokenizer.model"), 700)
     return tmp_path
-
-
-def test_a_fresh_process_gets_the_right_ids(directory):
-    lines_said = {}
-    for family in ("llama", "mistral", "qwen2", "qwen3"):
-        (directory / family).mkdir()
-        (directory / family / "config.json").write_text(json.dumps({"model_type": family, "max_position_embeddings": 77}))
-        (directory / family / "tokenizer.model").write_bytes((directory / "tokenizer.model").read_bytes())
-        lines_said[family] = add_fast_tokenizer(directory / family)
-    assert [family for family, line in lines_said.items() if "PreTrainedTokenizerFast.from_pretrained" in line] == ["qwen2"]
-    code = ("import json, sys; from transformers import AutoTokenizer, PreTrainedTokenizerFast\n"
-            "texts = json.load(sys.stdin)\n"
-            "for family in ('llama', 'mistral', 'qwen2', 'qwen3'):\n"
-            "    tokenizer = (PreTrainedTokenizerFast if family == 'qwen2' else AutoTokenizer).from_pretrained(family)\n"
-            "    print(json.dumps([family, tokenizer.model_max_length, tokenizer(texts).input_ids]))")
-    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(TEXTS), capture_output=True, text=True, check=True, cwd=directory,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    pieces = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-    right = [[1, *ids] for ids in pieces.encode(list(TEXTS))]
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [[family, 77, right] for family in lines_said]
-    for family in lines_said:
-        assert open_tokenizer(directory / family)(list(TEXTS)).input_ids == right
 
 
 def test_names_of_control_pieces_are_these_pieces_and_split_no_text_wrongly(directory):

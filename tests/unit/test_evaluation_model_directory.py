@@ -34,11 +34,11 @@ def test_depths(tmp_path):
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported. Give one of llama, mistral"),
-    ({"num_hidden_layers": None}, "num_hidden_layers None, which is no number"),
-    ({"exit_layer_indices": [2, 9]}, r"exit_layer_indices \[2, 9\] of config.json are not different layers of 1..6"),
-    ({"exit_layer_indices": [2, 2]}, "are not different layers"),
-    ({"exit_layer_indices": []}, "are not different layers"),
+    ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported. Supported are llama"),
+    ({"num_hidden_layers": None}, "num_hidden_layers is None where a number above 0"),
+    ({"exit_layer_indices": [2, 9]}, r"exit_layer_indices \[2, 9\]: .* 9 is not a layer of this model"),
+    ({"exit_layer_indices": [2, 2]}, "2 is listed more than once"),
+    ({"exit_layer_indices": []}, "not a list of depths"),
     ({"own_exit_norms": True}, "has no exit_layer_indices"),
     ({"own_exit_norms": True, "exit_layer_indices": [2]}, "own norms, but exits.safetensors is missing"),
 ])
@@ -56,7 +56,7 @@ def test_what_is_no_model_directory(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(CheckpointError, match=r"no model\*\.safetensors; files of other kinds can run code"):
         open_model_directory(tmp_path)
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="not readable"):
         plan_exits(tmp_path)
     assert open_model_directory(directory_with(tmp_path)) == tmp_path
     (tmp_path / "iter_0000010").mkdir()

@@ -64,7 +64,7 @@ def test_saved_heads_say_the_same_when_read_again(tmp_path):
     again = measure_held_out(load_nested_model(tmp_path / "new" / "ict"), documents(), 64)
     for depth, held in measure_held_out(model, documents(), 64).items():
         assert torch.equal(again[depth].nats_d, held.nats_d)
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
         save_with_heads(model, source, tmp_path / "new" / "ict")
     save_with_heads(model, source, tmp_path / "new" / "ict", overwrite=True)
 

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 
+from megatron_sorted.conversion.aside import check_destination
+from megatron_sorted.conversion.families import max_length_of_config, read_config
 from megatron_sorted.data.templates import TEMPLATES
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.documents import read_documents
 from megatron_sorted.evaluation.evaluate import Measures, QuestionSet, Subject
 from megatron_sorted.evaluation.harness import Harness
-from megatron_sorted.evaluation.model_directory import open_model_directory, plan_exits, read_config
+from megatron_sorted.evaluation.model_directory import open_model_directory, plan_exits
 from megatron_sorted.evaluation.questions import TEMPLATE, check_template, read_questions, write_prompts
-from megatron_sorted.evaluation.save_heads import check_destination
 from megatron_sorted.evaluation.tokenizer import open_tokenizer
 from megatron_sorted.evaluation.train_heads import HeadTraining
 
@@ -119,7 +120,7 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
     for subject in subjects:
         plan_exits(subject.directory, values.depths)
         open_tokenizer(subject.directory, values.tokenizer)
-    allowed = {subject.name: read_config(subject.directory).get("max_position_embeddings") or DEFAULT_SEQ_LENGTH for subject in subjects}
+    allowed = {subject.name: max_length_of_config(read_config(subject.directory)) for subject in subjects}
     seq_length = values.seq_length or min(DEFAULT_SEQ_LENGTH, *allowed.values())
     for name, length in allowed.items():
         if seq_length > length:
@@ -127,7 +128,7 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
     if values.stride and values.stride > seq_length:
         raise SettingsError(f"--stride: {values.stride} is more than --seq-length {seq_length}, so tokens would be left out. Use less.")
     if values.save_heads:
-        check_destination(values.save_heads, values.overwrite)
+        check_destination(values.save_heads, values.overwrite, 0)
     template = check_template(values.question_template.replace("\\n", "\n"))
     examples = read_questions(values.shots_from) if values.shots_from else None
     questions = {}
