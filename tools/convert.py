@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(describe(other), flush=True)
         comparison = compare(model, other, tolerance=values.tolerance, progress=progress_bars("verifying", other.num_bytes))
     else:
+        notes: list[str] = []
         if values.target_tensor_parallel_size or values.target_pipeline_parallel_size:
             print("note: a checkpoint loads in any layout; the --target sizes are not needed")
         common = {"overwrite": values.overwrite, "verify": not values.no_verify, "tolerance": values.tolerance, "watch": progress_bars}
@@ -138,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             exits = Exits(depths, values.use_exit_norm, values.untie_exit_output_weights)
             comparison = import_model(model, values.second, exits, **common)
         else:
-            comparison = export_model(model, values.second, values.dtype, parse_size(values.max_shard_size), **common)
+            comparison = export_model(model, values.second, values.dtype, parse_size(values.max_shard_size), notes=notes, **common)
     if comparison is not None:
         print(f"\n{comparison.table()}\n")
         if values.report is not None:
@@ -149,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"the same model ({time.monotonic() - began:.1f} s)")
     else:
         state = "not verified" if comparison is None else "verified"
+        print("\n".join(notes), end="\n" if notes else "")
         print(f"wrote {values.second}, {state} ({time.monotonic() - began:.1f} s)")
 
 

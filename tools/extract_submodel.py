@@ -62,15 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     origin = (model.manifest.get("origin") or {}).get("name") or values.model.absolute().name
     for depth, place in places.items():
         card = model_card(place.absolute().name, origin, model.settings, parts[depth], quality, step)
+        notes: list[str] = []
         comparison = export_model(
             model, place, values.dtype, parse_size(values.max_shard_size), values.overwrite, not values.no_verify,
-            watch=progress_bars, settings=parts[depth], more_files={"README.md": card})
+            watch=progress_bars, settings=parts[depth], more_files={"README.md": card}, notes=notes)
         parameters = sub_model_parameters(parts[depth], model.settings.vocab_size)[depth]
         state = "not verified"
         if comparison is not None:
             last = comparison.exits[-1]
             state = (f"verified: {len(comparison.tensors)} tensors equal, logits within {last.largest_difference:.2g} of "
                      f"{last.largest_logit:.3g}")
+        for note in notes:
+            print(note)
         print(f"wrote {place}: {depth} layers, {parameters:,} parameters, {state}", flush=True)
 
 

@@ -1,6 +1,7 @@
 """The two directions: a model into one of our checkpoints, and a model into a Hugging Face directory. Verified before it gets its name."""
 
 import dataclasses
+import hashlib
 import json
 import platform
 import uuid
@@ -17,13 +18,13 @@ from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, manifest_tex
 from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.conversion.checkpoint_files import WeightsWriter
 from megatron_sorted.conversion.families import CONFIG, EXITS, config_of_settings
-from megatron_sorted.conversion.open_model import OpenModel, open_model
+from megatron_sorted.conversion.open_model import FAST, SLOW, OpenModel, open_model
 from megatron_sorted.conversion.safetensors_files import SafetensorsWriter
 from megatron_sorted.conversion.tensor_source import TensorInfo
 from megatron_sorted.conversion.tensor_table import Pair, tensor_table
+from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
 from megatron_sorted.conversion.transformers_states import require_transformers
 from megatron_sorted.conversion.verify import TOLERANCE, Comparison, compare, require_same
-from megatron_sorted.data.tokenizer import load_tokenizer
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.derived import coefficient_rule, exit_depths
 from megatron_sorted.settings.load import settings_as_dict
@@ -126,12 +127,13 @@ def tokenizer_description(model: OpenModel) -> dict[str, str] | None:
     Raises:
         DataError: It cannot be read.
     """
-    name = next((name for name in ("tokenizer/tokenizer.json", "tokenizer/tokenizer.model") if name in model.files), None)
-    if name is None:
+    found = model.open_tokenizer()
+    if found is None:
         return model.manifest["tokenizer"] if model.manifest else None
-    found = load_tokenizer("HuggingFaceTokenizer", str(model.files[name].parent))
-    kind = "HuggingFaceTokenizer" if name.endswith(".json") else "SentencePieceTokenizer"
-    return {"type": kind, "name": found.name, "sha256": found.sha256}
+    said = {"type": type(found).__name__, "name": found.name, "sha256": found.sha256}
+    if FAST in model.files and SLOW in model.files:  # two forms of one tokenizer; a run may name either
+        said["sentencepiece_sha256"] = hashlib.sha256(model.files[SLOW].read_bytes()).hexdigest()
+    return said
 
 
 def _description(model: OpenModel, settings: Settings) -> dict[str, Any]:
@@ -155,7 +157,7 @@ def _description(model: OpenModel, settings: Settings) -> dict[str, Any]:
 
 def export_model(model: OpenModel, destination: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES, overwrite: bool = False,
                  verify: bool = True, tolerance: float = TOLERANCE, watch: Watch = silent, settings: Settings | None = None,
-                 more_files: Mapping[str, str] | None = None) -> Comparison | None:
+                 more_files: Mapping[str, str] | None = None, notes: list[str] | None = None) -> Comparison | None:
     """Returns how the Hugging Face directory written to ``destination`` compares with the model; None if it was not verified.
 
     Args:
@@ -169,6 +171,7 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
         watch: Shows progress.
         settings: Of the network to write where it is not the whole model (``submodel``).
         more_files: Texts to write beside, by name.
+        notes: Gets a line about the tokenizer, if there is one to show.
 
     Raises:
         CheckpointError: No Hugging Face family computes this network, the destination exists, the disk is full, or the two do not match;
@@ -197,6 +200,8 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
             writer.close()
         write_config(aside, config)
         write_small_files(aside, model.files, config)
+        if (note := add_fast_tokenizer(aside)) is not None and notes is not None:
+            notes.append(note)
         for name, text in (more_files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
         comparison = None
@@ -227,7 +232,6 @@ def _add_token_ids(config: dict[str, Any], model: OpenModel) -> None:
     """Puts the ids of the special tokens into a config that has none, as a model trained from scratch."""
     if model.config is not None:
         return
-    name = next((name for name in ("tokenizer/tokenizer.json", "tokenizer/tokenizer.model") if name in model.files), None)
-    tokenizer = None if name is None else load_tokenizer("HuggingFaceTokenizer", str(model.files[name].parent))
+    tokenizer = model.open_tokenizer()
     # left out, transformers would take LLaMA's own ids, and generation would stop at a token that means something else
     config |= {"bos_token_id": tokenizer and tokenizer.bos_id, "eos_token_id": tokenizer and tokenizer.eos_id}

@@ -20,11 +20,13 @@ from megatron_sorted.conversion.safetensors_files import HuggingFaceFiles, Safet
 from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
 from megatron_sorted.conversion.tensor_table import EMBEDDING, HEAD, Pair, check_ours, check_theirs, tensor_table
 from megatron_sorted.conversion.torch_dist_files import TorchDistFiles
+from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.load import settings_from_dict
 from megatron_sorted.settings.run import Settings
 
 SHARDS = ".distcp"
+FAST, SLOW = "tokenizer/tokenizer.json", "tokenizer/tokenizer.model"
 CARRIED_FILES = ("config.json", "generation_config.json")
 
 
@@ -56,6 +58,16 @@ class OpenModel:
     def num_bytes(self) -> int:
         """Returns the size of its tensors."""
         return sum(info.num_bytes for info in self.source.tensors.values())
+
+    def open_tokenizer(self) -> Tokenizer | None:
+        """Returns its tokenizer; None if it came with none.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        if FAST in self.files:
+            return load_tokenizer("HuggingFaceTokenizer", str(self.files[FAST].parent))
+        return load_tokenizer("SentencePieceTokenizer", str(self.files[SLOW])) if SLOW in self.files else None
 
     def read_ours(self, pair: Pair) -> torch.Tensor:
         """Returns a tensor under our name and in our form, from either kind; without padding of the vocabulary."""
@@ -153,6 +165,9 @@ def _open_ours(directory: Path, manifest: Mapping[str, Any]) -> OpenModel:
     origin = directory / HUGGING_FACE / CONFIG
     config = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else None
     files = {name: directory / name for name in manifest["files"] if name.split("/")[0] in (TOKENIZER, HUGGING_FACE)}
+    pieces = [name for name in files if name.startswith("tokenizer/") and name.endswith(".model")]
+    if len(pieces) == 1 and FAST not in files:  # a run keeps the name it was given; others look for the usual one
+        files[SLOW] = files.pop(pieces[0])
     source, pairs = TorchDistFiles(directory), tensor_table(settings)
     check_ours(pairs, source.tensors, str(directory))
     return OpenModel(directory, "megatron", settings, source, pairs, config, manifest, files)

@@ -13,7 +13,6 @@ from megatron_sorted.conversion.open_model import OpenModel
 from megatron_sorted.conversion.streamed import ReadExit
 from megatron_sorted.conversion.tensor_table import Pair, check_names
 from megatron_sorted.conversion.transformers_states import transformers_exits
-from megatron_sorted.data.tokenizer import load_tokenizer
 from megatron_sorted.errors import CheckpointError, DataError
 from megatron_sorted.settings.derived import exit_depths
 
@@ -90,15 +89,12 @@ class Comparison:
 
 def text_tokens(model: OpenModel, text: str = TEXT, num_tokens: int = NUM_TOKENS) -> torch.Tensor:
     """Returns the first tokens of a text [1, s]; of a model without a tokenizer, made-up ones over the whole vocabulary."""
-    folder = next((path.parent for name, path in model.files.items() if name in ("tokenizer/tokenizer.json", "tokenizer/tokenizer.model")),
-                  None)
     num_tokens, vocabulary = min(num_tokens, model.settings.max_position_embeddings or num_tokens), model.settings.vocab_size
-    ids = []
-    if folder is not None:
-        try:
-            ids = [i for i in load_tokenizer("HuggingFaceTokenizer", str(folder)).encode(text) if i < vocabulary]
-        except DataError as error:
-            raise CheckpointError(f"{folder}: its tokenizer cannot be read ({error}). Mend it, or take it away.") from error
+    try:
+        tokenizer = model.open_tokenizer()
+    except DataError as error:
+        raise CheckpointError(f"{model.directory}: its tokenizer cannot be read ({error}). Mend it, or take it away.") from error
+    ids = [] if tokenizer is None else [i for i in tokenizer.encode(text) if i < vocabulary]
     if len(ids) < num_tokens:
         ids += torch.randint(vocabulary, (num_tokens - len(ids),), generator=torch.Generator().manual_seed(0)).tolist()
     return torch.tensor([ids[:num_tokens]])

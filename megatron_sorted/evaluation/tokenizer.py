@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from megatron_sorted.errors import DataError
@@ -54,7 +54,10 @@ def open_tokenizer(directory: Path, option: Path | None = None) -> PreTrainedTok
         raise DataError(f"{place}: no tokenizer (tokenizer.json or tokenizer.model). "
                         + ("Give another --tokenizer." if option else "Give --tokenizer DIRECTORY or FILE."))
     try:
-        return AutoTokenizer.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
+        # AutoTokenizer passes over this name for models of type qwen2, and takes Qwen's class
+        is_plain = read_object(place / "tokenizer_config.json").get("tokenizer_class") == "PreTrainedTokenizerFast"
+        reader = PreTrainedTokenizerFast if is_plain and (place / "tokenizer.json").is_file() else AutoTokenizer
+        return reader.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises bare Exception for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{place}: the tokenizer cannot be read ({reason}). Give an intact one with --tokenizer.") from error

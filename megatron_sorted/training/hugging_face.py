@@ -125,8 +125,11 @@ def export_last(settings: Settings, step: int, run_id: str, say: Callable[..., N
         verify = False
     model = open_model(iteration_directory(settings.save, step))
     say(f"exporting to {destination} ({model.num_bytes / 1e6:,.1f} MB)")
-    comparison = export_model(model, destination, overwrite=(destination / EXPORT).is_file(), verify=verify,
+    notes: list[str] = []
+    comparison = export_model(model, destination, notes=notes, overwrite=(destination / EXPORT).is_file(), verify=verify,
                               more_files={EXPORT: json.dumps({"run_id": run_id, "step": step}) + "\n"})
+    for note in notes:
+        say(note)
     if comparison is None:
         say(f"wrote {destination}; not verified, since transformers is not installed")
         return

@@ -54,7 +54,8 @@ def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Toke
     manifest, directory = candidate.manifest, candidate.directory
     check_same_shape(directory, manifest, settings, network_shape(settings, settings.vocab_size))
     saved_tokenizer = manifest.get("tokenizer")
-    if tokenizer is not None and saved_tokenizer and saved_tokenizer["sha256"] != tokenizer.sha256 and not settings.allow_changed_data:
+    is_other = tokenizer is not None and saved_tokenizer and tokenizer.sha256 not in tokenizer_hashes(saved_tokenizer)
+    if is_other and not settings.allow_changed_data:
         raise CheckpointError(
             f"--tokenizer-model: {tokenizer.name} (sha256 {tokenizer.sha256[:12]}), but {directory} was made with "
             f"{saved_tokenizer['name']} (sha256 {saved_tokenizer['sha256'][:12]}), so its tokens mean other words. Use that one "
@@ -73,6 +74,11 @@ def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Toke
         raise CheckpointError(
             f"{directory}: trained on other data than this run names: {'; '.join(changes)}. Sample {manifest['progress']['samples']} would "
             "not be the next one. Give the data back, continue with --allow-changed-data, or start at step 0 with --finetune.")
+
+
+def tokenizer_hashes(said: Mapping[str, Any]) -> set[str]:
+    """Returns the hashes of the files that are the tokenizer a manifest names: one, or its two forms."""
+    return {said["sha256"], said.get("sentencepiece_sha256", said["sha256"])}
 
 
 def set_schedule(schedule, saved: Mapping[str, Any], saved_samples_a_step: int, samples_a_step: int) -> None:

@@ -13,6 +13,7 @@ from megatron_sorted.checkpoint.candidates import Candidate
 from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, tokenizer_files_in
 from megatron_sorted.errors import CheckpointError, DataError
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.resume import tokenizer_hashes
 
 
 def tokenizer_files(settings: Settings) -> dict[str, bytes]:
@@ -59,7 +60,8 @@ def carry_files(carried: Mapping[str, bytes], own: Mapping[str, bytes], saved_to
         own: Those of the run's tokenizer.
         saved_tokenizer: What the checkpoint's manifest says of its tokenizer.
     """
-    same = saved_tokenizer is not None and saved_tokenizer["sha256"] in {hashlib.sha256(content).hexdigest() for content in own.values()}
+    hashes = set() if saved_tokenizer is None else tokenizer_hashes(saved_tokenizer)
+    same = not hashes.isdisjoint(hashlib.sha256(content).hexdigest() for content in own.values())
     mine = set(own.values())
     kept = {name: content for name, content in carried.items()
             if name.startswith(f"{HUGGING_FACE}/") or not own or (same and content not in mine)}

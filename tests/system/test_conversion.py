@@ -1,5 +1,8 @@
+import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from megatron_sorted.conversion.convert import Exits, export_model, import_model
 from megatron_sorted.conversion.open_model import open_model
 from megatron_sorted.conversion.verify import compare
 from megatron_sorted.errors import CheckpointError, SettingsError
+from megatron_sorted.training.resume import tokenizer_hashes
 from tests.support.hugging_face import exit_logits
 from tests.support.model_directories import FAMILIES, save_model, tokens
 
@@ -197,3 +201,36 @@ def test_a_directory_that_is_no_model_says_so(content, tmp_path):
         open_model(tmp_path)
     with pytest.raises(CheckpointError, match="not a directory"):
         open_model(tmp_path / "absent")
+
+
+def test_a_sentencepiece_file_of_any_name_goes_out_so_that_transformers_reads_it_rightly(tmp_path):
+    from sentencepiece import SentencePieceProcessor
+
+    from megatron_sorted.conversion.tokenizer_check import TEXTS
+    from megatron_sorted.data.tokenizer import train_sentencepiece
+
+    save_model(tmp_path / "origin", "llama")
+    own = tmp_path / "train_tokenizer.model"
+    tokenizer = train_sentencepiece([*TEXTS, *Path(__file__).read_text(encoding="utf-8").splitlines()], str(own), 700)
+    model = dataclasses.replace(open_model(tmp_path / "origin"), config=None, files={"tokenizer/train_tokenizer.model": own})
+    import_model(model, tmp_path / "checkpoint", Exits((2,)), verify=False)  # without a config, as a run's own checkpoint
+    assert (tmp_path / "checkpoint" / "iter_0000000" / "tokenizer" / "train_tokenizer.model").read_bytes() == own.read_bytes()
+    notes: list[str] = []
+    export_model(open_model(tmp_path / "checkpoint"), tmp_path / "out", notes=notes)
+    assert len(notes) == 1 and notes[0].startswith("tokenizer.json: made of tokenizer.model, the same ids")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == own.read_bytes()
+    assert not (tmp_path / "out" / "train_tokenizer.model").exists()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    code = ("import json, sys; from transformers import AutoTokenizer; "
+            "print(json.dumps(AutoTokenizer.from_pretrained(sys.argv[1])(json.load(sys.stdin)).input_ids))")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], input=json.dumps(TEXTS), capture_output=True, text=True,
+                          check=True)
+    pieces = SentencePieceProcessor(model_file=str(own))
+    assert json.loads(done.stdout) == [[1, *ids] for ids in pieces.encode(list(TEXTS))]
+    # what is made of it again may be trained on with either form of the tokenizer
+    import_model(open_model(tmp_path / "out"), tmp_path / "again", Exits())
+    again = open_model(tmp_path / "again")
+    assert tokenizer.sha256 in tokenizer_hashes(again.manifest["tokenizer"])
+    assert again.open_tokenizer().sha256 in tokenizer_hashes(again.manifest["tokenizer"])
+    assert again.open_tokenizer().encode(TEXTS[-1]) == tokenizer.encode(TEXTS[-1])

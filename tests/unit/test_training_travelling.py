@@ -66,3 +66,11 @@ def test_the_same_tokenizer_named_by_one_file_keeps_what_belongs_to_it():
         "huggingface/config.json": b"{}", "tokenizer/chat_template.jinja": b"chat", "tokenizer/my_words.json": b"words"}
     changed = {"tokenizer/tokenizer.json": b"words", "tokenizer/chat_template.jinja": b"my chat"}
     assert carry_files(CARRIED, changed, SAID) == {"huggingface/config.json": b"{}", **changed}
+
+
+def test_a_sentencepiece_file_keeps_the_fast_tokenizer_made_of_it():
+    carried = {"tokenizer/tokenizer.json": b"fast", "tokenizer/tokenizer.model": b"pieces", "tokenizer/chat_template.jinja": b"chat"}
+    said = {"type": "HuggingFaceTokenizer", "name": "x/tokenizer.json", "sha256": hashlib.sha256(b"fast").hexdigest(),
+            "sentencepiece_sha256": hashlib.sha256(b"pieces").hexdigest()}
+    own = {"tokenizer/my.model": b"pieces"}
+    assert carry_files(carried, own, said) == {"tokenizer/tokenizer.json": b"fast", "tokenizer/chat_template.jinja": b"chat", **own}
