@@ -1,6 +1,6 @@
 """Measures conversions between Hugging Face directories and checkpoints: time beside plain reading and writing, and peak memory.
 
-    python tools/bench_convert.py             about 8 minutes on 2 idle CPU cores; 18 GB in --folder
+    python tools/bench_convert.py             about 10 minutes on 2 idle CPU cores (17 on busy ones); 18 GB in --folder
     python tools/bench_convert.py --quick     tiny models: a trial of the measurement, its numbers mean nothing
 
 Writes docs/benchmarks/convert.md with the numbers behind it as convert.json. The models are made here; the file system of --folder is part
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="where the reports go")
     options = parser.parse_args()
     start, before, models = time.monotonic(), os.getloadavg()[0], {}
+    measured = commit()  # before somebody goes on working here
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench_convert_", dir=options.folder) as temporary:
@@ -91,7 +92,7 @@ def main() -> None:
             shutil.rmtree(place)
     loads = [run["load"] for model in models.values() for one in model["rounds"] for run in one.values()]
     facts = {
-        "date": datetime.date.today().isoformat(), "commit": commit(), "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(), "commit": measured, "command": shlex.join(["python", *sys.argv]),
         "machine": machine("cpu", 1), "file system": disk,
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors")),
         "models": "LLaMA shapes of hidden size 2048, MLP 5632, 32 heads in 4 groups, vocabulary 32,000, untied, in files of 1 GB",
