@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def evaluation(shift: float = 0.0) -> dict:
         found = {}
         for place, depth in enumerate(("1", "2", "3")):
             value = LOSSES[name][place] + (shift if name == "nested" else 0.0)
-            minus = {other: {"value": value - LOSSES[other][place], "standard_error": 0.01} for other in ("ordinary", HEADS) if other != name}
+            minus = {other: {"value": value - LOSSES[other][place], "standard_error": 0.01} for other in ("ordinary", HEADS)
+                     if other != name}
             found[depth] = {"loss": value, "loss_standard_error": 0.05, "loss_minus": minus}
         return found
 
@@ -122,7 +124,7 @@ def test_a_failing_step_says_so_and_is_not_remembered(tmp_path):
     silent = Step("silent", "nothing", ("python", "-c", ""), (tmp_path / "absent",))
     with pytest.raises(StepError, match="fails: ended with exit code 7"):
         Runner(tmp_path, 1).run([failing])
-    with pytest.raises(StepError, match="did not write .*absent"):
+    with pytest.raises(StepError, match=r"did not write .*absent"):
         Runner(tmp_path, 1).run([silent])
     assert not list((tmp_path / "finished_steps").iterdir())
 
@@ -157,7 +159,7 @@ def test_names_are_moved_apart_and_stay_inside():
     assert spread_out([10, 50, 90], 20, 0, 100) == [10, 50, 90]
     assert spread_out([50, 50], 20, 0, 100) == [40, 60]
     moved = spread_out([95, 96, 97], 20, 0, 100)
-    assert moved[2] <= 100 and all(above - below >= 19 for below, above in zip(moved, moved[1:], strict=False))
+    assert moved[2] <= 100 and all(above - below >= 19 for below, above in pairwise(moved))
 
 
 def test_the_picture_is_drawn(tmp_path):
