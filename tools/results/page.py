@@ -11,7 +11,7 @@ from .picture import Panel, draw
 from .rates import chosen_rate, sweep_losses, trained_depths, trainer_losses
 from .recipe import HEADS, METHODS, Recipe
 from .steps import Step
-from .tables import differences_table, findings, measures_table, spread_table
+from .tables import answers_in_words, differences_table, findings, measures_table, spread_table
 
 OPENINGS = {
     "stories": ("A really trained small language model, fine-tuned on stories", """\
@@ -97,6 +97,7 @@ def _measures(recipe: Recipe, numbers: Numbers) -> list[str]:
 
 def _in_words(part: str, recipe: Recipe, numbers: Numbers) -> list[str]:
     said = findings(numbers, numbers.names("texts")[0], recipe.exit_depths)
+    said += [answers_in_words(numbers, name) for name in numbers.names("questions")]
     return ["## What it shows", "", *said, "", "## What it does not show", "", *(f"- {limit}" for limit in LIMITS[part]),
             f"- {'One seed' if len(numbers.evaluations) == 1 else f'{len(numbers.evaluations)} seeds'}: standard errors are over "
             "documents, and say nothing about another training.", ""]

@@ -75,6 +75,16 @@ def findings(numbers: Numbers, name: str, exits: tuple[int, ...]) -> list[str]:
     return lines
 
 
+def answers_in_words(numbers: Numbers, name: str) -> str:
+    """Returns what the exact match of a question set says, as a line of a list: of the first depth and of the last."""
+    def right(depth: int) -> str:
+        shares = {model: 100 * numbers.number("questions", name, model, depth, "exact_match").value for model in numbers.models}
+        return ", ".join(f"{NAMES[model]} {share:.1f} %" for model, share in shares.items())
+
+    first, last = numbers.depths[0], numbers.depths[-1]
+    return f"- **Answers, {name}**: {first} of {last} layers: {right(first)}; all {last}: {right(last)}."
+
+
 def _spread(number: Number, kind: str) -> str:
     value = number.spread or 0.0
     return f"{value:.4f}" if kind == "texts" else f"{100 * value:.1f} %"
