@@ -59,7 +59,7 @@ def cldr(folder: Path, quick: bool = False) -> tuple[Recipe, list[Step]]:
     files = tuple(str(asked / f"{name}.jsonl") for name in sets)
     facts, questions, vocabulary = ("40", "40", "600") if quick else ("500", "1000", "1500")
     recipe = Recipe(folder, original, (1, 2, 3, 4), (1, 2, 3, 4, 6), seq_length=128, num_steps=250, num_sweep_steps=100, warmup=10,
-                    held_out=tuple(prefix(folder, name) for name in sets), head_batch_size=50, append_eos=True,
+                    held_out=tuple(prefix(folder, name) for name in sets), head_batch_size=64, append_eos=True,
                     flags=("--adam-beta2", "0.95", "--weight-decay", "1.0"),
                     rates={"ordinary": ("4e-4", "1.2e-3", "4e-3"), "nested": ("4e-4", "1.2e-3", "4e-3"),
                            "heads": ("5e-3", "1.5e-2", "5e-2")},

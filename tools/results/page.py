@@ -121,7 +121,9 @@ def _recipe(recipe: Recipe, numbers: Numbers, methods: tuple[str, ...], seeds: i
         losses, depths = sweep_losses(recipe, method), trained_depths(recipe, method)
         tried = ", ".join(f"{rate}: {sum(found[depth] for depth in depths) / len(depths):.3f}" for rate, found in losses.items())
         name = "SFT+ICT" if method == "heads" else METHODS[method]
-        lines.append(f"  - {name}: {tried or 'not tried'}; taken: {chosen_rate(recipe, method)}")
+        rates, taken = recipe.rates[method], chosen_rate(recipe, method)
+        edge = "" if not losses or taken not in (rates[0], rates[-1]) else f", the {'largest' if taken == rates[-1] else 'smallest'} tried"
+        lines.append(f"  - {name}: {tried or 'not tried'}; taken: {taken}{edge}")
     if "nested-linear" in methods:
         lines.append("  - nested with linear weights: the rate of nested")
     return [*lines, ""]
