@@ -119,7 +119,7 @@ def _recipe(recipe: Recipe, numbers: Numbers, methods: tuple[str, ...], seeds: i
              f"{recipe.num_sweep_steps} steps:", ""]
     for method in ("ordinary", "nested", "heads"):
         losses, depths = sweep_losses(recipe, method), trained_depths(recipe, method)
-        tried = ", ".join(f"{rate}: {sum(found[depth] for depth in depths) / len(depths):.3f}" for rate, found in losses.items())
+        tried = ", ".join(f"{rate}: {_mean_of(found, depths)}" for rate, found in losses.items())
         name = "SFT+ICT" if method == "heads" else METHODS[method]
         rates, taken = recipe.rates[method], chosen_rate(recipe, method)
         edge = "" if not losses or taken not in (rates[0], rates[-1]) else f", the {'largest' if taken == rates[-1] else 'smallest'} tried"
@@ -127,6 +127,12 @@ def _recipe(recipe: Recipe, numbers: Numbers, methods: tuple[str, ...], seeds: i
     if "nested-linear" in methods:
         lines.append("  - nested with linear weights: the rate of nested")
     return [*lines, ""]
+
+
+def _mean_of(losses: dict[int, float], depths: tuple[int, ...]) -> str:
+    """Returns the mean over depths, and behind it each of them where there are several: rates move them in different directions."""
+    mean = f"{sum(losses[depth] for depth in depths) / len(depths):.3f}"
+    return mean if len(depths) == 1 else f"{mean} ({' '.join(f'@{depth} {losses[depth]:.3f}' for depth in depths)})"
 
 
 def _trainer(recipe: Recipe, methods: tuple[str, ...]) -> list[str]:
