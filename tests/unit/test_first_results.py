@@ -2,7 +2,6 @@
 
 import json
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from megatron_sorted.errors import DataError
 from tools.results.experiments import cldr, make_quick
 from tools.results.measured import Numbers
 from tools.results.origin import shown
-from tools.results.picture import Panel, draw, spread_out
+from tools.results.picture import Panel, draw, place_name
 from tools.results.rates import choose_rate, chosen_rate, trained_depths
 from tools.results.recipe import HEADS, evaluate_step, final_step, head_sweep_steps, sweep_folder, sweep_steps
 from tools.results.steps import Runner, Step, StepError
@@ -155,11 +154,16 @@ def test_seeds_are_averaged_and_their_spread_told():
     assert spread_table(numbers, "texts", "held_out")[4:6] == ["| 1 | 0.0000 | 0.0000 | 0.1768 |", "| 2 | 0.0000 | 0.0000 | 0.1768 |"]
 
 
-def test_names_are_moved_apart_and_stay_inside():
-    assert spread_out([10, 50, 90], 20, 0, 100) == [10, 50, 90]
-    assert spread_out([50, 50], 20, 0, 100) == [40, 60]
-    moved = spread_out([95, 96, 97], 20, 0, 100)
-    assert moved[2] <= 100 and all(above - below >= 19 for below, above in pairwise(moved))
+def test_a_name_stands_beside_its_line_and_over_nothing():
+    panel, size = (0.0, 0.0, 200.0, 100.0), (40.0, 10.0)
+    line = [(50.0, 50.0), (150.0, 20.0)]
+    straight = [(float(x), 50.0 - 0.3 * (x - 50)) for x in range(50, 151)]
+    assert place_name(line, size, straight, [], panel) == (3.0, 57.0, 43.0, 67.0)
+    left_taken = [(0.0, 0.0, 60.0, 100.0)]
+    found = place_name(line, size, straight, left_taken, panel)
+    assert found[0] >= 60 and not any(found[0] <= x <= found[2] and found[1] <= y <= found[3] for x, y in straight)
+    high = place_name([(50.0, 500.0)], size, [], [], panel)
+    assert high == (0.0, 100.0, 40.0, 110.0)  # no point to stand at: above the panel
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -8,7 +8,7 @@ from megatron_sorted.evaluation.json_file import write_text
 from .measured import NAMES, Numbers, read_json, read_numbers
 from .origin import facts, shown
 from .picture import Panel, draw
-from .rates import chosen_rate, sweep_losses, trained_depths, trainer_losses
+from .rates import choose_rate, chosen_rate, sweep_losses, trained_depths, trainer_losses
 from .recipe import HEADS, METHODS, Recipe
 from .steps import Step
 from .tables import answers_in_words, differences_table, findings, measures_table, spread_table
@@ -97,10 +97,22 @@ def _measures(recipe: Recipe, numbers: Numbers) -> list[str]:
 
 def _in_words(part: str, recipe: Recipe, numbers: Numbers) -> list[str]:
     said = findings(numbers, numbers.names("texts")[0], recipe.exit_depths)
-    said += [answers_in_words(numbers, name) for name in numbers.names("questions")]
+    said += [*_rate_in_words(recipe), *(answers_in_words(numbers, name) for name in numbers.names("questions"))]
     return ["## What it shows", "", *said, "", "## What it does not show", "", *(f"- {limit}" for limit in LIMITS[part]),
             f"- {'One seed' if len(numbers.evaluations) == 1 else f'{len(numbers.evaluations)} seeds'}: standard errors are over "
             "documents, and say nothing about another training.", ""]
+
+
+def _rate_in_words(recipe: Recipe) -> list[str]:
+    """Returns a line where another rate than nested training's would have served the last depth better."""
+    losses, last = sweep_losses(recipe, "nested"), recipe.measured[-1]
+    taken = chosen_rate(recipe, "nested")
+    if not losses or (best := choose_rate(losses, (last,))) == taken:
+        return []
+    first = recipe.exit_depths[0]
+    return [f"- **The learning rate moves along the same exchange.** Nested training has the rate that is best for the mean of its exits. In "
+            f"the short runs {best} instead of {taken} gave {losses[best][last] - losses[taken][last]:+.3f} at depth {last} and "
+            f"{losses[best][first] - losses[taken][first]:+.3f} at depth {first}."]
 
 
 def _recipe(recipe: Recipe, numbers: Numbers, methods: tuple[str, ...], seeds: int) -> list[str]:

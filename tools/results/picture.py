@@ -11,8 +11,10 @@ from .recipe import HEADS
 COLOURS = {"before": "#777777", "ordinary": "#D55E00", HEADS: "#009E73", "nested": "#0072B2", "nested-linear": "#CC79A7"}
 """Those of tools/evaluation/picture.py (Okabe and Ito), and grey for where all started."""
 MARKERS = {"before": "v", "ordinary": "s", HEADS: "D", "nested": "o", "nested-linear": "^"}
-SPACING = 20.0
-"""Points between the middles of two names."""
+GAP = 7.0
+"""Points between a marker and the name beside it."""
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top, in points."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,37 @@ def draw(numbers: Numbers, panels: Sequence[Panel], output: Path) -> None:
     aside.replace(output)
 
 
-def spread_out(heights: Sequence[float], spacing: float, low: float, high: float) -> list[float]:
-    """Returns increasing heights moved as little as it takes for neighbours to be ``spacing`` apart, between ``low`` and ``high``."""
-    moved = list(heights)
-    for _ in range(200):
-        for place, (below, above) in enumerate(pairwise(moved)):
-            if (lack := spacing - (above - below)) > 1e-6:
-                moved[place], moved[place + 1] = below - lack / 2, above + lack / 2
-        moved = [min(max(height, low), high) for height in moved]
-    return moved
+def place_name(line: Sequence[tuple[float, float]], size: tuple[float, float], obstacles: Sequence[tuple[float, float]],
+               taken: Sequence[Box], panel: Box) -> Box:
+    """Returns where a name of this width and height stands: beside one of its line's points, in the panel, over as little as can be.
+
+    Args:
+        line: The points of its line.
+        obstacles: Points of all lines, close together.
+        taken: Boxes of the names that stand already.
+    """
+    width, height = size
+    boxes = []
+    for x, y in line:
+        if panel[0] <= x <= panel[2] and panel[1] <= y <= panel[3]:
+            lefts = (x + GAP, x - width / 2, x - GAP - width)
+            bottoms = (y + GAP, y - height / 2, y - GAP - height)
+            boxes += [(left, bottom, left + width, bottom + height) for bottom in bottoms for left in lefts
+                      if (left, bottom) != (lefts[1], bottoms[1])]
+    if not boxes:  # no point of the line is in the panel
+        return panel[0], panel[3], panel[0] + width, panel[3] + height
+
+    def count(box: Box, margin: float) -> int:
+        return sum(box[0] - margin <= x <= box[2] + margin and box[1] - margin <= y <= box[3] + margin for x, y in obstacles)
+
+    def faults(box: Box) -> tuple[float, float]:
+        covered = 10 * count(box, 2) + count(box, 12)
+        outside = sum(max(0.0, inner - outer) for inner, outer in ((panel[0], box[0]), (panel[1], box[1]), (box[2], panel[2]),
+                                                                   (box[3], panel[3])))
+        overlap = sum(box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken)
+        return 1000 * overlap + 100 * outside + covered, box[0]
+
+    return min(boxes, key=faults)
 
 
 def _draw(axes, panel: Panel, numbers: Numbers) -> None:
@@ -99,27 +123,22 @@ def _draw(axes, panel: Panel, numbers: Numbers) -> None:
 
 
 def _name_lines(axes, panel: Panel, numbers: Numbers) -> None:
-    """Writes the names where lines lie furthest apart, each in its line's colour and none over another."""
-    to_points = 72 / axes.figure.dpi
-    depths = _shown(panel, numbers)
-
-    def points(place: int) -> list[tuple[float, str]]:
-        return sorted((float(axes.transData.transform((depths[place], _values(panel, numbers, model)[place].value))[1]) * to_points, model)
-                      for model in numbers.models)
-
-    low, high = (float(axes.transAxes.transform((0, share))[1]) * to_points for share in (0, 1))
-
-    def room(place: int) -> float:
-        inside = [y for y, _ in points(place) if low <= y <= high]
-        return sum(min(above - below, SPACING) for below, above in pairwise(inside))
-
-    place = max(range(max(1, len(depths) - 2)), key=lambda place: (room(place), -place))
-    found = [(y, model) for y, model in points(place) if low <= y <= high + 1]
-    x = float(axes.transData.transform((depths[place], 0))[0]) * to_points
-    for height, (_, model) in zip(spread_out([y for y, _ in found], SPACING, low + 8, high + 4), found, strict=True):
-        axes.annotate(NAMES[model], (x + 11, height + 3), xycoords="figure points", color=COLOURS[model], weight="bold", fontsize=14,
-                      ha="left", va="center", annotation_clip=False,
-                      bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8})
+    """Writes each name in its line's colour, over no other name and as few lines as can be."""
+    to_points, depths = 72 / axes.figure.dpi, _shown(panel, numbers)
+    (left, bottom), (right, top) = (axes.transAxes.transform(corner) * to_points for corner in ((0, 0), (1, 1)))
+    lines = {model: [tuple(axes.transData.transform((depth, number.value)) * to_points)
+                     for depth, number in zip(depths, _values(panel, numbers, model), strict=True)] for model in numbers.models}
+    obstacles = [((1 - share) * x + share * next_x, (1 - share) * y + share * next_y) for line in lines.values()
+                 for (x, y), (next_x, next_y) in pairwise(line) for share in (place / 60 for place in range(61))]
+    taken: list[Box] = []
+    for model, line in lines.items():
+        text = axes.annotate(NAMES[model], (0, 0), xycoords="figure points", color=COLOURS[model], weight="bold", fontsize=14,
+                             ha="left", va="bottom", annotation_clip=False)
+        extent = text.get_window_extent()
+        box = place_name(line, (extent.width * to_points, extent.height * to_points), obstacles, taken, (left, bottom, right, top + 4))
+        text.xy = box[:2]
+        text.set_position(box[:2])
+        taken.append(box)
 
 
 def _shown(panel: Panel, numbers: Numbers) -> list[int]:
