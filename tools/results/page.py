@@ -110,8 +110,8 @@ def _rate_in_words(recipe: Recipe) -> list[str]:
     if not losses or (best := choose_rate(losses, (last,))) == taken:
         return []
     first = recipe.exit_depths[0]
-    return [f"- **The learning rate moves along the same exchange.** Nested training has the rate that is best for the mean of its exits. In "
-            f"the short runs {best} instead of {taken} gave {losses[best][last] - losses[taken][last]:+.3f} at depth {last} and "
+    return ["- **The learning rate moves along the same exchange.** Nested training has the rate that is best for the mean of its exits. "
+            f"In the short runs {best} instead of {taken} gave {losses[best][last] - losses[taken][last]:+.3f} at depth {last} and "
             f"{losses[best][first] - losses[taken][first]:+.3f} at depth {first}."]
 
 
