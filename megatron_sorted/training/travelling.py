@@ -27,7 +27,9 @@ def tokenizer_files(settings: Settings) -> dict[str, bytes]:
     path = Path(settings.tokenizer_model)
     if path.is_file() and settings.tokenizer_type == "HuggingFaceTokenizer":
         path = path.parent  # the directory is the tokenizer
-    found = {f"{TOKENIZER}/{path.name}": path} if path.is_file() else tokenizer_files_in(path)
+    # whatever a sentencepiece file is called here, a Hugging Face directory made of the checkpoint is searched for tokenizer.model
+    name = "tokenizer.model" if settings.tokenizer_type == "SentencePieceTokenizer" else path.name
+    found = {f"{TOKENIZER}/{name}": path} if path.is_file() else tokenizer_files_in(path)
     try:
         return {name: file.read_bytes() for name, file in found.items()}
     except OSError as error:

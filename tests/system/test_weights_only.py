@@ -36,7 +36,7 @@ def travelling(directory: Path) -> dict[str, bytes]:
 
 def expected(folder: Path) -> dict[str, bytes]:
     """Returns what every checkpoint of a run of that folder carries."""
-    return {**FILES, "tokenizer/train_tokenizer.model": (folder / "data" / "train_tokenizer.model").read_bytes()}
+    return {**FILES, "tokenizer/tokenizer.model": (folder / "data" / "train_tokenizer.model").read_bytes()}
 
 
 def test_a_run_starts_from_weights_and_goes_on_from_its_own_checkpoints(folder):

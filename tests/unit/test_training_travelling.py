@@ -30,6 +30,8 @@ def test_every_file_of_a_tokenizer_is_known_and_nothing_else(directory):
     sentencepiece = Settings(tokenizer_model=str(directory / "tokenizer.model"))
     assert tokenizer_files(sentencepiece) == {"tokenizer/tokenizer.model": b"this is tokenizer.model"}
     assert tokenizer_files(Settings()) == {}
+    (directory / "mine.model").write_text("mine")  # an exported directory is searched for tokenizer.model
+    assert tokenizer_files(Settings(tokenizer_model=str(directory / "mine.model"))) == {"tokenizer/tokenizer.model": b"mine"}
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

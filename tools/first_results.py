@@ -1,0 +1,95 @@
+"""Measures what sorted fine-tuning does to a really trained ordinary model, at every depth, against what else one could do.
+
+    python tools/first_results.py stories --model MODEL_DIRECTORY --text stories.txt --separator '<|endoftext|>'
+    python tools/first_results.py cldr
+
+From one ordinary model: ordinary fine-tuning, nested (sorted) fine-tuning of equal length, and SFT+ICT, heads of their own on the frozen
+layers of the ordinarily fine-tuned model, trained on as many tokens. Each method's learning rate is chosen on samples kept for that. `cldr`
+makes its data and its ordinary model itself, as tools/demo.py does. Writes a page into docs/results and its picture into docs/images.
+Every step is a command that is shown; finished steps are not done again. With --quick: the same steps with next to no training.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from results.experiments import cldr, stories
+from results.page import write_page
+from results.rates import chosen_rate
+from results.recipe import METHODS, Recipe, evaluate_step, final_step, head_sweep_steps, sweep_steps
+from results.steps import ROOT, Runner, Step
+
+from megatron_sorted.errors import SettingsError, SortedError
+
+
+def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the command line's values."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
+    for name, purpose in (("stories", "a given model and a given text"), ("cldr", "the demo's questions, and a model trained on them")):
+        part = parts.add_parser(name, help=purpose)
+        part.add_argument("--output", type=Path, help="folder for data, runs and models (default: runs/first_results/PART)")
+        part.add_argument("--docs", type=Path,
+                          help="folder that gets a page in results/ and images/ (default: docs; with --quick: in --output)")
+        part.add_argument("--seeds", type=int, default=1, help="trainings of each method, with seeds 1, 2, ... (%(default)s)")
+        part.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=["ordinary", "nested"],
+                          help="what is trained; ordinary always is (%(default)s)")
+        part.add_argument("--quick", action="store_true", help="next to no training: only shows that everything runs")
+        part.add_argument("--fresh", action="store_true", help="do every step again")
+        if name == "stories":
+            part.add_argument("--model", type=Path, required=True, help="Hugging Face directory with a sentencepiece tokenizer.model")
+            part.add_argument("--text", type=Path, required=True, help="UTF-8 text of many documents")
+            part.add_argument("--separator", default="<|endoftext|>", help="what stands between two documents (%(default)s)")
+            part.add_argument("--num-held-out", type=int, default=200, help="documents to measure on, the first ones (%(default)s)")
+            part.add_argument("--num-tuning", type=int, default=100, help="documents to choose rates by, the next ones (%(default)s)")
+    values = parser.parse_args(arguments)
+    if values.seeds < 1:
+        raise SettingsError(f"--seeds: {values.seeds} is not at least 1. Use 1 or more.")
+    values.methods = [method for method in METHODS if method == "ordinary" or method in values.methods]
+    if "nested" not in values.methods:
+        raise SettingsError("--methods: nested is missing, which is what this measures. Add it.")
+    return values
+
+
+def run_all(recipe: Recipe, data_steps: Sequence[Step], methods: tuple[str, ...], seeds: int, folder: Path) -> list[Step]:
+    """Returns the steps after running those that are not finished: data, rates, then everything of a seed before the next seed."""
+    tries, head_tries = sweep_steps(recipe), head_sweep_steps(recipe)
+    runner = Runner(folder, len(data_steps) + len(tries) + len(head_tries) + seeds * (len(methods) + 1))
+    runner.run([*data_steps, *tries])
+    rates = {method: chosen_rate(recipe, "ordinary" if method == "ordinary" else "nested") for method in methods}
+    for seed in range(1, seeds + 1):
+        runner.run([final_step(recipe, method, rates[method], seed) for method in methods])
+        runner.run(head_tries if seed == 1 else [])
+        runner.run([evaluate_step(recipe, methods, chosen_rate(recipe, "heads"), seed)])
+    return runner.steps
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the steps and writes the page."""
+    values = read_arguments(arguments)
+    folder = (values.output or ROOT / "runs" / f"first_results{'_quick' if values.quick else ''}" / values.part).resolve()
+    docs = (values.docs or (folder / "docs" if values.quick else ROOT / "docs")).resolve()
+    if values.fresh:
+        shutil.rmtree(folder / "finished_steps", ignore_errors=True)
+    inside = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder  # commands that can be read and copied
+    if values.part == "stories":
+        recipe, steps = stories(inside, values.model.resolve(), values.text.resolve(), values.separator, values.num_held_out,
+                                values.num_tuning, values.quick)
+    else:
+        recipe, steps = cldr(inside, values.quick)
+    done = run_all(recipe, steps, tuple(values.methods), values.seeds, folder)
+    page, picture = write_page(values.part, recipe, done, tuple(values.methods), values.seeds, docs)
+    print(page.read_text(encoding="utf-8"))
+    print(f"written: {page}, {picture}" + (" (--quick: nothing was learned, the numbers mean nothing)" if values.quick else ""))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SortedError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nStopped. The same command again goes on from the unfinished step.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,98 @@
+"""Steps: commands that are shown before they run, and that are not run again once they have ended well."""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sorted.errors import SortedError
+from megatron_sorted.evaluation.json_file import write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = "python"
+"""First word of a command; the interpreter that runs this takes its place, so that a record holds on other machines too."""
+
+
+class StepError(SortedError):
+    """A step's command failed, or did not write what it should."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        makes: Files or folders that show that it is finished.
+        clears: Folders that are removed before it runs.
+        needs: Names of earlier steps; when one of them has changed, this one runs again.
+        reads: Files from outside; when one has another size or time, it runs again.
+    """
+
+    name: str
+    purpose: str
+    command: tuple[str, ...]
+    makes: tuple[Path, ...]
+    clears: tuple[Path, ...] = ()
+    needs: tuple[str, ...] = ()
+    reads: tuple[Path, ...] = ()
+
+
+class Runner:
+    """Runs steps and remembers which are finished; commands run in the project's folder, their output goes to the terminal."""
+
+    def __init__(self, folder: Path, total: int):
+        self._records, self._total, self._number = folder / "finished_steps", total, 0
+        self._keys: dict[str, str] = {}
+        self.steps: list[Step] = []
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Runs those steps that are not finished.
+
+        Raises:
+            StepError: A command failed, or ended well without writing its files.
+        """
+        self._records.mkdir(parents=True, exist_ok=True)
+        for step in steps:
+            self._number += 1
+            self.steps.append(step)
+            key = self._keys[step.name] = self._key(step)
+            title, record = f"step {self._number} of {self._total}, {step.name}", self._records / step.name
+            if record.is_file() and record.read_text(encoding="utf-8") == key and not _missing(step):
+                print(f"== {title}: finished before, skipped (--fresh does it again)", flush=True)
+                continue
+            record.unlink(missing_ok=True)
+            self._run(step, title)
+            write_text(record, key)
+
+    def _key(self, step: Step) -> str:
+        """Returns what the step's result depends on, as a hash."""
+        outside = [(path.stat().st_size, path.stat().st_mtime_ns) for path in step.reads]
+        parts = [step.command, [self._keys[name] for name in step.needs], outside]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _run(self, step: Step, title: str) -> None:
+        print(f"\n== {title}: {step.purpose}\n   {shlex.join(step.command)}\n", flush=True)
+        for path in step.clears:
+            shutil.rmtree(ROOT / path, ignore_errors=True)
+        began = time.monotonic()
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, *step.command[1:]] if step.command[0] == PYTHON else list(step.command)
+        # One thread: several processes that each take every core slow each other down, and sums keep one order.
+        code = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}, check=False).returncode
+        if code != 0:
+            raise StepError(f"{step.name}: ended with exit code {code}; the message above says why. The same command again goes on there.")
+        if missing := _missing(step):
+            raise StepError(f"{step.name}: ended well but did not write {', '.join(missing)}. Report this as a bug.")
+        print(f"\n   done after {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _missing(step: Step) -> list[str]:
+    """Returns what a step should have made and is not there."""
+    return [str(path) for path in step.makes if not (ROOT / path).exists()]

@@ -1,0 +1,122 @@
+"""Splits a text, or JSON lines, into samples that are held out, samples to choose learning rates by, and samples to train on.
+
+    python tools/split_text.py --input stories.txt --separator '<|endoftext|>' --output data --num-held-out 200 \\
+        --num-tuning 100 --tokenizer model_directory --num-tokens 1638400 307200
+
+Copies are dropped first, so that no sample stands on two sides. The first samples are held out, the next are for choosing, the rest is
+trained on: held_out.jsonl, tuning.jsonl, train.jsonl. For each of --num-tokens also train_TOKENS.jsonl: the training samples in their
+order, from the beginning again when they are used up, until they hold that many tokens. It is what trains heads on as many tokens as a
+model was trained on.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_sorted.errors import DataError, SortedError
+from megatron_sorted.evaluation.json_file import write_text
+
+
+def read_samples(path: Path, separator: str | None) -> list[dict]:
+    """Returns the samples: lines of a .jsonl file, or texts between separators, without blanks around them.
+
+    Raises:
+        DataError: The file cannot be read, or there is nothing to separate texts.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}). Give a UTF-8 text or JSON lines.") from error
+    if not separator:
+        raise DataError(f"{path}: --separator is missing, so it would be a single text. Say what stands between two texts.")
+    return [{"text": piece.strip()} for piece in text.split(separator) if piece.strip()]
+
+
+def drop_copies(samples: Sequence[dict]) -> list[dict]:
+    """Returns the samples without those that equal an earlier one but for blanks and letter case."""
+    seen: dict[str, dict] = {}
+    for sample in samples:
+        seen.setdefault(" ".join(json.dumps(sample, sort_keys=True, ensure_ascii=False).replace("\\n", " ").lower().split()), sample)
+    return list(seen.values())
+
+
+def split_samples(samples: Sequence[dict], num_held_out: int, num_tuning: int) -> dict[str, list[dict]]:
+    """Returns the three sets by name.
+
+    Raises:
+        DataError: Nothing would be left to train on.
+    """
+    if len(samples) <= num_held_out + num_tuning:
+        raise DataError(f"--num-held-out, --num-tuning: {num_held_out} + {num_tuning} of {len(samples)} samples leave none to train on. "
+                        "Use less.")
+    cut = num_held_out + num_tuning
+    return {"held_out": list(samples[:num_held_out]), "tuning": list(samples[num_held_out:cut]), "train": list(samples[cut:])}
+
+
+def repeat_to(samples: Sequence[dict], sizes: Sequence[int], num_tokens: int) -> list[dict]:
+    """Returns the samples in order, again from the beginning when they are used up, until they hold ``num_tokens`` or a little more.
+
+    Args:
+        sizes: Tokens of each sample.
+
+    Raises:
+        DataError: The samples hold no token.
+    """
+    if not sum(sizes):
+        raise DataError("--num-tokens: the training samples hold no token. Give another file.")
+    chosen, total = [], 0
+    while total < num_tokens:
+        place = len(chosen) % len(samples)
+        chosen.append(samples[place])
+        total += sizes[place]
+    return chosen
+
+
+def count_tokens(samples: Sequence[dict], tokenizer: Path) -> list[int]:
+    """Returns how many tokens each sample has, with the bos before it; prompts of instructions are encoded apart and counted too."""
+    from megatron_sorted.data.templates import TEMPLATES, detect_format, parts_of
+    from megatron_sorted.evaluation.documents import Document, encode_documents
+    from megatron_sorted.evaluation.tokenizer import open_tokenizer
+
+    documents = [Document(tuple(parts_of(sample, detect_format(sample), TEMPLATES["plain"]))) for sample in samples]
+    return [len(document.ids) for document in encode_documents(documents, open_tokenizer(tokenizer))]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads, splits and writes; prints how many there are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, help="text, or .jsonl")
+    parser.add_argument("--separator", help="what stands between two texts")
+    parser.add_argument("--output", type=Path, required=True, help="folder")
+    parser.add_argument("--num-held-out", type=int, default=0)
+    parser.add_argument("--num-tuning", type=int, default=0)
+    parser.add_argument("--tokenizer", type=Path, help="directory or sentencepiece file, for --num-tokens")
+    parser.add_argument("--num-tokens", nargs="+", type=int, default=[])
+    values = parser.parse_args(arguments)
+    if values.num_tokens and values.tokenizer is None:
+        raise DataError("--num-tokens: which tokens? Give --tokenizer.")
+    found = read_samples(values.input, values.separator)
+    samples = drop_copies(found)
+    sets = split_samples(samples, values.num_held_out, values.num_tuning)
+    facts = {"samples": len(found), "copies_dropped": len(found) - len(samples)} | {name: len(chosen) for name, chosen in sets.items()}
+    if values.tokenizer:
+        sizes = {name: count_tokens(chosen, values.tokenizer) for name, chosen in sets.items()}
+        facts |= {f"{name}_tokens": sum(size) for name, size in sizes.items()}
+        sets |= {f"train_{number}": repeat_to(sets["train"], sizes["train"], number) for number in values.num_tokens}
+    values.output.mkdir(parents=True, exist_ok=True)
+    for name, chosen in sets.items():
+        if chosen:
+            write_text(values.output / f"{name}.jsonl", "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in chosen))
+    write_text(values.output / "split.json", json.dumps(facts, indent=2) + "\n")
+    print(", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in facts.items()))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SortedError as error:
+        sys.exit(f"error: {error}")
