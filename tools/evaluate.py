@@ -4,8 +4,8 @@
     python tools/evaluate.py nested=runs/a --baseline plain=runs/b --train-heads train.txt --text valid.txt \\
         --questions trivia.jsonl --shots 5 --tasks my_task --tasks-path my_tasks
 
-MODEL is a Hugging Face directory (llama, mistral, qwen2, qwen3), ordinary or nested. Prints tables, writes evaluation.json and
-evaluation.png into --output. docs/evaluation.md says how every number is defined.
+MODEL is a Hugging Face directory (llama, mistral, qwen2, qwen3), ordinary or nested, or one of checkpoints. Prints tables, writes
+evaluation.json and evaluation.png into --output. docs/evaluation.md says how every number is defined.
 """
 
 import argparse
