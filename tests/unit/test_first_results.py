@@ -8,13 +8,13 @@ import pytest
 
 from megatron_sorted.errors import DataError
 from tools.results.experiments import cldr, make_quick
-from tools.results.measured import Numbers
+from tools.results.measured import Number, Numbers
 from tools.results.origin import shown
 from tools.results.picture import Panel, draw, place_name
 from tools.results.rates import choose_rate, chosen_rate, trained_depths
 from tools.results.recipe import HEADS, evaluate_step, final_step, head_sweep_steps, sweep_folder, sweep_steps
 from tools.results.steps import Runner, Step, StepError
-from tools.results.tables import differences_table, findings, measures_table, spread_table
+from tools.results.tables import differences_table, findings, measures_table, spread_table, words_of_cost
 from tools.split_text import drop_copies, read_samples, repeat_to, split_samples
 
 APPEND = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text(p.read_text() + sys.argv[2] if p.exists() else sys.argv[2])"
@@ -141,6 +141,8 @@ def test_tables_say_what_was_measured():
     assert "It costs something at full depth**: +0.125 ± 0.010 nats" in said and "(+10.0 %" in said
     assert "ahead at every exit: -1.000 at depth 2" in said
     assert spread_table(numbers, "texts", "held_out") == []
+    assert [words_of_cost(Number(value, 0.5, None)) for value in (-1.25, -1.0, 1.0, 1.25)] == [
+        "It is ahead", *["No difference that stands out"] * 2, "It costs something"]
 
 
 def test_seeds_are_averaged_and_their_spread_told():

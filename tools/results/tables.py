@@ -60,8 +60,8 @@ def findings(numbers: Numbers, name: str, exits: tuple[int, ...]) -> list[str]:
     lines = [f"- **Intermediate depths learn to speak.** After {first} of {last} layers: {loss('before', first):.2f} nats per token "
              f"before, {loss('ordinary', first):.2f} after ordinary fine-tuning, {loss('nested', first):.2f} after nested fine-tuning of "
              "equal length.",
-             f"- **{'It costs something' if cost.value > 0 else 'It costs nothing'} at full depth**: {show(cost, 'texts', '+')} nats "
-             f"against ordinary fine-tuning ({100 * cost.value / loss('ordinary', last):+.1f} %; paired over documents)."]
+             f"- **{words_of_cost(cost)} at full depth**: {show(cost, 'texts', '+')} nats against ordinary fine-tuning "
+             f"({100 * cost.value / loss('ordinary', last):+.1f} %; paired over documents)."]
     if "nested-linear" in numbers.models:
         other = numbers.difference("texts", name, "nested-linear", "ordinary", last, "loss")
         lines.append(f"- **Loss weights linear in depth** move along that exchange: {show(other, 'texts', '+')} at full depth, "
@@ -73,6 +73,13 @@ def findings(numbers: Numbers, name: str, exits: tuple[int, ...]) -> list[str]:
     lines.append("- **Against heads on frozen layers (SFT+ICT)**, which have a norm and a head of their own at each depth, nested "
                  f"training is {place}: {words}. SFT+ICT leaves the last depth as it is; nested training adds no parameter.")
     return lines
+
+
+def words_of_cost(difference: Number) -> str:
+    """Returns what a difference in loss is called: nothing, where it lies within two standard errors."""
+    if abs(difference.value) <= 2 * difference.error:
+        return "No difference that stands out"
+    return "It costs something" if difference.value > 0 else "It is ahead"
 
 
 def answers_in_words(numbers: Numbers, name: str) -> str:
