@@ -42,7 +42,8 @@ def stories(folder: Path, model: Path, text: Path, separator: str, num_held_out:
     data = folder / "data"
     recipe = Recipe(folder, model, tuple(range(2, num_layers)), tuple(range(1, num_layers + 1)), seq_length=256, num_steps=800,
                     num_sweep_steps=150, warmup=10, held_out=(prefix(folder, "held_out"),), head_batch_size=10,
-                    rates={"ordinary": ("1e-4", "3e-4", "1e-3"), "nested": ("3e-4", "1e-3", "3e-3"), "heads": ("5e-3", "1.5e-2", "5e-2")},
+                    rates={"ordinary": ("1e-4", "3e-4", "1e-3", "3e-3"), "nested": ("3e-4", "1e-3", "3e-3", "1e-2"),
+                           "heads": ("5e-3", "1.5e-2", "5e-2", "1.5e-1")},
                     evaluate=("--text", str(data / "held_out.jsonl")))
     recipe = make_quick(recipe) if quick else recipe
     split = _split_step(recipe, text, num_tuning, ("--separator", separator, "--num-held-out", str(num_held_out)), model, (text,), ())
