@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     step = model.manifest["progress"]["step"] if model.manifest and model.manifest["progress"]["step"] else None
     origin = (model.manifest.get("origin") or {}).get("name") or values.model.absolute().name
     for depth, place in places.items():
-        card = model_card(place.absolute().name, origin, model.settings, parts[depth], quality, step)
+        card = model_card(place.absolute().name, origin, model.settings, parts[depth], quality, step,
+                          model.open_tokenizer() is not None)
         notes: list[str] = []
         comparison = export_model(
             model, place, values.dtype, parse_size(values.max_shard_size), values.overwrite, not values.no_verify,

@@ -89,7 +89,8 @@ def _quality_lines(quality: Quality | None, depth: int, num_layers: int) -> list
     return [*lines, "", f"From `{quality.source}`."]
 
 
-def model_card(name: str, origin: str, full: Settings, part: Settings, quality: Quality | None, step: int | None = None) -> str:
+def model_card(name: str, origin: str, full: Settings, part: Settings, quality: Quality | None, step: int | None = None,
+               has_tokenizer: bool = True) -> str:
     """Returns the card.
 
     Args:
@@ -99,6 +100,7 @@ def model_card(name: str, origin: str, full: Settings, part: Settings, quality: 
         part: Settings of the sub-model.
         quality: What was measured of the model, if anything.
         step: Of training at which the model was saved, where it is known.
+        has_tokenizer: Whether the directory holds one.
     """
     depth, layers, vocabulary = part.num_layers, full.num_layers, full.vocab_size
     parameters, whole = sub_model_parameters(part, vocabulary)[depth], sub_model_parameters(full, vocabulary)[layers]
@@ -120,8 +122,9 @@ def model_card(name: str, origin: str, full: Settings, part: Settings, quality: 
         f"| parameters | {parameters:,} | {whole:,} | {100 * parameters / whole:.0f} % |",
         f"| FLOPs per token (forward, {length} tokens) | {flops:.3g} | {whole_flops:.3g} | {100 * flops / whole_flops:.0f} % |", "",
         "## Measured quality", "", *_quality_lines(quality, depth, layers), "",
-        "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")', "```", "",
+        "## Use", "", "```python", f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if has_tokenizer else ''}",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        *([f'tokenizer = AutoTokenizer.from_pretrained("{name}")'] if has_tokenizer else []), "```", "",
         "It drafts for the full model, whose vocabulary it shares: `full.generate(..., assistant_model=model)` in transformers, or as the "
         f"draft model of vLLM or SGLang.{in_place}",
     ]
