@@ -73,7 +73,7 @@ def test_files_of_a_run(trained):
         assert set(said["exits"]["coefficients"].values()) == {0.25}
         assert said["run_id"] == json.loads((save / "run.json").read_text())["run_id"]
         assert set(said["versions"]) == {"megatron_sorted", "megatron_core", "torch", "python"}
-        tokenizer = save / f"iter_{step:07d}" / "tokenizer" / "train_tokenizer.model"
+        tokenizer = save / f"iter_{step:07d}" / "tokenizer" / "tokenizer.model"
         assert tokenizer.read_bytes() == (folder / "data" / "train_tokenizer.model").read_bytes()
         assert said["tokenizer"] == {"type": "SentencePieceTokenizer", "name": tokenizer.name, "sha256": sha256(tokenizer)}
         for name, of_file in said["files"].items():

@@ -71,7 +71,7 @@ def test_nothing_sound_left_is_an_error_not_a_fresh_start(folder):
 
 
 def test_without_verification_the_hash_is_not_looked_at(folder):
-    flip(folder / "save" / "iter_0000004" / "tokenizer" / "train_tokenizer.model")  # nothing that is loaded
+    flip(folder / "save" / "iter_0000004" / "tokenizer" / "tokenizer.model")  # nothing that is loaded
     lines = pretrain(1, folder, *RUN, "--pipeline-model-parallel-size", 1, "--load", "save", "--no-verify-checkpoint", "--train-iters", 5)
     assert any(line.startswith("loaded save/iter_0000004: step 4") for line in lines)
 
