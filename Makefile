@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make demo      train a small nested model and see every exit (3 minutes on 2 CPU cores)"
-	@echo "make check     style, imports, words, unit tests (within a minute)"
+	@echo "make check     style, imports, words, unit tests (about a minute)"
 	@echo "make test      everything, with parallel layouts on 1 to 4 processes"
 	@echo "make test-gpu  the same bodies on an NVIDIA GPU"
 	@echo "make bench     steps against megatron-core's own GPTModel, the loop, checkpoints, conversions; writes docs/benchmarks/"
