@@ -22,9 +22,9 @@ from evaluation.options import name_subjects, read_arguments, read_measures
 from evaluation.picture import draw
 from evaluation.table import write_tables
 
+from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.errors import DataError, SortedError
 from megatron_sorted.evaluation.evaluate import Measures, evaluate, results_of
-from megatron_sorted.evaluation.json_file import write_text
 
 
 def describe(values: argparse.Namespace, measures: Measures) -> dict:
@@ -60,12 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = evaluate(subjects, measures)
     results = describe(values, measures) | results_of(found, measures)
     print("\n" + write_tables(results))
-    write_text(values.output / "evaluation.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_text_atomically(values.output / "evaluation.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     for name, asked in measures.questions.items():
         lines = [json.dumps({"question": question.text, "right": question.right, "prompt": prompt, "answers": {
             one.name: {depth: answered.answers[place] for depth, answered in one.questions[name].items()} for one in found}},
             ensure_ascii=False) for place, (question, prompt) in enumerate(zip(asked.questions, asked.prompts, strict=True))]
-        write_text(values.output / f"answers_{name}.jsonl", "\n".join(lines) + "\n")
+        write_text_atomically(values.output / f"answers_{name}.jsonl", "\n".join(lines) + "\n")
     draw(results, values.output / "evaluation.png")
     print(f"\nwritten: {values.output / 'evaluation.json'}, {values.output / 'evaluation.png'}"
           + (f", {values.save_heads}" if values.save_heads else ""))

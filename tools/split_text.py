@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.errors import DataError, SortedError
-from megatron_sorted.evaluation.json_file import write_text
 
 
 def read_samples(path: Path, separator: str | None) -> list[dict]:
@@ -110,8 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values.output.mkdir(parents=True, exist_ok=True)
     for name, chosen in sets.items():
         if chosen:
-            write_text(values.output / f"{name}.jsonl", "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in chosen))
-    write_text(values.output / "split.json", json.dumps(facts, indent=2) + "\n")
+            lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in chosen)
+            write_text_atomically(values.output / f"{name}.jsonl", "".join(lines))
+    write_text_atomically(values.output / "split.json", json.dumps(facts, indent=2) + "\n")
     print(", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in facts.items()))
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, num_query_groups
+from megatron_sorted.settings.derived import coefficient_rule, exit_depths, ffn_hidden_size, kv_channels, num_query_groups
+from megatron_sorted.settings.load import settings_from_dict
 from megatron_sorted.settings.run import Settings
 
 MANIFEST = "manifest.json"
@@ -27,6 +28,8 @@ SHAPE_FIELDS = (
 OWN_PART_FIELDS = ("use_exit_norm", "untie_exit_output_weights")
 # What a manifest says under "contents" where there are no optimizer, schedule and random state, as in an imported model.
 WEIGHTS_ONLY = "weights"
+# What Megatron's loader is told of the content; the form of the distributed optimizer's state is the one that survives a change of layout.
+CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True, "singleton_local_shards": False}
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,26 @@ def network_shape(settings: Settings, vocab_size: int) -> dict[str, Any]:
         "ffn_hidden_size": ffn_hidden_size(settings), "kv_channels": kv_channels(settings),
         "num_query_groups": num_query_groups(settings), "vocab_size": vocab_size, "exit_layer_nums": list(exit_depths(settings)),
     }
+
+
+def exits_description(settings: Settings) -> dict[str, Any]:
+    """Returns what a manifest says of exits: "exits"."""
+    coefficients = coefficient_rule(settings).coefficients(settings.exit_layer_weight_warmup_iters)
+    return {"depths": list(exit_depths(settings)), "own_norm": settings.use_exit_norm,
+            "own_output_weights": settings.untie_exit_output_weights,
+            "coefficients": {str(depth): value for depth, value in coefficients.items()}}
+
+
+def settings_of_manifest(manifest: Mapping[str, Any], source: str) -> Settings:
+    """Returns the settings a checkpoint was saved with, vocabulary and exits resolved.
+
+    Args:
+        manifest: Of the checkpoint.
+        source: Its name, for messages.
+    """
+    shape = manifest["shape"]
+    resolved = {"vocab_size": shape["vocab_size"], "exit_layer_nums": shape["exit_layer_nums"]}
+    return settings_from_dict({**manifest["settings"], **resolved}, source)
 
 
 def check_same_shape(directory: Path, manifest: Mapping[str, Any], settings: Settings, shape: Mapping[str, Any]) -> None:

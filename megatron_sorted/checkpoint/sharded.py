@@ -12,15 +12,12 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sorted.checkpoint.manifest import WEIGHTS_ONLY, find_damage
+from megatron_sorted.checkpoint.manifest import CONTENT, WEIGHTS_ONLY, find_damage
 from megatron_sorted.checkpoint.optimizer_shards import only_part, state_of_parts
 from megatron_sorted.checkpoint.optimizer_state import fill_empty_state, load_optimizer_state
 from megatron_sorted.checkpoint.plain_objects import check_checkpoint_is_safe
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.platform.state import random_state, set_random_state
-
-# The form of the distributed optimizer's state that survives a change of layout.
-CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True, "singleton_local_shards": False}
 
 
 def inner(chunk: torch.nn.Module) -> torch.nn.Module:

@@ -6,24 +6,20 @@ layer, so any number of pipeline stages finds its own.
 
 import io
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_sorted.checkpoint.manifest import FileRecord
+from megatron_sorted.checkpoint.manifest import CONTENT, FileRecord
 from megatron_sorted.checkpoint.writer import HashingWriter
+from megatron_sorted.conversion.megatron_names import LAYER
 from megatron_sorted.conversion.tensor_source import TensorInfo
 
 SHARDS = "__0_0.distcp"
-LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-# What Megatron's loader and ours look for beside the tensors.
-CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True, "singleton_local_shards": False}
 
 
 def global_name(name: str) -> tuple[str, int | None]:
@@ -46,6 +42,7 @@ class WeightsWriter:
                  progress_mark: Callable[[], None] = lambda: None):
         self.directory, self.tensors, self.num_layers = directory, tensors, num_layers
         self._writer = HashingWriter(directory, progress_mark)
+        self._stored: dict[str, TensorStorageMetadata] = {}
         self._results: list[WriteResult] = []
         self._stream_context = self._writer.fs.create_stream(directory / SHARDS, "wb")
         self._stream = self._stream_context.__enter__()
@@ -59,8 +56,9 @@ class WeightsWriter:
         info = self.tensors[name]
         assert tuple(tensor.shape) == info.shape and tensor.dtype == info.dtype, f"{name}: {tensor.shape} {tensor.dtype}, announced {info}"
         stored, layer = global_name(name)
-        offset = (0,) * tensor.dim() if layer is None else (layer, *(0,) * tensor.dim())
         tensor = tensor.contiguous() if layer is None else tensor.contiguous().unsqueeze(0)
+        offset = (layer or 0, *(0,) * (tensor.dim() - 1))
+        full = info.shape if layer is None else (self.num_layers, *info.shape)
         if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
             tensor = tensor.clone()  # a view's whole storage would be written
         begin = self._stream.tell()
@@ -68,7 +66,9 @@ class WeightsWriter:
             torch.save(tensor, self._stream)
         except RuntimeError as error:  # torch's own words for a stream that could not be written hide the reason
             raise self._stream.failure or error from None
-        index = MetadataIndex(stored, offset, 0 if layer is None else layer)
+        index = MetadataIndex(stored, offset, layer or 0)
+        entry = self._stored.setdefault(stored, TensorStorageMetadata(TensorProperties(dtype=info.dtype), torch.Size(full), []))
+        entry.chunks.append(ChunkStorageMetadata(index.offset, tensor.shape))
         self._results.append(WriteResult(index, self._stream.tell() - begin, _StorageInfo(SHARDS, begin, self._stream.tell() - begin)))
 
     def close(self, small_files: Mapping[str, bytes]) -> dict[str, FileRecord]:
@@ -78,18 +78,8 @@ class WeightsWriter:
             OSError: The disk is full or fails.
         """
         self._stream_context.__exit__(None, None, None)
-        tensors: dict[str, TensorStorageMetadata] = {}
-        for result in self._results:
-            stored, layer = result.index.fqn, result.index.index
-            name = stored if stored in self.tensors else stored.replace("decoder.layers.", f"decoder.layers.{layer}.", 1)
-            info = self.tensors[name]
-            is_layer = name != stored
-            sizes = torch.Size((1, *info.shape) if is_layer else info.shape)
-            full = torch.Size((self.num_layers, *info.shape) if is_layer else info.shape)
-            entry = tensors.setdefault(stored, TensorStorageMetadata(TensorProperties(dtype=info.dtype), full, []))
-            entry.chunks.append(ChunkStorageMetadata(result.index.offset, sizes))
         assert len(self._results) == len(self.tensors), "not all tensors came"
-        self._writer.finish(Metadata(tensors, version=CURRENT_DCP_VERSION), [self._results])
+        self._writer.finish(Metadata(self._stored, version=CURRENT_DCP_VERSION), [self._results])
         common = io.BytesIO()
         torch.save({"content_metadata": CONTENT, "more": {}}, common)
         description = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
@@ -101,8 +91,3 @@ class WeightsWriter:
     def abandon(self) -> None:
         """Closes the file after a failure; what was written is the caller's to remove."""
         self._stream.close()
-
-
-def weights_description(settings_values: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Returns what the manifest of a checkpoint without optimizer state says of itself beside its files."""
-    return {"contents": "weights", "settings": dict(settings_values), **more}

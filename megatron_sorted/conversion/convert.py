@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from megatron_sorted import __version__
-from megatron_sorted.checkpoint.layout import TRACKER, write_text_atomically
-from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, manifest_text, network_shape
+from megatron_sorted.checkpoint.layout import TRACKER, iteration_directory, write_text_atomically
+from megatron_sorted.checkpoint.manifest import MANIFEST, WEIGHTS_ONLY, Progress, exits_description, manifest_text, network_shape
 from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.conversion.checkpoint_files import WeightsWriter
 from megatron_sorted.conversion.families import CONFIG, EXITS, config_of_settings
@@ -26,11 +26,10 @@ from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
 from megatron_sorted.conversion.transformers_states import require_transformers
 from megatron_sorted.conversion.verify import TOLERANCE, Comparison, compare, require_same
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.settings.derived import coefficient_rule, exit_depths
+from megatron_sorted.settings.derived import exit_depths
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
 
-STEP_DIRECTORY = "iter_0000000"
 SHARD_BYTES = 5_000_000_000
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Watch = Callable[[str, int], Callable[[int], None]]
@@ -80,7 +79,7 @@ def import_model(model: OpenModel, destination: Path, exits: Exits, overwrite: b
     tensors = {pair.ours: TensorInfo(pair.shape, model.dtype_of(origins[pair.ours])) for pair in pairs}
     total = sum(info.num_bytes for info in tensors.values())
     with written_aside(destination, overwrite, total) as aside:
-        directory = aside / STEP_DIRECTORY
+        directory = iteration_directory(aside, 0)
         directory.mkdir()
         writer, count = WeightsWriter(directory, tensors, settings.num_layers), watch("converting", total)
         try:
@@ -141,14 +140,11 @@ def _description(model: OpenModel, settings: Settings) -> dict[str, Any]:
     tokenizer = tokenizer_description(model)
     if tokenizer is not None:
         settings = dataclasses.replace(settings, tokenizer_type=tokenizer["type"])
-    coefficients = coefficient_rule(settings).coefficients(0)
     return {
-        "contents": "weights", "run_id": uuid.uuid4().hex[:8], "saved_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "contents": WEIGHTS_ONLY, "run_id": uuid.uuid4().hex[:8], "saved_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         "origin": {"name": model.directory.name, "kind": model.kind},
         "versions": {"megatron_sorted": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "exits": {"depths": list(exit_depths(settings)), "own_norm": settings.use_exit_norm,
-                  "own_output_weights": settings.untie_exit_output_weights,
-                  "coefficients": {str(depth): value for depth, value in coefficients.items()}},
+        "exits": exits_description(settings),
         "shape": network_shape(settings, settings.vocab_size), "settings": settings_as_dict(settings),
         "layout": {"world_size": 1, "tensor": 1, "stages": 1, "data": 1, "chunks": 1, "random_place": [1, 1]},
         "samples_a_step": 1, "tokenizer": tokenizer, "data": None,

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.checkpoint.candidates import find_candidates
-from megatron_sorted.checkpoint.manifest import MANIFEST
+from megatron_sorted.checkpoint.manifest import MANIFEST, settings_of_manifest
 from megatron_sorted.conversion.families import CONFIG, read_config, settings_of_config
-from megatron_sorted.settings.load import settings_from_dict
 from megatron_sorted.settings.model import ModelSettings
 from megatron_sorted.settings.run import Settings
 
@@ -47,9 +46,7 @@ def network_to_start_from(given: Mapping[str, Any]) -> dict[str, Any]:
             config = read_config(Path(path))
             return {**network_fields(settings_of_config(config, str(Path(path) / CONFIG))), **_tokenizer_fields(Path(path), given)}
         if given.get("use_checkpoint_args") and (found := find_candidates(path, given.get("ckpt_step"))).usable:
-            manifest = found.usable[0].manifest
-            saved = settings_from_dict({**manifest["settings"], "vocab_size": manifest["shape"]["vocab_size"]}, str(path))
-            return network_fields(saved)
+            return network_fields(settings_of_manifest(found.usable[0].manifest, str(path)))
     return {}
 
 

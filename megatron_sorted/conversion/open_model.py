@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from megatron_sorted.checkpoint.candidates import find_candidates
-from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, TRACKER, saved_steps, tokenizer_files_in
-from megatron_sorted.checkpoint.manifest import MANIFEST, check_sizes, find_damage, read_manifest
+from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, TRACKER, iteration_directory, saved_steps, tokenizer_files_in
+from megatron_sorted.checkpoint.manifest import MANIFEST, check_sizes, find_damage, read_manifest, settings_of_manifest
 from megatron_sorted.conversion.families import CONFIG, EXITS, read_config, settings_of_config
 from megatron_sorted.conversion.legacy_files import EMBEDDING as EMBEDDING_OURS
 from megatron_sorted.conversion.megatron_directory import open_megatron
@@ -22,7 +22,6 @@ from megatron_sorted.conversion.tensor_table import EMBEDDING, HEAD, Pair, check
 from megatron_sorted.conversion.torch_dist_files import TorchDistFiles
 from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.settings.load import settings_from_dict
 from megatron_sorted.settings.run import Settings
 
 SHARDS = ".distcp"
@@ -125,7 +124,7 @@ def _open(path: Path, ckpt_step: int | None, vocab_size: int | None) -> OpenMode
         return _open_hugging_face(path)
     if (path / MANIFEST).is_file():
         return _open_ours(path, read_manifest(path))
-    if saved_steps(path) and any((path / f"iter_{step:07d}" / MANIFEST).is_file() for step in saved_steps(path)):
+    if saved_steps(path) and any((iteration_directory(path, step) / MANIFEST).is_file() for step in saved_steps(path)):
         found = find_candidates(path, ckpt_step)
         if not found.usable:
             raise CheckpointError(f"{path}: holds no complete checkpoint: {' '.join(found.passed_over(None))}")
@@ -147,9 +146,12 @@ def _open_hugging_face(path: Path) -> OpenModel:
         source = _Together(source, SafetensorsFile(path / EXITS))
     if check_theirs(pairs, source.tensors, str(path)) and not torch.equal(source.read(EMBEDDING), source.read(HEAD)):
         raise CheckpointError(f"{path}: {CONFIG} says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}. One of the two is wrong.")
-    files = tokenizer_files_in(path)
-    files |= {f"{HUGGING_FACE}/{name}": path / name for name in CARRIED_FILES if (path / name).is_file()}
-    return OpenModel(path, "hugging_face", settings, source, pairs, config, {}, files)
+    return OpenModel(path, "hugging_face", settings, source, pairs, config, {}, files_beside(path))
+
+
+def files_beside(path: Path) -> dict[str, Path]:
+    """Returns the small files of a Hugging Face directory that travel with its model, by name within a checkpoint."""
+    return tokenizer_files_in(path) | {f"{HUGGING_FACE}/{name}": path / name for name in CARRIED_FILES if (path / name).is_file()}
 
 
 def _open_ours(directory: Path, manifest: Mapping[str, Any]) -> OpenModel:
@@ -158,10 +160,7 @@ def _open_ours(directory: Path, manifest: Mapping[str, Any]) -> OpenModel:
     damaged = find_damage(directory, manifest, [name for name in manifest["files"] if not name.endswith(SHARDS)])
     if damaged:
         raise CheckpointError(f"{damaged[0]}. Copy the checkpoint again, or take another step of it with --ckpt-step.")
-    shape = manifest["shape"]
-    settings = dataclasses.replace(
-        settings_from_dict(manifest["settings"], str(directory / MANIFEST)), vocab_size=shape["vocab_size"],
-        exit_layer_nums=tuple(shape["exit_layer_nums"]))
+    settings = settings_of_manifest(manifest, str(directory / MANIFEST))
     origin = directory / HUGGING_FACE / CONFIG
     config = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else None
     files = {name: directory / name for name in manifest["files"] if name.split("/")[0] in (TOKENIZER, HUGGING_FACE)}

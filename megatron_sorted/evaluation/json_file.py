@@ -1,7 +1,6 @@
-"""JSON files beside a model, read and written whole."""
+"""JSON files beside a model."""
 
 import json
-import os
 from pathlib import Path
 
 from megatron_sorted.errors import DataError
@@ -22,10 +21,3 @@ def read_object(path: Path) -> dict:
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object. Give an intact directory.")
     return value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from megatron_sorted import __version__
-from megatron_sorted.checkpoint.manifest import network_shape
+from megatron_sorted.checkpoint.manifest import exits_description, network_shape
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.monitoring.report import EvaluationReport
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.costs import forward_flops_per_token, sub_model_parameters
 from megatron_sorted.settings.derived import (
-    coefficient_rule,
     exit_depths,
     global_batch_size,
     layers_of_chunks,
@@ -40,14 +39,11 @@ def description(settings: Settings, vocab_size: int, run_id: str, place: Place, 
         tokenizer: Of the data, if there is one.
         data: What the data are (``data.identity.data_identity``).
     """
-    coefficients = coefficient_rule(settings).coefficients(settings.exit_layer_weight_warmup_iters)
     return {
         "run_id": run_id, "saved_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         "versions": {"megatron_sorted": __version__, "megatron_core": version("megatron-core"), "torch": torch.__version__,
                      "python": platform.python_version()},
-        "exits": {"depths": list(exit_depths(settings)), "own_norm": settings.use_exit_norm,
-                  "own_output_weights": settings.untie_exit_output_weights,
-                  "coefficients": {str(depth): value for depth, value in coefficients.items()}},
+        "exits": exits_description(settings),
         "shape": network_shape(settings, vocab_size), "settings": settings_as_dict(settings),
         "layout": {"world_size": place.world_size, "tensor": settings.tensor_model_parallel_size, "stages": place.num_stages,
                    "data": place.data_size, "chunks": num_virtual_chunks(settings),

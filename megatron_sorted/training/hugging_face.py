@@ -10,12 +10,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from megatron_sorted.checkpoint.candidates import Candidate
 from megatron_sorted.checkpoint.layout import iteration_directory
-from megatron_sorted.checkpoint.manifest import OWN_PART_FIELDS, WEIGHTS_ONLY, network_shape
-from megatron_sorted.checkpoint.sharded import CONTENT, inner
+from megatron_sorted.checkpoint.manifest import CONTENT, OWN_PART_FIELDS, WEIGHTS_ONLY, network_shape
+from megatron_sorted.checkpoint.sharded import inner
 from megatron_sorted.conversion.aside import check_destination
 from megatron_sorted.conversion.convert import export_model, origins_of, tokenizer_description
 from megatron_sorted.conversion.families import family_of_settings
-from megatron_sorted.conversion.open_model import open_model
+from megatron_sorted.conversion.open_model import files_beside, open_model
 from megatron_sorted.conversion.transformers_states import require_transformers
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.settings.load import settings_as_dict
@@ -92,7 +92,7 @@ def _copy_part(whole: torch.Tensor, shard: ShardedTensor) -> None:
 
 def travelling_files_of(directory: Path) -> dict[str, bytes]:
     """Returns the content of the small files that go on into every checkpoint of a run that starts here, by name within one."""
-    return {name: path.read_bytes() for name, path in open_model(directory).files.items()}
+    return {name: path.read_bytes() for name, path in files_beside(directory).items()}
 
 
 def check_export(settings: Settings) -> None:

@@ -4,9 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from megatron_sorted.conversion.aside import check_destination
+from megatron_sorted.conversion.convert import KINDS
 from megatron_sorted.conversion.families import max_length_of_config, read_config
 from megatron_sorted.data.templates import TEMPLATES
 from megatron_sorted.errors import SettingsError
@@ -20,7 +19,6 @@ from megatron_sorted.evaluation.train_heads import HeadTraining
 
 from .picture import MAX_MODELS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SEQ_LENGTH = 2048
 
 
@@ -48,7 +46,7 @@ def read_arguments(arguments: Sequence[str] | None, description: str | None) -> 
     parser.add_argument("models", nargs="+", metavar="MODEL", help="directory, or NAME=DIRECTORY")
     parser.add_argument("--baseline", action="append", default=[], metavar="MODEL", help="compare with this model's exits; may be repeated")
     parser.add_argument("--depths", nargs="+", type=int, help="default: exit_layer_indices of config.json, or all; the last layer always")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=tuple(KINDS), default="float32")
     parser.add_argument("--tokenizer", type=Path, help="directory or sentencepiece file; default: the model's directory")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation"), help="folder of evaluation.json and .png (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of drawn examples and of the order in which heads are trained")
@@ -141,7 +139,7 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
     heads = read_documents(values.train_heads, values.separator, values.prompt_template) if values.train_heads else None
     training = HeadTraining(values.train_heads_epochs, values.train_heads_lr, values.train_heads_batch_size, seed=values.seed)
     return Measures(
-        texts, questions, seq_length, values.stride or seq_length, tuple(values.depths) if values.depths else None, DTYPES[values.dtype],
+        texts, questions, seq_length, values.stride or seq_length, tuple(values.depths) if values.depths else None, KINDS[values.dtype],
         values.tokenizer, values.append_eos, values.batch_tokens, values.batch_size, values.max_new_tokens,
         Harness(values.tasks, values.tasks_path) if values.tasks else None, values.task_shots, values.task_limit, heads, training,
         values.save_heads, values.overwrite)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from megatron_sorted.evaluation.json_file import write_text
+from megatron_sorted.checkpoint.layout import write_text_atomically
 
 from .measured import NAMES, Numbers, read_json, read_numbers
 from .origin import facts, shown
@@ -51,7 +51,7 @@ def write_page(part: str, recipe: Recipe, steps: list[Step], methods: tuple[str,
              *_in_words(part, recipe, numbers), *_recipe(recipe, numbers, methods, seeds), *_trainer(recipe, methods),
              "## Commands", "", *facts(), "",
              *(f"{shown(step, recipe)}\n" for step in steps)]
-    write_text(page, "\n".join(lines).rstrip() + "\n")
+    write_text_atomically(page, "\n".join(lines).rstrip() + "\n")
     return page, picture
 
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.errors import SortedError
-from megatron_sorted.evaluation.json_file import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = "python"
@@ -69,7 +69,7 @@ class Runner:
                 continue
             record.unlink(missing_ok=True)
             self._run(step, title)
-            write_text(record, key)
+            write_text_atomically(record, key)
 
     def _key(self, step: Step) -> str:
         """Returns what the step's result depends on, as a hash."""
