@@ -36,7 +36,8 @@ class SharedCopies:
         Collective: one all-reduce a parameter, over ``group``, of the parameter's size.
         """
         for parameter in self.parameters:
-            dist.all_reduce(parameter.main_grad, group=self.group)
+            if parameter.requires_grad:  # all copies of a frozen one keep their values, and it has no gradient
+                dist.all_reduce(parameter.main_grad, group=self.group)
 
 
 def stage_group(stages: tuple[int, ...]) -> dist.ProcessGroup | None:

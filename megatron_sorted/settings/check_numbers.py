@@ -20,7 +20,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "moe_aux_loss_coeff", "exit_layer_weight_warmup_iters", "train_iters", "seed", "min_lr", "lr_warmup_iters", "lr_warmup_init",
-    "weight_decay", "clip_grad", "nonfinite_steps_allowed", "profile_step_start", "ckpt_step",
+    "weight_decay", "clip_grad", "nonfinite_steps_allowed", "profile_step_start", "ckpt_step", "exit_adapter_rank",
 )  # fmt: skip
 BELOW_ONE = ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "sgd_momentum")
 

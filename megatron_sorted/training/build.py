@@ -17,6 +17,7 @@ from megatron_sorted.loss.linear_cross_entropy import VocabularyShard
 from megatron_sorted.model.config import make_config, parameter_dtype, uses_transformer_engine
 from megatron_sorted.model.spec import layer_spec
 from megatron_sorted.model.stage import ChunkPlan, SortedStage
+from megatron_sorted.model.trainable import freeze_others
 from megatron_sorted.parallel.copies import SharedCopies, connect_copies
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
@@ -97,6 +98,7 @@ def build_model(settings: Settings, platform: Platform, place: Place, vocab_size
     for stage in stages:
         for parameter in stage.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        freeze_others(stage, settings)
     half = parameter_dtype(settings) != torch.float32
     wrapped = [Float16Module(config, stage) for stage in stages] if half else list(stages)
     parameters = {kind: [p for stage in stages for p in stage.shared_parameters()[kind]] for kind in ("head", "norm")}
