@@ -10,7 +10,7 @@ class ExitPartSettings:
     """Parts between an exit's hidden state and its norm, in EE-LLM's words where it has them; the last exit never has any."""
 
     use_exit_block: bool = setting(
-        False, "Every intermediate exit has a transformer layer of its own before its norm (Balcony); it begins as a copy of the last layer.")
+        False, "Every intermediate exit has a layer of its own before its norm (Balcony); it begins as a copy of the last one.")
     use_exit_mlp: bool = setting(
         False, "Every intermediate exit has a normed MLP of its own before its norm (EE-Tuning); it begins as a copy of the last layer's.")
     exit_adapter_rank: int = setting(
