@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +47,13 @@ class Step:
 
 
 class Runner:
-    """Runs steps and remembers which are finished; commands run in the project's folder, their output goes to the terminal."""
+    """Runs steps and remembers which are finished; commands run in the project's folder, their output goes to the terminal.
 
-    def __init__(self, folder: Path, total: int):
-        self._records, self._total, self._number = folder / "finished_steps", total, 0
+    With ``jobs``, so many run at a time, in any order among those of one call of `run`, and their output goes to files in ``folder``/logs.
+    """
+
+    def __init__(self, folder: Path, total: int, jobs: int | None = None):
+        self._folder, self._records, self._total, self._number, self._jobs = folder, folder / "finished_steps", total, 0, jobs
         self._keys: dict[str, str] = {}
         self.steps: list[Step] = []
 
@@ -56,20 +61,33 @@ class Runner:
         """Runs those steps that are not finished.
 
         Raises:
-            StepError: A command failed, or ended well without writing its files.
+            StepError: A command failed, or ended well without writing its files. Others that run at the time are let end.
         """
         self._records.mkdir(parents=True, exist_ok=True)
-        for step in steps:
-            self._number += 1
-            self.steps.append(step)
-            key = self._keys[step.name] = self._key(step)
-            title, record = f"step {self._number} of {self._total}, {step.name}", self._records / step.name
-            if record.is_file() and record.read_text(encoding="utf-8") == key and not _missing(step):
-                print(f"== {title}: finished before, skipped (--fresh does it again)", flush=True)
-                continue
-            record.unlink(missing_ok=True)
-            self._run(step, title)
-            write_text_atomically(record, key)
+        with ThreadPoolExecutor(self._jobs or 1) as pool:
+            ends = []
+            for step in steps:
+                self._number += 1
+                self.steps.append(step)
+                key = self._keys[step.name] = self._key(step)
+                title, record = f"step {self._number} of {self._total}, {step.name}", self._records / step.name
+                if record.is_file() and record.read_text(encoding="utf-8") == key and not _missing(step):
+                    print(f"== {title}: finished before, skipped (--fresh does it again)", flush=True)
+                    continue
+                record.unlink(missing_ok=True)
+                ends.append(pool.submit(self._run_and_record, step, title, record, key))
+                if not self._jobs:
+                    ends[-1].result()  # a step may need the one before it
+            try:
+                for end in ends:
+                    end.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _run_and_record(self, step: Step, title: str, record: Path, key: str) -> None:
+        self._run(step, title)
+        write_text_atomically(record, key)
 
     def _key(self, step: Step) -> str:
         """Returns what the step's result depends on, as a hash."""
@@ -78,19 +96,29 @@ class Runner:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _run(self, step: Step, title: str) -> None:
-        print(f"\n== {title}: {step.purpose}\n   {shlex.join(step.command)}\n", flush=True)
+        opening = f"== {title}: {step.purpose}"
+        print(opening if self._jobs else f"\n{opening}\n   {shlex.join(step.command)}\n", flush=True)
         for path in step.clears:
             shutil.rmtree(ROOT / path, ignore_errors=True)
         began = time.monotonic()
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         command = [sys.executable, *step.command[1:]] if step.command[0] == PYTHON else list(step.command)
+        log = self._folder / "logs" / f"{step.name}.log" if self._jobs else None
         # One thread: several processes that each take every core slow each other down, and sums keep one order.
-        code = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}, check=False).returncode
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        if log:
+            log.parent.mkdir(exist_ok=True)
+        with open(log, "wb") if log else nullcontext() as output:
+            ended = subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=output, stderr=output and subprocess.STDOUT)
+        code = ended.returncode
         if code != 0:
+            if log:
+                print("\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]), flush=True)
             raise StepError(f"{step.name}: ended with exit code {code}; the message above says why. The same command again goes on there.")
         if missing := _missing(step):
             raise StepError(f"{step.name}: ended well but did not write {', '.join(missing)}. Report this as a bug.")
-        print(f"\n   done after {time.monotonic() - began:.0f} s", flush=True)
+        done = f"done after {time.monotonic() - began:.0f} s"
+        print(f"   {title}: {done}" if self._jobs else f"\n   {done}", flush=True)
 
 
 def _missing(step: Step) -> list[str]:

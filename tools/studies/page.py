@@ -1,0 +1,114 @@
+"""The page of a study: gaps of every variant by depth, what lies beyond the front of static weights, and which goals are met."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from results.origin import facts, shown
+from results.steps import Step
+from results.tables import table
+
+from megatron_sorted.checkpoint.layout import write_text_atomically
+
+from .outcomes import Outcomes, beyond, front, meets_goal
+from .picture import draw
+from .plan import Plan
+from .variants import FAMILIES, VARIANTS, Variant, expand
+
+
+def write_page(name: str, title: str, plan: Plan, outcomes: Outcomes, steps: Sequence[Step], docs: Path) -> tuple[Path, Path]:
+    """Returns the paths of page and picture, after writing both."""
+    page, picture = docs / "results" / f"study_{name}.md", docs / "images" / f"study_{name}.png"
+    draw(outcomes, title, picture)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"# {title}: ways to weigh and train exits", "", *_opening(plan, outcomes), *_gaps(outcomes),
+             f"![All variants and the front of static weights]({os.path.relpath(picture, page.parent)})", "", *_words(outcomes),
+             *_losses(outcomes), *_recipe(plan, outcomes), *_commands(plan, steps)]
+    write_text_atomically(page, "\n".join(lines).rstrip() + "\n")
+    return page, picture
+
+
+def _opening(plan: Plan, outcomes: Outcomes) -> list[str]:
+    recipe, seeds = plan.recipe, len(outcomes.separate)
+    rows = [[str(depth), plan.rate(depth), str(outcomes.separate_loss(depth)).lstrip("+")] for depth in outcomes.depths]
+    return [f"Every way trains the same nested model (exits at {', '.join(map(str, outcomes.depths))}) for {recipe.num_steps} steps of "
+            f"{recipe.batch_size} x {recipe.seq_length} tokens of the same data, {seeds} seed{'s' * (seeds > 1)}, rate {plan.rate(None)}. "
+            "A depth's *gap* is its loss on held-out samples minus that of an ordinary model of this depth trained separately: the first "
+            "layers of "
+            "the same start, equal steps, equal data, a learning rate of its own. ± is the half width of a 95 % interval (Student's t over "
+            "seeds, paired).", "", *table(["depth", "rate", "trained separately"], rows)]
+
+
+def _front(outcomes: Outcomes) -> list[tuple[float, float]]:
+    return front([(outcomes.full_gap(name).value, outcomes.mean_gap(name).value) for name in outcomes.nested
+                  if VARIANTS[name].family == "static"])
+
+
+def _gaps(outcomes: Outcomes) -> list[str]:
+    line, last, lines = _front(outcomes), outcomes.depths[-1], []
+    heads = ["way", *(f"gap @{depth}" for depth in outcomes.depths), "mean gap", "against uniform: mean", "full", "beyond the front"]
+    for family, title in FAMILIES.items():
+        names = [name for name in outcomes.nested if VARIANTS[name].family == family]
+        rows = []
+        for name in names:
+            far = beyond((outcomes.full_gap(name).value, outcomes.mean_gap(name).value), line)
+            rows.append([VARIANTS[name].title, *(f"{outcomes.gap(name, depth).value:+.3f}" for depth in outcomes.depths),
+                         str(outcomes.mean_gap(name)), str(outcomes.change(name)) if name != outcomes.uniform else "",
+                         str(outcomes.change(name, [last])) if name != outcomes.uniform else "",
+                         "outside" if far is None else f"{far:+.3f}" if family != "static" else ""])
+        if rows:
+            lines += [f"## {title}", "", *table(heads, rows)]
+    return lines
+
+
+def _words(outcomes: Outcomes) -> list[str]:
+    line, last, lines = _front(outcomes), outcomes.depths[-1], ["## What it shows", ""]
+    for name in outcomes.nested:
+        if met := meets_goal(outcomes, name):
+            lines.append(f"- **{VARIANTS[name].title}** closes {_share(outcomes, name, False)} of uniform's mean gap and "
+                         f"{_share(outcomes, name, True)} of its gap at full depth, outside the noise of seeds: goal "
+                         f"{' and goal '.join(repr(goal) for goal in met)} (a third of one, the other not worse).")
+    if len(lines) == 2:
+        lines.append("- No way closes a third of uniform's gap without losing elsewhere, outside the noise of seeds.")
+    far = {name: beyond((outcomes.full_gap(name).value, outcomes.mean_gap(name).value), line) for name in outcomes.nested}
+    ranked = sorted((name for name, value in far.items() if value is not None and VARIANTS[name].family != "static"),
+                    key=lambda name: -far[name])
+    lines.append("- Farthest beyond the front of static weights (mean gap at the same full-depth gap): "
+                 + ", ".join(f"{VARIANTS[name].title} {far[name]:+.3f}" for name in ranked[:5]) + ".")
+    helpless = [VARIANTS[name].title for name in outcomes.nested
+                if name != outcomes.uniform and not outcomes.change(name).below_zero and not outcomes.change(name, [last]).below_zero]
+    if helpless:
+        lines.append(f"- No better than uniform, neither in the mean nor at full depth: {', '.join(helpless)}.")
+    return [*lines, ""]
+
+
+def _share(outcomes: Outcomes, name: str, full: bool) -> str:
+    share = outcomes.closed(name, full)
+    return "nothing (there is none)" if share is None else f"{100 * share:.0f} %"
+
+
+def _losses(outcomes: Outcomes) -> list[str]:
+    rows = [[VARIANTS[name].title, *(str(outcomes.loss(name, depth)).lstrip("+") for depth in outcomes.depths)] for name in outcomes.nested]
+    return ["## Losses", "", *table(["way", *(f"@{depth}" for depth in outcomes.depths)], rows)]
+
+
+def _recipe(plan: Plan, outcomes: Outcomes) -> list[str]:
+    references = plan.references() if any(VARIANTS[name].needs_references for name in outcomes.nested) else {}
+    rows = []
+    for name in outcomes.nested:
+        flags = expand(VARIANTS[name], plan.depths, references, plan.recipe.num_steps)
+        rate = f" (rate x {VARIANTS[name].rate:.3g})" if VARIANTS[name].rate != 1 else ""
+        rows.append(f"| {VARIANTS[name].title} | `{' '.join(flags)}`{rate} |" if flags else f"| {VARIANTS[name].title} |{rate} |")
+    return ["## Flags", "", "| way | flags of pretrain_sorted.py |", "|---|---|", *rows, ""]
+
+
+def _commands(plan: Plan, steps: Sequence[Step]) -> list[str]:
+    names = {"uniform-1", f"separate-{plan.depths[0]}-1", *(step.name for step in plan.data_steps)}
+    shown_steps = [step for step in steps if step.name in names]
+    return ["## Commands", "", *facts(), "", "Data, one separate model and the uniform nested one; others differ in the flags above.", "",
+            *(f"{shown(step, plan.recipe)}\n" for step in shown_steps)]
+
+
+def chosen(names: Sequence[str] | None) -> list[Variant]:
+    """Returns the variants of these names in the order of the table, uniform always among them; all for None."""
+    return [variant for variant in VARIANTS.values() if names is None or variant.name in names or variant.name == "uniform"]

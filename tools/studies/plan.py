@@ -1,0 +1,125 @@
+"""The steps of a study of one data set: separately trained models of every depth, then every variant, seed by seed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from results.rates import choose_rate
+from results.recipe import Recipe, prefix
+from results.steps import PYTHON, ROOT, Step
+
+from .outcomes import Outcomes, read_losses
+from .variants import UNIFORM, Variant, expand
+
+
+class Plan:
+    """Names and commands of one study.
+
+    Args:
+        recipe: Data, model, depths, steps and rates.
+        data_steps: What makes the data.
+        held_out, tuning: Names of the sets that are measured, and that rates and references are chosen by.
+    """
+
+    def __init__(self, recipe: Recipe, data_steps: Sequence[Step], held_out: str = "held_out", tuning: str = "tuning"):
+        self.recipe, self.data_steps, self.held_out, self.tuning = recipe, list(data_steps), held_out, tuning
+        self.depths = (*recipe.exit_depths, recipe.measured[-1])
+
+    def extract_steps(self) -> list[Step]:
+        """Returns the cutting of the first layers of the model, from which separate models start."""
+        steps = []
+        for depth in self.recipe.exit_depths:
+            target = self._start_of(depth)
+            command = (PYTHON, "tools/extract_submodel.py", str(self.recipe.model), str(target), "--depth", str(depth), "--overwrite",
+                       "--no-verify")
+            steps.append(Step(f"cut-{depth}", f"Cut out the first {depth} layers", command, (target / "config.json",), (),
+                              self.recipe.data_steps))
+        return steps
+
+    def rate_steps(self) -> list[Step]:
+        """Returns short trainings that choose a learning rate: for uniform nested training, and for separate models of each depth."""
+        steps = []
+        for rate in self._rates_to_try("nested"):
+            steps.append(self._train(f"rate-nested-{rate}", self._nested_flags(()), self.recipe.model, rate, 1,
+                                     self.recipe.num_sweep_steps))
+        for depth in self.depths:
+            for rate in self._rates_to_try("ordinary"):
+                steps.append(self._train(f"rate-{depth}-{rate}", (), self._start_of(depth), rate, 1, self.recipe.num_sweep_steps,
+                                         self._needs_cut(depth)))
+        return steps
+
+    def separate_steps(self, seed: int) -> list[Step]:
+        """Returns the separate training of a model of each depth."""
+        return [self._train(f"separate-{depth}-{seed}", (), self._start_of(depth), self.rate(depth), seed, self.recipe.num_steps,
+                            self._needs_cut(depth)) for depth in self.depths]
+
+    def variant_step(self, variant: Variant, seed: int) -> Step:
+        """Returns the training of one variant; where it needs references, the separate models of seed 1 must have been trained."""
+        references = self.references() if variant.needs_references else {}
+        flags = expand(variant, self.depths, references, self.recipe.num_steps)
+        rate = f"{float(self.rate(None)) * variant.rate:.3g}"
+        return self._train(f"{variant.name}-{seed}", self._nested_flags(flags), self.recipe.model, rate, seed, self.recipe.num_steps)
+
+    def rate(self, depth: int | None) -> str:
+        """Returns the rate that was chosen for a separate model of this depth, or for nested training (None).
+
+        Raises:
+            DataError: A run that tries a rate left no evaluation.
+        """
+        name, kind = ("nested", "nested") if depth is None else (str(depth), "ordinary")
+        rates = self._rates_to_try(kind)
+        if not rates:
+            return self.recipe.rates[kind][0]
+        losses = {rate: read_losses(self._evaluation(f"rate-{name}-{rate}"), self.tuning) for rate in rates}
+        return choose_rate(losses, self.depths if depth is None else (depth,))
+
+    def references(self) -> dict[int, float]:
+        """Returns {depth: loss} of the separate models of seed 1 on the samples that are kept for choosing; held-out ones stay unseen."""
+        return {depth: read_losses(self._evaluation(f"separate-{depth}-1"), self.tuning)[depth] for depth in self.depths}
+
+    def outcomes(self, variants: Sequence[Variant], seeds: int, name: str | None = None) -> Outcomes:
+        """Returns what all trainings gave on the samples ``name``, by default the held-out ones.
+
+        Raises:
+            DataError: A training left no evaluation.
+        """
+        name = name or self.held_out
+        separate = [{depth: read_losses(self._evaluation(f"separate-{depth}-{seed}"), name)[depth] for depth in self.depths}
+                    for seed in range(1, seeds + 1)]
+        nested = {variant.name: [read_losses(self._evaluation(f"{variant.name}-{seed}"), name) for seed in range(1, seeds + 1)]
+                  for variant in variants}
+        return Outcomes(separate, nested, UNIFORM)
+
+    def _rates_to_try(self, kind: str) -> tuple[str, ...]:
+        return self.recipe.rates[kind] if len(self.recipe.rates[kind]) > 1 else ()
+
+    def _start_of(self, depth: int) -> Path:
+        return self.recipe.model if depth == self.depths[-1] else self.recipe.folder / "cut" / str(depth)
+
+    def _needs_cut(self, depth: int) -> tuple[str, ...]:
+        return () if depth == self.depths[-1] else (f"cut-{depth}",)
+
+    def _nested_flags(self, flags: Sequence[str]) -> tuple[str, ...]:
+        return "--exit-layer-nums", *map(str, self.recipe.exit_depths), *flags
+
+    def _evaluation(self, name: str) -> Path:
+        return ROOT / self.recipe.folder / "runs" / name / "evaluation.json"
+
+    def _train(self, name: str, flags: Sequence[str], start: Path, rate: str, seed: int, num_steps: int,
+               needs: tuple[str, ...] = ()) -> Step:
+        recipe, save = self.recipe, self.recipe.folder / "runs" / name
+        command = (PYTHON, "pretrain_sorted.py", "--load", str(start), "--tokenizer-model", str(start / "tokenizer.model"),
+                   "--seq-length", str(recipe.seq_length), "--data-path", str(prefix(recipe.folder, "train")),
+                   "--valid-data-path", *(str(prefix(recipe.folder, each)) for each in (self.held_out, self.tuning)),
+                   "--device", "cpu", "--micro-batch-size", str(recipe.batch_size), "--lr-warmup-iters", str(recipe.warmup), *recipe.flags,
+                   "--full-validation", "--log-interval", "50", "--seed", str(seed), "--train-iters", str(num_steps), "--lr", rate,
+                   "--save", str(save), *flags)
+        return Step(name, f"{num_steps} steps at learning rate {rate}, seed {seed}", command, (save / "evaluation.json",), (save,),
+                    (*recipe.data_steps, *needs))
+
+
+def groups(variants: Mapping[str, Variant]) -> dict[str, list[Variant]]:
+    """Returns the variants by family, in the order of the table."""
+    found: dict[str, list[Variant]] = {}
+    for variant in variants.values():
+        found.setdefault(variant.family, []).append(variant)
+    return found

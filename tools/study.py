@@ -1,0 +1,100 @@
+"""Compares ways to weigh and train exits: static and learned coefficients, schedules, gradient rules, distillation, parts of their own.
+
+    python tools/study.py stories --model MODEL_DIRECTORY --text stories.txt
+    python tools/study.py cldr
+    python tools/study.py instructions --train train.jsonl.gz --valid valid.jsonl.gz
+
+For each seed an ordinary model of each depth is trained separately, then the nested model in every way, all on the same data for as many
+steps. Writes a page into docs/results: the gap of every depth to its separate model, with confidence intervals, and a picture with the
+front that static weights trace. Finished trainings are not done again: the same command goes on where it was stopped, and more seeds or
+ways can be added. With --quick: next to no training.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from results.steps import ROOT, Runner
+from studies.data_sets import plan_cldr, plan_instructions, plan_stories
+from studies.page import chosen, write_page
+from studies.plan import Plan
+from studies.variants import VARIANTS
+
+from megatron_sorted.errors import SettingsError, SortedError
+
+TITLES = {"stories": "A small story model", "cldr": "A small model of facts",
+          "instructions": "A small model of instructions in many languages"}
+
+
+def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the command line's values."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True, metavar="DATA")
+    for name in TITLES:
+        part = parts.add_parser(name, help=TITLES[name])
+        part.add_argument("--output", type=Path, help="folder for data and runs (default: runs/study/DATA)")
+        part.add_argument("--docs", type=Path,
+                          help="folder that gets a page in results/ and images/ (default: docs; with --quick: in --output)")
+        part.add_argument("--seeds", type=int, default=3, help="trainings of each way, with seeds 1, 2, ... (%(default)s)")
+        part.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), metavar="WAY",
+                          help=f"what is trained; uniform always is (all: {', '.join(VARIANTS)})")
+        part.add_argument("--jobs", type=int, default=1, help="trainings at a time, one core each (%(default)s)")
+        part.add_argument("--quick", action="store_true", help="next to no training: only shows that everything runs")
+        part.add_argument("--fresh", action="store_true", help="do every training again")
+        if name == "stories":
+            part.add_argument("--model", type=Path, required=True, help="Hugging Face directory with a sentencepiece tokenizer.model")
+            part.add_argument("--text", type=Path, required=True, help="UTF-8 text of documents, <|endoftext|> between them")
+        if name == "instructions":
+            part.add_argument("--train", type=Path, required=True, help="JSON lines with instruction, input and output, plain or gzipped")
+            part.add_argument("--valid", type=Path, required=True, help="the same, held out")
+    values = parser.parse_args(arguments)
+    for name in ("seeds", "jobs"):
+        if getattr(values, name) < 1:
+            raise SettingsError(f"--{name}: {getattr(values, name)} is not at least 1. Use 1 or more.")
+    return values
+
+
+def run_all(plan: Plan, names: Sequence[str] | None, seeds: int, folder: Path, jobs: int) -> Runner:
+    """Returns the runner after running what is not finished: data, rates, then everything of a seed before the next seed."""
+    variants, cuts, tries = chosen(names), plan.extract_steps(), plan.rate_steps()
+    runner = Runner(folder, len(plan.data_steps) + len(cuts) + len(tries) + seeds * (len(plan.depths) + len(variants)), jobs)
+    for step in [*plan.data_steps, *cuts]:
+        runner.run([step])  # each needs the one before
+    runner.run(tries)
+    for seed in range(1, seeds + 1):
+        runner.run(plan.separate_steps(seed))
+        runner.run([plan.variant_step(variant, seed) for variant in variants])
+    return runner
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs what is missing and writes the page."""
+    values = read_arguments(arguments)
+    folder = (values.output or ROOT / "runs" / f"study{'_quick' if values.quick else ''}" / values.part).resolve()
+    docs = (values.docs or (folder / "docs" if values.quick else ROOT / "docs")).resolve()
+    if values.fresh:
+        shutil.rmtree(folder / "finished_steps", ignore_errors=True)
+    inside = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder  # commands that can be read and copied
+    if values.part == "stories":
+        plan = plan_stories(inside, values.model.resolve(), values.text.resolve(), values.quick)
+    elif values.part == "cldr":
+        plan = plan_cldr(inside, values.quick)
+    else:
+        plan = plan_instructions(inside, values.train.resolve(), values.valid.resolve(), values.quick)
+    runner = run_all(plan, values.variants, values.seeds, folder, values.jobs)
+    outcomes = plan.outcomes(chosen(values.variants), values.seeds)
+    page, picture = write_page(values.part, TITLES[values.part], plan, outcomes, runner.steps, docs)
+    print(page.read_text(encoding="utf-8"))
+    print(f"written: {page}, {picture}" + (" (--quick: nothing was learned, the numbers mean nothing)" if values.quick else ""))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SortedError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nStopped. The same command again goes on from the unfinished trainings.", file=sys.stderr)
+        sys.exit(130)
