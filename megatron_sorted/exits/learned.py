@@ -48,7 +48,7 @@ class LearnedRule(CoefficientRule):
         return state | {name: getattr(self, name) for name in self.plain}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Returns nothing; takes up a state of the same rule. Another rule's is left, and an exit that it does not know starts afresh."""
+        """Returns nothing; a fresh rule takes up a state of the same rule. Another's is left; an exit that it does not know starts anew."""
         state = state.get("below", state)  # saved under a guard
         if state.get("rule") != self.name:
             return

@@ -4,9 +4,11 @@ import dataclasses
 
 from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.checkpoint.manifest import Progress
+from megatron_sorted.parallel.groups import start_process_groups
+from megatron_sorted.platform.select import choose_platform
 from megatron_sorted.settings.derived import coefficient_rule, trained_exits
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.build import unwrap
+from megatron_sorted.training.build import build_model, build_optimizer, unwrap
 from megatron_sorted.training.checkpoints import Checkpoints, choose_checkpoint
 from megatron_sorted.training.describe import description
 from megatron_sorted.training.forward_step import ForwardStep
@@ -14,17 +16,25 @@ from megatron_sorted.training.reduce import reduce_ledger
 from megatron_sorted.training.step import train_step
 from tests.support.gather import shards_of
 from tests.support.measure_bodies import CollectiveCount
-from tests.support.rank_bodies import start
-from tests.support.tiny import make_samples, micro_batches
+from tests.support.tiny import init_method, make_samples, micro_batches
 
 
-def train_with_rule(settings: Settings, first: int, last: int, load: str | None = None, save: str | None = None,
+def train_each(runs: dict[str, tuple], settings: Settings) -> dict[str, dict]:
+    """Returns what ``train_with_rule`` says of several runs of one layout, that of ``settings``, by name; processes meet only once."""
+    platform = choose_platform(settings.device)
+    platform.prepare()
+    place = start_process_groups(settings, platform, init_method())
+    return {name: train_with_rule(platform, place, *arguments) for name, arguments in runs.items()}
+
+
+def train_with_rule(platform, place, settings: Settings, first: int, last: int, load: str | None = None, save: str | None = None,
                     poisoned_step: int | None = None) -> dict:
     """Loads if asked, trains steps first..last-1, saves if asked; returns per step losses, coefficients, observations, and weights.
 
     At ``poisoned_step`` the loss of the last exit is NaN on the first rank that has it.
     """
-    platform, place, model = start(settings)
+    model = build_model(settings, platform, place, settings.vocab_size)
+    build_optimizer(model, settings, place.world_size)
     tied = not settings.untie_embeddings_and_output_weights
     rule, said = coefficient_rule(settings), []
     report = {"initial": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied),
