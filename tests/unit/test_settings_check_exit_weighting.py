@@ -15,6 +15,7 @@ from megatron_sorted.settings.weighting import LEARNED, coefficient_rule
 BASE = replace(Settings(), mock_data=True, vocab_size=100, exit_layer_nums=(2, 4))
 REFERENCES = {"exit_reference_loss": (3.0, 2.5, 2.0)}
 EXCESS = {"exit_layer_weight_rule": "excess_loss"}
+LAST_AT_ZERO = {"exit_layer_weight_warmup_iters": 5, "exit_layer_weight": (1.0, 1.0, 1.0), "exit_layer_weight_init": (1.0, 1.0, 0.0)}
 GUARD = {"exit_guard": True, "exit_guard_loss": 2.0}
 
 
@@ -44,7 +45,7 @@ def test_a_run_within_the_rules_passes(words):
     ({"exit_guard": True}, "--exit-guard: there is no loss to hold"),
     ({"exit_guard_loss": 2.0}, "--exit-guard-loss: 2.0 has no effect without --exit-guard"),
     ({"exit_guard_rate": 0.5}, "--exit-guard-rate: 0.5 has no effect without --exit-guard"),
-    ({**GUARD, "exit_layer_weight": (0.1, 0.1, 0.0)}, "--exit-guard: the last exit counts 0 at step 0"),
+    ({**GUARD, **LAST_AT_ZERO}, "--exit-guard: the last exit counts 0 at step 0"),
     ({"exit_layer_weight_rule": "dwa", "exit_layer_weight": (0.1, 0.2)}, "--exit-layer-weight: a list beside --exit-layer-weight-rule dwa"),
     ({"exit_layer_weight_rule": "dwa", "exit_layer_weight_warmup_iters": 5}, "dwa sets the coefficients from the first step on"),
     ({"exit_dwa_window": 5}, "--exit-dwa-window: 5 has no effect with --exit-layer-weight-rule uniform. Use dwa"),
@@ -53,7 +54,7 @@ def test_a_run_within_the_rules_passes(words):
     ({"exit_curriculum_interval": 2}, "--exit-curriculum-interval: 2 has no effect with --exit-curriculum none. Use rotation"),
     ({"exit_curriculum": "rotation", "exit_curriculum_fraction": 0.3}, "--exit-curriculum-fraction: 0.3 has no effect"),
     ({"exit_curriculum": "gradual", "exit_curriculum_fraction": 1.5}, "--exit-curriculum-fraction: 1.5 is above 1"),
-    ({"exit_curriculum": "gradual", "exit_layer_weight": (0.1, 0.1, 0.0)}, "--exit-curriculum gradual: the last exit counts 0"),
+    ({"exit_curriculum": "gradual", **LAST_AT_ZERO}, "--exit-curriculum gradual: the last exit counts 0"),
     ({"exit_curriculum": "rotation", "exit_sampling": "probabilities", "exit_probabilities": (0.5, 0.5, 0.0)},
      "--exit-curriculum rotation: beside --exit-sampling probabilities"),
     ({"exit_sampling": "coefficients", "num_sampled_exits": 4}, "--num-sampled-exits: 4 of 3"),
