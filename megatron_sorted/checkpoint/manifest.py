@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.settings.derived import coefficient_rule, exit_depths, ffn_hidden_size, kv_channels, num_query_groups
+from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, num_query_groups
 from megatron_sorted.settings.load import settings_from_dict
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.weighting import base_rule
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -147,9 +148,10 @@ def network_shape(settings: Settings, vocab_size: int) -> dict[str, Any]:
 
 def exits_description(settings: Settings) -> dict[str, Any]:
     """Returns what a manifest says of exits: "exits"."""
-    coefficients = coefficient_rule(settings).coefficients(settings.exit_layer_weight_warmup_iters)
+    coefficients = base_rule(settings).coefficients(settings.exit_layer_weight_warmup_iters)
     return {"depths": list(exit_depths(settings)), "own_norm": settings.use_exit_norm,
             "own_output_weights": settings.untie_exit_output_weights,
+            # of the rule alone: a curriculum switches exits on later, and a rule that learns has moved (its state is saved beside)
             "coefficients": {str(depth): value for depth, value in coefficients.items()}}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exits.depths import by_depth, normalise_depths
+from megatron_sorted.exits.observation import Observation
 
 RULES: dict[str, Callable[[int], float]] = {
     "uniform": lambda depth: 1.0,
@@ -19,6 +20,9 @@ RULES: dict[str, Callable[[int], float]] = {
 }
 """Weight of a depth before the weights of all exits are divided by their sum."""
 
+LAYERSKIP = "layerskip"
+"""Name of the one rule of depth that also depends on the number of layers and a scale."""
+
 WARMUPS: dict[str, Callable[[float], float]] = {
     "linear": lambda part: part,
     "cosine": lambda part: (1 - math.cos(math.pi * part)) / 2,
@@ -27,7 +31,7 @@ WARMUPS: dict[str, Callable[[float], float]] = {
 
 
 class CoefficientRule(ABC):
-    """What gives every exit its coefficient. A rule that learns also overrides the last three methods."""
+    """What gives every exit its coefficient. A rule that learns also overrides the methods after `coefficients`."""
 
     @property
     @abstractmethod
@@ -38,8 +42,21 @@ class CoefficientRule(ABC):
     def coefficients(self, step: int) -> dict[int, float]:
         """Returns {depth: coefficient} of every exit at ``step``, which counts from 0."""
 
-    def observe(self, step: int, losses: Mapping[int, float]) -> None:
-        """Returns nothing; takes note of the losses by depth of a finished step. A fixed rule needs none."""
+    @property
+    def needs(self) -> frozenset[str]:
+        """Returns what the rule must be told of a finished step (see ``observation``); a fixed rule needs nothing, and costs nothing."""
+        return frozenset()
+
+    def thresholds(self, step: int) -> tuple[float, ...]:
+        """Returns the probabilities above which tokens are taken to leave at an exit at ``step``, increasing; for a rule that needs it."""
+        return ()
+
+    def observe(self, step: int, seen: Observation) -> None:
+        """Returns nothing; takes note of a finished step. A fixed rule needs none."""
+
+    def numbers(self) -> dict[str, float]:
+        """Returns by name what else a report should show of the rule."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint must keep of the rule; a fixed rule has nothing to keep."""
@@ -72,9 +89,23 @@ class FixedCoefficients(CoefficientRule):
         return {depth: self.initial[depth] + (final - self.initial[depth]) * moved for depth, final in self.final.items()}
 
 
-def coefficients_by_rule(rule: str, depths: Sequence[int]) -> dict[int, float]:
-    """Returns {depth: coefficient} of a named rule of depth; they sum to 1."""
-    weights = {depth: RULES[rule](depth) for depth in depths}
+def layerskip_weight(depth: int, num_layers: int, scale: float) -> float:
+    """Returns LayerSkip's weight of a depth, quadratic in depth and ``scale`` times smaller below the last layer.
+
+    With layers counted from 0, l = depth - 1: e(l) = scale * sum_{i <= l} i below the last layer L - 1, and
+    e(L - 1) = L - 1 + scale * sum_{i <= L - 2} i. So an exit after the first layer counts 0.
+
+    Source: LayerSkip, arXiv 2404.16710, section 4.1.2.
+    """
+    layer = depth - 1
+    if depth < num_layers:
+        return scale * layer * (layer + 1) / 2
+    return layer + scale * (layer - 1) * layer / 2 if layer else 1.0
+
+
+def coefficients_by_rule(rule: str, depths: Sequence[int], num_layers: int = 0, scale: float = 1.0) -> dict[int, float]:
+    """Returns {depth: coefficient} of a named rule of depth; they sum to 1. The last two arguments are those of ``layerskip_weight``."""
+    weights = {depth: layerskip_weight(depth, num_layers, scale) if rule == LAYERSKIP else RULES[rule](depth) for depth in depths}
     total = sum(weights.values())
     return {depth: weight / total for depth, weight in weights.items()}
 
@@ -87,6 +118,7 @@ def make_coefficient_rule(
     initial: Sequence[float] = (),
     warmup_iters: int = 0,
     warmup_style: str = "linear",
+    scale: float = 1.0,
 ) -> CoefficientRule:
     """Returns the rule that settings describe.
 
@@ -99,6 +131,7 @@ def make_coefficient_rule(
             moves only if it has a value here.
         warmup_iters: steps of the warm-up; 0 for none.
         warmup_style: one of `WARMUPS`.
+        scale: of the rule "layerskip".
 
     Raises:
         SettingsError: a list does not fit the exits, has a negative or only zero coefficients, or ``initial`` comes without a warm-up.
@@ -108,7 +141,7 @@ def make_coefficient_rule(
         listed = _checked("--exit-layer-weight", weights, exit_layer_nums, num_layers)
         final = {depth: listed.get(depth, 1.0) for depth in depths}
     else:
-        final = coefficients_by_rule(rule, depths)
+        final = coefficients_by_rule(rule, depths, num_layers, scale)
     if initial and not warmup_iters:
         raise SettingsError(
             "--exit-layer-weight-init: it has no effect without a warm-up (--exit-layer-weight-warmup-iters 0). "

@@ -1,7 +1,9 @@
 """Which exits train at a step: the same answer on every rank, without talking and without state."""
 
-import hashlib
+import math
 from collections.abc import Mapping, Sequence
+
+from megatron_sorted.exits.chance import uniform_number
 
 
 def select_exits(
@@ -24,14 +26,18 @@ def select_exits(
         seed: the run's seed.
         depths: all exits.
         coefficients: coefficient of every exit at this step.
-        sampling: "all", "uniform", or "probabilities".
-        num_sampled: how many exits are drawn without replacement, unless "all".
+        sampling: "all", "uniform", "probabilities", or "coefficients" (see ``_draw_in_proportion``).
+        num_sampled: how many exits are drawn, unless "all"; without replacement, unless "coefficients".
         probabilities: chance of each exit for "probabilities"; one at 0 is never drawn.
         normalised: coefficients are shares of one whole: those of drawn exits are scaled to sum 1.
     """
     active = [depth for depth in sorted(depths) if coefficients[depth] != 0]
     if sampling == "all":
         return {depth: coefficients[depth] for depth in active}
+    if sampling == "coefficients":
+        counts = _draw_in_proportion({depth: coefficients[depth] for depth in active}, num_sampled, f"{seed}/{step}")
+        total = 1.0 if normalised else sum(coefficients[depth] for depth in active)
+        return {depth: total * count / num_sampled for depth, count in counts.items()}
     if sampling == "uniform":
         weights = dict.fromkeys(active, 1.0)
     else:
@@ -58,7 +64,26 @@ def _draw(weights: dict[int, float], num: int, key: str) -> list[int]:
     return drawn
 
 
+def _draw_in_proportion(weights: dict[int, float], num: int, key: str) -> dict[int, int]:
+    """Returns how often each key is drawn in ``num`` draws, in increasing order; on average ``num`` x its share of the weight, exactly.
+
+    So exits that count as often as they are drawn have, on average, the gradient of all exits with their coefficients. Drawing
+    without replacement has not, once more than one is drawn. A key is drawn more than once only if its share is above 1 / ``num``.
+
+    Source: systematic sampling (Madow, Annals of Mathematical Statistics 20, 1949): equally spaced points with one chance shift.
+    """
+    spacing = sum(weights.values()) / num
+    shift, before, counts = _uniform(f"{key}/0"), 0, {}
+    reached, last = 0.0, max(weights)
+    for depth, weight in weights.items():
+        reached += weight / spacing
+        # points shift, shift + 1, ..., below what is reached; rounding may leave the last sum a little below ``num``
+        points = num if depth == last else min(num, max(0, math.ceil(reached - shift)))
+        if points > before:
+            counts[depth] = points - before
+        before = points
+    return counts
+
+
 def _uniform(key: str) -> float:
-    """Returns a number in [0, 1) that depends on the text alone: a hash, so that no Python version or platform changes a run."""
-    digest = hashlib.sha256(f"exit selection {key}".encode()).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2.0**53
+    return uniform_number(f"exit selection {key}")

@@ -59,11 +59,13 @@ class ExitLoss:
         loss_n: The loss (nats), fp32.
         correct_n: Whether the label was the most likely token.
         choice_n: The most likely token, of equally likely ones the lowest id; int32. None unless asked for.
+        confidence_n: Its probability, fp32. None unless asked for.
     """
 
     loss_n: torch.Tensor
     correct_n: torch.Tensor
     choice_n: torch.Tensor | None = None
+    confidence_n: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -159,12 +161,13 @@ def exit_loss(
     chunk_tokens: int,
     factor: torch.Tensor | None = None,
     with_choice: bool = False,
+    with_confidence: bool = False,
 ) -> tuple[ExitLoss, torch.Tensor | None]:
     """Returns the exit's losses and, when ``factor`` is given, the gradient of ``factor * sum(loss_mask * loss)`` to its input.
 
     Gradients of the norm and of the output matrix are added to the parameters directly (``GradientSink``).
 
-    ``with_choice`` the losses also hold each token's most likely token; nothing else changes.
+    ``with_choice`` the losses also hold each token's most likely token, ``with_confidence`` its probability; nothing else changes.
 
     Collective: over ``shard.group`` where the vocabulary is split: two small all-reduces a chunk (three ``with_choice``, see
     ``_chunk_loss``), then for gradients one all-reduce of [n, h]; with sequence parallelism instead one all-gather and one
@@ -186,6 +189,7 @@ def exit_loss(
     loss_n = torch.empty(num_tokens, dtype=torch.float32, device=hidden_tbh.device)
     correct_n = torch.empty(num_tokens, dtype=torch.bool, device=hidden_tbh.device)
     choice_n = torch.empty(num_tokens, dtype=torch.int32, device=hidden_tbh.device) if with_choice else None
+    confidence_n = torch.empty_like(loss_n) if with_confidence else None
     d_inputs_nh = torch.empty_like(inputs_nh) if factor is not None else None
     sink = GradientSink(weight_ph)
     buffer = torch.empty(min(chunk_tokens, num_tokens), shard.size, dtype=inputs_nh.dtype, device=hidden_tbh.device)
@@ -198,12 +202,14 @@ def exit_loss(
         loss_n[span], correct_n[span] = chunk.loss_n, chunk.correct_n
         if choice_n is not None:
             choice_n[span] = chunk.choice_n
+        if confidence_n is not None:
+            confidence_n[span] = chunk.total_n.reciprocal()  # exp(0) over the sum of exp(logit - highest logit)
         if factor is None:
             continue
         d_logits = _chunk_gradient(chunk, targets.loss_mask_n[span] * factor, out_np=logits)
         torch.mm(d_logits, weight, out=d_inputs_nh[span])
         sink.add_product(d_logits, x)
-    losses = ExitLoss(loss_n, correct_n, choice_n)
+    losses = ExitLoss(loss_n, correct_n, choice_n, confidence_n)
     if factor is None:
         return losses, None
     return losses, _through_norm(leaf, normed_tbh, norm, d_inputs_nh, full_sbh.shape, targets, shard)

@@ -12,6 +12,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 
+from megatron_sorted.model.layer_dropout import LayerDropout
 from megatron_sorted.model.norm import Norm
 from megatron_sorted.model.rotary import make_rotary
 from megatron_sorted.model.segments import cut_block
@@ -74,6 +75,7 @@ class SortedStage(MegatronModule):
         self.decoder = TransformerBlock(
             config, spec, post_layer_norm=False, pre_process=plan.has_embedding, post_process=plan.is_last, vp_stage=self.vp_stage)
         assert len(self.decoder.layers) == plan.num_layers, "our layer split differs from Megatron's"
+        self.layer_dropout = LayerDropout(self.decoder.layers, plan.first_layer, settings) if settings.layer_dropout else None
         ends = sorted({depth - plan.first_layer for depth in plan.depths} | {plan.num_layers})
         self._segments = cut_block(self.decoder, ends)
         self._build_heads(settings, vocab_size, shared)

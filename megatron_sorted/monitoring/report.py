@@ -57,6 +57,7 @@ class StepReport:
         mfu: That over the device's peak; None where the peak is unknown.
         memory_bytes: Largest use so far, over all processes.
         phases: Mean seconds of each phase of a step, by name; empty unless asked for.
+        exit_rule: What else the rule of the coefficients shows, after the last step, by name: "guard-multiplier".
     """
 
     step: int
@@ -79,6 +80,7 @@ class StepReport:
     mfu: float | None = None
     memory_bytes: int = 0
     phases: dict[str, float] = field(default_factory=dict)
+    exit_rule: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def _of_steps(report: StepReport, last_depth: int) -> dict[str, float | None]:
         "seconds-left": report.seconds_left,
     }
     values |= {f"phase/{name}": seconds for name, seconds in report.phases.items()}
+    values |= {f"exit-rule/{name}": value for name, value in report.exit_rule.items()}
     return values | _of_exits(report.exits, "")
 
 

@@ -17,12 +17,17 @@ POSITIVE = (
     "loss_scale_window", "hysteresis",
     "save_interval", "log_interval", "eval_interval", "eval_iters", "save_retain", "save_retain_interval",
     "exit_interval", "exit_duration_in_mins", "hang_timeout_minutes", "num_draft_tokens", "device_peak_tflops", "profile_step_end",
+    "exit_layer_weight_scale", "exit_uncertainty_rate", "exit_uncertainty_variance", "exit_dwa_window", "exit_dwa_temperature",
+    "exit_gradnorm_rate", "exit_simulated_thresholds", "exit_excess_rate", "exit_guard_rate", "exit_guard_largest", "exit_guard_loss",
+    "exit_curriculum_interval", "exit_curriculum_fraction",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "moe_aux_loss_coeff", "exit_layer_weight_warmup_iters", "train_iters", "seed", "min_lr", "lr_warmup_iters", "lr_warmup_init",
     "weight_decay", "clip_grad", "nonfinite_steps_allowed", "profile_step_start", "ckpt_step", "exit_adapter_rank",
+    "exit_gradnorm_alpha", "exit_simulated_sharpness", "exit_guard_margin",
 )  # fmt: skip
-BELOW_ONE = ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "sgd_momentum")
+BELOW_ONE = ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "sgd_momentum", "exit_inverse_loss_decay",
+             "exit_guard_decay", "exit_excess_smoothing", "layer_dropout")
 
 
 def check_numbers(settings: Settings) -> None:

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Iterable
 
-from megatron_sorted.exits.coefficients import CoefficientRule, make_coefficient_rule
+from megatron_sorted.exits.coefficients import CoefficientRule
 from megatron_sorted.exits.depths import by_depth, normalise_depths
 from megatron_sorted.exits.placement import ChunkLayers, chunk_layers
 from megatron_sorted.exits.selection import select_exits
 from megatron_sorted.settings.require import require
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.weighting import coefficient_rule as coefficient_rule
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 SMALLEST_SHARE = 1e-6
@@ -86,19 +87,6 @@ def layers_of_chunks(settings: Settings) -> list[ChunkLayers]:
 def exit_depths(settings: Settings) -> tuple[int, ...]:
     """Returns the depths of all exits in increasing order; the last layer is always one."""
     return normalise_depths(settings.exit_layer_nums, settings.num_layers)
-
-
-def coefficient_rule(settings: Settings) -> CoefficientRule:
-    """Returns the rule that gives every exit its coefficient at a step."""
-    return make_coefficient_rule(
-        settings.exit_layer_nums,
-        settings.num_layers,
-        settings.exit_layer_weight_rule,
-        settings.exit_layer_weight,
-        settings.exit_layer_weight_init,
-        settings.exit_layer_weight_warmup_iters,
-        settings.exit_layer_weight_warmup_style,
-    )
 
 
 def exit_probabilities(settings: Settings) -> dict[int, float]:

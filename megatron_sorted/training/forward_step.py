@@ -10,6 +10,8 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_sorted.data.batches import Batch
+from megatron_sorted.exits.coefficients import CoefficientRule
+from megatron_sorted.exits.observation import EXIT_LAYERS
 from megatron_sorted.loss.deferred import end, tap
 from megatron_sorted.loss.ledger import Ledger
 from megatron_sorted.loss.linear_cross_entropy import ExitLoss, Targets, exit_loss
@@ -21,6 +23,7 @@ from megatron_sorted.settings.derived import deepest_layer_run
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model, unwrap
 from megatron_sorted.training.choices import Choices
+from megatron_sorted.training.confidence import Confidences
 
 # Called in evaluation with depth, what the exit said, the targets and the batch.
 Observer = Callable[[int, ExitLoss, Targets, Batch], None]
@@ -75,6 +78,9 @@ class ForwardStep:
         track_agreement: Whether exits are compared with the last one, token by token, which costs an argmax an exit.
         choices: What they chose in the step under way.
         checksum: Sum of the checksums of the micro-batches trained on since ``take_checksum``.
+        step: The step under way, from 0.
+        observes: What the rule of the coefficients is to be told of it.
+        confidences: How sure the exits are, if that is among it.
     """
 
     settings: Settings
@@ -87,12 +93,21 @@ class ForwardStep:
     track_agreement: bool = False
     choices: Choices = field(default_factory=Choices)
     checksum: int = 0
+    step: int = 0
+    observes: frozenset[str] = frozenset()
+    confidences: Confidences = field(default_factory=Confidences)
     _calls: dict[int, int] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
         """Where batches go."""
         return self.platform.device()
+
+    def begin_step(self, step: int, rule: CoefficientRule) -> None:
+        """Takes note of the step that comes, and of what ``rule`` is to be told of it."""
+        self.step, self.observes = step, rule.needs
+        self.confidences.clear()
+        self.confidences.thresholds = rule.thresholds(step)
 
     def __call__(self, batches: Iterator[Batch], chunk: torch.nn.Module):
         """Returns the chunk's output and Megatron's loss function for it.
@@ -108,6 +123,10 @@ class ForwardStep:
             self.checksum += whole.checksum
         if self.compares:
             self.choices.add_batch(number, batch.loss_mask_bs, batch.positions_bs, batch.segments_bs)
+        if self.simulates:
+            self.confidences.num_counted[number] = int((batch.loss_mask_bs != 0).sum())
+        if stage.layer_dropout is not None and self.observer is None:
+            stage.layer_dropout.draw(self.step, self._global_indices(number), self.platform)
         targets = self._to_device(count_targets(batch)) if stage.depths else None
         micro = _MicroBatch(batch, targets, number, int(batch.loss_mask_bs.sum()), self._deepest())
         moved = self._to_device(batch)
@@ -144,6 +163,17 @@ class ForwardStep:
     def compares(self) -> bool:
         """Whether exits are compared with the last one now: if asked, and the last one is computed."""
         return self.track_agreement and (self.observer is not None or self.coefficients.get(self.settings.num_layers, 0.0) != 0)
+
+    @property
+    def simulates(self) -> bool:
+        """Whether the rule is told where tokens would leave."""
+        return EXIT_LAYERS in self.observes and self.observer is None
+
+    def _global_indices(self, number: int) -> list[int]:
+        """Returns the places in the global batch of the samples of this rank's micro-batch ``number`` (see ``make_train_batches``)."""
+        size = self.settings.micro_batch_size
+        first = (number * parallel_state.get_data_parallel_world_size() + parallel_state.get_data_parallel_rank()) * size
+        return list(range(first, first + size))
 
     def _to_device(self, tensors: Batch | Targets):
         """Returns a copy of a dataclass with all its tensors on the device, without waiting."""
@@ -209,9 +239,11 @@ class ForwardStep:
         head = stage.head(depth)
         chunk_tokens = self.settings.exit_loss_chunk_tokens or self.platform.loss_chunk_tokens
         losses, gradient = exit_loss(
-            hidden_tbh, head.norm, head.weight_ph, micro.targets, self.model.shard, chunk_tokens, factor, self.compares)
+            hidden_tbh, head.norm, head.weight_ph, micro.targets, self.model.shard, chunk_tokens, factor, self.compares, self.simulates)
         if self.compares:
             self.choices.add(depth, micro.number, losses.choice_n)
+        if self.simulates:
+            self.confidences.add(depth, micro.number, losses.confidence_n, self.model.vocab_size)
         return losses, gradient
 
     def _exit_backward(self, stage: SortedStage, micro: _MicroBatch, depth: int, hidden_tbh: torch.Tensor,

@@ -1,5 +1,6 @@
 """The whole run: build, load, train, evaluate, save, report, stop."""
 
+import dataclasses
 import json
 import sys
 import time
@@ -133,6 +134,7 @@ class Run:
             reports = done % settings.log_interval == 0 or done in (settings.train_iters, start + 1)
             self.forward_step.track_agreement = reports
             coefficients = trained_exits(settings, self.rule, step)
+            self.forward_step.begin_step(step, self.rule)
             self.watchdog.mark(f"step {done}, data")
             with timers("data"):
                 micro_batches = list(islice(batches, micro_batches_a_step))
@@ -141,6 +143,8 @@ class Run:
                                 lambda: self.stops.ask_around(self.checkpoints.busy))
             self.watchdog.mark(f"step {done}, after the optimizer")
             self.progress = Progress(done, self.progress.samples + samples_a_step)
+            if result.observed is not None:
+                self.rule.observe(step, result.observed)
             self.interval.add(result, self.forward_step)
             if result.not_finite is None:
                 nonfinite.finite()
@@ -171,6 +175,7 @@ class Run:
         """
         with self.model.timers("report"):
             report = self.interval.report(result, self.forward_step, self.progress.step, self.progress.samples)
+        report = dataclasses.replace(report, exit_rule=self.rule.numbers())
         self.say(step_line(report))
         if self.writers:
             self.writers.write(report)

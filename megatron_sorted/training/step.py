@@ -12,11 +12,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.nn.utils import get_total_norm
 
 from megatron_sorted.data.batches import Batch
+from megatron_sorted.exits.observation import Observation
 from megatron_sorted.platform.state import current_device
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model
 from megatron_sorted.training.forward_step import ForwardStep
 from megatron_sorted.training.nonfinite import where_from
+from megatron_sorted.training.observation import numbers_to_observe, read_observation
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class StepResult:
         grad_norm: Global gradient norm before clipping; NaN where fp16 overflowed.
         not_finite: Where a loss or gradient was NaN or infinite, in words; None for a good step and for fp16 overflow, which the loss
             scale answers.
+        observed: What the rule of the coefficients is to be told; None where it does not learn, and of a step that was left out.
     """
 
     stepped: bool
     grad_norm: float
     not_finite: str | None = None
+    observed: Observation | None = None
 
 
 def finalize_gradients(model: Model) -> Callable:
@@ -121,17 +125,19 @@ def optimizer_step(model: Model, settings: Settings, forward_step: ForwardStep, 
     """Returns the result of the optimizer's step, which is left out where any rank saw a number that is not finite.
 
     The steps of Megatron's ``ChainedOptimizer.step``, with that question between the gradient norm and the update. For its answer the
-    host waits for the device, as Megatron's optimizer does to read the norm; nothing else in a step makes it wait.
+    host waits for the device, as Megatron's optimizer does to read the norm; nothing else in a step makes it wait. What a rule that
+    learns is told comes with the answer.
 
-    Collective: the optimizer's, and one all-reduce of a number over all ranks.
+    Collective: the optimizer's, and one all-reduce over all ranks, of a number and of those of ``numbers_to_observe``.
     """
     optimizer = model.optimizer
     if optimizer.prepare_grads():  # fp16 overflow on some rank: Megatron lowers the loss scale
         return StepResult(False, float("nan"))
     norm = _grad_norm(optimizer)
     bad = torch.maximum(forward_step.ledger.bad_flag(forward_step.device), (~torch.isfinite(norm)).float())
-    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    is_bad, grad_norm = torch.stack((bad, norm)).tolist()
+    numbers = torch.cat((bad.double().reshape(1), numbers_to_observe(forward_step)))
+    dist.all_reduce(numbers)
+    is_bad, grad_norm, *observed = torch.cat((numbers[:1], norm.double().reshape(1), numbers[1:])).tolist()
     if is_bad:
         return StepResult(False, grad_norm, where_from(forward_step.ledger, grad_norm))
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -141,4 +147,4 @@ def optimizer_step(model: Model, settings: Settings, forward_step: ForwardStep, 
     stepped = optimizer.step_with_ready_grads()
     if stepped:
         model.schedule.step(increment=samples)
-    return StepResult(bool(stepped), grad_norm)
+    return StepResult(bool(stepped), grad_norm, observed=read_observation(observed, forward_step) if stepped else None)

@@ -12,7 +12,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny
 
 STEP = Path(step.__file__).read_text().splitlines()
-NUMBER, LINE = next((number, line.strip()) for number, line in enumerate(STEP, 1) if "is_bad, grad_norm = " in line)
+NUMBER, LINE = next((number, line.strip()) for number, line in enumerate(STEP, 1) if "is_bad, grad_norm" in line)
 ONCE = f"step.py:{NUMBER} {LINE}"
 PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS = [
@@ -20,6 +20,8 @@ LAYOUTS = [
     (1, {"calculate_per_token_loss": False, "untie_exit_output_weights": True, "exit_sampling": "uniform"}),
     (1, {"fp16": True, "loss_scale": 1024.0}),
     (2, {**PP2, "num_layers_per_virtual_pipeline_stage": 1}),
+    (2, {**PP2, "exit_layer_weight_rule": "gradnorm", "exit_guard": True, "exit_guard_loss": 1.0}),
+    (2, {**PP2, "num_layers_per_virtual_pipeline_stage": 1, "exit_layer_weight_rule": "simulated_exit", "layer_dropout": 0.3}),
     (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "bf16": True}),
     (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True, "bf16": True}),
 ]

@@ -116,10 +116,13 @@ def host_waits(settings: Settings, track: bool, packed: bool) -> dict:
     forward_step = ForwardStep(settings, model, MarkedPlatform(waits), track_agreement=track)
     samples = make_samples(settings.global_batch_size, settings.seq_length, 100, packed, packed)
     batches = micro_batches(samples, settings, place.data_rank, place.data_size, packed)
-    coefficients = trained_exits(settings, coefficient_rule(settings), 0)
+    rule = coefficient_rule(settings)
+    coefficients = trained_exits(settings, rule, 0)
+    forward_step.begin_step(0, rule)
     train_step(model, settings, forward_step, batches, coefficients, settings.global_batch_size)  # caches fill
     forward_step.ledger.clear()
     with waits:
+        forward_step.begin_step(1, rule)
         train_step(model, settings, forward_step, batches, coefficients, settings.global_batch_size)
         flag = forward_step.ledger.bad_flag(forward_step.device)
     step, others = list(waits.found), list(waits.megatrons)

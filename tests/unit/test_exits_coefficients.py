@@ -6,6 +6,7 @@ import pytest
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exits.coefficients import RULES, make_coefficient_rule
+from megatron_sorted.exits.observation import Observation
 
 TABLE = {
     "uniform": {1: 1 / 3, 4: 1 / 3, 9: 1 / 3},
@@ -27,6 +28,14 @@ def test_a_rule_of_depth_gives_its_table(rule):
     assert made.normalised
     for step in (0, 1, 1000):
         assert made.coefficients(step) == pytest.approx(TABLE[rule], abs=1e-15)
+
+
+def test_layerskips_rule_is_quadratic_and_the_last_layer_counts_fully():
+    # layers 0..8: below the last 0.5 * (0, 1, 3, 6, 10, 15, 21, 28), the last 8 + 0.5 * (0 + ... + 7) = 22
+    made = make_coefficient_rule((1, 4, 6), 9, "layerskip", scale=0.5)
+    assert made.coefficients(0) == pytest.approx({1: 0.0, 4: 3 / 32.5, 6: 7.5 / 32.5, 9: 22 / 32.5}, abs=1e-15)
+    assert make_coefficient_rule((), 1, "layerskip").coefficients(0) == {1: 1.0}
+    assert make_coefficient_rule((), 2, "layerskip", scale=0.2).coefficients(0) == {2: 1.0}
 
 
 def test_a_list_is_used_as_given_and_the_last_counts_one():
@@ -58,7 +67,8 @@ def test_a_warm_up_may_start_above_and_may_move_the_last():
 
 def test_a_fixed_rule_keeps_nothing():
     made = make_coefficient_rule((2,), 4)
-    made.observe(0, {2: 3.0, 4: 2.0})
+    made.observe(0, Observation({2: 3.0, 4: 2.0}, {2: 0.5, 4: 0.5}))
+    assert made.needs == frozenset() and made.thresholds(0) == () and made.numbers() == {}
     assert made.state_dict() == {}
     assert made.coefficients(1) == {2: 0.5, 4: 0.5}
 

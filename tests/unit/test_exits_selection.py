@@ -71,3 +71,28 @@ def test_draws_depend_on_step_and_seed_alone():
 
 GOLDEN = [(4, 6), (4, 8), (2, 6), (6, 8), (4, 8), (4, 6), (2, 6), (2, 6)]
 """Drawn once, by other code, and kept: another result would make resumed runs differ from unbroken ones."""
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 4])
+def test_drawn_by_coefficients_the_mean_of_what_counts_is_the_coefficients(num):
+    """With shares above 1 / num too: such an exit is drawn every time, sometimes twice."""
+    coefficients, steps = {2: 0.05, 4: 0.15, 6: 0.2, 8: 0.6}, 20_000
+    total = dict.fromkeys(coefficients, 0.0)
+    for step in range(steps):
+        drawn = select_exits(step, 7, DEPTHS, coefficients, "coefficients", num)
+        assert sum(drawn.values()) == pytest.approx(1) and list(drawn) == sorted(drawn)
+        for depth, coefficient in drawn.items():
+            times = coefficient * num
+            assert times == pytest.approx(round(times)) and abs(times - num * coefficients[depth]) < 1
+            total[depth] += coefficient
+    for depth, coefficient in coefficients.items():
+        assert total[depth] / steps == pytest.approx(coefficient, abs=4.5 * (0.25 / steps) ** 0.5)
+
+
+def test_a_list_drawn_by_coefficients_keeps_its_sum_and_zeros_stay_out():
+    for step in range(100):
+        drawn = select_exits(step, 7, DEPTHS, {2: 0.0, 4: 0.5, 6: 0.0, 8: 1.5}, "coefficients", 2, normalised=False)
+        assert sum(drawn.values()) == pytest.approx(2.0) and drawn.keys() <= {4, 8}
+    assert select_exits(0, 7, DEPTHS, {2: 0.0, 4: 0.0, 6: 0.0, 8: 1.0}, "coefficients", 3) == {8: 1.0}
+    for step in range(100):  # rounding of the sum of many shares loses no draw
+        assert sum(select_exits(step, 7, range(1, 8), dict.fromkeys(range(1, 8), 1 / 7), "coefficients", 7).values()) == pytest.approx(1)

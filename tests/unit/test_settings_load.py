@@ -96,7 +96,7 @@ def test_a_line_of_the_file_becomes_a_value_of_the_field(run_file, text, name, v
         (["--save-interval", "x"], "--save-interval: 'x' is not what this setting takes. Give a whole number or none."),
         (["--exit-layer-nums", "2", "x"],
          "--exit-layer-nums: ['2', 'x'] is not what this setting takes. Give a list, each element a whole number."),
-        (["--optimizer", "adamw"], "--optimizer: 'adamw' is not what this setting takes. Give one of adam, sgd."),
+        (["--optimizer", "adamw"], "--optimizer: 'adamw' is not what this setting takes. Did you mean adam? Give one of adam, sgd."),
         (["--config", "a", "--config", "b"], "--config: given 2 times (a, b). Give one file; flags override it."),
     ],
 )  # fmt: skip

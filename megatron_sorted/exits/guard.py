@@ -1,0 +1,83 @@
+"""Holds the full model's loss to a reference, on top of any rule."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_sorted.exits.coefficients import CoefficientRule
+from megatron_sorted.exits.observation import LOSSES, Observation
+
+
+@dataclass
+class Guard(CoefficientRule):
+    """Adds a multiplier to the last exit's coefficient while that exit's loss is above its reference; shares are divided to sum 1 again.
+
+    Minimise sum c_i L_i subject to L_last <= reference + margin: the Lagrangian is sum c_i L_i + m (L_last - reference - margin), and
+    dual ascent moves m <- clip(m + rate * (moving mean of L_last - reference - margin), 0, largest).
+
+    Source: dual ascent, Boyd and Vandenberghe, Convex Optimization, section 5; with stochastic constraints e.g. Eisen et al.,
+    arXiv 1807.08088. The clip from above keeps a start from random weights, far above its reference, from winding m up without end.
+
+    Attributes:
+        rule: The rule below.
+        last: Depth of the last exit.
+        reference: Loss to hold, in nats a token, ``margin`` added.
+        rate: Of the ascent.
+        decay: Of the moving mean.
+        largest: Multiplier.
+        multiplier: Now.
+        average: Moving mean of the last exit's loss; None before it trained.
+    """
+
+    rule: CoefficientRule
+    last: int
+    reference: float
+    rate: float
+    decay: float
+    largest: float
+    multiplier: float = field(default=0.0, init=False)
+    average: float | None = field(default=None, init=False)
+
+    @property
+    def normalised(self) -> bool:
+        """Returns whether the rule below gives shares."""
+        return self.rule.normalised
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Returns what the rule below needs, and losses."""
+        return self.rule.needs | {LOSSES}
+
+    def thresholds(self, step: int) -> tuple[float, ...]:
+        """Returns those of the rule below."""
+        return self.rule.thresholds(step)
+
+    def coefficients(self, step: int) -> dict[int, float]:
+        """Returns those of the rule below with the multiplier added to the last; where they are shares, divided by 1 + multiplier."""
+        below = self.rule.coefficients(step)
+        below[self.last] += self.multiplier
+        whole = 1 + self.multiplier if self.normalised else 1.0
+        return {depth: coefficient / whole for depth, coefficient in below.items()}
+
+    def observe(self, step: int, seen: Observation) -> None:
+        """Returns nothing; one step of the ascent if the last exit trained."""
+        self.rule.observe(step, seen)
+        loss = seen.losses.get(self.last)
+        if loss is None:
+            return
+        self.average = loss if self.average is None else self.decay * self.average + (1 - self.decay) * loss
+        self.multiplier = min(max(self.multiplier + self.rate * (self.average - self.reference), 0.0), self.largest)
+
+    def numbers(self) -> dict[str, float]:
+        """Returns the multiplier, and what the rule below shows."""
+        return {**self.rule.numbers(), "guard-multiplier": self.multiplier}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns multiplier, mean and the state of the rule below."""
+        return {"below": self.rule.state_dict(), "guard": {"multiplier": self.multiplier, "average": self.average}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Returns nothing; takes up a state made with or without a guard."""
+        self.rule.load_state_dict(state.get("below", state))
+        if "guard" in state:
+            self.multiplier, self.average = state["guard"]["multiplier"], state["guard"]["average"]

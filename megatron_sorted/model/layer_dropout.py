@@ -1,0 +1,63 @@
+"""LayerSkip's dropped layers: some samples pass some layers unchanged."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from megatron_sorted.exits.chance import uniform_number
+from megatron_sorted.platform.contract import Platform
+from megatron_sorted.settings.run import Settings
+
+
+def drop_chance(settings: Settings, layer: int, step: int) -> float:
+    """Returns the chance that layer ``layer`` (from 0) is dropped for a sample at ``step`` (from 0).
+
+    p = S(t) D(l) p_max, D(l) = exp(l ln 2 / (L - 1)) - 1, S(t) = 1 or exp(t ln 2 / (T - 1)) - 1.
+
+    Source: LayerSkip, arXiv 2404.16710, section 4.1.1.
+    """
+    grown = 1.0
+    if settings.layer_dropout_schedule == "exponential":
+        grown = math.expm1(min(step / max(settings.train_iters - 1, 1), 1.0) * math.log(2))
+    return settings.layer_dropout * grown * math.expm1(layer * math.log(2) / (settings.num_layers - 1))
+
+
+def is_dropped(settings: Settings, layer: int, step: int, sample: int) -> bool:
+    """Returns whether sample number ``sample`` of the global batch passes a layer unchanged at a step: the same in every layout."""
+    return uniform_number(f"layer dropout {settings.seed}/{step}/{sample}/{layer}") < drop_chance(settings, layer, step)
+
+
+class LayerDropout:
+    """Hooks on the layers of one chunk: x + m f(x) with m 0 for dropped samples and 1 for others, without rescaling, as in the paper.
+
+    Every layer is computed for every sample and its output dropped, so this saves no time; gradients of a dropped layer are exactly 0.
+    Layers in evaluation mode drop nothing.
+
+    Args:
+        layers: Megatron's layers of the chunk.
+        first_layer: Layers before them.
+        settings: The run.
+    """
+
+    def __init__(self, layers: Sequence[torch.nn.Module], first_layer: int, settings: Settings):
+        self.settings, self.first_layer, self.num_layers = settings, first_layer, len(layers)
+        self.kept: dict[int, torch.Tensor] = {}
+        for place, layer in enumerate(layers):
+            layer.register_forward_hook(lambda module, args, words, output, place=place: self._drop(module, place, args, words, output),
+                                        with_kwargs=True)
+
+    def draw(self, step: int, samples: Sequence[int], platform: Platform) -> None:
+        """Draws for one micro-batch, whose forward pass is next; ``samples`` are the places of its samples in the global batch."""
+        dropped = [[is_dropped(self.settings, self.first_layer + place, step, sample) for sample in samples]
+                   for place in range(self.num_layers)]
+        kept_lb = platform.to_device(~torch.tensor(dropped))
+        self.kept = {place: kept_lb[place] for place in range(self.num_layers) if any(dropped[place])}
+
+    def _drop(self, module: torch.nn.Module, place: int, args: tuple, words: dict, output):
+        """Returns the layer's output with dropped samples as they came in, or None to leave it; shapes [t, b, h], kept [b]."""
+        if not module.training or place not in self.kept:
+            return None
+        before = args[0] if args else words["hidden_states"]
+        hidden, *rest = output
+        return (torch.where(self.kept[place][None, :, None], hidden, before), *rest)

@@ -1,0 +1,66 @@
+"""The rule that gives every exit its coefficient, put together from the settings."""
+
+from collections.abc import Callable
+
+from megatron_sorted.exits.coefficients import CoefficientRule, make_coefficient_rule
+from megatron_sorted.exits.curriculum import Curriculum, gradual, rotation
+from megatron_sorted.exits.depths import by_depth, normalise_depths
+from megatron_sorted.exits.gradient_norm import GradNorm
+from megatron_sorted.exits.guard import Guard
+from megatron_sorted.exits.learned import LearnedRule
+from megatron_sorted.exits.loss_rules import ExcessLoss, InverseLoss, LossRatio, Uncertainty
+from megatron_sorted.exits.simulated_exit import SimulatedExit
+from megatron_sorted.settings.run import Settings
+
+
+def _depths(settings: Settings) -> tuple[int, ...]:
+    return normalise_depths(settings.exit_layer_nums, settings.num_layers)
+
+
+def reference_losses(settings: Settings) -> dict[int, float]:
+    """Returns {depth: loss of --exit-reference-loss}; of a list that ``check_exit_weighting`` has passed."""
+    return by_depth("--exit-reference-loss", settings.exit_reference_loss, settings.exit_layer_nums, settings.num_layers)
+
+
+LEARNED: dict[str, Callable[[Settings], LearnedRule]] = {
+    "uncertainty": lambda s: Uncertainty(_depths(s), s.exit_uncertainty_rate, s.exit_uncertainty_variance),
+    "inverse_loss": lambda s: InverseLoss(_depths(s), s.exit_inverse_loss_decay),
+    "dwa": lambda s: LossRatio(_depths(s), s.exit_dwa_window, s.exit_dwa_temperature),
+    "gradnorm": lambda s: GradNorm(_depths(s), s.exit_gradnorm_rate, s.exit_gradnorm_alpha),
+    "simulated_exit": lambda s: SimulatedExit(
+        _depths(s), max(s.train_iters, 1), s.exit_simulated_sharpness, s.exit_simulated_thresholds, s.seed),
+    "excess_loss": lambda s: ExcessLoss(_depths(s), reference_losses(s), s.exit_excess_rate, s.exit_excess_smoothing),
+}
+"""Rules that learn, by their name in --exit-layer-weight-rule."""
+
+
+def base_rule(settings: Settings) -> CoefficientRule:
+    """Returns the rule without what stands on top of it."""
+    if settings.exit_layer_weight_rule in LEARNED and not settings.exit_layer_weight:
+        return LEARNED[settings.exit_layer_weight_rule](settings)
+    return make_coefficient_rule(
+        settings.exit_layer_nums,
+        settings.num_layers,
+        settings.exit_layer_weight_rule,
+        settings.exit_layer_weight,
+        settings.exit_layer_weight_init,
+        settings.exit_layer_weight_warmup_iters,
+        settings.exit_layer_weight_warmup_style,
+        settings.exit_layer_weight_scale,
+    )
+
+
+def coefficient_rule(settings: Settings) -> CoefficientRule:
+    """Returns the rule that gives every exit its coefficient at a step: the base rule, then the curriculum, then the guard."""
+    rule, depths = base_rule(settings), _depths(settings)
+    if settings.exit_curriculum == "rotation":
+        rule = Curriculum(rule, rotation(depths, settings.exit_curriculum_interval or max(len(depths) - 1, 1)))
+    elif settings.exit_curriculum == "gradual":
+        rule = Curriculum(rule, gradual(depths, settings.exit_curriculum_fraction * settings.train_iters))
+    if settings.exit_guard:
+        reference = settings.exit_guard_loss
+        if reference is None:
+            reference = reference_losses(settings)[settings.num_layers]
+        rule = Guard(rule, settings.num_layers, reference + settings.exit_guard_margin, settings.exit_guard_rate,
+                     settings.exit_guard_decay, settings.exit_guard_largest)
+    return rule
