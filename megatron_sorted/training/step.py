@@ -15,6 +15,7 @@ from megatron_sorted.data.batches import Batch
 from megatron_sorted.platform.state import current_device
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model
+from megatron_sorted.training.carrier import halves_of_message
 from megatron_sorted.training.forward_step import ForwardStep
 from megatron_sorted.training.nonfinite import where_from
 
@@ -67,7 +68,7 @@ def run_schedule(model: Model, settings: Settings, forward_step: ForwardStep, mi
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
         num_microbatches=len(micro_batches),
-        seq_length=settings.seq_length,
+        seq_length=settings.seq_length * halves_of_message(settings, forward_step.coefficients, forward_only),
         micro_batch_size=settings.micro_batch_size,
         forward_only=forward_only,
     )
