@@ -85,7 +85,7 @@ def test_unequal_samples_packed_documents_and_both_loss_rules(name, per_token):
 @pytest.mark.parametrize("name", ["one process", "pp4"])
 def test_weights_and_temperatures(name, weight, temperature):
     world_size, changes = LAYOUTS[name]
-    check(world_size, tiny(exit_kd_weight=weight, exit_kd_temperature=temperature, **changes))
+    check(world_size, tiny(exit_kd_weight=weight, exit_kd_temperature=temperature, log_exit_gradients=True, **changes))
 
 
 @pytest.mark.parametrize("name", ["one process", "pp2", "pp4 chunks2 8 layers own", "dp2 distributed overlap own"])

@@ -25,7 +25,7 @@ def test_a_teacher_passes_two_stages_bit_for_bit():
         messages.append((output, message))
         hidden = narrow(message, boxes[number + 1])
         assert torch.equal(hidden, output[:3])
-        hidden.register_hook(lambda d, number=number: seen.setdefault(number, boxes[number + 1].normed_tbh))
+        hidden.register_hook(lambda d, number=number: seen.update({number: boxes[number + 1].normed_tbh}))
     last = torch.tanh(layers[2](hidden))
     exit_backward = teach(lambda h, factor: factor * h, norm, boxes[2])
     last.backward(exit_backward(last.detach(), torch.tensor(0.5)))
