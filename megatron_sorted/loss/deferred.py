@@ -8,6 +8,9 @@ from megatron.core.utils import make_viewless_tensor
 # Computes an exit's loss from its hidden state [t, b, h] and the factor of its gradient; returns the gradient [t, b, h].
 ExitBackward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+# Makes of an exit's own gradient, which may be overwritten, and that of the deeper layers the one for the layers below; all [t, b, h].
+Join = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 def _ready_signals(parameters: tuple[torch.nn.Parameter, ...]) -> tuple[torch.Tensor, ...]:
     """Returns placeholders that make Megatron's gradient hooks fire; the gradients themselves already lie in ``main_grad``.
@@ -21,19 +24,19 @@ def _ready_signals(parameters: tuple[torch.nn.Parameter, ...]) -> tuple[torch.Te
 
 
 class _Tap(torch.autograd.Function):
-    """An exit below deeper layers: hands the hidden state on; backward adds the exit's gradient to the deeper layers'."""
+    """An exit below deeper layers: hands the hidden state on; backward joins the exit's gradient with the deeper layers'."""
 
     @staticmethod
-    def forward(ctx, hidden, backward, factor, *announced):
+    def forward(ctx, hidden, backward, factor, join, *announced):
         ctx.save_for_backward(hidden)
-        ctx.exit_backward, ctx.factor, ctx.announced = backward, factor, announced
+        ctx.exit_backward, ctx.factor, ctx.join, ctx.announced = backward, factor, join, announced
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx, d_deeper):
         (hidden,) = ctx.saved_tensors
-        gradient = d_deeper if ctx.exit_backward is None else ctx.exit_backward(hidden, ctx.factor).add_(d_deeper)
-        return gradient, None, None, *_ready_signals(ctx.announced)
+        gradient = d_deeper if ctx.exit_backward is None else ctx.join(ctx.exit_backward(hidden, ctx.factor), d_deeper)
+        return gradient, None, None, None, *_ready_signals(ctx.announced)
 
 
 class _End(torch.autograd.Function):
@@ -54,7 +57,7 @@ class _End(torch.autograd.Function):
 
 
 def tap(hidden_tbh: torch.Tensor, backward: ExitBackward | None, factor: torch.Tensor | None,
-        announced: tuple[torch.nn.Parameter, ...] = ()) -> torch.Tensor:
+        announced: tuple[torch.nn.Parameter, ...] = (), join: Join = torch.Tensor.add_) -> torch.Tensor:
     """Returns the same hidden state, with an exit attached that is computed in backward.
 
     Args:
@@ -62,8 +65,9 @@ def tap(hidden_tbh: torch.Tensor, backward: ExitBackward | None, factor: torch.T
         backward: Computes the exit; None for an exit that does not train (then only ``announced`` matter).
         factor: Scale of the exit's gradient: coefficient times the factor of the loss rule in force.
         announced: Parameters whose gradient is complete once this exit has run backward; Megatron is told so.
+        join: Puts the exit's gradient and the deeper layers' together.
     """
-    out = _Tap.apply(hidden_tbh, backward, factor, *announced)
+    out = _Tap.apply(hidden_tbh, backward, factor, join, *announced)
     # the function returned a view, and Megatron frees stage outputs only if they are none
     return make_viewless_tensor(inp=out, requires_grad=out.requires_grad, keep_graph=True)
 

@@ -8,7 +8,9 @@ from megatron_sorted.loss.linear_cross_entropy import ExitLoss
 
 COLUMNS = (
     "loss", "correct", "tokens", "mean_loss", "micro_batches", "pieces", "exact_pieces", "gradient_square", "steps",
+    "kl", "mean_kl", "taught_batches", "met_product", "met_own", "met_deeper",
 )  # fmt: skip
+MET = ("met_product", "met_own", "met_deeper")
 LOSS, GRADIENT, STEPS = COLUMNS.index("loss"), COLUMNS.index("gradient_square"), COLUMNS.index("steps")
 
 
@@ -29,14 +31,18 @@ class Ledger:
     Attributes:
         sums: Per depth a float64 tensor with the sums named in ``COLUMNS``: loss x mask, labels that were the most likely token,
             tokens, micro-batch means of the loss, micro-batches, pieces (documents), pieces with every label right, squared norm
-            of the gradient that the exit's own loss sends down (of finished steps), and finished steps in which the exit trained.
+            of the gradient that the exit's own loss sends down (of finished steps), and finished steps in which the exit trained;
+            then KL to the teacher x mask, micro-batch means of it, and micro-batches with a teacher; then, of finished steps that
+            measured it, the product of the exit's own gradient with that of the deeper exits, and the squared norms of both.
         drafts: Per depth what ``agreement.draft_counts`` counted [2, k], float64.
         open_squares: Per depth the squared norm of the unfinished step's gradient, still multiplied by what the step divides by.
+        open_meetings: Per depth what ``add_meeting`` was given in the unfinished step, multiplied likewise; [3].
     """
 
     sums: dict[int, torch.Tensor] = field(default_factory=dict)
     drafts: dict[int, torch.Tensor] = field(default_factory=dict)
     open_squares: dict[int, torch.Tensor] = field(default_factory=dict)
+    open_meetings: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def add(self, depth: int, losses: ExitLoss, loss_mask_n: torch.Tensor, piece_n: torch.Tensor | None = None,
             num_pieces: int = 0) -> None:
@@ -59,12 +65,20 @@ class Ledger:
             right = loss_mask_n.new_zeros(num_pieces).index_add_(0, piece_n, losses.correct_n.float())
             pieces = (members > 0).sum().float()
             exact = ((members > 0) & (members == right)).sum().float()
-        row = torch.stack((loss, correct, tokens, loss / tokens.clamp(min=1), torch.ones_like(loss), pieces, exact, none, none))
+        kl, taught = (none, none) if losses.kl_n is None else ((losses.kl_n * loss_mask_n).sum(), torch.ones_like(loss))
+        some = tokens.clamp(min=1)
+        row = torch.stack((loss, correct, tokens, loss / some, torch.ones_like(loss), pieces, exact, none, none, kl, kl / some, taught,
+                           none, none, none))
         _add(self.sums, depth, row.double())
 
     def add_gradient(self, depth: int, gradient: torch.Tensor) -> None:
         """Adds the gradient that one micro-batch of the exit at ``depth`` sends into the hidden state below it."""
         _add(self.open_squares, depth, square_sum(gradient))
+
+    def add_meeting(self, depth: int, own_tbh: torch.Tensor, deeper_tbh: torch.Tensor) -> None:
+        """Adds what the exit's own gradient of one micro-batch and that of the deeper exits are to each other, before they are joined."""
+        product = (own_tbh.float() * deeper_tbh.float()).sum(dim=-1).sum(dtype=torch.float64)
+        _add(self.open_meetings, depth, torch.stack((product, square_sum(own_tbh), square_sum(deeper_tbh))))
 
     def add_drafts(self, depth: int, counts: torch.Tensor) -> None:
         """Adds what ``agreement.draft_counts`` counted for the exit at ``depth``."""
@@ -77,10 +91,14 @@ class Ledger:
             row[GRADIENT].add_(square / divisor.double().square().reshape(()))
             row[STEPS].add_(1)
         self.open_squares.clear()
+        for depth, sums in self.open_meetings.items():
+            self.sums[depth][-len(MET) :].add_(sums / divisor.double().square().reshape(()))
+        self.open_meetings.clear()
 
     def merge(self, other: "Ledger") -> None:
         """Adds the sums of ``other``: those of a step that is to count, to those of the steps since the last report."""
-        for ours, theirs in ((self.sums, other.sums), (self.drafts, other.drafts), (self.open_squares, other.open_squares)):
+        for ours, theirs in ((self.sums, other.sums), (self.drafts, other.drafts), (self.open_squares, other.open_squares),
+                             (self.open_meetings, other.open_meetings)):
             for depth, value in theirs.items():
                 _add(ours, depth, value)
 
@@ -112,10 +130,11 @@ class Ledger:
         for row in self.sums.values():
             row[GRADIENT].zero_()
             row[STEPS].zero_()
+            row[-len(MET) :].zero_()
 
     def clear(self) -> None:
         """Forgets everything."""
-        for sums in (self.sums, self.drafts, self.open_squares):
+        for sums in (self.sums, self.drafts, self.open_squares, self.open_meetings):
             sums.clear()
 
 

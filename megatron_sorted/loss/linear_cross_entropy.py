@@ -4,7 +4,9 @@ All logits of a batch never exist: a chunk's logits become its loss, then in pla
 chunk. The vocabulary may be sharded over a tensor parallel group and the tokens over the same group (sequence parallelism).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -60,16 +62,31 @@ class ExitLoss:
         correct_n: Whether the label was the most likely token.
         choice_n: The most likely token, of equally likely ones the lowest id; int32. None unless asked for.
         confidence_n: Its probability, fp32. None unless asked for.
+        kl_n: How far it is from its teacher (nats), fp32; see ``loss.distillation``. None without one.
     """
 
     loss_n: torch.Tensor
     correct_n: torch.Tensor
     choice_n: torch.Tensor | None = None
     confidence_n: torch.Tensor | None = None
+    kl_n: torch.Tensor | None = None
+
+
+class TokenLoss(Protocol):
+    """What is computed of a chunk's logits. A chunk of its own kind (``Chunk`` or alike) carries it from loss to gradient."""
+
+    def prepare(self, span: slice, buffer_np: torch.Tensor) -> None:
+        """Does what comes before the logits of the tokens ``span`` exist; may use the buffer that they will be written to."""
+
+    def losses(self, span: slice, logits_np: torch.Tensor, work_np: torch.Tensor, with_choice: bool) -> Any:
+        """Returns the chunk; ``work_np`` (fp32, may be ``logits_np`` itself) is overwritten."""
+
+    def gradient(self, chunk: Any, scale_n: torch.Tensor, out_np: torch.Tensor) -> torch.Tensor:
+        """Returns the gradient of ``sum(scale * loss)`` to the logits, written to ``out_np``, the logits' own memory."""
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """What a chunk's logits became: losses, correctness, and what the gradient to the logits is made of.
 
     Attributes:
@@ -88,9 +105,10 @@ class _Chunk:
     column_n: torch.Tensor
     here_n: torch.Tensor
     choice_n: torch.Tensor | None
+    kl_n: torch.Tensor | None = None
 
 
-def _choice(logits_np: torch.Tensor, highest_n: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+def most_likely(logits_np: torch.Tensor, highest_n: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
     """Returns the id of the most likely token, int32; ``highest_n`` is its logit.
 
     Collective: where the vocabulary is split one all-reduce over ``shard.group``, of n int32.
@@ -100,7 +118,7 @@ def _choice(logits_np: torch.Tensor, highest_n: torch.Tensor, shard: VocabularyS
         choice = torch.full_like(highest_n, nobody, dtype=torch.int32)
     else:
         column = logits_np.argmax(dim=1)
-        here = _pick(logits_np, column).float() == highest_n if shard.is_split else torch.ones_like(column, dtype=torch.bool)
+        here = pick(logits_np, column).float() == highest_n if shard.is_split else torch.ones_like(column, dtype=torch.bool)
         choice = torch.where(here, column + shard.first, nobody).int()
     if shard.is_split:
         dist.all_reduce(choice, op=dist.ReduceOp.MIN, group=shard.group)
@@ -108,7 +126,7 @@ def _choice(logits_np: torch.Tensor, highest_n: torch.Tensor, shard: VocabularyS
 
 
 def _chunk_loss(logits_np: torch.Tensor, work_np: torch.Tensor, labels_n: torch.Tensor, shard: VocabularyShard,
-                with_choice: bool = False) -> _Chunk:
+                with_choice: bool = False) -> Chunk:
     """Returns the losses of one chunk; ``work_np`` (fp32, may be ``logits_np`` itself) is overwritten.
 
     Source: vocabulary-parallel cross entropy of Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3): only a maximum and
@@ -120,25 +138,31 @@ def _chunk_loss(logits_np: torch.Tensor, work_np: torch.Tensor, labels_n: torch.
     highest = logits_np.amax(dim=1).float() if has_rows else work_np.new_full((labels_n.numel(),), float("-inf"))
     if shard.is_split:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
-    choice = _choice(logits_np, highest, shard) if with_choice else None  # before the logits are overwritten
+    choice = most_likely(logits_np, highest, shard) if with_choice else None  # before the logits are overwritten
     torch.sub(logits_np, highest[:, None], out=work_np)
-    column = labels_n - shard.first
-    here = (column >= 0) & (column < shard.size)
-    column = torch.where(here, column, 0)
-    target = torch.where(here, _pick(work_np, column), 0.0) if has_rows else torch.zeros_like(highest)
+    column, here = column_of(labels_n, shard)
+    target = torch.where(here, pick(work_np, column), 0.0) if has_rows else torch.zeros_like(highest)
     total = work_np.exp_().sum(dim=1)
     if shard.is_split:
         both = torch.stack((target, total))
         dist.all_reduce(both, group=shard.group)
         target, total = both[0], both[1]
-    return _Chunk(total.log() - target, target >= 0, work_np, total, column, here, choice)
+    return Chunk(total.log() - target, target >= 0, work_np, total, column, here, choice)
 
 
-def _pick(values_np: torch.Tensor, column_n: torch.Tensor) -> torch.Tensor:
+def column_of(labels_n: torch.Tensor, shard: VocabularyShard) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the column of each label in this rank's shard (0 where it is another rank's), and whether it is this rank's."""
+    column = labels_n - shard.first
+    here = (column >= 0) & (column < shard.size)
+    return torch.where(here, column, 0), here
+
+
+def pick(values_np: torch.Tensor, column_n: torch.Tensor) -> torch.Tensor:
+    """Returns one value of each row; shapes [n, p], [n], result [n]."""
     return values_np.gather(1, column_n[:, None]).squeeze(1)
 
 
-def _chunk_gradient(chunk: _Chunk, scale_n: torch.Tensor, out_np: torch.Tensor) -> torch.Tensor:
+def _chunk_gradient(chunk: Chunk, scale_n: torch.Tensor, out_np: torch.Tensor) -> torch.Tensor:
     """Returns the gradient of ``sum(scale * loss)`` to the logits, written to ``out_np`` (may be ``chunk.exponential_np`` itself).
 
     It is scale * (probability - 1 at the label). Normalising, scaling and rounding to the dtype of ``out_np`` are one pass over
@@ -147,9 +171,44 @@ def _chunk_gradient(chunk: _Chunk, scale_n: torch.Tensor, out_np: torch.Tensor) 
     factor_n = scale_n / chunk.total_n
     if not out_np.size(1):
         return out_np
-    at_label_n = _pick(chunk.exponential_np, chunk.column_n) * factor_n - scale_n * chunk.here_n
+    at_label_n = pick(chunk.exponential_np, chunk.column_n) * factor_n - scale_n * chunk.here_n
     torch.mul(chunk.exponential_np, factor_n[:, None], out=out_np)
     return out_np.scatter_(1, chunk.column_n[:, None], at_label_n[:, None].to(out_np.dtype))
+
+
+class CrossEntropy:
+    """The loss of the label alone. Arguments as for every ``TokenLoss``: the tokens, the shard, the tokens of a chunk."""
+
+    def __init__(self, targets: Targets, shard: VocabularyShard, chunk_tokens: int):
+        self.targets, self.shard = targets, shard
+
+    def prepare(self, span: slice, buffer_np: torch.Tensor) -> None:
+        """Does nothing."""
+
+    def losses(self, span: slice, logits_np: torch.Tensor, work_np: torch.Tensor, with_choice: bool) -> Chunk:
+        """Returns the chunk.
+
+        Collective: see ``_chunk_loss``.
+        """
+        return _chunk_loss(logits_np, work_np, self.targets.labels_n[span], self.shard, with_choice)
+
+    def gradient(self, chunk: Chunk, scale_n: torch.Tensor, out_np: torch.Tensor) -> torch.Tensor:
+        """Returns the gradient to the logits; see ``_chunk_gradient``."""
+        return _chunk_gradient(chunk, scale_n, out_np)
+
+
+def gather_counted(normed_tbh: torch.Tensor, targets: Targets, shard: VocabularyShard) -> tuple[torch.Tensor, torch.Size]:
+    """Returns the hidden states of the counted tokens [n, h], and the shape of those of all tokens [s, b, h].
+
+    Collective: with sequence parallelism one all-gather of [s, b, h] over ``shard.group``.
+    """
+    full_sbh = normed_tbh.detach()
+    if shard.sequence_parallel and shard.is_split:
+        full_sbh = _gather_along_first_dim(full_sbh, group=shard.group)
+    inputs_nh = full_sbh.reshape(-1, full_sbh.size(-1))
+    if targets.index_n is not None:
+        inputs_nh = inputs_nh.index_select(0, targets.index_n)
+    return inputs_nh, full_sbh.shape
 
 
 def exit_loss(
@@ -162,34 +221,33 @@ def exit_loss(
     factor: torch.Tensor | None = None,
     with_choice: bool = False,
     with_confidence: bool = False,
+    make_loss: Callable[[Targets, VocabularyShard, int], TokenLoss] = CrossEntropy,
 ) -> tuple[ExitLoss, torch.Tensor | None]:
     """Returns the exit's losses and, when ``factor`` is given, the gradient of ``factor * sum(loss_mask * loss)`` to its input.
 
     Gradients of the norm and of the output matrix are added to the parameters directly (``GradientSink``).
 
     ``with_choice`` the losses also hold each token's most likely token, ``with_confidence`` its probability; nothing else changes.
+    ``make_loss`` makes what is computed of each chunk's logits.
 
     Collective: over ``shard.group`` where the vocabulary is split: two small all-reduces a chunk (three ``with_choice``, see
     ``_chunk_loss``), then for gradients one all-reduce of [n, h]; with sequence parallelism instead one all-gather and one
-    reduce-scatter of [s, b, h].
+    reduce-scatter of [s, b, h]. Another ``make_loss`` adds its own.
 
     Shapes: hidden [t, b, h] un-normed, weight [p, h], result [t, b, h]; losses [n].
     """
     with torch.set_grad_enabled(factor is not None):
         leaf = hidden_tbh.detach().requires_grad_(factor is not None)
         normed_tbh = norm(leaf)
-    full_sbh = normed_tbh.detach()
-    if shard.sequence_parallel and shard.is_split:
-        full_sbh = _gather_along_first_dim(full_sbh, group=shard.group)
-    inputs_nh = full_sbh.reshape(-1, full_sbh.size(-1))
-    if targets.index_n is not None:
-        inputs_nh = inputs_nh.index_select(0, targets.index_n)
+    inputs_nh, full_shape = gather_counted(normed_tbh, targets, shard)
+    token_loss = make_loss(targets, shard, chunk_tokens)
     weight = weight_ph.detach()[: shard.size]
     num_tokens = targets.labels_n.numel()
     loss_n = torch.empty(num_tokens, dtype=torch.float32, device=hidden_tbh.device)
     correct_n = torch.empty(num_tokens, dtype=torch.bool, device=hidden_tbh.device)
     choice_n = torch.empty(num_tokens, dtype=torch.int32, device=hidden_tbh.device) if with_choice else None
     confidence_n = torch.empty_like(loss_n) if with_confidence else None
+    kl_n = None
     d_inputs_nh = torch.empty_like(inputs_nh) if factor is not None else None
     sink = GradientSink(weight_ph)
     buffer = torch.empty(min(chunk_tokens, num_tokens), shard.size, dtype=inputs_nh.dtype, device=hidden_tbh.device)
@@ -197,22 +255,26 @@ def exit_loss(
     for start in range(0, num_tokens, chunk_tokens):
         span = slice(start, min(start + chunk_tokens, num_tokens))
         x = inputs_nh[span]
+        token_loss.prepare(span, buffer[: x.size(0)])
         logits = torch.mm(x, weight.t(), out=buffer[: x.size(0)])
-        chunk = _chunk_loss(logits, work[: x.size(0)], targets.labels_n[span], shard, with_choice)
+        chunk = token_loss.losses(span, logits, work[: x.size(0)], with_choice)
         loss_n[span], correct_n[span] = chunk.loss_n, chunk.correct_n
+        if chunk.kl_n is not None:
+            kl_n = torch.empty_like(loss_n) if kl_n is None else kl_n
+            kl_n[span] = chunk.kl_n
         if choice_n is not None:
             choice_n[span] = chunk.choice_n
         if confidence_n is not None:
             confidence_n[span] = chunk.total_n.reciprocal()  # exp(0) over the sum of exp(logit - highest logit)
         if factor is None:
             continue
-        d_logits = _chunk_gradient(chunk, targets.loss_mask_n[span] * factor, out_np=logits)
+        d_logits = token_loss.gradient(chunk, targets.loss_mask_n[span] * factor, out_np=logits)
         torch.mm(d_logits, weight, out=d_inputs_nh[span])
         sink.add_product(d_logits, x)
-    losses = ExitLoss(loss_n, correct_n, choice_n, confidence_n)
+    losses = ExitLoss(loss_n, correct_n, choice_n, confidence_n, kl_n)
     if factor is None:
         return losses, None
-    return losses, _through_norm(leaf, normed_tbh, norm, d_inputs_nh, full_sbh.shape, targets, shard)
+    return losses, _through_norm(leaf, normed_tbh, norm, d_inputs_nh, full_shape, targets, shard)
 
 
 def _through_norm(leaf, normed_tbh, norm, d_inputs_nh, full_shape, targets: Targets, shard: VocabularyShard) -> torch.Tensor:

@@ -93,7 +93,8 @@ class SortedStage(MegatronModule):
             if not self._shared_norm:
                 self.final_layernorm = self._make_norm()
                 self._shared_norm = (self.final_layernorm,)
-        if len(own_heads) < len(self.depths) or (self.tied and self.pre_process):
+        taught = bool(self.depths) and settings.exit_kd_weight > 0
+        if len(own_heads) < len(self.depths) or taught or (self.tied and self.pre_process):
             self._shared_weight = next((stage._shared_weight for stage in shared if stage._shared_weight), ())
             if not self._shared_weight and self.tied and self.pre_process:
                 self._shared_weight = (self.embedding.word_embeddings.weight,)
@@ -110,6 +111,10 @@ class SortedStage(MegatronModule):
         norm = self.exit_norms[key] if key in self.exit_norms else self._shared_norm[0]
         weight = self.exit_output_layers[key].weight if key in self.exit_output_layers else self._shared_weight[0]
         return Head(norm, weight)
+
+    def last_weight(self) -> torch.nn.Parameter:
+        """Returns this rank's copy of the last exit's output matrix; where every exit has its own, it is there for teaching only."""
+        return self._shared_weight[0]
 
     def _await_head_parameters(self) -> None:
         """Waits for overlapped gathering of the norms and heads this chunk owns.

@@ -16,6 +16,9 @@ class ExitNumbers:
         grad_norm: Norm of the gradient that the exit's own loss sends into the layers below it.
         agreement: Share of trained tokens for which it and the last exit find the same token most likely.
         accept_length: Mean tokens gained by one verification when this exit drafts and the last verifies (1 for the last itself).
+        kd: Mean KL divergence from the last exit that it learns from, in nats a token.
+        gradient_cosine: Cosine between the gradient of its own loss and that of all deeper exits, in the layers below it.
+        gradient_ratio: Norm of the first over that of the second.
     """
 
     loss: float
@@ -25,6 +28,9 @@ class ExitNumbers:
     grad_norm: float | None = None
     agreement: float | None = None
     accept_length: float | None = None
+    kd: float | None = None
+    gradient_cosine: float | None = None
+    gradient_ratio: float | None = None
 
     @property
     def perplexity(self) -> float:

@@ -13,6 +13,9 @@ EXIT_NUMBERS = {
     "exact-match": "exact_match",
     "agreement": "agreement",
     "accept-length": "accept_length",
+    "kd": "kd",
+    "gradient-cosine": "gradient_cosine",
+    "gradient-ratio": "gradient_ratio",
 }
 """Name of a number of an exit -> attribute of `ExitNumbers`."""
 

@@ -1,5 +1,6 @@
 """All rules between settings, checked before any process group starts."""
 
+from megatron_sorted.settings.check_exit_distillation import check_exit_distillation
 from megatron_sorted.settings.check_exit_weighting import check_exit_weighting
 from megatron_sorted.settings.check_exits import check_exits
 from megatron_sorted.settings.check_files import check_files
@@ -25,6 +26,7 @@ def check_settings(settings: Settings, world_size: int) -> None:
     check_model(settings)
     check_exit_weighting(settings)
     check_exits(settings)
+    check_exit_distillation(settings)
     check_layout(settings, world_size)
     check_experts(settings, world_size)
     check_batch(settings, world_size)

@@ -111,13 +111,18 @@ def trained_exits(settings: Settings, rule: CoefficientRule, step: int) -> dict[
     )
 
 
+def distils(settings: Settings, depths: Iterable[int]) -> bool:
+    """Returns whether an exit learns from the last one at a step that trains the exits at ``depths``."""
+    return settings.exit_kd_weight > 0 and any(depth != settings.num_layers for depth in depths)
+
+
 def deepest_layer_run(settings: Settings, depths: Iterable[int]) -> int:
     """Returns the depth above which layers are not run at a step that trains the exits at ``depths``.
 
     With one stage that is the deepest of them. With several, stages above could only idle. Megatron's overlapped gradient
-    reduction waits for the gradient of every layer, so there all layers are run.
+    reduction waits for the gradient of every layer, so there all layers are run; so they are where the last exit is the others' teacher.
     """
-    if settings.pipeline_model_parallel_size > 1 or settings.overlap_grad_reduce:
+    if settings.pipeline_model_parallel_size > 1 or settings.overlap_grad_reduce or distils(settings, depths):
         return settings.num_layers
     return max(depths)
 

@@ -68,7 +68,8 @@ def stages_with_copies(settings: Settings) -> dict[str, tuple[int, ...]]:
     """Returns the stages that hold a copy of the shared output matrix ("head") and of the shared final norm ("norm")."""
     placed = place_exits(exit_depths(settings), layers_of_chunks(settings))
     last = settings.num_layers
-    head = {place.stage for depth, place in placed.items() if depth == last or not settings.untie_exit_output_weights}
+    reads = settings.exit_kd_weight > 0 or not settings.untie_exit_output_weights  # a taught exit reads its teacher
+    head = {place.stage for depth, place in placed.items() if depth == last or reads}
     norm = {place.stage for depth, place in placed.items() if depth == last or not settings.use_exit_norm}
     if not settings.untie_embeddings_and_output_weights:
         head.add(0)

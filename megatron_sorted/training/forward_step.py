@@ -13,15 +13,18 @@ from megatron_sorted.data.batches import Batch
 from megatron_sorted.exits.coefficients import CoefficientRule
 from megatron_sorted.exits.observation import EXIT_LAYERS
 from megatron_sorted.loss.deferred import end, tap
+from megatron_sorted.loss.distillation import Distillation, TaughtCrossEntropy
+from megatron_sorted.loss.gradient_rules import GradientRule
 from megatron_sorted.loss.ledger import Ledger
-from megatron_sorted.loss.linear_cross_entropy import ExitLoss, Targets, exit_loss
+from megatron_sorted.loss.linear_cross_entropy import CrossEntropy, ExitLoss, Targets, exit_loss
 from megatron_sorted.model.attention import make_attention_mask
 from megatron_sorted.model.config import parameter_dtype
 from megatron_sorted.model.stage import SortedStage
 from megatron_sorted.platform.contract import Platform
-from megatron_sorted.settings.derived import deepest_layer_run
+from megatron_sorted.settings.derived import deepest_layer_run, distils
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model, unwrap
+from megatron_sorted.training.carrier import TeacherBox, halves_of_message, narrow, teach, widen
 from megatron_sorted.training.choices import Choices
 from megatron_sorted.training.confidence import Confidences
 
@@ -42,6 +45,18 @@ def count_targets(batch: Batch) -> Targets:
     return Targets(index, labels[index], mask[index])
 
 
+def make_gradient_rule(settings: Settings) -> GradientRule:
+    """Returns the rule by which gradients are joined at exits."""
+    whole, group = settings.exit_gradient_scope == "micro-batch", None
+    if whole and settings.sequence_parallel and settings.tensor_model_parallel_size > 1:
+        group = parallel_state.get_tensor_model_parallel_group()
+        if settings.context_parallel_size > 1:
+            group = parallel_state.get_tensor_and_context_parallel_group()
+    elif whole and settings.context_parallel_size > 1:
+        group = parallel_state.get_context_parallel_group()
+    return GradientRule(settings.exit_gradient_rule, whole, settings.exit_gradient_balance, group)
+
+
 @dataclass(frozen=True)
 class _MicroBatch:
     """One micro-batch on its way through one chunk.
@@ -52,6 +67,7 @@ class _MicroBatch:
         number: Of the step's micro-batches.
         num_tokens: Trained tokens.
         deepest: Layers above this depth are not run.
+        box: Where the teacher of its exits will be; None where nobody learns from the last exit.
     """
 
     batch: Batch
@@ -59,6 +75,7 @@ class _MicroBatch:
     number: int
     num_tokens: int
     deepest: int
+    box: TeacherBox | None
 
 
 @dataclass
@@ -75,7 +92,8 @@ class ForwardStep:
         num_micro_batches: Of this step.
         ledger: Where training losses and gradients of exits are added up.
         observer: Set in evaluation: gets every exit's losses, and nothing is trained.
-        track_agreement: Whether exits are compared with the last one, token by token, which costs an argmax an exit.
+        track_agreement: Whether exits are compared with the last one, token by token, which costs an argmax an exit; and whether what the
+            exits' gradients are to the deeper ones is measured.
         choices: What they chose in the step under way.
         checksum: Sum of the checksums of the micro-batches trained on since ``take_checksum``.
         step: The step under way, from 0.
@@ -97,6 +115,11 @@ class ForwardStep:
     observes: frozenset[str] = frozenset()
     confidences: Confidences = field(default_factory=Confidences)
     _calls: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Makes the rules that the settings name."""
+        self.gradient_rule = make_gradient_rule(self.settings)
+        self.distillation = Distillation(self.settings.exit_kd_weight, self.settings.exit_kd_temperature, self.settings.exit_kd_top_k)
 
     @property
     def device(self) -> torch.device:
@@ -128,11 +151,17 @@ class ForwardStep:
         if stage.layer_dropout is not None and self.observer is None:
             stage.layer_dropout.draw(self.step, self._global_indices(number), self.platform)
         targets = self._to_device(count_targets(batch)) if stage.depths else None
-        micro = _MicroBatch(batch, targets, number, int(batch.loss_mask_bs.sum()), self._deepest())
+        box = TeacherBox() if self.observer is None and distils(self.settings, self.coefficients) else None
+        carries = halves_of_message(self.settings, self.coefficients, self.observer is not None) == 2
+        micro = _MicroBatch(batch, targets, number, int(batch.loss_mask_bs.sum()), self._deepest(), box)
         moved = self._to_device(batch)
         mask = make_attention_mask(moved.tokens_bs, moved.segments_bs, self.settings.sliding_window, parameter_dtype(self.settings))
+        if carries and not stage.pre_process:
+            stage.set_input_tensor(narrow(stage.decoder.input_tensor, box))
         output = chunk(tokens_bs=moved.tokens_bs, positions_bs=moved.positions_bs, attention_mask=mask,
                        at_exit=partial(self._at_exit, stage, micro), deepest=micro.deepest)
+        if carries and not stage.plan.is_last:
+            output = widen(output, box)
         # filled by the device: torch.tensor would copy from the host and wait
         tokens = torch.full((), micro.num_tokens, dtype=torch.int, device=self.device)
         return output, lambda loss: (loss, tokens, {})
@@ -198,12 +227,23 @@ class ForwardStep:
             return torch.zeros((), device=self.device) if depth == micro.deepest else hidden_tbh
         coefficient = self.coefficients.get(depth, 0.0)
         backward = partial(self._exit_backward, stage, micro, depth) if coefficient else None
+        if micro.box is not None and depth == self.settings.num_layers:
+            backward = teach(backward, stage.head(depth).norm, micro.box)
         announced = stage.parameters_complete_at(depth) if self.settings.overlap_grad_reduce else ()
         if depth == micro.deepest:
             return end(hidden_tbh, backward, coefficient, announced)
         if backward is None and not announced:
             return hidden_tbh
-        return tap(hidden_tbh, backward, coefficient * self._loss_rule_factor(micro.num_tokens), announced)
+        return tap(hidden_tbh, backward, coefficient * self._loss_rule_factor(micro.num_tokens), announced, partial(self._join, depth))
+
+    def _join(self, depth: int, own_tbh: torch.Tensor, deeper_tbh: torch.Tensor) -> torch.Tensor:
+        """Returns the gradient for the layers below the exit at ``depth``, made of its own and the deeper exits'.
+
+        Collective: that of ``GradientRule.join``.
+        """
+        if self.track_agreement or self.settings.log_exit_gradients:
+            self.ledger.add_meeting(depth, own_tbh, deeper_tbh)
+        return self.gradient_rule.join(own_tbh, deeper_tbh, sum(other > depth for other in self.coefficients))
 
     def _loss_scale(self) -> torch.Tensor:
         """Returns the fp16 loss scale, else 1, as a scalar on the device."""
@@ -238,8 +278,12 @@ class ForwardStep:
     def _exit_loss(self, stage: SortedStage, micro: _MicroBatch, depth: int, hidden_tbh: torch.Tensor, factor: torch.Tensor | None):
         head = stage.head(depth)
         chunk_tokens = self.settings.exit_loss_chunk_tokens or self.platform.loss_chunk_tokens
+        make_loss = CrossEntropy
+        if micro.box is not None and depth != self.settings.num_layers:
+            make_loss = partial(TaughtCrossEntropy, self.distillation, micro.box.normed_tbh, stage.last_weight())
         losses, gradient = exit_loss(
-            hidden_tbh, head.norm, head.weight_ph, micro.targets, self.model.shard, chunk_tokens, factor, self.compares, self.simulates)
+            hidden_tbh, head.norm, head.weight_ph, micro.targets, self.model.shard, chunk_tokens, factor, self.compares, self.simulates,
+            make_loss)
         if self.compares:
             self.choices.add(depth, micro.number, losses.choice_n)
         if self.simulates:

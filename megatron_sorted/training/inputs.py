@@ -15,6 +15,7 @@ from megatron_sorted.data.identity import data_identity
 from megatron_sorted.data.prepared import check_same_tokenizer
 from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import CheckpointError, SettingsError
+from megatron_sorted.settings.check_exit_distillation import check_top_k
 from megatron_sorted.settings.derived import data_prefixes
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.describe import replace_vocab
@@ -58,6 +59,7 @@ def open_inputs(settings: Settings) -> Inputs:
     if not vocab_size:
         raise SettingsError("--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size.")
     settings = start_from_pretrained(replace_vocab(settings, vocab_size))
+    check_top_k(settings)
     if tokenizer is not None:
         check_same_tokenizer((*data_prefixes(settings), *settings.valid_data_path, *settings.test_data_path), tokenizer)
     samples = None if settings.skip_train else open_train_samples(settings, vocab_size)

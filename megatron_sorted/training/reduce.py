@@ -34,6 +34,10 @@ class ExitReport:
             trained. None in evaluation.
         agreement: Share of tokens for which the exit and the last exit find the same token most likely; None unless compared.
         accept_length: See ``loss.agreement.accept_length``; 1 for the last exit, which drafts for nobody.
+        kd: Mean KL divergence from its teacher at the temperature, in nats a token; None for an exit without one.
+        gradient_cosine: Cosine between the gradient that the exit's own loss sends into the layers below and the one that comes from
+            all deeper exits, both as one vector over all tokens of the global batch; None unless measured, or where one is 0.
+        gradient_ratio: Norm of the first over that of the second.
     """
 
     loss: float
@@ -43,6 +47,9 @@ class ExitReport:
     grad_norm: float | None = None
     agreement: float | None = None
     accept_length: float | None = None
+    kd: float | None = None
+    gradient_cosine: float | None = None
+    gradient_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class IntervalReport:
 def exit_numbers(report: ExitReport, coefficient: float | None = None) -> ExitNumbers:
     """Returns one exit's numbers as reports hold them; ``coefficient`` is that of its loss, None in evaluation."""
     return ExitNumbers(report.loss, report.token_accuracy, coefficient, report.exact_match, report.grad_norm, report.agreement,
-                       report.accept_length)
+                       report.accept_length, report.kd, report.gradient_cosine, report.gradient_ratio)
 
 
 def reduce_ledger(ledger: Ledger, settings: Settings) -> dict[int, ExitReport]:
@@ -146,4 +153,19 @@ def _exit_report(numbers: dict[str, float], settings: Settings, tp: int, whole_g
     if seen[0]:
         agreement, length = agreed[0] / seen[0], 1.0 if is_last else accept_length(seen, agreed)
     return ExitReport(loss, numbers["correct"] / tp / some, numbers["exact_pieces"] / numbers["pieces"] if numbers["pieces"] else None,
-                      tokens, grad_norm, agreement, length)
+                      tokens, grad_norm, agreement, length, _mean_kd(numbers, settings, tp, some), *_meeting(numbers))
+
+
+def _mean_kd(numbers: dict[str, float], settings: Settings, tp: int, some_tokens: float) -> float | None:
+    """Returns the mean divergence from the teacher, by the rule that the loss is averaged by."""
+    if not numbers["taught_batches"]:
+        return None
+    return numbers["kl"] / tp / some_tokens if settings.calculate_per_token_loss else numbers["mean_kl"] / numbers["taught_batches"]
+
+
+def _meeting(numbers: dict[str, float]) -> tuple[float | None, float | None]:
+    """Returns cosine and ratio of norms of an exit's own gradient and the deeper exits'."""
+    own, deeper = math.sqrt(numbers["met_own"]), math.sqrt(numbers["met_deeper"])
+    if not own or not deeper:
+        return None, None
+    return numbers["met_product"] / own / deeper, own / deeper

@@ -16,6 +16,7 @@ from megatron_sorted.exits.observation import Observation
 from megatron_sorted.platform.state import current_device
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model
+from megatron_sorted.training.carrier import halves_of_message
 from megatron_sorted.training.forward_step import ForwardStep
 from megatron_sorted.training.nonfinite import where_from
 from megatron_sorted.training.observation import numbers_to_observe, read_observation
@@ -71,7 +72,7 @@ def run_schedule(model: Model, settings: Settings, forward_step: ForwardStep, mi
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
         num_microbatches=len(micro_batches),
-        seq_length=settings.seq_length,
+        seq_length=settings.seq_length * halves_of_message(settings, forward_step.coefficients, forward_only),
         micro_batch_size=settings.micro_batch_size,
         forward_only=forward_only,
     )

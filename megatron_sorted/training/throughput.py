@@ -5,7 +5,7 @@ from collections.abc import Collection
 from megatron_sorted.model.config import parameter_dtype
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.costs import train_flops_per_token
-from megatron_sorted.settings.derived import deepest_layer_run, global_batch_size
+from megatron_sorted.settings.derived import deepest_layer_run, distils, global_batch_size
 from megatron_sorted.settings.run import Settings
 
 
@@ -13,10 +13,13 @@ def step_flops(settings: Settings, vocab_size: int, world_size: int, depths: Col
     """Returns the operations of one step over all devices that trains the exits at ``depths``.
 
     Forward and backward of the layers that are run and of these exits' heads, for every position of every sample; causal
-    attention at half the square, over the whole sample also where documents are packed. What is recomputed is not counted.
+    attention at half the square, over the whole sample also where documents are packed. An exit that learns from the last one needs its
+    teacher's logits too. What is recomputed for want of memory is not counted.
     """
     tokens = global_batch_size(settings, world_size) * settings.seq_length
-    return tokens * train_flops_per_token(settings, vocab_size, len(depths), deepest_layer_run(settings, depths))
+    taught = sum(depth != settings.num_layers for depth in depths) if distils(settings, depths) else 0
+    per_token = train_flops_per_token(settings, vocab_size, len(depths), deepest_layer_run(settings, depths))
+    return tokens * (per_token + taught * 2 * settings.hidden_size * vocab_size)
 
 
 def tflops_per_device(flops: float, seconds: float, world_size: int) -> float:

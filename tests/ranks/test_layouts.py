@@ -15,8 +15,29 @@ from tests.support.tiny import make_samples, tiny
 STEPS = 3
 
 
-def reference_run(settings: Settings, weights: dict[str, torch.Tensor], steps: int, unequal: bool, packed: bool, coefficients: list[dict]):
-    """Returns per step the losses by depth, the first step's gradients, and the weights after all steps."""
+def mean_by_rule(settings: Settings, per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns the mean of a number per token [b, s], already times its mask, by the loss rule in force."""
+    if settings.calculate_per_token_loss:
+        return per_token.sum() / mask.sum()
+    parts = list(zip(per_token.split(settings.micro_batch_size), mask.split(settings.micro_batch_size), strict=True))
+    return sum(part.sum() / m.sum() for part, m in parts) / len(parts)  # the mean of the micro-batches' means
+
+
+def cross_entropies(settings: Settings, parameters: dict, samples: dict[str, torch.Tensor], segments, coefficients: dict):
+    """Returns the mean loss of every exit, and what training lowers."""
+    per_token = exit_losses(
+        parameters, samples["tokens"], samples["labels"], samples["mask"], segments, exit_depths(settings),
+        settings.num_attention_heads, settings.num_query_groups, settings.vocab_size, settings.norm_epsilon)
+    means = {d: mean_by_rule(settings, loss, samples["mask"]) for d, loss in per_token.items()}
+    return means, sum(c * means[d] for d, c in coefficients.items())
+
+
+def reference_run(settings: Settings, weights: dict[str, torch.Tensor], steps: int, unequal: bool, packed: bool, coefficients: list[dict],
+                  objective=cross_entropies):
+    """Returns per step the losses by depth, the first step's gradients, and the weights after all steps.
+
+    ``objective`` is what training lowers: it is given settings, parameters, samples, their segments where packed, and coefficients.
+    """
     parameters = {name: w.clone().requires_grad_() for name, w in weights.items()}
     decayed = [p for p in parameters.values() if p.dim() > 1]
     others = [p for p in parameters.values() if p.dim() == 1]
@@ -24,21 +45,11 @@ def reference_run(settings: Settings, weights: dict[str, torch.Tensor], steps: i
         [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=settings.lr, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps)
     losses, first_gradients = [], None
-    depths = exit_depths(settings)
     for step in range(steps):
         samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step, unequal, packed)
-        per_token = exit_losses(
-            parameters, samples["tokens"], samples["labels"], samples["mask"], samples["segments"] if packed else None, depths,
-            settings.num_attention_heads, settings.num_query_groups, settings.vocab_size, settings.norm_epsilon)
-        if settings.calculate_per_token_loss:
-            means = {d: loss.sum() / samples["mask"].sum() for d, loss in per_token.items()}
-        else:  # the mean of the micro-batches' means
-            size = settings.micro_batch_size
-            groups = samples["mask"].split(size)
-            means = {d: sum(part.sum() / m.sum() for part, m in zip(loss.split(size), groups, strict=True)) / len(groups)
-                     for d, loss in per_token.items()}
+        means, objective_now = objective(settings, parameters, samples, samples["segments"] if packed else None, coefficients[step])
         optimizer.zero_grad(set_to_none=False)
-        sum(c * means[d] for d, c in coefficients[step].items()).backward()
+        objective_now.backward()
         for p in parameters.values():  # a parameter above the deepest drawn exit has gradient 0, not none
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         losses.append({d: mean.item() for d, mean in means.items() if d in coefficients[step]})
@@ -55,11 +66,11 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
-def compare(world_size: int, settings: Settings, tolerance: float, unequal=False, packed=False):
-    """Runs a layout, compares it with the reference, returns the ranks' reports."""
+def compare(world_size: int, settings: Settings, tolerance: float, unequal=False, packed=False, objective=cross_entropies):
+    """Runs a layout, compares it with the reference, returns the ranks' reports; ``objective`` as for ``reference_run``."""
     reports = run_ranks(world_size, train_and_report, settings, STEPS, unequal, packed)
     initial, _ = join_ranks([r["initial"] for r in reports])
-    losses, gradients, weights = reference_run(settings, initial, STEPS, unequal, packed, reports[0]["coefficients"])
+    losses, gradients, weights = reference_run(settings, initial, STEPS, unequal, packed, reports[0]["coefficients"], objective)
     rows = settings.vocab_size
     got_gradients, _ = join_ranks([r["gradients"] for r in reports])
     got_weights, _ = join_ranks([r["weights"] for r in reports])

@@ -58,7 +58,7 @@ def train_and_report(settings: Settings, steps: int, unequal: bool, packed: bool
     """Trains; returns losses by step, and by global name this rank's shards of the initial weights, gradients and final weights."""
     platform, place, model = start(settings)
     tied = not settings.untie_embeddings_and_output_weights
-    report = {"losses": [], "grad_norms": [], "coefficients": [],
+    report = {"losses": [], "exits": [], "grad_norms": [], "coefficients": [],
               "initial": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)}
     finalize = model.config.finalize_model_grads_func
 
@@ -79,7 +79,8 @@ def train_and_report(settings: Settings, steps: int, unequal: bool, packed: bool
         result = train_step(model, settings, forward_step, batches, coefficients, settings.global_batch_size)
         report["coefficients"].append(coefficients)
         report["grad_norms"].append(result.grad_norm)
-        report["losses"].append({d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).items()})
+        report["exits"].append(reduce_ledger(forward_step.ledger, settings))
+        report["losses"].append({d: e.loss for d, e in report["exits"][-1].items()})
         forward_step.ledger.clear()
     report["loss_scale"] = model.optimizer.get_loss_scale().item()
     for chunk in model.chunks:

@@ -37,8 +37,10 @@ def layer(p, i, x, heads, groups, allowed, eps):
     return x + (F.silu(gate) * up) @ w["mlp.linear_fc2.weight"].t()
 
 
-def exit_logits(p, tokens, segments, depths, heads, groups, vocab_size, eps=1e-5, read=lambda depth, x: x):
-    """Returns {depth: logits [b, s, v]} over the real vocabulary; ``read`` may put another tensor in place of what an exit reads."""
+def exit_logits(p, tokens, segments, depths, heads, groups, vocab_size, eps=1e-5, read=lambda depth, x: x,
+                split=lambda depth, x: (x, x)):
+    """Returns {depth: logits [b, s, v]} over the real vocabulary; ``read`` may put another tensor in place of what an exit reads, and
+    ``split`` one in place of what deeper layers go on with too, as (what they go on with, what the exit reads)."""
     s = tokens.size(1)
     allowed = torch.ones(s, s, dtype=torch.bool).tril()[None, None]
     if segments is not None:
@@ -49,7 +51,8 @@ def exit_logits(p, tokens, segments, depths, heads, groups, vocab_size, eps=1e-5
         if i + 1 in depths:
             norm = p.get(f"exit_norms.{i + 1}.weight", p["decoder.final_layernorm.weight"])
             head = p.get(f"exit_output_layers.{i + 1}.weight", p.get("output_layer.weight", p["embedding.word_embeddings.weight"]))
-            logits[i + 1] = F.rms_norm(read(i + 1, x), x.shape[-1:], norm, eps) @ head[:vocab_size].t()
+            x, seen = split(i + 1, x)
+            logits[i + 1] = F.rms_norm(read(i + 1, seen), x.shape[-1:], norm, eps) @ head[:vocab_size].t()
     return logits
 
 

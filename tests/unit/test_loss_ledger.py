@@ -20,9 +20,9 @@ def test_sums_by_hand():
     ledger.add(2, *one_token(3.0))
     ledger.add(4, ExitLoss(torch.empty(0), torch.empty(0, dtype=torch.bool)), torch.empty(0))
     # loss 1 + 2 + 2 + 3; correct 1 + 0.5; tokens 2.5 + 1; means 5 / 2.5 + 3; two micro-batches; no pieces, gradients or steps given
-    assert ledger.sums[2].tolist() == [8.0, 1.5, 3.5, 5.0, 2.0, 0.0, 0.0, 0.0, 0.0] and ledger.sums[2].dtype == torch.float64
-    assert ledger.sums[4].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    assert len(COLUMNS) == 9
+    assert ledger.sums[2].tolist() == [8.0, 1.5, 3.5, 5.0, 2.0, *[0.0] * 10] and ledger.sums[2].dtype == torch.float64
+    assert ledger.sums[4].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0, *[0.0] * 10]
+    assert len(COLUMNS) == 15
     ledger.clear()
     assert ledger == Ledger()
 
@@ -67,10 +67,34 @@ def test_a_merged_ledger_can_go_on_by_itself():
     one.add_gradient(3, torch.tensor([7.0]))
     one.finish_step(torch.tensor(1.0))
     one.add_drafts(3, torch.tensor([[4, 2], [3, 1]]))
-    assert interval.sums[3].tolist() == [1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
+    assert interval.sums[3].tolist() == [1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, *[0.0] * 6]
     assert interval.drafts[3].tolist() == [[4, 2], [3, 1]]
     interval.merge(one)
     assert interval.drafts[3].tolist() == [[12, 6], [9, 3]]
+
+
+def test_teacher_and_meetings_of_gradients():
+    ledger = Ledger()
+    mask = torch.tensor([1.0, 0.5])
+    for kl in ([0.2, 0.4], [0.6, 0.0]):
+        ledger.add(1, ExitLoss(torch.ones(2), torch.ones(2, dtype=torch.bool), kl_n=torch.tensor(kl)), mask)
+    ledger.add(2, ExitLoss(torch.ones(2), torch.ones(2, dtype=torch.bool)), mask)
+    ledger.add_meeting(1, torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, -2.0]]))
+    ledger.add_meeting(1, torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 2.0]]))
+    open_still = Ledger()
+    open_still.merge(ledger)
+    for one in (ledger, open_still):
+        one.finish_step(torch.tensor(2.0))
+        sums = dict(zip(COLUMNS, one.sums[1].tolist(), strict=True))
+        assert sums["kl"] == pytest.approx(1.0) and sums["mean_kl"] == pytest.approx(1.0 / 1.5) and sums["taught_batches"] == 2
+        # product 3 - 8 + 4, squares 25 + 4 and 5 + 8, all over 2^2
+        assert [sums["met_product"], sums["met_own"], sums["met_deeper"]] == pytest.approx([-0.25, 7.25, 3.25])
+        assert dict(zip(COLUMNS, one.sums[2].tolist(), strict=True))["taught_batches"] == 0
+    ledger.drop_gradients()
+    assert ledger.sums[1][-3:].tolist() == [0.0] * 3 and ledger.sums[1][COLUMNS.index("kl")] > 0.9
+    ledger.add_meeting(1, torch.ones(1, 1), torch.ones(1, 1))
+    ledger.clear()
+    assert ledger == Ledger()
 
 
 @pytest.mark.parametrize("worst", [float("nan"), float("inf"), float("-inf")])

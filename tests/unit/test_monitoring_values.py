@@ -11,7 +11,8 @@ REPORT = StepReport(
     tokens_per_second=4096.0, seconds_left=17.5, nonfinite=1, samples_a_step=32, epoch=0.75, data_checksum=99,
     tokens_per_second_per_device=1024.0, tflops_per_device=150.5, mfu=0.48, memory_bytes=123456, phases={"data": 0.01, "forward": 0.1},
     exits={
-        2: ExitNumbers(0.0, 0.25, 0.5, grad_norm=0.125, agreement=0.5, accept_length=1.75),
+        2: ExitNumbers(0.0, 0.25, 0.5, grad_norm=0.125, agreement=0.5, accept_length=1.75, kd=0.75, gradient_cosine=-0.5,
+                       gradient_ratio=3.0),
         4: ExitNumbers(math.log(8.0), 0.5, 1.0, agreement=1.0, accept_length=1.0)})
 
 
@@ -25,7 +26,8 @@ def test_names_of_a_step():
         "tokens-per-second-per-device": 1024.0, "mem-max-allocated-bytes": 123456.0, "samples vs steps": 960.0, "epoch": 0.75,
         "seconds-left": 17.5, "phase/data": 0.01, "phase/forward": 0.1,
         "exit_2/loss": 0.0, "exit_2/perplexity": 1.0, "exit_2/coefficient": 0.5, "exit_2/grad-norm": 0.125, "exit_2/token-accuracy": 0.25,
-        "exit_2/agreement": 0.5, "exit_2/accept-length": 1.75,
+        "exit_2/agreement": 0.5, "exit_2/accept-length": 1.75, "exit_2/kd": 0.75, "exit_2/gradient-cosine": -0.5,
+        "exit_2/gradient-ratio": 3.0,
         "exit_4/loss": math.log(8.0), "exit_4/coefficient": 1.0, "exit_4/token-accuracy": 0.5, "exit_4/agreement": 1.0,
         "exit_4/accept-length": 1.0}
     assert all(type(value) is float for value in values.values())

@@ -1,0 +1,95 @@
+"""How an exit's own gradient and that of all deeper exits become the gradient of the layers below: where both lie in one tap.
+
+Only the layers see the result; the exit's norm and head keep the exit's gradient. A factor common to both, such as the loss scale of
+fp16, passes through every rule.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+def token_products(left_tbh: torch.Tensor, right_tbh: torch.Tensor) -> torch.Tensor:
+    """Returns the inner product of each token's two vectors, fp32; shape [t, b, 1]."""
+    return (left_tbh.float() * right_tbh.float()).sum(dim=-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class GradientRule:
+    """Puts an exit's own gradient and the deeper exits' together.
+
+    Attributes:
+        name: One of ``RULES``.
+        whole: Norms and products are those of all tokens of the micro-batch instead of each token's.
+        balance: See ``balance``.
+        group: The ranks that hold the other tokens of the micro-batch (sequence or context parallel); None if this one holds all.
+    """
+
+    name: str = "sum"
+    whole: bool = False
+    balance: float = 1.0
+    group: dist.ProcessGroup | None = None
+
+    def join(self, own_tbh: torch.Tensor, deeper_tbh: torch.Tensor, num_above: int) -> torch.Tensor:
+        """Returns the gradient for the layers below, written over ``own_tbh``.
+
+        Collective: with ``whole`` and a ``group``, for balance and project one all-reduce of two numbers over it; else none.
+
+        Args:
+            own_tbh: Gradient of this exit's loss.
+            deeper_tbh: Gradient that comes from the layers above.
+            num_above: How many deeper exits train at this step.
+        """
+        return RULES[self.name](self, own_tbh, deeper_tbh, num_above)
+
+    def products(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Returns the inner product of each pair: of each token [t, b, 1], or with ``whole`` of the micro-batch, a scalar (float64).
+
+        Collective: as ``join``.
+        """
+        by_token = [token_products(*pair) for pair in pairs]
+        if not self.whole:
+            return tuple(by_token)
+        sums = torch.stack([product.sum(dtype=torch.float64) for product in by_token])
+        if self.group is not None:
+            dist.all_reduce(sums, group=self.group)
+        return tuple(sums)
+
+
+def add(rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int) -> torch.Tensor:
+    """Returns own + deeper: the gradient of the sum of all losses."""
+    return own.add_(deeper)
+
+
+def equilibrium(rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int) -> torch.Tensor:
+    """Returns the mean over this exit and those above: own / (N - i) + deeper (N - i - 1) / (N - i), for the i-th of N from 0.
+
+    Source: gradient equilibrium of IMTA (Li et al., arXiv 1908.06294, section 3.1).
+    """
+    return own.mul_(1 / (num_above + 1)).add_(deeper, alpha=num_above / (num_above + 1))
+
+
+def balance(rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int) -> torch.Tensor:
+    """Returns own scaled to ``rule.balance`` times the norm of deeper, plus deeper; where either is 0 nothing is scaled."""
+    own_square, deeper_square = rule.products((own, own), (deeper, deeper))
+    factor = rule.balance * (deeper_square / own_square).sqrt()
+    return own.mul_(torch.where((own_square > 0) & (deeper_square > 0), factor, 1.0)).add_(deeper)
+
+
+def project(rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int) -> torch.Tensor:
+    """Returns own without its part along deeper where the two oppose each other, plus deeper.
+
+    That part is min(<own, deeper>, 0) deeper / |deeper|^2; a shallow exit then never pushes against the deeper ones.
+
+    Source: PCGrad (Yu et al., arXiv 2001.06782, algorithm 1), in one direction: the deeper exits' gradient is left whole.
+    """
+    product, square = rule.products((own, deeper), (deeper, deeper))
+    along = torch.where(square > 0, product.clamp(max=0) / square, 0.0)
+    return own.add_(deeper * (1 - along))
+
+
+RULES: dict[str, Callable[[GradientRule, torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
+    "sum": add, "equilibrium": equilibrium, "balance": balance, "project": project,
+}  # fmt: skip

@@ -1,0 +1,147 @@
+"""Self-distillation in every layout equals plain PyTorch on one process: losses, divergences, gradients, weights after three steps."""
+
+import pytest
+import torch
+
+from megatron_sorted.settings.run import Settings
+from tests.ranks.test_layouts import compare, mean_by_rule, relative
+from tests.support.gather import join_ranks
+from tests.support.measure_bodies import host_waits
+from tests.support.rank_bodies import train_and_report
+from tests.support.ranks import run_ranks
+from tests.support.taught import Objective
+from tests.support.tiny import tiny
+
+TAUGHT = {"exit_kd_weight": 0.7, "exit_kd_temperature": 2.0, "log_exit_gradients": True}
+CUT = {**TAUGHT, "exit_kd_top_k": 9}
+PP2 = {"pipeline_model_parallel_size": 2}
+PP4 = {"pipeline_model_parallel_size": 4}
+CHUNKS = {"num_layers_per_virtual_pipeline_stage": 1}
+TP2 = {"tensor_model_parallel_size": 2}
+SEQUENCE = {**TP2, "sequence_parallel": True}
+OWN = {"use_exit_norm": True, "untie_exit_output_weights": True}
+UNTIED = {"untie_embeddings_and_output_weights": True}
+OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+DEEP = {"num_layers": 8, "exit_layer_nums": (1, 4, 5, 7)}
+LAYOUTS = {
+    "one process": (1, {}),
+    "tp2": (2, TP2),
+    "tp2 sequence parallel": (2, SEQUENCE),
+    "pp2": (2, PP2),
+    "pp2 own untied": (2, {**PP2, **OWN, **UNTIED}),
+    "pp2 own tied": (2, {**PP2, **OWN}),
+    "pp2 chunks2": (2, {**PP2, **CHUNKS}),
+    "pp2 chunks2 own selective": (2, {**PP2, **CHUNKS, **OWN, "recompute_granularity": "selective"}),
+    "pp4": (4, PP4),
+    "pp4 full recompute": (4, {**PP4, **UNTIED, "recompute_granularity": "full"}),
+    "pp4 chunks2 8 layers": (4, {**PP4, **CHUNKS, **DEEP}),
+    "pp4 chunks2 8 layers own": (4, {**PP4, **CHUNKS, **DEEP, **OWN, **UNTIED}),
+    "tp2 pp2 sequence parallel": (4, {**SEQUENCE, **PP2}),
+    "dp2 distributed overlap": (2, OVERLAP),
+    "dp2 distributed overlap own": (2, {**OVERLAP, **OWN, **UNTIED}),
+    "pp2 dp2 distributed overlap own": (4, {**OVERLAP, **PP2, **OWN}),
+    "pp2 chunks2 dp2 distributed overlap": (4, {**OVERLAP, **PP2, **CHUNKS}),
+}
+
+
+def check(world_size: int, settings: Settings, **options) -> list[dict]:
+    """Compares a layout with plain PyTorch, divergences and measured gradients too; returns the ranks' reports."""
+    objective = Objective(mean_by_rule)
+    reports = compare(world_size, settings, 1e-5, objective=objective, **options)
+    for step, (kd, meetings) in enumerate(zip(objective.kd, objective.meetings, strict=True)):
+        for depth, found in reports[0]["exits"][step].items():
+            if depth == settings.num_layers:
+                assert found.kd is None and found.gradient_cosine is None and found.gradient_ratio is None
+                continue
+            # a difference of sums of some nats: what fp32 leaves of it
+            assert found.kd == pytest.approx(kd[depth], rel=1e-5, abs=3e-7), f"divergence of exit {depth} at step {step}"
+            if depth in meetings:
+                cosine, ratio = meetings[depth]
+                assert found.gradient_cosine == pytest.approx(cosine, abs=2e-6) and found.gradient_ratio == pytest.approx(ratio, rel=1e-5)
+    return reports
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_taught_exits_equal_the_reference(name):
+    world_size, changes = LAYOUTS[name]
+    check(world_size, tiny(**TAUGHT, **changes))
+
+
+@pytest.mark.parametrize("name", ["one process", "tp2", "tp2 sequence parallel", "pp4", "tp2 pp2 sequence parallel"])
+@pytest.mark.parametrize("top_k", [1, 9, 60, 100])  # a shard of tp2 has 52 rows: 60 spans both
+def test_a_teacher_cut_to_its_most_likely_tokens(name, top_k):
+    world_size, changes = LAYOUTS[name]
+    check(world_size, tiny(**{**CUT, "exit_kd_top_k": top_k}, **changes))
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("name", ["one process", "tp2 sequence parallel", "pp2 chunks2", "pp2 dp2 distributed overlap own"])
+def test_unequal_samples_packed_documents_and_both_loss_rules(name, per_token):
+    world_size, changes = LAYOUTS[name]
+    check(world_size, tiny(calculate_per_token_loss=per_token, **TAUGHT, **changes), unequal=True, packed=True)
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(1.0, 1.0), (1.0, 3.0), (0.25, 1.0), (0.5, 0.5)])
+@pytest.mark.parametrize("name", ["one process", "pp4"])
+def test_weights_and_temperatures(name, weight, temperature):
+    world_size, changes = LAYOUTS[name]
+    check(world_size, tiny(exit_kd_weight=weight, exit_kd_temperature=temperature, log_exit_gradients=True, **changes))
+
+
+@pytest.mark.parametrize("name", ["one process", "pp2", "pp4 chunks2 8 layers own", "dp2 distributed overlap own"])
+@pytest.mark.parametrize("drawn", [1, 2])
+def test_drawn_exits_are_taught_also_where_the_last_is_not_drawn(name, drawn):
+    world_size, changes = LAYOUTS[name]
+    reports = check(world_size, tiny(exit_sampling="uniform", num_sampled_exits=drawn, seed=5, **{**TAUGHT, **changes}))
+    assert any(changes.get("num_layers", 4) not in c for c in reports[0]["coefficients"]), "the test shows little if the last always trains"
+
+
+@pytest.mark.parametrize("changes", [{}, PP2])
+def test_an_exit_that_does_not_train_is_not_taught(changes):
+    reports = check(2, tiny(exit_layer_weight=(0.5, 0.0, 0.25), **TAUGHT, **changes))
+    assert reports[0]["exits"][0].keys() == {1, 3, 4}
+
+
+@pytest.mark.parametrize("name", ["one process", "pp2 chunks2", "tp2 pp2 sequence parallel", "pp4"])
+@pytest.mark.parametrize("precision", [{"bf16": True}, {"fp16": True, "loss_scale": 1.0}, {"fp16": True, "loss_scale": 1024.0}])
+def test_half_precision(name, precision):
+    world_size, changes = LAYOUTS[name]
+    reports = run_ranks(world_size, train_and_report, tiny(**CUT, **changes, **precision), 1, True, True)
+    exact = run_ranks(1, train_and_report, tiny(**CUT), 1, True, True)
+    loss, gradient = (5e-3, 6e-2) if "bf16" in precision else (1e-3, 1e-2)
+    for depth, found in reports[0]["exits"][0].items():
+        assert found.loss == pytest.approx(exact[0]["exits"][0][depth].loss, rel=loss)
+        assert found.kd is None or found.kd == pytest.approx(exact[0]["exits"][0][depth].kd, rel=4 * loss, abs=loss)
+    got, expected = join_ranks([r["gradients"] for r in reports])[0], join_ranks([r["gradients"] for r in exact])[0]
+    for name, value in expected.items():
+        assert relative(got[name], value) < gradient, f"{name}: {relative(got[name], value)}"
+
+
+@pytest.mark.parametrize("precision", [{"bf16": True}, {}])
+def test_the_teacher_travels_without_losing_a_bit(precision):
+    """Stages and chunks change no bit of losses and divergences: the same teacher in the same dtype is read everywhere."""
+    exits = [run_ranks(world_size, train_and_report, tiny(**TAUGHT, **DEEP, **precision, **changes), 1, False, False)[0]["exits"][0]
+             for world_size, changes in ((1, {}), (2, PP2), (4, {**PP4, **CHUNKS}))]
+    assert [e.kd for e in exits[0].values()][:-1] == [e.kd for e in exits[1].values()][:-1] == [e.kd for e in exits[2].values()][:-1]
+
+
+@pytest.mark.parametrize(("world_size", "changes"), [(1, {}), (2, {**PP2, **CHUNKS}), (2, {**SEQUENCE, "bf16": True})])
+def test_a_step_waits_for_the_device_no_oftener(world_size, changes):
+    for report in run_ranks(world_size, host_waits, tiny(**CUT, exit_gradient_rule="project", **changes), True, True):
+        assert [name for name, _ in report["step"]] == ["tolist"]
+
+
+def test_evaluation_has_no_teacher():
+    from tests.support.rank_bodies import evaluate_report
+
+    plain = run_ranks(2, evaluate_report, tiny(**PP2))[0]
+    taught = run_ranks(2, evaluate_report, tiny(**PP2, exit_kd_weight=0.5))[0]
+    assert all(found.kd is None for found in taught["exits"].values())
+    assert plain["exits"].keys() == taught["exits"].keys()
+
+
+def test_gradients_of_a_share_of_zero_are_those_of_no_teacher():
+    torch.manual_seed(0)
+    plain, taught = (join_ranks([r["weights"] for r in run_ranks(2, train_and_report, tiny(**PP2, **more), 2, False, False)])[0]
+                     for more in ({}, {"exit_kd_weight": 1e-30}))
+    assert all(relative(taught[name], plain[name]) < 1e-6 for name in plain)

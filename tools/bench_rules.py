@@ -1,0 +1,126 @@
+"""Measures what rules for exits cost: step time and peak memory of each over uniform training, in one run.
+
+Writes docs/benchmarks/rules.md and .json. Steps are taken in turns, one of each rule a round; memory is taken in a fresh process each.
+What is measured stands in tools/benchmark/rule_cases.py: a row there is a row of the page.
+"""
+
+import argparse
+import datetime
+import os
+import shlex
+import statistics
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmark.report import PACKAGES, commit, machine, uses_cpu_seconds
+from benchmark.rule_cases import BASE, CASES, case_flops, rule_settings
+from benchmark.rule_worker import answers, measure_peak, num_timed, time_in_turns
+from benchmark.run_facts import bullets, rounded, table, write_numbers
+from benchmark.worker import returning_freed_memory
+
+from megatron_sorted.platform.select import PLATFORMS, choose_platform
+
+SAME_FLOPS_BOUND, MORE_FLOPS_BOUND = 1.02, 1.05
+"""Time over uniform time x FLOP ratio that must hold: for rules that add no operations worth counting, and for those that do."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Returns the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rules", nargs="+", choices=[name for name in CASES if name != BASE], help="which rules; by default all")
+    parser.add_argument("--device", choices=["auto", *PLATFORMS], default="auto", help="where to run")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 instead of fp32")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the process")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds of timing")
+    parser.add_argument("--output", default="docs/benchmarks", help="where the page goes")
+    return parser.parse_args()
+
+
+def measure(names: list[str], options: argparse.Namespace) -> list[dict]:
+    """Returns a row for each case; time ratios are medians over rounds of the ratio within a round."""
+    where = (options.device, options.bf16, options.threads)
+    with returning_freed_memory():
+        peaks = {}
+        for name in names:
+            print(f"\r\033[Kmemory: {name}", end="", file=sys.stderr, flush=True)
+            [peaks[name]] = answers(measure_peak, 1, name, *where)
+    times: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in names}
+    for number, name, *seconds in answers(time_in_turns, num_timed(names, options.rounds), names, *where, options.rounds):
+        print(f"\r\033[Kround {number + 1} of {options.rounds}: {name}", end="", file=sys.stderr, flush=True)
+        if number >= 0:
+            times[name][number] = tuple(seconds)
+    print("\r\033[K", end="", file=sys.stderr)
+    cpu = uses_cpu_seconds(options)
+    flops = {name: case_flops(rule_settings(name, options.device, options.bf16)) for name in names}
+    rows = []
+    for name in names:
+        def over_base(kind: bool, name: str = name) -> list[float]:
+            return [times[name][number][kind] / times[BASE][number][kind] for number in range(options.rounds)]
+
+        ratio, bound = statistics.median(over_base(cpu)), flops[name] / flops[BASE]
+        rows.append({
+            "rule": name, "seconds": statistics.median(pair[cpu] for pair in times[name].values()), "times_uniform": ratio,
+            "spread": (min(over_base(cpu)), max(over_base(cpu))), "flop_ratio": bound, "over_bound": ratio / bound,
+            "wall_times_uniform": statistics.median(over_base(False)), "peak_bytes": peaks[name],
+            "peak_minus_uniform_bytes": peaks[name] - peaks[BASE], "settings": CASES[name]})
+    return rows
+
+
+def verdicts(rows: list[dict]) -> dict[str, bool]:
+    """Returns the targets and whether they hold."""
+    same = [row for row in rows if row["flop_ratio"] == 1.0 and row["rule"] != BASE]
+    more = [row for row in rows if row["flop_ratio"] > 1.0]
+    return {
+        f"a rule without operations of its own takes at most {SAME_FLOPS_BOUND:.2f} x uniform time":
+            all(row["over_bound"] <= SAME_FLOPS_BOUND for row in same),
+        f"distillation takes at most {MORE_FLOPS_BOUND:.2f} x (uniform time x FLOP ratio)":
+            all(row["over_bound"] <= MORE_FLOPS_BOUND for row in more),
+    }
+
+
+def page(rows: list[dict], facts: dict[str, str], cpu: bool) -> str:
+    """Returns the page."""
+    unit = "CPU s" if cpu else "s"
+    heads = ["rule", f"{unit} a step", "x uniform", "lowest to highest", "FLOP ratio", "over bound", "x uniform (wall)", "peak MB",
+             "- uniform"]
+    cells = [[
+        row["rule"], f"{row['seconds']:.2f}", f"{row['times_uniform']:.3f}", "{:.3f} to {:.3f}".format(*row["spread"]),
+        f"{row['flop_ratio']:.3f}", f"{row['over_bound']:.3f}", f"{row['wall_times_uniform']:.3f}", f"{row['peak_bytes'] / 1e6:,.0f}",
+        f"{row['peak_minus_uniform_bytes'] / 1e6:+,.0f}"] for row in rows]
+    settings = rule_settings(BASE, "cpu", False)
+    return "\n".join([
+        "# What rules for exits cost", "",
+        f"{settings.num_layers} layers, hidden {settings.hidden_size}, SwiGLU, tied head, vocabulary {settings.vocab_size:,}, exits "
+        f"{', '.join(map(str, settings.exit_layer_nums))} and the last, {settings.seq_length} tokens, Adam. The head costs about as much",
+        "against a layer as in models of a billion parameters (1.3 layers).", "",
+        *bullets(facts), "", *table(heads, cells),
+        *(f"- {'holds' if holds else 'DOES NOT HOLD'}: {target}" for target, holds in verdicts(rows).items()), "",
+        "- *x uniform*: median over rounds of the ratio within a round; a round is one step of each rule in turn, in one process. Time is "
+        + ("CPU time of the process, which other programs disturb least; wall time stands beside it." if cpu else "wall time."),
+        "- *FLOP ratio*: operations over those of uniform training, from the sizes: a taught exit needs a fourth product with the head.",
+        "- *over bound*: x uniform / FLOP ratio.",
+        "- *peak*: largest memory during a step after one warm-up step, in a fresh process.", ""])
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    options = parse_arguments()
+    rows = measure([BASE, *(options.rules or [name for name in CASES if name != BASE])], options)
+    device = choose_platform(options.device).name
+    facts = {
+        "date": datetime.date.today().isoformat(), "commit": commit(), "command": shlex.join(["python", *sys.argv]), "device": device,
+        "machine": machine(options.device, options.threads), "precision": "bf16" if options.bf16 else "fp32", "rounds": str(options.rounds),
+        "load of the machine": f"{os.getloadavg()[1]:.1f} (5-minute mean)",
+        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES)}
+    text = page(rows, facts, uses_cpu_seconds(options))
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "rules" + ("" if device == "cpu" else f"_{device}") + ("_bf16" if options.bf16 else "")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    write_numbers(folder / f"{name}.json", rounded({**facts, "targets": verdicts(rows), "table": rows}))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

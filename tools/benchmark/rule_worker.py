@@ -1,0 +1,117 @@
+"""Processes that train steps under rules for exits: one that times all of them in turns, and one a rule for its memory."""
+
+import os
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from benchmark.rule_cases import rule_settings
+from benchmark.worker import SPAWN
+
+
+def start_platform(device: str, threads: int):
+    """Returns the platform, ready."""
+    import logging
+
+    import torch
+
+    from megatron_sorted.platform.quiet import silence_library_warnings
+
+    silence_library_warnings()
+    from megatron_sorted.platform.select import choose_platform
+
+    logging.disable(logging.WARNING)  # of Megatron, on CPU: one random state serves where it expects two
+    torch.set_num_threads(threads)
+    platform = choose_platform(device)
+    platform.prepare()
+    return platform
+
+
+def make_steps(names: list[str], device: str, bf16: bool, platform) -> dict[str, Callable[[], None]]:
+    """Returns {case: a function that trains one step}; cases that change only what is computed share one network and its optimizer.
+
+    Collective: starts the process groups of this one process.
+    """
+    from dataclasses import fields
+
+    from megatron_sorted.data.batches import make_train_batches
+    from megatron_sorted.parallel.groups import start_process_groups
+    from megatron_sorted.settings.derived import coefficient_rule, trained_exits
+    from megatron_sorted.settings.exit_parts import ExitPartSettings
+    from megatron_sorted.training.build import build_model, build_optimizer
+    from megatron_sorted.training.forward_step import ForwardStep
+    from megatron_sorted.training.step import train_step
+
+    parts = [field.name for field in fields(ExitPartSettings)] + ["use_exit_norm", "untie_exit_output_weights"]
+    place, networks, steps = None, {}, {}
+    for name in names:
+        settings = rule_settings(name, device, bf16)
+        place = place or start_process_groups(settings, platform)
+        key = tuple(getattr(settings, part) for part in parts)
+        if key not in networks:
+            networks[key] = build_model(settings, platform, place, settings.vocab_size)
+            build_optimizer(networks[key], settings, place.world_size)
+        forward_step = ForwardStep(settings, networks[key], platform)
+        coefficients = trained_exits(settings, coefficient_rule(settings), 0)
+        batches = make_train_batches(settings, None, 0, 1)
+
+        def step(model=networks[key], settings=settings, forward_step=forward_step, coefficients=coefficients, batches=batches) -> None:
+            train_step(model, settings, forward_step, [next(batches)], coefficients, settings.global_batch_size)
+            forward_step.ledger.clear()
+
+        steps[name] = step
+    return steps
+
+
+def time_in_turns(connection: Connection, names: list[str], device: str, bf16: bool, threads: int, rounds: int) -> None:
+    """Sends (round, case, seconds, CPU seconds) of every step, a round being one of each case; a first round only warms up."""
+    platform = start_platform(device, threads)
+    steps = make_steps(names, device, bf16, platform)
+    for number in range(-1, rounds):
+        for name in names:
+            platform.synchronize()
+            start, cpu_start = time.perf_counter(), time.process_time()
+            steps[name]()
+            platform.synchronize()
+            connection.send((number, name, time.perf_counter() - start, time.process_time() - cpu_start))
+    connection.close()
+    os._exit(0)  # one process: there are no peers to part from in order
+
+
+def measure_peak(connection: Connection, name: str, device: str, bf16: bool, threads: int) -> None:
+    """Sends the peak memory of the second step of a case, in bytes."""
+    platform = start_platform(device, threads)
+    step = make_steps([name], device, bf16, platform)[name]
+    step()
+    platform.synchronize()
+    platform.reset_peak_memory()
+    step()
+    platform.synchronize()
+    connection.send(platform.peak_memory_bytes())
+    connection.close()
+    os._exit(0)
+
+
+def answers(target: Callable, num_answers: int, *arguments):
+    """Returns an iterator over what ``target`` sends from a process of its own.
+
+    Raises:
+        RuntimeError: The process died.
+    """
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        for _ in range(num_answers):
+            yield ours.recv()
+    except EOFError:
+        raise RuntimeError(f"{target.__name__}: the process died; its error is above") from None
+    process.join()
+
+
+def num_timed(names: list[str], rounds: int) -> int:
+    """Returns how many answers ``time_in_turns`` sends."""
+    return len(names) * (rounds + 1)
+
+
