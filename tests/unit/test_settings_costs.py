@@ -113,7 +113,7 @@ def test_training_counts_backward_twice_and_every_head():
     head = 2 * 32 * 100
     forward = forward_flops_per_token(settings, 100)
     assert train_flops_per_token(settings, 100) == 3 * (forward[4] + 3 * head)
-    assert train_flops_per_token(settings, 100, num_exits=1, depth=2) == 3 * forward[2]
+    assert train_flops_per_token(settings, 100, depths=(2,), deepest=2) == 3 * forward[2]
 
 
 def test_experts_count_fully_as_parameters_and_by_choice_as_operations():
