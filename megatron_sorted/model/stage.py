@@ -118,7 +118,7 @@ class SortedStage(MegatronModule):
         key = str(depth)
         norm = self.exit_norms[key] if key in self.exit_norms else self._shared_norm[0]
         weight = self.exit_output_layers[key].weight if key in self.exit_output_layers else self._shared_weight[0]
-        adapter, block, mlp = (getattr(self, name)[key] if key in getattr(self, name) else None for name in PARTS)
+        adapter, block, mlp = (dict(getattr(self, name)).get(key) for name in PARTS)
         if adapter is None and block is None and mlp is None:
             return Head(norm, weight)
         rotary = None if block is None else self._rotary(tokens_t)

@@ -54,7 +54,7 @@ def _check_tuning(settings: Settings, has_intermediate: bool) -> None:
             + ("Give it 0." if flag == "--exit-probabilities" else "Leave it out or give 0."),
         )
     rule = coefficient_rule(settings)
-    for step, flag in ((0, "--exit-layer-weight-init"), (settings.exit_layer_weight_warmup_iters, "--exit-layer-weight")):
+    for step, flag in ((settings.exit_layer_weight_warmup_iters, "--exit-layer-weight"), (0, "--exit-layer-weight-init")):
         require(
             any(step_coefficients(settings, rule, step).values()),
             f"{flag}: every intermediate exit counts 0 at step {step}, and --tune-exit trains no other. Give one a positive coefficient.",

@@ -87,6 +87,7 @@ def train_flops_per_token(settings: Settings, vocab_size: int, depths: Collectio
     """
     layer, head, part = _token_flops(settings, vocab_size, settings.seq_length)
     depths = exit_depths(settings)[: -1 if settings.tune_exit else None] if depths is None else depths
-    passes_of_head = 2 if settings.tune_exit and not settings.untie_exit_output_weights else 3
+    of_head = 2 if settings.tune_exit and not settings.untie_exit_output_weights else 3
+    of_layer = 1 if settings.tune_exit else 3
     own = sum(depth < settings.num_layers for depth in depths)
-    return (1 if settings.tune_exit else 3) * (deepest or settings.num_layers) * layer + passes_of_head * len(depths) * head + 3 * own * part
+    return of_layer * (deepest or settings.num_layers) * layer + of_head * len(depths) * head + 3 * own * part

@@ -77,7 +77,8 @@ def train_and_report(settings: Settings, steps: int, unequal: bool, packed: bool
         if "gradients" not in report:
             complete_gradients(model, settings)
             scale = model.optimizer.get_loss_scale().item()
-            report["gradients"] = shards_of(model, unwrap, lambda p: p.main_grad / scale if p.requires_grad else None, place.tensor_rank, tied)
+            report["gradients"] = shards_of(
+                model, unwrap, lambda p: p.main_grad / scale if p.requires_grad else None, place.tensor_rank, tied)
 
     model.config.finalize_model_grads_func = finalize_and_keep
     forward_step = ForwardStep(settings, model, platform)
@@ -123,10 +124,10 @@ def moments(model, settings: Settings) -> dict[str, list]:
                 mains = {id(getattr(p, "main_param", p)): id(p) for chunk in model.chunks for p in chunk.parameters()}
                 for group in optimizer.optimizer.param_groups:
                     for main in group["params"]:
-                        values[mains[id(main)]] = optimizer.optimizer.state[main][moment]
+                        values[mains[id(main)]] = optimizer.optimizer.state[main].get(moment)  # sgd has none of them
         tied = not settings.untie_embeddings_and_output_weights
         rank = 0 if settings.tensor_model_parallel_size == 1 else dist.get_rank() % settings.tensor_model_parallel_size
-        result[moment] = shards_of(model, unwrap, lambda p, values=values: values[id(p)], rank, tied)
+        result[moment] = shards_of(model, unwrap, lambda p, values=values: values.get(id(p)), rank, tied)
     return result
 
 
