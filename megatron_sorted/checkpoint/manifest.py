@@ -163,14 +163,14 @@ def exits_description(settings: Settings) -> dict[str, Any]:
 def with_new_parts(manifest: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """Returns the manifest as that of a model whose exits have the parts that the run gives them, where the model's have none.
 
-    For a run that takes weights only: the new parts begin as copies (``conversion.convert.origin_of``).
+    For a run that takes weights only: the new parts begin as copies (``conversion.convert.origin_of``). Parts that the model has name the
+    depths of its exits, which then stay.
     """
-    shape = dict(manifest["shape"])
-    for name in OWN_PART_FIELDS:
-        if not shape.get(name, manifest.get("settings", {}).get(name)) and getattr(settings, name):
-            shape[name] = getattr(settings, name)
-            shape["exit_layer_nums"] = list(exit_depths(settings))
-    return {**manifest, "shape": shape}
+    shape, said = dict(manifest["shape"]), manifest.get("settings", {})
+    has = {name: shape.get(name, said.get(name)) for name in OWN_PART_FIELDS}
+    new = {name: getattr(settings, name) for name in OWN_PART_FIELDS if getattr(settings, name) and not has[name]}
+    depths = {"exit_layer_nums": list(exit_depths(settings))} if new and not any(has.values()) else {}
+    return {**manifest, "shape": shape | new | depths}
 
 
 def settings_of_manifest(manifest: Mapping[str, Any], source: str) -> Settings:

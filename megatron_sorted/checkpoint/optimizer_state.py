@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from megatron_sorted.checkpoint.optimizer_shards import take_state_of_parts
 from megatron_sorted.platform.state import current_device
+
+MAIN_WEIGHTS = "fp32_from_fp16_params"  # Megatron's
 
 
 def count_padding_in_offsets(chunks: list) -> None:
@@ -78,13 +81,19 @@ def state_dict_with_steps(one, steps: int) -> dict[str, Any]:
             del inner.state["steps"]
 
 
-def put_steps(one, state: dict[str, Any], steps: int) -> None:
-    """Puts the step count into the sharded state dict of an optimizer that is not distributed, where it has no parameter that counts."""
+def mend_empty_state(one, state: dict[str, Any], steps: int) -> None:
+    """Makes the sharded state dict of an optimizer that is not distributed one that any rank may write, also with nothing to train.
+
+    The step count is put in where no parameter counts it. The groups of main weights become dictionaries (``load_optimizer_state`` undoes
+    it): Megatron keeps an empty list of the first rank and cannot merge it with another rank's.
+    """
+    if MAIN_WEIGHTS in state:
+        state[MAIN_WEIGHTS] = {index: dict(enumerate(group)) for index, group in enumerate(state[MAIN_WEIGHTS])}
     own = state.get("optimizer", state)
     if not _is_torchs_adam(one.optimizer):
         for group in own["param_groups"] if steps else ():
             group.setdefault("step", steps)
-    elif steps:
+    elif steps and "state" in own:  # not in Megatron's own form of a distributed optimizer
         own["state"].setdefault("common_step", torch.tensor(float(steps)))
 
 
@@ -107,6 +116,10 @@ def load_optimizer_state(optimizer, state: Any) -> None:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
     for one, part in zip(parts, states, strict=True):
+        if isinstance(one, Float16OptimizerWithFloat16Params) and not isinstance(part.get(MAIN_WEIGHTS), list):
+            loaded = part.get(MAIN_WEIGHTS, {})
+            part[MAIN_WEIGHTS] = [[tensor for _, tensor in sorted(loaded.get(index, {}).items())]
+                                  for index in range(len(one.optimizer.param_groups))]
         if "parts" in part:
             one.load_state_dict({key: value for key, value in part.items() if key != "parts"})
             steps = _own_steps(one)

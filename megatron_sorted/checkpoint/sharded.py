@@ -17,7 +17,7 @@ from megatron_sorted.checkpoint.optimizer_shards import only_part, state_of_part
 from megatron_sorted.checkpoint.optimizer_state import (
     fill_empty_state,
     load_optimizer_state,
-    put_steps,
+    mend_empty_state,
     state_dict_with_steps,
     steps_taken,
 )
@@ -66,8 +66,8 @@ def optimizer_state(optimizer, model_state: dict[str, Any], is_loading: bool) ->
     part, steps = only_part(optimizer), steps_taken(optimizer)
     if part is None:
         state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(CONTENT))
-        if len(parts := getattr(optimizer, "chained_optimizers", [optimizer])) == 1 and not is_loading:
-            put_steps(parts[0], state, steps)
+        if len(parts := getattr(optimizer, "chained_optimizers", [optimizer])) == 1:
+            mend_empty_state(parts[0], state, steps)
         return state
     if hasattr(optimizer, "_synchronize_steps"):
         optimizer._synchronize_steps()

@@ -92,7 +92,7 @@ def test_nothing_goes_backward_through_the_base_and_no_activation_is_kept(world_
         assert full["backwards"] > 0 and full["layers with a graph"] > 0
         # for each micro-batch and exit its hidden state, and nothing of the layers between
         assert frozen["saved bytes"] <= hidden * frozen["exits and chunks"]
-        assert full["saved bytes"] > 20 * frozen["saved bytes"]
+        assert full["saved bytes"] > 10 * frozen["saved bytes"]
 
 
 def test_with_one_stage_layers_above_the_deepest_tuned_exit_are_not_run():
@@ -109,6 +109,8 @@ RESUMED = {
     "pp2 dp2 distributed last stage only -> dp2 distributed": (
         (4, {**LAST_ONLY, **PP2, **DISTRIBUTED}), (2, {**LAST_ONLY, **DISTRIBUTED})),
     "distributed -> pp2 dp2 distributed last stage only": ((1, {**LAST_ONLY, **DISTRIBUTED}), (4, {**LAST_ONLY, **PP2, **DISTRIBUTED})),
+    "bf16 pp2 first stage only -> bf16": tuple((size, {**FIRST_ONLY, **layout, "bf16": True}) for size, layout in ((2, PP2), (1, {}))),
+    "bf16 -> bf16 pp2 first stage only": tuple((size, {**FIRST_ONLY, **layout, "bf16": True}) for size, layout in ((1, {}), (2, PP2))),
     "pp2 bf16 last stage only -> bf16 pp2": ((2, {**LAST_ONLY, **PP2, "bf16": True}), (2, {**LAST_ONLY, **PP2, "bf16": True})),
     "fp16 pp2 last stage only -> fp16": tuple(
         (size, {**LAST_ONLY, **layout, "fp16": True, "loss_scale": 1024.0}) for size, layout in ((2, PP2), (1, {}))),
@@ -117,8 +119,6 @@ RESUMED = {
         for layout in (TP2, {**PP2, "num_layers_per_virtual_pipeline_stage": 1})),
     "one norm dp2 distributed (one rank has none of it) -> one process": tuple(
         (size, {**TUNE, **DISTRIBUTED, "use_exit_norm": True, "exit_layer_nums": (2,)}) for size in (2, 1)),
-    "sgd pp2 first stage only -> one process": tuple((size, {**FIRST_ONLY, **layout, "optimizer": "sgd", "lr": 1e-3})
-                                                     for size, layout in ((2, PP2), (1, {}))),
 }
 
 
@@ -136,7 +136,7 @@ def test_a_tuned_run_goes_on_in_another_layout(name, tmp_path):
     weights, held = joined(saved, "weights"), joined(loaded, "loaded_weights")
     rows = {key: slice(100) if "embedding" in key or "output" in key else slice(None) for key in weights}
     assert all(torch.equal(weights[key][rows[key]], held[key][rows[key]]) for key in weights)
-    for moment in ("exp_avg", "exp_avg_sq") if before.get("optimizer") != "sgd" else ():
+    for moment in ("exp_avg", "exp_avg_sq"):
         expected, got = joined(saved, "moments", moment), joined(loaded, "loaded_moments", moment)
         assert expected.keys() == got.keys() and all(key.startswith("exit_") for key in got)
         assert all(torch.equal(expected[key], got[key]) for key in got)

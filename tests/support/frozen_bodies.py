@@ -5,10 +5,13 @@ import torch
 from megatron_sorted.settings.derived import coefficient_rule, trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import unwrap
+from megatron_sorted.training.checkpoints import Checkpoints
 from megatron_sorted.training.evaluate import evaluate
 from megatron_sorted.training.forward_step import ForwardStep
+from megatron_sorted.training.inputs import find_checkpoints
 from megatron_sorted.training.reduce import reduce_ledger
 from megatron_sorted.training.step import run_schedule, train_step
+from tests.support.gather import shards_of
 from tests.support.rank_bodies import start
 from tests.support.tiny import InstructionSource, make_samples, micro_batches
 
@@ -91,3 +94,16 @@ def activations_kept(settings: Settings) -> dict[str, int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run_schedule(model, settings, forward_step, batches, forward_only=False)
     return counts
+
+
+def begin_from(settings: Settings) -> tuple[dict, list[str]]:
+    """Returns this rank's shards of the weights of a run that starts from ``settings.load``, and what it said."""
+    platform, place, model = start(settings)
+    said: list[str] = []
+    checkpoints = Checkpoints(settings, platform, place, model, coefficient_rule(settings), said.append)
+    checkpoints.load(find_checkpoints(settings, None, None).usable[0])
+    for chunk in model.chunks:
+        if settings.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+    tied = not settings.untie_embeddings_and_output_weights
+    return shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied), said
