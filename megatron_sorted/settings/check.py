@@ -1,6 +1,7 @@
 """All rules between settings, checked before any process group starts."""
 
 from megatron_sorted.settings.check_exit_distillation import check_exit_distillation
+from megatron_sorted.settings.check_exit_parts import check_exit_parts
 from megatron_sorted.settings.check_exit_weighting import check_exit_weighting
 from megatron_sorted.settings.check_exits import check_exits
 from megatron_sorted.settings.check_files import check_files
@@ -25,6 +26,7 @@ def check_settings(settings: Settings, world_size: int) -> None:
     check_numbers(settings)
     check_model(settings)
     check_exit_weighting(settings)
+    check_exit_parts(settings)
     check_exits(settings)
     check_exit_distillation(settings)
     check_layout(settings, world_size)

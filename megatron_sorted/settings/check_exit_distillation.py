@@ -1,8 +1,9 @@
 """Rules for gradients at exits and for self-distillation."""
 
-from megatron_sorted.settings.derived import coefficient_rule, exit_depths, exit_probabilities
+from megatron_sorted.settings.derived import exit_depths, exit_probabilities
 from megatron_sorted.settings.require import require
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.weighting import coefficient_rule
 
 
 def check_exit_distillation(settings: Settings) -> None:

@@ -15,6 +15,7 @@ from megatron_sorted.exits.observation import EXIT_LAYERS
 from megatron_sorted.loss.deferred import end, tap
 from megatron_sorted.loss.distillation import Distillation, TaughtCrossEntropy
 from megatron_sorted.loss.gradient_rules import GradientRule
+from megatron_sorted.loss.hanging import HungExit, hang
 from megatron_sorted.loss.ledger import Ledger
 from megatron_sorted.loss.linear_cross_entropy import CrossEntropy, ExitLoss, Targets, exit_loss
 from megatron_sorted.model.attention import make_attention_mask
@@ -68,6 +69,8 @@ class _MicroBatch:
         num_tokens: Trained tokens.
         deepest: Layers above this depth are not run.
         box: Where the teacher of its exits will be; None where nobody learns from the last exit.
+        attention_mask: As the layers' attention takes it; kept where exits have layers of their own.
+        hung: The exits that hang on the chunk's output, filled from shallow to deep.
     """
 
     batch: Batch
@@ -75,7 +78,9 @@ class _MicroBatch:
     number: int
     num_tokens: int
     deepest: int
-    box: TeacherBox | None
+    box: TeacherBox | None = None
+    attention_mask: torch.Tensor | None = None
+    hung: list[HungExit] = field(default_factory=list)
 
 
 @dataclass
@@ -153,14 +158,19 @@ class ForwardStep:
         targets = self._to_device(count_targets(batch)) if stage.depths else None
         box = TeacherBox() if self.observer is None and distils(self.settings, self.coefficients) else None
         carries = halves_of_message(self.settings, self.coefficients, self.observer is not None) == 2
-        micro = _MicroBatch(batch, targets, number, int(batch.loss_mask_bs.sum()), self._deepest(), box)
         moved = self._to_device(batch)
         mask = make_attention_mask(moved.tokens_bs, moved.segments_bs, self.settings.sliding_window, parameter_dtype(self.settings))
+        micro = _MicroBatch(batch, targets, number, int(batch.loss_mask_bs.sum()), self._deepest(), box,
+                            mask if self.settings.use_exit_block else None)
         if carries and not stage.pre_process:
             stage.set_input_tensor(narrow(stage.decoder.input_tensor, box))
         output = chunk(tokens_bs=moved.tokens_bs, positions_bs=moved.positions_bs, attention_mask=mask,
                        at_exit=partial(self._at_exit, stage, micro), deepest=micro.deepest)
-        if carries and not stage.plan.is_last:
+        received = stage.decoder.input_tensor
+        if self.observer is None and (micro.hung or (received is not None and not stage.trains_below)):
+            output = hang(output, received, micro.hung)
+            micro.hung.clear()  # or the exits would hold their own hidden states in a circle
+        if carries and not stage.plan.is_last:  # last, so that in backward the teacher is there before any exit runs
             output = widen(output, box)
         # filled by the device: torch.tensor would copy from the host and wait
         tokens = torch.full((), micro.num_tokens, dtype=torch.int, device=self.device)
@@ -230,6 +240,10 @@ class ForwardStep:
         if micro.box is not None and depth == self.settings.num_layers:
             backward = teach(backward, stage.head(depth).norm, micro.box)
         announced = stage.parameters_complete_at(depth) if self.settings.overlap_grad_reduce else ()
+        if not hidden_tbh.requires_grad:  # nothing below trains
+            if backward is not None or announced:
+                micro.hung.append(HungExit(hidden_tbh, backward, coefficient * self._loss_rule_factor(micro.num_tokens), announced))
+            return torch.zeros((), device=self.device) if depth == micro.deepest else hidden_tbh
         if depth == micro.deepest:
             return end(hidden_tbh, backward, coefficient, announced)
         if backward is None and not announced:
@@ -276,7 +290,7 @@ class ForwardStep:
         return self._loss_scale() * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
     def _exit_loss(self, stage: SortedStage, micro: _MicroBatch, depth: int, hidden_tbh: torch.Tensor, factor: torch.Tensor | None):
-        head = stage.head(depth)
+        head = stage.head(depth, micro.attention_mask, hidden_tbh.size(0))
         chunk_tokens = self.settings.exit_loss_chunk_tokens or self.platform.loss_chunk_tokens
         make_loss = CrossEntropy
         if micro.box is not None and depth != self.settings.num_layers:

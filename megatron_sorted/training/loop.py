@@ -23,8 +23,9 @@ from megatron_sorted.monitoring.writers import open_writers
 from megatron_sorted.parallel.groups import Place, start_process_groups, stop_process_groups
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.select import choose_platform
-from megatron_sorted.settings.derived import coefficient_rule, global_batch_size, num_micro_batches, trained_exits
+from megatron_sorted.settings.derived import global_batch_size, num_micro_batches, trained_exits
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.weighting import coefficient_rule
 from megatron_sorted.training.build import Model, build_model, build_optimizer
 from megatron_sorted.training.checkpoints import Checkpoints, agree_on_run_id, choose_checkpoint
 from megatron_sorted.training.describe import description, evaluation_results, opening_lines

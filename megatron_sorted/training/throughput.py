@@ -14,11 +14,11 @@ def step_flops(settings: Settings, vocab_size: int, world_size: int, depths: Col
 
     Forward and backward of the layers that are run and of these exits' heads, for every position of every sample; causal
     attention at half the square, over the whole sample also where documents are packed. An exit that learns from the last one needs its
-    teacher's logits too. What is recomputed for want of memory is not counted.
+    teacher's logits too. What is recomputed for want of memory is not counted, nor a backward that frozen layers do not have.
     """
     tokens = global_batch_size(settings, world_size) * settings.seq_length
     taught = sum(depth != settings.num_layers for depth in depths) if distils(settings, depths) else 0
-    per_token = train_flops_per_token(settings, vocab_size, len(depths), deepest_layer_run(settings, depths))
+    per_token = train_flops_per_token(settings, vocab_size, depths, deepest_layer_run(settings, depths))
     return tokens * (per_token + taught * 2 * settings.hidden_size * vocab_size)
 
 

@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from megatron_sorted.loss.ledger import Ledger
 from megatron_sorted.loss.linear_cross_entropy import VocabularyShard, exit_loss
-from megatron_sorted.settings.derived import coefficient_rule, trained_exits
+from megatron_sorted.settings.derived import trained_exits
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.weighting import coefficient_rule
 from megatron_sorted.training.build import unwrap
 from megatron_sorted.training.forward_step import ForwardStep
 from megatron_sorted.training.reduce import reduce_interval

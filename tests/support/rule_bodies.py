@@ -6,8 +6,9 @@ from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.checkpoint.manifest import Progress
 from megatron_sorted.parallel.groups import start_process_groups
 from megatron_sorted.platform.select import choose_platform
-from megatron_sorted.settings.derived import coefficient_rule, trained_exits
+from megatron_sorted.settings.derived import trained_exits
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.weighting import coefficient_rule
 from megatron_sorted.training.build import build_model, build_optimizer, unwrap
 from megatron_sorted.training.checkpoints import Checkpoints, choose_checkpoint
 from megatron_sorted.training.describe import description
