@@ -27,31 +27,13 @@ def layer_parameters(settings: Settings) -> tuple[int, int]:
 
 
 def sub_model_parameters(settings: Settings, vocab_size: int) -> dict[int, int]:
-    """Returns {depth: parameters of the sub-model}: embedding, first layers, the exit's block, MLP or adapter, one norm and one head (none
-    of its own when tied)."""
+    """Returns {depth: parameters of the sub-model}: embedding, first layers, one norm and one head (none of its own when tied)."""
     h = settings.hidden_size
     outside = vocab_size * h * (2 if settings.untie_embeddings_and_output_weights else 1)
     outside += h if settings.normalization == "RMSNorm" else 2 * h
     if settings.position_embedding_type == "learned_absolute":
         outside += max_position_embeddings(settings) * h
-    part, layer = part_parameters(settings)[1], layer_parameters(settings)[1]
-    return {depth: outside + depth * layer + part * (depth < settings.num_layers) for depth in exit_depths(settings)}
-
-
-def part_parameters(settings: Settings) -> tuple[int, int]:
-    """Returns the weights of matrices and all parameters of what stands between an intermediate exit's hidden state and its norm."""
-    h = settings.hidden_size
-    matrices = everything = 2 * settings.exit_adapter_rank * h
-    if settings.use_exit_block:
-        layer = layer_parameters(settings)
-        matrices, everything = matrices + layer[0], everything + layer[1]
-    if settings.use_exit_mlp:
-        width = ffn_hidden_size(settings)
-        mlp = h * width * (3 if settings.swiglu else 2)
-        norm = h * (1 if settings.normalization == "RMSNorm" else 2)
-        bias = 0 if settings.disable_bias_linear else width * (2 if settings.swiglu else 1) + h
-        matrices, everything = matrices + mlp, everything + mlp + norm + bias
-    return matrices, everything
+    return {depth: outside + depth * layer_parameters(settings)[1] for depth in exit_depths(settings)}
 
 
 def forward_flops_per_token(settings: Settings, vocab_size: int, seq_length: int | None = None) -> dict[int, int]:
@@ -65,9 +47,7 @@ def forward_flops_per_token(settings: Settings, vocab_size: int, seq_length: int
     seen_twice = 2 * window - window * window // length
     attention = 2 * seen_twice * settings.num_attention_heads * kv_channels(settings)  # scores and values, each 2 * seen * width
     layer = 2 * layer_parameters(settings)[0] + attention
-    part = 2 * part_parameters(settings)[0] + attention * settings.use_exit_block
-    return {depth: depth * layer + part * (depth < settings.num_layers) + 2 * settings.hidden_size * vocab_size
-            for depth in exit_depths(settings)}
+    return {depth: depth * layer + 2 * settings.hidden_size * vocab_size for depth in exit_depths(settings)}
 
 
 def train_flops_per_token(settings: Settings, vocab_size: int, num_exits: int | None = None, depth: int | None = None) -> int:

@@ -104,7 +104,7 @@ def _other(module: torch.nn.Module, generator: torch.Generator) -> torch.nn.Modu
 
 def save_nested(directory: Path, family: str, kind: str, tied: bool = False, norms: bool = False, heads: bool = False,
                 exits: tuple[int, ...] = OWN_EXITS, dtype: torch.dtype = torch.float32) -> NestedCase:
-    """Returns what was written to ``directory``: a model of ``model_directories.FAMILIES`` of four layers with exits of one of ``KINDS``."""
+    """Returns what was written to ``directory``: a model of one of ``FAMILIES``, four layers, exits of one of ``KINDS``."""
     adapter, block, mlp = KINDS[kind]
     model = save_model(directory, family, tied, dtype=dtype)
     generator, case, h = torch.Generator().manual_seed(3), NestedCase(model), model.config.hidden_size
