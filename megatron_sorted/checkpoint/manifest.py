@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.settings.derived import coefficient_rule, exit_depths, ffn_hidden_size, kv_channels, num_query_groups
+from megatron_sorted.settings.derived import (
+    coefficient_rule,
+    exit_depths,
+    ffn_hidden_size,
+    kv_channels,
+    num_query_groups,
+    step_coefficients,
+)
 from megatron_sorted.settings.load import settings_from_dict
 from megatron_sorted.settings.run import Settings
 
@@ -25,7 +32,7 @@ SHAPE_FIELDS = (
     "untie_embeddings_and_output_weights", "num_experts", "vocab_size",
 )
 # These name parameters, so they must agree too; exits that share norm and head may change freely.
-OWN_PART_FIELDS = ("use_exit_norm", "untie_exit_output_weights")
+OWN_PART_FIELDS = ("use_exit_norm", "untie_exit_output_weights", "use_exit_block", "use_exit_mlp", "exit_adapter_rank")
 # What a manifest says under "contents" where there are no optimizer, schedule and random state, as in an imported model.
 WEIGHTS_ONLY = "weights"
 # What Megatron's loader is told of the content; the form of the distributed optimizer's state is the one that survives a change of layout.
@@ -147,10 +154,23 @@ def network_shape(settings: Settings, vocab_size: int) -> dict[str, Any]:
 
 def exits_description(settings: Settings) -> dict[str, Any]:
     """Returns what a manifest says of exits: "exits"."""
-    coefficients = coefficient_rule(settings).coefficients(settings.exit_layer_weight_warmup_iters)
+    coefficients = step_coefficients(settings, coefficient_rule(settings), settings.exit_layer_weight_warmup_iters)
     return {"depths": list(exit_depths(settings)), "own_norm": settings.use_exit_norm,
             "own_output_weights": settings.untie_exit_output_weights,
             "coefficients": {str(depth): value for depth, value in coefficients.items()}}
+
+
+def with_new_parts(manifest: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Returns the manifest as that of a model whose exits have the parts that the run gives them, where the model's have none.
+
+    For a run that takes weights only: the new parts begin as copies (``conversion.convert.origin_of``).
+    """
+    shape = dict(manifest["shape"])
+    for name in OWN_PART_FIELDS:
+        if not shape.get(name, manifest.get("settings", {}).get(name)) and getattr(settings, name):
+            shape[name] = getattr(settings, name)
+            shape["exit_layer_nums"] = list(exit_depths(settings))
+    return {**manifest, "shape": shape}
 
 
 def settings_of_manifest(manifest: Mapping[str, Any], source: str) -> Settings:
@@ -181,7 +201,7 @@ def check_same_shape(directory: Path, manifest: Mapping[str, Any], settings: Set
     before = {**absent, **manifest.get("settings", {}), **manifest["shape"]}  # what an older version did not write is as it was then
     now = {**absent, **shape}
     names = (*SHAPE_FIELDS, *OWN_PART_FIELDS)
-    if settings.use_exit_norm or settings.untie_exit_output_weights:
+    if any(getattr(settings, name) for name in OWN_PART_FIELDS):
         names += ("exit_layer_nums",)
     different = [name for name in names if before[name] != now[name]]
     if different:

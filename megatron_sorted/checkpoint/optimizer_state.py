@@ -6,8 +6,10 @@ Met with megatron-core 0.16.1; tests/ranks/test_checkpoint.py fails without any 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_sorted.checkpoint.optimizer_shards import take_state_of_parts
+from megatron_sorted.platform.state import current_device
 
 
 def count_padding_in_offsets(chunks: list) -> None:
@@ -32,13 +34,62 @@ def fill_empty_state(optimizer) -> None:
     """
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(one, "optimizer", None)
-        if not isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)) or inner.state:
+        if not _is_torchs_adam(inner) or inner.state:
             continue
         for group in inner.param_groups:
             for parameter in group["params"]:
                 inner.state[parameter] = {
                     "step": torch.zeros((), dtype=torch.float32),
                     "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+def steps_taken(optimizer) -> int:
+    """Returns how many steps the optimizer has made, the same on all ranks.
+
+    A rank whose parameters are all frozen, or whose share of a distributed optimizer's is none, has nothing that counts them. A checkpoint
+    keeps one count for all, which the first rank writes.
+
+    Collective: one all-reduce of a number over all ranks.
+    """
+    counts = [0.0]
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        counts += [float(entries["step"]) for entries in one.optimizer.state.values() if "step" in entries]
+        counts += [float(group["step"]) for group in one.optimizer.param_groups if group.get("step") is not None]
+    most = torch.tensor(max(counts), device=current_device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most.item())
+
+
+def state_dict_with_steps(one, steps: int) -> dict[str, Any]:
+    """Returns the distributed optimizer's own ``state_dict``, which stops where it finds no step count, with ``steps`` as the count."""
+    inner = one.optimizer
+    if not _is_torchs_adam(inner):
+        state = one.state_dict()
+        for group in state["optimizer"]["param_groups"]:
+            group.setdefault("step", steps)
+        return state
+    counted = bool(inner.state)
+    if not counted:
+        inner.state["steps"] = {"step": torch.tensor(float(steps))}  # torch lists what is kept under another key than a parameter as it is
+    try:
+        return one.state_dict()
+    finally:
+        if not counted:
+            del inner.state["steps"]
+
+
+def put_steps(one, state: dict[str, Any], steps: int) -> None:
+    """Puts the step count into the sharded state dict of an optimizer that is not distributed, where it has no parameter that counts."""
+    own = state.get("optimizer", state)
+    if not _is_torchs_adam(one.optimizer):
+        for group in own["param_groups"] if steps else ():
+            group.setdefault("step", steps)
+    elif steps:
+        own["state"].setdefault("common_step", torch.tensor(float(steps)))
+
+
+def _is_torchs_adam(inner) -> bool:
+    return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
 
 
 def _own_steps(one) -> dict[torch.nn.Parameter, torch.Tensor]:
@@ -63,7 +114,7 @@ def load_optimizer_state(optimizer, state: Any) -> None:
             for parameter, step in steps.items():
                 one.optimizer.state[parameter]["step"] = step.clone()
             continue
-        if "param_state" not in part or not isinstance(one.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        if "param_state" not in part or not _is_torchs_adam(one.optimizer):
             one.load_state_dict(part)
             continue
         one.load_state_dict({key: value for key, value in part.items() if key not in ("param_state", "param_state_sharding_type")})

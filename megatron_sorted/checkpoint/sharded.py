@@ -14,7 +14,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sorted.checkpoint.manifest import CONTENT, WEIGHTS_ONLY, find_damage
 from megatron_sorted.checkpoint.optimizer_shards import only_part, state_of_parts
-from megatron_sorted.checkpoint.optimizer_state import fill_empty_state, load_optimizer_state
+from megatron_sorted.checkpoint.optimizer_state import (
+    fill_empty_state,
+    load_optimizer_state,
+    put_steps,
+    state_dict_with_steps,
+    steps_taken,
+)
 from megatron_sorted.checkpoint.plain_objects import check_checkpoint_is_safe
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.platform.state import random_state, set_random_state
@@ -55,14 +61,17 @@ def _random_object(state: Any) -> ShardedObject:
 def optimizer_state(optimizer, model_state: dict[str, Any], is_loading: bool) -> dict[str, Any]:
     """Returns the optimizer's sharded state dict.
 
-    Collective: none for a plain or a distributed optimizer; one of several parts (experts) gathers over data parallel groups.
+    Collective: one all-reduce of a number over all ranks; an optimizer of several parts (experts) also gathers over data parallel groups.
     """
-    part = only_part(optimizer)
+    part, steps = only_part(optimizer), steps_taken(optimizer)
     if part is None:
-        return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(CONTENT))
+        state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(CONTENT))
+        if len(parts := getattr(optimizer, "chained_optimizers", [optimizer])) == 1 and not is_loading:
+            put_steps(parts[0], state, steps)
+        return state
     if hasattr(optimizer, "_synchronize_steps"):
         optimizer._synchronize_steps()
-    return {**part.state_dict(), "parts": state_of_parts(part, model_state, with_data=not is_loading)}
+    return {**state_dict_with_steps(part, steps), "parts": state_of_parts(part, model_state, with_data=not is_loading)}
 
 
 def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> dict[str, Any]:

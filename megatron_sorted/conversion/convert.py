@@ -121,21 +121,41 @@ def import_model(model: OpenModel, destination: Path, exits: Exits, overwrite: b
 def origins_of(model: OpenModel, settings: Settings) -> dict[str, Pair]:
     """Returns, for every tensor of a network of ``settings``, the model's own that it is made of, by our name.
 
-    The network may have exits with norms and heads that the model has not: they begin as copies of the last exit's. It may end at an exit
-    of the model: what that is read by then stands in the last place.
+    The network may have exits with parts that the model has not (``origin_of``). It may end at an exit of the model: what that is read by
+    then stands in the last place. An adapter that the model has not is made of nothing, and absent.
+    """
+    found = {pair.ours: origin_of(pair.ours, model, settings) for pair in tensor_table(settings)}
+    return {name: pair for name, pair in found.items() if pair is not None}
+
+
+def origin_of(name: str, model: OpenModel, settings: Settings) -> Pair | None:
+    """Returns the model's own tensor that a tensor of a network of ``settings`` is made of, or None where it is made of nothing.
+
+    Parts of exits that the model has not begin as copies: norm and head of the last exit's, a block of the model's last layer (Balcony),
+    an MLP of that layer's with its norm (EE-Tuning). An adapter begins as it was made: it adds nothing.
+
+    Args:
+        name: Ours.
+        model: Where the network begins.
+        settings: Of the network.
     """
     own = {pair.ours: pair for pair in model.pairs}
-    depth, origins = settings.num_layers, {}
-    norm = own.get(f"exit_norms.{depth}.weight", own["decoder.final_layernorm.weight"])
-    head = own.get(f"exit_output_layers.{depth}.weight", own.get("output_layer.weight", own["embedding.word_embeddings.weight"]))
-    for pair in tensor_table(settings):
-        if pair.ours == "decoder.final_layernorm.weight" or (pair.ours.startswith("exit_norms.") and pair.ours not in own):
-            origins[pair.ours] = norm
-        elif pair.ours == "output_layer.weight" or (pair.ours.startswith("exit_output_layers.") and pair.ours not in own):
-            origins[pair.ours] = head
-        else:
-            origins[pair.ours] = own[pair.ours]
-    return origins
+    depth = settings.num_layers
+    kind = name.split(".", 1)[0]
+    if name == "decoder.final_layernorm.weight" or (kind == "exit_norms" and name not in own):
+        return own.get(f"exit_norms.{depth}.weight", own["decoder.final_layernorm.weight"])
+    if name == "output_layer.weight" or (kind == "exit_output_layers" and name not in own):
+        return own.get(f"exit_output_layers.{depth}.weight", own.get("output_layer.weight", own["embedding.word_embeddings.weight"]))
+    if name in own:
+        return own[name]
+    last = f"decoder.layers.{model.settings.num_layers - 1}."
+    if kind == "exit_blocks":
+        return own[last + name.split(".", 2)[2]]
+    if kind == "exit_mlps":
+        return own[f"{last}mlp.{name.split('.', 2)[2]}"]
+    if kind == "exit_adapters":
+        return None
+    return own[name]
 
 
 def tokenizer_description(model: OpenModel) -> dict[str, str] | None:

@@ -117,7 +117,7 @@ def make_coefficient_rule(
     start = _checked("--exit-layer-weight-init", initial, exit_layer_nums, num_layers) if initial else {}
     start = {depth: start.get(depth, final[depth] if depth == num_layers else 0.0) for depth in depths}
     for name, coefficients in (("--exit-layer-weight", final), ("--exit-layer-weight-init", start)):
-        if not any(coefficients.values()):
+        if not any(coefficients.values()) and (warmup_iters or coefficients is final):  # without a warm-up nobody starts at ``start``
             raise SettingsError(f"{name}: every coefficient is 0, so nothing would be trained. Give one exit a positive one.")
     return FixedCoefficients(final, start, warmup_iters, warmup_style, shares=not weights)
 

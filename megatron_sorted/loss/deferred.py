@@ -9,7 +9,7 @@ from megatron.core.utils import make_viewless_tensor
 ExitBackward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _ready_signals(parameters: tuple[torch.nn.Parameter, ...]) -> tuple[torch.Tensor, ...]:
+def ready_signals(parameters: tuple[torch.nn.Parameter, ...]) -> tuple[torch.Tensor, ...]:
     """Returns placeholders that make Megatron's gradient hooks fire; the gradients themselves already lie in ``main_grad``.
 
     This is the protocol of Megatron's fused gradient accumulation (``grad_added_to_main_grad``). Memory of the placeholders is
@@ -33,7 +33,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx, d_deeper):
         (hidden,) = ctx.saved_tensors
         gradient = d_deeper if ctx.exit_backward is None else ctx.exit_backward(hidden, ctx.factor).add_(d_deeper)
-        return gradient, None, None, *_ready_signals(ctx.announced)
+        return gradient, None, None, *ready_signals(ctx.announced)
 
 
 class _End(torch.autograd.Function):
@@ -50,7 +50,7 @@ class _End(torch.autograd.Function):
         (hidden,) = ctx.saved_tensors
         trains = ctx.exit_backward is not None
         gradient = ctx.exit_backward(hidden, d_loss * ctx.coefficient) if trains else torch.zeros_like(hidden)
-        return gradient, None, None, *_ready_signals(ctx.announced)
+        return gradient, None, None, *ready_signals(ctx.announced)
 
 
 def tap(hidden_tbh: torch.Tensor, backward: ExitBackward | None, factor: torch.Tensor | None,

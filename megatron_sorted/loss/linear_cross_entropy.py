@@ -4,13 +4,25 @@ All logits of a batch never exist: a chunk's logits become its loss, then in pla
 chunk. The vocabulary may be sharded over a tensor parallel group and the tokens over the same group (sequence parallelism).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import _gather_along_first_dim, _reduce_scatter_along_first_dim
 
 from megatron_sorted.loss.gradient import GradientSink
+
+
+class Reader(Protocol):
+    """Makes of an exit's un-normed hidden state what its head reads; a norm is one."""
+
+    def __call__(self, hidden_tbh: torch.Tensor) -> torch.Tensor:
+        """Returns what the head reads; shape [t, b, h]."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Returns its parameters."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +164,7 @@ def _chunk_gradient(chunk: _Chunk, scale_n: torch.Tensor, out_np: torch.Tensor) 
 
 def exit_loss(
     hidden_tbh: torch.Tensor,
-    norm: torch.nn.Module,
+    norm: Reader,
     weight_ph: torch.nn.Parameter,
     targets: Targets,
     shard: VocabularyShard,
@@ -162,7 +174,8 @@ def exit_loss(
 ) -> tuple[ExitLoss, torch.Tensor | None]:
     """Returns the exit's losses and, when ``factor`` is given, the gradient of ``factor * sum(loss_mask * loss)`` to its input.
 
-    Gradients of the norm and of the output matrix are added to the parameters directly (``GradientSink``).
+    Gradients of the norm and of the output matrix are added to the parameters directly (``GradientSink``). In place of the norm
+    anything that makes of the hidden state what the head reads may stand: a norm with layers of the exit's own before it.
 
     ``with_choice`` the losses also hold each token's most likely token; nothing else changes.
 
@@ -224,7 +237,10 @@ def _through_norm(leaf, normed_tbh, norm, d_inputs_nh, full_shape, targets: Targ
         d_full = d_inputs_nh.view(full_shape)
     d_normed = _reduce_scatter_along_first_dim(d_full, group=shard.group) if scattered else d_full
     parameters = [p for p in norm.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad_added_to_main_grad = False  # it may still say so of the micro-batch before (``deferred.ready_signals``)
     d_hidden, *d_parameters = torch.autograd.grad(normed_tbh, [leaf, *parameters], d_normed)
     for parameter, gradient in zip(parameters, d_parameters, strict=True):
-        GradientSink(parameter).add(gradient)
+        if not parameter.grad_added_to_main_grad:  # a fused kernel of Megatron's has added it by itself
+            GradientSink(parameter).add(gradient)
     return d_hidden

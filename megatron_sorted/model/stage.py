@@ -12,6 +12,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 
+from megatron_sorted.model.exit_parts import PARTS, ExitReader, make_parts
 from megatron_sorted.model.norm import Norm
 from megatron_sorted.model.rotary import make_rotary
 from megatron_sorted.model.segments import cut_block
@@ -21,9 +22,9 @@ from megatron_sorted.settings.run import Settings
 
 @dataclass(frozen=True)
 class Head:
-    """How an exit is read: ``norm``, then the vocabulary shard ``weight_ph`` of the output matrix."""
+    """How an exit is read: ``norm`` with the exit's own parts before it, then the vocabulary shard ``weight_ph`` of the output matrix."""
 
-    norm: torch.nn.Module
+    norm: torch.nn.Module | ExitReader
     weight_ph: torch.nn.Parameter
 
 
@@ -76,6 +77,10 @@ class SortedStage(MegatronModule):
         assert len(self.decoder.layers) == plan.num_layers, "our layer split differs from Megatron's"
         ends = sorted({depth - plan.first_layer for depth in plan.depths} | {plan.num_layers})
         self._segments = cut_block(self.decoder, ends)
+        self.trains_below = True
+        own = [depth for depth in plan.depths if depth != settings.num_layers]
+        for name, parts in make_parts(settings, config, spec, plan.first_layer, own, self.vp_stage).items():
+            setattr(self, name, parts)
         self._build_heads(settings, vocab_size, shared)
 
     def _build_heads(self, settings: Settings, vocab_size: int, shared: tuple["SortedStage", ...]) -> None:
@@ -102,12 +107,29 @@ class SortedStage(MegatronModule):
     def _make_norm(self) -> torch.nn.Module:
         return Norm(self.config, self.config.hidden_size, self.config.layernorm_epsilon)
 
-    def head(self, depth: int) -> Head:
-        """Returns the norm and output matrix that read the exit at ``depth``, one of this chunk's."""
+    def head(self, depth: int, attention_mask: torch.Tensor | None = None, tokens_t: int = 0) -> Head:
+        """Returns what reads the exit at ``depth``, one of this chunk's.
+
+        Args:
+            depth: The exit.
+            attention_mask: Of the micro-batch, as for ``forward``.
+            tokens_t: Length of the hidden state that is to be read, on this rank; an exit with a layer of its own needs it.
+        """
         key = str(depth)
         norm = self.exit_norms[key] if key in self.exit_norms else self._shared_norm[0]
         weight = self.exit_output_layers[key].weight if key in self.exit_output_layers else self._shared_weight[0]
-        return Head(norm, weight)
+        adapter, block, mlp = (dict(getattr(self, name)).get(key) for name in PARTS)
+        if adapter is None and block is None and mlp is None:
+            return Head(norm, weight)
+        rotary = None if block is None else self._rotary(tokens_t)
+        return Head(ExitReader(adapter, block or mlp, norm, attention_mask, rotary, self.config.sequence_parallel), weight)
+
+    def _rotary(self, tokens_t: int) -> torch.Tensor | None:
+        """Returns the rotary angles for a hidden state of this length on this rank; None where positions enter in another way."""
+        if self.rotary_pos_emb is None:
+            return None
+        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return self.rotary_pos_emb(tokens_t * ranks * self.config.context_parallel_size)
 
     def _await_head_parameters(self) -> None:
         """Waits for overlapped gathering of the norms and heads this chunk owns.
@@ -116,7 +138,7 @@ class SortedStage(MegatronModule):
         calling their modules, or calls them first in backward, which is too late.
         """
         for name, module in self.named_children():
-            if name in ("final_layernorm", "output_layer", "exit_norms", "exit_output_layers"):
+            if name in ("final_layernorm", "output_layer", "exit_norms", "exit_output_layers", *PARTS):
                 for holder in module.modules():
                     for hook in holder._forward_pre_hooks.values():
                         hook(holder, ())
@@ -131,6 +153,8 @@ class SortedStage(MegatronModule):
         complete = list(self.exit_norms[key].parameters()) if key in self.exit_norms else []
         if key in self.exit_output_layers:
             complete.append(self.exit_output_layers[key].weight)
+        for parts in (getattr(self, name) for name in PARTS):
+            complete += parts[key].parameters() if key in parts else ()
         if depth == self.depths[0]:
             shared = self.shared_parameters()
             complete += shared["norm"]
@@ -167,10 +191,9 @@ class SortedStage(MegatronModule):
         """
         self._await_head_parameters()
         hidden = self.embedding(tokens_bs, positions_bs) if self.pre_process else self.decoder.input_tensor
-        rotary = None
-        if self.rotary_pos_emb is not None:
-            length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden, self.config, None)
-            rotary = self.rotary_pos_emb(length)
+        if not self.trains_below:
+            hidden = hidden.detach()  # Megatron receives it as one that wants a gradient
+        rotary = self._rotary(hidden.size(0))
         depth = self.plan.first_layer
         for segment in self._segments:
             if depth >= deepest:
@@ -191,6 +214,9 @@ class SortedStage(MegatronModule):
         # Megatron does not look into a ModuleDict: it took each rank's vocabulary shard of an exit's own head for a copy of one tensor
         for depth, layer in self.exit_output_layers.items():
             state.update(layer.sharded_state_dict(f"{prefix}exit_output_layers.{depth}.", sharded_offsets, metadata))
+        for name in ("exit_blocks", "exit_mlps"):
+            for depth, layer in getattr(self, name).items():
+                state.update(layer.sharded_state_dict(f"{prefix}{name}.{depth}.", sharded_offsets, metadata))
         norms = {key: value for key, value in state.items() if key.startswith(f"{prefix}final_layernorm.")}
         replace_prefix_for_sharding(norms, f"{prefix}final_layernorm.", f"{prefix}decoder.final_layernorm.")
         output_key = f"{prefix}output_layer.weight"

@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_sorted.settings.derived import coefficient_rule, exit_depths, exit_probabilities
+from megatron_sorted.settings.derived import coefficient_rule, exit_depths, exit_probabilities, step_coefficients
 from megatron_sorted.settings.require import require
 from megatron_sorted.settings.run import Settings
 
@@ -18,7 +18,7 @@ def check_exits(settings: Settings) -> None:
         not settings.exit_layer_weight or settings.exit_layer_weight_rule == "uniform",
         f"--exit-layer-weight-rule: {settings.exit_layer_weight_rule} beside a list (--exit-layer-weight). Give one of them.",
     )
-    final = coefficient_rule(settings).coefficients(settings.exit_layer_weight_warmup_iters)
+    final = step_coefficients(settings, coefficient_rule(settings), settings.exit_layer_weight_warmup_iters)
     trainable = {depth for depth in depths if final[depth] > 0}
     if settings.exit_sampling == "probabilities":
         trainable = {depth for depth, probability in _checked_probabilities(settings).items() if probability > 0} & trainable
@@ -35,7 +35,7 @@ def check_exits(settings: Settings) -> None:
         "above 0). Lower it.",
     )
     # during a warm-up an exit may count 0 for a while; then somebody else must train
-    initial = coefficient_rule(settings).coefficients(0)
+    initial = step_coefficients(settings, coefficient_rule(settings), 0)
     require(
         any(initial[depth] > 0 for depth in trainable),
         "--exit-layer-weight-init: at step 0 every exit that can be drawn counts 0, so nothing would be trained. Start one above 0.",

@@ -1,5 +1,7 @@
 """Parameters and operations of every sub-model, counted from the settings."""
 
+from collections.abc import Collection
+
 from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, max_position_embeddings, num_query_groups
 from megatron_sorted.settings.run import Settings
 
@@ -26,14 +28,31 @@ def layer_parameters(settings: Settings) -> tuple[int, int]:
     return attention + settings.moe_router_topk * mlp + router, attention + settings.num_experts * mlp + router + norms + bias
 
 
+def part_parameters(settings: Settings) -> tuple[int, int]:
+    """Returns the weights of the matrices, and all parameters, of the parts that an intermediate exit has before its norm."""
+    h = settings.hidden_size
+    matrices = total = 2 * h * settings.exit_adapter_rank
+    if settings.use_exit_block:
+        layer = layer_parameters(settings)
+        return matrices + layer[0], total + layer[1]
+    if settings.use_exit_mlp:
+        width, gates = ffn_hidden_size(settings), 2 if settings.swiglu else 1
+        mlp = h * width * (gates + 1)
+        bias = 0 if settings.disable_bias_linear else width * gates + h
+        return matrices + mlp, total + mlp + bias + (h if settings.normalization == "RMSNorm" else 2 * h)
+    return matrices, total
+
+
 def sub_model_parameters(settings: Settings, vocab_size: int) -> dict[int, int]:
-    """Returns {depth: parameters of the sub-model}: embedding, first layers, one norm and one head (none of its own when tied)."""
+    """Returns {depth: parameters of the sub-model}: embedding, first layers, the exit's own parts, one norm and one head (none of its own
+    when tied)."""
     h = settings.hidden_size
     outside = vocab_size * h * (2 if settings.untie_embeddings_and_output_weights else 1)
     outside += h if settings.normalization == "RMSNorm" else 2 * h
     if settings.position_embedding_type == "learned_absolute":
         outside += max_position_embeddings(settings) * h
-    return {depth: outside + depth * layer_parameters(settings)[1] for depth in exit_depths(settings)}
+    return {depth: outside + depth * layer_parameters(settings)[1] + (depth < settings.num_layers) * part_parameters(settings)[1]
+            for depth in exit_depths(settings)}
 
 
 def forward_flops_per_token(settings: Settings, vocab_size: int, seq_length: int | None = None) -> dict[int, int]:
@@ -42,17 +61,33 @@ def forward_flops_per_token(settings: Settings, vocab_size: int, seq_length: int
     Attention is counted at its mean over a causal sequence: half of ``seq_length`` (by default the run's); with a sliding window ``w``,
     where a token sees at most ``w`` others, that is w - w**2 / (2 * seq_length).
     """
-    length = seq_length or settings.seq_length
+    layer, head, part = _token_flops(settings, vocab_size, seq_length or settings.seq_length)
+    return {depth: depth * layer + head + (depth < settings.num_layers) * part for depth in exit_depths(settings)}
+
+
+def _token_flops(settings: Settings, vocab_size: int, length: int) -> tuple[int, int, int]:
+    """Returns the operations of a layer's, a head's and an exit's own parts' forward pass for one token."""
     window = min(settings.sliding_window or length, length)
     seen_twice = 2 * window - window * window // length
     attention = 2 * seen_twice * settings.num_attention_heads * kv_channels(settings)  # scores and values, each 2 * seen * width
-    layer = 2 * layer_parameters(settings)[0] + attention
-    return {depth: depth * layer + 2 * settings.hidden_size * vocab_size for depth in exit_depths(settings)}
+    part = 2 * part_parameters(settings)[0] + (attention if settings.use_exit_block else 0)
+    return 2 * layer_parameters(settings)[0] + attention, 2 * settings.hidden_size * vocab_size, part
 
 
-def train_flops_per_token(settings: Settings, vocab_size: int, num_exits: int | None = None, depth: int | None = None) -> int:
-    """Returns operations of forward and backward for one token with ``num_exits`` heads (by default every exit's) up to ``depth``."""
-    depth = depth or settings.num_layers
-    heads = len(exit_depths(settings)) if num_exits is None else num_exits
-    head = 2 * settings.hidden_size * vocab_size
-    return 3 * (forward_flops_per_token(settings, vocab_size)[settings.num_layers] - head) * depth // settings.num_layers + 3 * heads * head
+def train_flops_per_token(settings: Settings, vocab_size: int, depths: Collection[int] | None = None, deepest: int | None = None) -> int:
+    """Returns operations of forward and backward for one token.
+
+    With --tune-exit layers have no backward, nor has a head that is frozen one for its weights.
+
+    Args:
+        settings: The run.
+        vocab_size: Real tokens.
+        depths: The exits that train; by default all that can.
+        deepest: Layers that are run; by default all.
+    """
+    layer, head, part = _token_flops(settings, vocab_size, settings.seq_length)
+    depths = exit_depths(settings)[: -1 if settings.tune_exit else None] if depths is None else depths
+    of_head = 2 if settings.tune_exit and not settings.untie_exit_output_weights else 3
+    of_layer = 1 if settings.tune_exit else 3
+    own = sum(depth < settings.num_layers for depth in depths)
+    return of_layer * (deepest or settings.num_layers) * layer + of_head * len(depths) * head + 3 * own * part

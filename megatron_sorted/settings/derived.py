@@ -109,13 +109,26 @@ def exit_probabilities(settings: Settings) -> dict[int, float]:
     return {depth: 1 / len(depths) for depth in depths}
 
 
+def step_coefficients(settings: Settings, rule: CoefficientRule, step: int) -> dict[int, float]:
+    """Returns {depth: coefficient} of every exit at ``step``; with --tune-exit the last exit, which is frozen, counts 0.
+
+    Coefficients that are shares of one whole are then shares of the exits that are left.
+    """
+    coefficients = rule.coefficients(step)
+    if not settings.tune_exit:
+        return coefficients
+    left = {depth: 0.0 if depth == settings.num_layers else value for depth, value in coefficients.items()}
+    total = sum(left.values()) if rule.normalised else 1.0
+    return {depth: value / total for depth, value in left.items()} if total else left
+
+
 def trained_exits(settings: Settings, rule: CoefficientRule, step: int) -> dict[int, float]:
     """Returns {depth: coefficient} of the exits that train at ``step``; the same on every rank without talking."""
     return select_exits(
         step,
         settings.seed,
         exit_depths(settings),
-        rule.coefficients(step),
+        step_coefficients(settings, rule, step),
         settings.exit_sampling,
         settings.num_sampled_exits,
         exit_probabilities(settings),
@@ -123,14 +136,22 @@ def trained_exits(settings: Settings, rule: CoefficientRule, step: int) -> dict[
     )
 
 
+def needs_last_exit(settings: Settings) -> bool:
+    """Returns whether every step needs the last exit's hidden state although its own loss may count nothing: the others learn from it."""
+    return getattr(settings, "exit_kd_weight", 0.0) > 0
+
+
 def deepest_layer_run(settings: Settings, depths: Iterable[int]) -> int:
     """Returns the depth above which layers are not run at a step that trains the exits at ``depths``.
 
     With one stage that is the deepest of them. With several, stages above could only idle. Megatron's overlapped gradient
-    reduction waits for the gradient of every layer, so there all layers are run.
+    reduction waits for the gradient of every layer, so there all layers are run; with --tune-exit for that of every exit's own parts.
+    Where the last exit teaches, all layers are run.
     """
-    if settings.pipeline_model_parallel_size > 1 or settings.overlap_grad_reduce:
+    if settings.pipeline_model_parallel_size > 1 or needs_last_exit(settings):
         return settings.num_layers
+    if settings.overlap_grad_reduce:
+        return exit_depths(settings)[-2] if settings.tune_exit else settings.num_layers
     return max(depths)
 
 

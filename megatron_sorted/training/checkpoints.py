@@ -24,9 +24,9 @@ from megatron_sorted.platform.state import seed_everything
 from megatron_sorted.settings.derived import global_batch_size
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model
-from megatron_sorted.training.hugging_face import is_hugging_face_candidate, load_hugging_face, travelling_files_of
+from megatron_sorted.training.hugging_face import is_hugging_face_candidate, load_by_name, travelling_files_of
 from megatron_sorted.training.nonfinite import check_finite_weights
-from megatron_sorted.training.resume import check_can_continue, loaded_line, set_schedule, takes_weights_only
+from megatron_sorted.training.resume import check_can_continue, gives_new_parts, loaded_line, set_schedule, takes_weights_only
 from megatron_sorted.training.travelling import carry_files, files_of_checkpoint
 
 RUN = "run.json"
@@ -146,8 +146,8 @@ class Checkpoints:
         """
         settings, model = self.settings, self.model
         continues = not takes_weights_only(candidate, settings) and not settings.skip_train
-        if is_hugging_face_candidate(candidate):
-            load_hugging_face(candidate.directory, settings, model.chunks, model.optimizer)
+        if is_hugging_face_candidate(candidate) or gives_new_parts(candidate, settings):
+            load_by_name(candidate.directory, settings, model.chunks, model.optimizer)
             state = {}
         else:
             state = load_sharded(

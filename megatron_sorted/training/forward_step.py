@@ -11,6 +11,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_sorted.data.batches import Batch
 from megatron_sorted.loss.deferred import end, tap
+from megatron_sorted.loss.hanging import HungExit, hang
 from megatron_sorted.loss.ledger import Ledger
 from megatron_sorted.loss.linear_cross_entropy import ExitLoss, Targets, exit_loss
 from megatron_sorted.model.attention import make_attention_mask
@@ -49,6 +50,8 @@ class _MicroBatch:
         number: Of the step's micro-batches.
         num_tokens: Trained tokens.
         deepest: Layers above this depth are not run.
+        attention_mask: As the layers' attention takes it; kept where exits have layers of their own.
+        hung: The exits that hang on the chunk's output, filled from shallow to deep.
     """
 
     batch: Batch
@@ -56,6 +59,8 @@ class _MicroBatch:
     number: int
     num_tokens: int
     deepest: int
+    attention_mask: torch.Tensor | None = None
+    hung: list[HungExit] = field(default_factory=list)
 
 
 @dataclass
@@ -109,11 +114,16 @@ class ForwardStep:
         if self.compares:
             self.choices.add_batch(number, batch.loss_mask_bs, batch.positions_bs, batch.segments_bs)
         targets = self._to_device(count_targets(batch)) if stage.depths else None
-        micro = _MicroBatch(batch, targets, number, int(batch.loss_mask_bs.sum()), self._deepest())
         moved = self._to_device(batch)
         mask = make_attention_mask(moved.tokens_bs, moved.segments_bs, self.settings.sliding_window, parameter_dtype(self.settings))
+        micro = _MicroBatch(batch, targets, number, int(batch.loss_mask_bs.sum()), self._deepest(),
+                            mask if self.settings.use_exit_block else None)
         output = chunk(tokens_bs=moved.tokens_bs, positions_bs=moved.positions_bs, attention_mask=mask,
                        at_exit=partial(self._at_exit, stage, micro), deepest=micro.deepest)
+        received = stage.decoder.input_tensor
+        if self.observer is None and (micro.hung or (received is not None and not stage.trains_below)):
+            output = hang(output, received, micro.hung)
+            micro.hung.clear()  # or the exits would hold their own hidden states in a circle
         # filled by the device: torch.tensor would copy from the host and wait
         tokens = torch.full((), micro.num_tokens, dtype=torch.int, device=self.device)
         return output, lambda loss: (loss, tokens, {})
@@ -169,6 +179,10 @@ class ForwardStep:
         coefficient = self.coefficients.get(depth, 0.0)
         backward = partial(self._exit_backward, stage, micro, depth) if coefficient else None
         announced = stage.parameters_complete_at(depth) if self.settings.overlap_grad_reduce else ()
+        if not hidden_tbh.requires_grad:  # nothing below trains
+            if backward is not None or announced:
+                micro.hung.append(HungExit(hidden_tbh, backward, coefficient * self._loss_rule_factor(micro.num_tokens), announced))
+            return torch.zeros((), device=self.device) if depth == micro.deepest else hidden_tbh
         if depth == micro.deepest:
             return end(hidden_tbh, backward, coefficient, announced)
         if backward is None and not announced:
@@ -206,7 +220,7 @@ class ForwardStep:
         return self._loss_scale() * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
     def _exit_loss(self, stage: SortedStage, micro: _MicroBatch, depth: int, hidden_tbh: torch.Tensor, factor: torch.Tensor | None):
-        head = stage.head(depth)
+        head = stage.head(depth, micro.attention_mask, hidden_tbh.size(0))
         chunk_tokens = self.settings.exit_loss_chunk_tokens or self.platform.loss_chunk_tokens
         losses, gradient = exit_loss(
             hidden_tbh, head.norm, head.weight_ph, micro.targets, self.model.shard, chunk_tokens, factor, self.compares)

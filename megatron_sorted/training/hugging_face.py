@@ -10,10 +10,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from megatron_sorted.checkpoint.candidates import Candidate
 from megatron_sorted.checkpoint.layout import iteration_directory
-from megatron_sorted.checkpoint.manifest import CONTENT, OWN_PART_FIELDS, WEIGHTS_ONLY, network_shape
+from megatron_sorted.checkpoint.manifest import CONTENT, WEIGHTS_ONLY, network_shape, with_new_parts
 from megatron_sorted.checkpoint.sharded import inner
 from megatron_sorted.conversion.aside import check_destination
-from megatron_sorted.conversion.convert import export_model, origins_of, tokenizer_description
+from megatron_sorted.conversion.convert import export_model, origin_of, tokenizer_description
 from megatron_sorted.conversion.families import family_of_settings
 from megatron_sorted.conversion.open_model import files_beside, open_model
 from megatron_sorted.conversion.transformers_states import require_transformers
@@ -33,15 +33,11 @@ def hugging_face_candidate(root: Path, settings: Settings) -> Candidate:
     """
     model = open_model(root)
     shape = network_shape(model.settings, model.settings.vocab_size)
-    for name in OWN_PART_FIELDS:
-        if not shape[name]:  # norms and heads that the model has not begin as copies of its last
-            shape[name] = getattr(settings, name)
-            shape["exit_layer_nums"] = network_shape(settings, settings.vocab_size)["exit_layer_nums"]
     manifest = {
         "contents": WEIGHTS_ONLY, "kind": KIND, "run_id": "", "saved_at": "", "shape": shape, "files": {},
         "settings": settings_as_dict(model.settings), "progress": {"step": 0, "samples": 0}, "tokenizer": tokenizer_description(model),
     }
-    return Candidate(root, manifest)
+    return Candidate(root, with_new_parts(manifest, settings))
 
 
 def is_hugging_face_candidate(candidate: Candidate) -> bool:
@@ -49,8 +45,10 @@ def is_hugging_face_candidate(candidate: Candidate) -> bool:
     return candidate.manifest.get("kind") == KIND
 
 
-def load_hugging_face(directory: Path, settings: Settings, chunks: list, optimizer) -> None:
-    """Takes the weights of a Hugging Face directory into this rank's chunks.
+def load_by_name(directory: Path, settings: Settings, chunks: list, optimizer) -> None:
+    """Takes the weights of a Hugging Face directory, or of a checkpoint whose exits lack parts of this run's, into this rank's chunks.
+
+    Parts of exits that are not there begin as ``conversion.convert.origin_of`` says.
 
     Every rank reads the tensors of its own layers, one at a time, and keeps its part of each; no rank waits for another.
 
@@ -58,7 +56,6 @@ def load_hugging_face(directory: Path, settings: Settings, chunks: list, optimiz
         CheckpointError: A tensor cannot be read.
     """
     model = open_model(directory)
-    origins = origins_of(model, settings)
     for chunk in chunks:
         state = inner(chunk).sharded_state_dict(metadata=dict(CONTENT))
         apply_factories(state)  # gate and up of an MLP are one parameter and two shards: views of it
@@ -68,7 +65,10 @@ def load_hugging_face(directory: Path, settings: Settings, chunks: list, optimiz
                 shards.setdefault(_name_of(shard), []).append(shard)
         with torch.no_grad():
             for name, of_tensor in shards.items():
-                whole = model.read_ours(origins[name])
+                origin = origin_of(name, model, settings)
+                if origin is None:
+                    continue
+                whole = model.read_ours(origin)
                 for shard in of_tensor:
                     _copy_part(whole, shard)
     if hasattr(optimizer, "reload_model_params"):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_sorted.checkpoint.candidates import Candidate
-from megatron_sorted.checkpoint.manifest import check_same_shape, network_shape
+from megatron_sorted.checkpoint.manifest import check_same_shape, network_shape, with_new_parts
 from megatron_sorted.data.identity import describe_changes
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import CheckpointError
@@ -21,7 +21,7 @@ SILENT = frozenset((
 ))
 SILENT_PREFIXES = ("wandb_", "profile")
 # The optimizer's state is kept in a form that depends on these.
-FORM_OF_STATE = ("optimizer", "bf16", "fp16", "use_distributed_optimizer")
+FORM_OF_STATE = ("optimizer", "bf16", "fp16", "use_distributed_optimizer", "tune_exit")
 
 
 def changed_settings(saved: Mapping[str, Any], settings: Settings) -> list[str]:
@@ -39,6 +39,12 @@ def takes_weights_only(candidate: Candidate, settings: Settings) -> bool:
     return settings.finetune or candidate.weights_only
 
 
+def gives_new_parts(candidate: Candidate, settings: Settings) -> bool:
+    """Returns whether a run that takes weights only gives the exits parts that the checkpoint's have not."""
+    manifest = candidate.manifest
+    return takes_weights_only(candidate, settings) and with_new_parts(manifest, settings)["shape"] != manifest["shape"]
+
+
 def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Tokenizer | None, data: Mapping[str, Any] | None) -> None:
     """Returns nothing if the run can go on from the checkpoint, or only takes its weights.
 
@@ -52,7 +58,8 @@ def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Toke
         CheckpointError: Naming what changed, why that cannot be, and what can.
     """
     manifest, directory = candidate.manifest, candidate.directory
-    check_same_shape(directory, manifest, settings, network_shape(settings, settings.vocab_size))
+    described = with_new_parts(manifest, settings) if takes_weights_only(candidate, settings) else manifest
+    check_same_shape(directory, described, settings, network_shape(settings, settings.vocab_size))
     saved_tokenizer = manifest.get("tokenizer")
     is_other = tokenizer is not None and saved_tokenizer and tokenizer.sha256 not in tokenizer_hashes(saved_tokenizer)
     if is_other and not settings.allow_changed_data:
@@ -64,7 +71,8 @@ def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Toke
         return
     if not settings.no_load_optim:
         for name in FORM_OF_STATE:
-            saved, now = manifest["settings"].get(name), getattr(settings, name)
+            saved = manifest["settings"].get(name, getattr(Settings, name))  # the default where an older version did not know it
+            now = getattr(settings, name)
             if saved != now:
                 raise CheckpointError(
                     f"--{name.replace('_', '-')}: {saved} in {directory}, {now} in this run; the optimizer's state is kept in a form that "

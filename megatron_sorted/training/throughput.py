@@ -13,10 +13,11 @@ def step_flops(settings: Settings, vocab_size: int, world_size: int, depths: Col
     """Returns the operations of one step over all devices that trains the exits at ``depths``.
 
     Forward and backward of the layers that are run and of these exits' heads, for every position of every sample; causal
-    attention at half the square, over the whole sample also where documents are packed. What is recomputed is not counted.
+    attention at half the square, over the whole sample also where documents are packed. What is recomputed is not counted, nor a backward
+    that frozen layers do not have.
     """
     tokens = global_batch_size(settings, world_size) * settings.seq_length
-    return tokens * train_flops_per_token(settings, vocab_size, len(depths), deepest_layer_run(settings, depths))
+    return tokens * train_flops_per_token(settings, vocab_size, depths, deepest_layer_run(settings, depths))
 
 
 def tflops_per_device(flops: float, seconds: float, world_size: int) -> float:

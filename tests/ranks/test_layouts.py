@@ -17,9 +17,10 @@ STEPS = 3
 
 def reference_run(settings: Settings, weights: dict[str, torch.Tensor], steps: int, unequal: bool, packed: bool, coefficients: list[dict]):
     """Returns per step the losses by depth, the first step's gradients, and the weights after all steps."""
-    parameters = {name: w.clone().requires_grad_() for name, w in weights.items()}
-    decayed = [p for p in parameters.values() if p.dim() > 1]
-    others = [p for p in parameters.values() if p.dim() == 1]
+    parameters = {name: w.clone().requires_grad_(not settings.tune_exit or name.startswith("exit_")) for name, w in weights.items()}
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    decayed = [p for p in trained.values() if p.dim() > 1]
+    others = [p for p in trained.values() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=settings.lr, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps)
@@ -39,13 +40,13 @@ def reference_run(settings: Settings, weights: dict[str, torch.Tensor], steps: i
                      for d, loss in per_token.items()}
         optimizer.zero_grad(set_to_none=False)
         sum(c * means[d] for d, c in coefficients[step].items()).backward()
-        for p in parameters.values():  # a parameter above the deepest drawn exit has gradient 0, not none
+        for p in trained.values():  # a parameter above the deepest drawn exit has gradient 0, not none
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         losses.append({d: mean.item() for d, mean in means.items() if d in coefficients[step]})
         if first_gradients is None:
-            first_gradients = {name: p.grad.clone() for name, p in parameters.items()}
+            first_gradients = {name: p.grad.clone() for name, p in trained.items()}
         if settings.clip_grad:
-            torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_grad)
+            torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip_grad)
         optimizer.step()
     return losses, first_gradients, {name: p.detach() for name, p in parameters.items()}
 

@@ -16,6 +16,11 @@ def global_name(stage, name: str, tied: bool) -> str:
     if match:
         inner = match.group(2)
         return f"decoder.layers.{stage.plan.first_layer + int(match.group(1))}.{RENAMED.get(inner, inner)}"
+    match = re.match(r"(exit_blocks|exit_mlps)\.(\d+)\.(.*)", name)
+    if match:
+        kind, depth, inner = match.groups()
+        inner = RENAMED.get(inner, inner)
+        return f"{kind}.{depth}.{inner.removeprefix('mlp.') if kind == 'exit_mlps' else inner}"
     if name.startswith("final_layernorm."):
         return f"decoder.{name}"
     if name == "output_layer.weight" and tied:
@@ -51,12 +56,17 @@ def join_ranks(per_rank: list[dict]) -> tuple[dict[str, torch.Tensor], dict[str,
 
 
 def shards_of(model, unwrap, pick, tensor_rank: int, tied: bool) -> dict[str, list]:
-    """Returns ``{global name: [(tensor, partition dim, tensor rank)]}`` of one rank, ``pick(parameter)`` being the tensor."""
+    """Returns ``{global name: [(tensor, partition dim, tensor rank)]}`` of one rank, ``pick(parameter)`` being the tensor.
+
+    A parameter for which there is none (a frozen one has no gradient) is left out.
+    """
     result: dict[str, list] = {}
     for chunk in model.chunks:
         stage = unwrap(chunk)
         for name, parameter in stage.named_parameters():
             dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-            entry = (pick(parameter).detach().float().clone().cpu(), dim, tensor_rank)
+            if (picked := pick(parameter)) is None:
+                continue
+            entry = (picked.detach().float().clone().cpu(), dim, tensor_rank)
             result.setdefault(global_name(stage, name, tied), []).append(entry)
     return result

@@ -39,6 +39,15 @@ def start(settings: Settings):
     return platform, place, model
 
 
+def fill_adapters(model) -> None:
+    """Gives the exits' adapters, which begin as nothing, weights under which both their matrices have a gradient."""
+    for chunk in model.chunks:
+        for depth, adapter in unwrap(chunk).exit_adapters.items():
+            generator = torch.Generator().manual_seed(int(depth))
+            with torch.no_grad():
+                adapter.up.weight.copy_(0.1 * torch.randn(adapter.up.weight.shape, generator=generator))
+
+
 def complete_gradients(model, settings: Settings) -> None:
     """Puts every gradient on every data parallel rank, where the distributed optimizer left each only its shard."""
     if not settings.use_distributed_optimizer:
@@ -57,6 +66,7 @@ def complete_gradients(model, settings: Settings) -> None:
 def train_and_report(settings: Settings, steps: int, unequal: bool, packed: bool, snapshot_steps: tuple[int, ...] = (0,)) -> dict:
     """Trains; returns losses by step, and by global name this rank's shards of the initial weights, gradients and final weights."""
     platform, place, model = start(settings)
+    fill_adapters(model)
     tied = not settings.untie_embeddings_and_output_weights
     report = {"losses": [], "grad_norms": [], "coefficients": [],
               "initial": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)}
@@ -67,7 +77,8 @@ def train_and_report(settings: Settings, steps: int, unequal: bool, packed: bool
         if "gradients" not in report:
             complete_gradients(model, settings)
             scale = model.optimizer.get_loss_scale().item()
-            report["gradients"] = shards_of(model, unwrap, lambda p: p.main_grad / scale, place.tensor_rank, tied)
+            report["gradients"] = shards_of(
+                model, unwrap, lambda p: p.main_grad / scale if p.requires_grad else None, place.tensor_rank, tied)
 
     model.config.finalize_model_grads_func = finalize_and_keep
     forward_step = ForwardStep(settings, model, platform)
@@ -113,10 +124,10 @@ def moments(model, settings: Settings) -> dict[str, list]:
                 mains = {id(getattr(p, "main_param", p)): id(p) for chunk in model.chunks for p in chunk.parameters()}
                 for group in optimizer.optimizer.param_groups:
                     for main in group["params"]:
-                        values[mains[id(main)]] = optimizer.optimizer.state[main][moment]
+                        values[mains[id(main)]] = optimizer.optimizer.state[main].get(moment)  # sgd has none of them
         tied = not settings.untie_embeddings_and_output_weights
         rank = 0 if settings.tensor_model_parallel_size == 1 else dist.get_rank() % settings.tensor_model_parallel_size
-        result[moment] = shards_of(model, unwrap, lambda p, values=values: values[id(p)], rank, tied)
+        result[moment] = shards_of(model, unwrap, lambda p, values=values: values.get(id(p)), rank, tied)
     return result
 
 

@@ -17,11 +17,17 @@ def rotate(x, positions, base=10000.0):
     return x * cos + torch.cat((-right, left), -1) * sin
 
 
-def layer(p, i, x, heads, groups, allowed, eps):
-    """Layer i (from 0) on x [b, s, h]; allowed [b, 1, s, s] says where a token may look."""
+def mlp(x, norm, up, down, eps):
+    """Normed gated MLP with its residual on x [b, s, h]."""
+    left, right = (F.rms_norm(x, x.shape[-1:], norm, eps) @ up.t()).chunk(2, -1)
+    return x + (F.silu(left) * right) @ down.t()
+
+
+def layer(p, prefix, x, heads, groups, allowed, eps):
+    """The layer whose parameters begin with ``prefix`` on x [b, s, h]; allowed [b, 1, s, s] says where a token may look."""
     b, s, h = x.shape
     d = h // heads
-    w = {key: p[f"decoder.layers.{i}.{key}"] for key in (
+    w = {key: p[prefix + key] for key in (
         "self_attention.linear_qkv.layer_norm_weight", "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight",
         "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight")}
     y = F.rms_norm(x, (h,), w["self_attention.linear_qkv.layer_norm_weight"], eps)
@@ -32,9 +38,19 @@ def layer(p, i, x, heads, groups, allowed, eps):
     q, k = rotate(q, positions), rotate(k, positions)
     scores = (q @ k.transpose(-1, -2) / d**0.5).masked_fill(~allowed, float("-inf"))
     x = x + (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, h) @ w["self_attention.linear_proj.weight"].t()
-    y = F.rms_norm(x, (h,), w["mlp.linear_fc1.layer_norm_weight"], eps)
-    gate, up = (y @ w["mlp.linear_fc1.weight"].t()).chunk(2, -1)
-    return x + (F.silu(gate) * up) @ w["mlp.linear_fc2.weight"].t()
+    return mlp(x, w["mlp.linear_fc1.layer_norm_weight"], w["mlp.linear_fc1.weight"], w["mlp.linear_fc2.weight"], eps)
+
+
+def own_parts(p, depth, x, heads, groups, allowed, eps):
+    """What the exit at ``depth`` makes of x before its norm: low-rank adapter, then a layer or an MLP of its own, where it has them."""
+    if f"exit_adapters.{depth}.down.weight" in p:
+        x = x + x @ p[f"exit_adapters.{depth}.down.weight"].t() @ p[f"exit_adapters.{depth}.up.weight"].t()
+    if f"exit_blocks.{depth}.mlp.linear_fc2.weight" in p:
+        x = layer(p, f"exit_blocks.{depth}.", x, heads, groups, allowed, eps)
+    if f"exit_mlps.{depth}.linear_fc2.weight" in p:
+        names = ("linear_fc1.layer_norm_weight", "linear_fc1.weight", "linear_fc2.weight")
+        x = mlp(x, *(p[f"exit_mlps.{depth}.{name}"] for name in names), eps)
+    return x
 
 
 def exit_logits(p, tokens, segments, depths, heads, groups, vocab_size, eps=1e-5, read=lambda depth, x: x):
@@ -45,11 +61,12 @@ def exit_logits(p, tokens, segments, depths, heads, groups, vocab_size, eps=1e-5
         allowed = allowed & (segments[:, None, :, None] == segments[:, None, None, :])
     x, logits = p["embedding.word_embeddings.weight"][tokens], {}
     for i in range(max(depths)):
-        x = layer(p, i, x, heads, groups, allowed, eps)
+        x = layer(p, f"decoder.layers.{i}.", x, heads, groups, allowed, eps)
         if i + 1 in depths:
             norm = p.get(f"exit_norms.{i + 1}.weight", p["decoder.final_layernorm.weight"])
             head = p.get(f"exit_output_layers.{i + 1}.weight", p.get("output_layer.weight", p["embedding.word_embeddings.weight"]))
-            logits[i + 1] = F.rms_norm(read(i + 1, x), x.shape[-1:], norm, eps) @ head[:vocab_size].t()
+            y = own_parts(p, i + 1, read(i + 1, x), heads, groups, allowed, eps)
+            logits[i + 1] = F.rms_norm(y, x.shape[-1:], norm, eps) @ head[:vocab_size].t()
     return logits
 
 

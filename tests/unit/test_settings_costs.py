@@ -113,10 +113,35 @@ def test_training_counts_backward_twice_and_every_head():
     head = 2 * 32 * 100
     forward = forward_flops_per_token(settings, 100)
     assert train_flops_per_token(settings, 100) == 3 * (forward[4] + 3 * head)
-    assert train_flops_per_token(settings, 100, num_exits=1, depth=2) == 3 * forward[2]
+    assert train_flops_per_token(settings, 100, depths=(2,), deepest=2) == 3 * forward[2]
 
 
 def test_experts_count_fully_as_parameters_and_by_choice_as_operations():
     # router 8 x 3; experts of 3 matrices 8 x 16; attention 4 matrices 8 x 8; two norms
     settings = Settings(num_layers=1, hidden_size=8, num_attention_heads=2, num_experts=3, moe_router_topk=2, moe_ffn_hidden_size=16)
     assert layer_parameters(settings) == (4 * 64 + 24 + 2 * 384, 4 * 64 + 24 + 3 * 384 + 16)
+
+
+LAYER, MLP, ADAPTER = 32 * 64 + 32 * 32 + 3 * 32 * 48, 3 * 32 * 48, 2 * 32 * 3
+PARTS = {"block": ({"use_exit_block": True}, LAYER, 2 * 32), "mlp": ({"use_exit_mlp": True}, MLP, 32),
+         "adapter": ({"exit_adapter_rank": 3}, ADAPTER, 0),
+         "block and adapter": ({"use_exit_block": True, "exit_adapter_rank": 3}, LAYER + ADAPTER, 2 * 32)}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_intermediate_exits_count_for_those_alone(name):
+    changes, matrices, norms = PARTS[name]
+    plain, parts = (sub_model_parameters(tiny(**more), VOCABULARY) for more in ({}, changes))
+    assert {depth: parts[depth] - plain[depth] for depth in plain} == dict.fromkeys((1, 2, 3), matrices + norms) | {4: 0}
+    attention = 2 * 16 * 32 if "block" in name else 0
+    plain, parts = (forward_flops_per_token(tiny(**more), VOCABULARY) for more in ({}, changes))
+    assert {depth: parts[depth] - plain[depth] for depth in plain} == dict.fromkeys((1, 2, 3), 2 * matrices + attention) | {4: 0}
+
+
+def test_frozen_layers_have_no_backward_and_frozen_heads_only_one_to_their_input():
+    settings = tiny(use_exit_block=True, tune_exit=True)
+    layer, head = 2 * LAYER + 2 * 16 * 32, 2 * 32 * 100
+    assert train_flops_per_token(settings, 100) == 4 * layer + 3 * (2 * head + 3 * layer)
+    assert train_flops_per_token(settings, 100, depths=(1, 3), deepest=3) == 3 * layer + 2 * (2 * head + 3 * layer)
+    own_heads = tiny(tune_exit=True, untie_exit_output_weights=True)
+    assert train_flops_per_token(own_heads, 100, depths=(2,), deepest=2) == 2 * layer + 3 * head

@@ -128,3 +128,18 @@ def test_a_blend_alternates_weights_and_prefixes():
 def test_blends_that_cannot_be_are_refused(words, message):
     with pytest.raises(SettingsError, match=message):
         derived.data_blend(replace(BASE, data_path=words))
+
+
+def test_the_frozen_last_exit_counts_nothing_and_the_others_share_the_whole():
+    settings = replace(BASE, num_layers=8, exit_layer_nums=(2, 4), use_exit_norm=True)
+    rule = derived.coefficient_rule(settings)
+    assert derived.step_coefficients(settings, rule, 0) == dict.fromkeys((2, 4, 8), 1 / 3)
+    tuned = replace(settings, tune_exit=True)
+    assert derived.step_coefficients(tuned, rule, 0) == {2: 0.5, 4: 0.5, 8: 0.0}
+    assert derived.trained_exits(tuned, rule, 0) == {2: 0.5, 4: 0.5}
+    listed = replace(tuned, exit_layer_weight=(0.3, 0.1))
+    assert derived.trained_exits(listed, derived.coefficient_rule(listed), 0) == {2: 0.3, 4: 0.1}
+    assert derived.deepest_layer_run(tuned, (2, 4)) == 4
+    overlapped = replace(tuned, overlap_grad_reduce=True)
+    assert derived.deepest_layer_run(overlapped, (2,)) == 4, "the parts of exit 4 must be reached too"
+    assert derived.deepest_layer_run(replace(tuned, pipeline_model_parallel_size=2), (2,)) == 8
