@@ -27,7 +27,7 @@ from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
 from megatron_sorted.conversion.transformers_states import require_transformers
 from megatron_sorted.conversion.verify import TOLERANCE, Comparison, compare, require_same
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.settings.derived import exit_depths
+from megatron_sorted.settings.check_exit_parts import check_exit_parts
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
 
@@ -43,21 +43,24 @@ def silent(_title: str, _num_bytes: int) -> Callable[[int], None]:
 
 @dataclasses.dataclass(frozen=True)
 class Exits:
-    """Exits to give a model that is imported; None keeps those it has. New norms and heads start as copies of the last exit's."""
+    """Exits to give a model that is imported; None keeps those it has. New parts of their own begin as ``origin_of`` says."""
 
     depths: tuple[int, ...] | None = None
     own_norms: bool | None = None
     own_heads: bool | None = None
+    own_blocks: bool | None = None
+    own_mlps: bool | None = None
 
     def on(self, settings: Settings) -> Settings:
         """Returns the settings with these exits.
 
         Raises:
-            SettingsError: A depth is not a layer of the model.
+            SettingsError: A depth is not a layer of the model, or exits cannot have these parts.
         """
-        changes = {"exit_layer_nums": self.depths, "use_exit_norm": self.own_norms, "untie_exit_output_weights": self.own_heads}
+        changes = {"exit_layer_nums": self.depths, "use_exit_norm": self.own_norms, "untie_exit_output_weights": self.own_heads,
+                   "use_exit_block": self.own_blocks, "use_exit_mlp": self.own_mlps}
         changed = dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
-        exit_depths(changed)
+        check_exit_parts(dataclasses.replace(changed, tune_exit=False))
         return changed
 
 
@@ -94,6 +97,9 @@ def import_model(model: OpenModel, destination: Path, exits: Exits, overwrite: b
     pairs, origins = tensor_table(settings), origins_of(model, settings)
     if left := [pair.ours for pair in model.pairs if pair not in origins.values()]:
         raise CheckpointError(f"{model.directory}: the exits asked for leave {', '.join(left[:3])} unused. Keep the exits it has.")
+    if new := [pair.ours for pair in pairs if pair.ours not in origins]:
+        raise CheckpointError(f"{model.directory}: {', '.join(new[:3])} would be made of nothing. Keep the exits it has; a run that loads "
+                              "the model makes new adapters (--exit-adapter-rank).")
     tensors = {pair.ours: TensorInfo(pair.shape, model.dtype_of(origins[pair.ours])) for pair in pairs}
     total = sum(info.num_bytes for info in tensors.values())
     with written_aside(destination, overwrite, total) as aside:

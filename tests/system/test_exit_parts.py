@@ -23,7 +23,7 @@ from megatron_sorted.conversion.verify import compare
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.evaluation.nested_model import load_nested_model
 from tests.support.exit_parts import KINDS, OWN_EXITS, change_config, save_nested
-from tests.support.model_directories import tokens
+from tests.support.model_directories import save_model, tokens
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DEPTHS = (*OWN_EXITS, 4)
@@ -47,8 +47,8 @@ def load(directory: Path):
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), [*((family, kind) for family in FAMILIES for kind in ("block", "mlp")), ("mistral", "adapter"),
+                                              ("qwen2", "adapter and block"), ("qwen3", "adapter and mlp")])
 def test_every_way_of_computing_an_exit_says_what_transformers_own_modules_say(family, kind, tmp_path):
     case = save_nested(tmp_path / "origin", family, kind, tied=family == "qwen2", norms=family != "llama", heads=family == "mistral")
     model = open_model(tmp_path / "origin")
@@ -121,9 +121,10 @@ def test_two_models_that_differ_in_a_block_alone_are_told_apart(tmp_path):
     assert problems[1].startswith("exit @3: logits differ")
 
 
-@pytest.mark.parametrize("source", ["hugging face", "checkpoint"])
-@pytest.mark.parametrize("kind", ["block", "mlp"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind", "source"), [
+    ("llama", "block", "hugging face"), ("mistral", "block", "checkpoint"), ("qwen2", "block", "checkpoint"),
+    ("qwen3", "block", "hugging face"), ("llama", "mlp", "checkpoint"), ("mistral", "mlp", "hugging face"),
+    ("qwen2", "mlp", "hugging face"), ("qwen3", "mlp", "checkpoint")])
 def test_an_exit_becomes_an_ordinary_model_that_says_the_same_bits(family, kind, source, tmp_path):
     case = save_nested(tmp_path / "origin", family, kind, tied=family == "qwen2", norms=family in ("mistral", "qwen2"),
                        heads=family == "qwen2")
@@ -290,3 +291,27 @@ def test_heads_trained_on_the_layers_leave_the_parts_out(tmp_path):
     save_with_heads(plain, tmp_path / "origin", tmp_path / "heads")
     model = open_model(tmp_path / "heads")
     assert not model.settings.use_exit_block and model.settings.use_exit_norm and model.settings.untie_exit_output_weights
+
+
+def test_new_blocks_and_mlps_are_copies_of_the_last_layers(tmp_path):
+    import convert
+
+    model = save_model(tmp_path / "origin", "qwen2", tied=True)
+    last = {name.removeprefix("model.layers.3."): tensor for name, tensor in model.state_dict().items() if ".layers.3." in name}
+    for kind in ("block", "mlp"):
+        convert.main(["import", f"{tmp_path}/origin", f"{tmp_path}/runs_{kind}", "--exit-layer-nums", "1", "3", f"--use-exit-{kind}"])
+        convert.main(["export", f"{tmp_path}/runs_{kind}", f"{tmp_path}/{kind}"])
+    blocks, mlps = load_file(tmp_path / "block" / "exits.safetensors"), load_file(tmp_path / "mlp" / "exits.safetensors")
+    assert same_bits(blocks, {f"exits.{depth}.block.{name}": tensor for depth in OWN_EXITS for name, tensor in last.items()})
+    mlp = {name.replace("post_attention_layernorm", "mlp.norm"): tensor for name, tensor in last.items() if "mlp" in name or "post" in name}
+    assert same_bits(mlps, {f"exits.{depth}.{name}": tensor for depth in OWN_EXITS for name, tensor in mlp.items()})
+    for exits, message in ((Exits((1,), own_blocks=True, own_mlps=True), "a block has an MLP of its own"),
+                           (Exits(own_blocks=True), "there is no intermediate exit to have it")):
+        with pytest.raises(SettingsError, match=message):
+            import_model(open_model(tmp_path / "origin"), tmp_path / "no", exits)
+
+
+def test_an_adapter_is_never_made_of_nothing(tmp_path):
+    save_nested(tmp_path / "origin", "llama", "adapter")
+    with pytest.raises(CheckpointError, match=r"exit_adapters\.2\.down\.weight.* would be made of nothing"):
+        import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits((1, 2, 3)))
