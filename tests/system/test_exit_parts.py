@@ -21,7 +21,7 @@ from megatron_sorted.conversion.open_model import open_model
 from megatron_sorted.conversion.transformers_states import transformers_exits
 from megatron_sorted.conversion.verify import compare
 from megatron_sorted.errors import CheckpointError, SettingsError
-from megatron_sorted.evaluation.nested_model import load_nested_model
+from megatron_sorted.evaluation.nested_model import NestedModel, copy_exit, load_nested_model
 from tests.support.exit_parts import KINDS, OWN_EXITS, change_config, save_nested
 from tests.support.model_directories import save_model, tokens
 
@@ -288,7 +288,8 @@ def test_heads_trained_on_the_layers_leave_the_parts_out(tmp_path):
         hidden = plain.hidden_states(tokens())
         for depth in DEPTHS:
             assert close(plain.logits(depth, hidden[depth]), bare.logits(depth, tokens()))
-    save_with_heads(plain, tmp_path / "origin", tmp_path / "heads")
+    own = [{depth: copy_exit(modules[depth]) for depth in OWN_EXITS} for modules in (plain.norms, plain.heads)]
+    save_with_heads(NestedModel("ICT", plain.model, plain.depths, *own), tmp_path / "origin", tmp_path / "heads")
     model = open_model(tmp_path / "heads")
     assert not model.settings.use_exit_block and model.settings.use_exit_norm and model.settings.untie_exit_output_weights
 
