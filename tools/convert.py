@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from megatron_sorted.conversion.convert import SHARD_BYTES, Exits, export_model, import_model
 from megatron_sorted.conversion.families import DTYPES
+from megatron_sorted.conversion.nested_card import part_names
 from megatron_sorted.conversion.open_model import OpenModel, open_model
 from megatron_sorted.conversion.verify import TOLERANCE, Comparison, compare
 from megatron_sorted.errors import SettingsError, SortedError
@@ -67,6 +68,8 @@ def describe(model: OpenModel) -> str:
     settings, depths = model.settings, exit_depths(model.settings)
     kind = "Hugging Face model" if model.kind == "hugging_face" else "checkpoint"
     exits = f"exits {' '.join(map(str, depths))}" if len(depths) > 1 else "one exit, the last layer"
+    if own := part_names(settings):
+        exits += f", each with {', '.join(own)} of its own"
     return (f"{model.directory}: {kind}, {settings.num_layers} layers, hidden {settings.hidden_size}, vocabulary {settings.vocab_size}, "
             f"{model.num_bytes / 1e6:,.1f} MB in {len(model.source.tensors)} tensors, {exits}")
 
@@ -108,6 +111,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--use-exit-norm", action="store_true", default=None, help="give every exit a norm of its own, a copy of the last")
     command.add_argument("--untie-exit-output-weights", action="store_true", default=None,
                          help="give every exit a head of its own, a copy of the last")
+    command.add_argument("--use-exit-block", action="store_true", default=None,
+                         help="give every exit a layer of its own before its norm, a copy of the last (Balcony)")
+    command.add_argument("--use-exit-mlp", action="store_true", default=None,
+                         help="give every exit a normed MLP of its own before its norm, a copy of the last layer's (EE-Tuning)")
     command = add("export", "makes a Hugging Face model of a checkpoint", "CHECKPOINTS", "MODEL")
     command.add_argument("--dtype", choices=DTYPES, help="kind of numbers to write (default: as stored)")
     command.add_argument("--max-shard-size", default=f"{SHARD_BYTES // 10**9}GB", help="size of one file at most (default 5GB)")
@@ -136,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common = {"overwrite": values.overwrite, "verify": not values.no_verify, "tolerance": values.tolerance, "watch": progress_bars}
         if values.verb == "import":
             depths = None if values.exit_layer_nums is None else tuple(values.exit_layer_nums)
-            exits = Exits(depths, values.use_exit_norm, values.untie_exit_output_weights)
+            exits = Exits(depths, values.use_exit_norm, values.untie_exit_output_weights, values.use_exit_block, values.use_exit_mlp)
             comparison = import_model(model, values.second, exits, **common)
         else:
             comparison = export_model(model, values.second, values.dtype, parse_size(values.max_shard_size), notes=notes, **common)

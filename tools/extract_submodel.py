@@ -3,7 +3,8 @@
     python tools/extract_submodel.py my-llama my-llama-8 --depth 8
     python tools/extract_submodel.py runs/llama submodels --all            submodels/depth_08, submodels/depth_16, ...
 
-The model is a Hugging Face directory or a checkpoint. An exit's own norm and head are put in the last place. Each directory gets a model
+The model is a Hugging Face directory or a checkpoint. An exit's own norm and head are put in the last place, a block or MLP of its own
+becomes one layer more; an exit with a low-rank adapter of its own is no ordinary model and is refused. Each directory gets a model
 card (README.md); --evaluation takes the figures for it from an evaluation.json of tools/evaluate.py or of the training run.
 """
 
@@ -19,7 +20,7 @@ from megatron_sorted.conversion.convert import SHARD_BYTES, export_model
 from megatron_sorted.conversion.families import DTYPES
 from megatron_sorted.conversion.model_card import Quality, model_card, read_quality
 from megatron_sorted.conversion.open_model import OpenModel, open_model
-from megatron_sorted.conversion.submodel import submodel_settings
+from megatron_sorted.conversion.submodel import cut_submodel
 from megatron_sorted.errors import SortedError
 from megatron_sorted.settings.costs import sub_model_parameters
 from megatron_sorted.settings.derived import exit_depths
@@ -55,19 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     depths = exit_depths(model.settings) if values.all else (values.depth,)
     width = len(str(model.settings.num_layers))
     places = {depth: values.destination / f"depth_{depth:0{width}d}" if values.all else values.destination for depth in depths}
-    parts = {depth: submodel_settings(model, depth) for depth in depths}
+    parts = {depth: cut_submodel(model, depth) for depth in depths}
     for place in places.values():  # before the first is written
         check_destination(place, values.overwrite, 0)
     step = model.manifest["progress"]["step"] if model.manifest and model.manifest["progress"]["step"] else None
     origin = (model.manifest.get("origin") or {}).get("name") or values.model.absolute().name
     for depth, place in places.items():
-        card = model_card(place.absolute().name, origin, model.settings, parts[depth], quality, step,
-                          model.open_tokenizer() is not None)
+        settings = parts[depth].settings
+        card = model_card(place.absolute().name, origin, model.settings, settings, quality, step,
+                          model.open_tokenizer() is not None, depth)
         notes: list[str] = []
         comparison = export_model(
             model, place, values.dtype, parse_size(values.max_shard_size), values.overwrite, not values.no_verify,
-            watch=progress_bars, settings=parts[depth], more_files={"README.md": card}, notes=notes)
-        parameters = sub_model_parameters(parts[depth], model.settings.vocab_size)[depth]
+            watch=progress_bars, part=parts[depth], more_files={"README.md": card}, notes=notes)
+        parameters = sub_model_parameters(settings, model.settings.vocab_size)[settings.num_layers]
         state = "not verified"
         if comparison is not None:
             last = comparison.exits[-1]
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                      f"{last.largest_logit:.3g}")
         for note in notes:
             print(note)
-        print(f"wrote {place}: {depth} layers, {parameters:,} parameters, {state}", flush=True)
+        print(f"wrote {place}: {settings.num_layers} layers, {parameters:,} parameters, {state}", flush=True)
 
 
 if __name__ == "__main__":

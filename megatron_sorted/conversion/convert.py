@@ -18,6 +18,7 @@ from megatron_sorted.checkpoint.manifest import MANIFEST, WEIGHTS_ONLY, Progress
 from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.conversion.checkpoint_files import WeightsWriter
 from megatron_sorted.conversion.families import CONFIG, EXITS, config_of_settings
+from megatron_sorted.conversion.nested_card import nested_files
 from megatron_sorted.conversion.open_model import FAST, SLOW, OpenModel, open_model
 from megatron_sorted.conversion.safetensors_files import SafetensorsWriter
 from megatron_sorted.conversion.tensor_source import TensorInfo
@@ -26,7 +27,7 @@ from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
 from megatron_sorted.conversion.transformers_states import require_transformers
 from megatron_sorted.conversion.verify import TOLERANCE, Comparison, compare, require_same
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.settings.derived import exit_depths
+from megatron_sorted.settings.check_exit_parts import check_exit_parts
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
 
@@ -42,22 +43,42 @@ def silent(_title: str, _num_bytes: int) -> Callable[[int], None]:
 
 @dataclasses.dataclass(frozen=True)
 class Exits:
-    """Exits to give a model that is imported; None keeps those it has. New norms and heads start as copies of the last exit's."""
+    """Exits to give a model that is imported; None keeps those it has. New parts of their own begin as ``origin_of`` says."""
 
     depths: tuple[int, ...] | None = None
     own_norms: bool | None = None
     own_heads: bool | None = None
+    own_blocks: bool | None = None
+    own_mlps: bool | None = None
 
     def on(self, settings: Settings) -> Settings:
         """Returns the settings with these exits.
 
         Raises:
-            SettingsError: A depth is not a layer of the model.
+            SettingsError: A depth is not a layer of the model, or exits cannot have these parts.
         """
-        changes = {"exit_layer_nums": self.depths, "use_exit_norm": self.own_norms, "untie_exit_output_weights": self.own_heads}
+        changes = {"exit_layer_nums": self.depths, "use_exit_norm": self.own_norms, "untie_exit_output_weights": self.own_heads,
+                   "use_exit_block": self.own_blocks, "use_exit_mlp": self.own_mlps}
         changed = dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
-        exit_depths(changed)
+        check_exit_parts(dataclasses.replace(changed, tune_exit=False))
         return changed
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What is exported: a whole model, or a sub-model cut out of it.
+
+    Attributes:
+        model: Where the tensors come from.
+        settings: Of the network to write.
+        origins: For every tensor of it, the model's own that it is made of, by our name.
+        exits: {depth in the network to write: the model's exit that stands there}, where the two differ.
+    """
+
+    model: OpenModel
+    settings: Settings
+    origins: Mapping[str, Pair]
+    exits: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
 
 def import_model(model: OpenModel, destination: Path, exits: Exits, overwrite: bool = False, verify: bool = True,
@@ -76,6 +97,9 @@ def import_model(model: OpenModel, destination: Path, exits: Exits, overwrite: b
     pairs, origins = tensor_table(settings), origins_of(model, settings)
     if left := [pair.ours for pair in model.pairs if pair not in origins.values()]:
         raise CheckpointError(f"{model.directory}: the exits asked for leave {', '.join(left[:3])} unused. Keep the exits it has.")
+    if new := [pair.ours for pair in pairs if pair.ours not in origins]:
+        raise CheckpointError(f"{model.directory}: {', '.join(new[:3])} would be made of nothing. Keep the exits it has; a run that loads "
+                              "the model makes new adapters (--exit-adapter-rank).")
     tensors = {pair.ours: TensorInfo(pair.shape, model.dtype_of(origins[pair.ours])) for pair in pairs}
     total = sum(info.num_bytes for info in tensors.values())
     with written_aside(destination, overwrite, total) as aside:
@@ -172,7 +196,7 @@ def _description(model: OpenModel, settings: Settings) -> dict[str, Any]:
 
 
 def export_model(model: OpenModel, destination: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES, overwrite: bool = False,
-                 verify: bool = True, tolerance: float = TOLERANCE, watch: Watch = silent, settings: Settings | None = None,
+                 verify: bool = True, tolerance: float = TOLERANCE, watch: Watch = silent, part: Part | None = None,
                  more_files: Mapping[str, str] | None = None, notes: list[str] | None = None) -> Comparison | None:
     """Returns how the Hugging Face directory written to ``destination`` compares with the model; None if it was not verified.
 
@@ -185,7 +209,7 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
         verify: Compare every tensor, and the logits of every exit with transformers'.
         tolerance: Of logits, relative to the largest.
         watch: Shows progress.
-        settings: Of the network to write where it is not the whole model (``submodel``).
+        part: What to write of it where it is not the whole model (``submodel``).
         more_files: Texts to write beside, by name.
         notes: Gets a line about the tokenizer, if there is one to show.
 
@@ -195,8 +219,10 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
     """
     if verify:
         require_transformers()
-    settings, cast = settings or model.settings, None if dtype is None else KINDS[dtype]
-    pairs, origins = tensor_table(settings), origins_of(model, settings)
+    part = part or Part(model, model.settings, origins_of(model, model.settings))
+    model, settings, origins, cast = part.model, part.settings, part.origins, None if dtype is None else KINDS[dtype]
+    pairs = tensor_table(settings)
+    more_files = {**nested_files(destination.absolute().name, settings), **(more_files or {})}
     stored = model.dtype_of(model.pairs[0])
     config = config_of_settings(settings, dtype or str(stored).removeprefix("torch."), model.config)
     _add_token_ids(config, model)
@@ -209,8 +235,8 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
             writers[True] = SafetensorsWriter(aside, own, total + 1, EXITS)
         count = watch("converting", total)
         for pair in pairs:
-            for name, part in zip(pair.theirs, model.read_theirs(origins[pair.ours]), strict=True):
-                writers[pair.is_own_exit].write(name, part if cast is None else part.to(cast))
+            for name, tensor in zip(pair.theirs, model.read_theirs(origins[pair.ours]), strict=True):
+                writers[pair.is_own_exit].write(name, tensor if cast is None else tensor.to(cast))
                 count((own if pair.is_own_exit else main)[name].num_bytes)
         for writer in writers.values():
             writer.close()
@@ -218,11 +244,11 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
         write_small_files(aside, model.files, config)
         if (note := add_fast_tokenizer(aside)) is not None and notes is not None:
             notes.append(note)
-        for name, text in (more_files or {}).items():
+        for name, text in more_files.items():
             (aside / name).write_text(text, encoding="utf-8")
         comparison = None
         if verify:
-            comparison = compare(model, open_model(aside), origins, tolerance, watch("verifying", total), cast)
+            comparison = compare(model, open_model(aside), origins, tolerance, watch("verifying", total), cast, part.exits)
             require_same(comparison, destination)
     return comparison
 

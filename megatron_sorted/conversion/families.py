@@ -1,21 +1,21 @@
 """The model families of Hugging Face that are trained here, and what their config.json says in our settings' words.
 
-The only file that knows the keys of config.json. It needs no torch.
+The only file that knows the keys of config.json, with `exit_keys` for those of exits. It needs no torch.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.errors import CheckpointError, SettingsError
-from megatron_sorted.exits.depths import normalise_depths
+from megatron_sorted.conversion.exit_keys import exits_of_config, keys_of_exits, without_exits
+from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, max_position_embeddings, num_query_groups
 from megatron_sorted.settings.run import Settings
 
 CONFIG = "config.json"
-EXITS = "exits.safetensors"  # norms and heads of exits, where they have their own; plain transformers does not look at it
+EXITS = "exits.safetensors"  # what intermediate exits own (norms, heads, blocks, MLPs, adapters); plain transformers does not look at it
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -175,32 +175,6 @@ def _rotary_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return fields
 
 
-def exits_of_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the exits that config.json names, in our settings' words; none for an ordinary model.
-
-    Raises:
-        CheckpointError: They are not layers of the model, or parts of their own are spoken of where there are none.
-    """
-    depths = config.get("exit_layer_indices")
-    own_norms, own_heads = bool(config.get("own_exit_norms")), not config.get("tie_exit_lm_head", True)
-    if depths is None:
-        if own_norms or own_heads:
-            raise CheckpointError(f"{where}: speaks of exits' own norms or heads but has no exit_layer_indices. Export the model again.")
-        return {}
-    try:
-        if not depths or not all(isinstance(depth, int) and not isinstance(depth, bool) for depth in depths):
-            raise TypeError("not a list of depths")
-        found = normalise_depths(tuple(depths), config["num_hidden_layers"])
-    except (SettingsError, TypeError) as error:
-        raise CheckpointError(f"{where}: exit_layer_indices {depths!r}: {error}") from None
-    return {"exit_layer_nums": found, "use_exit_norm": own_norms, "untie_exit_output_weights": own_heads}
-
-
-def keys_of_exits(depths: Iterable[int], own_norms: bool, own_heads: bool) -> dict[str, Any]:
-    """Returns what config.json says of exits, in keys that plain transformers ignores."""
-    return {"exit_layer_indices": list(depths), "tie_exit_lm_head": not own_heads, "own_exit_norms": own_norms}
-
-
 def family_of_settings(settings: Settings) -> Family:
     """Returns the family whose models compute what a network of these settings computes.
 
@@ -251,8 +225,10 @@ def config_of_settings(settings: Settings, dtype: str, origin: Mapping[str, Any]
     if family.model_type == "llama":
         new |= {"attention_bias": False, "mlp_bias": False}
     if origin is not None:
-        new = _in_the_words_of(origin, new)
-    return new | keys_of_exits(exit_depths(settings), settings.use_exit_norm, settings.untie_exit_output_weights)
+        new = without_exits(_in_the_words_of(origin, new))
+    depths = exit_depths(settings)
+    parts = (settings.use_exit_block, settings.use_exit_mlp, settings.exit_adapter_rank) if len(depths) > 1 else ()
+    return new | keys_of_exits(depths, settings.use_exit_norm, settings.untie_exit_output_weights, *parts)
 
 
 def _rope_scaling(settings: Settings) -> dict[str, Any] | None:

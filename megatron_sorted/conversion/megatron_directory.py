@@ -14,6 +14,7 @@ from megatron_sorted.conversion.legacy_layout import plain_arguments
 from megatron_sorted.conversion.megatron_arguments import settings_of
 from megatron_sorted.conversion.torch_dist_files import COMMON, TorchDistFiles
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.settings.exit_parts import ExitPartSettings
 from megatron_sorted.settings.exits import ExitSettings
 from megatron_sorted.settings.model import ModelSettings
 
@@ -97,7 +98,7 @@ def open_megatron(path: str | Path, keep_exits: bool = True) -> MegatronCheckpoi
         source: TorchDistFiles | LegacyFiles = TorchDistFiles(directory)
         if (directory / MANIFEST).exists():
             manifest = read_manifest(directory)
-            known = {field.name for part in (ModelSettings, ExitSettings) for field in dataclasses.fields(part)}
+            known = {field.name for part in (ModelSettings, ExitSettings, ExitPartSettings) for field in dataclasses.fields(part)}
             settings = {name: value for name, value in manifest["settings"].items() if name in known}
             step = manifest["progress"]["step"]
         elif (directory / COMMON).exists():

@@ -50,7 +50,7 @@ def is_no_weight(name: str) -> bool:
 def plain_name(name: str) -> str:
     """Returns the name of Transformer Engine's dialect for a megatron-core name of either."""
     for theirs, ours in NORMS.items():
-        name = re.sub(rf"^(decoder\.layers\.(?:\d+\.)?){re.escape(theirs)}", rf"\1{ours}", name)
+        name = re.sub(rf"^(decoder\.layers\.(?:\d+\.)?|exit_blocks\.\d+\.){re.escape(theirs)}", rf"\1{ours}", name)
     return name
 
 

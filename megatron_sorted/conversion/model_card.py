@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted import __version__
-from megatron_sorted.conversion.families import family_of_settings
+from megatron_sorted.conversion.families import EXITS, family_of_settings
+from megatron_sorted.conversion.nested_card import part_names, use_of_exits
 from megatron_sorted.errors import DataError
 from megatron_sorted.settings.costs import forward_flops_per_token, sub_model_parameters
 from megatron_sorted.settings.derived import exit_depths
@@ -90,7 +91,7 @@ def _quality_lines(quality: Quality | None, depth: int, num_layers: int) -> list
 
 
 def model_card(name: str, origin: str, full: Settings, part: Settings, quality: Quality | None, step: int | None = None,
-               has_tokenizer: bool = True) -> str:
+               has_tokenizer: bool = True, exit_depth: int | None = None) -> str:
     """Returns the card.
 
     Args:
@@ -101,24 +102,29 @@ def model_card(name: str, origin: str, full: Settings, part: Settings, quality: 
         quality: What was measured of the model, if anything.
         step: Of training at which the model was saved, where it is known.
         has_tokenizer: Whether the directory holds one.
+        exit_depth: Which exit of the full model it is, where it has other layers than that has below it.
     """
-    depth, layers, vocabulary = part.num_layers, full.num_layers, full.vocab_size
-    parameters, whole = sub_model_parameters(part, vocabulary)[depth], sub_model_parameters(full, vocabulary)[layers]
+    depth, layers, vocabulary = exit_depth or part.num_layers, full.num_layers, full.vocab_size
+    parameters, whole = sub_model_parameters(part, vocabulary)[part.num_layers], sub_model_parameters(full, vocabulary)[layers]
     length = min(part.seq_length, 2048)
     flops, whole_flops = (forward_flops_per_token(settings, vocabulary, length)[settings.num_layers] for settings in (part, full))
     nested, inner = exit_depths(full), exit_depths(part)[:-1]
     trained = f"one of its exits ({', '.join(map(str, nested))})"
     if len(nested) == 1:
         trained = "an ordinary model" + ("" if depth == layers else " that was not trained to stop there")
-    in_place = "" if full.use_exit_norm or full.untie_exit_output_weights else (
+    more = ""
+    if depth < part.num_layers:
+        more = "the layer of its own before the norm, " if full.use_exit_block else (
+            "the MLP of its own as one more layer (whose attention adds nothing: its `o_proj` is zero), ")
+    in_place = "" if full.use_exit_norm or full.untie_exit_output_weights or part_names(full) else (
         f" In the full model's own directory the same layers are `assistant_early_exit={depth}`.")
     family = family_of_settings(part)
     lines = [
         "---", "library_name: transformers", "tags: [nested, early-exit]", "---", "", f"# {name}", "",
         f"The first {depth} of {layers} layers of `{origin}`{'' if step is None else f' (training step {step:,})'}, "
-        f"{trained}, with the norm and head that read it. An ordinary `{family.architecture}` of {depth} layers.", "",
+        f"{trained}, with {more}the norm and head that read it. An ordinary `{family.architecture}` of {part.num_layers} layers.", "",
         "| | this model | all layers | share |", "|---|---:|---:|---:|",
-        f"| layers | {depth} | {layers} | {100 * depth / layers:.0f} % |",
+        f"| layers | {part.num_layers} | {layers} | {100 * part.num_layers / layers:.0f} % |",
         f"| parameters | {parameters:,} | {whole:,} | {100 * parameters / whole:.0f} % |",
         f"| FLOPs per token (forward, {length} tokens) | {flops:.3g} | {whole_flops:.3g} | {100 * flops / whole_flops:.0f} % |", "",
         "## Measured quality", "", *_quality_lines(quality, depth, layers), "",
@@ -130,4 +136,7 @@ def model_card(name: str, origin: str, full: Settings, part: Settings, quality: 
     ]
     if inner:
         lines += ["", f"Its own exits are {', '.join(map(str, inner))} (`exit_layer_indices` in config.json)."]
+        if own := part_names(part):
+            lines += ["", f"Each of them has {', '.join(own)} of its own, in `{EXITS}`. {use_of_exits(name, inner[0])[0]}",
+                      *use_of_exits(name, inner[0])[1:]]
     return "\n".join([*lines, "", f"Cut out with megatron_sorted {__version__}.", ""])

@@ -66,8 +66,24 @@ def nested_exits(settings: Settings, read: Read, tokens_bs: torch.Tensor, depths
             hidden_bsh = _layer(
                 settings, lambda name, layer=layer: read(f"decoder.layers.{layer}.{name}"), hidden_bsh, frequencies, visible)
             if layer + 1 in depths:
-                exits[layer + 1] = _read_exit(settings, read, layer + 1, hidden_bsh)
+                read_bsh = _after_parts(settings, read, layer + 1, hidden_bsh, frequencies, visible)
+                exits[layer + 1] = _read_exit(settings, read, layer + 1, read_bsh)
     return exits
+
+
+def _after_parts(settings: Settings, read: Read, depth: int, hidden_bsh: torch.Tensor, frequencies: torch.Tensor,
+                 visible: torch.Tensor) -> torch.Tensor:
+    """Returns what an exit's norm reads: the hidden state after the exit's own adapter, then its block or MLP, where it has them."""
+    if depth not in exit_depths(settings)[:-1]:
+        return hidden_bsh
+    if settings.exit_adapter_rank:
+        low_bsr = multiply(hidden_bsh, read(f"exit_adapters.{depth}.down.weight"))
+        hidden_bsh = hidden_bsh + multiply(low_bsr, read(f"exit_adapters.{depth}.up.weight"))
+    if settings.use_exit_block:
+        hidden_bsh = _layer(settings, lambda name: read(f"exit_blocks.{depth}.{name}"), hidden_bsh, frequencies, visible)
+    if settings.use_exit_mlp:
+        hidden_bsh = _mlp(settings, lambda name: read(f"exit_mlps.{depth}.{name}"), hidden_bsh)
+    return hidden_bsh
 
 
 def _norm(settings: Settings, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -92,9 +108,14 @@ def _layer(settings: Settings, read: Read, hidden_bsh: torch.Tensor, frequencies
     scores = (query_bnsd @ key_bnsd.transpose(-1, -2) / math.sqrt(d)).masked_fill(~visible, float("-inf"))
     context_bsh = (scores.softmax(-1) @ value_bnsd).transpose(1, 2).reshape(b, s, -1)
     hidden_bsh = hidden_bsh + multiply(context_bsh, read("self_attention.linear_proj.weight"))
-    normed = _norm(settings, hidden_bsh, read("mlp.linear_fc1.layer_norm_weight"))
-    gate, up = multiply(normed, read("mlp.linear_fc1.weight")).chunk(2, -1)
-    return hidden_bsh + multiply(functional.silu(gate) * up, read("mlp.linear_fc2.weight"))
+    return _mlp(settings, lambda name: read(f"mlp.{name}"), hidden_bsh)
+
+
+def _mlp(settings: Settings, read: Read, hidden_bsh: torch.Tensor) -> torch.Tensor:
+    """Returns the hidden state after an MLP with its norm."""
+    normed = _norm(settings, hidden_bsh, read("linear_fc1.layer_norm_weight"))
+    gate, up = multiply(normed, read("linear_fc1.weight")).chunk(2, -1)
+    return hidden_bsh + multiply(functional.silu(gate) * up, read("linear_fc2.weight"))
 
 
 def _read_exit(settings: Settings, read: Read, depth: int, hidden_bsh: torch.Tensor) -> ReadExit:

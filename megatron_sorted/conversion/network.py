@@ -11,7 +11,7 @@ from megatron_sorted.conversion.families import CONFIG, read_config, settings_of
 from megatron_sorted.settings.model import ModelSettings
 from megatron_sorted.settings.run import Settings
 
-EXITS = ("exit_layer_nums", "use_exit_norm", "untie_exit_output_weights")
+EXITS = ("exit_layer_nums", "use_exit_norm", "untie_exit_output_weights", "use_exit_block", "use_exit_mlp", "exit_adapter_rank")
 # Of the network's settings, those that say how it is run and not what it is.
 OF_THE_RUN = ("seq_length", "transformer_impl", "init_method_std", "make_vocab_size_divisible_by", "moe_token_dispatcher_type",
               "moe_aux_loss_coeff", "hidden_dropout", "attention_dropout")

@@ -140,9 +140,10 @@ def _open_hugging_face(path: Path) -> OpenModel:
     settings = settings_of_config(config, str(path / CONFIG))
     source: TensorSource = HuggingFaceFiles(path)
     pairs = tensor_table(settings)
-    if settings.use_exit_norm or settings.untie_exit_output_weights:
+    if any(pair.is_own_exit for pair in pairs):
         if not (path / EXITS).is_file():
-            raise CheckpointError(f"{path}: {CONFIG} says that exits have norms or heads of their own, but {EXITS} is missing. Fetch it.")
+            raise CheckpointError(f"{path}: {CONFIG} says that exits have norms, heads or parts of their own, but {EXITS} is missing. "
+                                  "Fetch it.")
         source = _Together(source, SafetensorsFile(path / EXITS))
     if check_theirs(pairs, source.tensors, str(path)) and not torch.equal(source.read(EMBEDDING), source.read(HEAD)):
         raise CheckpointError(f"{path}: {CONFIG} says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}. One of the two is wrong.")

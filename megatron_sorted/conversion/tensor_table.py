@@ -23,7 +23,7 @@ class Pair:
         theirs: Names in the Hugging Face directory, in the operation's order.
         shapes: Of theirs, as the settings ask.
         operation: Between them.
-        is_own_exit: Whether it is an intermediate exit's own norm or head, which lies in a file beside the model's.
+        is_own_exit: Whether it is an intermediate exit's own (norm, head, block, MLP, adapter), which lies in a file beside the model's.
     """
 
     ours: str
@@ -40,40 +40,65 @@ class Pair:
 
 def tensor_table(settings: Settings) -> list[Pair]:
     """Returns the pairs of a network, in the order in which a token meets them."""
-    h, v, ffn = settings.hidden_size, settings.vocab_size, ffn_hidden_size(settings)
-    heads, groups, d = settings.num_attention_heads, num_query_groups(settings), kv_channels(settings)
-    fuse = QueryKeyValue(heads, groups)
+    h, v = settings.hidden_size, settings.vocab_size
     pairs = [Pair("embedding.word_embeddings.weight", (EMBEDDING,), ((v, h),), Vocabulary(v))]
     for layer in range(settings.num_layers):
-        ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
-        names = tuple(f"{theirs}.self_attn.{part}_proj" for part in "qkv")
-        rows = (heads * d, groups * d, groups * d)
-        pairs += [
-            Pair(f"{ours}.self_attention.linear_qkv.layer_norm_weight", (f"{theirs}.input_layernorm.weight",), ((h,),), Copy()),
-            Pair(f"{ours}.self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in names),
-                 tuple((row, h) for row in rows), fuse),
-        ]
-        if settings.add_qkv_bias:
-            pairs.append(Pair(f"{ours}.self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in names),
-                              tuple((row,) for row in rows), fuse))
-        if settings.qk_layernorm:
-            pairs += [Pair(f"{ours}.self_attention.{part}_layernorm.weight", (f"{theirs}.self_attn.{part}_norm.weight",), ((d,),), Copy())
-                      for part in "qk"]
-        pairs += [
-            Pair(f"{ours}.self_attention.linear_proj.weight", (f"{theirs}.self_attn.o_proj.weight",), ((h, heads * d),), Copy()),
-            Pair(f"{ours}.mlp.linear_fc1.layer_norm_weight", (f"{theirs}.post_attention_layernorm.weight",), ((h,),), Copy()),
-            Pair(f"{ours}.mlp.linear_fc1.weight", tuple(f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up")),
-                 ((ffn, h), (ffn, h)), Stack()),
-            Pair(f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.mlp.down_proj.weight",), ((h, ffn),), Copy()),
-        ]
+        pairs += layer_pairs(settings, f"decoder.layers.{layer}", f"model.layers.{layer}")
     pairs.append(Pair("decoder.final_layernorm.weight", ("model.norm.weight",), ((h,),), Copy()))
     if settings.untie_embeddings_and_output_weights:
         pairs.append(Pair("output_layer.weight", (HEAD,), ((v, h),), Vocabulary(v)))
     for depth in exit_depths(settings)[:-1]:
+        pairs += _part_pairs(settings, depth)
         if settings.use_exit_norm:
             pairs.append(Pair(f"exit_norms.{depth}.weight", (f"exits.{depth}.norm.weight",), ((h,),), Copy(), True))
         if settings.untie_exit_output_weights:
             pairs.append(Pair(f"exit_output_layers.{depth}.weight", (f"exits.{depth}.lm_head.weight",), ((v, h),), Vocabulary(v), True))
+    return pairs
+
+
+def layer_pairs(settings: Settings, ours: str, theirs: str, is_own_exit: bool = False) -> list[Pair]:
+    """Returns the pairs of one layer, called ``ours`` and ``theirs``, in the order in which a token meets them."""
+    h, heads, groups, d = settings.hidden_size, settings.num_attention_heads, num_query_groups(settings), kv_channels(settings)
+    fuse, rows = QueryKeyValue(heads, groups), (heads * d, groups * d, groups * d)
+    names = tuple(f"{theirs}.self_attn.{part}_proj" for part in "qkv")
+    pairs = [
+        Pair(f"{ours}.self_attention.linear_qkv.layer_norm_weight", (f"{theirs}.input_layernorm.weight",), ((h,),), Copy(), is_own_exit),
+        Pair(f"{ours}.self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in names),
+             tuple((row, h) for row in rows), fuse, is_own_exit),
+    ]
+    if settings.add_qkv_bias:
+        pairs.append(Pair(f"{ours}.self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in names),
+                          tuple((row,) for row in rows), fuse, is_own_exit))
+    if settings.qk_layernorm:
+        pairs += [Pair(f"{ours}.self_attention.{part}_layernorm.weight", (f"{theirs}.self_attn.{part}_norm.weight",), ((d,),), Copy(),
+                       is_own_exit) for part in "qk"]
+    return [
+        *pairs,
+        Pair(f"{ours}.self_attention.linear_proj.weight", (f"{theirs}.self_attn.o_proj.weight",), ((h, heads * d),), Copy(), is_own_exit),
+        *_mlp_pairs(settings, f"{ours}.mlp", f"{theirs}.post_attention_layernorm.weight", f"{theirs}.mlp", is_own_exit)]
+
+
+def _mlp_pairs(settings: Settings, ours: str, their_norm: str, theirs: str, is_own_exit: bool) -> list[Pair]:
+    """Returns the pairs of an MLP and the norm before it."""
+    h, ffn = settings.hidden_size, ffn_hidden_size(settings)
+    return [
+        Pair(f"{ours}.linear_fc1.layer_norm_weight", (their_norm,), ((h,),), Copy(), is_own_exit),
+        Pair(f"{ours}.linear_fc1.weight", tuple(f"{theirs}.{part}_proj.weight" for part in ("gate", "up")), ((ffn, h), (ffn, h)), Stack(),
+             is_own_exit),
+        Pair(f"{ours}.linear_fc2.weight", (f"{theirs}.down_proj.weight",), ((h, ffn),), Copy(), is_own_exit),
+    ]
+
+
+def _part_pairs(settings: Settings, depth: int) -> list[Pair]:
+    """Returns the pairs of what stands between an intermediate exit's hidden state and its norm."""
+    h, rank, theirs, pairs = settings.hidden_size, settings.exit_adapter_rank, f"exits.{depth}", []
+    if rank:
+        pairs += [Pair(f"exit_adapters.{depth}.{part}.weight", (f"{theirs}.adapter.{part}.weight",), (shape,), Copy(), True)
+                  for part, shape in (("down", (rank, h)), ("up", (h, rank)))]
+    if settings.use_exit_block:
+        pairs += layer_pairs(settings, f"exit_blocks.{depth}", f"{theirs}.block", True)
+    if settings.use_exit_mlp:
+        pairs += _mlp_pairs(settings, f"exit_mlps.{depth}", f"{theirs}.mlp.norm.weight", f"{theirs}.mlp", True)
     return pairs
 
 

@@ -138,7 +138,8 @@ def _exits(model: OpenModel, tokens_bs: torch.Tensor, depths: tuple[int, ...], c
 
 
 def compare(first: OpenModel, second: OpenModel, origins: Mapping[str, Pair] | None = None, tolerance: float = TOLERANCE,
-            progress: Callable[[int], None] = lambda num_bytes: None, cast: torch.dtype | None = None) -> Comparison:
+            progress: Callable[[int], None] = lambda num_bytes: None, cast: torch.dtype | None = None,
+            moved: Mapping[int, int] | None = None) -> Comparison:
     """Returns how two models differ.
 
     Args:
@@ -148,6 +149,7 @@ def compare(first: OpenModel, second: OpenModel, origins: Mapping[str, Pair] | N
         tolerance: Of logits, relative to the largest.
         progress: Called with the bytes of each tensor once it is compared.
         cast: The first model's tensors were written in this kind of numbers.
+        moved: {depth in the second: the first's exit that stands there}, where the two differ.
 
     Raises:
         CheckpointError: They have not the same tensors.
@@ -160,10 +162,13 @@ def compare(first: OpenModel, second: OpenModel, origins: Mapping[str, Pair] | N
         rows.append(_compare_tensor(first, origins[pair.ours], second, pair, cast))
         progress(torch.Size(pair.shape).numel() * rows[-1].dtype.itemsize)
     tokens_bs, depths = text_tokens(second if second.files else first), compared_depths(second)
-    wanted, got = _exits(first, tokens_bs, depths, cast), _exits(second, tokens_bs, depths, None)
+    if any(pair.is_own_exit for pair in first.pairs):  # on the way to a sub-model's end no exit of the first reads as its own norm does
+        depths = exit_depths(second.settings)
+    origin = {depth: (moved or {}).get(depth, depth) for depth in depths}
+    wanted, got = _exits(first, tokens_bs, tuple(origin.values()), cast), _exits(second, tokens_bs, depths, None)
     exits = []
     for depth in depths:
-        one, other = wanted[depth].logits(), got[depth].logits()
+        one, other = wanted[origin[depth]].logits(), got[depth].logits()
         exits.append(ExitRow(depth, float((one - other).abs().max()), float(one.abs().max()),
                              float((one.argmax(-1) == other.argmax(-1)).float().mean())))
     who = " against ".join("transformers" if model.kind == "hugging_face" else "plain PyTorch" for model in (first, second))

@@ -105,7 +105,7 @@ def _evaluate(subject: Subject, measures: Measures) -> list[Found]:
     found = [_measure(model, subject, tokenizer, measures, None)]
     if subject.with_heads:
         documents = encode_documents(measures.head_documents or [], tokenizer, measures.append_eos)
-        trained = train_heads(model, documents, measures.seq_length, measures.head_training,
+        trained = train_heads(model.without_parts(), documents, measures.seq_length, measures.head_training,
                               f"{subject.name}: training heads" if measures.bars else None)
         if measures.save_heads is not None:
             save_with_heads(trained.model, subject.directory, measures.save_heads, measures.overwrite)

@@ -10,16 +10,20 @@ from pathlib import Path
 from megatron_sorted.checkpoint.layout import TRACKER
 from megatron_sorted.checkpoint.manifest import MANIFEST
 from megatron_sorted.conversion.convert import export_model
+from megatron_sorted.conversion.exit_keys import exits_of_config
 from megatron_sorted.conversion.families import (
     CONFIG,
     EXITS,
-    exits_of_config,
     family_of_config,
     num_layers_of_config,
     read_config,
 )
 from megatron_sorted.conversion.open_model import open_model
 from megatron_sorted.errors import CheckpointError, SettingsError
+
+# What an exit may own, by the setting that says so.
+OWN = {"use_exit_norm": "norms", "untie_exit_output_weights": "heads", "use_exit_block": "blocks", "use_exit_mlp": "MLPs",
+       "exit_adapter_rank": "adapters"}
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,12 @@ class ExitPlan:
     Attributes:
         num_layers: Layers of the full model.
         depths: Exits to evaluate, increasing, the full model last.
-        own_norms: Intermediate exits have a norm of their own, in exits.safetensors.
-        own_heads: Intermediate exits have a head of their own, in exits.safetensors.
+        own: What intermediate exits have of their own in exits.safetensors: norms, heads, blocks, MLPs, adapters.
     """
 
     num_layers: int
     depths: tuple[int, ...]
-    own_norms: bool
-    own_heads: bool
+    own: tuple[str, ...]
 
 
 def open_model_directory(path: Path) -> Path:
@@ -71,22 +73,21 @@ def plan_exits(directory: Path, wanted: Sequence[int] | None = None) -> ExitPlan
     """Returns the exits of a directory: ``wanted``, by default those of config.json, by default all layers; the last always.
 
     Raises:
-        CheckpointError: config.json is of no supported family, contradicts itself, or says own norms or heads and they are missing.
-        SettingsError: A wanted depth is no layer, or an exit whose norm or head does not exist.
+        CheckpointError: config.json is of no supported family, contradicts itself, or says own parts and they are missing.
+        SettingsError: A wanted depth is no layer, or not an exit where exits have parts of their own.
     """
     config, where = read_config(directory), str(directory / CONFIG)
     family_of_config(config, where)
     layers, exits = num_layers_of_config(config, where), exits_of_config(config, where)
-    own_norms, own_heads = exits.get("use_exit_norm", False), exits.get("untie_exit_output_weights", False)
-    has_own = own_norms or own_heads
-    if has_own and not (directory / EXITS).is_file():
-        raise CheckpointError(f"{directory}: {CONFIG} says exits have own {'heads' if own_heads else 'norms'}, but {EXITS} is missing. "
-                              "Copy the whole directory.")
     depths = exits.get("exit_layer_nums") or tuple(range(1, layers + 1))
+    own = tuple(what for name, what in OWN.items() if exits.get(name)) if len(depths) > 1 else ()
+    if own and not (directory / EXITS).is_file():
+        raise CheckpointError(f"{directory}: {CONFIG} says exits have own {', own '.join(own)}, but {EXITS} is missing. "
+                              "Copy the whole directory.")
     for depth in wanted or ():
         if not 1 <= depth <= layers:
             raise SettingsError(f"--depths: {depth} is not a layer of {directory} ({layers} layers). Use 1..{layers}.")
-        if has_own and depth not in depths:
-            raise SettingsError(f"--depths: {directory} has no norm or head of its own for depth {depth}. "
+        if own and depth not in depths:
+            raise SettingsError(f"--depths: {directory} has no {' or '.join(own)} of its own for depth {depth}. "
                                 f"Use some of {', '.join(map(str, depths))}.")
-    return ExitPlan(layers, tuple(sorted({*wanted, layers})) if wanted else depths, own_norms, own_heads)
+    return ExitPlan(layers, tuple(sorted({*wanted, layers})) if wanted else depths, own)

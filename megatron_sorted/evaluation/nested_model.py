@@ -1,4 +1,4 @@
-"""A model with transformers, its exits in one forward pass, and every sub-model as an ordinary transformers model."""
+"""A model with transformers, its exits in one forward pass, and every sub-model as a transformers model."""
 
 import copy
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megatron_sorted.conversion.families import EXITS
+from megatron_sorted.conversion.nested_exits import Exit, read_exits, shallow_model
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.evaluation.model_directory import ExitPlan, plan_exits
+from megatron_sorted.evaluation.model_directory import plan_exits
 
 
 class NestedModel:
@@ -19,15 +19,18 @@ class NestedModel:
         name: What tables and pictures call it.
         model: The full model.
         depths: Its exits, increasing; the last is the full model.
-        norms, heads: Of every exit; the model's own modules where they are shared.
+        norms, heads: Of every exit; the model's own modules where they are shared. An exit's own MLP or adapter is part of its norm.
+        blocks: Of exits with a layer of their own before their norm.
     """
 
     def __init__(self, name: str, model: nn.Module, depths: Sequence[int], norms: dict[int, nn.Module] | None = None,
-                 heads: dict[int, nn.Module] | None = None):
+                 heads: dict[int, nn.Module] | None = None, blocks: dict[int, nn.Module] | None = None):
         self.name, self.model, self.depths = name, model, tuple(depths)
         self.norms = {depth: (norms or {}).get(depth, model.model.norm) for depth in depths}
         self.heads = {depth: (heads or {}).get(depth, model.lm_head) for depth in depths}
-        self.model.requires_grad_(False).eval()
+        self.blocks = {depth: block for depth, block in (blocks or {}).items() if depth in depths}
+        for module in (model, *self.blocks.values()):
+            module.requires_grad_(False).eval()
 
     @property
     def num_layers(self) -> int:
@@ -40,18 +43,22 @@ class NestedModel:
         return self.model.config.max_position_embeddings
 
     def hidden_states(self, input_ids_bs: Tensor, attention_mask_bs: Tensor | None = None) -> dict[int, Tensor]:
-        """Returns {depth: hidden_bsh} before the exit's norm, of one forward pass.
+        """Returns {depth: hidden_bsh} before the exit's norm, after its block where it has one, of one forward pass.
 
-        Taken by hooks: the last of transformers' own ``hidden_states`` has already been through the final norm.
+        Taken by hooks: the last of transformers' own ``hidden_states`` has already been through the final norm. A block gets the mask and
+        positions that the layer before it got.
         """
         found: dict[int, Tensor] = {}
 
         def keep(depth: int):
-            def hook(module, inputs, output):
-                found[depth] = output[0] if isinstance(output, tuple) else output
+            def hook(module, inputs, more, output):
+                hidden_bsh = output[0] if isinstance(output, tuple) else output
+                if depth in self.blocks:
+                    hidden_bsh = self.blocks[depth](hidden_bsh, *inputs[1:], **{**more, "past_key_values": None})
+                found[depth] = hidden_bsh
             return hook
 
-        hooks = [self.model.model.layers[depth - 1].register_forward_hook(keep(depth)) for depth in self.depths]
+        hooks = [self.model.model.layers[depth - 1].register_forward_hook(keep(depth), with_kwargs=True) for depth in self.depths]
         try:
             self.model.model(input_ids=input_ids_bs, attention_mask=attention_mask_bs, use_cache=False)
         finally:
@@ -64,24 +71,19 @@ class NestedModel:
         return self.heads[depth](self.norms[depth](hidden_nh))
 
     def sub_model(self, depth: int) -> nn.Module:
-        """Returns an ordinary transformers model of the first ``depth`` layers that shares all parameters; it decodes greedily."""
+        """Returns a transformers model of the first ``depth`` layers and the exit's own that shares all parameters; it decodes greedily."""
         from transformers import GenerationConfig
 
-        full = self.model
-        config = copy.deepcopy(full.config)
-        config.num_hidden_layers = depth
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:depth]
-        config.tie_word_embeddings = self.heads[depth].weight is full.model.embed_tokens.weight
-        with torch.device("meta"):
-            sub = type(full)(config)
-        sub.model.embed_tokens, sub.model.rotary_emb = full.model.embed_tokens, full.model.rotary_emb
-        sub.model.layers = nn.ModuleList(full.model.layers[:depth])
-        sub.model.norm, sub.lm_head = self.norms[depth], self.heads[depth]
-        own = full.generation_config  # of it only the tokens: temperature and penalties would make decoding something else than greedy
+        sub = shallow_model(self.model, depth, Exit(self.norms[depth], self.heads[depth], self.blocks.get(depth)))
+        # of it only the tokens: temperature and penalties would make decoding something else than greedy
+        own = self.model.generation_config
         sub.generation_config = GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id,
                                                  pad_token_id=own.pad_token_id)
-        return sub.requires_grad_(False).eval()
+        return sub
+
+    def without_parts(self) -> "NestedModel":
+        """Returns the same layers and depths, every exit read by the last one's norm and head."""
+        return NestedModel(self.name, self.model, self.depths)
 
 
 def load_nested_model(directory: Path, depths: Sequence[int] | None = None, dtype: torch.dtype = torch.float32,
@@ -111,8 +113,14 @@ def load_nested_model(directory: Path, depths: Sequence[int] | None = None, dtyp
         if found.get(kind):
             first = sorted(map(str, found[kind]))[0]
             raise CheckpointError(f"{directory}: tensor {first} {what} ({len(found[kind])} such). Give an intact directory.")
-    norms, heads = _own_modules(directory, plan, model)
-    return NestedModel(name or directory.resolve().name, model, plan.depths, norms, heads)
+    try:
+        exits = read_exits(directory, model)
+    except ValueError as error:
+        raise CheckpointError(f"{error}. Export the model again, or copy the whole directory.") from error
+    own = {depth: found for depth, found in exits.items() if depth in plan.depths}
+    return NestedModel(name or directory.resolve().name, model, plan.depths, {depth: found.norm for depth, found in own.items()},
+                       {depth: found.head for depth, found in own.items()},
+                       {depth: found.block for depth, found in own.items() if found.block is not None})
 
 
 def copy_exit(module: nn.Module, weight: Tensor | None = None) -> nn.Module:
@@ -121,32 +129,3 @@ def copy_exit(module: nn.Module, weight: Tensor | None = None) -> nn.Module:
     own._parameters = dict(module._parameters)
     own.weight = nn.Parameter((module.weight.detach().clone() if weight is None else weight).to(module.weight), requires_grad=False)
     return own
-
-
-def _own_modules(directory: Path, plan: ExitPlan, model: nn.Module) -> tuple[dict[int, nn.Module], dict[int, nn.Module]]:
-    norms: dict[int, nn.Module] = {}
-    heads: dict[int, nn.Module] = {}
-    if not plan.own_norms and not plan.own_heads:
-        return norms, heads
-    from safetensors import SafetensorError, safe_open
-
-    path = directory / EXITS
-    try:
-        with safe_open(str(path), framework="pt") as stream:
-            names = set(stream.keys())
-            for depth in plan.depths[:-1]:
-                for needed, kind, module, modules in ((plan.own_norms, "norm", model.model.norm, norms),
-                                                      (plan.own_heads, "lm_head", model.lm_head, heads)):
-                    tensor = f"exits.{depth}.{kind}.weight"
-                    if not needed:
-                        continue
-                    if tensor not in names:
-                        raise CheckpointError(f"{path}: {tensor} is missing. Export the model again.")
-                    weight = stream.get_tensor(tensor)
-                    if weight.shape != module.weight.shape:
-                        raise CheckpointError(f"{path}: {tensor} has shape {list(weight.shape)}, the model's own has "
-                                              f"{list(module.weight.shape)}. Export the model again.")
-                    modules[depth] = copy_exit(module, weight)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}). Copy the whole directory again.") from error
-    return norms, heads

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.conversion.convert import write_config
-from megatron_sorted.conversion.families import EXITS, keys_of_exits, read_config
+from megatron_sorted.conversion.exit_keys import keys_of_exits, without_exits
+from megatron_sorted.conversion.families import EXITS, read_config
 from megatron_sorted.evaluation.nested_model import NestedModel
 
 KEPT = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -27,5 +28,5 @@ def save_with_heads(model: NestedModel, source: Path, destination: Path, overwri
     with written_aside(destination, overwrite, num_bytes) as aside:
         for path in files:
             shutil.copyfile(path, aside / path.name)
-        write_config(aside, {**read_config(source), **keys_of_exits(model.depths, own_norms=True, own_heads=True)})
+        write_config(aside, {**without_exits(read_config(source)), **keys_of_exits(model.depths, own_norms=True, own_heads=True)})
         save_file(tensors, str(aside / EXITS), metadata={"format": "pt"})

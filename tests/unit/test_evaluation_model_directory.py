@@ -28,8 +28,8 @@ def test_depths(tmp_path):
     (tmp_path / "exits.safetensors").touch()
     own = directory_with(tmp_path, exit_layer_indices=[2, 4, 6], own_exit_norms=True, tie_exit_lm_head=True)
     plan = plan_exits(own)
-    assert (plan.own_norms, plan.own_heads, plan.num_layers) == (True, False, 6)
-    with pytest.raises(SettingsError, match=r"no norm or head of its own for depth 3\. Use some of 2, 4, 6"):
+    assert (plan.own, plan.num_layers) == (("norms",), 6)
+    with pytest.raises(SettingsError, match=r"no norms of its own for depth 3\. Use some of 2, 4, 6"):
         plan_exits(own, [3])
 
 
