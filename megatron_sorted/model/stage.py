@@ -12,6 +12,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 
+from megatron_sorted.model.lora import RanksInUse, start_adapters, with_adapters
 from megatron_sorted.model.norm import Norm
 from megatron_sorted.model.rotary import make_rotary
 from megatron_sorted.model.segments import cut_block
@@ -71,8 +72,13 @@ class SortedStage(MegatronModule):
             self.embedding = LanguageModelEmbedding(
                 config, vocab_size, max_position_embeddings(settings), settings.position_embedding_type)
         self.rotary_pos_emb = make_rotary(settings)
+        self.adapter_ranks = RanksInUse(settings.lora_rank)
         self.decoder = TransformerBlock(
-            config, spec, post_layer_norm=False, pre_process=plan.has_embedding, post_process=plan.is_last, vp_stage=self.vp_stage)
+            config, with_adapters(spec, settings, self.adapter_ranks), post_layer_norm=False, pre_process=plan.has_embedding,
+            post_process=plan.is_last, vp_stage=self.vp_stage)
+        start_adapters(self.decoder.layers, plan.first_layer, settings.seed)
+        # what is recomputed hands gradients to its parameters only if its input asks for one, and a frozen embedding's output does not
+        self._input_needs_gradient = bool(settings.lora_rank) and settings.recompute_granularity != "none"
         assert len(self.decoder.layers) == plan.num_layers, "our layer split differs from Megatron's"
         ends = sorted({depth - plan.first_layer for depth in plan.depths} | {plan.num_layers})
         self._segments = cut_block(self.decoder, ends)
@@ -167,6 +173,8 @@ class SortedStage(MegatronModule):
         """
         self._await_head_parameters()
         hidden = self.embedding(tokens_bs, positions_bs) if self.pre_process else self.decoder.input_tensor
+        if self._input_needs_gradient and torch.is_grad_enabled():
+            hidden.requires_grad_()
         rotary = None
         if self.rotary_pos_emb is not None:
             length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden, self.config, None)

@@ -2,12 +2,13 @@
 
 import torch
 
+from megatron_sorted.settings.lora import is_adapter
 from megatron_sorted.settings.run import Settings
 
 
 def is_trained(name: str, settings: Settings) -> bool:
     """Returns whether the parameter of this name within a stage trains."""
-    return True
+    return not settings.lora_rank or is_adapter(name) or name.startswith("exit_")
 
 
 def freeze_others(stage: torch.nn.Module, settings: Settings) -> None:

@@ -1,5 +1,6 @@
 """All rules between settings, checked before any process group starts."""
 
+from megatron_sorted.settings.check_adapters import check_adapters
 from megatron_sorted.settings.check_exits import check_exits
 from megatron_sorted.settings.check_files import check_files
 from megatron_sorted.settings.check_layout import check_batch, check_interleaving, check_layout, check_recompute
@@ -23,6 +24,7 @@ def check_settings(settings: Settings, world_size: int) -> None:
     check_numbers(settings)
     check_model(settings)
     check_exits(settings)
+    check_adapters(settings)
     check_layout(settings, world_size)
     check_experts(settings, world_size)
     check_batch(settings, world_size)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_sorted.settings.adapters import LoraSettings
 from megatron_sorted.settings.exit_parts import ExitPartSettings
 from megatron_sorted.settings.exits import ExitSettings
 from megatron_sorted.settings.files import FileSettings
@@ -12,5 +13,6 @@ from megatron_sorted.settings.training import TrainingSettings
 
 
 @dataclass(frozen=True)
-class Settings(MonitoringSettings, FileSettings, TrainingSettings, ParallelSettings, ExitPartSettings, ExitSettings, ModelSettings):
+class Settings(MonitoringSettings, FileSettings, TrainingSettings, ParallelSettings, LoraSettings, ExitPartSettings, ExitSettings,
+               ModelSettings):
     """Every field of a run. One name per field: dataclass field, ``--flag`` and YAML key."""

@@ -24,6 +24,7 @@ from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.select import choose_platform
 from megatron_sorted.settings.derived import coefficient_rule, global_batch_size, num_micro_batches, trained_exits
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.adapters import use_ranks
 from megatron_sorted.training.build import Model, build_model, build_optimizer
 from megatron_sorted.training.checkpoints import Checkpoints, agree_on_run_id, choose_checkpoint
 from megatron_sorted.training.describe import description, evaluation_results, opening_lines
@@ -133,6 +134,7 @@ class Run:
             reports = done % settings.log_interval == 0 or done in (settings.train_iters, start + 1)
             self.forward_step.track_agreement = reports
             coefficients = trained_exits(settings, self.rule, step)
+            use_ranks(self.model, settings, step)
             self.watchdog.mark(f"step {done}, data")
             with timers("data"):
                 micro_batches = list(islice(batches, micro_batches_a_step))
