@@ -8,7 +8,7 @@ from tests.ranks.test_layouts import relative
 from tests.support.gather import join_ranks
 from tests.support.lora_bodies import TRAINED_EXIT_PARTS, reference_adapters, train_adapters
 from tests.support.ranks import run_ranks
-from tests.support.tiny import tiny
+from tests.support.tiny import VOCABULARY, tiny
 
 STEPS, RANK = 3, 6
 LORA = {"lora_rank": RANK, "lora_alpha": 9.0}
@@ -152,8 +152,11 @@ def test_a_run_is_continued_in_another_layout(name, tmp_path):
     losses, _, _, weights = reference_adapters(tiny(**LORA, **first), initial, 4)
     reports = run_ranks(then_size, train_adapters, tiny(**LORA, **then), 4, 2, str(tmp_path))
     loaded, _ = join_ranks([report["initial"] for report in reports])
+    # the number of rows that pad the vocabulary depends on the layout
+    saved, loaded, weights = ({key: tensor[:VOCABULARY] if "embedding" in key else tensor for key, tensor in found.items()}
+                              for found in (saved, loaded, weights))
     assert loaded.keys() == saved.keys() and all(torch.equal(loaded[key], saved[key]) for key in saved)
     got, _ = join_ranks([report["weights"] for report in reports])
     for step, expected in enumerate(losses[2:]):
         assert reports[0]["losses"][step] == pytest.approx(expected, rel=1e-5)
-    assert all(relative(got[key], weights[key]) < 1e-5 for key in weights)
+    assert all(relative(got[key][: len(weights[key])], weights[key]) < 1e-5 for key in weights)
