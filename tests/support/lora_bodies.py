@@ -1,19 +1,23 @@
 """What the processes of tests of adapters run, and the same in plain PyTorch: merged matrices inside autograd."""
 
+import dataclasses
 import hashlib
 
 import torch
 
+from megatron_sorted.checkpoint.manifest import Progress
 from megatron_sorted.settings.derived import coefficient_rule, exit_depths, trained_exits
 from megatron_sorted.settings.lora import is_adapter, rank_at
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.adapters import use_ranks
 from megatron_sorted.training.build import Model, unwrap
+from megatron_sorted.training.checkpoints import Checkpoints, choose_checkpoint
 from megatron_sorted.training.forward_step import ForwardStep
+from megatron_sorted.training.inputs import find_checkpoints
 from megatron_sorted.training.reduce import reduce_ledger
 from megatron_sorted.training.step import train_step
 from tests.support.gather import global_name, shards_of
-from tests.support.given_weights import cut_shard
+from tests.support.given_weights import cut_shard, say_logits
 from tests.support.rank_bodies import complete_gradients, save_now, start
 from tests.support.reference import exit_losses
 from tests.support.tiny import make_samples, micro_batches
@@ -44,12 +48,17 @@ def fill_b(model: Model, settings: Settings, tensor_rank: int) -> None:
         model.optimizer.reload_model_params()
 
 
-def train_adapters(settings: Settings, steps: int, first: int = 0, load: str | None = None, save: str | None = None) -> dict:
-    """Trains steps ``first``.. of so many; returns losses, and this rank's shards of weights, gradients of the first step, and which
-    parameters have state in the optimizer."""
-    from megatron_sorted.checkpoint.manifest import Progress
-    from tests.support.rank_bodies import load_now
+def load_as_a_run_does(settings: Settings, platform, place, model) -> tuple[Progress, list[str]]:
+    """Returns how far the newest checkpoint or Hugging Face directory of --load is, now loaded, and what was said."""
+    said: list[str] = []
+    checkpoints = Checkpoints(settings, platform, place, model, coefficient_rule(settings), said.append)
+    found = find_checkpoints(settings, None, None)
+    return checkpoints.load(choose_checkpoint(found, settings, None, None, said.append)), said
 
+
+def train_adapters(settings: Settings, steps: int, first: int = 0, load: str | None = None, save: str | None = None) -> dict:
+    """Trains steps ``first``.. of so many; returns losses, and this rank's shards of weights, gradients of the first step, and how many
+    numbers the optimizer keeps a first moment of; of a run that saves also what its exits say then."""
     platform, place, model = start(settings)
     tied = not settings.untie_embeddings_and_output_weights
 
@@ -61,7 +70,7 @@ def train_adapters(settings: Settings, steps: int, first: int = 0, load: str | N
         report = {"made": shards(lambda p: p.data)}
         fill_b(model, settings, place.tensor_rank)
     else:
-        progress, said = load_now(settings, load, platform, place, model)
+        progress, said = load_as_a_run_does(dataclasses.replace(settings, load=load), platform, place, model)
         assert progress.step == first, progress
         report = {}
     report |= {"losses": [], "grad_norms": [], "said": said, "initial": shards(lambda p: p.data)}
@@ -93,17 +102,19 @@ def train_adapters(settings: Settings, steps: int, first: int = 0, load: str | N
         if settings.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
     report["weights"] = shards(lambda p: p.data)
+    if save is not None:
+        said_here = say_logits(model, settings, platform, make_samples(2, settings.seq_length, 9)["tokens"])
+        report["logits"] = (place.tensor_rank, set(), said_here)
     return report
 
 
-def merged(parameters: dict[str, torch.Tensor], settings: Settings, step: int | None) -> dict[str, torch.Tensor]:
-    """Returns the network's tensors with adapters added, W + (alpha / b) B[:, :b] A[:b]; ``step`` None: all ranks, as in evaluation."""
-    rank = settings.lora_rank if step is None else rank_at(settings, step)
+def merged(parameters: dict[str, torch.Tensor], settings: Settings, rank: int, only_last: bool = False) -> dict[str, torch.Tensor]:
+    """Returns the network's tensors with adapters added, W + (alpha / b) B[:, :b] A[:b] for b = ``rank``."""
     plain = {name: tensor for name, tensor in parameters.items() if not is_adapter(name)}
     for name in [name for name in parameters if name.endswith("lora_a")]:
         target = name.removesuffix("lora_a")
         a, b = parameters[name][:rank], parameters[f"{target}lora_b"][:, :rank]
-        if step is not None and settings.dylora_frozen:
+        if only_last:
             last = torch.arange(rank) == rank - 1
             a, b = torch.where(last[:, None], a, a.detach()), torch.where(last, b, b.detach())
         plain[f"{target}weight"] = plain[f"{target}weight"] + settings.lora_alpha / rank * (b @ a)
@@ -122,8 +133,9 @@ def reference_adapters(settings: Settings, weights: dict[str, torch.Tensor], ste
     losses, norms, gradients, rule = [], [], None, coefficient_rule(settings)
     for step in range(steps):
         samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step)
+        matrices = merged(parameters, settings, rank_at(settings, step), settings.dylora_frozen)
         per_token = exit_losses(
-            merged(parameters, settings, step), samples["tokens"], samples["labels"], samples["mask"], None, exit_depths(settings),
+            matrices, samples["tokens"], samples["labels"], samples["mask"], None, exit_depths(settings),
             settings.num_attention_heads, settings.num_query_groups, settings.vocab_size, settings.norm_epsilon)
         means = {depth: loss.sum() / samples["mask"].sum() for depth, loss in per_token.items()}
         coefficients = trained_exits(settings, rule, step)
