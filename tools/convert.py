@@ -4,9 +4,11 @@
     python tools/convert.py import old_checkpoints runs/llama                          Megatron-LM (torch_dist, mp_rank_*) -> checkpoint
     python tools/convert.py export runs/llama my-llama                                 checkpoint -> Hugging Face
     python tools/convert.py verify runs/llama my-llama                                 are they the same model?
+    python tools/convert.py export-adapter runs/llama my-adapter --base-model NAME     its low-rank adapters alone, for peft
 
 Both directions are verified unless told otherwise: every tensor bit for bit, and the logits of every exit, ours against those of
-transformers. What does not match is not written. Llama 1, 2 and 3, Mistral, Qwen2, Qwen2.5 and Qwen3 are understood.
+transformers. What does not match is not written. Llama 1, 2 and 3, Mistral, Qwen2, Qwen2.5 and Qwen3 are understood. Low-rank adapters
+of a checkpoint are merged into its matrices.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from megatron_sorted.conversion.convert import SHARD_BYTES, Exits, export_model,
 from megatron_sorted.conversion.families import DTYPES
 from megatron_sorted.conversion.nested_card import part_names
 from megatron_sorted.conversion.open_model import OpenModel, open_model
+from megatron_sorted.conversion.peft_adapter import export_adapter
 from megatron_sorted.conversion.verify import TOLERANCE, Comparison, compare
 from megatron_sorted.errors import SettingsError, SortedError
 from megatron_sorted.settings.derived import exit_depths
@@ -85,7 +88,7 @@ def write_report(path: Path, comparison: Comparison) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="import | export | verify")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="import | export | verify | export-adapter")
 
     def add(verb: str, help_text: str, first: str, second: str) -> argparse.ArgumentParser:
         command = verbs.add_parser(verb, help=help_text, description=help_text)
@@ -96,6 +99,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--ckpt-step", type=int, help="step of the checkpoint to take (default: the newest complete one)")
         command.add_argument("--vocab-size", type=int, help="number of real tokens, for a Megatron-LM checkpoint that knows only the "
                                                             "padded one (default: as it says)")
+        command.add_argument("--lora-rank-used", type=int, metavar="RANK", help="of a checkpoint with nested low-rank adapters (--dylora), "
+                             "how many ranks of them to use; 0: the network without them (default: all)")
+        if verb == "export-adapter":
+            command.add_argument("--overwrite", action="store_true", help="replace the destination if it exists")
+            return command
         command.add_argument("--tolerance", type=float, default=TOLERANCE,
                              help=f"largest difference of logits, relative to the largest logit (default {TOLERANCE:g})")
         command.add_argument("--report", type=Path, help="also write the comparison of every single tensor to this JSON file")
@@ -119,6 +127,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--dtype", choices=DTYPES, help="kind of numbers to write (default: as stored)")
     command.add_argument("--max-shard-size", default=f"{SHARD_BYTES // 10**9}GB", help="size of one file at most (default 5GB)")
     add("verify", "compares two directories of any kind", "ONE", "OTHER")
+    command = add("export-adapter", "writes the low-rank adapters of a checkpoint in the format of peft", "CHECKPOINTS", "ADAPTER")
+    command.add_argument("--base-model", required=True, help="the Hugging Face model they were trained on, for peft's configuration")
     values = parser.parse_args(arguments)
     values.first, values.second = values.first or values.load_dir, values.second or values.save_dir
     if values.first is None or values.second is None:
@@ -130,8 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Does what the command line says, and says what became of it."""
     values = parse(arguments)
     began = time.monotonic()
-    model = open_model(values.first, values.ckpt_step, values.vocab_size)
+    model = open_model(values.first, values.ckpt_step, values.vocab_size, values.lora_rank_used)
     print(describe(model), flush=True)
+    if values.verb == "export-adapter":
+        count, num_bytes = export_adapter(model, values.second, values.base_model, values.overwrite)
+        print(f"wrote {values.second}: {count} tensors, {num_bytes / 1e6:,.1f} MB ({time.monotonic() - began:.1f} s)")
+        return
     if values.verb == "verify":
         other = open_model(values.second)
         print(describe(other), flush=True)

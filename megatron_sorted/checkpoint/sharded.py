@@ -12,6 +12,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_sorted.checkpoint.adapters import take_new_adapters
 from megatron_sorted.checkpoint.manifest import CONTENT, WEIGHTS_ONLY, find_damage
 from megatron_sorted.checkpoint.optimizer_shards import only_part, state_of_parts
 from megatron_sorted.checkpoint.optimizer_state import (
@@ -127,6 +128,7 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
     fill_empty_state(optimizer)
     states = _model_states(chunks)
     extra = _take_extra_states(states) if manifest.get("contents") == WEIGHTS_ONLY else {}
+    new = take_new_adapters(states, manifest)
     wanted: dict[str, Any] = dict(states)
     if load_optimizer:
         wanted["optimizer"] = optimizer_state(optimizer, _merged(states), is_loading=True)
@@ -140,7 +142,7 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
                               "If files were lost or damaged, load an earlier checkpoint with --ckpt-step.") from error
     for index, chunk in enumerate(chunks):
         name = "model" if len(chunks) == 1 else f"model{index}"
-        inner(chunk).load_state_dict({**loaded[name], **extra.get(name, {})})
+        inner(chunk).load_state_dict({**loaded[name], **extra.get(name, {}), **new.get(name, {})})
     if load_optimizer:
         load_optimizer_state(optimizer, loaded["optimizer"])
     elif hasattr(optimizer, "reload_model_params"):

@@ -15,6 +15,7 @@ from megatron_sorted.checkpoint.manifest import MANIFEST, check_sizes, find_dama
 from megatron_sorted.conversion.families import CONFIG, EXITS, read_config, settings_of_config
 from megatron_sorted.conversion.legacy_files import EMBEDDING as EMBEDDING_OURS
 from megatron_sorted.conversion.megatron_directory import open_megatron
+from megatron_sorted.conversion.merged_lora import MergedLora, merge_adapters
 from megatron_sorted.conversion.network import is_hugging_face
 from megatron_sorted.conversion.safetensors_files import HuggingFaceFiles, SafetensorsFile
 from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
@@ -99,36 +100,39 @@ class _Together(TensorSource):
         return (self.first if name in self.first.tensors else self.second).read(name)
 
 
-def open_model(path: Path, ckpt_step: int | None = None, vocab_size: int | None = None) -> OpenModel:
+def open_model(path: Path, ckpt_step: int | None = None, vocab_size: int | None = None, rank_used: int | None = None) -> OpenModel:
     """Returns the model in a directory, its names and shapes checked; no tensor is read.
 
     Args:
         path: A Hugging Face directory, a directory of checkpoints, or one checkpoint.
         ckpt_step: Of a directory of checkpoints, which; by default the newest complete one.
         vocab_size: Number of real tokens; only for a checkpoint of Megatron-LM, whose arguments may know the padded number alone.
+        rank_used: Of a checkpoint with adapters, how many of their ranks are merged into its matrices; by default all.
 
     Raises:
         CheckpointError: It is no model, is incomplete, is of an unsupported kind, or contradicts itself or ``vocab_size``.
     """
-    model = _open(path, ckpt_step, vocab_size)
+    model = _open(path, ckpt_step, vocab_size, rank_used)
     if vocab_size not in (None, model.settings.vocab_size):
         raise CheckpointError(f"--vocab-size: {vocab_size}, but {model.directory} says that it has {model.settings.vocab_size} tokens. "
                               "Leave the option out.")
+    if rank_used is not None and not isinstance(model.source, MergedLora):
+        raise CheckpointError(f"--lora-rank-used: {rank_used}, but {model.directory} has no adapters. Leave the option out.")
     return model
 
 
-def _open(path: Path, ckpt_step: int | None, vocab_size: int | None) -> OpenModel:
+def _open(path: Path, ckpt_step: int | None, vocab_size: int | None, rank_used: int | None) -> OpenModel:
     if not path.is_dir():
         raise CheckpointError(f"{path}: not a directory. Give a Hugging Face directory or a directory of checkpoints.")
     if is_hugging_face(path):
         return _open_hugging_face(path)
     if (path / MANIFEST).is_file():
-        return _open_ours(path, read_manifest(path))
+        return _open_ours(path, read_manifest(path), rank_used)
     if saved_steps(path) and any((iteration_directory(path, step) / MANIFEST).is_file() for step in saved_steps(path)):
         found = find_candidates(path, ckpt_step)
         if not found.usable:
             raise CheckpointError(f"{path}: holds no complete checkpoint: {' '.join(found.passed_over(None))}")
-        return _open_ours(found.usable[0].directory, found.usable[0].manifest)
+        return _open_ours(found.usable[0].directory, found.usable[0].manifest, rank_used)
     if (path / TRACKER).is_file() or any(path.glob("mp_rank_*")) or (path / "metadata.json").is_file():
         return _open_foreign(path, vocab_size)
     raise CheckpointError(f"{path}: neither a Hugging Face model ({CONFIG} and safetensors) nor a checkpoint ({TRACKER}, iter_*). "
@@ -155,7 +159,7 @@ def files_beside(path: Path) -> dict[str, Path]:
     return tokenizer_files_in(path) | {f"{HUGGING_FACE}/{name}": path / name for name in CARRIED_FILES if (path / name).is_file()}
 
 
-def _open_ours(directory: Path, manifest: Mapping[str, Any]) -> OpenModel:
+def _open_ours(directory: Path, manifest: Mapping[str, Any], rank_used: int | None) -> OpenModel:
     check_sizes(directory, manifest)
     # of the files of tensors, those that are read are compared with their own checksums on the way
     damaged = find_damage(directory, manifest, [name for name in manifest["files"] if not name.endswith(SHARDS)])
@@ -168,7 +172,8 @@ def _open_ours(directory: Path, manifest: Mapping[str, Any]) -> OpenModel:
     pieces = [name for name in files if name.startswith("tokenizer/") and name.endswith(".model")]
     if len(pieces) == 1 and FAST not in files:  # a run keeps the name it was given; others look for the usual one
         files[SLOW] = files.pop(pieces[0])
-    source, pairs = TorchDistFiles(directory), tensor_table(settings)
+    source, settings = merge_adapters(TorchDistFiles(directory), settings, rank_used, str(directory))
+    pairs = tensor_table(settings)
     check_ours(pairs, source.tensors, str(directory))
     return OpenModel(directory, "megatron", settings, source, pairs, config, manifest, files)
 

@@ -19,7 +19,7 @@ def parameter_dtype(settings: Settings) -> torch.dtype:
 def uses_transformer_engine(settings: Settings, platform: Platform) -> bool:
     """Returns whether layers are built from Transformer Engine."""
     if settings.transformer_impl == "auto":
-        return platform.has_transformer_engine()
+        return platform.has_transformer_engine() and not settings.lora_rank  # adapters are on local layers
     return settings.transformer_impl == "transformer_engine"
 
 

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_sorted.model.exit_parts import PARTS, ExitReader, make_parts
 from megatron_sorted.model.layer_dropout import LayerDropout
+from megatron_sorted.model.lora import RanksInUse, start_adapters, with_adapters
 from megatron_sorted.model.norm import Norm
 from megatron_sorted.model.rotary import make_rotary
 from megatron_sorted.model.segments import cut_block
@@ -73,8 +74,13 @@ class SortedStage(MegatronModule):
             self.embedding = LanguageModelEmbedding(
                 config, vocab_size, max_position_embeddings(settings), settings.position_embedding_type)
         self.rotary_pos_emb = make_rotary(settings)
+        self.adapter_ranks = RanksInUse(settings.lora_rank)
         self.decoder = TransformerBlock(
-            config, spec, post_layer_norm=False, pre_process=plan.has_embedding, post_process=plan.is_last, vp_stage=self.vp_stage)
+            config, with_adapters(spec, settings, self.adapter_ranks), post_layer_norm=False, pre_process=plan.has_embedding,
+            post_process=plan.is_last, vp_stage=self.vp_stage)
+        start_adapters(self.decoder.layers, plan.first_layer, settings.seed)
+        # what is recomputed hands gradients to its parameters only if its input asks for one, and a frozen embedding's output does not
+        self._input_needs_gradient = bool(settings.lora_rank) and settings.recompute_granularity != "none"
         assert len(self.decoder.layers) == plan.num_layers, "our layer split differs from Megatron's"
         self.layer_dropout = LayerDropout(self.decoder.layers, plan.first_layer, settings) if settings.layer_dropout else None
         ends = sorted({depth - plan.first_layer for depth in plan.depths} | {plan.num_layers})
@@ -200,6 +206,8 @@ class SortedStage(MegatronModule):
         hidden = self.embedding(tokens_bs, positions_bs) if self.pre_process else self.decoder.input_tensor
         if not self.trains_below:
             hidden = hidden.detach()  # Megatron receives it as one that wants a gradient
+        if self._input_needs_gradient and torch.is_grad_enabled():
+            hidden.requires_grad_()
         rotary = self._rotary(hidden.size(0))
         depth = self.plan.first_layer
         for segment in self._segments:

@@ -3,6 +3,7 @@
 import torch
 
 from megatron_sorted.model.exit_parts import PARTS
+from megatron_sorted.settings.lora import is_adapter
 from megatron_sorted.settings.run import Settings
 
 OWN_OF_EXITS = tuple(f"{name}." for name in (*PARTS, "exit_norms", "exit_output_layers"))
@@ -10,7 +11,9 @@ OWN_OF_EXITS = tuple(f"{name}." for name in (*PARTS, "exit_norms", "exit_output_
 
 def is_trained(name: str, settings: Settings) -> bool:
     """Returns whether the parameter of this name within a stage trains."""
-    return not settings.tune_exit or name.startswith(OWN_OF_EXITS)
+    if settings.lora_rank and is_adapter(name):
+        return True
+    return not (settings.tune_exit or settings.lora_rank) or name.startswith(OWN_OF_EXITS)
 
 
 def freeze_others(stage: torch.nn.Module, settings: Settings) -> None:

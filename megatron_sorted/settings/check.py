@@ -1,5 +1,6 @@
 """All rules between settings, checked before any process group starts."""
 
+from megatron_sorted.settings.check_adapters import check_adapters
 from megatron_sorted.settings.check_exit_distillation import check_exit_distillation
 from megatron_sorted.settings.check_exit_parts import check_exit_parts
 from megatron_sorted.settings.check_exit_weighting import check_exit_weighting
@@ -29,6 +30,7 @@ def check_settings(settings: Settings, world_size: int) -> None:
     check_exit_parts(settings)
     check_exits(settings)
     check_exit_distillation(settings)
+    check_adapters(settings)
     check_layout(settings, world_size)
     check_experts(settings, world_size)
     check_batch(settings, world_size)

@@ -9,7 +9,7 @@ POSITIVE = (
     "max_position_embeddings", "rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor", "rope_scaling_factor",
     "rope_scaling_low_freq_factor", "rope_scaling_high_freq_factor", "rope_scaling_original_max_position_embeddings", "sliding_window",
     "norm_epsilon", "make_vocab_size_divisible_by", "vocab_size", "init_method_std", "num_experts", "moe_router_topk",
-    "moe_ffn_hidden_size", "num_sampled_exits", "exit_loss_chunk_tokens",
+    "moe_ffn_hidden_size", "num_sampled_exits", "exit_loss_chunk_tokens", "lora_alpha",
     "exit_gradient_balance", "exit_kd_temperature", "exit_kd_top_k",
     "distributed_timeout_minutes", "tensor_model_parallel_size", "pipeline_model_parallel_size",
     "num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
@@ -26,10 +26,10 @@ NOT_NEGATIVE = (
     "moe_aux_loss_coeff", "exit_layer_weight_warmup_iters", "train_iters", "seed", "min_lr", "lr_warmup_iters", "lr_warmup_init",
     "weight_decay", "clip_grad", "nonfinite_steps_allowed", "profile_step_start", "ckpt_step", "exit_adapter_rank",
     "exit_gradnorm_alpha", "exit_simulated_sharpness", "exit_guard_margin",
-    "exit_kd_weight",
+    "exit_kd_weight", "lora_rank",
 )  # fmt: skip
 BELOW_ONE = ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "sgd_momentum", "exit_inverse_loss_decay",
-             "exit_guard_decay", "exit_excess_smoothing", "layer_dropout")
+             "exit_guard_decay", "exit_excess_smoothing", "layer_dropout", "lora_dropout")
 
 
 def check_numbers(settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_sorted.settings.adapters import LoraSettings
 from megatron_sorted.settings.exit_distillation import ExitDistillationSettings
 from megatron_sorted.settings.exit_parts import ExitPartSettings
 from megatron_sorted.settings.exit_weighting import ExitWeightingSettings
@@ -16,6 +17,6 @@ from megatron_sorted.settings.training import TrainingSettings
 @dataclass(frozen=True)
 class Settings(
     MonitoringSettings, FileSettings, TrainingSettings, ParallelSettings,
-    ExitDistillationSettings, ExitPartSettings, ExitWeightingSettings, ExitSettings, ModelSettings,
+    LoraSettings, ExitDistillationSettings, ExitPartSettings, ExitWeightingSettings, ExitSettings, ModelSettings,
 ):
     """Every field of a run. One name per field: dataclass field, ``--flag`` and YAML key."""

@@ -25,6 +25,7 @@ from megatron_sorted.settings.derived import (
 )
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.adapters import adapter_lines
 
 
 def description(settings: Settings, vocab_size: int, run_id: str, place: Place, tokenizer: Tokenizer | None,
@@ -95,6 +96,7 @@ def opening_lines(settings: Settings, where: Platform, place: Place, vocab_size:
         f"({num_micro_batches(settings, place.world_size)} micro-batches of {settings.micro_batch_size} on each data parallel rank)",
         f"{settings.num_layers} layers, hidden {settings.hidden_size}, vocabulary {vocab_size}; parameters of the sub-model at each exit: "
         + ", ".join(f"@{depth} {short_count(parameters[depth])}" for depth in depths),
+        *adapter_lines(settings, parameters[settings.num_layers]),
         *(stages if place.num_stages > 1 else []),
     ]
 

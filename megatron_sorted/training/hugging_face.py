@@ -19,6 +19,7 @@ from megatron_sorted.conversion.open_model import files_beside, open_model
 from megatron_sorted.conversion.transformers_states import require_transformers
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.settings.load import settings_as_dict
+from megatron_sorted.settings.lora import is_adapter
 from megatron_sorted.settings.run import Settings
 
 KIND = "hugging_face"
@@ -61,7 +62,7 @@ def load_by_name(directory: Path, settings: Settings, chunks: list, optimizer) -
         apply_factories(state)  # gate and up of an MLP are one parameter and two shards: views of it
         shards: dict[str, list[ShardedTensor]] = {}
         for shard in nested_values(state):
-            if isinstance(shard, ShardedTensor):
+            if isinstance(shard, ShardedTensor) and not is_adapter(shard.key):  # new ones begin as they were made
                 shards.setdefault(_name_of(shard), []).append(shard)
         with torch.no_grad():
             for name, of_tensor in shards.items():

@@ -26,6 +26,7 @@ from megatron_sorted.platform.select import choose_platform
 from megatron_sorted.settings.derived import global_batch_size, num_micro_batches, trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.weighting import coefficient_rule
+from megatron_sorted.training.adapters import use_ranks
 from megatron_sorted.training.build import Model, build_model, build_optimizer
 from megatron_sorted.training.checkpoints import Checkpoints, agree_on_run_id, choose_checkpoint
 from megatron_sorted.training.describe import description, evaluation_results, opening_lines
@@ -136,6 +137,7 @@ class Run:
             self.forward_step.track_agreement = reports
             coefficients = trained_exits(settings, self.rule, step)
             self.forward_step.begin_step(step, self.rule)
+            use_ranks(self.model, settings, step)
             self.watchdog.mark(f"step {done}, data")
             with timers("data"):
                 micro_batches = list(islice(batches, micro_batches_a_step))

@@ -10,6 +10,7 @@ from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.adapters import check_same_adapters
 
 # Settings whose change says nothing of training: where files lie, what is printed, how a run is watched.
 SILENT = frozenset((
@@ -60,6 +61,7 @@ def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Toke
     manifest, directory = candidate.manifest, candidate.directory
     described = with_new_parts(manifest, settings) if takes_weights_only(candidate, settings) else manifest
     check_same_shape(directory, described, settings, network_shape(settings, settings.vocab_size))
+    check_same_adapters(candidate, settings, takes_weights_only(candidate, settings))
     saved_tokenizer = manifest.get("tokenizer")
     is_other = tokenizer is not None and saved_tokenizer and tokenizer.sha256 not in tokenizer_hashes(saved_tokenizer)
     if is_other and not settings.allow_changed_data:

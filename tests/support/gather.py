@@ -32,7 +32,7 @@ def join_shards(name: str, shards: list[torch.Tensor], dim: int | None) -> torch
     """Returns the whole tensor from its tensor parallel shards (``dim`` None: a copy on every rank, the first is taken)."""
     if dim is None or len(shards) == 1:
         return shards[0]
-    if name.endswith("linear_fc1.weight"):  # every shard holds its part of the gate, then of the up projection
+    if name.endswith(("linear_fc1.weight", "linear_fc1.lora_b")):  # every shard holds its part of the gate, then of the up projection
         gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
         return torch.cat((*gates, *ups))
     return torch.cat(shards, dim)

@@ -18,7 +18,7 @@ def cut_shard(name: str, whole: torch.Tensor, dim: int | None, rank: int, size: 
     """Returns the part of a whole tensor that tensor parallel rank ``rank`` of ``size`` holds."""
     if dim is None:
         return whole
-    if name.endswith("linear_fc1.weight"):  # part of the gate, then part of the up projection
+    if name.endswith(("linear_fc1.weight", "linear_fc1.lora_b")):  # part of the gate, then part of the up projection
         return torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
     return whole.chunk(size, dim)[rank]
 

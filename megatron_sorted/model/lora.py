@@ -1,0 +1,224 @@
+"""Low-rank adapters on the linear layers of a transformer layer: y = W x + (alpha / r) B A x, with W frozen.
+
+Source: LoRA (Hu et al., arXiv 2106.09685, section 4.1); nested ranks: DyLoRA (Valipour et al., arXiv 2210.07558, section 4).
+Shapes: A [r, in], B [out, r]. Of a column-parallel layer B is cut by rows as W is and A is a copy on every rank; of a row-parallel layer
+A is cut by columns as W is and B is a copy. Only x A^T, r numbers a token, is communicated.
+"""
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from megatron_sorted.platform.state import current_device, random_tracker
+from megatron_sorted.settings.run import Settings
+
+
+@dataclass
+class RanksInUse:
+    """How many ranks of every adapter the next training steps use; all adapters of a chunk look here."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What every adapter of a run is like.
+
+    Attributes:
+        rank: Of the product.
+        alpha: The product of the first b ranks counts alpha / b.
+        dropout: On what it reads.
+        only_last: Whether of the ranks in use only the last one gets a gradient.
+        in_use: How many there are, in training; evaluation uses all.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    only_last: bool
+    in_use: RanksInUse
+
+
+class _Adapted:
+    """The pair of matrices beside a linear layer of Megatron's."""
+
+    adapter: Adapter
+
+    def _add_pair(self, adapter: Adapter, num_inputs: int, num_outputs: int) -> None:
+        """Makes the two matrices, without values: ``start_adapters`` gives them."""
+        self.adapter = adapter
+        options = {"dtype": self.config.params_dtype, "device": current_device()}
+        self.lora_a = torch.nn.Parameter(torch.zeros(adapter.rank, num_inputs, **options))
+        self.lora_b = torch.nn.Parameter(torch.zeros(num_outputs, adapter.rank, **options))
+        for parameter in (self.lora_a, self.lora_b):
+            parameter.allreduce = True  # over data parallel ranks: no expert's
+
+    def _pair(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Returns A and B of the ranks in use, and what their product counts.
+
+        Source: ``DyLoRA/loralib/DyLoRA.py`` of huawei-noah/Efficient-NLP multiplies alpha / r by sqrt(r / b) for each of the two matrices
+        where b ranks are in use: alpha / b. Its "frozen" form detaches the ranks below the last.
+        """
+        a_rc, b_or, adapter = self.lora_a, self.lora_b, self.adapter
+        count = adapter.in_use.count if self.training else adapter.rank
+        if count < adapter.rank:
+            a_rc, b_or = a_rc[:count], b_or[:, :count]
+        if self.training and adapter.only_last and count > 1:
+            a_rc = torch.cat((a_rc[:-1].detach(), a_rc[-1:]))
+            b_or = torch.cat((b_or[:, :-1].detach(), b_or[:, -1:]), 1)
+        return a_rc, b_or, adapter.alpha / count
+
+    def _drop(self, hidden: torch.Tensor, is_part: bool) -> torch.Tensor:
+        """Returns what the adapter reads; tensor parallel ranks drop alike where they hold the same, not where each holds a part."""
+        if not self.training or self.adapter.dropout == 0.0:
+            return hidden
+        with random_tracker().fork() if is_part else nullcontext():
+            return F.dropout(hidden, self.adapter.dropout)
+
+    @staticmethod
+    def _add_product(output: torch.Tensor, z_tbr: torch.Tensor, b_or: torch.Tensor, scale: float) -> torch.Tensor:
+        """Returns ``output + scale * z B^T`` without a temporary of the output's size."""
+        return torch.addmm(output.flatten(0, -2), z_tbr.flatten(0, -2), b_or.t(), alpha=scale).view(output.shape)
+
+    def start_pair(self, key: str) -> None:
+        """Gives A its first values, the same in every layout, and B zeros, so that the network says at first what it said without.
+
+        Source: ``loralib`` of LoRA and ``peft`` take A from kaiming_uniform(a = sqrt(5)), that is from +-1 / sqrt(in).
+
+        Args:
+            key: What the values are drawn from: seed, layer and target.
+        """
+        digest = hashlib.sha256(f"adapter {key}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        whole_rc = torch.empty(self.adapter.rank, self.input_size)
+        torch.nn.init.kaiming_uniform_(whole_rc, a=math.sqrt(5), generator=generator)
+        columns = self.lora_a.shape[1]
+        first = self.tp_group.rank() * columns if columns < self.input_size else 0
+        with torch.no_grad():
+            self.lora_a.copy_(whole_rc[:, first : first + columns])
+            self.lora_b.zero_()
+
+
+class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
+    """Megatron's column-parallel layer with an adapter.
+
+    Under sequence parallelism a rank reads x A^T of its own tokens only, and the gradient of A is a sum over ranks: it is marked, and
+    Megatron's gradient finalisation sums it.
+    """
+
+    def __init__(self, *arguments, adapter: Adapter, stride: int = 1, **options):
+        super().__init__(*arguments, stride=stride, **options)
+        self.is_gated = stride == 2  # every rank holds a part of the gate, then of the up projection (megatron.core.transformer.mlp)
+        self._add_pair(adapter, self.input_size, self.output_size_per_partition)
+        set_tensor_model_parallel_attributes(self.lora_b, True, 0, stride)
+        self.lora_a.sequence_parallel = self.sequence_parallel
+
+    def forward(self, input_: torch.Tensor, *arguments, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns output and bias as Megatron's layer does.
+
+        Collective: Megatron's; and for x A^T an all-gather forward and a reduce-scatter backward under sequence parallelism, else one
+        all-reduce backward (tensor parallel group).
+        """
+        output, bias = super().forward(input_, *arguments, **options)
+        a_rc, b_or, scale = self._pair()
+        z_tbr = F.linear(self._drop(input_, self.sequence_parallel), a_rc)
+        if self.sequence_parallel:
+            z_tbr = gather_from_sequence_parallel_region(z_tbr, tensor_parallel_output_grad=True, group=self.tp_group)
+        else:
+            z_tbr = copy_to_tensor_model_parallel_region(z_tbr, group=self.tp_group)
+        return self._add_product(output, z_tbr, b_or, scale), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Returns Megatron's sharded state dict, with B cut as the weight is."""
+        cut = {"weight": 0, "bias": 0, "lora_b": 0}
+        state = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, cut, sharded_offsets, tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"])
+        if self.is_gated:  # Megatron's MLP does so for weight and bias, and for these names only
+            name = f"{prefix}lora_b"
+            state[name] = apply_swiglu_sharded_factory(state[name], sharded_offsets, metadata.get("singleton_local_shards", False))
+        return state
+
+
+class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):
+    """Megatron's row-parallel layer with an adapter.
+
+    Under sequence parallelism a rank makes B (A x) of its own tokens only, and the gradient of B is a sum over ranks: it is marked.
+    """
+
+    def __init__(self, *arguments, adapter: Adapter, **options):
+        super().__init__(*arguments, **options)
+        self._add_pair(adapter, self.input_size_per_partition, self.output_size)
+        set_tensor_model_parallel_attributes(self.lora_a, True, 1, 1)
+        self.lora_b.sequence_parallel = self.sequence_parallel
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns output and bias as Megatron's layer does.
+
+        Collective: Megatron's; and for x A^T a reduce-scatter forward and an all-gather backward under sequence parallelism, else one
+        all-reduce forward (tensor parallel group).
+        """
+        output, bias = super().forward(input_)
+        a_rc, b_or, scale = self._pair()
+        z_tbr = F.linear(self._drop(input_, self.tp_group.size() > 1), a_rc)
+        if self.sequence_parallel:
+            z_tbr = reduce_scatter_to_sequence_parallel_region(z_tbr, group=self.tp_group)
+        else:
+            z_tbr = reduce_from_tensor_model_parallel_region(z_tbr, group=self.tp_group)
+        return self._add_product(output, z_tbr, b_or, scale), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Returns Megatron's sharded state dict, with A cut as the weight is."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 1, "lora_a": 1}, sharded_offsets, tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"])
+
+
+def with_adapters(spec: ModuleSpec, settings: Settings, in_use: RanksInUse) -> ModuleSpec:
+    """Returns a layer's specification with adapters on the targets of ``settings``; without a rank, as it is."""
+    if not settings.lora_rank:
+        return spec
+    adapter = Adapter(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.dylora_frozen, in_use)
+    spec = copy.deepcopy(spec)
+    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    holders = {"linear_qkv": attention, "linear_proj": attention, "linear_fc1": mlp, "linear_fc2": mlp}
+    kinds = {ColumnParallelLinear: AdaptedColumnParallelLinear, RowParallelLinear: AdaptedRowParallelLinear}
+    for target in settings.lora_targets:
+        kind = kinds[getattr(holders[target], target)]
+        # Megatron calls what it finds as linear_qkv, and builds the others
+        adapted = partial(kind, adapter=adapter) if target == "linear_qkv" else ModuleSpec(kind, params={"adapter": adapter})
+        setattr(holders[target], target, adapted)
+    return spec
+
+
+def start_adapters(layers: Iterable[torch.nn.Module], first_layer: int, seed: int) -> None:
+    """Gives all adapters of a chunk's layers their first values, from the seed and their place in the network alone.
+
+    Args:
+        layers: Of the chunk.
+        first_layer: Number of layers before it.
+        seed: Of the run.
+    """
+    for index, layer in enumerate(layers, first_layer):
+        for name, module in layer.named_modules():
+            if isinstance(module, _Adapted):
+                module.start_pair(f"{seed}/{index}/{name}")
