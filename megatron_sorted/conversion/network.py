@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.checkpoint.candidates import find_candidates
-from megatron_sorted.checkpoint.manifest import MANIFEST, settings_of_manifest
+from megatron_sorted.checkpoint.manifest import MANIFEST, OWN_PART_FIELDS, settings_of_manifest
 from megatron_sorted.conversion.families import CONFIG, read_config, settings_of_config
 from megatron_sorted.settings.model import ModelSettings
 from megatron_sorted.settings.run import Settings
 
-EXITS = ("exit_layer_nums", "use_exit_norm", "untie_exit_output_weights", "use_exit_block", "use_exit_mlp", "exit_adapter_rank")
+EXITS = ("exit_layer_nums", *OWN_PART_FIELDS)
 # Of the network's settings, those that say how it is run and not what it is.
 OF_THE_RUN = ("seq_length", "transformer_impl", "init_method_std", "make_vocab_size_divisible_by", "moe_token_dispatcher_type",
               "moe_aux_loss_coeff", "hidden_dropout", "attention_dropout")

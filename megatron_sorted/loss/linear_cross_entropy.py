@@ -230,8 +230,8 @@ def exit_loss(
     chunk_tokens: int,
     factor: torch.Tensor | None = None,
     with_choice: bool = False,
-    with_confidence: bool = False,
     make_loss: Callable[[Targets, VocabularyShard, int], TokenLoss] = CrossEntropy,
+    with_confidence: bool = False,
 ) -> tuple[ExitLoss, torch.Tensor | None]:
     """Returns the exit's losses and, when ``factor`` is given, the gradient of ``factor * sum(loss_mask * loss)`` to its input.
 

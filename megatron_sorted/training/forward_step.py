@@ -296,8 +296,8 @@ class ForwardStep:
         if micro.box is not None and depth != self.settings.num_layers:
             make_loss = partial(TaughtCrossEntropy, self.distillation, micro.box.normed_tbh, stage.last_weight())
         losses, gradient = exit_loss(
-            hidden_tbh, head.norm, head.weight_ph, micro.targets, self.model.shard, chunk_tokens, factor, self.compares, self.simulates,
-            make_loss)
+            hidden_tbh, head.norm, head.weight_ph, micro.targets, self.model.shard, chunk_tokens, factor, self.compares, make_loss,
+            self.simulates)
         if self.compares:
             self.choices.add(depth, micro.number, losses.choice_n)
         if self.simulates:

@@ -26,7 +26,7 @@ LAYOUTS = {
     "one process": (1, {}),
     "one process full recompute": (1, FULL),
     "one process mlp recompute of mlp": (1, {**ONLY_MLP, "recompute_granularity": "selective", "recompute_modules": ("mlp",)}),
-    "own norms and heads tune exit": (1, {**OWN, **UNTIED, "tune_exit": True}),
+    "own norms and heads": (1, {**OWN, **UNTIED}),
     "attention only": (1, {"lora_targets": ("linear_proj", "linear_qkv")}),
     "tp2": (2, TP2),
     "tp2 sequence parallel": (2, {**TP2, **SP}),

@@ -22,7 +22,7 @@ ALLOWED = [
     TAUGHT,
     {"exit_kd_weight": 1.0, "exit_kd_temperature": 0.5, "exit_kd_top_k": 100},
     {**TAUGHT, "exit_layer_weight": (0.0, 0.5)},
-    {**TAUGHT, "exit_layer_weight": (0.5, 0.5, 0.0), "tune_exit": True},
+    {**TAUGHT, "exit_layer_weight": (0.5, 0.5, 0.0), "tune_exit": True, "use_exit_norm": True},
     {**TAUGHT, "exit_sampling": "uniform"},
 ]
 REFUSED = [

@@ -7,6 +7,7 @@ import pytest
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.settings import derived
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.weighting import coefficient_rule
 
 BASE = Settings()
 
@@ -60,7 +61,7 @@ def test_chunks():
 
 def test_exits():
     settings = replace(BASE, exit_layer_nums=(6, 2), exit_layer_weight=(0.6, 0.2))
-    rule = derived.coefficient_rule(settings)
+    rule = coefficient_rule(settings)
     assert derived.exit_depths(settings) == (2, 6, 8)
     assert derived.trained_exits(settings, rule, 0) == {2: 0.2, 6: 0.6, 8: 1.0}
     assert derived.exit_probabilities(settings) == {2: 1 / 3, 6: 1 / 3, 8: 1 / 3}
@@ -68,7 +69,7 @@ def test_exits():
     assert derived.exit_probabilities(settings) == {6: 1.0, 2: 0.0, 8: 0.0}
     assert derived.trained_exits(settings, rule, 0) == {6: 0.6}
     settings = replace(settings, exit_layer_weight=())
-    assert derived.trained_exits(settings, derived.coefficient_rule(settings), 0) == {6: 1.0}
+    assert derived.trained_exits(settings, coefficient_rule(settings), 0) == {6: 1.0}
 
 
 @pytest.mark.parametrize(
@@ -132,13 +133,13 @@ def test_blends_that_cannot_be_are_refused(words, message):
 
 def test_the_frozen_last_exit_counts_nothing_and_the_others_share_the_whole():
     settings = replace(BASE, num_layers=8, exit_layer_nums=(2, 4), use_exit_norm=True)
-    rule = derived.coefficient_rule(settings)
+    rule = coefficient_rule(settings)
     assert derived.step_coefficients(settings, rule, 0) == dict.fromkeys((2, 4, 8), 1 / 3)
     tuned = replace(settings, tune_exit=True)
     assert derived.step_coefficients(tuned, rule, 0) == {2: 0.5, 4: 0.5, 8: 0.0}
     assert derived.trained_exits(tuned, rule, 0) == {2: 0.5, 4: 0.5}
     listed = replace(tuned, exit_layer_weight=(0.3, 0.1))
-    assert derived.trained_exits(listed, derived.coefficient_rule(listed), 0) == {2: 0.3, 4: 0.1}
+    assert derived.trained_exits(listed, coefficient_rule(listed), 0) == {2: 0.3, 4: 0.1}
     assert derived.deepest_layer_run(tuned, (2, 4)) == 4
     overlapped = replace(tuned, overlap_grad_reduce=True)
     assert derived.deepest_layer_run(overlapped, (2,)) == 4, "the parts of exit 4 must be reached too"
