@@ -48,7 +48,7 @@ def say_logits(model: Model, settings: Settings, platform, tokens_bs: torch.Tens
     forward_step, said = ForwardStep(settings, model, platform), {}
 
     def at_exit(stage, micro, depth, hidden_tbh):
-        head = stage.head(depth)
+        head = stage.head(depth, micro.attention_mask, hidden_tbh.size(0))
         read_sbh = head.norm(hidden_tbh)
         if settings.sequence_parallel:
             read_sbh = gather_from_sequence_parallel_region(read_sbh)

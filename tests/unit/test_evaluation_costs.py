@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_sorted.conversion.open_model import open_model
 from megatron_sorted.evaluation.costs import count_parameters, forward_flops_per_token
-from megatron_sorted.evaluation.nested_model import NestedModel
+from megatron_sorted.evaluation.nested_model import NestedModel, load_nested_model
 from megatron_sorted.settings import costs
 from megatron_sorted.settings.load import load_settings
 from tests.support.evaluated import VOCAB_SIZE, make_model
+from tests.support.exit_parts import KINDS, save_nested
 
 LENGTH = 24
 
@@ -38,3 +40,17 @@ def test_a_window_shorter_than_the_sequence_costs_less():
     attended = sum(min(place + 0.5, 6) for place in range(LENGTH)) / LENGTH  # a token's own place counts half, as in L / 2
     assert forward_flops_per_token(model, LENGTH) == 2 * linear + 3 * 4 * 32 * attended
     assert forward_flops_per_token(model, 6) == 2 * linear + 3 * 4 * 32 * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exits_own_parts_count(kind, tmp_path):
+    save_nested(tmp_path, "qwen2", kind, tied=True)
+    model, settings = load_nested_model(tmp_path), open_model(tmp_path).settings
+    flops, parameters = costs.forward_flops_per_token(settings, 100, LENGTH), costs.sub_model_parameters(settings, 100)
+    adapter, block, mlp = KINDS[kind]
+    matrices = 6 * 32 * adapter + (2 * 32 * 32 + 2 * 16 * 32) * block + 3 * 32 * 48 * (block or mlp)
+    layer = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48) + 2 * LENGTH * 32
+    for depth in model.depths:
+        sub, part = model.sub_model(depth), (2 * matrices + 2 * LENGTH * 32 * block) * (depth < 4)
+        assert forward_flops_per_token(sub, LENGTH) == flops[depth] == depth * layer + part + 2 * 32 * 100
+        assert count_parameters(sub) == parameters[depth]
