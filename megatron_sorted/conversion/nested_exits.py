@@ -128,6 +128,8 @@ class NestedExits(nn.Module):
         own = self.base.generation_config  # of it only the tokens: temperature and penalties would make it something else than greedy
         config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, bos_token_id=own.bos_token_id,
                                   eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+        # without a mask transformers takes the tokens that fill up for filling, wherever they stand
+        more = {"attention_mask": torch.ones_like(input_ids), **more}
         return self.model_at(depth).generate(input_ids, generation_config=config, **more)
 
 

@@ -187,7 +187,7 @@ said = {"logits": {}, "generated": {}}
 for depth in model.depths:
     with torch.no_grad():
         said["logits"][depth] = model(ids, depth=depth).tolist()
-    said["generated"][depth] = model.generate(ids[:, :7], depth=depth, max_new_tokens=30).tolist()
+    said["generated"][depth] = model.generate(ids[:, :7], depth=depth, max_new_tokens=20).tolist()
 said["modules"] = [name for name in sys.modules if name.split(".")[0].startswith("megatron")]
 print(json.dumps(said))
 """
@@ -201,7 +201,7 @@ def test_the_module_beside_a_model_runs_its_exits_alone(family, kind, tmp_path):
     export_model(open_model(tmp_path / "runs"), tmp_path / "out")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", ALONE, json.dumps(tokens().tolist()), f"{tmp_path}/out"], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=120, check=False)
+                          capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["modules"] == []
@@ -214,7 +214,7 @@ def test_the_module_beside_a_model_runs_its_exits_alone(family, kind, tmp_path):
         logits = torch.tensor(said["logits"][str(depth)])
         assert close(logits, case.logits(depth, tokens())) and close(logits, ours[depth].logits())
         expected = tokens()[:, :7]
-        while expected.size(1) < 37:  # without keeping keys and values
+        while expected.size(1) < 27:  # without keeping keys and values
             expected = torch.cat([expected, case.logits(depth, expected)[:, -1:].argmax(-1)], 1)
         assert said["generated"][str(depth)] == expected.tolist()
         if "adapter" not in kind:

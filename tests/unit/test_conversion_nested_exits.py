@@ -46,11 +46,10 @@ def test_a_prompt_filled_at_the_left_goes_on_as_if_it_were_alone(tmp_path):
 
 
 def test_errors_name_the_tensor(tmp_path):
-    save_nested(tmp_path, "llama", "mlp")
+    save_nested(tmp_path, "llama", "mlp", norms=True)
     change_config(tmp_path, exit_adapter_rank=2)
     with pytest.raises(ValueError, match=r"exits\.safetensors: exits\.1\.adapter\.down\.weight is missing"):
         nested_exits.load_nested_exits(tmp_path)
     change_config(tmp_path, exit_adapter_rank=None, exit_mlp=None)
     with pytest.raises(ValueError, match=r"exits\.1\.mlp\.down_proj\.weight, .*config\.json says nothing of such a tensor"):
-        change_config(tmp_path, own_exit_norms=True)
         nested_exits.load_nested_exits(tmp_path)
