@@ -18,7 +18,7 @@ from megatron_sorted.model.lora import RanksInUse, start_adapters, with_adapters
 from megatron_sorted.model.norm import Norm
 from megatron_sorted.model.rotary import make_rotary
 from megatron_sorted.model.segments import cut_block
-from megatron_sorted.settings.derived import max_position_embeddings
+from megatron_sorted.settings.derived import last_exit_teaches, max_position_embeddings
 from megatron_sorted.settings.run import Settings
 
 
@@ -104,7 +104,7 @@ class SortedStage(MegatronModule):
             if not self._shared_norm:
                 self.final_layernorm = self._make_norm()
                 self._shared_norm = (self.final_layernorm,)
-        taught = bool(self.depths) and settings.exit_kd_weight > 0
+        taught = bool(self.depths) and last_exit_teaches(settings)
         if len(own_heads) < len(self.depths) or taught or (self.tied and self.pre_process):
             self._shared_weight = next((stage._shared_weight for stage in shared if stage._shared_weight), ())
             if not self._shared_weight and self.tied and self.pre_process:

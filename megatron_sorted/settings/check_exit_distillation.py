@@ -21,6 +21,8 @@ def check_exit_distillation(settings: Settings) -> None:
     _check_distillation_numbers(settings)
     if settings.exit_kd_weight == 0:
         return
+    if settings.exit_kd_teacher is not None:
+        return  # a model of its own teaches whoever trains
     require(
         bool(shallower),
         f"--exit-kd-weight: {settings.exit_kd_weight:g}, but no intermediate exit trains, so nobody learns from the last one. "
@@ -57,8 +59,9 @@ def _check_distillation_numbers(settings: Settings) -> None:
     weight, top_k = settings.exit_kd_weight, settings.exit_kd_top_k
     require(0 <= weight <= 1, f"--exit-kd-weight: {weight:g} is not in [0, 1]. Give the share of distillation in an exit's loss.")
     require(
-        weight > 0 or (settings.exit_kd_temperature == 1.0 and top_k is None),
-        "--exit-kd-temperature, --exit-kd-top-k: they have no effect without distillation. Leave them out, or give --exit-kd-weight.",
+        weight > 0 or (settings.exit_kd_temperature == 1.0 and top_k is None and settings.exit_kd_teacher is None),
+        "--exit-kd-temperature, --exit-kd-top-k, --exit-kd-teacher: they have no effect without distillation. Leave them out, or give "
+        "--exit-kd-weight.",
     )
     check_top_k(settings)
 

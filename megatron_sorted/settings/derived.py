@@ -124,8 +124,14 @@ def trained_exits(settings: Settings, rule: CoefficientRule, step: int) -> dict[
 
 
 def distils(settings: Settings, depths: Iterable[int]) -> bool:
-    """Returns whether an exit learns from the last one at a step that trains the exits at ``depths``."""
-    return settings.exit_kd_weight > 0 and any(depth != settings.num_layers for depth in depths)
+    """Returns whether an exit has a teacher at a step that trains the exits at ``depths``."""
+    return settings.exit_kd_weight > 0 and (
+        settings.exit_kd_teacher is not None or any(depth != settings.num_layers for depth in depths))
+
+
+def last_exit_teaches(settings: Settings) -> bool:
+    """Returns whether the other exits learn from the last one, rather than all from a model of its own."""
+    return settings.exit_kd_weight > 0 and settings.exit_kd_teacher is None
 
 
 def deepest_layer_run(settings: Settings, depths: Iterable[int]) -> int:
@@ -135,7 +141,7 @@ def deepest_layer_run(settings: Settings, depths: Iterable[int]) -> int:
     reduction waits for the gradient of every layer, so there all layers are run; with --tune-exit for that of every exit's own parts.
     Where the last exit teaches, all layers are run.
     """
-    if settings.pipeline_model_parallel_size > 1 or distils(settings, depths):
+    if settings.pipeline_model_parallel_size > 1 or (last_exit_teaches(settings) and distils(settings, depths)):
         return settings.num_layers
     if settings.overlap_grad_reduce:
         return exit_depths(settings)[-2] if settings.tune_exit else settings.num_layers

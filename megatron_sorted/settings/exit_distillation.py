@@ -24,5 +24,8 @@ class ExitDistillationSettings:
         0.0, "Share L in [0, 1] of distillation in the loss of every intermediate exit: (1 - L) cross entropy + L T^2 KL(last exit || "
         "exit), the last exit being the teacher. 0: none.")
     exit_kd_temperature: float = setting(1.0, "Temperature T of the distillation: both distributions are softmax(logits / T).")
+    exit_kd_teacher: str | None = setting(
+        None, "Directory of a model that teaches every exit, the last included, instead of the last exit: Hugging Face's or checkpoints, "
+        "of the same width and vocabulary, often the one that --load starts from. It is frozen, in the layout of the run.")
     exit_kd_top_k: int | None = setting(
         None, "The teacher's distribution is cut to its so many most likely tokens and scaled to sum 1; by default whole.")

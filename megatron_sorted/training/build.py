@@ -22,8 +22,9 @@ from megatron_sorted.parallel.copies import SharedCopies, connect_copies
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.state import current_device, seed_everything
-from megatron_sorted.settings.derived import exit_depths, global_batch_size, layers_of_chunks, padded_vocab_size
+from megatron_sorted.settings.derived import exit_depths, global_batch_size, last_exit_teaches, layers_of_chunks, padded_vocab_size
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.teacher import FrozenTeacher
 from megatron_sorted.training.timers import PhaseTimers
 
 
@@ -32,6 +33,7 @@ class Model:
     """The chunks of this rank, wrapped for training, and what belongs to them.
 
     Attributes:
+        teacher: What every exit learns from, if not from the last one.
         num_tokens: Trained tokens of the global batch just passed, on the device; set with per-token loss only.
     """
 
@@ -44,6 +46,7 @@ class Model:
     schedule: OptimizerParamScheduler | None = field(default=None)
     timers: PhaseTimers = field(default_factory=lambda: PhaseTimers(False, lambda: None))
     num_tokens: torch.Tensor | None = None
+    teacher: FrozenTeacher | None = None
 
 
 def unwrap(chunk: torch.nn.Module) -> SortedStage:
@@ -68,7 +71,7 @@ def stages_with_copies(settings: Settings) -> dict[str, tuple[int, ...]]:
     """Returns the stages that hold a copy of the shared output matrix ("head") and of the shared final norm ("norm")."""
     placed = place_exits(exit_depths(settings), layers_of_chunks(settings))
     last = settings.num_layers
-    reads = settings.exit_kd_weight > 0 or not settings.untie_exit_output_weights  # a taught exit reads its teacher
+    reads = last_exit_teaches(settings) or not settings.untie_exit_output_weights  # a taught exit reads its teacher
     head = {place.stage for depth, place in placed.items() if depth == last or reads}
     norm = {place.stage for depth, place in placed.items() if depth == last or not settings.use_exit_norm}
     if not settings.untie_embeddings_and_output_weights:
@@ -114,6 +117,8 @@ def build_model(settings: Settings, platform: Platform, place: Place, vocab_size
     count_padding_in_offsets(chunks)
     model = Model(chunks, config, copies, vocabulary_shard(settings, vocab_size), vocab_size)
     _connect_schedule(model, settings)
+    if settings.exit_kd_teacher is not None and not settings.skip_train:
+        model.teacher = FrozenTeacher(settings, platform, place.stage, vocab_size)
     return model
 
 

@@ -1,7 +1,8 @@
 """How the teacher of a micro-batch, the last exit's normed hidden state, comes to the exits of earlier stages before they need it.
 
 Exits are computed in backward, which passes the stages from the last to the first; so the teacher travels with the gradient. Between
-stages the hidden state is given a second half along the sequence, the carrier. Forward, the carrier holds zeros. Backward, what
+stages the hidden state is given a second half along the sequence, the carrier. Forward, the carrier holds zeros, or the hidden state of a
+teacher that is a model of its own (``training.teacher``). Backward, what
 Megatron's schedule takes for the carrier's gradient is the teacher: each stage takes it out of the gradient it receives and puts it into
 the one it sends. So every schedule that is right for the hidden state is right for the teacher, with no message of our own. A message has
 twice the bytes, and what the schedule keeps of the messages too. Evaluation, which has no backward, sends hidden states alone.
@@ -23,9 +24,11 @@ class TeacherBox:
 
     Attributes:
         normed_tbh: The last exit's hidden state after its norm; in the dtype of the pipeline's messages, never scaled.
+        hidden_tbh: On the way forward, the hidden state of a teacher that is a model of its own.
     """
 
     normed_tbh: torch.Tensor | None = None
+    hidden_tbh: torch.Tensor | None = None
 
 
 class _Narrow(torch.autograd.Function):
@@ -34,7 +37,8 @@ class _Narrow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, wide, box):
         ctx.box = box
-        return wide[: wide.size(0) // 2]
+        hidden, box.hidden_tbh = wide.chunk(2)
+        return hidden
 
     @staticmethod
     def backward(ctx, d_hidden):
@@ -44,14 +48,15 @@ class _Narrow(torch.autograd.Function):
 
 
 class _Widen(torch.autograd.Function):
-    """A chunk's output with a carrier of zeros; backward takes the teacher out of the carrier's gradient."""
+    """A chunk's output with a carrier; backward takes the teacher out of the carrier's gradient."""
 
     @staticmethod
     def forward(ctx, hidden, box):
         ctx.box = box
         wide = hidden.new_empty(2 * hidden.size(0), *hidden.shape[1:])
         wide[: hidden.size(0)].copy_(hidden)
-        wide[hidden.size(0) :].zero_()
+        carrier, box.hidden_tbh = box.hidden_tbh, None
+        wide[hidden.size(0) :] = 0 if carrier is None else carrier
         return wide
 
     @staticmethod
@@ -66,12 +71,18 @@ def halves_of_message(settings: Settings, depths: Iterable[int], forward_only: b
 
 
 def narrow(wide_tbh: torch.Tensor, box: TeacherBox) -> torch.Tensor:
-    """Returns the hidden state [t, b, h] of a message [2t, b, h]; in backward the teacher in ``box`` travels on."""
+    """Returns the hidden state [t, b, h] of a message [2t, b, h]; in backward the teacher in ``box`` travels on.
+
+    ``box`` gets what the carrier holds now.
+    """
     return _Narrow.apply(wide_tbh, box)
 
 
 def widen(hidden_tbh: torch.Tensor, box: TeacherBox) -> torch.Tensor:
-    """Returns a message [2t, b, h] of a hidden state [t, b, h]; in backward the teacher comes into ``box``."""
+    """Returns a message [2t, b, h] of a hidden state [t, b, h]; in backward the teacher comes into ``box``.
+
+    The carrier is ``box.hidden_tbh``, or zeros.
+    """
     return _Widen.apply(hidden_tbh, box)
 
 

@@ -22,7 +22,7 @@ from megatron_sorted.model.attention import make_attention_mask
 from megatron_sorted.model.config import parameter_dtype
 from megatron_sorted.model.stage import SortedStage
 from megatron_sorted.platform.contract import Platform
-from megatron_sorted.settings.derived import deepest_layer_run, distils
+from megatron_sorted.settings.derived import deepest_layer_run, distils, last_exit_teaches
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model, unwrap
 from megatron_sorted.training.carrier import TeacherBox, halves_of_message, narrow, teach, widen
@@ -164,6 +164,8 @@ class ForwardStep:
                             mask if self.settings.use_exit_block else None)
         if carries and not stage.pre_process:
             stage.set_input_tensor(narrow(stage.decoder.input_tensor, box))
+        if box is not None and self.model.teacher is not None:
+            self.model.teacher.run(stage.plan, box, moved, mask)
         output = chunk(tokens_bs=moved.tokens_bs, positions_bs=moved.positions_bs, attention_mask=mask,
                        at_exit=partial(self._at_exit, stage, micro), deepest=micro.deepest)
         received = stage.decoder.input_tensor
@@ -237,7 +239,7 @@ class ForwardStep:
             return torch.zeros((), device=self.device) if depth == micro.deepest else hidden_tbh
         coefficient = self.coefficients.get(depth, 0.0)
         backward = partial(self._exit_backward, stage, micro, depth) if coefficient else None
-        if micro.box is not None and depth == self.settings.num_layers:
+        if micro.box is not None and depth == self.settings.num_layers and last_exit_teaches(self.settings):
             backward = teach(backward, stage.head(depth).norm, micro.box)
         announced = stage.parameters_complete_at(depth) if self.settings.overlap_grad_reduce else ()
         if not hidden_tbh.requires_grad:  # nothing below trains
@@ -293,8 +295,10 @@ class ForwardStep:
         head = stage.head(depth, micro.attention_mask, hidden_tbh.size(0))
         chunk_tokens = self.settings.exit_loss_chunk_tokens or self.platform.loss_chunk_tokens
         make_loss = CrossEntropy
-        if micro.box is not None and depth != self.settings.num_layers:
-            make_loss = partial(TaughtCrossEntropy, self.distillation, micro.box.normed_tbh, stage.last_weight())
+        if micro.box is not None and not (depth == self.settings.num_layers and last_exit_teaches(self.settings)):
+            teacher = self.model.teacher
+            weight_ph = stage.last_weight() if teacher is None else teacher.weight_ph(stage.plan.chunk)
+            make_loss = partial(TaughtCrossEntropy, self.distillation, micro.box.normed_tbh, weight_ph)
         losses, gradient = exit_loss(
             hidden_tbh, head.norm, head.weight_ph, micro.targets, self.model.shard, chunk_tokens, factor, self.compares, make_loss,
             self.simulates)

@@ -21,6 +21,7 @@ from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.describe import replace_vocab
 from megatron_sorted.training.hugging_face import check_export, hugging_face_candidate
 from megatron_sorted.training.resume import check_can_continue
+from megatron_sorted.training.teacher import check_teacher
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def open_inputs(settings: Settings) -> Inputs:
         raise SettingsError("--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size.")
     settings = start_from_pretrained(replace_vocab(settings, vocab_size))
     check_top_k(settings)
+    check_teacher(settings)
     if tokenizer is not None:
         check_same_tokenizer((*data_prefixes(settings), *settings.valid_data_path, *settings.test_data_path), tokenizer)
     samples = None if settings.skip_train else open_train_samples(settings, vocab_size)

@@ -48,7 +48,8 @@ class Interval:
         self.steps += 1
         self.skipped += not result.stepped
         self.nonfinite += result.not_finite is not None
-        self.flops += step_flops(self.settings, self.model.vocab_size, self.world_size, forward_step.coefficients)
+        self.flops += step_flops(self.settings, self.model.vocab_size, self.world_size, forward_step.coefficients,
+                                 self.model.teacher and self.model.teacher.settings)
         if result.not_finite is None:
             if not result.stepped:
                 forward_step.ledger.drop_gradients()

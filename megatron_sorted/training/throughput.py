@@ -4,22 +4,26 @@ from collections.abc import Collection
 
 from megatron_sorted.model.config import parameter_dtype
 from megatron_sorted.platform.contract import Platform
-from megatron_sorted.settings.costs import train_flops_per_token
-from megatron_sorted.settings.derived import deepest_layer_run, distils, global_batch_size
+from megatron_sorted.settings.costs import forward_flops_per_token, train_flops_per_token
+from megatron_sorted.settings.derived import deepest_layer_run, distils, global_batch_size, last_exit_teaches
 from megatron_sorted.settings.run import Settings
 
 
-def step_flops(settings: Settings, vocab_size: int, world_size: int, depths: Collection[int]) -> int:
+def step_flops(settings: Settings, vocab_size: int, world_size: int, depths: Collection[int],
+               teacher: Settings | None = None) -> int:
     """Returns the operations of one step over all devices that trains the exits at ``depths``.
 
     Forward and backward of the layers that are run and of these exits' heads, for every position of every sample; causal
-    attention at half the square, over the whole sample also where documents are packed. An exit that learns from the last one needs its
-    teacher's logits too. What is recomputed for want of memory is not counted, nor a backward that frozen layers do not have.
+    attention at half the square, over the whole sample also where documents are packed. An exit that is taught needs its teacher's
+    logits too, and a teacher that is a model of its own (``teacher``: its settings) its layers' forward. What is recomputed for want of
+    memory is not counted, nor a backward that frozen layers do not have.
     """
     tokens = global_batch_size(settings, world_size) * settings.seq_length
-    taught = sum(depth != settings.num_layers for depth in depths) if distils(settings, depths) else 0
+    taught = sum(depth != settings.num_layers or not last_exit_teaches(settings) for depth in depths) if distils(settings, depths) else 0
     per_token = train_flops_per_token(settings, vocab_size, depths, deepest_layer_run(settings, depths))
-    return tokens * (per_token + taught * 2 * settings.hidden_size * vocab_size)
+    head = 2 * settings.hidden_size * vocab_size
+    layers = forward_flops_per_token(teacher, vocab_size)[teacher.num_layers] - head if teacher else 0
+    return tokens * (per_token + taught * head + layers)
 
 
 def tflops_per_device(flops: float, seconds: float, world_size: int) -> float:

@@ -58,11 +58,12 @@ class Objective:
 
     Attributes:
         kd: Per step {depth: mean divergence from the last exit}, without the temperature's square.
+        teach: Gives the logits of a model that teaches all exits, of tokens and segments; None where the last exit teaches the others.
         meetings: Per step {depth: (cosine, ratio of norms)} of an exit's own gradient and the deeper exits'; filled by backward.
     """
 
-    def __init__(self, mean_by_rule):
-        self.mean_by_rule, self.kd, self.meetings = mean_by_rule, [], []
+    def __init__(self, mean_by_rule, teach=None):
+        self.mean_by_rule, self.teach, self.kd, self.meetings = mean_by_rule, teach, [], []
 
     def __call__(self, settings, parameters, samples, segments, coefficients):
         """Returns the mean cross entropy of every exit, and what training lowers."""
@@ -72,9 +73,10 @@ class Objective:
         entropies = {d: self.mean_by_rule(settings, F.cross_entropy(z.transpose(1, 2), samples["labels"], reduction="none") * mask, mask)
                      for d, z in logits.items()}
         share, temperature = settings.exit_kd_weight, settings.exit_kd_temperature
+        teacher = self.teach(samples["tokens"], segments) if self.teach else logits[last].detach()
         apart = {} if not share else {
-            d: self.mean_by_rule(settings, divergence(z, logits[last].detach(), temperature, settings.exit_kd_top_k) * mask, mask)
-            for d, z in logits.items() if d != last}
+            d: self.mean_by_rule(settings, divergence(z, teacher, temperature, settings.exit_kd_top_k) * mask, mask)
+            for d, z in logits.items() if d != last or self.teach}
         self.kd.append({d: value.item() for d, value in apart.items()})
         total = sum(c * (((1 - share) * entropies[d] + share * temperature**2 * apart[d]) if d in apart else entropies[d])
                     for d, c in coefficients.items())
