@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 
 from megatron_sorted.training.carrier import TeacherBox, halves_of_message, narrow, teach, widen
 from tests.support.tiny import tiny
 
 
-def test_a_teacher_passes_two_stages_bit_for_bit():
+@pytest.mark.parametrize("freed", [False, True])
+def test_a_teacher_passes_two_stages_bit_for_bit(freed):
     torch.manual_seed(0)
     layers = [torch.nn.Linear(4, 4) for _ in range(3)]
     norm = torch.nn.RMSNorm(4)
@@ -31,7 +33,11 @@ def test_a_teacher_passes_two_stages_bit_for_bit():
     last.backward(exit_backward(last.detach(), torch.tensor(0.5)))
     teacher = norm(last).detach()
     for output, message in reversed(messages):
-        output.backward(message.grad)
+        if freed:  # as Megatron's schedules do on GPUs, to save the memory of what was sent
+            deallocate_output_tensor(output, True)
+            custom_backward(output, message.grad)
+        else:
+            output.backward(message.grad)
     assert torch.equal(seen[1], teacher) and torch.equal(boxes[0].normed_tbh, teacher)
     assert boxes[1].normed_tbh is None and boxes[2].normed_tbh is None, "a box is empty once the teacher has gone on"
     # the gradients are those of the same layers without messages

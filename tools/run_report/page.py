@@ -18,6 +18,9 @@ COLUMNS = {
     "accept_length": ("accept length", "{:.2f}", 1),
     "coefficient": ("coefficient", "{:g}", 1),
     "grad_norm": ("gradient norm", "{:.3g}", 1),
+    "kd": ("KL to last", "{:.4f}", 1),
+    "gradient_cosine": ("gradient cosine", "{:.2f}", 1),
+    "gradient_ratio": ("gradient ratio", "{:.2f}", 1),
 }
 """Number of an exit -> title, format, factor."""
 TRAINING = {
