@@ -59,12 +59,12 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
 def run_all(plan: Plan, names: Sequence[str] | None, seeds: int, folder: Path, jobs: int) -> Runner:
     """Returns the runner after running what is not finished: data, rates, then everything of a seed before the next seed."""
     variants, cuts, tries = chosen(names), plan.extract_steps(), plan.rate_steps()
-    runner = Runner(folder, len(plan.data_steps) + len(cuts) + len(tries) + seeds * (len(plan.depths) + len(variants)), jobs)
+    runner = Runner(folder, len(plan.data_steps) + len(cuts) + len(tries) + seeds * (2 * len(plan.depths) + len(variants)), jobs)
     for step in [*plan.data_steps, *cuts]:
         runner.run([step])  # each needs the one before
     runner.run(tries)
     for seed in range(1, seeds + 1):
-        runner.run(plan.separate_steps(seed))
+        runner.run([*plan.separate_steps(seed), *plan.taught_steps(seed)])
         runner.run([plan.variant_step(variant, seed) for variant in variants])
     return runner
 

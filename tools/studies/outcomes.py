@@ -68,11 +68,13 @@ class Outcomes:
 
     Attributes:
         separate: One a seed: {depth: loss} of the models that were trained separately, each at its own depth.
+        taught: The same, with the model at the start as teacher.
         nested: By variant, one a seed.
         uniform: Name of the variant that others are compared with.
     """
 
     separate: Sequence[Losses]
+    taught: Sequence[Losses]
     nested: Mapping[str, Sequence[Losses]]
     uniform: str = "uniform"
 
@@ -88,6 +90,10 @@ class Outcomes:
     def separate_loss(self, depth: int) -> Estimate:
         """Returns the loss of the separately trained models of a depth."""
         return estimate([losses[depth] for losses in self.separate])
+
+    def taught_loss(self, depth: int) -> Estimate:
+        """Returns the loss of the separately trained models of a depth that were taught."""
+        return estimate([losses[depth] for losses in self.taught])
 
     def gap(self, variant: str, depth: int) -> Estimate:
         """Returns nested minus separate at a depth, paired by seed."""

@@ -30,13 +30,14 @@ def write_page(name: str, title: str, plan: Plan, outcomes: Outcomes, steps: Seq
 
 def _opening(plan: Plan, outcomes: Outcomes) -> list[str]:
     recipe, seeds = plan.recipe, len(outcomes.separate)
-    rows = [[str(depth), plan.rate(depth), str(outcomes.separate_loss(depth)).lstrip("+")] for depth in outcomes.depths]
+    rows = [[str(depth), plan.rate(depth), *(str(find(depth)).lstrip("+") for find in (outcomes.separate_loss, outcomes.taught_loss))]
+            for depth in outcomes.depths]
     return [f"Every way trains the same nested model (exits at {', '.join(map(str, outcomes.depths))}) for {recipe.num_steps} steps of "
             f"{recipe.batch_size} x {recipe.seq_length} tokens of the same data, {seeds} seed{'s' * (seeds > 1)}, rate {plan.rate(None)}. "
             "A depth's *gap* is its loss on held-out samples minus that of an ordinary model of this depth trained separately: the first "
             "layers of "
             "the same start, equal steps, equal data, a learning rate of its own. ± is the half width of a 95 % interval (Student's t over "
-            "seeds, paired).", "", *table(["depth", "rate", "trained separately"], rows)]
+            "seeds, paired).", "", *table(["depth", "rate", "trained separately", "the same, KL to the start alone"], rows)]
 
 
 def _front(outcomes: Outcomes) -> list[tuple[float, float]]:
@@ -96,7 +97,7 @@ def _recipe(plan: Plan, outcomes: Outcomes) -> list[str]:
     references = plan.references() if any(VARIANTS[name].needs_references for name in outcomes.nested) else {}
     rows = []
     for name in outcomes.nested:
-        flags = expand(VARIANTS[name], plan.depths, references, plan.recipe.num_steps)
+        flags = expand(VARIANTS[name], plan.depths, references, plan.recipe.num_steps, plan.recipe.model.name)
         rate = f" (rate x {VARIANTS[name].rate:.3g})" if VARIANTS[name].rate != 1 else ""
         rows.append(f"| {VARIANTS[name].title} | `{' '.join(flags)}`{rate} |" if flags else f"| {VARIANTS[name].title} |{rate} |")
     return ["## Flags", "", "| way | flags of pretrain_sorted.py |", "|---|---|", *rows, ""]

@@ -52,10 +52,16 @@ class Plan:
         return [self._train(f"separate-{depth}-{seed}", (), self._start_of(depth), self.rate(depth), seed, self.recipe.num_steps,
                             self._needs_cut(depth)) for depth in self.depths]
 
+    def taught_steps(self, seed: int) -> list[Step]:
+        """Returns the same with the model at the start as teacher: what of a taught nested model's gain is not due to nesting."""
+        flags = ("--exit-kd-weight", "1", "--exit-kd-teacher", str(self.recipe.model))
+        return [self._train(f"taught-{depth}-{seed}", flags, self._start_of(depth), self.rate(depth), seed, self.recipe.num_steps,
+                            self._needs_cut(depth)) for depth in self.depths]
+
     def variant_step(self, variant: Variant, seed: int) -> Step:
         """Returns the training of one variant; where it needs references, the separate models of seed 1 must have been trained."""
         references = self.references() if variant.needs_references else {}
-        flags = expand(variant, self.depths, references, self.recipe.num_steps)
+        flags = expand(variant, self.depths, references, self.recipe.num_steps, str(self.recipe.model))
         rate = f"{float(self.rate(None)) * variant.rate:.3g}"
         return self._train(f"{variant.name}-{seed}", self._nested_flags(flags), self.recipe.model, rate, seed, self.recipe.num_steps)
 
@@ -83,11 +89,11 @@ class Plan:
             DataError: A training left no evaluation.
         """
         name = name or self.held_out
-        separate = [{depth: read_losses(self._evaluation(f"separate-{depth}-{seed}"), name)[depth] for depth in self.depths}
-                    for seed in range(1, seeds + 1)]
+        alone = {kind: [{depth: read_losses(self._evaluation(f"{kind}-{depth}-{seed}"), name)[depth] for depth in self.depths}
+                        for seed in range(1, seeds + 1)] for kind in ("separate", "taught")}
         nested = {variant.name: [read_losses(self._evaluation(f"{variant.name}-{seed}"), name) for seed in range(1, seeds + 1)]
                   for variant in variants}
-        return Outcomes(separate, nested, UNIFORM)
+        return Outcomes(alone["separate"], alone["taught"], nested, UNIFORM)
 
     def _rates_to_try(self, kind: str) -> tuple[str, ...]:
         return self.recipe.rates[kind] if len(self.recipe.rates[kind]) > 1 else ()

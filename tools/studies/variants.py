@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 FAMILIES = {
     "static": "Fixed coefficients: the front", "learned": "Learned coefficients", "schedule": "Schedules and sampling",
-    "gradient": "Gradient rules", "distillation": "Self-distillation", "capacity": "More parameters at the exits",
+    "gradient": "Gradient rules", "distillation": "Self-distillation",
+    "teacher": "Distillation from the model at the start, frozen", "capacity": "More parameters at the exits",
     "combined": "Combinations",
 }
 UNIFORM = "uniform"
@@ -17,7 +18,7 @@ class Variant:
 
     Attributes:
         family: One of `FAMILIES`.
-        flags: Of pretrain_sorted.py. {others:X} becomes X for each intermediate exit, {references} the losses of the separately trained
+        flags: Of pretrain_sorted.py. {start} becomes the directory of the model at the start, {others:X} becomes X for each intermediate exit, {references} the losses of the separately trained
             models, {full} that of the full one, {part:X} this share of all steps.
         rate: Factor of the learning rate; 1 but for static weights, whose front includes other rates.
     """
@@ -36,6 +37,10 @@ class Variant:
 
 def _others(share: str) -> tuple[str, ...]:
     return "--exit-layer-weight", f"{{others:{share}}}", "1"
+
+
+def _teacher(weight: str) -> tuple[str, ...]:
+    return "--exit-kd-weight", weight, "--exit-kd-teacher", "{start}"
 
 
 def _cool_down(share: str) -> tuple[str, ...]:
@@ -74,21 +79,32 @@ VARIANTS = {variant.name: variant for variant in (
     Variant("kd-0.5", "distillation", "half KL to the last exit", ("--exit-kd-weight", "0.5")),
     Variant("kd-1", "distillation", "KL to the last exit alone", ("--exit-kd-weight", "1")),
     Variant("kd-0.5-others-0.3", "distillation", "half KL, others 0.3", ("--exit-kd-weight", "0.5", *_others("0.3"))),
+    Variant("teacher-0.5", "teacher", "half KL to the start", _teacher("0.5")),
+    Variant("teacher-1", "teacher", "KL to the start alone", _teacher("1")),
+    Variant("teacher-1-warm", "teacher", "KL to the start, temperature 2", (*_teacher("1"), "--exit-kd-temperature", "2")),
+    Variant("teacher-1-top-16", "teacher", "KL to the start's 16 likeliest", (*_teacher("1"), "--exit-kd-top-k", "16")),
     Variant("own-norms", "capacity", "own norms", ("--use-exit-norm",)),
     Variant("own-heads", "capacity", "own norms and heads", ("--use-exit-norm", "--untie-exit-output-weights")),
     Variant("adapters", "capacity", "low-rank adapters (rank 16)", ("--exit-adapter-rank", "16")),
     Variant("mlps", "capacity", "an MLP an exit", ("--use-exit-norm", "--use-exit-mlp")),
     Variant("blocks", "capacity", "a layer an exit", ("--use-exit-norm", "--use-exit-block")),
+    Variant("teacher-others-0.3", "combined", "KL to the start, others 0.3", (*_teacher("1"), *_others("0.3"))),
+    Variant("teacher-others-0.5", "combined", "KL to the start, others 0.5", (*_teacher("1"), *_others("0.5"))),
+    Variant("teacher-norms-0.5", "combined", "KL to the start, others 0.5, own norms",
+            (*_teacher("1"), *_others("0.5"), "--use-exit-norm")),
+    Variant("teacher-adapters-0.5", "combined", "KL to the start, others 0.5, adapters",
+            (*_teacher("1"), *_others("0.5"), "--exit-adapter-rank", "16")),
 )}
 
 
-def expand(variant: Variant, depths: Sequence[int], references: Mapping[int, float], num_steps: int) -> list[str]:
+def expand(variant: Variant, depths: Sequence[int], references: Mapping[int, float], num_steps: int, start: str) -> list[str]:
     """Returns the flags of a variant.
 
     Args:
         depths: All exits; the last is the full model.
         references: {depth: loss} of the separately trained models on the samples that are kept for choosing.
         num_steps: Steps of the training.
+        start: Directory of the model that all start from.
     """
     words: list[str] = []
     for word in variant.flags:
@@ -99,6 +115,8 @@ def expand(variant: Variant, depths: Sequence[int], references: Mapping[int, flo
             words += [f"{references[depth]:.4f}" for depth in depths]
         elif kind == "full":
             words.append(f"{references[depths[-1]]:.4f}")
+        elif kind == "start":
+            words.append(start)
         elif kind == "part":
             words.append(str(max(1, round(float(value) * num_steps))))
         else:
