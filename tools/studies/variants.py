@@ -18,8 +18,8 @@ class Variant:
 
     Attributes:
         family: One of `FAMILIES`.
-        flags: Of pretrain_sorted.py. {start} becomes the directory of the model at the start, {others:X} becomes X for each intermediate exit, {references} the losses of the separately trained
-            models, {full} that of the full one, {part:X} this share of all steps.
+        flags: Of pretrain_sorted.py. {start} becomes the directory of the model at the start, {others:X} X for each intermediate exit,
+            {references} the losses of the separately trained models, {full} that of the full one, {part:X} this share of all steps.
         rate: Factor of the learning rate; 1 but for static weights, whose front includes other rates.
     """
 
