@@ -1,6 +1,7 @@
 """What the processes of tests/ranks/test_learned_rules.py run: training in which the rule is told of each step, as in the loop."""
 
 import dataclasses
+from pathlib import Path
 
 from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.checkpoint.manifest import Progress
@@ -67,6 +68,7 @@ def train_with_rule(platform, place, settings: Settings, first: int, last: int, 
         report["observed"].append(result.observed)
         report["losses"].append({d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).items()})
     if save:
+        Path(save).mkdir(exist_ok=True)
         checkpoints.open_for_saving({}, lambda: None)
         checkpoints.save(Progress(last, last * settings.global_batch_size),
                          description(settings, settings.vocab_size, "test", place, None, None))
