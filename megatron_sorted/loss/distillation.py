@@ -14,7 +14,7 @@ from megatron_sorted.loss.linear_cross_entropy import Targets, VocabularyShard, 
 
 CUT = -1e30
 """Logit of a token that the teacher is without. Its exponential is 0 and so is its product with 0, which infinity's would not be."""
-ROW_BYTES = 2 << 20
+ROW_BYTES = 1 << 19
 """Rows of so many bytes of fp32 logits are passed over together on a CPU, whose cache then still holds them at the next pass."""
 
 

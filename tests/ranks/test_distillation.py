@@ -105,12 +105,12 @@ def test_an_exit_that_does_not_train_is_not_taught(changes):
 @pytest.mark.parametrize("precision", [{"bf16": True}, {"fp16": True, "loss_scale": 1.0}, {"fp16": True, "loss_scale": 1024.0}])
 def test_half_precision(name, precision):
     world_size, changes = LAYOUTS[name]
-    settings, objective = tiny(**CUT, **changes, **precision), Objective(mean_by_rule)
+    # a teacher that is cut would show which of two tokens almost alike rounding keeps, so it is whole here
+    settings, objective = tiny(**TAUGHT, **changes, **precision), Objective(mean_by_rule)
     reports = run_ranks(world_size, train_and_report, settings, 1, True, True)
     initial, _ = join_ranks([r["initial"] for r in reports])
     [losses], gradients, _ = reference_run(settings, initial, 1, True, True, reports[0]["coefficients"], objective)
-    # a taught exit's gradient is the difference of two distributions alike, and rounding also changes which tokens the teacher keeps
-    loss, gradient = (5e-3, 0.15) if "bf16" in precision else (1e-3, 2e-2)
+    loss, gradient = (5e-3, 5e-2) if "bf16" in precision else (1e-3, 1e-2)
     for depth, found in reports[0]["exits"][0].items():
         assert found.loss == pytest.approx(losses[depth], rel=loss)
         assert found.kd is None or found.kd == pytest.approx(objective.kd[0][depth], rel=4 * loss, abs=loss)
