@@ -1,6 +1,7 @@
 """Parameters and operations of every sub-model, counted from the settings."""
 
 from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, max_position_embeddings, num_query_groups
+from megatron_sorted.settings.lora import adapter_parameters
 from megatron_sorted.settings.run import Settings
 
 
@@ -55,4 +56,11 @@ def train_flops_per_token(settings: Settings, vocab_size: int, num_exits: int | 
     depth = depth or settings.num_layers
     heads = len(exit_depths(settings)) if num_exits is None else num_exits
     head = 2 * settings.hidden_size * vocab_size
-    return 3 * (forward_flops_per_token(settings, vocab_size)[settings.num_layers] - head) * depth // settings.num_layers + 3 * heads * head
+    layers = forward_flops_per_token(settings, vocab_size)[settings.num_layers] - head
+    trained = 3 * layers * depth // settings.num_layers + 3 * heads * head
+    if not settings.lora_rank:
+        return trained
+    # no gradients of frozen matrices: the layers', and the heads' but those that exits own
+    num_frozen = min(heads, 1) if settings.untie_exit_output_weights else heads
+    adapters = 6 * adapter_parameters(settings) * depth // settings.num_layers
+    return trained - 2 * layer_parameters(settings)[0] * depth - num_frozen * head + adapters

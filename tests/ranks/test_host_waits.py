@@ -21,6 +21,7 @@ LAYOUTS = [
     (1, {"fp16": True, "loss_scale": 1024.0}),
     (2, {**PP2, "num_layers_per_virtual_pipeline_stage": 1}),
     (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "bf16": True}),
+    (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "lora_rank": 4, "dylora": True, "dylora_frozen": True}),
     (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True, "bf16": True}),
 ]
 
