@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, max_position_embeddings, num_query_groups
+from megatron_sorted.settings.lora import adapter_parameters
 from megatron_sorted.settings.run import Settings
 
 
@@ -77,7 +78,7 @@ def _token_flops(settings: Settings, vocab_size: int, length: int) -> tuple[int,
 def train_flops_per_token(settings: Settings, vocab_size: int, depths: Collection[int] | None = None, deepest: int | None = None) -> int:
     """Returns operations of forward and backward for one token.
 
-    With --tune-exit layers have no backward, nor has a head that is frozen one for its weights.
+    With --tune-exit layers have no backward; a frozen matrix, also under adapters, has none for its weights.
 
     Args:
         settings: The run.
@@ -87,7 +88,12 @@ def train_flops_per_token(settings: Settings, vocab_size: int, depths: Collectio
     """
     layer, head, part = _token_flops(settings, vocab_size, settings.seq_length)
     depths = exit_depths(settings)[: -1 if settings.tune_exit else None] if depths is None else depths
-    of_head = 2 if settings.tune_exit and not settings.untie_exit_output_weights else 3
-    of_layer = 1 if settings.tune_exit else 3
+    deepest = deepest or settings.num_layers
     own = sum(depth < settings.num_layers for depth in depths)
-    return of_layer * (deepest or settings.num_layers) * layer + of_head * len(depths) * head + 3 * own * part
+    own_heads = own if settings.untie_exit_output_weights else 0
+    frozen = settings.tune_exit or settings.lora_rank > 0
+    heads = 3 * own_heads * head + (2 if frozen else 3) * (len(depths) - own_heads) * head
+    layers = deepest * layer * (1 if settings.tune_exit else 3)
+    if settings.lora_rank:
+        layers += 6 * adapter_parameters(settings) * deepest // settings.num_layers - 2 * layer_parameters(settings)[0] * deepest
+    return layers + heads + 3 * own * part

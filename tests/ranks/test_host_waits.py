@@ -23,6 +23,7 @@ LAYOUTS = [
     (2, {**PP2, "exit_layer_weight_rule": "gradnorm", "exit_guard": True, "exit_guard_loss": 1.0}),
     (2, {**PP2, "num_layers_per_virtual_pipeline_stage": 1, "exit_layer_weight_rule": "simulated_exit", "layer_dropout": 0.3}),
     (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "bf16": True}),
+    (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "lora_rank": 4, "dylora": True, "dylora_frozen": True}),
     (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True, "bf16": True}),
 ]
 

@@ -113,7 +113,7 @@ def host_waits(settings: Settings, track: bool, packed: bool) -> dict:
     _, place, model = start(settings)
     waits = HostWaits()
     for chunk in model.chunks:
-        waits.mark(*(p.data for p in chunk.parameters()), *(p.main_grad for p in chunk.parameters()))
+        waits.mark(*(p.data for p in chunk.parameters()), *(p.main_grad for p in chunk.parameters() if p.requires_grad))
     forward_step = ForwardStep(settings, model, MarkedPlatform(waits), track_agreement=track)
     samples = make_samples(settings.global_batch_size, settings.seq_length, 100, packed, packed)
     batches = micro_batches(samples, settings, place.data_rank, place.data_size, packed)

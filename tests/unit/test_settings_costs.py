@@ -116,6 +116,18 @@ def test_training_counts_backward_twice_and_every_head():
     assert train_flops_per_token(settings, 100, depths=(2,), deepest=2) == 3 * forward[2]
 
 
+def test_frozen_matrices_get_no_gradient_and_adapters_are_counted():
+    settings, head = tiny(lora_rank=4, lora_targets=("linear_qkv", "linear_fc2")), 2 * 32 * 100
+    matrices = 64 * 32 + 32 * 32 + 96 * 32 + 32 * 48
+    adapters = 4 * (64 + 32 + 32 + 48)
+    full = train_flops_per_token(tiny(), 100)
+    assert train_flops_per_token(settings, 100) == full - 4 * 2 * matrices - 4 * head + 4 * 3 * 2 * adapters
+    half = train_flops_per_token(tiny(), 100, (2,), 2)
+    assert train_flops_per_token(settings, 100, (2,), 2) == half - 2 * 2 * matrices - head + 2 * 6 * adapters
+    own = replace(settings, untie_exit_output_weights=True)
+    assert train_flops_per_token(own, 100) == train_flops_per_token(settings, 100) + 3 * head
+
+
 def test_experts_count_fully_as_parameters_and_by_choice_as_operations():
     # router 8 x 3; experts of 3 matrices 8 x 16; attention 4 matrices 8 x 8; two norms
     settings = Settings(num_layers=1, hidden_size=8, num_attention_heads=2, num_experts=3, moe_router_topk=2, moe_ffn_hidden_size=16)
