@@ -14,7 +14,7 @@ NESTED = {"dylora": True}
 ALLOWED = [
     {}, {"lora_rank": 100}, {"lora_rank": 200, "lora_targets": ("linear_proj", "linear_fc1")}, {"lora_dropout": 0.99},
     {"lora_targets": ("linear_fc2",)}, {**NESTED, "dylora_frozen": True}, {**NESTED, "dylora_ranks": (16, 1, 4)}, {"lora_alpha": 0.1},
-    {"lora_rank": 0}, {"use_exit_norm": True, "exit_layer_nums": (2,), "tune_exit": True}, {"transformer_impl": "local"},
+    {"lora_rank": 0}, {"use_exit_norm": True, "exit_layer_nums": (2,)}, {"transformer_impl": "local"},
 ]
 REFUSED = [
     ({"lora_rank": -1}, "--lora-rank: -1 is negative"),
@@ -41,6 +41,7 @@ REFUSED = [
     ({"lora_rank": 0, "lora_targets": ("linear_qkv",)}, "--lora-targets: there are no adapters"),
     ({"lora_rank": 0, "lora_dropout": 0.1}, "--lora-dropout: there are no adapters"),
     ({"lora_rank": 0, **NESTED}, "--dylora: there are no adapters"),
+    ({"use_exit_norm": True, "exit_layer_nums": (2,), "tune_exit": True}, "--lora-rank: 16 with --tune-exit, which keeps what"),
 ]
 
 
