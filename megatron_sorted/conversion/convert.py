@@ -21,7 +21,7 @@ from megatron_sorted.conversion.families import CONFIG, EXITS, config_of_setting
 from megatron_sorted.conversion.nested_card import nested_files
 from megatron_sorted.conversion.open_model import FAST, SLOW, OpenModel, open_model
 from megatron_sorted.conversion.safetensors_files import SafetensorsWriter
-from megatron_sorted.conversion.tensor_source import TensorInfo
+from megatron_sorted.conversion.tensor_source import Renamed, TensorInfo
 from megatron_sorted.conversion.tensor_table import Pair, tensor_table
 from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
 from megatron_sorted.conversion.transformers_states import require_transformers
@@ -119,9 +119,19 @@ def import_model(model: OpenModel, destination: Path, exits: Exits, overwrite: b
         write_text_atomically(aside / TRACKER, "0")
         comparison = None
         if verify:
-            comparison = compare(model, open_model(aside), origins, tolerance, watch("verifying", total))
+            comparison = compare(_with_parts(model, settings, origins), open_model(aside), origins, tolerance, watch("verifying", total))
             require_same(comparison, destination)
     return comparison
+
+
+def _with_parts(model: OpenModel, settings: Settings, origins: Mapping[str, Pair]) -> OpenModel:
+    """Returns the model with the parts of exits that ``settings`` add to it: exits then say something else, which is to be compared."""
+    pairs, own = tensor_table(settings), {pair.ours for pair in model.pairs}
+    names: dict[str, str] = {}
+    for pair in (pair for pair in pairs if pair.ours not in own):
+        origin = origins[pair.ours]
+        names |= {pair.ours: origin.ours} if model.kind == "megatron" else dict(zip(pair.theirs, origin.theirs, strict=True))
+    return dataclasses.replace(model, settings=settings, pairs=pairs, source=Renamed(model.source, names))
 
 
 def origins_of(model: OpenModel, settings: Settings) -> dict[str, Pair]:

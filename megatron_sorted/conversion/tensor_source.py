@@ -39,3 +39,16 @@ class TensorSource(ABC):
         Raises:
             CheckpointError: It cannot be read, or is damaged.
         """
+
+
+class Renamed(TensorSource):
+    """The tensors of a source, some of them under a second name too."""
+
+    def __init__(self, source: TensorSource, names: Mapping[str, str]):
+        """Args: ``names`` gives the source's name of a tensor by its second one."""
+        self.source, self.names = source, names
+        self.tensors = {**source.tensors, **{name: source.tensors[old] for name, old in names.items()}}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Returns a tensor in memory of its own."""
+        return self.source.read(self.names.get(name, name))
