@@ -33,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 instead of fp32")
     parser.add_argument("--threads", type=int, default=1, help="threads of the process")
     parser.add_argument("--rounds", type=int, default=8, help="rounds of timing")
+    parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--output", default="docs/benchmarks", help="where the page goes")
     return parser.parse_args()
 
@@ -41,8 +42,8 @@ def measure(names: list[str], options: argparse.Namespace) -> list[dict]:
     """Returns a row for each case; time ratios are medians over rounds of the ratio within a round."""
     where = (options.device, options.bf16, options.threads)
     with returning_freed_memory():
-        peaks = {}
-        for name in names:
+        peaks: dict[str, int | None] = dict.fromkeys(names)
+        for name in [] if options.no_memory else names:
             print(f"\r\033[Kmemory: {name}", end="", file=sys.stderr, flush=True)
             [peaks[name]] = answers(measure_peak, 1, name, *where)
     times: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in names}
@@ -63,7 +64,7 @@ def measure(names: list[str], options: argparse.Namespace) -> list[dict]:
             "rule": name, "seconds": statistics.median(pair[cpu] for pair in times[name].values()), "times_uniform": ratio,
             "spread": (min(over_base(cpu)), max(over_base(cpu))), "flop_ratio": bound, "over_bound": ratio / bound,
             "wall_times_uniform": statistics.median(over_base(False)), "peak_bytes": peaks[name],
-            "peak_minus_uniform_bytes": peaks[name] - peaks[BASE], "settings": CASES[name]})
+            "peak_minus_uniform_bytes": None if options.no_memory else peaks[name] - peaks[BASE], "settings": CASES[name]})
     return rows
 
 
@@ -86,8 +87,9 @@ def page(rows: list[dict], facts: dict[str, str], cpu: bool) -> str:
              "- uniform"]
     cells = [[
         row["rule"], f"{row['seconds']:.2f}", f"{row['times_uniform']:.3f}", "{:.3f} to {:.3f}".format(*row["spread"]),
-        f"{row['flop_ratio']:.3f}", f"{row['over_bound']:.3f}", f"{row['wall_times_uniform']:.3f}", f"{row['peak_bytes'] / 1e6:,.0f}",
-        f"{row['peak_minus_uniform_bytes'] / 1e6:+,.0f}"] for row in rows]
+        f"{row['flop_ratio']:.3f}", f"{row['over_bound']:.3f}", f"{row['wall_times_uniform']:.3f}",
+        *("-" if row[key] is None else f"{row[key] / 1e6:{form}}" for key, form in (
+            ("peak_bytes", ",.0f"), ("peak_minus_uniform_bytes", "+,.0f")))] for row in rows]
     settings = rule_settings(BASE, "cpu", False)
     return "\n".join([
         "# What rules for exits cost", "",

@@ -113,7 +113,7 @@ def reference_step(p, s, samples, step, depths):
     x, losses, reads, logits = p["embedding.word_embeddings.weight"][samples["tokens"]], {}, {}, {}
     dropped = drops(s, step, x.size(0))
     for i in range(s.num_layers):
-        out = layer(p, i, x, s.num_attention_heads, s.num_query_groups, allowed, s.norm_epsilon)
+        out = layer(p, f"decoder.layers.{i}.", x, s.num_attention_heads, s.num_query_groups, allowed, s.norm_epsilon)
         x = x + (~torch.tensor(dropped[i])).float()[:, None, None] * (out - x) if any(dropped[i]) else out
         if i + 1 in depths:
             reads[i + 1] = x

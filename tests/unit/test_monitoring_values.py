@@ -10,6 +10,7 @@ REPORT = StepReport(
     step=30, total_steps=100, samples=960, learning_rate=1e-4, grad_norm=0.5, loss_scale=1.0, skipped=2, step_seconds=0.25,
     tokens_per_second=4096.0, seconds_left=17.5, nonfinite=1, samples_a_step=32, epoch=0.75, data_checksum=99,
     tokens_per_second_per_device=1024.0, tflops_per_device=150.5, mfu=0.48, memory_bytes=123456, phases={"data": 0.01, "forward": 0.1},
+    exit_rule={"guard-multiplier": 0.25},
     exits={
         2: ExitNumbers(0.0, 0.25, 0.5, grad_norm=0.125, agreement=0.5, accept_length=1.75, kd=0.75, gradient_cosine=-0.5,
                        gradient_ratio=3.0),
@@ -24,7 +25,7 @@ def test_names_of_a_step():
         "lm loss": math.log(8.0), "learning-rate": 1e-4, "batch-size": 32.0, "grad-norm": 0.5, "loss-scale": 1.0, "skipped-steps": 2.0,
         "nonfinite-steps": 1.0, "iteration-time": 0.25, "throughput": 150.5, "mfu": 0.48, "tokens-per-second": 4096.0,
         "tokens-per-second-per-device": 1024.0, "mem-max-allocated-bytes": 123456.0, "samples vs steps": 960.0, "epoch": 0.75,
-        "seconds-left": 17.5, "phase/data": 0.01, "phase/forward": 0.1,
+        "seconds-left": 17.5, "phase/data": 0.01, "phase/forward": 0.1, "exit-rule/guard-multiplier": 0.25,
         "exit_2/loss": 0.0, "exit_2/perplexity": 1.0, "exit_2/coefficient": 0.5, "exit_2/grad-norm": 0.125, "exit_2/token-accuracy": 0.25,
         "exit_2/agreement": 0.5, "exit_2/accept-length": 1.75, "exit_2/kd": 0.75, "exit_2/gradient-cosine": -0.5,
         "exit_2/gradient-ratio": 3.0,
@@ -36,7 +37,7 @@ def test_names_of_a_step():
 def test_what_was_not_measured_is_left_out():
     bare = dataclasses.replace(
         REPORT, samples_a_step=0, epoch=0.0, tokens_per_second_per_device=0.0, tflops_per_device=0.0, mfu=None, memory_bytes=0, phases={},
-        grad_norm=math.nan, exits={2: ExitNumbers(math.inf, 0.0)})
+        grad_norm=math.nan, exits={2: ExitNumbers(math.inf, 0.0)}, exit_rule={})
     # without the last exit, which was not drawn in these steps, there is no lm loss
     assert set(metric_values(bare, last_depth=4)) == {
         "learning-rate", "loss-scale", "skipped-steps", "nonfinite-steps", "iteration-time", "tokens-per-second", "samples vs steps",
