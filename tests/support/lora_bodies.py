@@ -6,9 +6,10 @@ import hashlib
 import torch
 
 from megatron_sorted.checkpoint.manifest import Progress
-from megatron_sorted.settings.derived import coefficient_rule, exit_depths, trained_exits
+from megatron_sorted.settings.derived import exit_depths, trained_exits
 from megatron_sorted.settings.lora import is_adapter, rank_at
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.weighting import coefficient_rule
 from megatron_sorted.training.adapters import use_ranks
 from megatron_sorted.training.build import Model, unwrap
 from megatron_sorted.training.checkpoints import Checkpoints, choose_checkpoint

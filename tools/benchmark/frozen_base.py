@@ -33,8 +33,9 @@ def measure(changes: dict) -> dict[str, float]:
     from megatron_sorted.data.batches import make_train_batches
     from megatron_sorted.parallel.groups import start_process_groups
     from megatron_sorted.platform.select import choose_platform
-    from megatron_sorted.settings.derived import coefficient_rule, trained_exits
+    from megatron_sorted.settings.derived import trained_exits
     from megatron_sorted.settings.run import Settings
+    from megatron_sorted.settings.weighting import coefficient_rule
     from megatron_sorted.training.build import build_model, build_optimizer
     from megatron_sorted.training.forward_step import ForwardStep
     from megatron_sorted.training.step import train_step

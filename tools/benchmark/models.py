@@ -16,8 +16,9 @@ from megatron_sorted.model.stage import SortedStage
 from megatron_sorted.parallel.groups import start_process_groups
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.state import seed_everything
-from megatron_sorted.settings.derived import coefficient_rule, padded_vocab_size, trained_exits
+from megatron_sorted.settings.derived import padded_vocab_size, trained_exits
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.weighting import coefficient_rule
 from megatron_sorted.training.build import Model, build_model, build_optimizer, plan_chunks, unwrap, vocabulary_shard
 from megatron_sorted.training.forward_step import ForwardStep
 from megatron_sorted.training.step import train_step

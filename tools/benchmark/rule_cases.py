@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 from benchmark.flops import step_flops
-from megatron_sorted.settings.derived import coefficient_rule, distils, trained_exits
+from megatron_sorted.settings.derived import distils, trained_exits
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.weighting import coefficient_rule
 
 BASE = "uniform"
 CASES: dict[str, dict] = {

@@ -36,8 +36,9 @@ def make_steps(names: list[str], device: str, bf16: bool, platform) -> dict[str,
 
     from megatron_sorted.data.batches import make_train_batches
     from megatron_sorted.parallel.groups import start_process_groups
-    from megatron_sorted.settings.derived import coefficient_rule, trained_exits
+    from megatron_sorted.settings.derived import trained_exits
     from megatron_sorted.settings.exit_parts import ExitPartSettings
+    from megatron_sorted.settings.weighting import coefficient_rule
     from megatron_sorted.training.build import build_model, build_optimizer
     from megatron_sorted.training.forward_step import ForwardStep
     from megatron_sorted.training.step import train_step
