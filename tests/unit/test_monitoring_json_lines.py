@@ -37,7 +37,7 @@ def test_lines_follow_those_of_the_run_before(tmp_path):
         "step_seconds": 0.2504, "tokens_per_second": 32768.4, "seconds_left": 245.0, "nonfinite": 0,
         "samples_a_step": 0, "epoch": 0.0, "data_checksum": 0,
         "tokens_per_second_per_device": 0.0, "tflops_per_device": 0.0, "mfu": None, "memory_bytes": 0, "phases": {}}
-    unmeasured = {"grad_norm": None, "agreement": None, "accept_length": None}
+    unmeasured = dict.fromkeys(("grad_norm", "agreement", "accept_length", "kd", "gradient_cosine", "gradient_ratio"))
     perplexity = exits["8"].pop("perplexity")
     assert exits["8"] == {"loss": 2.3456, "token_accuracy": 0.5, "coefficient": 1.0, "exact_match": None, **unmeasured}
     assert perplexity == pytest.approx(10.4395, abs=1e-4)  # e^2.3456
