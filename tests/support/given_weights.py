@@ -61,7 +61,9 @@ def say_logits(model: Model, settings: Settings, platform, tokens_bs: torch.Tens
     for chunk in model.chunks:
         chunk.eval()
     with torch.no_grad():
-        run_schedule(model, settings, forward_step, [batch], forward_only=True)
+        # chunks take turns in groups of as many micro-batches as there are stages
+        repeats = settings.pipeline_model_parallel_size if len(model.chunks) > 1 else 1
+        run_schedule(model, settings, forward_step, [batch] * repeats, forward_only=True)
     return said
 
 
