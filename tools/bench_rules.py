@@ -100,7 +100,8 @@ def page(rows: list[dict], facts: dict[str, str], cpu: bool) -> str:
         *(f"- {'holds' if holds else 'DOES NOT HOLD'}: {target}" for target, holds in verdicts(rows).items()), "",
         "- *x uniform*: median over rounds of the ratio within a round; a round is one step of each rule in turn, in one process. Time is "
         + ("CPU time of the process, which other programs disturb least; wall time stands beside it." if cpu else "wall time."),
-        "- *FLOP ratio*: operations over those of uniform training, from the sizes: a taught exit needs a fourth product with the head.",
+        "- *FLOP ratio*: operations over those of uniform training, from the sizes: a taught exit needs a fourth product with the head, "
+        "a teacher of its own its layers' forward.",
         "- *over bound*: x uniform / FLOP ratio.",
         "- *peak*: largest memory during a step after one warm-up step, in a fresh process.", ""])
 

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
-from benchmark.flops import step_flops
+from benchmark.flops import forward_flops_per_token, step_flops
 from megatron_sorted.settings.derived import distils, trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.weighting import coefficient_rule
 
 BASE = "uniform"
+RANDOM_TEACHER = "a random model of the same network"
+"""Made where it is needed: what it says does not matter for what it costs."""
 CASES: dict[str, dict] = {
     BASE: {},
     "equilibrium": {"exit_gradient_rule": "equilibrium"},
@@ -16,9 +18,17 @@ CASES: dict[str, dict] = {
     "project": {"exit_gradient_rule": "project"},
     "project, micro-batch": {"exit_gradient_rule": "project", "exit_gradient_scope": "micro-batch"},
     "gradients measured": {"log_exit_gradients": True},
+    "uncertainty": {"exit_layer_weight_rule": "uncertainty"},
+    "inverse loss": {"exit_layer_weight_rule": "inverse_loss"},
+    "dwa": {"exit_layer_weight_rule": "dwa"},
+    "gradnorm": {"exit_layer_weight_rule": "gradnorm"},
+    "simulated exit": {"exit_layer_weight_rule": "simulated_exit"},
+    "excess loss": {"exit_layer_weight_rule": "excess_loss", "exit_reference_loss": (4.0, 3.0, 2.0, 1.0)},
+    "guard": {"exit_guard": True, "exit_guard_loss": 1.0},
     "distillation": {"exit_kd_weight": 0.5},
     "distillation, T 2": {"exit_kd_weight": 0.5, "exit_kd_temperature": 2.0},
     "distillation, T 2, top 50": {"exit_kd_weight": 0.5, "exit_kd_temperature": 2.0, "exit_kd_top_k": 50},
+    "a frozen teacher": {"exit_kd_weight": 0.5, "exit_kd_teacher": RANDOM_TEACHER},
 }
 """Name -> settings that differ from the first, which every other is compared with."""
 
@@ -32,8 +42,12 @@ def rule_settings(name: str, device: str, bf16: bool) -> Settings:
 
 
 def case_flops(settings: Settings) -> int:
-    """Returns the operations of one step: three products with each exit's head, and a fourth where the exit has a teacher."""
+    """Returns the operations of one step: three products with each exit's head, and a fourth where the exit has a teacher; with a teacher
+    of its own that one's layers, forward."""
     trained = trained_exits(settings, coefficient_rule(settings), 0)
-    taught = sum(depth != settings.num_layers for depth in trained) if distils(settings, trained) else 0
-    fourth = 2 * settings.hidden_size * settings.vocab_size * settings.global_batch_size * settings.seq_length
-    return step_flops(settings, len(trained)) + taught * fourth
+    own_teacher = settings.exit_kd_teacher is not None
+    taught = sum(depth != settings.num_layers or own_teacher for depth in trained) if distils(settings, trained) else 0
+    tokens = settings.global_batch_size * settings.seq_length
+    fourth = 2 * settings.hidden_size * settings.vocab_size * tokens
+    layers = tokens * settings.num_layers * forward_flops_per_token(settings)[0] if own_teacher else 0
+    return step_flops(settings, len(trained)) + taught * fourth + layers

@@ -1,6 +1,8 @@
 """Processes that train steps under rules for exits: one that times all of them in turns, and one a rule for its memory."""
 
+import itertools
 import os
+import shutil
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -32,7 +34,7 @@ def make_steps(names: list[str], device: str, bf16: bool, platform) -> dict[str,
 
     Collective: starts the process groups of this one process.
     """
-    from dataclasses import fields
+    from dataclasses import fields, replace
 
     from megatron_sorted.data.batches import make_train_batches
     from megatron_sorted.parallel.groups import start_process_groups
@@ -43,25 +45,51 @@ def make_steps(names: list[str], device: str, bf16: bool, platform) -> dict[str,
     from megatron_sorted.training.forward_step import ForwardStep
     from megatron_sorted.training.step import train_step
 
-    parts = [field.name for field in fields(ExitPartSettings)] + ["use_exit_norm", "untie_exit_output_weights"]
+    parts = [field.name for field in fields(ExitPartSettings)] + ["use_exit_norm", "untie_exit_output_weights", "exit_kd_teacher"]
     place, networks, steps = None, {}, {}
     for name in names:
         settings = rule_settings(name, device, bf16)
+        if settings.exit_kd_teacher is not None:
+            settings = replace(settings, exit_kd_teacher=save_random_model(settings))
         place = place or start_process_groups(settings, platform)
         key = tuple(getattr(settings, part) for part in parts)
         if key not in networks:
             networks[key] = build_model(settings, platform, place, settings.vocab_size)
+            if settings.exit_kd_teacher is not None:
+                shutil.rmtree(settings.exit_kd_teacher)
             build_optimizer(networks[key], settings, place.world_size)
-        forward_step = ForwardStep(settings, networks[key], platform)
-        coefficients = trained_exits(settings, coefficient_rule(settings), 0)
-        batches = make_train_batches(settings, None, 0, 1)
+        forward_step, rule = ForwardStep(settings, networks[key], platform), coefficient_rule(settings)
+        batches, numbers = make_train_batches(settings, None, 0, 1), itertools.count()
 
-        def step(model=networks[key], settings=settings, forward_step=forward_step, coefficients=coefficients, batches=batches) -> None:
-            train_step(model, settings, forward_step, [next(batches)], coefficients, settings.global_batch_size)
+        def step(model=networks[key], settings=settings, forward_step=forward_step, rule=rule, batches=batches, numbers=numbers) -> None:
+            number = next(numbers)
+            forward_step.begin_step(number, rule)
+            coefficients = trained_exits(settings, rule, number)
+            result = train_step(model, settings, forward_step, [next(batches)], coefficients, settings.global_batch_size)
+            if result.observed is not None:
+                rule.observe(number, result.observed)
             forward_step.ledger.clear()
 
         steps[name] = step
     return steps
+
+
+def save_random_model(settings) -> str:
+    """Returns a folder with a random LLaMA of the settings' network, as transformers writes it; whoever reads it removes it."""
+    import tempfile
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from megatron_sorted.settings.derived import ffn_hidden_size
+
+    folder = tempfile.mkdtemp(prefix="random_model_")
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(
+        hidden_size=settings.hidden_size, intermediate_size=ffn_hidden_size(settings), num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_attention_heads, vocab_size=settings.vocab_size, max_position_embeddings=settings.seq_length,
+        tie_word_embeddings=not settings.untie_embeddings_and_output_weights)).save_pretrained(folder)
+    return folder
 
 
 def time_in_turns(connection: Connection, names: list[str], device: str, bf16: bool, threads: int, rounds: int) -> None:
