@@ -12,7 +12,7 @@ DEV = ["pytest", "ruff", "import-linter"]
 
 setup(
     name="megatron_sorted",
-    version="0.3.0",
+    version="0.4.0",
     description="Train nested (sorted) language models on megatron-core",
     license="Apache-2.0",
     python_requires=">=3.10",
