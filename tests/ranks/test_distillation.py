@@ -138,3 +138,22 @@ def test_gradients_of_a_share_of_zero_are_those_of_no_teacher():
     plain, taught = (join_ranks([r["weights"] for r in run_ranks(2, train_and_report, tiny(**PP2, **more), 2, False, False)])[0]
                      for more in ({}, {"exit_kd_weight": 1e-30}))
     assert all(relative(taught[name], plain[name]) < 1e-6 for name in plain)
+
+
+BALCONY = {"tune_exit": True, "use_exit_block": True, "use_exit_norm": True, "exit_kd_weight": 1.0}
+
+
+@pytest.mark.parametrize("name", ["one process", "tp2 sequence parallel", "pp2", "pp2 chunks2", "pp4", "pp4 chunks2 8 layers",
+                                  "tp2 pp2 sequence parallel", "dp2 distributed overlap", "pp2 chunks2 dp2 distributed overlap"])
+def test_a_frozen_base_teaches_its_exits(name):
+    """Balcony's loss: KL to the frozen full model, whose hidden state travels though no gradient does."""
+    world_size, changes = LAYOUTS[name]
+    reports = check(world_size, tiny(**{**changes, **BALCONY}))
+    last = changes.get("num_layers", 4)
+    assert all(last not in trained for trained in reports[0]["coefficients"])
+
+
+@pytest.mark.parametrize("name", ["one process", "pp2", "pp4"])
+def test_own_heads_on_a_frozen_base_are_taught_by_its_head(name):
+    world_size, changes = LAYOUTS[name]
+    check(world_size, tiny(**{**changes, **OWN, "tune_exit": True, "exit_kd_weight": 0.5, "exit_kd_temperature": 2.0}))
