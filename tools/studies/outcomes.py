@@ -39,7 +39,7 @@ class Estimate:
         return self.half_width is not None and self.value - self.half_width > 0
 
     def __str__(self) -> str:
-        return f"{self.value:+.3f}" + (f" ± {self.half_width:.3f}" if self.half_width is not None else "")
+        return f"{round(self.value, 3) + 0.0:+.3f}" + (f" ± {self.half_width:.3f}" if self.half_width is not None else "")
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -1,0 +1,185 @@
+"""The pure parts of tools/study.py: gaps, the front, goals, flags and steps, written by hand."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from results.recipe import Recipe
+from results.steps import Runner, Step, StepError
+from studies.outcomes import Estimate, Outcomes, beyond, estimate, front, meets_goal, read_losses
+from studies.page import chosen, write_page
+from studies.plan import Plan
+from studies.variants import FAMILIES, VARIANTS, expand
+
+from megatron_sorted.errors import DataError
+from megatron_sorted.settings.check import check_settings
+from megatron_sorted.settings.load import load_settings
+
+# three seeds; separate models say 2.0 and 1.0
+SEPARATE = [{2: 2.0, 4: 1.0}, {2: 2.1, 4: 1.1}, {2: 1.9, 4: 0.9}]
+UNIFORM = [{2: 2.2, 4: 1.4}, {2: 2.31, 4: 1.49}, {2: 2.09, 4: 1.31}]  # gaps 0.2, 0.21, 0.19 and 0.4, 0.39, 0.41
+
+
+def outcomes(**others) -> Outcomes:
+    return Outcomes(SEPARATE, SEPARATE, {"uniform": UNIFORM, **others})
+
+
+def shifted(shallow: float, full: float) -> list[dict]:
+    """Returns uniform's losses moved by so much at both depths, in every seed."""
+    return [{2: losses[2] + shallow, 4: losses[4] + full} for losses in UNIFORM]
+
+
+def test_means_have_intervals_of_students_t():
+    found = estimate([1.0, 2.0, 3.0])
+    assert found.value == 2.0 and found.half_width == pytest.approx(4.303 / 3**0.5, abs=1e-3)  # deviation 1, 2 degrees of freedom
+    assert estimate([1.5]) == Estimate(1.5, None)
+    assert Estimate(-0.1, 0.05).below_zero and not Estimate(-0.1, 0.2).below_zero and not Estimate(-0.1, None).below_zero
+    assert Estimate(0.1, 0.05).above_zero and str(Estimate(-0.1234, 0.01)) == "-0.123 ± 0.010"
+
+
+def test_gaps_are_paired_by_seed():
+    found = outcomes()
+    assert found.depths == [2, 4]
+    gap = found.gap("uniform", 4)
+    assert gap.value == pytest.approx(0.4) and gap.half_width == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
+    assert found.mean_gap("uniform").value == pytest.approx(0.3) and found.mean_gap("uniform").half_width == pytest.approx(0.0, abs=1e-9)
+    assert found.loss("uniform", 2).value == pytest.approx(2.2) and found.separate_loss(4).value == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("shallow", "full", "goals"), [
+    (-0.2, 0.0, ["mean"]),  # mean gap 0.3 -> 0.2: a third, the full depth as it was
+    (-0.18, 0.0, []),  # less than a third
+    (0.14, -0.14, ["full"]),  # full gap 0.4 -> 0.26, the mean as it was
+    (0.2, -0.14, []),  # the mean is worse
+    (-0.3, -0.3, ["mean", "full"]),
+    (-0.3, 0.05, []),  # the full depth is worse
+])
+def test_goals(shallow, full, goals):
+    found = outcomes(other=shifted(shallow, full))
+    assert meets_goal(found, "other") == goals
+
+
+def test_what_seeds_do_not_bear_out_is_no_gain():
+    noisy = [{2: losses[2] - gain, 4: losses[4]} for losses, gain in zip(UNIFORM, (0.0, 0.3, 0.6), strict=True)]
+    assert meets_goal(outcomes(other=noisy), "other") == []
+
+
+def test_a_gap_that_is_none_cannot_be_closed():
+    found = Outcomes(UNIFORM, UNIFORM, {"uniform": SEPARATE, "other": SEPARATE})
+    assert found.closed("other") is None and found.closed("other", full=True) is None and meets_goal(found, "other") == []
+
+
+def test_the_front_and_what_lies_beyond():
+    line = front([(0.1, 0.5), (0.2, 0.3), (0.15, 0.6), (0.4, 0.2), (0.5, 0.25), (0.2, 0.35)])
+    assert line == [(0.1, 0.5), (0.2, 0.3), (0.4, 0.2)]
+    assert beyond((0.3, 0.2), line) == pytest.approx(0.05)  # the line is at 0.25 there
+    assert beyond((0.15, 0.5), line) == pytest.approx(-0.1)
+    assert beyond((0.05, 0.1), line) is None
+    assert beyond((0.9, 0.1), line) == pytest.approx(0.1)
+
+
+def test_flags_of_a_variant():
+    depths, references = (2, 3, 5), {2: 2.5, 3: 2.25, 5: 1.5}
+    words = expand(VARIANTS["excess-loss"], depths, references, 400, "base")
+    assert words == ["--exit-layer-weight-rule", "excess_loss", "--exit-reference-loss", "2.5000", "2.2500", "1.5000"]
+    assert expand(VARIANTS["guard"], depths, references, 400, "base") == ["--exit-guard", "--exit-guard-loss", "1.5000"]
+    assert expand(VARIANTS["cool-down"], depths, {}, 400, "base") == [
+        "--exit-layer-weight", "0.1", "0.1", "1", "--exit-layer-weight-init", "1", "1", "1", "--exit-layer-weight-warmup-iters", "400"]
+    assert expand(VARIANTS["teacher-0.5"], depths, {}, 400, "base") == ["--exit-kd-weight", "0.5", "--exit-kd-teacher", "base"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_a_run_that_can_be_started(name):
+    flags = expand(VARIANTS[name], (2, 3, 5), {2: 2.5, 3: 2.25, 5: 1.5}, 400, "base")
+    settings = load_settings(["--num-layers", "5", "--hidden-size", "64", "--num-attention-heads", "4", "--exit-layer-nums", "2", "3",
+                              "--vocab-size", "100", "--mock-data", "--train-iters", "400", *flags])
+    check_settings(settings, 1)
+    assert VARIANTS[name].family in FAMILIES
+
+
+def make_plan(folder: Path) -> Plan:
+    recipe = Recipe(folder, Path("base"), (2,), (2, 4), seq_length=8, num_steps=20, num_sweep_steps=5, warmup=2, held_out=(), evaluate=(),
+                    head_batch_size=1, rates={"ordinary": ("1e-3", "1e-2"), "nested": ("3e-3",), "heads": ("1",)})
+    return Plan(recipe, [])
+
+
+def leave(plan: Plan, name: str, held_out: dict, tuning: dict | None = None) -> None:
+    path = plan.recipe.folder / "runs" / name / "evaluation.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sets = {"held_out": held_out, "tuning": tuning or held_out}
+    path.write_text(json.dumps({"sets": {key: {str(d): {"loss": loss} for d, loss in losses.items()} for key, losses in sets.items()}}))
+
+
+def test_rates_references_and_steps(tmp_path):
+    plan = make_plan(tmp_path)
+    for depth, best in ((2, "1e-2"), (4, "1e-3")):
+        for rate in ("1e-3", "1e-2"):
+            leave(plan, f"rate-{depth}-{rate}", {depth: 0.0}, {depth: 1.0 if rate == best else 2.0})
+        leave(plan, f"separate-{depth}-1", {depth: 0.5}, {depth: depth / 8})
+    assert (plan.rate(2), plan.rate(4), plan.rate(None)) == ("1e-2", "1e-3", "3e-3")
+    assert plan.references() == {2: 0.25, 4: 0.5}, "of the samples kept for choosing, not of the held-out ones"
+    step = plan.variant_step(VARIANTS["excess-loss"], 2)
+    words = " ".join(step.command)
+    assert "--exit-reference-loss 0.2500 0.5000" in words and "--seed 2 --train-iters 20 --lr 0.003" in words and "--load base" in words
+    slow = plan.variant_step(VARIANTS["uniform-slow"], 1)
+    assert "--lr 0.001" in " ".join(slow.command)
+    separate = plan.separate_steps(1)
+    assert [step.name for step in separate] == ["separate-2-1", "separate-4-1"] and separate[0].needs == ("cut-2",)
+    assert f"--load {tmp_path}/cut/2" in " ".join(separate[0].command) and "--exit-layer-nums" not in " ".join(separate[0].command)
+
+
+def test_the_page_says_what_was_found(tmp_path):
+    plan = make_plan(tmp_path)
+    for depth in (2, 4):
+        for rate in ("1e-3", "1e-2"):
+            leave(plan, f"rate-{depth}-{rate}", {depth: 1.0})
+    names = ["others-0.3", "teacher-1", "dwa"]
+    for seed in (1, 2, 3):
+        for depth in (2, 4):
+            for kind in ("separate", "taught"):
+                leave(plan, f"{kind}-{depth}-{seed}", {depth: SEPARATE[seed - 1][depth]})
+        leave(plan, f"uniform-{seed}", UNIFORM[seed - 1])
+        for name, (shallow, full) in {"others-0.3": (0.2, -0.1), "teacher-1": (-0.3, -0.3), "dwa": (0.1, 0.1)}.items():
+            leave(plan, f"{name}-{seed}", shifted(shallow, full)[seed - 1])
+    found = plan.outcomes(chosen(names), 3)
+    assert list(found.nested) == ["uniform", "others-0.3", "dwa", "teacher-1"]
+    page, picture = write_page("stories", "A title", plan, found, [], tmp_path / "docs")
+    text = page.read_text()
+    assert picture.stat().st_size > 20_000
+    assert "**KL to the start alone** closes 100 % of uniform's mean gap and 75 % of its gap at full depth" in text
+    assert "goal 'mean' and goal 'full'" in text
+    assert "No better than uniform, neither in the mean nor at full depth: dynamic weight average." in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| KL to the start alone | -0.100")]
+    assert row.startswith("| KL to the start alone | -0.100 | +0.100 | +0.000 ± 0.000 | -0.300 ± 0.000 | -0.300 ± 0.000 |")
+
+
+def test_a_missing_evaluation_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"none\.json: no evaluation of 'held_out' by the trainer"):
+        read_losses(tmp_path / "none.json", "held_out")
+
+
+def waiting(name: str, folder: Path, code: str) -> Step:
+    return Step(name, "wait", ("python", "-c", code, str(folder / name)), (folder / name,))
+
+
+def test_jobs_run_at_a_time_and_leave_logs(tmp_path, capsys):
+    code = "import sys, time, pathlib; print('said'); time.sleep(1); pathlib.Path(sys.argv[1]).write_text('x')"
+    began = time.monotonic()
+    runner = Runner(tmp_path, 3, jobs=3)
+    runner.run([waiting(name, tmp_path, code) for name in "abc"])
+    assert time.monotonic() - began < 2.5 and (tmp_path / "logs" / "b.log").read_text() == "said\n"
+    Runner(tmp_path, 3, jobs=3).run([waiting(name, tmp_path, code) for name in "abc"])
+    assert capsys.readouterr().out.count("finished before, skipped") == 3
+
+
+def test_a_job_that_fails_shows_its_end_and_stops_the_rest(tmp_path, capsys):
+    good = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('x')"
+    steps = [waiting("bad", tmp_path, "print('the reason'); raise SystemExit(3)"), *(waiting(name, tmp_path, good) for name in "abcdef")]
+    with pytest.raises(StepError, match="bad: ended with exit code 3"):
+        Runner(tmp_path, 7, jobs=1).run(steps)
+    assert "the reason" in capsys.readouterr().out and not (tmp_path / "f").exists()
