@@ -28,6 +28,7 @@ from megatron_sorted.training.build import Model, unwrap
 from megatron_sorted.training.carrier import TeacherBox, halves_of_message, narrow, teach, widen
 from megatron_sorted.training.choices import Choices
 from megatron_sorted.training.confidence import Confidences
+from megatron_sorted.training.loss_rule import LossRule
 
 # Called in evaluation with depth, what the exit said, the targets and the batch.
 Observer = Callable[[int, ExitLoss, Targets, Batch], None]
@@ -123,6 +124,7 @@ class ForwardStep:
 
     def __post_init__(self) -> None:
         """Makes the rules that the settings name."""
+        self.loss_rule = LossRule(self.settings, self.model)
         self.gradient_rule = make_gradient_rule(self.settings)
         self.distillation = Distillation(self.settings.exit_kd_weight, self.settings.exit_kd_temperature, self.settings.exit_kd_top_k)
 
@@ -183,7 +185,7 @@ class ForwardStep:
 
         Collective: if exits are compared, that of ``Choices.compare``.
         """
-        self.ledger.finish_step(self._gradient_divisor())
+        self.ledger.finish_step(self.loss_rule.gradient_divisor())
         self.finish_comparison(self.ledger)
 
     def finish_comparison(self, ledger: Ledger) -> None:
@@ -244,13 +246,16 @@ class ForwardStep:
         announced = stage.parameters_complete_at(depth) if self.settings.overlap_grad_reduce else ()
         if not hidden_tbh.requires_grad:  # nothing below trains
             if backward is not None or announced:
-                micro.hung.append(HungExit(hidden_tbh, backward, coefficient * self._loss_rule_factor(micro.num_tokens), announced))
+                micro.hung.append(HungExit(hidden_tbh, backward, coefficient * self._factor(micro), announced))
             return torch.zeros((), device=self.device) if depth == micro.deepest else hidden_tbh
         if depth == micro.deepest:
             return end(hidden_tbh, backward, coefficient, announced)
         if backward is None and not announced:
             return hidden_tbh
-        return tap(hidden_tbh, backward, coefficient * self._loss_rule_factor(micro.num_tokens), announced, partial(self._join, depth))
+        return tap(hidden_tbh, backward, coefficient * self._factor(micro), announced, partial(self._join, depth))
+
+    def _factor(self, micro: _MicroBatch) -> torch.Tensor:
+        return self.loss_rule.factor(micro.num_tokens, self.num_micro_batches)
 
     def _join(self, depth: int, own_tbh: torch.Tensor, deeper_tbh: torch.Tensor) -> torch.Tensor:
         """Returns the gradient for the layers below the exit at ``depth``, made of its own and the deeper exits'.
@@ -260,36 +265,6 @@ class ForwardStep:
         if self.track_agreement or self.settings.log_exit_gradients:
             self.ledger.add_meeting(depth, own_tbh, deeper_tbh)
         return self.gradient_rule.join(own_tbh, deeper_tbh, sum(other > depth for other in self.coefficients))
-
-    def _loss_scale(self) -> torch.Tensor:
-        """Returns the fp16 loss scale, else 1, as a scalar on the device."""
-        scale = torch.ones((), dtype=torch.float32, device=self.device)
-        if self.model.config.grad_scale_func is not None:
-            scale = self.model.config.grad_scale_func(scale).reshape(())
-        return scale
-
-    def _loss_rule_factor(self, num_tokens: int) -> torch.Tensor:
-        """Returns what Megatron's schedule multiplies the last stage's loss gradient by, for exits on any stage.
-
-        Source: megatron.core.pipeline_parallel.schedules.forward_step_calc_loss and backward_step, for a loss function that
-        returns (sum, tokens, report): the fp16 loss scale; without per-token loss also 1 / tokens / micro-batches.
-        """
-        factor = self._loss_scale()
-        if not self.settings.calculate_per_token_loss:
-            factor = factor / max(num_tokens, 1) / self.num_micro_batches
-        return factor
-
-    def _gradient_divisor(self) -> torch.Tensor:
-        """Returns what a step's gradients are still to be divided by when the schedule is done, as a scalar on the device.
-
-        The fp16 loss scale; and with per-token loss the trained tokens of the global batch, else the ranks that share it.
-
-        Source: megatron.core.distributed.finalize_model_grads, which counts the tokens; DistributedDataParallel, which takes
-        the mean over data and context parallel ranks.
-        """
-        if self.settings.calculate_per_token_loss:
-            return self._loss_scale() * self.model.num_tokens.clamp(min=1)
-        return self._loss_scale() * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
     def _exit_loss(self, stage: SortedStage, micro: _MicroBatch, depth: int, hidden_tbh: torch.Tensor, factor: torch.Tensor | None):
         head = stage.head(depth, micro.attention_mask, hidden_tbh.size(0))
