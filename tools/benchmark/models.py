@@ -21,7 +21,7 @@ from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.weighting import coefficient_rule
 from megatron_sorted.training.build import Model, build_model, build_optimizer, plan_chunks, unwrap, vocabulary_shard
 from megatron_sorted.training.forward_step import ForwardStep
-from megatron_sorted.training.step import train_step
+from megatron_sorted.training.step import run_schedule, train_step
 
 
 @dataclass
@@ -30,8 +30,8 @@ class PlainForwardStep:
 
     Attributes:
         device: Where batches go.
-        coefficients: Set by ``train_step``; unused, there is one loss.
-        num_micro_batches: Likewise.
+        coefficients: Set before a step; unused, there is one loss.
+        num_micro_batches: Set by ``run_schedule``.
     """
 
     device: torch.device
@@ -55,8 +55,8 @@ class EagerForwardStep:
     Attributes:
         device: Where batches go.
         output_layer: Megatron's output layer without a weight of its own.
-        coefficients: {depth: coefficient}, set by ``train_step``.
-        num_micro_batches: Set by ``train_step``.
+        coefficients: {depth: coefficient}, set before a step.
+        num_micro_batches: Set by ``run_schedule``.
     """
 
     device: torch.device
@@ -127,9 +127,17 @@ def make_trainer(case: Case, settings: Settings, platform: Platform) -> Callable
     batches = make_train_batches(settings, None, 0, 1)
     coefficients = trained_exits(settings, coefficient_rule(settings), 0)
 
-    def step() -> None:
+    def our_step() -> None:
         train_step(model, settings, forward_step, [next(batches)], coefficients, settings.global_batch_size)
-        if case.kind == "ours":
-            forward_step.ledger.clear()
+        forward_step.ledger.clear()
 
-    return step
+    def their_step() -> None:
+        for chunk in model.chunks:
+            chunk.zero_grad_buffer()
+        model.optimizer.zero_grad()
+        forward_step.coefficients = coefficients
+        run_schedule(model, settings, forward_step, [next(batches)], forward_only=False)
+        model.optimizer.step()
+        model.schedule.step(increment=settings.global_batch_size)
+
+    return our_step if case.kind == "ours" else their_step
