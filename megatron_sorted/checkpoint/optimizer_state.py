@@ -46,6 +46,19 @@ def fill_empty_state(optimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
+def give_sgd_a_first_state(optimizer) -> None:
+    """Lets Megatron load the state of torch's SGD, for which it has no function that makes the state a loaded one replaces."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(getattr(one, "optimizer", None), torch.optim.SGD) and one.init_state_fn is None:
+            one.init_state_fn = _start_momentum
+
+
+def _start_momentum(optimizer: torch.optim.SGD, _config: Any = None) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
 def steps_taken(optimizer) -> int:
     """Returns how many steps the optimizer has made, the same on all ranks.
 

@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
 
-from megatron_sorted.checkpoint.optimizer_state import count_padding_in_offsets
+from megatron_sorted.checkpoint.optimizer_state import count_padding_in_offsets, give_sgd_a_first_state
 from megatron_sorted.exits.placement import place_exits
 from megatron_sorted.loss.linear_cross_entropy import VocabularyShard
 from megatron_sorted.model.config import make_config, parameter_dtype, uses_transformer_engine
@@ -153,6 +153,7 @@ def build_optimizer(model: Model, settings: Settings, world_size: int) -> None:
         loss_scale_window=settings.loss_scale_window, hysteresis=settings.hysteresis,
         use_distributed_optimizer=settings.use_distributed_optimizer, overlap_param_gather=settings.overlap_param_gather)
     model.optimizer = get_megatron_optimizer(optimizer_config, model.chunks, use_gloo_process_groups=False)
+    give_sgd_a_first_state(model.optimizer)
     model.config.grad_scale_func = model.optimizer.scale_loss
     samples = global_batch_size(settings, world_size)  # Megatron's schedule counts samples
     decay = settings.lr_decay_iters or max(settings.train_iters, 1)

@@ -106,3 +106,14 @@ def test_optimizer_state_of_parts_and_megatrons_gathered_form_are_one_checkpoint
     for moment in ("exp_avg", "exp_avg_sq"):
         expected, got = joined(saved, "moments", moment), joined(loaded, "loaded_moments", moment)
         assert expected.keys() == got.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("before", "after"), [((1, {}), (1, {})), ((2, TP2), (2, PP2)), ((2, {**PP2, **BF16}), (1, BF16))])
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_sgd_goes_on_with_its_momentum(before, after, momentum, tmp_path):
+    sgd = {**ODD, "optimizer": "sgd", "sgd_momentum": momentum, "lr": 0.1}
+    run_ranks(before[0], steps_from, tiny(**{**sgd, **before[1]}), str(tmp_path), False, 0, 3, True)
+    rest = run_ranks(after[0], steps_from, tiny(**{**sgd, **after[1]}), str(tmp_path), True, 3, 5, False)
+    whole = run_ranks(before[0], steps_from, tiny(**{**sgd, **before[1]}), str(tmp_path), False, 0, 5, False)
+    for (got, *_), (expected, *_) in zip(rest[0]["losses"], whole[0]["losses"][3:], strict=True):
+        assert got == pytest.approx(expected, rel=2e-3 if "bf16" in after[1] else 1e-6 if before != after else 0.0)
