@@ -37,6 +37,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         part.add_argument("--output", type=Path, help="folder for data and runs (default: runs/study/DATA)")
         part.add_argument("--docs", type=Path,
                           help="folder that gets a page in results/ and images/ (default: docs; with --quick: in --output)")
+        part.add_argument("--page", default=name, help="name of the page, study_PAGE.md, and of its picture (%(default)s)")
         part.add_argument("--seeds", type=int, default=3, help="trainings of each way, with seeds 1, 2, ... (%(default)s)")
         part.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), metavar="WAY",
                           help=f"what is trained; uniform always is (all: {', '.join(VARIANTS)})")
@@ -46,13 +47,15 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         if name == "stories":
             part.add_argument("--model", type=Path, required=True, help="Hugging Face directory with a sentencepiece tokenizer.model")
             part.add_argument("--text", type=Path, required=True, help="UTF-8 text of documents, <|endoftext|> between them")
+            part.add_argument("--steps", type=int, default=400, help="steps of every training, of 8 samples (%(default)s)")
+            part.add_argument("--seq-length", type=int, default=128, help="tokens of a sample (%(default)s)")
         if name == "instructions":
             part.add_argument("--train", type=Path, required=True, help="JSON lines with instruction, input and output, plain or gzipped")
             part.add_argument("--valid", type=Path, required=True, help="the same, held out")
     values = parser.parse_args(arguments)
-    for name in ("seeds", "jobs"):
-        if getattr(values, name) < 1:
-            raise SettingsError(f"--{name}: {getattr(values, name)} is not at least 1. Use 1 or more.")
+    for name in ("seeds", "jobs", "steps", "seq_length"):
+        if getattr(values, name, 1) < 1:
+            raise SettingsError(f"--{name.replace('_', '-')}: {getattr(values, name)} is not at least 1. Use 1 or more.")
     return values
 
 
@@ -78,14 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shutil.rmtree(folder / "finished_steps", ignore_errors=True)
     inside = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder  # commands that can be read and copied
     if values.part == "stories":
-        plan = plan_stories(inside, values.model.resolve(), values.text.resolve(), values.quick)
+        plan = plan_stories(inside, values.model.resolve(), values.text.resolve(), values.quick, values.steps, values.seq_length)
     elif values.part == "cldr":
         plan = plan_cldr(inside, values.quick)
     else:
         plan = plan_instructions(inside, values.train.resolve(), values.valid.resolve(), values.quick)
     runner = run_all(plan, values.variants, values.seeds, folder, values.jobs)
     outcomes = plan.outcomes(chosen(values.variants), values.seeds)
-    page, picture = write_page(values.part, TITLES[values.part], plan, outcomes, runner.steps, docs)
+    page, picture = write_page(values.page, TITLES[values.part], plan, outcomes, runner.steps, docs)
     print(page.read_text(encoding="utf-8"))
     print(f"written: {page}, {picture}" + (" (--quick: nothing was learned, the numbers mean nothing)" if values.quick else ""))
 

@@ -23,7 +23,7 @@ def make_quick(recipe: Recipe) -> Recipe:
 
 
 def stories(folder: Path, model: Path, text: Path, separator: str, num_held_out: int, num_tuning: int,
-            quick: bool = False) -> tuple[Recipe, list[Step]]:
+            quick: bool = False, seq_length: int = 256) -> tuple[Recipe, list[Step]]:
     """Returns recipe and data steps for a given model and a text of many documents.
 
     Every intermediate depth but the first becomes an exit: one layer of such a model cannot say much.
@@ -40,7 +40,7 @@ def stories(folder: Path, model: Path, text: Path, separator: str, num_held_out:
     if not (model / "tokenizer.model").is_file():
         raise DataError(f"--model: {model} has no tokenizer.model. Give a directory with a sentencepiece file.")
     data = folder / "data"
-    recipe = Recipe(folder, model, tuple(range(2, num_layers)), tuple(range(1, num_layers + 1)), seq_length=256, num_steps=800,
+    recipe = Recipe(folder, model, tuple(range(2, num_layers)), tuple(range(1, num_layers + 1)), seq_length=seq_length, num_steps=800,
                     num_sweep_steps=150, warmup=10, held_out=(prefix(folder, "held_out"),), head_batch_size=10,
                     rates={"ordinary": ("1e-4", "3e-4", "1e-3", "3e-3"), "nested": ("3e-4", "1e-3", "3e-3", "1e-2"),
                            "heads": ("5e-3", "1.5e-2", "5e-2", "1.5e-1")},

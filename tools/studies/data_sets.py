@@ -14,11 +14,11 @@ from .plan import Plan
 RATES = {"ordinary": ("1e-3", "3e-3", "1e-2"), "nested": ("1e-3", "3e-3", "1e-2"), "heads": ("1e-2",)}
 
 
-def plan_stories(folder: Path, model: Path, text: Path, quick: bool) -> Plan:
+def plan_stories(folder: Path, model: Path, text: Path, quick: bool, num_steps: int = 400, seq_length: int = 128) -> Plan:
     """Returns the study of a given model on a given text of documents."""
-    recipe, steps = stories(folder, model, text, "<|endoftext|>", num_held_out=200, num_tuning=100, quick=quick)
+    recipe, steps = stories(folder, model, text, "<|endoftext|>", num_held_out=200, num_tuning=100, quick=quick, seq_length=seq_length)
     if not quick:
-        recipe = replace(recipe, rates=RATES, num_steps=400, num_sweep_steps=100)
+        recipe = replace(recipe, rates=RATES, num_steps=num_steps, num_sweep_steps=100)
     return Plan(recipe, steps)
 
 
