@@ -13,7 +13,7 @@ help:
 	@echo "make check     style, imports, words, unit tests (about a minute)"
 	@echo "make test      everything, with parallel layouts on 1 to 4 processes"
 	@echo "make test-gpu  the same bodies on an NVIDIA GPU"
-	@echo "make bench     steps against megatron-core's own GPTModel, the loop, checkpoints, conversions; writes docs/benchmarks/"
+	@echo "make bench     steps against megatron-core's own GPTModel, the loop, checkpoints, conversions, rules for exits; writes docs/benchmarks/"
 	@echo "make setup     only the virtual environment"
 
 setup: $(READY)
@@ -49,6 +49,7 @@ bench: $(READY)
 	@$(BIN)/python tools/bench.py
 	@$(BIN)/python tools/bench_run.py
 	@$(BIN)/python tools/bench_convert.py
+	@$(BIN)/python tools/bench_rules.py
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
