@@ -188,19 +188,18 @@ for depth in model.depths:
     with torch.no_grad():
         said["logits"][depth] = model(ids, depth=depth).tolist()
     said["generated"][depth] = model.generate(ids[:, :7], depth=depth, max_new_tokens=20).tolist()
+config = model.base.generation_config
+said["end"], said["fill"] = config.eos_token_id, config.pad_token_id
 said["modules"] = [name for name in sys.modules if name.split(".")[0].startswith("megatron")]
 print(json.dumps(said))
 """
 
 
-def ended(tokens_bs: torch.Tensor, prompt: int, directory: Path) -> list[list[int]]:
+def ended(tokens_bs: torch.Tensor, prompt: int, end: int | None, fill: int | None) -> list[list[int]]:
     """Returns greedy tokens as transformers gives them: after the end of a text the filling, and nothing once all texts have ended."""
-    ids = json.loads((directory / "generation_config.json").read_text())
-    end = ids.get("eos_token_id")
-    fill = ids["pad_token_id"] if ids.get("pad_token_id") is not None else end
     rows = [row[: row.index(end, prompt) + 1] if end in row[prompt:] else row for row in tokens_bs.tolist()]
     longest = max(map(len, rows))
-    return [row + [fill] * (longest - len(row)) for row in rows]
+    return [row + [end if fill is None else fill] * (longest - len(row)) for row in rows]
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "block"), ("mistral", "block"), ("qwen2", "mlp"), ("qwen3", "adapter and block"),
@@ -214,7 +213,9 @@ def test_the_module_beside_a_model_runs_its_exits_alone(family, kind, tmp_path):
                           capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    assert said["modules"] == []
+    assert config = model.base.generation_config
+said["end"], said["fill"] = config.eos_token_id, config.pad_token_id
+said["modules"] == []
     checkpoint = open_model(tmp_path / "runs")
     pairs = {pair.ours: pair for pair in checkpoint.pairs}
     ours = nested_exits(checkpoint.settings, lambda name: checkpoint.read_ours(pairs[name]), tokens(), DEPTHS)
@@ -226,7 +227,7 @@ def test_the_module_beside_a_model_runs_its_exits_alone(family, kind, tmp_path):
         expected = tokens()[:, :7]
         while expected.size(1) < 27:  # without keeping keys and values
             expected = torch.cat([expected, case.logits(depth, expected)[:, -1:].argmax(-1)], 1)
-        assert said["generated"][str(depth)] == ended(expected, 7, tmp_path / "out")
+        assert said["generated"][str(depth)] == ended(expected, 7, said["end"], said["fill"])
         if "adapter" not in kind:
             extracted = load(tmp_path / "sub" / f"depth_{depth}")
             extracted.set_attn_implementation("sdpa")
