@@ -213,9 +213,7 @@ def test_the_module_beside_a_model_runs_its_exits_alone(family, kind, tmp_path):
                           capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    assert config = model.base.generation_config
-said["end"], said["fill"] = config.eos_token_id, config.pad_token_id
-said["modules"] == []
+    assert said["modules"] == []
     checkpoint = open_model(tmp_path / "runs")
     pairs = {pair.ours: pair for pair in checkpoint.pairs}
     ours = nested_exits(checkpoint.settings, lambda name: checkpoint.read_ours(pairs[name]), tokens(), DEPTHS)
