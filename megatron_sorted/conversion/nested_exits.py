@@ -192,6 +192,8 @@ def shallow_model(base: nn.Module, depth: int, found: Exit) -> nn.Module:
         model = type(base)(config)
     model.model.embed_tokens, model.model.rotary_emb = base.model.embed_tokens, base.model.rotary_emb
     model.model.layers, model.model.norm, model.lm_head = nn.ModuleList(layers), found.norm, found.head
+    # that of its family may end texts at a token that means something else here
+    model.generation_config = copy.deepcopy(base.generation_config)
     return model.requires_grad_(False).eval()
 
 
