@@ -67,8 +67,8 @@ def run_all(plan: Plan, names: Sequence[str] | None, seeds: int, folder: Path, j
         runner.run([step])  # each needs the one before
     runner.run(tries)
     for seed in range(1, seeds + 1):
-        runner.run([*plan.separate_steps(seed), *plan.taught_steps(seed)])
-        runner.run([plan.variant_step(variant, seed) for variant in variants])
+        runner.run(plan.separate_steps(seed))
+        runner.run([*plan.taught_steps(seed), *(plan.variant_step(variant, seed) for variant in variants)])
     return runner
 
 

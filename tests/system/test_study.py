@@ -29,10 +29,10 @@ def test_a_quick_study_writes_a_page_and_can_be_added_to(tmp_path):
     words = ("stories", "--model", "tiny", "--text", "stories.txt", "--quick", "--seeds", 1, "--jobs", 2, "--output", "out", "--variants")
     first = run(*words, "excess-loss", cwd=tmp_path)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    added = run(*words, "excess-loss", "teacher-1", cwd=tmp_path)
+    added = run(*words, "excess-loss", "start-1", cwd=tmp_path)
     assert added.returncode == 0, added.stdout[-3000:] + added.stderr[-3000:]
     trained = [line for line in added.stdout.splitlines() if "done after" in line]
-    assert len(trained) == 1 and "teacher-1-1" in trained[0]
+    assert len(trained) == 1 and "start-1-1" in trained[0]
     page = (tmp_path / "out" / "docs" / "results" / "study_stories.md").read_text()
     assert all(f"| {title} |" in page for title in ("uniform (SoFT)", "excess loss over separate models", "KL to the start alone"))
     assert (tmp_path / "out" / "docs" / "images" / "study_stories.png").stat().st_size > 20_000

@@ -83,19 +83,23 @@ def test_the_front_and_what_lies_beyond():
     assert beyond((0.9, 0.1), line) == pytest.approx(0.1)
 
 
+TEACHERS = {"start": "base", "separate": "trained"}
+
+
 def test_flags_of_a_variant():
     depths, references = (2, 3, 5), {2: 2.5, 3: 2.25, 5: 1.5}
-    words = expand(VARIANTS["excess-loss"], depths, references, 400, "base")
+    words = expand(VARIANTS["excess-loss"], depths, references, 400, TEACHERS)
     assert words == ["--exit-layer-weight-rule", "excess_loss", "--exit-reference-loss", "2.5000", "2.2500", "1.5000"]
-    assert expand(VARIANTS["guard"], depths, references, 400, "base") == ["--exit-guard", "--exit-guard-loss", "1.5000"]
-    assert expand(VARIANTS["cool-down"], depths, {}, 400, "base") == [
+    assert expand(VARIANTS["guard"], depths, references, 400, TEACHERS) == ["--exit-guard", "--exit-guard-loss", "1.5000"]
+    assert expand(VARIANTS["cool-down"], depths, {}, 400, TEACHERS) == [
         "--exit-layer-weight", "0.1", "0.1", "1", "--exit-layer-weight-init", "1", "1", "1", "--exit-layer-weight-warmup-iters", "400"]
-    assert expand(VARIANTS["teacher-0.5"], depths, {}, 400, "base") == ["--exit-kd-weight", "0.5", "--exit-kd-teacher", "base"]
+    assert expand(VARIANTS["start-0.5"], depths, {}, 400, TEACHERS) == ["--exit-kd-weight", "0.5", "--exit-kd-teacher", "base"]
+    assert expand(VARIANTS["taught-1"], depths, {}, 400, TEACHERS) == ["--exit-kd-weight", "1", "--exit-kd-teacher", "trained"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_is_a_run_that_can_be_started(name):
-    flags = expand(VARIANTS[name], (2, 3, 5), {2: 2.5, 3: 2.25, 5: 1.5}, 400, "base")
+    flags = expand(VARIANTS[name], (2, 3, 5), {2: 2.5, 3: 2.25, 5: 1.5}, 400, TEACHERS)
     settings = load_settings(["--num-layers", "5", "--hidden-size", "64", "--num-attention-heads", "4", "--exit-layer-nums", "2", "3",
                               "--vocab-size", "100", "--mock-data", "--train-iters", "400", *flags])
     check_settings(settings, 1)
@@ -128,6 +132,9 @@ def test_rates_references_and_steps(tmp_path):
     assert "--exit-reference-loss 0.2500 0.5000" in words and "--seed 2 --train-iters 20 --lr 0.003" in words and "--load base" in words
     slow = plan.variant_step(VARIANTS["uniform-slow"], 1)
     assert "--lr 0.001" in " ".join(slow.command)
+    taught = plan.variant_step(VARIANTS["taught-1"], 2)
+    assert f"--exit-kd-teacher {tmp_path}/runs/separate-4-2" in " ".join(taught.command) and taught.needs == ("separate-4-2",)
+    assert all("separate-4-2" in step.needs for step in plan.taught_steps(2))
     separate = plan.separate_steps(1)
     assert [step.name for step in separate] == ["separate-2-1", "separate-4-1"] and separate[0].needs == ("cut-2",)
     assert f"--load {tmp_path}/cut/2" in " ".join(separate[0].command) and "--exit-layer-nums" not in " ".join(separate[0].command)
@@ -138,16 +145,16 @@ def test_the_page_says_what_was_found(tmp_path):
     for depth in (2, 4):
         for rate in ("1e-3", "1e-2"):
             leave(plan, f"rate-{depth}-{rate}", {depth: 1.0})
-    names = ["others-0.3", "teacher-1", "dwa"]
+    names = ["others-0.3", "start-1", "dwa"]
     for seed in (1, 2, 3):
         for depth in (2, 4):
             for kind in ("separate", "taught"):
                 leave(plan, f"{kind}-{depth}-{seed}", {depth: SEPARATE[seed - 1][depth]})
-        leave(plan, f"uniform-{seed}", UNIFORM[seed - 1])
-        for name, (shallow, full) in {"others-0.3": (0.2, -0.1), "teacher-1": (-0.3, -0.3), "dwa": (0.1, 0.1)}.items():
-            leave(plan, f"{name}-{seed}", shifted(shallow, full)[seed - 1])
+        leave(plan, f"nested-uniform-{seed}", UNIFORM[seed - 1])
+        for name, (shallow, full) in {"others-0.3": (0.2, -0.1), "start-1": (-0.3, -0.3), "dwa": (0.1, 0.1)}.items():
+            leave(plan, f"nested-{name}-{seed}", shifted(shallow, full)[seed - 1])
     found = plan.outcomes(chosen(names), 3)
-    assert list(found.nested) == ["uniform", "others-0.3", "dwa", "teacher-1"]
+    assert list(found.nested) == ["uniform", "others-0.3", "dwa", "start-1"]
     page, picture = write_page("stories", "A title", plan, found, [], tmp_path / "docs")
     text = page.read_text()
     assert picture.stat().st_size > 20_000

@@ -13,7 +13,7 @@ from megatron_sorted.checkpoint.layout import write_text_atomically
 from .outcomes import Outcomes, beyond, front, meets_goal
 from .picture import draw
 from .plan import Plan
-from .variants import FAMILIES, VARIANTS, Variant, expand
+from .variants import FAMILIES, VARIANTS, Variant
 
 
 def write_page(name: str, title: str, plan: Plan, outcomes: Outcomes, steps: Sequence[Step], docs: Path) -> tuple[Path, Path]:
@@ -37,7 +37,7 @@ def _opening(plan: Plan, outcomes: Outcomes) -> list[str]:
             "A depth's *gap* is its loss on held-out samples minus that of an ordinary model of this depth trained separately: the first "
             "layers of "
             "the same start, equal steps, equal data, a learning rate of its own. ± is the half width of a 95 % interval (Student's t over "
-            "seeds, paired).", "", *table(["depth", "rate", "trained separately", "the same, KL to the start alone"], rows)]
+            "seeds, paired).", "", *table(["depth", "rate", "trained separately", "the same, taught by that of full depth"], rows)]
 
 
 def _front(outcomes: Outcomes) -> list[tuple[float, float]]:
@@ -94,17 +94,16 @@ def _losses(outcomes: Outcomes) -> list[str]:
 
 
 def _recipe(plan: Plan, outcomes: Outcomes) -> list[str]:
-    references = plan.references() if any(VARIANTS[name].needs_references for name in outcomes.nested) else {}
     rows = []
     for name in outcomes.nested:
-        flags = expand(VARIANTS[name], plan.depths, references, plan.recipe.num_steps, plan.recipe.model.name)
+        flags = [word.replace(str(plan.recipe.model), plan.recipe.model.name) for word in plan.flags(VARIANTS[name], 1)]
         rate = f" (rate x {VARIANTS[name].rate:.3g})" if VARIANTS[name].rate != 1 else ""
         rows.append(f"| {VARIANTS[name].title} | `{' '.join(flags)}`{rate} |" if flags else f"| {VARIANTS[name].title} |{rate} |")
     return ["## Flags", "", "| way | flags of pretrain_sorted.py |", "|---|---|", *rows, ""]
 
 
 def _commands(plan: Plan, steps: Sequence[Step]) -> list[str]:
-    names = {"uniform-1", f"separate-{plan.depths[0]}-1", *(step.name for step in plan.data_steps)}
+    names = {"nested-uniform-1", f"separate-{plan.depths[0]}-1", *(step.name for step in plan.data_steps)}
     shown_steps = [step for step in steps if step.name in names]
     return ["## Commands", "", *facts(), "", "Data, one separate model and the uniform nested one; others differ in the flags above.", "",
             *(f"{shown(step, plan.recipe)}\n" for step in shown_steps)]

@@ -1,6 +1,6 @@
 """The steps of a study of one data set: separately trained models of every depth, then every variant, seed by seed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from results.rates import choose_rate
@@ -53,17 +53,22 @@ class Plan:
                             self._needs_cut(depth)) for depth in self.depths]
 
     def taught_steps(self, seed: int) -> list[Step]:
-        """Returns the same with the model at the start as teacher: what of a taught nested model's gain is not due to nesting."""
-        flags = ("--exit-kd-weight", "1", "--exit-kd-teacher", str(self.recipe.model))
+        """Returns the same, taught by the separate model of full depth: what of a taught nested model's gain is not due to nesting."""
+        flags = ("--exit-kd-weight", "1", "--exit-kd-teacher", self._teachers(seed)["separate"])
         return [self._train(f"taught-{depth}-{seed}", flags, self._start_of(depth), self.rate(depth), seed, self.recipe.num_steps,
-                            self._needs_cut(depth)) for depth in self.depths]
+                            (*self._needs_cut(depth), self._full_model(seed))) for depth in self.depths]
 
     def variant_step(self, variant: Variant, seed: int) -> Step:
-        """Returns the training of one variant; where it needs references, the separate models of seed 1 must have been trained."""
-        references = self.references() if variant.needs_references else {}
-        flags = expand(variant, self.depths, references, self.recipe.num_steps, str(self.recipe.model))
+        """Returns the training of one variant; the separate models of the seed, and for references those of seed 1, come before it."""
         rate = f"{float(self.rate(None)) * variant.rate:.3g}"
-        return self._train(f"{variant.name}-{seed}", self._nested_flags(flags), self.recipe.model, rate, seed, self.recipe.num_steps)
+        needs = (self._full_model(seed),) if variant.needs_teacher else ()
+        return self._train(f"nested-{variant.name}-{seed}", self._nested_flags(self.flags(variant, seed)), self.recipe.model, rate, seed,
+                           self.recipe.num_steps, needs)
+
+    def flags(self, variant: Variant, seed: int) -> list[str]:
+        """Returns the flags in which a variant differs from uniform."""
+        references = self.references() if variant.needs_references else {}
+        return expand(variant, self.depths, references, self.recipe.num_steps, self._teachers(seed))
 
     def rate(self, depth: int | None) -> str:
         """Returns the rate that was chosen for a separate model of this depth, or for nested training (None).
@@ -91,7 +96,7 @@ class Plan:
         name = name or self.held_out
         alone = {kind: [{depth: read_losses(self._evaluation(f"{kind}-{depth}-{seed}"), name)[depth] for depth in self.depths}
                         for seed in range(1, seeds + 1)] for kind in ("separate", "taught")}
-        nested = {variant.name: [read_losses(self._evaluation(f"{variant.name}-{seed}"), name) for seed in range(1, seeds + 1)]
+        nested = {variant.name: [read_losses(self._evaluation(f"nested-{variant.name}-{seed}"), name) for seed in range(1, seeds + 1)]
                   for variant in variants}
         return Outcomes(alone["separate"], alone["taught"], nested, UNIFORM)
 
@@ -100,6 +105,12 @@ class Plan:
 
     def _start_of(self, depth: int) -> Path:
         return self.recipe.model if depth == self.depths[-1] else self.recipe.folder / "cut" / str(depth)
+
+    def _full_model(self, seed: int) -> str:
+        return f"separate-{self.depths[-1]}-{seed}"
+
+    def _teachers(self, seed: int) -> dict[str, str]:
+        return {"start": str(self.recipe.model), "separate": str(self.recipe.folder / "runs" / self._full_model(seed))}
 
     def _needs_cut(self, depth: int) -> tuple[str, ...]:
         return () if depth == self.depths[-1] else (f"cut-{depth}",)
@@ -121,11 +132,3 @@ class Plan:
                    "--save", str(save), *flags)
         return Step(name, f"{num_steps} steps at learning rate {rate}, seed {seed}", command, (save / "evaluation.json",), (save,),
                     (*recipe.data_steps, *needs))
-
-
-def groups(variants: Mapping[str, Variant]) -> dict[str, list[Variant]]:
-    """Returns the variants by family, in the order of the table."""
-    found: dict[str, list[Variant]] = {}
-    for variant in variants.values():
-        found.setdefault(variant.family, []).append(variant)
-    return found

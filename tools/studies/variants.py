@@ -6,8 +6,8 @@ from dataclasses import dataclass
 FAMILIES = {
     "static": "Fixed coefficients: the front", "learned": "Learned coefficients", "schedule": "Schedules and sampling",
     "gradient": "Gradient rules", "distillation": "Self-distillation",
-    "teacher": "Distillation from the model at the start, frozen", "capacity": "More parameters at the exits",
-    "combined": "Combinations",
+    "teacher": "Distillation from a frozen model: the start, or the separately trained one of full depth",
+    "capacity": "More parameters at the exits", "combined": "Combinations, taught by the separately trained one of full depth",
 }
 UNIFORM = "uniform"
 
@@ -18,8 +18,9 @@ class Variant:
 
     Attributes:
         family: One of `FAMILIES`.
-        flags: Of pretrain_sorted.py. {start} becomes the directory of the model at the start, {others:X} X for each intermediate exit,
-            {references} the losses of the separately trained models, {full} that of the full one, {part:X} this share of all steps.
+        flags: Of pretrain_sorted.py. {start} becomes the directory of the model at the start, {separate} that of the separately trained
+            model of full depth and the same seed, {others:X} X for each intermediate exit, {references} the losses of the separately
+            trained models, {full} that of the full one, {part:X} this share of all steps.
         rate: Factor of the learning rate; 1 but for static weights, whose front includes other rates.
     """
 
@@ -34,13 +35,18 @@ class Variant:
         """Whether it asks for the losses of separately trained models."""
         return bool({"{references}", "{full}"} & set(self.flags))
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether its teacher is the separately trained model of full depth: one more ordinary training that comes first."""
+        return "{separate}" in self.flags
+
 
 def _others(share: str) -> tuple[str, ...]:
     return "--exit-layer-weight", f"{{others:{share}}}", "1"
 
 
-def _teacher(weight: str) -> tuple[str, ...]:
-    return "--exit-kd-weight", weight, "--exit-kd-teacher", "{start}"
+def _taught(weight: str, teacher: str = "{separate}") -> tuple[str, ...]:
+    return "--exit-kd-weight", weight, "--exit-kd-teacher", teacher
 
 
 def _cool_down(share: str) -> tuple[str, ...]:
@@ -79,32 +85,36 @@ VARIANTS = {variant.name: variant for variant in (
     Variant("kd-0.5", "distillation", "half KL to the last exit", ("--exit-kd-weight", "0.5")),
     Variant("kd-1", "distillation", "KL to the last exit alone", ("--exit-kd-weight", "1")),
     Variant("kd-0.5-others-0.3", "distillation", "half KL, others 0.3", ("--exit-kd-weight", "0.5", *_others("0.3"))),
-    Variant("teacher-0.5", "teacher", "half KL to the start", _teacher("0.5")),
-    Variant("teacher-1", "teacher", "KL to the start alone", _teacher("1")),
-    Variant("teacher-1-warm", "teacher", "KL to the start, temperature 2", (*_teacher("1"), "--exit-kd-temperature", "2")),
-    Variant("teacher-1-top-16", "teacher", "KL to the start's 16 likeliest", (*_teacher("1"), "--exit-kd-top-k", "16")),
+    Variant("start-0.5", "teacher", "half KL to the start", _taught("0.5", "{start}")),
+    Variant("start-1", "teacher", "KL to the start alone", _taught("1", "{start}")),
+    Variant("taught-0.5", "teacher", "half KL to the trained one", _taught("0.5")),
+    Variant("taught-1", "teacher", "KL to the trained one alone", _taught("1")),
+    Variant("taught-1-warm", "teacher", "KL to the trained one, temperature 2", (*_taught("1"), "--exit-kd-temperature", "2")),
+    Variant("taught-1-top-16", "teacher", "KL to the trained one's 16 likeliest", (*_taught("1"), "--exit-kd-top-k", "16")),
     Variant("own-norms", "capacity", "own norms", ("--use-exit-norm",)),
     Variant("own-heads", "capacity", "own norms and heads", ("--use-exit-norm", "--untie-exit-output-weights")),
     Variant("adapters", "capacity", "low-rank adapters (rank 16)", ("--exit-adapter-rank", "16")),
     Variant("mlps", "capacity", "an MLP an exit", ("--use-exit-norm", "--use-exit-mlp")),
     Variant("blocks", "capacity", "a layer an exit", ("--use-exit-norm", "--use-exit-block")),
-    Variant("teacher-others-0.3", "combined", "KL to the start, others 0.3", (*_teacher("1"), *_others("0.3"))),
-    Variant("teacher-others-0.5", "combined", "KL to the start, others 0.5", (*_teacher("1"), *_others("0.5"))),
-    Variant("teacher-norms-0.5", "combined", "KL to the start, others 0.5, own norms",
-            (*_teacher("1"), *_others("0.5"), "--use-exit-norm")),
-    Variant("teacher-adapters-0.5", "combined", "KL to the start, others 0.5, adapters",
-            (*_teacher("1"), *_others("0.5"), "--exit-adapter-rank", "16")),
+    Variant("taught-others-0.5", "combined", "KL, others 0.5", (*_taught("1"), *_others("0.5"))),
+    Variant("taught-others-0.3", "combined", "KL, others 0.3", (*_taught("1"), *_others("0.3"))),
+    Variant("taught-others-0.2", "combined", "KL, others 0.2", (*_taught("1"), *_others("0.2"))),
+    Variant("taught-heads-0.3", "combined", "KL, others 0.3, own norms and heads",
+            (*_taught("1"), *_others("0.3"), "--use-exit-norm", "--untie-exit-output-weights")),
+    Variant("taught-adapters-0.3", "combined", "KL, others 0.3, adapters",
+            (*_taught("1"), *_others("0.3"), "--exit-adapter-rank", "16")),
 )}
 
 
-def expand(variant: Variant, depths: Sequence[int], references: Mapping[int, float], num_steps: int, start: str) -> list[str]:
+def expand(variant: Variant, depths: Sequence[int], references: Mapping[int, float], num_steps: int,
+           teachers: Mapping[str, str]) -> list[str]:
     """Returns the flags of a variant.
 
     Args:
         depths: All exits; the last is the full model.
         references: {depth: loss} of the separately trained models on the samples that are kept for choosing.
         num_steps: Steps of the training.
-        start: Directory of the model that all start from.
+        teachers: Directories: "start", the model that all start from, and "separate", the separately trained model of full depth.
     """
     words: list[str] = []
     for word in variant.flags:
@@ -115,8 +125,8 @@ def expand(variant: Variant, depths: Sequence[int], references: Mapping[int, flo
             words += [f"{references[depth]:.4f}" for depth in depths]
         elif kind == "full":
             words.append(f"{references[depths[-1]]:.4f}")
-        elif kind == "start":
-            words.append(start)
+        elif kind in ("start", "separate"):
+            words.append(teachers[kind])
         elif kind == "part":
             words.append(str(max(1, round(float(value) * num_steps))))
         else:
