@@ -20,9 +20,14 @@ from megatron_sorted.checkpoint.boxes import boxes_of_range
 PREFIX = "optimizer.state"  # Megatron's
 
 
+def parts_of(optimizer) -> list:
+    """Returns the optimizers that Megatron's ``optimizer`` consists of: those it chains, or itself."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def only_part(optimizer) -> DistributedOptimizer | None:
     """Returns the distributed optimizer that ``optimizer`` consists of, or None if it is of another kind or of several parts."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = parts_of(optimizer)
     return parts[0] if len(parts) == 1 and isinstance(parts[0], DistributedOptimizer) else None
 
 

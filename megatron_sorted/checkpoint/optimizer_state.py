@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from megatron_sorted.checkpoint.optimizer_shards import take_state_of_parts
+from megatron_sorted.checkpoint.optimizer_shards import parts_of, take_state_of_parts
 from megatron_sorted.platform.state import current_device
 
 MAIN_WEIGHTS = "fp32_from_fp16_params"  # Megatron's
@@ -35,7 +35,7 @@ def fill_empty_state(optimizer) -> None:
     Before its first step the distributed optimizer has no state, and loading stops at the missing step count. The fused Adams of
     Apex and Transformer Engine keep the count elsewhere and need nothing.
     """
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for one in parts_of(optimizer):
         inner = getattr(one, "optimizer", None)
         if not _is_torchs_adam(inner) or inner.state:
             continue
@@ -48,7 +48,7 @@ def fill_empty_state(optimizer) -> None:
 
 def give_sgd_a_first_state(optimizer) -> None:
     """Lets Megatron load the state of torch's SGD, for which it has no function that makes the state a loaded one replaces."""
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for one in parts_of(optimizer):
         if isinstance(getattr(one, "optimizer", None), torch.optim.SGD) and one.init_state_fn is None:
             one.init_state_fn = _start_momentum
 
@@ -68,7 +68,7 @@ def steps_taken(optimizer) -> int:
     Collective: one all-reduce of a number over all ranks.
     """
     counts = [0.0]
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for one in parts_of(optimizer):
         counts += [float(entries["step"]) for entries in one.optimizer.state.values() if "step" in entries]
         counts += [float(group["step"]) for group in one.optimizer.param_groups if group.get("step") is not None]
     most = torch.tensor(max(counts), device=current_device())
@@ -126,7 +126,7 @@ def load_optimizer_state(optimizer, state: Any) -> None:
     Adam is saved once, not for each parameter (KeyError: 'step'). So counts are put aside while the other entries are copied.
     Then every parameter gets a count of its own: Megatron gives all of them the same tensor, and each parameter's step counts it up.
     """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = parts_of(optimizer)
     states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
     for one, part in zip(parts, states, strict=True):
         if isinstance(one, Float16OptimizerWithFloat16Params) and not isinstance(part.get(MAIN_WEIGHTS), list):

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sorted.checkpoint.adapters import take_new_adapters
 from megatron_sorted.checkpoint.manifest import CONTENT, WEIGHTS_ONLY, find_damage
-from megatron_sorted.checkpoint.optimizer_shards import only_part, state_of_parts
+from megatron_sorted.checkpoint.optimizer_shards import only_part, parts_of, state_of_parts
 from megatron_sorted.checkpoint.optimizer_state import (
     fill_empty_state,
     load_optimizer_state,
@@ -67,7 +67,7 @@ def optimizer_state(optimizer, model_state: dict[str, Any], is_loading: bool) ->
     part, steps = only_part(optimizer), steps_taken(optimizer)
     if part is None:
         state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(CONTENT))
-        if len(parts := getattr(optimizer, "chained_optimizers", [optimizer])) == 1:
+        if len(parts := parts_of(optimizer)) == 1:
             mend_empty_state(parts[0], state, steps)
         return state
     if hasattr(optimizer, "_synchronize_steps"):

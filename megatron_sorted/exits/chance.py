@@ -3,7 +3,11 @@
 import hashlib
 
 
+def hashed_number(text: str) -> int:
+    """Returns a number in [0, 2^64) that depends on ``text`` alone: a hash."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
 def uniform_number(text: str) -> float:
-    """Returns a number in [0, 1) that depends on ``text`` alone: a hash."""
-    digest = hashlib.sha256(text.encode()).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2.0**53
+    """Returns a number in [0, 1) that depends on ``text`` alone."""
+    return (hashed_number(text) >> 11) / 2.0**53

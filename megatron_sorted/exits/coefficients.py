@@ -66,6 +66,47 @@ class CoefficientRule(ABC):
         """Returns nothing; takes up what `state_dict` gave. A fixed rule has nothing to take up."""
 
 
+@dataclass
+class RuleOnTop(CoefficientRule):
+    """A rule that changes the coefficients of another; what it does not override is that of the rule below.
+
+    Attributes:
+        rule: The rule below.
+    """
+
+    rule: CoefficientRule
+
+    @property
+    def normalised(self) -> bool:
+        """Returns whether the rule below gives shares."""
+        return self.rule.normalised
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Returns what the rule below needs."""
+        return self.rule.needs
+
+    def thresholds(self, step: int) -> tuple[float, ...]:
+        """Returns those of the rule below."""
+        return self.rule.thresholds(step)
+
+    def observe(self, step: int, seen: Observation) -> None:
+        """Returns nothing; tells the rule below."""
+        self.rule.observe(step, seen)
+
+    def numbers(self) -> dict[str, float]:
+        """Returns what the rule below shows."""
+        return self.rule.numbers()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of the rule below."""
+        return self.rule.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Returns nothing; hands the state to the rule below."""
+        self.rule.load_state_dict(state)
+
+
 @dataclass(frozen=True)
 class FixedCoefficients(CoefficientRule):
     """Coefficients that are known beforehand for every step: from ``initial`` to ``final`` over the warm-up, then ``final``."""

@@ -1,11 +1,9 @@
 """Which exits count at all at a step, on top of any rule: LayerSkip's curricula."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from megatron_sorted.exits.coefficients import CoefficientRule
-from megatron_sorted.exits.observation import Observation
+from megatron_sorted.exits.coefficients import RuleOnTop
 
 
 def rotation(depths: Sequence[int], interval: int) -> Callable[[int], set[int]]:
@@ -27,49 +25,17 @@ def gradual(depths: Sequence[int], num_steps: float) -> Callable[[int], set[int]
 
 
 @dataclass
-class Curriculum(CoefficientRule):
-    """Coefficients of the rule below, 0 for exits that are off; where they are shares, divided to sum 1 again.
+class Curriculum(RuleOnTop):
+    """Coefficients of the rule below, 0 for exits that are off; where they are shares, divided to sum 1 again. It has no state.
 
     Attributes:
-        rule: The rule below.
         switched_on: {exits that are on} as a function of the step.
     """
 
-    rule: CoefficientRule
     switched_on: Callable[[int], set[int]]
-
-    @property
-    def normalised(self) -> bool:
-        """Returns whether the rule below gives shares."""
-        return self.rule.normalised
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Returns what the rule below needs."""
-        return self.rule.needs
-
-    def thresholds(self, step: int) -> tuple[float, ...]:
-        """Returns those of the rule below."""
-        return self.rule.thresholds(step)
 
     def coefficients(self, step: int) -> dict[int, float]:
         """Returns the coefficients of the exits that are on, and 0 for the others."""
         below, here = self.rule.coefficients(step), self.switched_on(step)
         whole = sum(below[depth] for depth in here) if self.normalised else 1.0
         return {depth: coefficient / whole if depth in here else 0.0 for depth, coefficient in below.items()}
-
-    def observe(self, step: int, seen: Observation) -> None:
-        """Returns nothing; tells the rule below."""
-        self.rule.observe(step, seen)
-
-    def numbers(self) -> dict[str, float]:
-        """Returns what the rule below shows."""
-        return self.rule.numbers()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the rule below; a curriculum knows the step and has none."""
-        return self.rule.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Returns nothing; hands the state to the rule below."""
-        self.rule.load_state_dict(state)

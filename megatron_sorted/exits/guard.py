@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sorted.exits.coefficients import CoefficientRule
+from megatron_sorted.exits.coefficients import RuleOnTop
 from megatron_sorted.exits.observation import LOSSES, Observation
 
 
 @dataclass
-class Guard(CoefficientRule):
+class Guard(RuleOnTop):
     """Adds a multiplier to the last exit's coefficient while that exit's loss is above its reference; shares are divided to sum 1 again.
 
     Minimise sum c_i L_i subject to L_last <= reference + margin: the Lagrangian is sum c_i L_i + m (L_last - reference - margin), and
@@ -19,7 +19,6 @@ class Guard(CoefficientRule):
     arXiv 1807.08088. The clip from above keeps a start from random weights, far above its reference, from winding m up without end.
 
     Attributes:
-        rule: The rule below.
         last: Depth of the last exit.
         reference: Loss to hold, in nats a token, ``margin`` added.
         rate: Of the ascent.
@@ -29,7 +28,6 @@ class Guard(CoefficientRule):
         average: Moving mean of the last exit's loss; None before it trained.
     """
 
-    rule: CoefficientRule
     last: int
     reference: float
     rate: float
@@ -39,18 +37,9 @@ class Guard(CoefficientRule):
     average: float | None = field(default=None, init=False)
 
     @property
-    def normalised(self) -> bool:
-        """Returns whether the rule below gives shares."""
-        return self.rule.normalised
-
-    @property
     def needs(self) -> frozenset[str]:
         """Returns what the rule below needs, and losses."""
-        return self.rule.needs | {LOSSES}
-
-    def thresholds(self, step: int) -> tuple[float, ...]:
-        """Returns those of the rule below."""
-        return self.rule.thresholds(step)
+        return super().needs | {LOSSES}
 
     def coefficients(self, step: int) -> dict[int, float]:
         """Returns those of the rule below with the multiplier added to the last; where they are shares, divided by 1 + multiplier."""
@@ -61,7 +50,7 @@ class Guard(CoefficientRule):
 
     def observe(self, step: int, seen: Observation) -> None:
         """Returns nothing; one step of the ascent if the last exit trained."""
-        self.rule.observe(step, seen)
+        super().observe(step, seen)
         loss = seen.losses.get(self.last)
         if loss is None:
             return
@@ -70,14 +59,14 @@ class Guard(CoefficientRule):
 
     def numbers(self) -> dict[str, float]:
         """Returns the multiplier, and what the rule below shows."""
-        return {**self.rule.numbers(), "guard-multiplier": self.multiplier}
+        return {**super().numbers(), "guard-multiplier": self.multiplier}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns multiplier, mean and the state of the rule below."""
-        return {"below": self.rule.state_dict(), "guard": {"multiplier": self.multiplier, "average": self.average}}
+        return {"below": super().state_dict(), "guard": {"multiplier": self.multiplier, "average": self.average}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Returns nothing; takes up a state made with or without a guard."""
-        self.rule.load_state_dict(state.get("below", state))
+        super().load_state_dict(state.get("below", state))
         if "guard" in state:
             self.multiplier, self.average = state["guard"]["multiplier"], state["guard"]["average"]

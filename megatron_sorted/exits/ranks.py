@@ -1,7 +1,8 @@
 """Which of an adapter's nested ranks is used at a step: the idea of nested depths, in rank."""
 
-import hashlib
 from collections.abc import Sequence
+
+from megatron_sorted.exits.chance import hashed_number
 
 
 def draw_rank(step: int, seed: int, ranks: Sequence[int]) -> int:
@@ -15,5 +16,4 @@ def draw_rank(step: int, seed: int, ranks: Sequence[int]) -> int:
         seed: Of the run.
         ranks: To draw from.
     """
-    digest = hashlib.sha256(f"adapter rank {seed}/{step}".encode()).digest()  # no Python version or platform changes a run
-    return ranks[int.from_bytes(digest[:8], "big") * len(ranks) >> 64]
+    return ranks[hashed_number(f"adapter rank {seed}/{step}") * len(ranks) >> 64]

@@ -6,7 +6,6 @@ A is cut by columns as W is and B is a copy. Only x A^T, r numbers a token, is c
 """
 
 import copy
-import hashlib
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -28,6 +27,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from megatron_sorted.exits.chance import hashed_number
 from megatron_sorted.platform.state import current_device, random_tracker
 from megatron_sorted.settings.run import Settings
 
@@ -107,8 +107,7 @@ class _Adapted:
         Args:
             key: What the values are drawn from: seed, layer and target.
         """
-        digest = hashlib.sha256(f"adapter {key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(hashed_number(f"adapter {key}") >> 1)  # seeds are below 2^63
         whole_rc = torch.empty(self.adapter.rank, self.input_size)
         torch.nn.init.kaiming_uniform_(whole_rc, a=math.sqrt(5), generator=generator)
         columns = self.lora_a.shape[1]

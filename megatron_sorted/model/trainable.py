@@ -11,9 +11,8 @@ OWN_OF_EXITS = tuple(f"{name}." for name in (*PARTS, "exit_norms", "exit_output_
 
 def is_trained(name: str, settings: Settings) -> bool:
     """Returns whether the parameter of this name within a stage trains."""
-    if settings.lora_rank and is_adapter(name):
-        return True
-    return not (settings.tune_exit or settings.lora_rank) or name.startswith(OWN_OF_EXITS)
+    is_base_frozen = settings.tune_exit or settings.lora_rank > 0
+    return not is_base_frozen or is_adapter(name) or name.startswith(OWN_OF_EXITS)
 
 
 def freeze_others(stage: torch.nn.Module, settings: Settings) -> None:

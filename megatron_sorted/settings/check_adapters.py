@@ -3,8 +3,9 @@
 import dataclasses
 
 from megatron_sorted.settings.adapters import LoraSettings
-from megatron_sorted.settings.flags import flag_of, nearest
+from megatron_sorted.settings.flags import flag_of
 from megatron_sorted.settings.lora import TARGETS, target_shapes
+from megatron_sorted.settings.nearest import nearest
 from megatron_sorted.settings.require import require
 from megatron_sorted.settings.run import Settings
 
@@ -51,8 +52,7 @@ def _check_network(settings: Settings) -> None:
 def _check_targets(settings: Settings) -> None:
     require(bool(settings.lora_targets), f"--lora-targets: empty with --lora-rank {settings.lora_rank}. Name some of {', '.join(TARGETS)}.")
     for target in settings.lora_targets:
-        hint = nearest(target, TARGETS)
-        hint = hint if hint.startswith("Did") else f"Use some of {', '.join(TARGETS)}."
+        hint = nearest(target, TARGETS, f"Use some of {', '.join(TARGETS)}.")
         require(target in TARGETS, f"--lora-targets: {target!r} is no matrix of a layer. {hint}")
         require(settings.lora_targets.count(target) == 1, f"--lora-targets: {target} is named twice. Name it once.")
         rows, columns = target_shapes(settings)[target]

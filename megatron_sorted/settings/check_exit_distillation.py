@@ -1,9 +1,8 @@
 """Rules for gradients at exits and for self-distillation."""
 
-from megatron_sorted.settings.derived import exit_depths, exit_probabilities
 from megatron_sorted.settings.require import require
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.settings.weighting import coefficient_rule
+from megatron_sorted.settings.weighting import trainable_exits
 
 
 def check_exit_distillation(settings: Settings) -> None:
@@ -12,10 +11,7 @@ def check_exit_distillation(settings: Settings) -> None:
     Raises:
         SettingsError: it does not.
     """
-    depths = exit_depths(settings)
-    final = coefficient_rule(settings).coefficients(settings.exit_layer_weight_warmup_iters)
-    drawn = exit_probabilities(settings)
-    training = [depth for depth in depths if final[depth] > 0 and drawn[depth] > 0]
+    training = trainable_exits(settings)
     shallower = [depth for depth in training if depth != settings.num_layers]
     _check_gradient_rule(settings, training)
     _check_distillation_numbers(settings)

@@ -123,15 +123,16 @@ def trained_exits(settings: Settings, rule: CoefficientRule, step: int) -> dict[
     )
 
 
-def distils(settings: Settings, depths: Iterable[int]) -> bool:
-    """Returns whether an exit has a teacher at a step that trains the exits at ``depths``."""
-    return settings.exit_kd_weight > 0 and (
-        settings.exit_kd_teacher is not None or any(depth != settings.num_layers for depth in depths))
-
-
 def last_exit_teaches(settings: Settings) -> bool:
     """Returns whether the other exits learn from the last one, rather than all from a model of its own."""
     return settings.exit_kd_weight > 0 and settings.exit_kd_teacher is None
+
+
+def taught_exits(settings: Settings, depths: Iterable[int]) -> list[int]:
+    """Returns those of ``depths`` whose exit has a teacher: the last has one only if that is a model of its own."""
+    if settings.exit_kd_weight == 0:
+        return []
+    return [depth for depth in depths if depth != settings.num_layers or not last_exit_teaches(settings)]
 
 
 def deepest_layer_run(settings: Settings, depths: Iterable[int]) -> int:
@@ -141,7 +142,7 @@ def deepest_layer_run(settings: Settings, depths: Iterable[int]) -> int:
     reduction waits for the gradient of every layer, so there all layers are run; with --tune-exit for that of every exit's own parts.
     Where the last exit teaches, all layers are run.
     """
-    if settings.pipeline_model_parallel_size > 1 or (last_exit_teaches(settings) and distils(settings, depths)):
+    if settings.pipeline_model_parallel_size > 1 or (last_exit_teaches(settings) and taught_exits(settings, depths)):
         return settings.num_layers
     if settings.overlap_grad_reduce:
         return exit_depths(settings)[-2] if settings.tune_exit else settings.num_layers

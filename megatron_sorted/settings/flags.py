@@ -2,13 +2,14 @@
 
 import argparse
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from typing import Any, NoReturn, get_args
 
 from megatron_sorted.errors import SettingsError
+from megatron_sorted.settings.nearest import nearest
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.values import choices, convert, field_types, is_list, is_optional
+
+SEE_HELP = "See --help for all settings."
 
 
 def field_groups() -> list[tuple[str, list[dataclasses.Field]]]:
@@ -22,17 +23,11 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Returns the sentence that names the known word nearest to an unknown one."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
-    return f"Did you mean {found[0]}?" if found else "See --help for all settings."
-
-
 class _Parser(argparse.ArgumentParser):
     """argparse, but a mistake is a `SettingsError` instead of an exit of the process."""
 
     def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message[:1].upper()}{message[1:]}. See --help for all settings.")
+        raise SettingsError(f"{message[:1].upper()}{message[1:]}. {SEE_HELP}")
 
 
 class _Switch(argparse.Action):
@@ -97,7 +92,7 @@ def parse_flags(argv: list[str]) -> tuple[str | None, bool, dict[str, Any]]:
         if not word.startswith("-"):
             raise SettingsError(f"{word!r}: a value without a flag. Write `--name value`; see --help for all settings.")
         known = [flag for action in parser._actions for flag in action.option_strings]
-        raise SettingsError(f"{word}: there is no such flag. {nearest(word, known)}")
+        raise SettingsError(f"{word}: there is no such flag. {nearest(word, known, SEE_HELP)}")
     values = vars(given)
     configs = values.pop("config", [])
     if len(configs) > 1:

@@ -1,6 +1,5 @@
 """One value of one field: from the words of a flag or a YAML value to the field's type, or an error a user can act on."""
 
-import difflib
 import math
 import types
 from functools import cache
@@ -9,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sorted.errors import SettingsError
+from megatron_sorted.settings.nearest import nearest
 from megatron_sorted.settings.run import Settings
 
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -72,9 +72,8 @@ def convert(name: str, value: Any, source: str, strict: bool) -> Any:
         result = _adapter(kind).validate_python(value, strict=strict)
     except ValidationError:
         shown = list(value) if isinstance(value, tuple) else value
-        near = difflib.get_close_matches(str(shown), choices(kind), n=1, cutoff=0.4)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise SettingsError(f"{source}: {shown!r} is not what this setting takes. {hint}Give {describe(kind)}.") from None
+        hint = nearest(str(shown), choices(kind))
+        raise SettingsError(f"{source}: {shown!r} is not what this setting takes. {hint}{' ' * bool(hint)}Give {describe(kind)}.") from None
     numbers = result if isinstance(result, tuple) else (result,)
     for number in numbers:
         if isinstance(number, float) and not math.isfinite(number):

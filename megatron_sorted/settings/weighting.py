@@ -4,17 +4,14 @@ from collections.abc import Callable
 
 from megatron_sorted.exits.coefficients import CoefficientRule, make_coefficient_rule
 from megatron_sorted.exits.curriculum import Curriculum, gradual, rotation
-from megatron_sorted.exits.depths import by_depth, normalise_depths
+from megatron_sorted.exits.depths import by_depth
 from megatron_sorted.exits.gradient_norm import GradNorm
 from megatron_sorted.exits.guard import Guard
 from megatron_sorted.exits.learned import LearnedRule
 from megatron_sorted.exits.loss_rules import ExcessLoss, InverseLoss, LossRatio, Uncertainty
 from megatron_sorted.exits.simulated_exit import SimulatedExit
+from megatron_sorted.settings.derived import exit_depths, exit_probabilities, step_coefficients
 from megatron_sorted.settings.run import Settings
-
-
-def _depths(settings: Settings) -> tuple[int, ...]:
-    return normalise_depths(settings.exit_layer_nums, settings.num_layers)
 
 
 def reference_losses(settings: Settings) -> dict[int, float]:
@@ -23,13 +20,13 @@ def reference_losses(settings: Settings) -> dict[int, float]:
 
 
 LEARNED: dict[str, Callable[[Settings], LearnedRule]] = {
-    "uncertainty": lambda s: Uncertainty(_depths(s), s.exit_uncertainty_rate, s.exit_uncertainty_variance),
-    "inverse_loss": lambda s: InverseLoss(_depths(s), s.exit_inverse_loss_decay),
-    "dwa": lambda s: LossRatio(_depths(s), s.exit_dwa_window, s.exit_dwa_temperature),
-    "gradnorm": lambda s: GradNorm(_depths(s), s.exit_gradnorm_rate, s.exit_gradnorm_alpha),
+    "uncertainty": lambda s: Uncertainty(exit_depths(s), s.exit_uncertainty_rate, s.exit_uncertainty_variance),
+    "inverse_loss": lambda s: InverseLoss(exit_depths(s), s.exit_inverse_loss_decay),
+    "dwa": lambda s: LossRatio(exit_depths(s), s.exit_dwa_window, s.exit_dwa_temperature),
+    "gradnorm": lambda s: GradNorm(exit_depths(s), s.exit_gradnorm_rate, s.exit_gradnorm_alpha),
     "simulated_exit": lambda s: SimulatedExit(
-        _depths(s), max(s.train_iters, 1), s.exit_simulated_sharpness, s.exit_simulated_thresholds, s.seed),
-    "excess_loss": lambda s: ExcessLoss(_depths(s), reference_losses(s), s.exit_excess_rate, s.exit_excess_smoothing),
+        exit_depths(s), max(s.train_iters, 1), s.exit_simulated_sharpness, s.exit_simulated_thresholds, s.seed),
+    "excess_loss": lambda s: ExcessLoss(exit_depths(s), reference_losses(s), s.exit_excess_rate, s.exit_excess_smoothing),
 }
 """Rules that learn, by their name in --exit-layer-weight-rule."""
 
@@ -52,7 +49,7 @@ def base_rule(settings: Settings) -> CoefficientRule:
 
 def coefficient_rule(settings: Settings) -> CoefficientRule:
     """Returns the rule that gives every exit its coefficient at a step: the base rule, then the curriculum, then the guard."""
-    rule, depths = base_rule(settings), _depths(settings)
+    rule, depths = base_rule(settings), exit_depths(settings)
     if settings.exit_curriculum == "rotation":
         rule = Curriculum(rule, rotation(depths, settings.exit_curriculum_interval or max(len(depths) - 1, 1)))
     elif settings.exit_curriculum == "gradual":
@@ -64,3 +61,17 @@ def coefficient_rule(settings: Settings) -> CoefficientRule:
         rule = Guard(rule, settings.num_layers, reference + settings.exit_guard_margin, settings.exit_guard_rate,
                      settings.exit_guard_decay, settings.exit_guard_largest)
     return rule
+
+
+def trainable_exits(settings: Settings, step: int | None = None) -> list[int]:
+    """Returns the depths of the exits that can train, in increasing order: coefficient and probability above 0.
+
+    What stands on top of the rule is left out: a curriculum switches exits off for a while only.
+
+    Args:
+        settings: The run.
+        step: Of the warm-up of the coefficients; None for its end.
+    """
+    step = settings.exit_layer_weight_warmup_iters if step is None else step
+    coefficients, drawn = step_coefficients(settings, base_rule(settings), step), exit_probabilities(settings)
+    return [depth for depth in exit_depths(settings) if coefficients[depth] > 0 and drawn[depth] > 0]

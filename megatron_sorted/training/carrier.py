@@ -2,10 +2,10 @@
 
 Exits are computed in backward, which passes the stages from the last to the first; so the teacher travels with the gradient. Between
 stages the hidden state is given a second half along the sequence, the carrier. Forward, the carrier holds zeros, or the hidden state of a
-teacher that is a model of its own (``training.teacher``). Backward, what
-Megatron's schedule takes for the carrier's gradient is the teacher: each stage takes it out of the gradient it receives and puts it into
-the one it sends. So every schedule that is right for the hidden state is right for the teacher, with no message of our own. A message has
-twice the bytes, and what the schedule keeps of the messages too. Evaluation, which has no backward, sends hidden states alone.
+teacher that is a model of its own (``training.teacher``). Backward, what Megatron's schedule takes for the carrier's gradient is the
+teacher: each stage takes it out of the gradient it receives and puts it into the one it sends. So every schedule that is right for the
+hidden state is right for the teacher, with no message of our own. A message has twice the bytes, and what the schedule keeps of the
+messages too. Evaluation, which has no backward, sends hidden states alone.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_sorted.loss.deferred import ExitBackward
-from megatron_sorted.settings.derived import distils
+from megatron_sorted.settings.derived import taught_exits
 from megatron_sorted.settings.run import Settings
 
 
@@ -67,7 +67,7 @@ class _Widen(torch.autograd.Function):
 
 def halves_of_message(settings: Settings, depths: Iterable[int], forward_only: bool) -> int:
     """Returns 2 where stages send each other a carrier beside the hidden state, at a step that trains the exits at ``depths``; else 1."""
-    return 2 if settings.pipeline_model_parallel_size > 1 and not forward_only and distils(settings, depths) else 1
+    return 2 if settings.pipeline_model_parallel_size > 1 and not forward_only and taught_exits(settings, depths) else 1
 
 
 def narrow(wide_tbh: torch.Tensor, box: TeacherBox) -> torch.Tensor:

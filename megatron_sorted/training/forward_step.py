@@ -22,7 +22,7 @@ from megatron_sorted.model.attention import make_attention_mask
 from megatron_sorted.model.config import parameter_dtype
 from megatron_sorted.model.stage import SortedStage
 from megatron_sorted.platform.contract import Platform
-from megatron_sorted.settings.derived import deepest_layer_run, distils, last_exit_teaches
+from megatron_sorted.settings.derived import deepest_layer_run, last_exit_teaches, taught_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model, unwrap
 from megatron_sorted.training.carrier import TeacherBox, halves_of_message, narrow, teach, widen
@@ -69,7 +69,7 @@ class _MicroBatch:
         number: Of the step's micro-batches.
         num_tokens: Trained tokens.
         deepest: Layers above this depth are not run.
-        box: Where the teacher of its exits will be; None where nobody learns from the last exit.
+        box: Where the teacher of its exits will be; None where nobody is taught.
         attention_mask: As the layers' attention takes it; kept where exits have layers of their own.
         hung: The exits that hang on the chunk's output, filled from shallow to deep.
     """
@@ -158,7 +158,7 @@ class ForwardStep:
         if stage.layer_dropout is not None and self.observer is None:
             stage.layer_dropout.draw(self.step, self._global_indices(number), self.platform)
         targets = self._to_device(count_targets(batch)) if stage.depths else None
-        box = TeacherBox() if self.observer is None and distils(self.settings, self.coefficients) else None
+        box = TeacherBox() if self.observer is None and taught_exits(self.settings, self.coefficients) else None
         carries = halves_of_message(self.settings, self.coefficients, self.observer is not None) == 2
         moved = self._to_device(batch)
         mask = make_attention_mask(moved.tokens_bs, moved.segments_bs, self.settings.sliding_window, parameter_dtype(self.settings))
@@ -270,7 +270,7 @@ class ForwardStep:
         head = stage.head(depth, micro.attention_mask, hidden_tbh.size(0))
         chunk_tokens = self.settings.exit_loss_chunk_tokens or self.platform.loss_chunk_tokens
         make_loss = CrossEntropy
-        if micro.box is not None and not (depth == self.settings.num_layers and last_exit_teaches(self.settings)):
+        if micro.box is not None and taught_exits(self.settings, [depth]):
             teacher = self.model.teacher
             weight_ph = stage.last_weight() if teacher is None else teacher.weight_ph(stage.plan.chunk)
             make_loss = partial(TaughtCrossEntropy, self.distillation, micro.box.normed_tbh, weight_ph)

@@ -11,6 +11,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.nn.utils import get_total_norm
 
+from megatron_sorted.checkpoint.optimizer_shards import parts_of
 from megatron_sorted.data.batches import Batch
 from megatron_sorted.exits.observation import Observation
 from megatron_sorted.platform.state import current_device
@@ -114,7 +115,7 @@ def _grad_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
     Collective: one all-reduce of a number over the group of the optimizer's gradient statistics, for each part of the optimizer.
     """
     squares = []
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         gradients = part.get_main_grads_for_grad_norm()
         square = get_total_norm(gradients).float().square() if gradients else torch.zeros((), device=current_device())
         dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
@@ -141,7 +142,7 @@ def optimizer_step(model: Model, settings: Settings, forward_step: ForwardStep, 
     is_bad, grad_norm, *observed = torch.cat((numbers[:1], norm.double().reshape(1), numbers[1:])).tolist()
     if is_bad:
         return StepResult(False, grad_norm, where_from(forward_step.ledger, grad_norm))
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         if parameters and settings.clip_grad > 0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=settings.clip_grad, total_norm=grad_norm)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sorted.conversion.network import network_fields
+from megatron_sorted.conversion.network import EXITS, network_fields
 from megatron_sorted.conversion.open_model import open_model
 from megatron_sorted.data.batches import Batch
 from megatron_sorted.errors import CheckpointError, SettingsError
@@ -47,8 +47,7 @@ def teacher_settings(settings: Settings) -> Settings:
                             "cannot share evenly. Use another layout, or a teacher of as many layers as the network.")
     plain = {field.name: field.default for field in dataclasses.fields(Settings)}
     changes = network_fields(found) | {name: plain[name] for name in (
-        "exit_layer_nums", "use_exit_norm", "untie_exit_output_weights", "use_exit_block", "use_exit_mlp", "exit_adapter_rank",
-        "lora_rank", "layer_dropout", "exit_kd_weight", "exit_kd_teacher", "recompute_granularity", "recompute_method",
+        *EXITS, "lora_rank", "layer_dropout", "exit_kd_weight", "exit_kd_teacher", "recompute_granularity", "recompute_method",
         "recompute_num_layers")}
     if not same:
         changes |= {"decoder_first_pipeline_num_layers": None, "decoder_last_pipeline_num_layers": None}

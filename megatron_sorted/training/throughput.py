@@ -5,7 +5,7 @@ from collections.abc import Collection
 from megatron_sorted.model.config import parameter_dtype
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.costs import forward_flops_per_token, train_flops_per_token
-from megatron_sorted.settings.derived import deepest_layer_run, distils, global_batch_size, last_exit_teaches
+from megatron_sorted.settings.derived import deepest_layer_run, global_batch_size, taught_exits
 from megatron_sorted.settings.run import Settings
 
 
@@ -19,11 +19,10 @@ def step_flops(settings: Settings, vocab_size: int, world_size: int, depths: Col
     memory is not counted, nor a backward that frozen layers do not have.
     """
     tokens = global_batch_size(settings, world_size) * settings.seq_length
-    taught = sum(depth != settings.num_layers or not last_exit_teaches(settings) for depth in depths) if distils(settings, depths) else 0
     per_token = train_flops_per_token(settings, vocab_size, depths, deepest_layer_run(settings, depths))
     head = 2 * settings.hidden_size * vocab_size
     layers = forward_flops_per_token(teacher, vocab_size)[teacher.num_layers] - head if teacher else 0
-    return tokens * (per_token + taught * head + layers)
+    return tokens * (per_token + len(taught_exits(settings, depths)) * head + layers)
 
 
 def tflops_per_device(flops: float, seconds: float, world_size: int) -> float:

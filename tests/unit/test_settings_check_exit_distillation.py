@@ -24,6 +24,8 @@ ALLOWED = [
     {**TAUGHT, "exit_layer_weight": (0.0, 0.5)},
     {**TAUGHT, "exit_layer_weight": (0.5, 0.5, 0.0), "tune_exit": True, "use_exit_norm": True},
     {**TAUGHT, "exit_sampling": "uniform"},
+    {**TAUGHT, "exit_curriculum": "gradual"},  # at first the last exit alone is on; the others learn from it later
+    {"exit_gradient_rule": "project", "exit_curriculum": "gradual"},
 ]
 REFUSED = [
     ({"exit_kd_weight": 1.5}, "--exit-kd-weight: 1.5 is not in [0, 1]"),

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from benchmark.flops import forward_flops_per_token, step_flops
-from megatron_sorted.settings.derived import distils, trained_exits
+from megatron_sorted.settings.derived import taught_exits, trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.weighting import coefficient_rule
 
@@ -45,9 +45,7 @@ def case_flops(settings: Settings) -> int:
     """Returns the operations of one step: three products with each exit's head, and a fourth where the exit has a teacher; with a teacher
     of its own that one's layers, forward."""
     trained = trained_exits(settings, coefficient_rule(settings), 0)
-    own_teacher = settings.exit_kd_teacher is not None
-    taught = sum(depth != settings.num_layers or own_teacher for depth in trained) if distils(settings, trained) else 0
     tokens = settings.global_batch_size * settings.seq_length
     fourth = 2 * settings.hidden_size * settings.vocab_size * tokens
-    layers = tokens * settings.num_layers * forward_flops_per_token(settings)[0] if own_teacher else 0
-    return step_flops(settings, len(trained)) + taught * fourth + layers
+    layers = tokens * settings.num_layers * forward_flops_per_token(settings)[0] if settings.exit_kd_teacher is not None else 0
+    return step_flops(settings, len(trained)) + len(taught_exits(settings, trained)) * fourth + layers
