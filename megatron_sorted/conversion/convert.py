@@ -155,7 +155,7 @@ def origin_of(name: str, model: OpenModel, settings: Settings) -> Pair | None:
         model: Where the network begins.
         settings: Of the network.
     """
-    own = {pair.ours: pair for pair in model.pairs}
+    own = model.pair_of
     depth = settings.num_layers
     kind = name.split(".", 1)[0]
     if name == "decoder.final_layernorm.weight" or (kind == "exit_norms" and name not in own):

@@ -123,11 +123,7 @@ class NestedExits(nn.Module):
             max_new_tokens: At most so many.
             more: For transformers' own ``generate``: attention_mask, eos_token_id, pad_token_id, ...
         """
-        from transformers import GenerationConfig
-
-        own = self.base.generation_config  # of it only the tokens: temperature and penalties would make it something else than greedy
-        config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, bos_token_id=own.bos_token_id,
-                                  eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+        config = greedy(self.base, max_new_tokens=max_new_tokens)
         # without a mask transformers takes the tokens that fill up for filling, wherever they stand
         more = {"attention_mask": torch.ones_like(input_ids), **more}
         return self.model_at(depth).generate(input_ids, generation_config=config, **more)
@@ -178,6 +174,18 @@ def read_exits(directory: Path, base: nn.Module) -> dict[int, Exit]:
             module.to(device=weight.device, dtype=weight.dtype).eval()
         exits[depth] = _assemble(base, made)
     return exits
+
+
+def greedy(base: nn.Module, **more):
+    """Returns transformers' GenerationConfig of greedy decoding that ends texts where the model does; ``more`` goes into it.
+
+    Of the model's own only the tokens are taken: its temperature and penalties would make it something else.
+    """
+    from transformers import GenerationConfig
+
+    own = base.generation_config
+    return GenerationConfig(do_sample=False, num_beams=1, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id,
+                            pad_token_id=own.pad_token_id, **more)
 
 
 def shallow_model(base: nn.Module, depth: int, found: Exit) -> nn.Module:

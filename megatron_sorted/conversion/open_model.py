@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ class OpenModel:
     config: dict[str, Any] | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
+
+    @cached_property
+    def pair_of(self) -> dict[str, Pair]:
+        """Returns {our name: pair} of its tensors."""
+        return {pair.ours: pair for pair in self.pairs}
 
     @property
     def num_bytes(self) -> int:

@@ -76,7 +76,7 @@ def cut_submodel(model: OpenModel, depth: int) -> Part:
     if settings.num_layers == depth:
         return Part(model, settings, origins_of(model, settings))
     # first as if the exit stood at the end of the base's own layers: its norm and head come in the last place
-    own, table = {pair.ours: pair for pair in model.pairs}, tensor_table(settings)
+    own, table = model.pair_of, tensor_table(settings)
     origins = origins_of(model, dataclasses.replace(settings, num_layers=depth, exit_layer_nums=(*settings.exit_layer_nums[:-1], depth)))
     added = f"decoder.layers.{depth}."
     if model.settings.use_exit_block:

@@ -128,7 +128,7 @@ def _exits(model: OpenModel, tokens_bs: torch.Tensor, depths: tuple[int, ...], c
     """Returns the exits of one side; a Hugging Face model is always computed by transformers."""
     if model.kind == "hugging_face":
         return transformers_exits(model, tokens_bs, depths)
-    pairs = {pair.ours: pair for pair in model.pairs}
+    pairs = model.pair_of
 
     def read(name: str) -> torch.Tensor:
         tensor = model.read_ours(pairs[name])
@@ -156,7 +156,7 @@ def compare(first: OpenModel, second: OpenModel, origins: Mapping[str, Pair] | N
     """
     if origins is None:
         check_names([pair.ours for pair in first.pairs], [pair.ours for pair in second.pairs], str(second.directory))
-        origins = {pair.ours: pair for pair in first.pairs}
+        origins = first.pair_of
     rows = []
     for pair in second.pairs:
         rows.append(_compare_tensor(first, origins[pair.ours], second, pair, cast))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megatron_sorted.conversion.nested_exits import Exit, read_exits, shallow_model
+from megatron_sorted.conversion.nested_exits import Exit, greedy, read_exits, shallow_model
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.evaluation.model_directory import plan_exits
 
@@ -72,13 +72,8 @@ class NestedModel:
 
     def sub_model(self, depth: int) -> nn.Module:
         """Returns a transformers model of the first ``depth`` layers and the exit's own that shares all parameters; it decodes greedily."""
-        from transformers import GenerationConfig
-
         sub = shallow_model(self.model, depth, Exit(self.norms[depth], self.heads[depth], self.blocks.get(depth)))
-        # of it only the tokens: temperature and penalties would make decoding something else than greedy
-        own = self.model.generation_config
-        sub.generation_config = GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id,
-                                                 pad_token_id=own.pad_token_id)
+        sub.generation_config = greedy(self.model)
         return sub
 
     def without_parts(self) -> "NestedModel":

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
 
-from megatron_sorted.loss.linear_cross_entropy import Targets, VocabularyShard, column_of, gather_counted, most_likely, pick
+from megatron_sorted.loss.cross_entropy import Targets, VocabularyShard, column_of, gather_counted, most_likely, pick
 
 CUT = -1e30
 """Logit of a token that the teacher is without. Its exponential is 0 and so is its product with 0, which infinity's would not be."""

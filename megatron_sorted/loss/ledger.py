@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_sorted.loss.gradient_rules import token_products
 from megatron_sorted.loss.linear_cross_entropy import ExitLoss
 
 COLUMNS = (
@@ -77,7 +78,7 @@ class Ledger:
 
     def add_meeting(self, depth: int, own_tbh: torch.Tensor, deeper_tbh: torch.Tensor) -> None:
         """Adds what the exit's own gradient of one micro-batch and that of the deeper exits are to each other, before they are joined."""
-        product = (own_tbh.float() * deeper_tbh.float()).sum(dim=-1).sum(dtype=torch.float64)
+        product = token_products(own_tbh, deeper_tbh).sum(dtype=torch.float64)
         _add(self.open_meetings, depth, torch.stack((product, square_sum(own_tbh), square_sum(deeper_tbh))))
 
     def add_drafts(self, depth: int, counts: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_sorted.checkpoint.optimizer_state import count_padding_in_offsets, give_sgd_a_first_state
 from megatron_sorted.exits.placement import place_exits
-from megatron_sorted.loss.linear_cross_entropy import VocabularyShard
+from megatron_sorted.loss.cross_entropy import VocabularyShard
 from megatron_sorted.model.config import make_config, parameter_dtype, uses_transformer_engine
 from megatron_sorted.model.spec import layer_spec
 from megatron_sorted.model.stage import ChunkPlan, SortedStage

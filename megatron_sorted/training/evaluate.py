@@ -7,8 +7,9 @@ import torch
 
 from megatron_sorted.data.batches import Batch, make_eval_batches, num_eval_batches
 from megatron_sorted.data.dataset import EvaluationSet, InstructionSamples
+from megatron_sorted.loss.cross_entropy import Targets
 from megatron_sorted.loss.ledger import Ledger
-from megatron_sorted.loss.linear_cross_entropy import ExitLoss, Targets
+from megatron_sorted.loss.linear_cross_entropy import ExitLoss
 from megatron_sorted.monitoring.report import EvaluationReport
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.settings.derived import num_micro_batches

@@ -12,12 +12,13 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron_sorted.data.batches import Batch
 from megatron_sorted.exits.coefficients import CoefficientRule
 from megatron_sorted.exits.observation import EXIT_LAYERS
+from megatron_sorted.loss.cross_entropy import CrossEntropy, Targets
 from megatron_sorted.loss.deferred import end, tap
 from megatron_sorted.loss.distillation import Distillation, TaughtCrossEntropy
 from megatron_sorted.loss.gradient_rules import GradientRule
 from megatron_sorted.loss.hanging import HungExit, hang
 from megatron_sorted.loss.ledger import Ledger
-from megatron_sorted.loss.linear_cross_entropy import CrossEntropy, ExitLoss, Targets, exit_loss
+from megatron_sorted.loss.linear_cross_entropy import ExitLoss, exit_loss
 from megatron_sorted.model.attention import make_attention_mask
 from megatron_sorted.model.config import parameter_dtype
 from megatron_sorted.model.stage import SortedStage

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from megatron_sorted.loss.linear_cross_entropy import Targets, VocabularyShard
+from megatron_sorted.loss.cross_entropy import Targets, VocabularyShard
 
 EPSILON = 1e-5
 

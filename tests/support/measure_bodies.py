@@ -6,8 +6,9 @@ import os
 import torch
 import torch.distributed as dist
 
+from megatron_sorted.loss.cross_entropy import VocabularyShard
 from megatron_sorted.loss.ledger import Ledger
-from megatron_sorted.loss.linear_cross_entropy import VocabularyShard, exit_loss
+from megatron_sorted.loss.linear_cross_entropy import exit_loss
 from megatron_sorted.settings.derived import trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.weighting import coefficient_rule

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron_sorted.loss import distillation
+from megatron_sorted.loss.cross_entropy import VocabularyShard
 from megatron_sorted.loss.distillation import Distillation, TaughtCrossEntropy
-from megatron_sorted.loss.linear_cross_entropy import VocabularyShard, exit_loss
+from megatron_sorted.loss.linear_cross_entropy import exit_loss
 from tests.support.loss_case import EPSILON, LossCase, make_case
 from tests.support.taught import divergence
 from tests.unit.test_loss_memory import Allocations
