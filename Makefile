@@ -6,12 +6,13 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo check test test-gpu bench clean
+.PHONY: help setup demo check test test-all test-gpu bench clean
 
 help:
 	@echo "make demo      train a small nested model and see every exit (3 minutes on 2 CPU cores)"
-	@echo "make check     style, imports, words, unit tests (about a minute)"
-	@echo "make test      everything, with parallel layouts on 1 to 4 processes"
+	@echo "make check     style, imports, words, unit tests (about two minutes)"
+	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs"
+	@echo "make test-all  the same with every row of the long tables"
 	@echo "make test-gpu  the same bodies on an NVIDIA GPU"
 	@echo "make bench     steps against megatron-core's own GPTModel, the loop, checkpoints, conversions, rules for exits; writes docs/benchmarks/"
 	@echo "make setup     only the virtual environment"
@@ -40,6 +41,9 @@ check: $(READY)
 	@$(BIN)/python -m pytest tests/rules tests/unit
 
 test: check
+	@$(BIN)/python -m pytest -m "not long" tests/ranks tests/system
+
+test-all: check
 	@$(BIN)/python -m pytest tests/ranks tests/system
 
 test-gpu: $(READY)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.support.gather import join_ranks
+from tests.support.layouts import CHUNKS, DISTRIBUTED, OWN, PP2, PP4, SP, TP2, UNTIED
 from tests.support.rank_bodies import steps_from, steps_with_megatrons_form
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCABULARY, tiny
@@ -22,12 +23,7 @@ SAME_LAYOUT = {
     "bf16 dp2 distributed own": (2, {"bf16": True, "use_distributed_optimizer": True, "use_exit_norm": True,
                                      "untie_exit_output_weights": True}),
 }
-DISTRIBUTED, BF16, FP16 = {"use_distributed_optimizer": True}, {"bf16": True}, {"fp16": True, "loss_scale": 1024.0}
-TP2, SP = {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}
-PP2, PP4 = {"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size": 4}
-CHUNKS = {"num_layers_per_virtual_pipeline_stage": 1}
-UNTIED = {"untie_embeddings_and_output_weights": True}
-OWN = {"use_exit_norm": True, "untie_exit_output_weights": True}
+BF16, FP16 = {"bf16": True}, {"fp16": True, "loss_scale": 1024.0}
 # name: (processes, settings) before, (processes, settings) after
 OTHER_LAYOUT = {
     "dp2 distributed -> 1 process": ((2, DISTRIBUTED), (1, DISTRIBUTED)),

@@ -5,13 +5,10 @@ import torch
 
 from megatron_sorted.settings.derived import exit_depths
 from tests.support.gather import join_ranks
+from tests.support.layouts import DISTRIBUTED, PP2, PP4, UNTIED
 from tests.support.rank_bodies import train_and_report
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny
-
-PP2, PP4 = {"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size": 4}
-UNTIED = {"untie_embeddings_and_output_weights": True}
-DISTRIBUTED = {"use_distributed_optimizer": True}
 
 
 @pytest.mark.parametrize(("world_size", "changes", "copies"), [

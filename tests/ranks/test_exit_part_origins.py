@@ -10,13 +10,13 @@ from megatron_sorted.training.inputs import find_checkpoints
 from tests.support.frozen_bodies import begin_from
 from tests.support.gather import join_ranks
 from tests.support.hugging_face import global_weights
+from tests.support.layouts import PP2
 from tests.support.model_directories import save_model
 from tests.support.rank_bodies import steps_from
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCABULARY, tiny
 
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
-PP2 = {"pipeline_model_parallel_size": 2}
 BLOCK = {"use_exit_block": True, "exit_adapter_rank": 3, "use_exit_norm": True, "untie_exit_output_weights": True}
 MLP = {"use_exit_mlp": True}
 

@@ -7,6 +7,7 @@ import torch
 
 from megatron_sorted.training import step
 from tests.support.host_waits import HostWaits
+from tests.support.layouts import PP2, thinned
 from tests.support.measure_bodies import host_waits
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny
@@ -14,7 +15,6 @@ from tests.support.tiny import tiny
 STEP = Path(step.__file__).read_text().splitlines()
 NUMBER, LINE = next((number, line.strip()) for number, line in enumerate(STEP, 1) if "is_bad, grad_norm" in line)
 ONCE = f"step.py:{NUMBER} {LINE}"
-PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS = [
     (1, {}),
     (1, {"calculate_per_token_loss": False, "untie_exit_output_weights": True, "exit_sampling": "uniform"}),
@@ -28,7 +28,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("track", [False, True])
+@pytest.mark.parametrize("track", thinned([False, True], True))
 @pytest.mark.parametrize(("world_size", "changes"), LAYOUTS)
 def test_a_step_waits_for_the_device_once_where_the_optimizer_is_asked_to_step(world_size, changes, track):
     for report in run_ranks(world_size, host_waits, tiny(**changes), track, True):

@@ -6,13 +6,13 @@ import torch
 from tests.support.gather import join_ranks
 from tests.support.given_weights import gradients_of_step, join_logits, logits_of_exits
 from tests.support.hugging_face import exit_logits, global_weights, gradients, make_model
+from tests.support.layouts import UNTIED, thinned
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCABULARY, make_samples, tiny
 
 LENGTH = 48
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
-UNTIED = {"untie_embeddings_and_output_weights": True}
 ROPE_SCALING = {"use_rope_scaling": True, "rope_scaling_factor": 8.0, "rope_scaling_original_max_position_embeddings": 16}
 # name: (family, changes of its config, changes of our settings); tiny: 4 layers, 4 heads in 2 groups, tied
 CASES = {
@@ -66,7 +66,7 @@ def compare(name: str, layout: tuple[int, dict], changes: dict | None = None) ->
         assert difference < 1e-5, f"exit {depth}: logits up to {expected[depth].abs().max():.2f} differ by {difference:.2e}"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", thinned(LAYOUTS, "tp2 pp2"))
 @pytest.mark.parametrize("name", CASES)
 def test_logits_of_every_exit_equal_those_of_transformers(name, layout):
     compare(name, LAYOUTS[layout])

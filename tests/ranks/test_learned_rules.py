@@ -11,12 +11,12 @@ import torch
 from megatron_sorted.settings.derived import exit_depths
 from tests.ranks.test_layouts import relative
 from tests.support.gather import join_ranks
+from tests.support.layouts import PP2, SP, TP2
 from tests.support.ranks import run_ranks
 from tests.support.rule_bodies import train_each
 from tests.support.rule_reference import reference_run
 from tests.support.tiny import make_samples, tiny
 
-PP2, TP2, SP = {"pipeline_model_parallel_size": 2}, {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}
 LAYOUTS = {
     "one process": (1, {}),
     "tp2": (2, TP2),

@@ -20,6 +20,7 @@ from megatron_sorted.settings.lora import is_adapter
 from tests.support import hugging_face
 from tests.support.gather import join_ranks
 from tests.support.given_weights import join_logits
+from tests.support.layouts import OWN, PP2, TP2
 from tests.support.lora_bodies import merged, train_adapters
 from tests.support.model_directories import save_model
 from tests.support.rank_bodies import steps_from
@@ -29,8 +30,6 @@ from tests.support.tiny import VOCABULARY, make_samples, tiny
 
 RANK = 6
 LORA = {"lora_rank": RANK, "lora_alpha": 9.0}
-TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
-OWN = {"use_exit_norm": True, "untie_exit_output_weights": True}
 TOKENS = make_samples(2, 16, 9)["tokens"]
 DEPTHS = (1, 2, 3, 4)
 

@@ -3,28 +3,27 @@
 import pytest
 
 from tests.ranks.test_layouts import compare
+from tests.support.layouts import CHUNKS, DISTRIBUTED, PP2
 from tests.support.tiny import tiny
 
-PP2 = {"pipeline_model_parallel_size": 2}
 WIDE = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
-CHUNKS = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
-DISTRIBUTED = {"use_distributed_optimizer": True}
+PP2_CHUNKS = {**PP2, **CHUNKS}
 
 
 @pytest.mark.parametrize(("world_size", "changes"), [
-    (1, {}), (2, {}), (2, PP2), (2, {"tensor_model_parallel_size": 2}), (4, WIDE), (2, CHUNKS), (4, {**PP2, **DISTRIBUTED})])
+    (1, {}), (2, {}), (2, PP2), (2, {"tensor_model_parallel_size": 2}), (4, WIDE), (2, PP2_CHUNKS), (4, {**PP2, **DISTRIBUTED})])
 @pytest.mark.parametrize("per_token", [True, False])
 def test_samples_of_unequal_length_and_packed_documents(world_size, changes, per_token):
     compare(world_size, tiny(calculate_per_token_loss=per_token, **changes), 1e-5, unequal=True, packed=True)
 
 
-@pytest.mark.parametrize(("world_size", "changes"), [(1, {}), (2, PP2), (2, CHUNKS)])
+@pytest.mark.parametrize(("world_size", "changes"), [(1, {}), (2, PP2), (2, PP2_CHUNKS)])
 def test_listed_coefficients_one_of_them_zero(world_size, changes):
     reports = compare(world_size, tiny(exit_layer_weight=(0.5, 0.0, 0.25), **changes), 1e-5)
     assert reports[0]["losses"][0].keys() == {1, 3, 4}
 
 
-@pytest.mark.parametrize(("world_size", "changes"), [(2, PP2), (2, {**CHUNKS})])
+@pytest.mark.parametrize(("world_size", "changes"), [(2, PP2), (2, {**PP2_CHUNKS})])
 def test_warm_up_of_coefficients(world_size, changes):
     settings = tiny(exit_layer_weight_rule="linear", exit_layer_weight_init=(1.0, 0.5, 0.0), exit_layer_weight_warmup_iters=4, **changes)
     reports = compare(world_size, settings, 1e-5)
@@ -32,7 +31,7 @@ def test_warm_up_of_coefficients(world_size, changes):
 
 
 @pytest.mark.parametrize(("world_size", "changes"), [
-    (1, {}), (2, {}), (2, {"overlap_grad_reduce": True}), (2, PP2), (4, WIDE), (2, CHUNKS),
+    (1, {}), (2, {}), (2, {"overlap_grad_reduce": True}), (2, PP2), (4, WIDE), (2, PP2_CHUNKS),
     (4, {**PP2, **DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True, "untie_embeddings_and_output_weights": True})])
 def test_exits_drawn_at_each_step(world_size, changes):
     reports = compare(world_size, tiny(exit_sampling="uniform", num_sampled_exits=1, seed=5, **changes), 1e-5)

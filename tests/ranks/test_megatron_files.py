@@ -9,13 +9,11 @@ from megatron_sorted.checkpoint.plain_objects import check_checkpoint_is_safe
 from megatron_sorted.checkpoint.restricted_pickle import read_stored_names
 from megatron_sorted.conversion.megatron_directory import open_megatron
 from tests.support.gather import RENAMED
+from tests.support.layouts import CHUNKS, PP2, TP2, UNTIED
 from tests.support.megatron_files import FORMS, make_truth, save_as_megatron
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny
 
-TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
-CHUNKS = {"num_layers_per_virtual_pipeline_stage": 1}
-UNTIED = {"untie_embeddings_and_output_weights": True}
 BIASED = {"disable_bias_linear": False, "swiglu": False, "ffn_hidden_size": 96}
 LAYOUTS = {
     "one process": (1, {}),

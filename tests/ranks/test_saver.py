@@ -10,11 +10,10 @@ import torch
 
 from megatron_sorted.checkpoint.manifest import find_damage, read_manifest
 from tests.ranks.test_checkpoint import joined
+from tests.support.layouts import PP2
 from tests.support.rank_bodies import save_under_faults, steps_from
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny
-
-PP2 = {"pipeline_model_parallel_size": 2}
 
 
 @pytest.fixture

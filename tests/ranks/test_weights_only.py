@@ -7,14 +7,13 @@ from megatron_sorted.checkpoint.manifest import Progress
 from megatron_sorted.model.config import parameter_dtype
 from tests.support.gather import join_ranks
 from tests.support.given_weights import join_logits, load_and_report
+from tests.support.layouts import OWN, UNTIED
 from tests.support.rank_bodies import steps_from
 from tests.support.ranks import run_ranks
 from tests.support.reference import exit_logits
 from tests.support.tiny import VOCABULARY, make_samples, tiny
 from tests.support.weights_only import strip_to_weights, weights_by_layer
 
-UNTIED = {"untie_embeddings_and_output_weights": True}
-OWN = {"use_exit_norm": True, "untie_exit_output_weights": True}
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True, "bf16": True}
 # settings of the run that saved, dtype in the file, (processes, settings) of the run that starts from it

@@ -15,6 +15,7 @@ from megatron_sorted.conversion.verify import compare
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.training.resume import tokenizer_hashes
 from tests.support.hugging_face import exit_logits
+from tests.support.layouts import thinned
 from tests.support.model_directories import FAMILIES, save_model, tokens
 
 
@@ -27,7 +28,7 @@ def same(one, other) -> bool:
         one[name].dtype == other[name].dtype and torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in one)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", thinned([torch.float32, torch.bfloat16], torch.bfloat16))
 @pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
