@@ -10,8 +10,6 @@ Every step is a command that is shown; finished steps are not done again. With -
 """
 
 import argparse
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,9 +17,10 @@ from results.experiments import cldr, stories
 from results.page import write_page
 from results.rates import chosen_rate
 from results.recipe import METHODS, Recipe, evaluate_step, final_step, head_sweep_steps, sweep_steps
-from results.steps import ROOT, Runner, Step
+from results.steps import Runner, Step
+from results.tool import add_folder_options, open_folders, run_tool, show_page
 
-from megatron_sorted.errors import SettingsError, SortedError
+from megatron_sorted.errors import SettingsError
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,14 +29,9 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     for name, purpose in (("stories", "a given model and a given text"), ("cldr", "the demo's questions, and a model trained on them")):
         part = parts.add_parser(name, help=purpose)
-        part.add_argument("--output", type=Path, help="folder for data, runs and models (default: runs/first_results/PART)")
-        part.add_argument("--docs", type=Path,
-                          help="folder that gets a page in results/ and images/ (default: docs; with --quick: in --output)")
-        part.add_argument("--seeds", type=int, default=1, help="trainings of each method, with seeds 1, 2, ... (%(default)s)")
+        add_folder_options(part, "runs/first_results/PART", "method", 1)
         part.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=["ordinary", "nested"],
                           help="what is trained; ordinary always is (%(default)s)")
-        part.add_argument("--quick", action="store_true", help="next to no training: only shows that everything runs")
-        part.add_argument("--fresh", action="store_true", help="do every step again")
         if name == "stories":
             part.add_argument("--model", type=Path, required=True, help="Hugging Face directory with a sentencepiece tokenizer.model")
             part.add_argument("--text", type=Path, required=True, help="UTF-8 text of many documents")
@@ -69,11 +63,7 @@ def run_all(recipe: Recipe, data_steps: Sequence[Step], methods: tuple[str, ...]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the steps and writes the page."""
     values = read_arguments(arguments)
-    folder = (values.output or ROOT / "runs" / f"first_results{'_quick' if values.quick else ''}" / values.part).resolve()
-    docs = (values.docs or (folder / "docs" if values.quick else ROOT / "docs")).resolve()
-    if values.fresh:
-        shutil.rmtree(folder / "finished_steps", ignore_errors=True)
-    inside = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder  # commands that can be read and copied
+    folder, inside, docs = open_folders(values, "first_results")
     if values.part == "stories":
         recipe, steps = stories(inside, values.model.resolve(), values.text.resolve(), values.separator, values.num_held_out,
                                 values.num_tuning, values.quick)
@@ -81,15 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe, steps = cldr(inside, values.quick)
     done = run_all(recipe, steps, tuple(values.methods), values.seeds, folder)
     page, picture = write_page(values.part, recipe, done, tuple(values.methods), values.seeds, docs)
-    print(page.read_text(encoding="utf-8"))
-    print(f"written: {page}, {picture}" + (" (--quick: nothing was learned, the numbers mean nothing)" if values.quick else ""))
+    show_page(page, picture, values.quick)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SortedError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\nStopped. The same command again goes on from the unfinished step.", file=sys.stderr)
-        sys.exit(130)
+    run_tool(main)

@@ -11,18 +11,17 @@ ways can be added. With --quick: next to no training.
 """
 
 import argparse
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from results.steps import ROOT, Runner
+from results.steps import Runner
+from results.tool import add_folder_options, open_folders, run_tool, show_page
 from studies.data_sets import plan_cldr, plan_instructions, plan_stories
 from studies.page import chosen, write_page
 from studies.plan import Plan
 from studies.variants import VARIANTS
 
-from megatron_sorted.errors import SettingsError, SortedError
+from megatron_sorted.errors import SettingsError
 
 TITLES = {"stories": "A small story model", "cldr": "A small model of facts",
           "instructions": "A small model of instructions in many languages"}
@@ -34,16 +33,11 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parts = parser.add_subparsers(dest="part", required=True, metavar="DATA")
     for name in TITLES:
         part = parts.add_parser(name, help=TITLES[name])
-        part.add_argument("--output", type=Path, help="folder for data and runs (default: runs/study/DATA)")
-        part.add_argument("--docs", type=Path,
-                          help="folder that gets a page in results/ and images/ (default: docs; with --quick: in --output)")
+        add_folder_options(part, "runs/study/DATA", "way", 3)
         part.add_argument("--page", default=name, help="name of the page, study_PAGE.md, and of its picture (%(default)s)")
-        part.add_argument("--seeds", type=int, default=3, help="trainings of each way, with seeds 1, 2, ... (%(default)s)")
         part.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), metavar="WAY",
                           help=f"what is trained; uniform always is (all: {', '.join(VARIANTS)})")
         part.add_argument("--jobs", type=int, default=1, help="trainings at a time, one core each (%(default)s)")
-        part.add_argument("--quick", action="store_true", help="next to no training: only shows that everything runs")
-        part.add_argument("--fresh", action="store_true", help="do every training again")
         if name == "stories":
             part.add_argument("--model", type=Path, required=True, help="Hugging Face directory with a sentencepiece tokenizer.model")
             part.add_argument("--text", type=Path, required=True, help="UTF-8 text of documents, <|endoftext|> between them")
@@ -75,11 +69,7 @@ def run_all(plan: Plan, names: Sequence[str] | None, seeds: int, folder: Path, j
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs what is missing and writes the page."""
     values = read_arguments(arguments)
-    folder = (values.output or ROOT / "runs" / f"study{'_quick' if values.quick else ''}" / values.part).resolve()
-    docs = (values.docs or (folder / "docs" if values.quick else ROOT / "docs")).resolve()
-    if values.fresh:
-        shutil.rmtree(folder / "finished_steps", ignore_errors=True)
-    inside = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder  # commands that can be read and copied
+    folder, inside, docs = open_folders(values, "study")
     if values.part == "stories":
         plan = plan_stories(inside, values.model.resolve(), values.text.resolve(), values.quick, values.steps, values.seq_length)
     elif values.part == "cldr":
@@ -89,15 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runner = run_all(plan, values.variants, values.seeds, folder, values.jobs)
     outcomes = plan.outcomes(chosen(values.variants), values.seeds)
     page, picture = write_page(values.page, TITLES[values.part], plan, outcomes, runner.steps, docs)
-    print(page.read_text(encoding="utf-8"))
-    print(f"written: {page}, {picture}" + (" (--quick: nothing was learned, the numbers mean nothing)" if values.quick else ""))
+    show_page(page, picture, values.quick)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SortedError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\nStopped. The same command again goes on from the unfinished trainings.", file=sys.stderr)
-        sys.exit(130)
+    run_tool(main)
