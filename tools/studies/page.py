@@ -64,14 +64,19 @@ def _gaps(outcomes: Outcomes) -> list[str]:
 
 def _words(outcomes: Outcomes) -> list[str]:
     line, last, lines = _front(outcomes), outcomes.depths[-1], ["## What it shows", ""]
-    for name in outcomes.nested:
+    same_steps = [name for name in outcomes.nested if VARIANTS[name].family != "longer"]
+    for name in same_steps:
         if met := meets_goal(outcomes, name):
             lines.append(f"- **{VARIANTS[name].title}** closes {_share(outcomes, name, False)} of uniform's mean gap and "
                          f"{_share(outcomes, name, True)} of its gap at full depth, outside the noise of seeds: goal "
                          f"{' and goal '.join(repr(goal) for goal in met)} (a third of one, the other not worse).")
-    if len(lines) == 2:
+    for name in outcomes.nested:
+        if name not in same_steps:
+            lines.append(f"- With the steps of a teacher spent otherwise, {VARIANTS[name].title}: {_share(outcomes, name, False)} of "
+                         f"uniform's mean gap closed, {_share(outcomes, name, True)} of its gap at full depth.")
+    if not any(meets_goal(outcomes, name) for name in same_steps):
         lines.append("- No way closes a third of uniform's gap without losing elsewhere, outside the noise of seeds.")
-    far = {name: beyond((outcomes.full_gap(name).value, outcomes.mean_gap(name).value), line) for name in outcomes.nested}
+    far = {name: beyond((outcomes.full_gap(name).value, outcomes.mean_gap(name).value), line) for name in same_steps}
     ranked = sorted((name for name, value in far.items() if value is not None and VARIANTS[name].family != "static"),
                     key=lambda name: -far[name])
     lines.append("- Farthest beyond the front of static weights (mean gap at the same full-depth gap): "
@@ -98,6 +103,8 @@ def _recipe(plan: Plan, outcomes: Outcomes) -> list[str]:
     for name in outcomes.nested:
         flags = [word.replace(str(plan.recipe.model), plan.recipe.model.name) for word in plan.flags(VARIANTS[name], 1)]
         rate = f" (rate x {VARIANTS[name].rate:.3g})" if VARIANTS[name].rate != 1 else ""
+        rate += f" ({VARIANTS[name].steps} x the steps)" if VARIANTS[name].steps != 1 else ""
+        rate += " (starts from the separately trained model of full depth)" if VARIANTS[name].goes_on else ""
         rows.append(f"| {VARIANTS[name].title} | `{' '.join(flags)}`{rate} |" if flags else f"| {VARIANTS[name].title} |{rate} |")
     return ["## Flags", "", "| way | flags of pretrain_sorted.py |", "|---|---|", *rows, ""]
 

@@ -6,7 +6,7 @@ from .outcomes import Outcomes, front
 from .variants import FAMILIES, VARIANTS
 
 COLOURS = {"static": "#555555", "learned": "#0072B2", "schedule": "#E69F00", "gradient": "#009E73", "distillation": "#D55E00",
-           "teacher": "#56B4E9", "capacity": "#CC79A7", "combined": "#000000"}
+           "teacher": "#56B4E9", "capacity": "#CC79A7", "combined": "#000000", "longer": "#7A5C00"}
 """Okabe and Ito's."""
 
 

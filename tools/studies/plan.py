@@ -61,14 +61,17 @@ class Plan:
     def variant_step(self, variant: Variant, seed: int) -> Step:
         """Returns the training of one variant; the separate models of the seed, and for references those of seed 1, come before it."""
         rate = f"{float(self.rate(None)) * variant.rate:.3g}"
-        needs = (self._full_model(seed),) if variant.needs_teacher else ()
-        return self._train(f"nested-{variant.name}-{seed}", self._nested_flags(self.flags(variant, seed)), self.recipe.model, rate, seed,
-                           self.recipe.num_steps, needs)
+        needs, flags, start = (), self._nested_flags(self.flags(variant, seed)), self.recipe.model
+        if variant.needs_full_model:
+            needs = (self._full_model(seed),)
+        if variant.goes_on:
+            start, flags = Path(self._teachers(seed)["separate"]), (*flags, "--finetune", "--use-checkpoint-args")
+        return self._train(f"nested-{variant.name}-{seed}", flags, start, rate, seed, self.recipe.num_steps * variant.steps, needs)
 
     def flags(self, variant: Variant, seed: int) -> list[str]:
         """Returns the flags in which a variant differs from uniform."""
         references = self.references() if variant.needs_references else {}
-        return expand(variant, self.depths, references, self.recipe.num_steps, self._teachers(seed))
+        return expand(variant, self.depths, references, self.recipe.num_steps * variant.steps, self._teachers(seed))
 
     def rate(self, depth: int | None) -> str:
         """Returns the rate that was chosen for a separate model of this depth, or for nested training (None).
@@ -124,7 +127,8 @@ class Plan:
     def _train(self, name: str, flags: Sequence[str], start: Path, rate: str, seed: int, num_steps: int,
                needs: tuple[str, ...] = ()) -> Step:
         recipe, save = self.recipe, self.recipe.folder / "runs" / name
-        command = (PYTHON, "pretrain_sorted.py", "--load", str(start), "--tokenizer-model", str(start / "tokenizer.model"),
+        tokenizer = (recipe.model if "--finetune" in flags else start) / "tokenizer.model"
+        command = (PYTHON, "pretrain_sorted.py", "--load", str(start), "--tokenizer-model", str(tokenizer),
                    "--seq-length", str(recipe.seq_length), "--data-path", str(prefix(recipe.folder, "train")),
                    "--valid-data-path", *(str(prefix(recipe.folder, each)) for each in (self.held_out, self.tuning)),
                    "--device", "cpu", "--micro-batch-size", str(recipe.batch_size), "--lr-warmup-iters", str(recipe.warmup), *recipe.flags,

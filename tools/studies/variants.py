@@ -8,6 +8,7 @@ FAMILIES = {
     "gradient": "Gradient rules", "distillation": "Self-distillation",
     "teacher": "Distillation from a frozen model: the start, or the separately trained one of full depth",
     "capacity": "More parameters at the exits", "combined": "Combinations, taught by the separately trained one of full depth",
+    "longer": "With the teacher's steps spent otherwise: twice the steps, or from the separately trained model of full depth on",
 }
 UNIFORM = "uniform"
 
@@ -22,6 +23,8 @@ class Variant:
             model of full depth and the same seed, {others:X} X for each intermediate exit, {references} the losses of the separately
             trained models, {full} that of the full one, {part:X} this share of all steps.
         rate: Factor of the learning rate; 1 but for static weights, whose front includes other rates.
+        steps: Factor of the steps.
+        goes_on: From the separately trained model of full depth and the same seed, instead of the start.
     """
 
     name: str
@@ -29,6 +32,8 @@ class Variant:
     title: str
     flags: tuple[str, ...] = ()
     rate: float = 1.0
+    steps: int = 1
+    goes_on: bool = False
 
     @property
     def needs_references(self) -> bool:
@@ -36,9 +41,9 @@ class Variant:
         return bool({"{references}", "{full}"} & set(self.flags))
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether its teacher is the separately trained model of full depth: one more ordinary training that comes first."""
-        return "{separate}" in self.flags
+    def needs_full_model(self) -> bool:
+        """Whether it uses the separately trained model of full depth: one more ordinary training that comes first."""
+        return self.goes_on or "{separate}" in self.flags
 
 
 def _others(share: str) -> tuple[str, ...]:
@@ -103,6 +108,11 @@ VARIANTS = {variant.name: variant for variant in (
             (*_taught("1"), *_others("0.3"), "--use-exit-norm", "--untie-exit-output-weights")),
     Variant("taught-adapters-0.3", "combined", "KL, others 0.3, adapters",
             (*_taught("1"), *_others("0.3"), "--exit-adapter-rank", "16")),
+    Variant("longer", "longer", "uniform, twice the steps", steps=2),
+    Variant("longer-0.3", "longer", "others 0.3, twice the steps", _others("0.3"), steps=2),
+    Variant("on", "longer", "uniform, from the trained one on", goes_on=True),
+    Variant("on-taught", "longer", "KL to the trained one, from it on", _taught("1"), goes_on=True),
+    Variant("on-taught-0.3", "longer", "the same, others 0.3", (*_taught("1"), *_others("0.3")), goes_on=True),
 )}
 
 
