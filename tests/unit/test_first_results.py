@@ -1,6 +1,7 @@
 """The pure parts of tools/first_results.py: split, rates, steps, commands and the page's numbers, written by hand."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tools.results.origin import shown
 from tools.results.picture import Panel, draw, place_name
 from tools.results.rates import choose_rate, chosen_rate, trained_depths
 from tools.results.recipe import HEADS, evaluate_step, final_step, head_sweep_steps, sweep_folder, sweep_steps
-from tools.results.steps import Runner, Step, StepError
+from tools.results.steps import PYTHON, Runner, Step, StepError
 from tools.results.tables import differences_table, findings, measures_table, spread_table, words_of_cost
 from tools.split_text import drop_copies, read_samples, repeat_to, split_samples
 
@@ -184,3 +185,14 @@ def test_a_page_names_files_from_outside_without_their_folders(tmp_path):
     lines = shown(steps[-1], recipe).splitlines()
     assert len(lines) > 1 and all(len(line) <= 140 for line in lines) and all(line.endswith(" \\") for line in lines[:-1])
     assert sys.executable not in "".join(lines)
+
+
+def test_a_file_from_outside_counts_by_its_content_not_by_its_time(tmp_path):
+    text, made = tmp_path / "text.txt", tmp_path / "made"
+    text.write_text("one")
+    step = Step("write", "", (PYTHON, "-c", f"open({str(made)!r}, 'a').write('x')"), (made,), reads=(text,))
+    for content, time in (("one", 1), ("one", 2), ("two", 2)):
+        text.write_text(content)
+        os.utime(text, (time, time))
+        Runner(tmp_path, 1).run([step])
+    assert made.read_text() == "xx"

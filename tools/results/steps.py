@@ -34,7 +34,7 @@ class Step:
         makes: Files or folders that show that it is finished.
         clears: Folders that are removed before it runs.
         needs: Names of earlier steps; when one of them has changed, this one runs again.
-        reads: Files from outside; when one has another size or time, it runs again.
+        reads: Files from outside; when one has other content, it runs again.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Runner:
 
     def _key(self, step: Step) -> str:
         """Returns what the step's result depends on, as a hash."""
-        outside = [(path.stat().st_size, path.stat().st_mtime_ns) for path in step.reads]
+        outside = [_digest(path) for path in step.reads]
         parts = [step.command, [self._keys[name] for name in step.needs], outside]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -119,6 +119,10 @@ class Runner:
             raise StepError(f"{step.name}: ended well but did not write {', '.join(missing)}. Report this as a bug.")
         done = f"done after {time.monotonic() - began:.0f} s"
         print(f"   {title}: {done}" if self._jobs else f"\n   {done}", flush=True)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _missing(step: Step) -> list[str]:
