@@ -108,6 +108,10 @@ class Outcomes:
         """Returns the gap of the full model."""
         return self.gap(variant, self.depths[-1])
 
+    def point(self, variant: str) -> tuple[float, float]:
+        """Returns where the variant stands in the picture: (gap of the full model, mean gap)."""
+        return self.full_gap(variant).value, self.mean_gap(variant).value
+
     def change(self, variant: str, depths: Sequence[int] | None = None) -> Estimate:
         """Returns the mean loss over ``depths`` (all by default) minus that of uniform, paired by seed."""
         chosen = depths or self.depths

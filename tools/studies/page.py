@@ -41,7 +41,7 @@ def _opening(plan: Plan, outcomes: Outcomes) -> list[str]:
 
 
 def _front(outcomes: Outcomes) -> list[tuple[float, float]]:
-    return front([(outcomes.full_gap(name).value, outcomes.mean_gap(name).value) for name in outcomes.nested
+    return front([outcomes.point(name) for name in outcomes.nested
                   if VARIANTS[name].family == "static"])
 
 
@@ -52,7 +52,7 @@ def _gaps(outcomes: Outcomes) -> list[str]:
         names = [name for name in outcomes.nested if VARIANTS[name].family == family]
         rows = []
         for name in names:
-            far = beyond((outcomes.full_gap(name).value, outcomes.mean_gap(name).value), line)
+            far = beyond(outcomes.point(name), line)
             rows.append([VARIANTS[name].title, *(f"{outcomes.gap(name, depth).value:+.3f}" for depth in outcomes.depths),
                          str(outcomes.mean_gap(name)), str(outcomes.change(name)) if name != outcomes.uniform else "",
                          str(outcomes.change(name, [last])) if name != outcomes.uniform else "",
@@ -65,18 +65,18 @@ def _gaps(outcomes: Outcomes) -> list[str]:
 def _words(outcomes: Outcomes) -> list[str]:
     line, last, lines = _front(outcomes), outcomes.depths[-1], ["## What it shows", ""]
     same_steps = [name for name in outcomes.nested if VARIANTS[name].family != "longer"]
-    for name in same_steps:
-        if met := meets_goal(outcomes, name):
-            lines.append(f"- **{VARIANTS[name].title}** closes {_share(outcomes, name, False)} of uniform's mean gap and "
-                         f"{_share(outcomes, name, True)} of its gap at full depth, outside the noise of seeds: goal "
-                         f"{' and goal '.join(repr(goal) for goal in met)} (a third of one, the other not worse).")
+    good = {name: met for name in same_steps if (met := meets_goal(outcomes, name))}
+    for name, met in good.items():
+        lines.append(f"- **{VARIANTS[name].title}** closes {_share(outcomes, name, False)} of uniform's mean gap and "
+                     f"{_share(outcomes, name, True)} of its gap at full depth, outside the noise of seeds: goal "
+                     f"{' and goal '.join(repr(goal) for goal in met)} (a third of one, the other not worse).")
     for name in outcomes.nested:
         if name not in same_steps:
             lines.append(f"- With the steps of a teacher spent otherwise, {VARIANTS[name].title}: {_share(outcomes, name, False)} of "
                          f"uniform's mean gap closed, {_share(outcomes, name, True)} of its gap at full depth.")
-    if not any(meets_goal(outcomes, name) for name in same_steps):
+    if not good:
         lines.append("- No way closes a third of uniform's gap without losing elsewhere, outside the noise of seeds.")
-    far = {name: beyond((outcomes.full_gap(name).value, outcomes.mean_gap(name).value), line) for name in same_steps}
+    far = {name: beyond(outcomes.point(name), line) for name in same_steps}
     ranked = sorted((name for name, value in far.items() if value is not None and VARIANTS[name].family != "static"),
                     key=lambda name: -far[name])
     lines.append("- Farthest beyond the front of static weights (mean gap at the same full-depth gap): "

@@ -127,8 +127,7 @@ class Plan:
     def _train(self, name: str, flags: Sequence[str], start: Path, rate: str, seed: int, num_steps: int,
                needs: tuple[str, ...] = ()) -> Step:
         recipe, save = self.recipe, self.recipe.folder / "runs" / name
-        tokenizer = (recipe.model if "--finetune" in flags else start) / "tokenizer.model"
-        command = (PYTHON, "pretrain_sorted.py", "--load", str(start), "--tokenizer-model", str(tokenizer),
+        command = (PYTHON, "pretrain_sorted.py", "--load", str(start), "--tokenizer-model", str(recipe.model / "tokenizer.model"),
                    "--seq-length", str(recipe.seq_length), "--data-path", str(prefix(recipe.folder, "train")),
                    "--valid-data-path", *(str(prefix(recipe.folder, each)) for each in (self.held_out, self.tuning)),
                    "--device", "cpu", "--micro-batch-size", str(recipe.batch_size), "--lr-warmup-iters", str(recipe.warmup), *recipe.flags,
