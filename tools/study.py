@@ -37,6 +37,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         part.add_argument("--page", default=name, help="name of the page, study_PAGE.md, and of its picture (%(default)s)")
         part.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), metavar="WAY",
                           help=f"what is trained; uniform always is (all: {', '.join(VARIANTS)})")
+        part.add_argument("--teach-separate", action="store_true", help="train the separate models a second time, the full one teaching")
         part.add_argument("--jobs", type=int, default=1, help="trainings at a time, one core each (%(default)s)")
         if name == "stories":
             part.add_argument("--model", type=Path, required=True, help="Hugging Face directory with a sentencepiece tokenizer.model")
@@ -53,16 +54,18 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     return values
 
 
-def run_all(plan: Plan, names: Sequence[str] | None, seeds: int, folder: Path, jobs: int) -> Runner:
+def run_all(plan: Plan, values: argparse.Namespace, folder: Path) -> Runner:
     """Returns the runner after running what is not finished: data, rates, then everything of a seed before the next seed."""
-    variants, cuts, tries = chosen(names), plan.extract_steps(), plan.rate_steps()
-    runner = Runner(folder, len(plan.data_steps) + len(cuts) + len(tries) + seeds * (2 * len(plan.depths) + len(variants)), jobs)
+    variants, cuts, tries = chosen(values.variants), plan.extract_steps(), plan.rate_steps()
+    of_a_seed = (1 + values.teach_separate) * len(plan.depths) + len(variants)
+    runner = Runner(folder, len(plan.data_steps) + len(cuts) + len(tries) + values.seeds * of_a_seed, values.jobs)
     for step in [*plan.data_steps, *cuts]:
         runner.run([step])  # each needs the one before
     runner.run(tries)
-    for seed in range(1, seeds + 1):
+    for seed in range(1, values.seeds + 1):
         runner.run(plan.separate_steps(seed))
-        runner.run([*plan.taught_steps(seed), *(plan.variant_step(variant, seed) for variant in variants)])
+        taught = plan.taught_steps(seed) if values.teach_separate else []
+        runner.run([*taught, *(plan.variant_step(variant, seed) for variant in variants)])
     return runner
 
 
@@ -76,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plan = plan_cldr(inside, values.quick)
     else:
         plan = plan_instructions(inside, values.train.resolve(), values.valid.resolve(), values.quick)
-    runner = run_all(plan, values.variants, values.seeds, folder, values.jobs)
-    outcomes = plan.outcomes(chosen(values.variants), values.seeds)
+    runner = run_all(plan, values, folder)
+    outcomes = plan.outcomes(chosen(values.variants), values.seeds, with_taught=values.teach_separate)
     page, picture = write_page(values.page, TITLES[values.part], plan, outcomes, runner.steps, docs)
     show_page(page, picture, values.quick)
 

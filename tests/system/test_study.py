@@ -26,7 +26,8 @@ def test_a_quick_study_writes_a_page_and_can_be_added_to(tmp_path):
     draw = random.Random(0)
     stories = [f"Story {number}. " + " ".join(draw.choices(WORDS, k=40)) + "." for number in range(320)]
     (tmp_path / "stories.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
-    words = ("stories", "--model", "tiny", "--text", "stories.txt", "--quick", "--seeds", 1, "--jobs", 2, "--output", "out", "--variants")
+    words = ("stories", "--model", "tiny", "--text", "stories.txt", "--quick", "--seeds", 1, "--jobs", 2, "--output", "out",
+             "--teach-separate", "--variants")
     first = run(*words, "excess-loss", cwd=tmp_path)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     added = run(*words, "excess-loss", "start-1", cwd=tmp_path)
@@ -34,6 +35,7 @@ def test_a_quick_study_writes_a_page_and_can_be_added_to(tmp_path):
     trained = [line for line in added.stdout.splitlines() if "done after" in line]
     assert len(trained) == 1 and "start-1-1" in trained[0]
     page = (tmp_path / "out" / "docs" / "results" / "study_stories.md").read_text()
+    assert "| the same, taught by that of full depth |" in page
     assert all(f"| {title} |" in page for title in ("uniform (SoFT)", "excess loss over separate models", "KL to the start alone"))
     assert (tmp_path / "out" / "docs" / "images" / "study_stories.png").stat().st_size > 20_000
     assert str(tmp_path) not in page.replace(str(tmp_path / "out"), "")

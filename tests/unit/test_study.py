@@ -152,8 +152,8 @@ def test_the_page_says_what_was_found(tmp_path):
     names = ["others-0.3", "start-1", "dwa"]
     for seed in (1, 2, 3):
         for depth in (2, 4):
-            for kind in ("separate", "taught"):
-                leave(plan, f"{kind}-{depth}-{seed}", {depth: SEPARATE[seed - 1][depth]})
+            leave(plan, f"separate-{depth}-{seed}", {depth: SEPARATE[seed - 1][depth]})
+            leave(plan, f"taught-{depth}-{seed}", {depth: SEPARATE[seed - 1][depth] + 0.5})
         leave(plan, f"nested-uniform-{seed}", UNIFORM[seed - 1])
         for name, (shallow, full) in {"others-0.3": (0.2, -0.1), "start-1": (-0.3, -0.3), "dwa": (0.1, 0.1)}.items():
             leave(plan, f"nested-{name}-{seed}", shifted(shallow, full)[seed - 1])
@@ -163,7 +163,10 @@ def test_the_page_says_what_was_found(tmp_path):
     text = page.read_text()
     assert picture.stat().st_size > 20_000
     assert "**KL to the start alone** closes 100 % of uniform's mean gap and 75 % of its gap at full depth" in text
-    assert "goal 'mean' and goal 'full'" in text
+    assert "goal 'mean' and goal 'full'" in text and "taught by that of full depth" not in text
+    both = plan.outcomes(chosen(names), 3, with_taught=True)
+    write_page("stories", "A title", plan, both, [], tmp_path / "docs")
+    assert "| 2 | 1e-3 | 2.000 ± 0.248 | 2.500 ± 0.248 |" in page.read_text()
     assert "No better than uniform, neither in the mean nor at full depth: dynamic weight average." in text
     (row,) = [line for line in text.splitlines() if line.startswith("| KL to the start alone | -0.100")]
     assert row.startswith("| KL to the start alone | -0.100 | +0.100 | +0.000 ± 0.000 | -0.300 ± 0.000 | -0.300 ± 0.000 |")

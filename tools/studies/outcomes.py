@@ -68,7 +68,7 @@ class Outcomes:
 
     Attributes:
         separate: One a seed: {depth: loss} of the models that were trained separately, each at its own depth.
-        taught: The same, with that of full depth and the same seed as teacher.
+        taught: The same, with that of full depth and the same seed as teacher; may be empty.
         nested: By variant, one a seed.
         uniform: Name of the variant that others are compared with.
     """

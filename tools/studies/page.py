@@ -30,14 +30,16 @@ def write_page(name: str, title: str, plan: Plan, outcomes: Outcomes, steps: Seq
 
 def _opening(plan: Plan, outcomes: Outcomes) -> list[str]:
     recipe, seeds = plan.recipe, len(outcomes.separate)
-    rows = [[str(depth), plan.rate(depth), *(str(find(depth)).lstrip("+") for find in (outcomes.separate_loss, outcomes.taught_loss))]
-            for depth in outcomes.depths]
+    columns = {"trained separately": outcomes.separate_loss}
+    if outcomes.taught:
+        columns["the same, taught by that of full depth"] = outcomes.taught_loss
+    rows = [[str(depth), plan.rate(depth), *(str(find(depth)).lstrip("+") for find in columns.values())] for depth in outcomes.depths]
     return [f"Every way trains the same nested model (exits at {', '.join(map(str, outcomes.depths))}) for {recipe.num_steps} steps of "
             f"{recipe.batch_size} x {recipe.seq_length} tokens of the same data, {seeds} seed{'s' * (seeds > 1)}, rate {plan.rate(None)}. "
             "A depth's *gap* is its loss on held-out samples minus that of an ordinary model of this depth trained separately: the first "
             "layers of "
             "the same start, equal steps, equal data, a learning rate of its own. ± is the half width of a 95 % interval (Student's t over "
-            "seeds, paired).", "", *table(["depth", "rate", "trained separately", "the same, taught by that of full depth"], rows)]
+            "seeds, paired).", "", *table(["depth", "rate", *columns], rows)]
 
 
 def _front(outcomes: Outcomes) -> list[tuple[float, float]]:

@@ -90,18 +90,25 @@ class Plan:
         """Returns {depth: loss} of the separate models of seed 1 on the samples that are kept for choosing; held-out ones stay unseen."""
         return {depth: read_losses(self._evaluation(f"separate-{depth}-1"), self.tuning)[depth] for depth in self.depths}
 
-    def outcomes(self, variants: Sequence[Variant], seeds: int, name: str | None = None) -> Outcomes:
+    def outcomes(self, variants: Sequence[Variant], seeds: int, name: str | None = None, with_taught: bool = False) -> Outcomes:
         """Returns what all trainings gave on the samples ``name``, by default the held-out ones.
+
+        Args:
+            variants: Of the nested model.
+            seeds: How many.
+            name: Of the samples.
+            with_taught: Whether separate models that were taught are among them.
 
         Raises:
             DataError: A training left no evaluation.
         """
         name = name or self.held_out
+        kinds = ("separate", "taught") if with_taught else ("separate",)
         alone = {kind: [{depth: read_losses(self._evaluation(f"{kind}-{depth}-{seed}"), name)[depth] for depth in self.depths}
-                        for seed in range(1, seeds + 1)] for kind in ("separate", "taught")}
+                        for seed in range(1, seeds + 1)] for kind in kinds}
         nested = {variant.name: [read_losses(self._evaluation(f"nested-{variant.name}-{seed}"), name) for seed in range(1, seeds + 1)]
                   for variant in variants}
-        return Outcomes(alone["separate"], alone["taught"], nested, UNIFORM)
+        return Outcomes(alone["separate"], alone.get("taught", []), nested, UNIFORM)
 
     def _rates_to_try(self, kind: str) -> tuple[str, ...]:
         return self.recipe.rates[kind] if len(self.recipe.rates[kind]) > 1 else ()
