@@ -116,9 +116,12 @@ def _check_outputs(options: PrepareOptions) -> None:
 def _train_tokenizer(options: PrepareOptions, data_format: str) -> str:
     """Returns the path of a tokenizer trained on the texts of the input."""
     path = f"{options.output_prefix}_tokenizer.model"
-    texts = (part.text for block in read_blocks(options.inputs, options.limit)
-             for _, parts, _ in parsed(block, data_format, options.encode.prompt_template) for part in parts)
-    train_sentencepiece(texts, path, options.train_tokenizer, num_threads=options.workers)
+
+    def read_texts() -> Iterator[str]:
+        return (part.text for block in read_blocks(options.inputs, options.limit)
+                for _, parts, _ in parsed(block, data_format, options.encode.prompt_template) for part in parts)
+
+    train_sentencepiece(read_texts, path, options.train_tokenizer, num_threads=options.workers)
     return path
 
 

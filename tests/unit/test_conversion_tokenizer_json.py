@@ -22,7 +22,7 @@ def test_ids_and_texts_are_sentencepieces(algorithm, name, tmp_path):
 
 @pytest.fixture
 def directory(tmp_path):
-    train_sentencepiece(lines(), str(tmp_path / "tokenizer.model"), 700)
+    train_sentencepiece(lines, str(tmp_path / "tokenizer.model"), 700)
     return tmp_path
 
 

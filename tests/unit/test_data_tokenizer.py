@@ -18,7 +18,7 @@ TEXTS = [f"The {color} {animal} sees {count} {animal}s.\n\tЛифт, größer, �
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_sentencepiece(TEXTS, str(path), 380)
+    train_sentencepiece(lambda: TEXTS, str(path), 380)
     return path
 
 
@@ -45,16 +45,25 @@ def test_sentencepiece_keeps_every_character(model):
 
 
 def test_training_is_repeatable(model, tmp_path):
-    train_sentencepiece(iter(TEXTS), str(tmp_path / "again.model"), 380)
+    train_sentencepiece(lambda: iter(TEXTS), str(tmp_path / "again.model"), 380)
     assert (tmp_path / "again.model").read_bytes() == model.read_bytes()
-    unigram = train_sentencepiece(TEXTS, str(tmp_path / "unigram.model"), 300, model_type="unigram")
+    unigram = train_sentencepiece(lambda: TEXTS, str(tmp_path / "unigram.model"), 300, model_type="unigram")
     assert unigram.vocab_size == 300 and unigram.decode(unigram.encode("blue hen 🦊")) == "blue hen 🦊"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.model", "unigram.model"]
 
 
+def test_more_characters_than_pieces_are_written_as_bytes(tmp_path):
+    letters = [chr(0x4E00 + number) for number in range(900)]
+    texts = ["the fox and the hen " * 20 + "".join(letters[number:] or letters) for number in range(0, 900, 3)]
+    tokenizer = train_sentencepiece(lambda: texts, str(tmp_path / "m.model"), 500)
+    assert tokenizer.vocab_size == 500 and tokenizer.decode(tokenizer.encode(texts[0])) == texts[0]
+    assert len(tokenizer.encode("the fox and the hen")) < 8, "pieces are left for words"
+    assert len(tokenizer.encode(letters[-1])) == 2 and len(tokenizer.encode("犬")) == 4  # a space before each; a known one, three bytes
+
+
 def test_vocabulary_too_large_for_the_texts(tmp_path):
     with pytest.raises(DataError, match=r"--train-tokenizer 5000: .*Choose another"):
-        train_sentencepiece(TEXTS[:3], str(tmp_path / "m.model"), 5000)
+        train_sentencepiece(lambda: TEXTS[:3], str(tmp_path / "m.model"), 5000)
     assert list(tmp_path.iterdir()) == []
 
 
