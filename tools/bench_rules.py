@@ -16,8 +16,9 @@ from pathlib import Path
 from benchmark.report import PACKAGES, commit, machine, uses_cpu_seconds
 from benchmark.rule_cases import BASE, CASES, case_flops, rule_settings
 from benchmark.rule_worker import answers, measure_peak, num_timed, time_in_turns
-from benchmark.run_facts import bullets, rounded, table, write_numbers
+from benchmark.run_facts import bullets, rounded, write_numbers
 from benchmark.worker import returning_freed_memory
+from results.tables import table
 
 from megatron_sorted.platform.select import PLATFORMS, choose_platform
 

@@ -13,6 +13,7 @@ from results.recipe import Recipe
 from results.steps import Runner, Step, StepError
 from studies.outcomes import Estimate, Outcomes, beyond, estimate, front, meets_goal, read_losses
 from studies.page import chosen, write_page
+from studies.picture import in_view
 from studies.plan import Plan
 from studies.variants import FAMILIES, VARIANTS, expand
 
@@ -81,6 +82,14 @@ def test_the_front_and_what_lies_beyond():
     assert beyond((0.15, 0.5), line) == pytest.approx(-0.1)
     assert beyond((0.05, 0.1), line) is None
     assert beyond((0.9, 0.1), line) == pytest.approx(0.1)
+
+
+def test_what_is_far_worse_does_not_crowd_the_picture():
+    points = {"uniform": (0.2, 0.2), "better": (0.1, 0.1), "near": (0.23, 0.25), "right": (0.3, 0.15), "high": (0.1, 0.5)}
+    shown, outside = in_view(points, "uniform")
+    assert list(shown) == ["uniform", "better", "near"] and list(outside) == ["right", "high"]
+    worse = {"uniform": (0.2, 0.2), "right": (0.9, 0.2)}
+    assert in_view(worse, "uniform") == (worse, {})
 
 
 TEACHERS = {"start": "base", "separate": "trained"}
@@ -163,6 +172,7 @@ def test_the_page_says_what_was_found(tmp_path):
     text = page.read_text()
     assert picture.stat().st_size > 20_000
     assert "**KL to the start alone** closes 100 % of uniform's mean gap and 75 % of its gap at full depth" in text
+    assert "a smaller mean gap than those that come nearest: KL to the start alone." in text
     assert "goal 'mean' and goal 'full'" in text and "taught by that of full depth" not in text
     both = plan.outcomes(chosen(names), 3, with_taught=True)
     write_page("stories", "A title", plan, both, [], tmp_path / "docs")

@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmark.run_facts import bullets, facts_of, table, write_page
+from results.tables import table
+
+from benchmark.run_facts import bullets, facts_of, write_page
 from benchmark.run_jobs import CaseResult
 from benchmark.run_numbers import checkpoint_row
 from megatron_sorted.settings.costs import sub_model_parameters

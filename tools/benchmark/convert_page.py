@@ -4,7 +4,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmark.run_facts import bullets, rounded, table, write_numbers
+from results.tables import table
+
+from benchmark.run_facts import bullets, rounded, write_numbers
 
 TIME_BOUND = 1.5
 MEMORY_BOUND_BYTES = 600_000_000

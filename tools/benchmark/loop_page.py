@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from results.tables import table
+
 from benchmark.loop_time import CAUSES, SHARED, WORK
-from benchmark.run_facts import bullets, facts_of, table, write_page
+from benchmark.run_facts import bullets, facts_of, write_page
 from benchmark.run_jobs import CaseResult
 from benchmark.run_numbers import cost_of_comparing, loop_row
 from benchmark.tally import REST

@@ -36,11 +36,6 @@ def bullets(facts: dict[str, str]) -> list[str]:
     return [f"- {name}: {value}" for name, value in facts.items()]
 
 
-def table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Returns the lines of a table; the first column is text, the others are numbers."""
-    return [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
-
-
 def write_page(folder: Path, name: str, lines: list[str], numbers: dict[str, Any], results: list[CaseResult]) -> str:
     """Returns the page, after writing it and its numbers: those of the tables and those of every step, save and load."""
     folder.mkdir(parents=True, exist_ok=True)

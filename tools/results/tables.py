@@ -7,8 +7,8 @@ SCORES = {"texts": "loss", "questions": "exact_match"}
 
 
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Returns a Markdown table, numbers to the right, and an empty line."""
-    return [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads), *(f"| {' | '.join(row)} |" for row in rows), ""]
+    """Returns the lines of a Markdown table and an empty one; the first column is text, the others are numbers."""
+    return [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def show(number: Number, kind: str, sign: str = "") -> str:

@@ -83,6 +83,11 @@ def _words(outcomes: Outcomes) -> list[str]:
                     key=lambda name: -far[name])
     lines.append("- Farthest beyond the front of static weights (mean gap at the same full-depth gap): "
                  + ", ".join(f"{VARIANTS[name].title} {far[name]:+.3f}" for name in ranked[:5]) + ".")
+    (x, y), points = line[0], {VARIANTS[name].title: outcomes.point(name) for name in same_steps}
+    ahead = [title for title, (full, mean) in points.items() if full < x and mean < y]
+    if ahead:
+        lines.append("- A smaller gap at full depth than any static weights, and a smaller mean gap than those that come nearest: "
+                     f"{', '.join(ahead)}.")
     helpless = [VARIANTS[name].title for name in outcomes.nested
                 if name != outcomes.uniform and not outcomes.change(name).below_zero and not outcomes.change(name, [last]).below_zero]
     if helpless:

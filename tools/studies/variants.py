@@ -7,7 +7,7 @@ FAMILIES = {
     "static": "Fixed coefficients: the front", "learned": "Learned coefficients", "schedule": "Schedules and sampling",
     "gradient": "Gradient rules", "distillation": "Self-distillation",
     "teacher": "Distillation from a frozen model: the start, or the separately trained one of full depth",
-    "capacity": "More parameters at the exits", "combined": "Combinations, taught by the separately trained one of full depth",
+    "capacity": "More parameters at the exits", "combined": "Combinations: taught by the separately trained one of full depth",
     "longer": "With the teacher's steps spent otherwise: twice the steps, or from the separately trained model of full depth on",
 }
 UNIFORM = "uniform"
