@@ -164,6 +164,9 @@ def test_the_page_says_what_was_found(tmp_path):
             leave(plan, f"separate-{depth}-{seed}", {depth: SEPARATE[seed - 1][depth]})
             leave(plan, f"taught-{depth}-{seed}", {depth: SEPARATE[seed - 1][depth] + 0.5})
         leave(plan, f"nested-uniform-{seed}", UNIFORM[seed - 1])
+        reports = [{"kind": "train", "step": step, "exits": {"2": {"loss": 2.0, "gradient_cosine": cosine, "gradient_ratio": seed}}}
+                   for step, cosine in ((1, 0.25), (10, 0.5), (20, 0.25 * seed))]
+        (tmp_path / "runs" / f"nested-uniform-{seed}" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in reports))
         for name, (shallow, full) in {"others-0.3": (0.2, -0.1), "start-1": (-0.3, -0.3), "dwa": (0.1, 0.1)}.items():
             leave(plan, f"nested-{name}-{seed}", shifted(shallow, full)[seed - 1])
     found = plan.outcomes(chosen(names), 3)
@@ -174,6 +177,7 @@ def test_the_page_says_what_was_found(tmp_path):
     assert "**KL to the start alone** closes 100 % of uniform's mean gap and 75 % of its gap at full depth" in text
     assert "a smaller mean gap than those that come nearest: KL to the start alone." in text
     assert "goal 'mean' and goal 'full'" in text and "taught by that of full depth" not in text
+    assert "| 2 | 0.25 | 0.50 | 2.00 |" in text, "means over seeds of the first cosine, the last and the last ratio"
     both = plan.outcomes(chosen(names), 3, with_taught=True)
     write_page("stories", "A title", plan, both, [], tmp_path / "docs")
     assert "| 2 | 1e-3 | 2.000 ± 0.248 | 2.500 ± 0.248 |" in page.read_text()

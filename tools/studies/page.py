@@ -23,7 +23,7 @@ def write_page(name: str, title: str, plan: Plan, outcomes: Outcomes, steps: Seq
     page.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"# {title}: ways to weigh and train exits", "", *_opening(plan, outcomes), *_gaps(outcomes),
              f"![All variants and the front of static weights]({os.path.relpath(picture, page.parent)})", "", *_words(outcomes),
-             *_losses(outcomes), *_recipe(plan, outcomes), *_commands(plan, steps)]
+             *_gradients(plan, len(outcomes.separate)), *_losses(outcomes), *_recipe(plan, outcomes), *_commands(plan, steps)]
     write_text_atomically(page, "\n".join(lines).rstrip() + "\n")
     return page, picture
 
@@ -93,6 +93,13 @@ def _words(outcomes: Outcomes) -> list[str]:
     if helpless:
         lines.append(f"- No better than uniform, neither in the mean nor at full depth: {', '.join(helpless)}.")
     return [*lines, ""]
+
+
+def _gradients(plan: Plan, seeds: int) -> list[str]:
+    rows = [[str(depth), *(f"{number:.2f}" for number in numbers)] for depth, numbers in plan.gradients(seeds).items()]
+    return ["## Do exits pull against each other?", "", "Uniform training: the gradient of an exit's own loss against the one that comes "
+            "from all deeper exits, where they meet. A cosine below 0 would be conflict.", "",
+            *table(["exit", "cosine, first step", "cosine, last step", "own norm / deeper norm, last step"], rows)]
 
 
 def _share(outcomes: Outcomes, name: str, full: bool) -> str:

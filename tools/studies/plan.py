@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from results.rates import choose_rate
 from results.recipe import Recipe, prefix
 from results.steps import PYTHON, ROOT, Step
+from run_report.read import read_run
 
 from .outcomes import Outcomes, read_losses
 from .variants import UNIFORM, Variant, expand
@@ -109,6 +111,22 @@ class Plan:
         nested = {variant.name: [read_losses(self._evaluation(f"nested-{variant.name}-{seed}"), name) for seed in range(1, seeds + 1)]
                   for variant in variants}
         return Outcomes(alone["separate"], alone.get("taught", []), nested, UNIFORM)
+
+    def gradients(self, seeds: int) -> dict[int, tuple[float, float, float]]:
+        """Returns {depth: (cosine at the first report, at the last, ratio of norms at the last)} of uniform, means over seeds.
+
+        Own gradient of each intermediate exit's hidden state against the one that comes from all deeper exits.
+
+        Raises:
+            DataError: A training left no reports.
+        """
+        runs = [read_run(ROOT / self.recipe.folder / "runs" / f"nested-{UNIFORM}-{seed}") for seed in range(1, seeds + 1)]
+        found = {}
+        for depth in self.recipe.exit_depths:
+            cosines = [run.exit_curve(depth, "gradient_cosine").values for run in runs]
+            ratios = [run.exit_curve(depth, "gradient_ratio").values for run in runs]
+            found[depth] = (fmean(one[0] for one in cosines), fmean(one[-1] for one in cosines), fmean(one[-1] for one in ratios))
+        return found
 
     def _rates_to_try(self, kind: str) -> tuple[str, ...]:
         return self.recipe.rates[kind] if len(self.recipe.rates[kind]) > 1 else ()
