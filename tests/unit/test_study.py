@@ -72,6 +72,8 @@ def test_what_seeds_do_not_bear_out_is_no_gain():
 
 def test_a_gap_that_is_none_cannot_be_closed():
     found = Outcomes(UNIFORM, UNIFORM, {"uniform": SEPARATE, "other": SEPARATE})
+    unsure = Outcomes(SEPARATE, [], {"uniform": [{2: 2.2, 4: 1.0}, {2: 2.1, 4: 1.0}, {2: 1.8, 4: 0.9}], "other": SEPARATE})
+    assert unsure.mean_gap("uniform").value > 0 and unsure.closed("other") is None, "within the noise of seeds there is none either"
     assert found.closed("other") is None and found.closed("other", full=True) is None and meets_goal(found, "other") == []
 
 

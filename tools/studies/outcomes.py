@@ -119,10 +119,14 @@ class Outcomes:
         return estimate([fmean(losses[depth] - plain[depth] for depth in chosen) for losses, plain in pairs])
 
     def closed(self, variant: str, full: bool = False) -> float | None:
-        """Returns which share of uniform's mean (or ``full``-depth) gap the variant closes; None where uniform has no gap."""
+        """Returns which share of uniform's mean (or ``full``-depth) gap the variant closes.
+
+        None where uniform has no gap: it is not above zero, or not outside the noise of seeds.
+        """
         find = self.full_gap if full else self.mean_gap
-        before = find(self.uniform).value
-        return None if before <= 0 else 1 - find(variant).value / before
+        before = find(self.uniform)
+        is_gap = before.value > 0 if before.half_width is None else before.above_zero
+        return 1 - find(variant).value / before.value if is_gap else None
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

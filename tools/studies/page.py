@@ -67,6 +67,9 @@ def _gaps(outcomes: Outcomes) -> list[str]:
 def _words(outcomes: Outcomes) -> list[str]:
     line, last, lines = _front(outcomes), outcomes.depths[-1], ["## What it shows", ""]
     same_steps = [name for name in outcomes.nested if VARIANTS[name].family != "longer"]
+    for where, gap, full in (("in the mean", outcomes.mean_gap, False), ("at full depth", outcomes.full_gap, True)):
+        if outcomes.closed(outcomes.uniform, full) is None:
+            lines.append(f"- Uniform training has no gap {where} that could be closed: {gap(outcomes.uniform)} nats.")
     good = {name: met for name in same_steps if (met := meets_goal(outcomes, name))}
     for name, met in good.items():
         lines.append(f"- **{VARIANTS[name].title}** closes {_share(outcomes, name, False)} of uniform's mean gap and "
@@ -104,7 +107,7 @@ def _gradients(plan: Plan, seeds: int) -> list[str]:
 
 def _share(outcomes: Outcomes, name: str, full: bool) -> str:
     share = outcomes.closed(name, full)
-    return "nothing (there is none)" if share is None else f"{100 * share:.0f} %"
+    return "nothing" if share is None else f"{100 * share:.0f} %"
 
 
 def _losses(outcomes: Outcomes) -> list[str]:
