@@ -88,10 +88,11 @@ def test_the_front_and_what_lies_beyond():
 
 def test_what_is_far_worse_does_not_crowd_the_picture():
     points = {"uniform": (0.2, 0.2), "better": (0.1, 0.1), "near": (0.23, 0.25), "right": (0.3, 0.15), "high": (0.1, 0.5)}
-    shown, outside = in_view(points, "uniform")
+    shown, outside = in_view(points, "uniform", (0.01, 0.01))
     assert list(shown) == ["uniform", "better", "near"] and list(outside) == ["right", "high"]
     worse = {"uniform": (0.2, 0.2), "right": (0.9, 0.2)}
-    assert in_view(worse, "uniform") == (worse, {})
+    assert in_view(worse, "uniform", (0.0, 0.0)) == (worse, {})
+    assert "right" in in_view(points, "uniform", (0.06, 0.01))[0], "within the noise's reach"
 
 
 TEACHERS = {"start": "base", "separate": "trained"}

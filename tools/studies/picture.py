@@ -28,14 +28,17 @@ def draw(outcomes: Outcomes, title: str, output: Path) -> None:
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(15, 8.5), dpi=100, layout="constrained")
         everything = {name: outcomes.point(name) for name in outcomes.nested}
-        points, outside = in_view(everything, outcomes.uniform)
-        (left, right), (bottom, top) = ((min(values), max(values)) for values in zip(*points.values(), strict=True))
+        noise = {name: (outcomes.full_gap(name).half_width or 0, outcomes.mean_gap(name).half_width or 0) for name in everything}
+        points, outside = in_view(everything, outcomes.uniform, noise[outcomes.uniform])
+        (left, right), (bottom, top) = (
+            (min(points[name][axis] - noise[name][axis] for name in points), max(points[name][axis] + noise[name][axis] for name in points))
+            for axis in (0, 1))
         line = front([point for name, point in everything.items() if VARIANTS[name].family == "static"])
         axes.plot(*zip(*line, strict=True), color=COLOURS["static"], linewidth=1.5, linestyle="--", zorder=1)
         for family, long_name in FAMILIES.items():
             names = [name for name in points if VARIANTS[name].family == family]
             if names:
-                bars = [[find(name).half_width or 0 for name in names] for find in (outcomes.mean_gap, outcomes.full_gap)]
+                bars = [[noise[name][axis] for name in names] for axis in (1, 0)]
                 axes.errorbar(*zip(*(points[name] for name in names), strict=True), *bars, fmt="o", color=COLOURS[family], markersize=7,
                               elinewidth=0.8, capsize=2, label=long_name.partition(":")[0], zorder=3)
         axes.axvline(points[outcomes.uniform][0], color="#bbbbbb", linewidth=0.8, zorder=0)
@@ -52,8 +55,7 @@ def draw(outcomes: Outcomes, title: str, output: Path) -> None:
             figure.text(0.995, 0.02, "outside the view (right, up):\n" + "\n".join(
                 f"{name} ({x:+.2f}, {y:+.2f})" for name, (x, y) in sorted(outside.items())), ha="right", va="bottom", fontsize=10)
         figure.draw_without_rendering()  # the layout is known only then
-        _name_points(axes, points, {name: (outcomes.full_gap(name).half_width or 0, outcomes.mean_gap(name).half_width or 0)
-                                    for name in points})
+        _name_points(axes, points, noise)
         output.parent.mkdir(parents=True, exist_ok=True)
         aside = output.with_name(f".{output.name}.writing")
         figure.savefig(aside, format="png")
@@ -61,10 +63,16 @@ def draw(outcomes: Outcomes, title: str, output: Path) -> None:
     aside.replace(output)
 
 
-def in_view(points: Mapping[str, Point], uniform: str) -> tuple[dict[str, Point], dict[str, Point]]:
-    """Returns the points to show, and those that are so much worse than uniform that the others would be crowded together."""
+def in_view(points: Mapping[str, Point], uniform: str, noise: Point) -> tuple[dict[str, Point], dict[str, Point]]:
+    """Returns the points to show, and those that are so much worse than uniform that the others would be crowded together.
+
+    Args:
+        points: All.
+        uniform: Name of one.
+        noise: Half widths of its interval; what is within twice of them is shown.
+    """
     (x, y), better = points[uniform], [min(values) for values in zip(*points.values(), strict=True)]
-    right, top = x + 0.4 * (x - better[0]), y + 0.6 * (y - better[1])
+    right, top = x + max(0.4 * (x - better[0]), 2 * noise[0]), y + max(0.6 * (y - better[1]), 2 * noise[1])
     if right == x or top == y:  # nothing is better than uniform
         return dict(points), {}
     shown = {name: point for name, point in points.items() if point[0] <= right and point[1] <= top}
