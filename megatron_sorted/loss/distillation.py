@@ -12,8 +12,6 @@ from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
 
 from megatron_sorted.loss.cross_entropy import Targets, VocabularyShard, column_of, gather_counted, most_likely, pick
 
-CUT = -1e30
-"""Logit of a token that the teacher is without. Its exponential is 0 and so is its product with 0, which infinity's would not be."""
 ROW_BYTES = 1 << 19
 """Rows of so many bytes of fp32 logits are passed over together on a CPU, whose cache then still holds them at the next pass."""
 
@@ -140,10 +138,11 @@ class TaughtCrossEntropy:
         """Turns logits into exponentials and adds up this shard's part of all sums, for some rows."""
         temperature, sums = self.rule.temperature, sums_5n[:, block]
         own, warm, taught = work_np[block], warm_np[block], taught_np[block]
-        if lowest_n is not None:
-            warm.masked_fill_(warm < lowest_n[block, None], CUT)
+        is_cut = None if lowest_n is None else warm < lowest_n[block, None]
         warm.sub_(highest_2n[1, block, None])
         torch.exp(warm, out=taught)
+        if is_cut is not None:
+            taught.masked_fill_(is_cut, 0.0)  # after exp, which takes many times as long for numbers of which it is 0
         sums[3] = taught.sum(dim=1)
         torch.sub(logits_np[block], highest_2n[0, block, None], out=own)
         sums[0] = torch.where(here_n[block], pick(own, column_n[block]), 0.0)
