@@ -40,33 +40,46 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(names: list[str], options: argparse.Namespace) -> list[dict]:
-    """Returns a row for each case; time ratios are medians over rounds of the ratio within a round."""
+    """Returns a row for each case; time ratios are medians over rounds of the ratio to the steps of the base around it."""
     where = (options.device, options.bf16, options.threads)
     with returning_freed_memory():
         peaks: dict[str, int | None] = dict.fromkeys(names)
         for name in [] if options.no_memory else names:
             print(f"\r\033[Kmemory: {name}", end="", file=sys.stderr, flush=True)
             [peaks[name]] = answers(measure_peak, 1, name, *where)
-    times: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in names}
-    for number, name, *seconds in answers(time_in_turns, num_timed(names, options.rounds), names, *where, options.rounds):
+    times: dict[str, list[tuple[tuple[float, float], tuple[float, float]]]] = {name: [] for name in names}
+    others = [name for name in names if name != BASE]
+    for number, name, own, base in answers(time_in_turns, num_timed(others, options.rounds), BASE, others, *where, options.rounds):
         print(f"\r\033[Kround {number + 1} of {options.rounds}: {name}", end="", file=sys.stderr, flush=True)
         if number >= 0:
-            times[name][number] = tuple(seconds)
+            times[name].append((own, base))
+            times[BASE].append((base, base))
     print("\r\033[K", end="", file=sys.stderr)
     cpu = uses_cpu_seconds(options)
     flops = {name: case_flops(rule_settings(name, options.device, options.bf16)) for name in names}
     rows = []
     for name in names:
         def over_base(kind: bool, name: str = name) -> list[float]:
-            return [times[name][number][kind] / times[BASE][number][kind] for number in range(options.rounds)]
+            return [own[kind] / base[kind] for own, base in times[name]]
 
         ratio, bound = statistics.median(over_base(cpu)), flops[name] / flops[BASE]
         rows.append({
-            "rule": name, "seconds": statistics.median(pair[cpu] for pair in times[name].values()), "times_uniform": ratio,
+            "rule": name, "ratios": over_base(cpu),
+            "seconds": statistics.median(own[cpu] for own, _ in times[name]), "times_uniform": ratio,
             "spread": (min(over_base(cpu)), max(over_base(cpu))), "flop_ratio": bound, "over_bound": ratio / bound,
             "wall_times_uniform": statistics.median(over_base(False)), "peak_bytes": peaks[name],
             "peak_minus_uniform_bytes": None if options.no_memory else peaks[name] - peaks[BASE], "settings": CASES[name]})
     return rows
+
+
+def together(rows: list[dict]) -> list[str]:
+    """Returns a line on all rules without operations of their own, whose single rows are noisier; none where there are too few."""
+    ratios = [ratio for row in rows if row["flop_ratio"] == 1.0 and row["rule"] != BASE for ratio in row["ratios"]]
+    if len(ratios) < 2:
+        return []
+    mean, error = statistics.fmean(ratios), statistics.stdev(ratios) / len(ratios) ** 0.5
+    return [f"- rules without operations of their own, all together: {mean:.3f} ± {error:.3f} x uniform time (mean and standard error of "
+            f"{len(ratios)} steps)"]
 
 
 def verdicts(rows: list[dict]) -> dict[str, bool]:
@@ -98,8 +111,10 @@ def page(rows: list[dict], facts: dict[str, str], cpu: bool) -> str:
         f"{', '.join(map(str, settings.exit_layer_nums))} and the last, {settings.seq_length} tokens, Adam. The head costs about as much",
         "against a layer as in models of a billion parameters (1.3 layers).", "",
         *bullets(facts), "", *table(heads, cells),
+        *together(rows),
         *(f"- {'holds' if holds else 'DOES NOT HOLD'}: {target}" for target, holds in verdicts(rows).items()), "",
-        "- *x uniform*: median over rounds of the ratio within a round; a round is one step of each rule in turn, in one process. Time is "
+        "- *x uniform*: median over rounds of the ratio to the mean of the uniform steps before and after it; a round is one step of each "
+        "rule in turn, in one process. Time is "
         + ("CPU time of the process, which other programs disturb least; wall time stands beside it." if cpu else "wall time."),
         "- *FLOP ratio*: operations over those of uniform training, from the sizes: a taught exit needs a fourth product with the head, "
         "a teacher of its own its layers' forward.",

@@ -92,17 +92,28 @@ def save_random_model(settings) -> str:
     return folder
 
 
-def time_in_turns(connection: Connection, names: list[str], device: str, bf16: bool, threads: int, rounds: int) -> None:
-    """Sends (round, case, seconds, CPU seconds) of every step, a round being one of each case; a first round only warms up."""
+def time_in_turns(connection: Connection, base: str, names: list[str], device: str, bf16: bool, threads: int, rounds: int) -> None:
+    """Sends (round, case, its times, the base's times) of every step; a round is a step of each case, a first round only warms up.
+
+    Times are (seconds, CPU seconds). A shared machine is slower in one second than in another, so each case stands between two steps of
+    the base, whose mean it is compared with.
+    """
     platform = start_platform(device, threads)
-    steps = make_steps(names, device, bf16, platform)
+    steps = make_steps([base, *names], device, bf16, platform)
+
+    def timed(name: str) -> tuple[float, float]:
+        platform.synchronize()
+        start, cpu_start = time.perf_counter(), time.process_time()
+        steps[name]()
+        platform.synchronize()
+        return time.perf_counter() - start, time.process_time() - cpu_start
+
     for number in range(-1, rounds):
+        before = timed(base)
         for name in names:
-            platform.synchronize()
-            start, cpu_start = time.perf_counter(), time.process_time()
-            steps[name]()
-            platform.synchronize()
-            connection.send((number, name, time.perf_counter() - start, time.process_time() - cpu_start))
+            own, after = timed(name), timed(base)
+            connection.send((number, name, own, tuple((one + other) / 2 for one, other in zip(before, after, strict=True))))
+            before = after
     connection.close()
     os._exit(0)  # one process: there are no peers to part from in order
 
