@@ -17,7 +17,7 @@ def _pieces() -> bytes:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        train_sentencepiece(TEXTS, str(Path(folder) / "t.model"), VOCAB_SIZE)
+        train_sentencepiece(lambda: TEXTS, str(Path(folder) / "t.model"), VOCAB_SIZE)
         return (Path(folder) / "t.model").read_bytes()
 
 

@@ -212,7 +212,7 @@ def test_a_sentencepiece_file_of_any_name_goes_out_so_that_transformers_reads_it
 
     save_model(tmp_path / "origin", "llama")
     own = tmp_path / "train_tokenizer.model"
-    tokenizer = train_sentencepiece([*TEXTS, *Path(__file__).read_text(encoding="utf-8").splitlines()], str(own), 700)
+    tokenizer = train_sentencepiece(lambda: [*TEXTS, *Path(__file__).read_text(encoding="utf-8").splitlines()], str(own), 700)
     model = dataclasses.replace(open_model(tmp_path / "origin"), config=None, files={"tokenizer/train_tokenizer.model": own})
     import_model(model, tmp_path / "checkpoint", Exits((2,)), verify=False)  # without a config, as a run's own checkpoint
     assert (tmp_path / "checkpoint" / "iter_0000000" / "tokenizer" / "train_tokenizer.model").read_bytes() == own.read_bytes()

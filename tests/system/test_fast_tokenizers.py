@@ -38,7 +38,7 @@ def test_real_tokenizers(tmp_path):
 
 
 def test_a_fresh_process_gets_the_right_ids(tmp_path):
-    train_sentencepiece(lines(), str(tmp_path / "tokenizer.model"), 700)
+    train_sentencepiece(lines, str(tmp_path / "tokenizer.model"), 700)
     lines_said = {}
     for family in ("llama", "mistral", "qwen2", "qwen3"):
         (tmp_path / family).mkdir()

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     (path / "a.jsonl").write_text("\n".join(lines[:150]) + "\n", encoding="utf-8")
     with gzip.open(path / "b.jsonl.gz", "wt", encoding="utf-8") as stream:
         stream.write("\n".join(lines[150:]))
-    train_sentencepiece((sample["instruction"] + " " + sample["output"][:200] for sample in SAMPLES), str(path / "t.model"), 300)
+    train_sentencepiece(lambda: [sample["instruction"] + " " + sample["output"][:200] for sample in SAMPLES], str(path / "t.model"), 300)
     return path
 
 
