@@ -1,5 +1,6 @@
 """The picture of a study: every variant as a point, full model against all depths, with the front that static weights trace."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def _name_points(axes, points: Mapping[str, Point], half_widths: Mapping[str, Po
     at = {name: tuple(map(float, axes.transData.transform(point))) for name, point in points.items()}
     groups: list[list[str]] = []
     for name in sorted(points, key=lambda name: at[name]):
-        near = next((group for group in groups if _apart(at[group[0]], at[name]) < SAME), None)
+        near = next((group for group in groups if math.dist(at[group[0]], at[name]) < SAME), None)
         groups.append([name]) if near is None else near.append(name)
     inside, taken = axes.get_window_extent(), [(x - 6, y - 6, x + 6, y + 6) for x, y in at.values()]
     for name, (x, y) in at.items():
@@ -109,10 +110,6 @@ def _name_points(axes, points: Mapping[str, Point], half_widths: Mapping[str, Po
         axes.annotate(text, points[group[0]], xytext=(left - x, bottom - y), textcoords="offset pixels", fontsize=10, linespacing=1.1,
                       color=COLOURS[families.pop()] if len(families) == 1 else "#333333",
                       arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3})
-
-
-def _apart(one: Point, other: Point) -> float:
-    return ((one[0] - other[0]) ** 2 + (one[1] - other[1]) ** 2) ** 0.5
 
 
 def _shared(one: Box, other: Box) -> float:

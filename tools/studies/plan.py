@@ -120,7 +120,7 @@ class Plan:
         Raises:
             DataError: A training left no reports.
         """
-        runs = [read_run(ROOT / self.recipe.folder / "runs" / f"nested-{UNIFORM}-{seed}") for seed in range(1, seeds + 1)]
+        runs = [read_run(self._run(f"nested-{UNIFORM}-{seed}")) for seed in range(1, seeds + 1)]
         found = {}
         for depth in self.recipe.exit_depths:
             cosines = [run.exit_curve(depth, "gradient_cosine").values for run in runs]
@@ -146,8 +146,11 @@ class Plan:
     def _nested_flags(self, flags: Sequence[str]) -> tuple[str, ...]:
         return "--exit-layer-nums", *map(str, self.recipe.exit_depths), *flags
 
+    def _run(self, name: str) -> Path:
+        return ROOT / self.recipe.folder / "runs" / name
+
     def _evaluation(self, name: str) -> Path:
-        return ROOT / self.recipe.folder / "runs" / name / "evaluation.json"
+        return self._run(name) / "evaluation.json"
 
     def _train(self, name: str, flags: Sequence[str], start: Path, rate: str, seed: int, num_steps: int,
                needs: tuple[str, ...] = ()) -> Step:
