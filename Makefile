@@ -4,17 +4,26 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# What make test-megatron runs; its -k takes rows (MEGATRON_TESTS='tests/ranks/test_layouts.py -k pp2').
+MEGATRON_TESTS ?= tests/unit tests/ranks/test_layouts.py tests/ranks/test_precision.py tests/ranks/test_checkpoint.py tests/ranks/test_fsdp.py tests/ranks/test_lora.py
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo check test test-all test-gpu bench clean
+NPU_VENV  := .venv-npu
+NPU_READY := $(NPU_VENV)/.ready
+
+.PHONY: help setup demo check test test-all test-gpu test-launch test-npu accept-npu test-megatron bench clean
 
 help:
 	@echo "make demo      train a small nested model and see every exit (3 minutes on 2 CPU cores)"
 	@echo "make check     style, imports, words, unit tests (about two minutes)"
 	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs"
 	@echo "make test-all  the same with every row of the long tables"
+	@echo "make test-launch  job scripts with a real SLURM and sshd on this machine, as root (apt-get install slurm-wlm munge openssh-server pdsh shellcheck)"
 	@echo "make test-gpu  the same bodies on an NVIDIA GPU"
-	@echo "make bench     steps against megatron-core's own GPTModel, the loop, checkpoints, conversions, rules for exits; writes docs/benchmarks/"
+	@echo "make test-megatron VERSION=0.15.3  layouts and checkpoints under another megatron-core"
+	@echo "make test-npu  the same bodies through torch_npu on simulated Ascend NPUs (needs gcc; 10 minutes)"
+	@echo "make accept-npu  what the first day on real Ascend NPUs must show (accept-npu ON=simulation: a trial without them)"
+	@echo "make bench     steps against megatron-core's own GPTModel, the loop, checkpoints, conversions, rules for exits, decoding; writes docs/benchmarks/"
 	@echo "make setup     only the virtual environment"
 
 setup: $(READY)
@@ -41,19 +50,53 @@ check: $(READY)
 	@$(BIN)/python -m pytest tests/rules tests/unit
 
 test: check
-	@$(BIN)/python -m pytest -m "not long" tests/ranks tests/system
+	@$(BIN)/python -m pytest -m "not long" -rs tests/ranks tests/system tests/launch
 
 test-all: check
-	@$(BIN)/python -m pytest tests/ranks tests/system
+	@$(BIN)/python -m pytest -rs tests/ranks tests/system tests/launch
+
+# Installs nothing: what is missing is named, and its tests are reported as not run.
+test-launch: $(READY)
+	@$(BIN)/python -m pytest -rs tests/launch
 
 test-gpu: $(READY)
 	@$(BIN)/python -m pytest -m gpu tests/device
+
+# the environment of this project with another megatron-core before its own
+test-megatron: $(READY)
+	@test -n "$(VERSION)" || { echo "error: which megatron-core? make test-megatron VERSION=0.15.3"; exit 1; }
+	@test -d $(VENV)-megatron/$(VERSION) || $(BIN)/python -m venv $(VENV)-megatron/$(VERSION)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(VENV)-megatron/$(VERSION)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	@$(VENV)-megatron/$(VERSION)/bin/python -m pip install -q --disable-pip-version-check --no-deps megatron-core==$(VERSION)
+	@$(VENV)-megatron/$(VERSION)/bin/python -m pytest -m "not long" $(MEGATRON_TESTS)
+
+# torch_npu makes `import torch` fail where CANN is missing, so it has a virtual environment of its own, on top of .venv's packages
+$(NPU_READY): $(READY) constraints.txt
+	@$(BIN)/python -m venv --without-pip $(NPU_VENV)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	    $$($(NPU_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
+	@$(BIN)/python -m pip --python $(NPU_VENV)/bin/python install -q --disable-pip-version-check --no-deps \
+	    torch_npu==$$(sed -n 's/^torch==//p' constraints.txt)
+	@touch $(NPU_READY)
+
+test-npu: $(NPU_READY)
+	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_VENV)/bin/python -m pytest -m "not long" tests/npu
+
+# on an Ascend host the Python that has torch_npu: make accept-npu PYTHON=...
+ifeq ($(ON),simulation)
+accept-npu: $(NPU_READY)
+	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_VENV)/bin/python -m tests.support.npu_simulation $(NPU_VENV)/bin/python tools/accept_npu.py
+else
+accept-npu:
+	@PYTHONPATH=$(CURDIR) $(PYTHON) tools/accept_npu.py
+endif
 
 bench: $(READY)
 	@$(BIN)/python tools/bench.py
 	@$(BIN)/python tools/bench_run.py
 	@$(BIN)/python tools/bench_convert.py
 	@$(BIN)/python tools/bench_rules.py
+	@$(BIN)/python tools/bench_decoding.py
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-megatron $(NPU_VENV) runs build dist *.egg-info

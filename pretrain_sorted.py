@@ -9,7 +9,9 @@ import faulthandler
 import os
 
 from megatron_sorted.conversion.network import network_to_start_from
+from megatron_sorted.platform.before_torch import keep_device_packages_out
 from megatron_sorted.platform.quiet import silence_library_warnings
+from megatron_sorted.platform.versions import check_megatron_version
 from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.load import load_settings
 from megatron_sorted.training.failure import report_and_exit
@@ -22,11 +24,16 @@ def main(words: list[str] | None = None) -> int:
     That is 0 when the run is done, and 75 ("try again") when it saved and stopped early, for a scheduler to requeue it. torchrun takes
     any status but 0 for a failure, so under it a run that stopped early ends with 0; SAVE/stopped.json tells the two apart.
     """
+    keep_device_packages_out()
     settings = load_settings(words, network_to_start_from)
     check_settings(settings, int(os.environ.get("WORLD_SIZE", 1)))
+    check_megatron_version()
     silence_library_warnings()
     if settings.exit_signal_handler:
         stop_request.listen()  # before the slow imports: a scheduler's warning may come while they go on
+    from megatron_sorted.platform.select import load_device
+
+    load_device(settings)
     from megatron_sorted.training.loop import run
 
     stopped = run(settings) is not None

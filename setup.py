@@ -3,16 +3,17 @@
 from setuptools import find_packages, setup
 
 # psutil: megatron's checkpoint writer needs it
-TRAIN = ["torch>=2.6", "megatron-core==0.16.1", "numpy", "psutil", "sentencepiece", "safetensors"]
+TRAIN = ["torch>=2.6", "megatron-core>=0.12.1,<0.17", "numpy", "psutil", "sentencepiece", "safetensors"]
 MONITORING = ["wandb", "tensorboard"]
 CONVERT = ["torch>=2.6", "numpy", "safetensors", "transformers>=5", "tokenizers", "sentencepiece"]
 EVALUATE = [*CONVERT, "lm-eval", "accelerate", "datasets", "matplotlib"]  # lm-eval's models of transformers need accelerate
+SERVE = [*CONVERT, "fastapi", "uvicorn"]
 DEMO = ["Babel", "matplotlib"]
-DEV = ["pytest", "ruff", "import-linter"]
+DEV = ["pytest", "ruff", "import-linter", "httpx2"]  # httpx2: for tests of the server
 
 setup(
     name="megatron_sorted",
-    version="0.4.0",
+    version="0.5.0",
     description="Train nested (sorted) language models on megatron-core",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -22,9 +23,11 @@ setup(
         "train": TRAIN,
         "convert": CONVERT,
         "evaluate": EVALUATE,
+        "serve": SERVE,
         "monitoring": MONITORING,
         "demo": DEMO,
         "cuda": ["transformer-engine[pytorch]"],
-        "dev": DEV + DEMO + TRAIN + MONITORING + EVALUATE,
+        "npu": ["torch_npu"],  # of torch's own version; on Ascend hosts alone
+        "dev": DEV + DEMO + TRAIN + MONITORING + EVALUATE + SERVE,
     },
 )

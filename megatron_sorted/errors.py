@@ -21,5 +21,9 @@ class PlatformError(SortedError):
     """The device, or a library for it, is missing or cannot do what the settings ask."""
 
 
+class MemoryExhaustedError(SortedError):
+    """What is asked for does not fit into memory; something smaller may."""
+
+
 class TrainingError(SortedError):
     """Training cannot go on: numbers that are not finite, or a rank that hangs."""

@@ -20,7 +20,8 @@ BLOCK_BYTES = 1 << 20
 # What must agree between a checkpoint and the run that loads it: what the network computes of its weights.
 SHAPE_FIELDS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "group_query_attention", "num_query_groups",
-    "normalization", "swiglu", "disable_bias_linear", "add_qkv_bias", "qk_layernorm", "position_embedding_type", "rotary_base",
+    "normalization", "use_sandwich_norm",
+    "swiglu", "disable_bias_linear", "add_qkv_bias", "qk_layernorm", "position_embedding_type", "rotary_base",
     "rotary_percent", "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor", "rope_scaling_low_freq_factor",
     "rope_scaling_high_freq_factor", "rope_scaling_original_max_position_embeddings", "sliding_window", "norm_epsilon",
     "untie_embeddings_and_output_weights", "num_experts", "vocab_size",

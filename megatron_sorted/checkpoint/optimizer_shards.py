@@ -39,13 +39,13 @@ def _whole_tensors(base: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple
     first = 0
     for part in nested_values(base.build()):
         # the two halves of a gated MLP; whatever is cut or turned otherwise is not known here
-        assert part.data.data_ptr() == base.data.data_ptr() + first * base.data.element_size(), f"{part.key}: not a run of whole rows"
+        assert part.data.storage_offset() == base.data.storage_offset() + first, f"{part.key}: not a run of whole rows"
         yield first, part
         first += part.data.numel()
     assert first == base.data.numel(), f"{base.key}: parts and parameter differ in size"
 
 
-def _own_boxes(base: ShardedTensor | ShardedTensorFactory, start: int, end: int) -> Iterator[tuple[int, ShardedTensor]]:
+def own_boxes(base: ShardedTensor | ShardedTensorFactory, start: int, end: int) -> Iterator[tuple[int, ShardedTensor]]:
     """Yields (first element within the range, sharded tensor without data) of each rectangle of elements ``start``..``end`` - 1."""
     for first, whole in _whole_tensors(base):
         inside = boxes_of_range(whole.local_shape, max(start - first, 0), min(end - first, whole.data.numel()))
@@ -71,7 +71,7 @@ def state_of_parts(optimizer: DistributedOptimizer, model_state: dict[str, Any],
     for index, parameter in enumerate(optimizer.model_param_group_index_map):
         within = optimizer._get_model_param_range_map(parameter)["param"]
         state = optimizer._get_main_param_and_optimizer_states(parameter)
-        boxes = list(_own_boxes(bases[id(parameter)], within.start, within.end))
+        boxes = list(own_boxes(bases[id(parameter)], within.start, within.end))
         result[index] = {
             name: {first: replace(box, key=f"{PREFIX}.{name}.{box.key}",
                                   data=flat.detach()[first : first + _size(box)].view(box.local_shape) if with_data else None)

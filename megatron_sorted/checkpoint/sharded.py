@@ -23,8 +23,10 @@ from megatron_sorted.checkpoint.optimizer_state import (
     steps_taken,
 )
 from megatron_sorted.checkpoint.plain_objects import check_checkpoint_is_safe
+from megatron_sorted.checkpoint.row_shards import keeps_rows, optimizer_rows, row_states, take_optimizer_rows, take_rows, views_of_rows
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.platform.state import random_state, set_random_state
+from megatron_sorted.platform.versions import known_arguments
 
 
 def inner(chunk: torch.nn.Module) -> torch.nn.Module:
@@ -34,9 +36,16 @@ def inner(chunk: torch.nn.Module) -> torch.nn.Module:
     return chunk
 
 
-def _model_states(chunks: list) -> dict[str, Any]:
+def weights_in_place(chunk: torch.nn.Module) -> dict[str, Any]:
+    """Returns the sharded state dict of this rank's weights, with the weights or views of them as data."""
+    return views_of_rows(chunk) if keeps_rows(chunk) else inner(chunk).sharded_state_dict(metadata=dict(CONTENT))
+
+
+def _model_states(chunks: list, is_loading: bool) -> dict[str, Any]:
+    if keeps_rows(chunks[0]):
+        return {"model": row_states(chunks[0], with_data=not is_loading)}
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    return {name: inner(chunk).sharded_state_dict(metadata=dict(CONTENT)) for name, chunk in zip(names, chunks, strict=True)}
+    return {name: weights_in_place(chunk) for name, chunk in zip(names, chunks, strict=True)}
 
 
 def _merged(states: dict[str, Any]) -> dict[str, Any]:
@@ -66,13 +75,25 @@ def optimizer_state(optimizer, model_state: dict[str, Any], is_loading: bool) ->
     """
     part, steps = only_part(optimizer), steps_taken(optimizer)
     if part is None:
-        state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(CONTENT))
-        if len(parts := parts_of(optimizer)) == 1:
+        parts = parts_of(optimizer)
+        said = known_arguments(parts[0].sharded_state_dict, metadata=dict(CONTENT))
+        state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, **said)
+        if len(parts) == 1:
             mend_empty_state(parts[0], state, steps)
         return state
     if hasattr(optimizer, "_synchronize_steps"):
         optimizer._synchronize_steps()
     return {**state_dict_with_steps(part, steps), "parts": state_of_parts(part, model_state, with_data=not is_loading)}
+
+
+def _optimizer_of(chunks: list, optimizer, states: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+    """Returns the optimizer's sharded state dict.
+
+    Collective: one all-reduce of a number over all ranks, and those of ``optimizer_state``.
+    """
+    if keeps_rows(chunks[0]):
+        return optimizer_rows(optimizer, chunks[0], steps_taken(optimizer), with_data=not is_loading)
+    return optimizer_state(optimizer, _merged(states), is_loading)
 
 
 def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> dict[str, Any]:
@@ -89,10 +110,10 @@ def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> di
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)  # or each rank would save its own shard new and the others' old
-    states = _model_states(chunks)
+    states = _model_states(chunks, is_loading=False)
     return {
         **states,
-        "optimizer": optimizer_state(optimizer, _merged(states), is_loading=False),
+        "optimizer": _optimizer_of(chunks, optimizer, states, is_loading=False),
         "opt_param_scheduler": schedule.state_dict(),
         "random_state": _random_object({"python": random.getstate(), "numpy": np.random.get_state(), **random_state()}),
         "more": more,
@@ -126,12 +147,12 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
     """
     check_checkpoint_is_safe(directory)
     fill_empty_state(optimizer)
-    states = _model_states(chunks)
+    states = _model_states(chunks, is_loading=True)
     extra = _take_extra_states(states) if manifest.get("contents") == WEIGHTS_ONLY else {}
     new = take_new_adapters(states, manifest)
     wanted: dict[str, Any] = dict(states)
     if load_optimizer:
-        wanted["optimizer"] = optimizer_state(optimizer, _merged(states), is_loading=True)
+        wanted["optimizer"] = _optimizer_of(chunks, optimizer, states, is_loading=True)
     same_place = load_random and manifest.get("layout", {}).get("random_place") == random_place()
     if same_place:
         wanted["random_state"] = _random_object(None)
@@ -142,8 +163,13 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
                               "If files were lost or damaged, load an earlier checkpoint with --ckpt-step.") from error
     for index, chunk in enumerate(chunks):
         name = "model" if len(chunks) == 1 else f"model{index}"
-        inner(chunk).load_state_dict({**loaded[name], **extra.get(name, {}), **new.get(name, {})})
-    if load_optimizer:
+        if keeps_rows(chunk):
+            take_rows(chunk, loaded[name])
+        else:
+            inner(chunk).load_state_dict({**loaded[name], **extra.get(name, {}), **new.get(name, {})})
+    if load_optimizer and keeps_rows(chunks[0]):
+        take_optimizer_rows(optimizer, chunks[0], loaded["optimizer"])
+    elif load_optimizer:
         load_optimizer_state(optimizer, loaded["optimizer"])
     elif hasattr(optimizer, "reload_model_params"):
         optimizer.reload_model_params()

@@ -182,7 +182,7 @@ def family_of_settings(settings: Settings) -> Family:
         CheckpointError: There is none, naming the setting that none has.
     """
     needed = {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True, "position_embedding_type": "rope",
-              "rotary_percent": 1.0, "num_experts": None}
+              "rotary_percent": 1.0, "num_experts": None, "use_sandwich_norm": False}
     for name, value in needed.items():
         if getattr(settings, name) != value:
             raise CheckpointError(f"--{name.replace('_', '-')}: {getattr(settings, name)}, which no supported Hugging Face family has "

@@ -14,7 +14,7 @@ from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.answers import exact_match, exact_match_with_case, f1, first_line
 from megatron_sorted.evaluation.nested_model import NestedModel
 from megatron_sorted.evaluation.questions import Question
-from megatron_sorted.evaluation.tokenizer import encode_texts, prefix_id
+from megatron_sorted.exported.tokenizer import encode_texts, prefix_id
 
 
 @dataclass(frozen=True)

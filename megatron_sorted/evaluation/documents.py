@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_sorted.data.jsonl import read_blocks, records
 from megatron_sorted.data.templates import TEMPLATES, BrokenSampleError, Part, detect_format, parts_of
 from megatron_sorted.errors import DataError
-from megatron_sorted.evaluation.tokenizer import encode_texts, prefix_id
+from megatron_sorted.exported.tokenizer import encode_texts, prefix_id
 
 
 @dataclass(frozen=True)

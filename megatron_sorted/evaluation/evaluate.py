@@ -17,8 +17,8 @@ from megatron_sorted.evaluation.held_out import HeldOut, measure_held_out
 from megatron_sorted.evaluation.nested_model import NestedModel, load_nested_model
 from megatron_sorted.evaluation.questions import Question
 from megatron_sorted.evaluation.save_heads import save_with_heads
-from megatron_sorted.evaluation.tokenizer import open_tokenizer
 from megatron_sorted.evaluation.train_heads import HeadTraining, TrainedHeads, train_heads
+from megatron_sorted.exported.tokenizer import open_tokenizer
 
 SCORES = ("exact_match", "f1", "exact_match_with_case")
 

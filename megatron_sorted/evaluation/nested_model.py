@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megatron_sorted.conversion.nested_exits import Exit, greedy, read_exits, shallow_model
-from megatron_sorted.errors import CheckpointError
-from megatron_sorted.evaluation.model_directory import plan_exits
+from megatron_sorted.conversion.nested_exits import Exit, greedy, shallow_model
+from megatron_sorted.exported.load import load_with_exits
+from megatron_sorted.exported.model_directory import plan_exits
 
 
 class NestedModel:
@@ -89,29 +89,8 @@ def load_nested_model(directory: Path, depths: Sequence[int] | None = None, dtyp
         CheckpointError: Files are missing or damaged, or tensors are missing or have another shape than config.json says.
         SettingsError: A depth is no exit of the model.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
     plan = plan_exits(directory, depths)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            str(directory), dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{directory}: transformers cannot load it: {reason}. Give an intact directory.") from error
-    # transformers fills what is missing with random numbers and only warns
-    for kind, what in (("missing_keys", "is missing"), ("mismatched_keys", "has another shape than config.json says"),
-                       ("unexpected_keys", "is not part of the model")):
-        if found.get(kind):
-            first = sorted(map(str, found[kind]))[0]
-            raise CheckpointError(f"{directory}: tensor {first} {what} ({len(found[kind])} such). Give an intact directory.")
-    try:
-        exits = read_exits(directory, model)
-    except ValueError as error:
-        raise CheckpointError(f"{error}. Export the model again, or copy the whole directory.") from error
+    model, exits = load_with_exits(directory, dtype)
     own = {depth: found for depth, found in exits.items() if depth in plan.depths}
     return NestedModel(name or directory.resolve().name, model, plan.depths, {depth: found.norm for depth, found in own.items()},
                        {depth: found.head for depth, found in own.items()},

@@ -1,5 +1,6 @@
 """Where each exit stands when layers are split over pipeline stages and chunks, as Megatron-core splits them."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -72,6 +73,42 @@ def chunk_layers(
             result.append(ChunkLayers(stage, chunk, before, layers // num_chunks))
             before += layers // num_chunks
     return result
+
+
+def layers_of_layout(text: str) -> list[int]:
+    """Returns the number of layers of every chunk, in the order in which a token passes them.
+
+    Args:
+        text: A layout in Megatron-LM's words: ``t`` a layer, ``E`` the embedding, ``L`` the loss, ``|`` between chunks, ``x*n`` and
+            ``(...)*n`` repetition.
+
+    Raises:
+        SettingsError: the text is no layout of ours: it names something else, or embedding and loss do not stand at its ends.
+    """
+    written = text.replace(",", "").replace(" ", "")
+    for pattern in (r"\(([^()]+)\)\*(\d+)", r"([EtL|])\*(\d+)"):
+        written = re.sub(pattern, lambda found: found[1] * int(found[2]), written)
+    chunks = written.split("|")
+    if not re.fullmatch(r"E[t|]*L", written) or not all("t" in chunk for chunk in chunks):
+        raise SettingsError(
+            f"--pipeline-model-parallel-layout: {text!r} is not chunks of layers from the embedding to the loss. Write E, then t for every "
+            "layer and | between chunks, none of them without a layer, then L: such as 'Et*3|t*5|t*5|t*4L'."
+        )
+    return [chunk.count("t") for chunk in chunks]
+
+
+def chunks_of_layout(layers: Sequence[int], num_layers: int, num_stages: int) -> list[ChunkLayers]:
+    """Returns what every chunk of every stage holds when ``layers`` are their numbers of layers.
+
+    Raises:
+        SettingsError: they are not all layers, or not equally many chunks on every stage.
+    """
+    if sum(layers) != num_layers or len(layers) % num_stages:
+        raise SettingsError(
+            f"--pipeline-model-parallel-layout: {len(layers)} chunks with {sum(layers)} layers, but --num-layers is {num_layers} and the "
+            f"chunks must be a multiple of {num_stages} (--pipeline-model-parallel-size). Change one of them."
+        )
+    return [ChunkLayers(place % num_stages, place // num_stages, sum(layers[:place]), count) for place, count in enumerate(layers)]
 
 
 def place_exits(depths: Iterable[int], chunks: Sequence[tuple[int, int, int, int]]) -> dict[int, Placement]:

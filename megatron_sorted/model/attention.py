@@ -7,6 +7,7 @@ import torch
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_sorted.platform.kernels import fused_kernels
 from megatron_sorted.platform.state import random_tracker
 
 
@@ -18,7 +19,7 @@ class SdpaAttention(MegatronModule):
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type, attention_dropout=None,
-                 softmax_scale=None, cp_comm_type=None, pg_collection=None):
+                 softmax_scale=None, cp_comm_type=None, **_process_groups):
         super().__init__(config=config)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -26,8 +27,11 @@ class SdpaAttention(MegatronModule):
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
         """Returns the attention output; see the class."""
         assert attention_bias is None and packed_seq_params is None, "local attention takes a mask, not a bias or packed lengths"
-        query_bnsd, key_bgsd, value_bgsd = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
+        fused = fused_kernels().attention
+        if fused is not None and dropout == 0.0:
+            return fused(query, key, value, attention_mask, self.softmax_scale)
+        query_bnsd, key_bgsd, value_bgsd = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         options = {
             "attn_mask": attention_mask, "is_causal": attention_mask is None, "dropout_p": dropout,
             "scale": self.softmax_scale, "enable_gqa": query.size(2) != key.size(2),

@@ -5,7 +5,9 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform.contract import Platform
-from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels, num_virtual_chunks
+from megatron_sorted.platform.kernels import fused_kernels
+from megatron_sorted.platform.versions import check_megatron_can
+from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels, layers_of_chunks, num_virtual_chunks
 from megatron_sorted.settings.run import Settings
 
 
@@ -29,9 +31,15 @@ def check_platform(settings: Settings, platform: Platform) -> None:
     Raises:
         PlatformError: It cannot.
     """
+    check_megatron_can(
+        ("--data-parallel fsdp", settings.data_parallel == "fsdp"), ("--use-distributed-optimizer", settings.use_distributed_optimizer),
+        ("--lora-rank", bool(settings.lora_rank)))
     if settings.transformer_impl == "transformer_engine" and not platform.has_transformer_engine():
         raise PlatformError(f"--transformer-impl transformer_engine: Transformer Engine is not installed or cannot run on {platform.name}. "
                             "Install it on a GPU host, or use --transformer-impl local.")
+    if settings.bf16 and not platform.has_bf16():
+        raise PlatformError(f"--bf16: the device ({platform.name}) does not know bf16. Use --fp16, which "
+                            "scales the loss, or leave both out.")
     if settings.context_parallel_size > 1 and not uses_transformer_engine(settings, platform):
         raise PlatformError(f"--context-parallel-size: {settings.context_parallel_size} needs Transformer Engine's attention, which is not "
                             f"there on {platform.name}. Install Transformer Engine on GPU hosts, or use 1.")
@@ -39,6 +47,21 @@ def check_platform(settings: Settings, platform: Platform) -> None:
         raise PlatformError(f"--num-experts: {settings.num_experts} needs Transformer Engine: the router of megatron-core 0.16.1 uses its "
                             f"matrix product without asking whether it is there, and it is not there on {platform.name}. "
                             "Install Transformer Engine on a GPU host, or leave --num-experts out.")
+
+
+def uses_fused_swiglu(settings: Settings, platform: Platform) -> bool:
+    """Returns whether the layers' SwiGLU is one operation of the device."""
+    return settings.swiglu and fused_kernels().swiglu is not None and not uses_transformer_engine(settings, platform)
+
+
+def _layout(settings: Settings) -> list[list[str]] | None:
+    """Returns the layers of every chunk in Megatron's words; None where it divides them itself."""
+    if settings.pipeline_model_parallel_layout is None:
+        return None
+    chunks = [["decoder"] * chunk.num_layers for chunk in layers_of_chunks(settings)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
@@ -88,6 +111,7 @@ def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_virtual_chunks(settings) if interleaved else None,
+        pipeline_model_parallel_layout=_layout(settings),
         num_layers_in_first_pipeline_stage=settings.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=settings.decoder_last_pipeline_num_layers,
         sequence_parallel=settings.sequence_parallel,
@@ -104,7 +128,9 @@ def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
         persist_layer_norm=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
-        apply_rope_fusion=False,
+        # the device's fused operations enter where Megatron would take Transformer Engine's (see layer_spec)
+        use_te_activation_func=uses_fused_swiglu(settings, platform),
+        apply_rope_fusion=settings.position_embedding_type == "rope" and fused_kernels().rotary is not None,
         **recompute,
         **experts,
     )

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_sorted.platform.state import current_device, random_tracker
+from megatron_sorted.platform.versions import chunk_arguments
 from megatron_sorted.settings.run import Settings
 
 PARTS = ("exit_adapters", "exit_blocks", "exit_mlps")
@@ -45,7 +46,7 @@ class ExitAdapter(torch.nn.Module):
 def mlp_spec(layer: ModuleSpec) -> ModuleSpec:
     """Returns the specification of a layer without attention: norm, MLP and residual, saved under the names of the MLP alone."""
     parts = layer.submodules
-    return ModuleSpec(module=layer.module, submodules=TransformerLayerSubmodules(
+    return ModuleSpec(module=layer.module, params=layer.params, submodules=TransformerLayerSubmodules(
         pre_mlp_layernorm=parts.pre_mlp_layernorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda,
         sharded_state_dict_keys_map={"mlp.": "", "pre_mlp_layernorm.": "linear_fc1.layer_norm_"}))
 
@@ -74,7 +75,8 @@ def make_parts(settings: Settings, config: TransformerConfig, spec: ModuleSpec, 
     """
     def layer(of: ModuleSpec, depth: int) -> torch.nn.Module:
         # Megatron adds the layers before the chunk to the number, which then is the exit's depth
-        return build_module(of, config=without_recomputation(config), layer_number=depth - first_layer, vp_stage=vp_stage)
+        return build_module(of, config=without_recomputation(config), layer_number=depth - first_layer,
+                            **chunk_arguments(TransformerLayer.__init__, vp_stage))
 
     rank = settings.exit_adapter_rank
     adapters = {str(depth): ExitAdapter(config, rank) for depth in depths if rank}

@@ -29,6 +29,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_sorted.exits.chance import hashed_number
 from megatron_sorted.platform.state import current_device, random_tracker
+from megatron_sorted.platform.versions import builds_linear_qkv, known_arguments
 from megatron_sorted.settings.run import Settings
 
 
@@ -94,6 +95,10 @@ class _Adapted:
         with random_tracker().fork() if is_part else nullcontext():
             return F.dropout(hidden, self.adapter.dropout)
 
+    def _groups(self, metadata: dict | None) -> dict:
+        """Returns the groups that sharded tensors are told of, where Megatron does not take its own."""
+        return known_arguments(make_sharded_tensors_for_checkpoint, tp_group=self.tp_group, dp_cp_group=(metadata or {}).get("dp_cp_group"))
+
     @staticmethod
     def _add_product(output: torch.Tensor, z_tbr: torch.Tensor, b_or: torch.Tensor, scale: float) -> torch.Tensor:
         """Returns ``output + scale * z B^T`` without a temporary of the output's size."""
@@ -150,8 +155,7 @@ class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
         """Returns Megatron's sharded state dict, with B cut as the weight is."""
         cut = {"weight": 0, "bias": 0, "lora_b": 0}
         state = make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True), prefix, cut, sharded_offsets, tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"])
+            self.state_dict(prefix="", keep_vars=True), prefix, cut, sharded_offsets, **self._groups(metadata))
         if self.is_gated:  # Megatron's MLP does so for weight and bias, and for these names only
             name = f"{prefix}lora_b"
             state[name] = apply_swiglu_sharded_factory(state[name], sharded_offsets, metadata.get("singleton_local_shards", False))
@@ -188,8 +192,7 @@ class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Returns Megatron's sharded state dict, with A cut as the weight is."""
         return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 1, "lora_a": 1}, sharded_offsets, tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"])
+            self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 1, "lora_a": 1}, sharded_offsets, **self._groups(metadata))
 
 
 def with_adapters(spec: ModuleSpec, settings: Settings, in_use: RanksInUse) -> ModuleSpec:
@@ -204,7 +207,8 @@ def with_adapters(spec: ModuleSpec, settings: Settings, in_use: RanksInUse) -> M
     for target in settings.lora_targets:
         kind = kinds[getattr(holders[target], target)]
         # Megatron calls what it finds as linear_qkv, and builds the others
-        adapted = partial(kind, adapter=adapter) if target == "linear_qkv" else ModuleSpec(kind, params={"adapter": adapter})
+        called = target == "linear_qkv" and not builds_linear_qkv()
+        adapted = partial(kind, adapter=adapter) if called else ModuleSpec(kind, params={"adapter": adapter})
         setattr(holders[target], target, adapted)
     return spec
 

@@ -3,7 +3,17 @@
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megatron_sorted.platform.kernels import fused_kernels
 from megatron_sorted.platform.state import current_device
+
+
+class FusedRMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm in one operation of the device."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the normalized input."""
+        return fused_kernels().rms_norm(x, self.weight, self.eps)
+
 
 KINDS = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
 
@@ -18,8 +28,10 @@ class Norm:
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_unused) -> torch.nn.Module:
         """Returns the norm module."""
-        norm = KINDS[config.normalization](
-            hidden_size, eps=eps, dtype=config.params_dtype, device=current_device())
+        kind = KINDS[config.normalization]
+        if kind is torch.nn.RMSNorm and fused_kernels().rms_norm is not None:
+            kind = FusedRMSNorm
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype, device=current_device())
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm

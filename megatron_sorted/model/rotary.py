@@ -6,6 +6,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+from megatron_sorted.platform.versions import known_arguments
 from megatron_sorted.settings.derived import kv_channels
 from megatron_sorted.settings.run import Settings
 
@@ -37,7 +38,8 @@ def make_rotary(settings: Settings) -> RotaryEmbedding | None:
         return None
     rotary = RotaryEmbedding(
         kv_channels=kv_channels(settings), rotary_percent=settings.rotary_percent, rotary_base=settings.rotary_base,
-        seq_len_interpolation_factor=settings.rotary_seq_len_interpolation_factor, cp_group=parallel_state.get_context_parallel_group())
+        seq_len_interpolation_factor=settings.rotary_seq_len_interpolation_factor,
+        **known_arguments(RotaryEmbedding.__init__, cp_group=parallel_state.get_context_parallel_group()))
     if settings.use_rope_scaling:
         rotary.inv_freq = stretch_low_frequencies(
             rotary.inv_freq, settings.rope_scaling_factor, settings.rope_scaling_low_freq_factor, settings.rope_scaling_high_freq_factor,

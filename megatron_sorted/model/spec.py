@@ -1,11 +1,23 @@
 """Which modules a transformer layer is made of."""
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_sorted.model.attention import SdpaAttention
 from megatron_sorted.model.norm import Norm
+from megatron_sorted.model.sandwich import with_sandwich_norm
+from megatron_sorted.platform.kernels import fused_kernels
 from megatron_sorted.settings.run import Settings
+
+
+class FusedSwiglu(MegatronModule):
+    """The activation of an MLP whose first product gives gate and other half side by side [..., 2f], in one operation of the device."""
+
+    def forward(self, both: torch.Tensor) -> torch.Tensor:
+        """Returns the activation [..., f]."""
+        return fused_kernels().swiglu(both)
 
 
 def layer_spec(settings: Settings, transformer_engine: bool) -> ModuleSpec:
@@ -18,14 +30,16 @@ def layer_spec(settings: Settings, transformer_engine: bool) -> ModuleSpec:
         spec = get_gpt_layer_with_transformer_engine_spec(num_experts=settings.num_experts, qk_layernorm=settings.qk_layernorm)
         if settings.context_parallel_size == 1:
             spec.submodules.self_attention.submodules.core_attention = SdpaAttention
-        return spec
+        return with_sandwich_norm(spec, settings)
     spec = get_gpt_layer_local_spec(
         num_experts=settings.num_experts, qk_layernorm=settings.qk_layernorm, normalization=settings.normalization)
     spec.submodules.input_layernorm = Norm
     spec.submodules.pre_mlp_layernorm = Norm
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = SdpaAttention
+    if settings.swiglu and fused_kernels().swiglu is not None:
+        spec.submodules.mlp.submodules.activation_func = FusedSwiglu
     if settings.qk_layernorm:
         attention.q_layernorm = Norm
         attention.k_layernorm = Norm
-    return spec
+    return with_sandwich_norm(spec, settings)

@@ -18,6 +18,7 @@ from megatron_sorted.model.lora import RanksInUse, start_adapters, with_adapters
 from megatron_sorted.model.norm import Norm
 from megatron_sorted.model.rotary import make_rotary
 from megatron_sorted.model.segments import cut_block
+from megatron_sorted.platform.versions import chunk_arguments
 from megatron_sorted.settings.derived import last_exit_teaches, max_position_embeddings
 from megatron_sorted.settings.run import Settings
 
@@ -47,6 +48,10 @@ def _output_layer(config: TransformerConfig, vocab_size: int) -> tensor_parallel
         config.hidden_size, vocab_size, config=config, init_method=config.init_method, bias=False, gather_output=False)
 
 
+def _nothing(_depth: int) -> None:
+    return None
+
+
 class SortedStage(MegatronModule):
     """The layers of one pipeline chunk with the heads of its exits.
 
@@ -69,6 +74,9 @@ class SortedStage(MegatronModule):
         # Megatron's own tying knows only the first and the last stage; copies are ours to keep equal (parallel/copies.py)
         self.share_embeddings_and_output_weights = False
         self.tied = not settings.untie_embeddings_and_output_weights
+        self._awaits_gathering = settings.overlap_param_gather
+        # called with a depth before norm and output matrix of its exit are read in a pass, and after its backward
+        self.exit_hooks: tuple[Callable[[int], None], Callable[[int], None]] = (_nothing, _nothing)
         self.depths = plan.depths
         if plan.has_embedding:
             self.embedding = LanguageModelEmbedding(
@@ -77,7 +85,7 @@ class SortedStage(MegatronModule):
         self.adapter_ranks = RanksInUse(settings.lora_rank)
         self.decoder = TransformerBlock(
             config, with_adapters(spec, settings, self.adapter_ranks), post_layer_norm=False, pre_process=plan.has_embedding,
-            post_process=plan.is_last, vp_stage=self.vp_stage)
+            post_process=plan.is_last, **chunk_arguments(TransformerBlock.__init__, self.vp_stage))
         start_adapters(self.decoder.layers, plan.first_layer, settings.seed)
         # what is recomputed hands gradients to its parameters only if its input asks for one, and a frozen embedding's output does not
         self._input_needs_gradient = bool(settings.lora_rank) and settings.recompute_granularity != "none"
@@ -98,7 +106,7 @@ class SortedStage(MegatronModule):
         self.exit_norms = torch.nn.ModuleDict({str(depth): self._make_norm() for depth in own_norms})
         self.exit_output_layers = torch.nn.ModuleDict({str(depth): _output_layer(self.config, vocab_size) for depth in own_heads})
         self._shared_norm: tuple[torch.nn.Module, ...] = ()
-        self._shared_weight: tuple[torch.nn.Parameter, ...] = ()
+        self._weight_holder: tuple[torch.nn.Module, ...] = ()  # of the shared output matrix
         if len(own_norms) < len(self.depths):
             self._shared_norm = next((stage._shared_norm for stage in shared if stage._shared_norm), ())
             if not self._shared_norm:
@@ -106,12 +114,12 @@ class SortedStage(MegatronModule):
                 self._shared_norm = (self.final_layernorm,)
         taught = bool(self.depths) and last_exit_teaches(settings)
         if len(own_heads) < len(self.depths) or taught or (self.tied and self.pre_process):
-            self._shared_weight = next((stage._shared_weight for stage in shared if stage._shared_weight), ())
-            if not self._shared_weight and self.tied and self.pre_process:
-                self._shared_weight = (self.embedding.word_embeddings.weight,)
-            if not self._shared_weight:
+            self._weight_holder = next((stage._weight_holder for stage in shared if stage._weight_holder), ())
+            if not self._weight_holder and self.tied and self.pre_process:
+                self._weight_holder = (self.embedding.word_embeddings,)
+            if not self._weight_holder:
                 self.output_layer = _output_layer(self.config, vocab_size)
-                self._shared_weight = (self.output_layer.weight,)
+                self._weight_holder = (self.output_layer,)
 
     def _make_norm(self) -> torch.nn.Module:
         return Norm(self.config, self.config.hidden_size, self.config.layernorm_epsilon)
@@ -126,7 +134,7 @@ class SortedStage(MegatronModule):
         """
         key = str(depth)
         norm = self.exit_norms[key] if key in self.exit_norms else self._shared_norm[0]
-        weight = self.exit_output_layers[key].weight if key in self.exit_output_layers else self._shared_weight[0]
+        weight = self.exit_output_layers[key].weight if key in self.exit_output_layers else self.last_weight()
         adapter, block, mlp = (dict(getattr(self, name)).get(key) for name in PARTS)
         if adapter is None and block is None and mlp is None:
             return Head(norm, weight)
@@ -142,7 +150,22 @@ class SortedStage(MegatronModule):
 
     def last_weight(self) -> torch.nn.Parameter:
         """Returns this rank's copy of the last exit's output matrix; where every exit has its own, it is there for teaching only."""
-        return self._shared_weight[0]
+        return self._weight_holder[0].weight
+
+    def heads(self) -> list[torch.nn.Module]:
+        """Returns the modules that hold an output matrix and nothing else."""
+        return [*self.exit_output_layers.values(), *([self.output_layer] if hasattr(self, "output_layer") else [])]
+
+    def head_unit(self, depth: int) -> torch.nn.Module:
+        """Returns the module of this chunk with the output matrix of the exit at ``depth``; the whole embedding where that is tied."""
+        key = str(depth)
+        if key in self.exit_output_layers:
+            return self.exit_output_layers[key]
+        return self.output_layer if hasattr(self, "output_layer") else self.embedding
+
+    def shared_head_name(self) -> str:
+        """Returns the name of the shared output matrix in this chunk."""
+        return "output_layer.weight" if hasattr(self, "output_layer") else "embedding.word_embeddings.weight"
 
     def _await_head_parameters(self) -> None:
         """Waits for overlapped gathering of the norms and heads this chunk owns.
@@ -202,7 +225,8 @@ class SortedStage(MegatronModule):
             at_exit: Called with each exit's depth and un-normed hidden state [t, b, h]; returns what deeper layers go on with.
             deepest: Layers above this depth are not run.
         """
-        self._await_head_parameters()
+        if self._awaits_gathering:
+            self._await_head_parameters()
         hidden = self.embedding(tokens_bs, positions_bs) if self.pre_process else self.decoder.input_tensor
         if not self.trains_below:
             hidden = hidden.detach()  # Megatron receives it as one that wants a gradient
@@ -225,6 +249,7 @@ class SortedStage(MegatronModule):
 
         Copies of a shared parameter go by one name; only the first stage that holds one writes it.
         """
+        chunk_arguments(TransformerBlock.__init__, self.vp_stage)  # an old Megatron numbers layers by the chunk it was told last
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         # Megatron does not look into a ModuleDict: it took each rank's vocabulary shard of an exit's own head for a copy of one tensor
         for depth, layer in self.exit_output_layers.items():

@@ -45,11 +45,13 @@ def stage_group(stages: tuple[int, ...]) -> dist.ProcessGroup | None:
 
     Collective: creates one group for each pipeline of the layout; every process must call it in the same order.
     """
-    pipelines: list[list[int]] = [None] * dist.get_world_size()
     mine = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    dist.all_gather_object(pipelines, mine)
+    world_size = dist.get_world_size()
+    stride = world_size // len(mine)  # pipelines are the outermost dimension of Megatron's numbering
+    assert mine == list(range(mine[0] % stride, world_size, stride)), "Megatron numbers ranks in another order"
     found = None
-    for ranks in sorted({tuple(pipeline) for pipeline in pipelines}):
+    for first in range(stride):
+        ranks = range(first, world_size, stride)
         members = [ranks[stage] for stage in stages]
         group = dist.new_group(members)
         if dist.get_rank() in members:

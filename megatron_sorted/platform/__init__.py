@@ -1,1 +1,1 @@
-"""Where it runs: one small contract for cpu and cuda; the only folder that names devices."""
+"""Where it runs: one small contract for cpu, cuda and npu; the only folder that names devices."""

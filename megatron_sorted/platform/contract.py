@@ -45,6 +45,10 @@ class Platform(ABC):
     def peak_tflops(self, dtype: torch.dtype) -> float | None:
         """Returns the device's published peak for dense matrix products of ``dtype``, in 10^12 operations a second; None if unknown."""
 
+    def has_bf16(self) -> bool:
+        """Returns whether the device can compute in bf16."""
+        return True
+
     @abstractmethod
     def reset_peak_memory(self) -> None:
         """Starts a new measurement of peak memory."""

@@ -9,6 +9,7 @@ import functools
 import logging
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,11 +28,11 @@ def _names_cuda(device: object) -> bool:
     return device is not None and str(device).startswith("cuda")
 
 
-def _on_cpu(factory):
+def _redirected(factory, device: torch.device):
     @functools.wraps(factory)
     def create(*args, **kwargs):
         if _names_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
+            kwargs["device"] = device
         return factory(*args, **kwargs)
 
     return create
@@ -65,17 +66,18 @@ def _type_as_cuda(method):
     return type_name
 
 
-def redirect_cuda_to_cpu() -> None:
-    """Answers the CUDA calls that Megatron-core makes with the CPU. Calling it again does nothing."""
-    if getattr(torch.cuda, "redirected_to_cpu", False):
+def redirect_cuda(device: torch.device = CPU) -> None:
+    """Answers the CUDA calls that Megatron-core makes with another device: for the life of the process. Calling it again does nothing."""
+    if getattr(torch.cuda, "redirected_to", None) is not None:
+        assert torch.cuda.redirected_to == device, "one process, one device"
         return
-    torch.cuda.redirected_to_cpu = True
+    torch.cuda.redirected_to = device
     for name in FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        setattr(torch, name, _redirected(getattr(torch, name), device))
     torch.Tensor.cuda = _identity
     torch.nn.Module.cuda = _identity
     torch.Tensor.type = _type_as_cuda(torch.Tensor.type)
-    torch.cuda.current_device = lambda: CPU
+    torch.cuda.current_device = lambda: device
     torch.cuda.synchronize = _nothing
     torch.cuda.empty_cache = _nothing
     torch.cuda.manual_seed = torch.manual_seed
@@ -90,6 +92,22 @@ def redirect_cuda_to_cpu() -> None:
     megatron_random._set_cuda_rng_state = _set_rng_state
 
 
+def _as_it_is(function: Callable | None = None, **_options) -> Callable:
+    """Returns what torch.compile is given, or what takes it."""
+    return _identity if function is None else function
+
+
+def keep_unused_out() -> None:
+    """Keeps Megatron's import from loading what a run on a CPU never calls, which is half of the seconds that a start takes.
+
+    Megatron decorates fused operations with torch.compile, which loads inductor; they are off (``model/config.py``). And it imports wandb
+    where it finds it; reports go to wandb from a process of its own.
+    """
+    if "megatron.core" not in sys.modules:
+        torch.compile = _as_it_is
+        sys.modules.setdefault("wandb", None)
+
+
 class CpuPlatform(Platform):
     """Any number of processes on the cores of one or more hosts."""
 
@@ -99,7 +117,7 @@ class CpuPlatform(Platform):
 
     def prepare(self) -> None:
         """Redirects Megatron's CUDA calls (see the module's docstring)."""
-        redirect_cuda_to_cpu()
+        redirect_cuda()
 
     def device(self) -> torch.device:
         """Returns the CPU."""

@@ -1,4 +1,4 @@
-"""Published peak rates of NVIDIA GPUs, by the name the driver gives them.
+"""Published peak rates of NVIDIA GPUs and Ascend NPUs, by the name the driver gives them.
 
 Dense matrix products (no structured sparsity) in 10^12 operations a second; half precision on tensor cores with fp32 sums, fp32
 on ordinary cores, since torch leaves TF32 off unless told. A card missing here, or one that is shared out (MIG) or slowed down
@@ -13,15 +13,15 @@ import torch
 
 @dataclass(frozen=True)
 class Peak:
-    """Rates of one card; bf16 is None where its tensor cores do not know it."""
+    """Rates of one card; None where its cores do not know the kind of number, or no rate is published."""
 
     words: frozenset[str]
     bf16: float | None
     fp16: float
-    fp32: float
+    fp32: float | None
 
 
-def _card(words: str, half: float, fp32: float, has_bf16: bool = True) -> Peak:
+def _card(words: str, half: float, fp32: float | None, has_bf16: bool = True) -> Peak:
     return Peak(frozenset(words.split()), half if has_bf16 else None, half, fp32)
 
 
@@ -48,11 +48,20 @@ PEAKS = (
     _card("T4", 65, 8.1, has_bf16=False),  # T4 data sheet
     _card("RTX 4090", 165.2, 82.6),  # Ada architecture paper, appendix A
     _card("RTX 3090", 71, 35.6),  # GA102 architecture paper, appendix A
+    # Ascend: bf16 as torchtitan's Ascend forks list it; a 910C is two dies, each of which is a device, called 910_93xx
+    _card("ASCEND910B1", 373.9, None),
+    _card("ASCEND910B2", 353.9, None),
+    _card("ASCEND910B2C", 353.9, None),
+    _card("ASCEND910B3", 294.9, None),
+    _card("ASCEND910B4", 245.8, None),
+    *(_card(f"ASCEND910 {die}", 353.9, None) for die in ("9362", "9363", "9372", "9381", "9382", "9391", "9392")),
+    # the first generation: 256 TFLOP/s fp16, no bf16; without a digit behind it, B is one of its kinds
+    *(_card(f"ASCEND910{kind}", 256, None, has_bf16=False) for kind in ("A", "B", "PROA", "PROB", "PREMIUMA")),
 )
 
 
 def peak_tflops_of(name: str, dtype: torch.dtype) -> float | None:
-    """Returns the peak of the GPU called ``name`` for ``dtype``; None if it is not known."""
+    """Returns the peak of the device called ``name`` for ``dtype``; None if it is not known."""
     words = set(re.findall(r"[A-Z0-9]+", re.sub(r"(SXM|HBM)(\d)E\b", r"\1\2", name.upper())))
     if words & {"MIG", "LAPTOP", "TI", "D"}:
         return None

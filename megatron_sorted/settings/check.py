@@ -1,6 +1,7 @@
 """All rules between settings, checked before any process group starts."""
 
 from megatron_sorted.settings.check_adapters import check_adapters
+from megatron_sorted.settings.check_data_parallel import check_data_parallel
 from megatron_sorted.settings.check_exit_distillation import check_exit_distillation
 from megatron_sorted.settings.check_exit_parts import check_exit_parts
 from megatron_sorted.settings.check_exit_weighting import check_exit_weighting
@@ -37,6 +38,7 @@ def check_settings(settings: Settings, world_size: int) -> None:
     check_interleaving(settings, world_size)
     check_recompute(settings)
     check_training(settings)
+    check_data_parallel(settings)
     check_files(settings)
     check_monitoring(settings)
     check_profile(settings, world_size)

@@ -1,6 +1,7 @@
 """Rules between the parallel layout, the number of processes and the batch."""
 
 from megatron_sorted.settings.derived import data_parallel_size, global_batch_size, layers_of_chunks, num_micro_batches, num_virtual_chunks
+from megatron_sorted.settings.flags import flag_of
 from megatron_sorted.settings.require import require, require_divides
 from megatron_sorted.settings.run import Settings
 
@@ -64,6 +65,12 @@ def check_interleaving(settings: Settings, world_size: int) -> None:
         SettingsError: they do not, or it is not.
     """
     pp, per_chunk = settings.pipeline_model_parallel_size, settings.num_layers_per_virtual_pipeline_stage
+    if settings.pipeline_model_parallel_layout is not None:
+        for name in ("num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
+            require(
+                getattr(settings, name) is None,
+                f"{flag_of(name)}: {getattr(settings, name)} beside --pipeline-model-parallel-layout, which says it all. Leave one out.",
+            )
     if per_chunk is not None:
         require(
             pp > 1,
@@ -82,6 +89,7 @@ def check_interleaving(settings: Settings, world_size: int) -> None:
     chunks = num_virtual_chunks(settings)
     if chunks == 1:
         return
+    require(pp > 1, f"--pipeline-model-parallel-layout: {chunks} chunks need several stages (--pipeline-model-parallel-size 1). Use one.")
     # found by comparing gradient norms: two messages between the same two ranks in one batch are matched in the wrong order
     require(
         pp > 2 or settings.overlap_p2p_communication,

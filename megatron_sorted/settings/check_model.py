@@ -39,6 +39,7 @@ def check_model(settings: Settings) -> None:
             "rotary embedding turns pairs. Change --kv-channels, --num-attention-heads or --rotary-percent.",
         )
     _check_positions(settings)
+    _check_sandwich(settings)
     require(
         settings.sliding_window is None or settings.seq_length <= settings.sliding_window or settings.context_parallel_size == 1,
         f"--sliding-window: {settings.sliding_window} is shorter than --seq-length {settings.seq_length}, and attention across context "
@@ -48,6 +49,19 @@ def check_model(settings: Settings) -> None:
         max_position_embeddings(settings) >= settings.seq_length,
         f"--max-position-embeddings: {settings.max_position_embeddings} is less than --seq-length {settings.seq_length}. Raise it or "
         "leave it out.",
+    )
+
+
+def _check_sandwich(settings: Settings) -> None:
+    """Returns nothing if norms after attention and MLP are asked for where they are."""
+    for name in ("attn_post_norm_scale", "ffn_post_norm_scale"):
+        require(
+            settings.use_sandwich_norm or getattr(settings, name) == 1.0,
+            f"{flag_of(name)}: {getattr(settings, name)} has no effect without --use-sandwich-norm. Give that as well, or leave it out.",
+        )
+    require(
+        not settings.use_sandwich_norm or settings.num_experts is None,
+        f"--use-sandwich-norm: not done around experts (--num-experts {settings.num_experts}). Drop one of them.",
     )
 
 

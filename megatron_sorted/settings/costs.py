@@ -17,7 +17,8 @@ def layer_parameters(settings: Settings) -> tuple[int, int]:
     attention = h * (query + key_value) + query * h
     width = (settings.moe_ffn_hidden_size or ffn_hidden_size(settings)) if settings.num_experts else ffn_hidden_size(settings)
     mlp = h * width * (3 if settings.swiglu else 2)
-    norms = (1 if settings.normalization == "RMSNorm" else 2) * (2 * h + (2 * d if settings.qk_layernorm else 0))
+    norms = (1 if settings.normalization == "RMSNorm" else 2) * (
+        (4 if settings.use_sandwich_norm else 2) * h + (2 * d if settings.qk_layernorm else 0))
     bias = 0
     if not settings.disable_bias_linear:
         bias = query + key_value + h + width * (2 if settings.swiglu else 1) + h
@@ -40,7 +41,8 @@ def part_parameters(settings: Settings) -> tuple[int, int]:
         width, gates = ffn_hidden_size(settings), 2 if settings.swiglu else 1
         mlp = h * width * (gates + 1)
         bias = 0 if settings.disable_bias_linear else width * gates + h
-        return matrices + mlp, total + mlp + bias + (h if settings.normalization == "RMSNorm" else 2 * h)
+        norms = (1 if settings.normalization == "RMSNorm" else 2) * (2 if settings.use_sandwich_norm else 1) * h
+        return matrices + mlp, total + mlp + bias + norms
     return matrices, total
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from megatron_sorted.exits.coefficients import CoefficientRule
 from megatron_sorted.exits.depths import by_depth, normalise_depths
-from megatron_sorted.exits.placement import ChunkLayers, chunk_layers
+from megatron_sorted.exits.placement import ChunkLayers, chunk_layers, chunks_of_layout, layers_of_layout
 from megatron_sorted.exits.selection import select_exits
 from megatron_sorted.settings.require import require
 from megatron_sorted.settings.run import Settings
@@ -67,6 +67,8 @@ def num_micro_batches(settings: Settings, world_size: int) -> int:
 
 def num_virtual_chunks(settings: Settings) -> int:
     """Returns the number of chunks of every stage; 1 when the schedule is not interleaved."""
+    if settings.pipeline_model_parallel_layout is not None:
+        return len(layers_of_layout(settings.pipeline_model_parallel_layout)) // settings.pipeline_model_parallel_size
     if settings.num_layers_per_virtual_pipeline_stage is None:
         return 1
     return settings.num_layers // settings.pipeline_model_parallel_size // settings.num_layers_per_virtual_pipeline_stage
@@ -74,6 +76,9 @@ def num_virtual_chunks(settings: Settings) -> int:
 
 def layers_of_chunks(settings: Settings) -> list[ChunkLayers]:
     """Returns what every chunk of every stage holds, in the order in which a token passes them."""
+    if settings.pipeline_model_parallel_layout is not None:
+        given = layers_of_layout(settings.pipeline_model_parallel_layout)
+        return chunks_of_layout(given, settings.num_layers, settings.pipeline_model_parallel_size)
     return chunk_layers(
         settings.num_layers,
         settings.pipeline_model_parallel_size,

@@ -37,6 +37,10 @@ class ModelSettings:
         None, "Tokens a token may look back at, itself included, the same in every layer (Mistral 7B v0.1); by default all before it.")
     normalization: Literal["RMSNorm", "LayerNorm"] = setting("RMSNorm", "Kind of normalization.")
     norm_epsilon: float = setting(1e-5, "Epsilon of the normalization.")
+    use_sandwich_norm: bool = setting(
+        False, "Norm what attention and MLP put out as well, before it is added to the hidden state (PanGu).")
+    attn_post_norm_scale: float = setting(1.0, "With --use-sandwich-norm: initial weight of the norm after attention.")
+    ffn_post_norm_scale: float = setting(1.0, "With --use-sandwich-norm: initial weight of the norm after the MLP.")
     swiglu: bool = setting(True, "Gated MLP with SiLU (LLaMA); --no-swiglu gives a GELU MLP.")
     disable_bias_linear: bool = setting(True, "No bias in linear layers.")
     add_qkv_bias: bool = setting(False, "Bias in the query/key/value projection only (Qwen2).")

@@ -67,7 +67,9 @@ def convert(name: str, value: Any, source: str, strict: bool) -> Any:
     if is_optional(kind) and isinstance(value, str) and value.lower() == "none":
         return None
     if is_list(kind) and isinstance(value, list):
-        value = tuple(value)
+        # a blend's weights are numbers to YAML and words to the command line
+        is_text = get_args(kind)[0] is str
+        value = tuple(str(part) if is_text and type(part) in (int, float) else part for part in value)
     try:
         result = _adapter(kind).validate_python(value, strict=strict)
     except ValidationError:

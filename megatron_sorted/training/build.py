@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_sorted.checkpoint.manifest import CONTENT
 from megatron_sorted.checkpoint.optimizer_state import count_padding_in_offsets, give_sgd_a_first_state
 from megatron_sorted.exits.placement import place_exits
 from megatron_sorted.loss.cross_entropy import VocabularyShard
@@ -19,9 +20,11 @@ from megatron_sorted.model.spec import layer_spec
 from megatron_sorted.model.stage import ChunkPlan, SortedStage
 from megatron_sorted.model.trainable import freeze_others
 from megatron_sorted.parallel.copies import SharedCopies, connect_copies
+from megatron_sorted.parallel.fsdp import FullyShardedStage, check_torch_can_shard, connect_optimizer
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.state import current_device, seed_everything
+from megatron_sorted.platform.versions import known_arguments
 from megatron_sorted.settings.derived import exit_depths, global_batch_size, last_exit_teaches, layers_of_chunks, padded_vocab_size
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.teacher import FrozenTeacher
@@ -37,7 +40,7 @@ class Model:
         num_tokens: Trained tokens of the global batch just passed, on the device; set with per-token loss only.
     """
 
-    chunks: list[DistributedDataParallel]
+    chunks: list[DistributedDataParallel | FullyShardedStage]
     config: TransformerConfig
     copies: list[SharedCopies]
     shard: VocabularyShard
@@ -103,10 +106,20 @@ def build_model(settings: Settings, platform: Platform, place: Place, vocab_size
         for parameter in stage.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         freeze_others(stage, settings)
-    half = parameter_dtype(settings) != torch.float32
-    wrapped = [Float16Module(config, stage) for stage in stages] if half else list(stages)
     parameters = {kind: [p for stage in stages for p in stage.shared_parameters()[kind]] for kind in ("head", "norm")}
     copies = connect_copies(parameters, stages_with_copies(settings))
+    wrap = _shard_fully if settings.data_parallel == "fsdp" else _replicate
+    model = Model(wrap(stages, config, settings, platform), config, copies, vocabulary_shard(settings, vocab_size), vocab_size)
+    _connect_schedule(model, settings)
+    if settings.exit_kd_teacher is not None and not settings.skip_train:
+        model.teacher = FrozenTeacher(settings, platform, place.stage, vocab_size)
+    return model
+
+
+def _replicate(stages: list[SortedStage], config: TransformerConfig, settings: Settings, _platform: Platform) -> list:
+    """Returns the chunks with Megatron's gradient buffers, every data parallel rank holding all weights."""
+    half = parameter_dtype(settings) != torch.float32
+    wrapped = [Float16Module(config, stage) for stage in stages] if half else list(stages)
     buffers = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=settings.overlap_grad_reduce,
@@ -115,11 +128,15 @@ def build_model(settings: Settings, platform: Platform, place: Place, vocab_size
     )
     chunks = [DistributedDataParallel(config, buffers, module, disable_bucketing=index > 0) for index, module in enumerate(wrapped)]
     count_padding_in_offsets(chunks)
-    model = Model(chunks, config, copies, vocabulary_shard(settings, vocab_size), vocab_size)
-    _connect_schedule(model, settings)
-    if settings.exit_kd_teacher is not None and not settings.skip_train:
-        model.teacher = FrozenTeacher(settings, platform, place.stage, vocab_size)
-    return model
+    return chunks
+
+
+def _shard_fully(stages: list[SortedStage], config: TransformerConfig, settings: Settings, platform: Platform) -> list:
+    """Returns the only chunk of a network without stages, every data parallel rank keeping some rows of its weights."""
+    check_torch_can_shard()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    states = stages[0].sharded_state_dict(metadata=dict(CONTENT))
+    return [FullyShardedStage(config, stages[0], group, platform.device().type, parameter_dtype(settings), states)]
 
 
 def _connect_schedule(model: Model, settings: Settings) -> None:
@@ -151,9 +168,12 @@ def build_optimizer(model: Model, settings: Settings, world_size: int) -> None:
         fp16=settings.fp16, bf16=settings.bf16, params_dtype=dtype,
         loss_scale=settings.loss_scale, initial_loss_scale=settings.initial_loss_scale, min_loss_scale=settings.min_loss_scale,
         loss_scale_window=settings.loss_scale_window, hysteresis=settings.hysteresis,
-        use_distributed_optimizer=settings.use_distributed_optimizer, overlap_param_gather=settings.overlap_param_gather)
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        **known_arguments(OptimizerConfig, overlap_param_gather=settings.overlap_param_gather))
     model.optimizer = get_megatron_optimizer(optimizer_config, model.chunks, use_gloo_process_groups=False)
     give_sgd_a_first_state(model.optimizer)
+    if settings.data_parallel == "fsdp":
+        connect_optimizer(model.optimizer)
     model.config.grad_scale_func = model.optimizer.scale_loss
     samples = global_batch_size(settings, world_size)  # Megatron's schedule counts samples
     decay = settings.lr_decay_iters or max(settings.train_iters, 1)

@@ -3,7 +3,6 @@
 import dataclasses
 import platform
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.monitoring.report import EvaluationReport
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
+from megatron_sorted.platform.versions import megatron_version
 from megatron_sorted.settings.costs import forward_flops_per_token, sub_model_parameters
 from megatron_sorted.settings.derived import (
     exit_depths,
@@ -42,7 +42,7 @@ def description(settings: Settings, vocab_size: int, run_id: str, place: Place, 
     """
     return {
         "run_id": run_id, "saved_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-        "versions": {"megatron_sorted": __version__, "megatron_core": version("megatron-core"), "torch": torch.__version__,
+        "versions": {"megatron_sorted": __version__, "megatron_core": megatron_version(), "torch": torch.__version__,
                      "python": platform.python_version()},
         "exits": exits_description(settings),
         "shape": network_shape(settings, vocab_size), "settings": settings_as_dict(settings),

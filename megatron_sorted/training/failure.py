@@ -16,7 +16,8 @@ from megatron_sorted.training.signals import stop_request
 # Most errors are met by every rank at once; the first of a host goes ahead, and its launcher ends the others while they wait.
 PRECEDENCE_SECONDS = 2.0
 # A rank whose peer vanished is a victim: it waits until the launcher has seen the rank that failed by itself.
-VICTIM_SECONDS = 6.0
+# Seconds are many launchers' looks (every 0.1 s), but a crowded host may hold a launcher up.
+VICTIM_SECONDS = 15.0
 
 
 def lost_a_peer(error: BaseException) -> bool:
@@ -39,14 +40,18 @@ def message_of(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
-def wait_for_the_launcher(seconds: float) -> None:
-    """Waits, and ends this process without a word if it is told to end meanwhile: the launcher has seen the rank that failed first."""
-    told_before = stop_request.number
+def wait_for_the_launcher(seconds: float, since: float) -> None:
+    """Waits, and ends this process without a word once it was told to end after ``since``: the launcher has seen the first failure.
+
+    Args:
+        seconds: How long to wait.
+        since: Of ``time.monotonic``. Stop signals before it were a scheduler's or a user's.
+    """
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        time.sleep(0.05)
-        if stop_request.number and not told_before:
+        if stop_request.last_time > since:
             os._exit(1)
+        time.sleep(0.05)
 
 
 def report_and_exit(error: BaseException, silent: bool = False) -> NoReturn:
@@ -60,7 +65,10 @@ def report_and_exit(error: BaseException, silent: bool = False) -> NoReturn:
         error: What happened.
         silent: Another rank says it, so this one only ends, after it.
     """
-    wait_for_the_launcher(VICTIM_SECONDS if silent else seconds_to_wait(error, int(os.environ.get("LOCAL_RANK", 0))))
+    # The launcher may tell a victim to end before the broken connection comes up as an error, on a crowded host seconds before.
+    before = VICTIM_SECONDS if silent or lost_a_peer(error) else 0.0
+    seconds = VICTIM_SECONDS if silent else seconds_to_wait(error, int(os.environ.get("LOCAL_RANK", 0)))
+    wait_for_the_launcher(seconds, time.monotonic() - before)
     if silent:
         os._exit(1)
     message = message_of(error)

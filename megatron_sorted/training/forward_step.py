@@ -268,6 +268,8 @@ class ForwardStep:
         return self.gradient_rule.join(own_tbh, deeper_tbh, sum(other > depth for other in self.coefficients))
 
     def _exit_loss(self, stage: SortedStage, micro: _MicroBatch, depth: int, hidden_tbh: torch.Tensor, factor: torch.Tensor | None):
+        before_exit, _ = stage.exit_hooks
+        before_exit(depth)
         head = stage.head(depth, micro.attention_mask, hidden_tbh.size(0))
         chunk_tokens = self.settings.exit_loss_chunk_tokens or self.platform.loss_chunk_tokens
         make_loss = CrossEntropy
@@ -287,6 +289,8 @@ class ForwardStep:
     def _exit_backward(self, stage: SortedStage, micro: _MicroBatch, depth: int, hidden_tbh: torch.Tensor,
                        factor: torch.Tensor) -> torch.Tensor:
         losses, gradient = self._exit_loss(stage, micro, depth, hidden_tbh, factor)
+        _, after_exit = stage.exit_hooks
+        after_exit(depth)
         self.ledger.add(depth, losses, micro.targets.loss_mask_n)
         self.ledger.add_gradient(depth, gradient)
         return gradient

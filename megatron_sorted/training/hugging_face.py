@@ -10,8 +10,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from megatron_sorted.checkpoint.candidates import Candidate
 from megatron_sorted.checkpoint.layout import iteration_directory
-from megatron_sorted.checkpoint.manifest import CONTENT, WEIGHTS_ONLY, network_shape, with_new_parts
-from megatron_sorted.checkpoint.sharded import inner
+from megatron_sorted.checkpoint.manifest import WEIGHTS_ONLY, network_shape, with_new_parts
+from megatron_sorted.checkpoint.sharded import weights_in_place
 from megatron_sorted.conversion.aside import check_destination
 from megatron_sorted.conversion.convert import export_model, origin_of, tokenizer_description
 from megatron_sorted.conversion.families import family_of_settings
@@ -58,7 +58,7 @@ def load_by_name(directory: Path, settings: Settings, chunks: list, optimizer) -
     """
     model = open_model(directory)
     for chunk in chunks:
-        state = inner(chunk).sharded_state_dict(metadata=dict(CONTENT))
+        state = weights_in_place(chunk)
         apply_factories(state)  # gate and up of an MLP are one parameter and two shards: views of it
         shards: dict[str, list[ShardedTensor]] = {}
         for shard in nested_values(state):

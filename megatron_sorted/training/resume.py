@@ -46,6 +46,13 @@ def gives_new_parts(candidate: Candidate, settings: Settings) -> bool:
     return takes_weights_only(candidate, settings) and with_new_parts(manifest, settings)["shape"] != manifest["shape"]
 
 
+def _form(settings: Mapping[str, Any], name: str) -> Any:
+    """Returns a setting that the form of the optimizer's state depends on; fully sharded state has the distributed optimizer's form."""
+    if name == "use_distributed_optimizer" and settings.get("data_parallel") == "fsdp":
+        return True
+    return settings.get(name, getattr(Settings, name))  # the default where an older version did not know it
+
+
 def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Tokenizer | None, data: Mapping[str, Any] | None) -> None:
     """Returns nothing if the run can go on from the checkpoint, or only takes its weights.
 
@@ -73,8 +80,7 @@ def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Toke
         return
     if not settings.no_load_optim:
         for name in FORM_OF_STATE:
-            saved = manifest["settings"].get(name, getattr(Settings, name))  # the default where an older version did not know it
-            now = getattr(settings, name)
+            saved, now = _form(manifest["settings"], name), _form(vars(settings), name)
             if saved != now:
                 raise CheckpointError(
                     f"--{name.replace('_', '-')}: {saved} in {directory}, {now} in this run; the optimizer's state is kept in a form that "

@@ -1,6 +1,8 @@
 """SIGTERM and SIGUSR1 mean: save and stop. Nothing heavy is imported here, so that handlers are in place before anything slow is."""
 
+import math
 import signal
+import time
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # "Temporary failure, try again" of sysexits.h: what a scheduler may requeue on.
@@ -8,10 +10,14 @@ EXIT_STOPPED = 75
 
 
 class StopRequest:
-    """The first stop signal this process received; 0 while there is none."""
+    """The first stop signal this process received (``number``; 0 while there is none), and when the latest came.
+
+    ``last_time`` is of ``time.monotonic``, in seconds.
+    """
 
     def __init__(self) -> None:
         self.number = 0
+        self.last_time = -math.inf
 
     def listen(self) -> None:
         """Starts to take note of stop signals, instead of dying of them."""
@@ -20,6 +26,7 @@ class StopRequest:
 
     def _note(self, number: int, _frame) -> None:
         self.number = self.number or int(number)
+        self.last_time = time.monotonic()
 
     @staticmethod
     def ignore_from_now_on() -> None:

@@ -50,8 +50,9 @@ def teacher_settings(settings: Settings) -> Settings:
         *EXITS, "lora_rank", "layer_dropout", "exit_kd_weight", "exit_kd_teacher", "recompute_granularity", "recompute_method",
         "recompute_num_layers")}
     if not same:
-        changes |= {"decoder_first_pipeline_num_layers": None, "decoder_last_pipeline_num_layers": None}
-        if settings.num_layers_per_virtual_pipeline_stage is not None:
+        changes |= {"decoder_first_pipeline_num_layers": None, "decoder_last_pipeline_num_layers": None,
+                    "pipeline_model_parallel_layout": None}
+        if chunks > 1:
             changes["num_layers_per_virtual_pipeline_stage"] = found.num_layers // (chunks * stages)
     return dataclasses.replace(settings, **changes, hidden_dropout=0.0, attention_dropout=0.0)
 

@@ -10,8 +10,10 @@ import json
 import pytest
 import torch
 
+from tests.ranks.test_fsdp import LAYOUTS as SHARDED
 from tests.ranks.test_layouts import LAYOUTS, compare
 from tests.ranks.test_precision import BF16_GRADIENT, BF16_LOSS, check_against_reference
+from tests.support.layouts import FSDP
 from tests.support.tiny import tiny
 from tests.system.conftest import run_script
 
@@ -32,6 +34,12 @@ def test_layout_equals_reference(name, implementation):
 @pytest.mark.parametrize("changes", [{}, {"tensor_model_parallel_size": 2}], ids=["dp2", "tp2"])
 def test_two_ranks_share_a_gpu(changes):
     compare(2, tiny(**changes, device="cuda", distributed_backend="gloo", transformer_impl="local"), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [name for name, (world_size, _) in SHARDED.items() if world_size <= max(1, torch.cuda.device_count())])
+def test_fully_sharded_layout_equals_reference(name):
+    world_size, changes = SHARDED[name]
+    compare(world_size, tiny(**FSDP, **changes, device="cuda", transformer_impl="local"), TOLERANCE)
 
 
 def test_packed_documents_with_few_trained_tokens():

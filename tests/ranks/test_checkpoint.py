@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.gather import join_ranks
-from tests.support.layouts import CHUNKS, DISTRIBUTED, OWN, PP2, PP4, SP, TP2, UNTIED
+from tests.support.layouts import CHUNKS, DISTRIBUTED, OWN, PP2, PP4, SANDWICH, SP, TP2, UNTIED
 from tests.support.rank_bodies import steps_from, steps_with_megatrons_form
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCABULARY, tiny
@@ -38,6 +38,8 @@ OTHER_LAYOUT = {
     "tp2 pp2 untied distributed -> pp2 chunks2 dp2 distributed": (
         (4, {**TP2, **PP2, **UNTIED, **DISTRIBUTED}), (4, {**PP2, **CHUNKS, **UNTIED, **DISTRIBUTED})),
     "bf16 pp2 dp2 distributed -> bf16 tp2": ((4, {**PP2, **BF16, **DISTRIBUTED}), (2, {**TP2, **BF16, **DISTRIBUTED})),
+    "sandwich tp2 sequence parallel -> sandwich pp2 layout": (
+        (2, {**TP2, **SP, **SANDWICH}), (2, {**PP2, **SANDWICH, "pipeline_model_parallel_layout": "Ettt|tL"})),
     "fp16 tp2 -> fp16 pp2": ((2, {**TP2, **FP16}), (2, {**PP2, **FP16})),
 }
 

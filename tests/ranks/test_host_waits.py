@@ -57,5 +57,7 @@ def test_the_recorder_sees_waits_in_forward_and_backward():
         y = Asks.apply(2 * x)
         y.sum().backward()
         bool(x.sum() > 1), y.nonzero(), y[y > 1], y.cpu(), torch.where(y > 1), float(y[0]), torch.tensor(1, device="cpu")
+        y.data[[0, 1]], y.data[:2]
+        y.data[:2], y.data[torch.arange(2, device="cpu")] = 1, 1
     assert [name for name, _ in waits.megatrons] == [
-        "item", "__bool__", "nonzero", "__getitem__", "cpu", "where", "__float__", "tensor"]
+        "item", "__bool__", "nonzero", "__getitem__", "cpu", "where", "__float__", "tensor", "__getitem__", "__setitem__"]

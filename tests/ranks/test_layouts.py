@@ -7,6 +7,7 @@ import torch
 from megatron_sorted.settings.derived import exit_depths
 from megatron_sorted.settings.run import Settings
 from tests.support.gather import join_ranks
+from tests.support.layouts import SANDWICH
 from tests.support.rank_bodies import train_and_report
 from tests.support.ranks import run_ranks
 from tests.support.reference import exit_losses
@@ -137,6 +138,19 @@ LAYOUTS = {
         "use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "tp2 dp2 distributed sequence parallel own": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True,
         "use_distributed_optimizer": True, "use_exit_norm": True, "untie_exit_output_weights": True}),
+    "pp2 layout": (2, {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et*3|tL"}),
+    "pp2 layout of unequal chunks": (2, {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tt|t*3|tL",
+        "num_layers": 7, "exit_layer_nums": (1, 3, 5)}),
+    "sandwich": (1, SANDWICH),
+    "tp2 sandwich": (2, {"tensor_model_parallel_size": 2, **SANDWICH}),
+    "tp2 sequence parallel sandwich full recompute": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True,
+        "recompute_granularity": "full", **SANDWICH}),
+    "tp2 pp2 sequence parallel sandwich selective": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
+        "sequence_parallel": True, "recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp"),
+        **SANDWICH}),
+    "pp2 chunks2 dp2 distributed sandwich blocks": (4, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1,
+        "use_distributed_optimizer": True, "overlap_grad_reduce": True, "use_exit_block": True, **SANDWICH}),
+    "tp2 sandwich exit MLPs": (2, {"tensor_model_parallel_size": 2, "use_exit_mlp": True, **SANDWICH}),
 }
 
 

@@ -15,7 +15,7 @@ def test_imports_go_down(capsys):
     assert not failed, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("folder", ["settings", "exits"])
+@pytest.mark.parametrize("folder", ["settings", "exits", "planning"])
 def test_light_folders_import_neither_torch_nor_megatron(folder):
     modules = [f"megatron_sorted.{folder}.{path.stem}" for path in (ROOT / "megatron_sorted" / folder).glob("[a-z]*.py")]
     assert len(modules) >= 4

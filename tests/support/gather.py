@@ -3,6 +3,7 @@
 import re
 
 import torch
+from torch.distributed.tensor import DTensor
 
 RENAMED = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -26,6 +27,15 @@ def global_name(stage, name: str, tied: bool) -> str:
     if name == "output_layer.weight" and tied:
         return "embedding.word_embeddings.weight"
     return name
+
+
+def rows_by_parameter(model, pick) -> dict[int, DTensor]:
+    """Returns {id of a fully sharded parameter: ``pick(its rows)`` of all ranks as one tensor}; empty for any other model."""
+    return {
+        id(shard.sharded): DTensor.from_local(
+            pick(shard.rows).detach(), shard.sharded.device_mesh, shard.sharded.placements, shape=shard.sharded.shape,
+            stride=shard.sharded.stride())
+        for chunk in model.chunks for shard in getattr(chunk, "row_shards", ())}
 
 
 def join_shards(name: str, shards: list[torch.Tensor], dim: int | None) -> torch.Tensor:
@@ -67,6 +77,8 @@ def shards_of(model, unwrap, pick, tensor_rank: int, tied: bool) -> dict[str, li
             dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
             if (picked := pick(parameter)) is None:
                 continue
+            if isinstance(picked, DTensor):  # fully sharded: every rank takes part in gathering it
+                picked = picked.full_tensor()
             entry = (picked.detach().float().clone().cpu(), dim, tensor_rank)
             result.setdefault(global_name(stage, name, tied), []).append(entry)
     return result

@@ -2,7 +2,8 @@
 
 On the CPU nothing waits, so device and host tensors are told apart by where they come from: what ``Platform.to_device`` returns,
 parameters, gradient buffers, what is made with ``device=``, and whatever is computed from them. Asking such a tensor for a number,
-or for a shape that depends on its values, would wait; so would copying a number from the host other than through ``to_device``.
+or for a shape that depends on its values, would wait; so would copying a number from the host other than through ``to_device``, as
+choosing places by a list does, and writing a number to places that a tensor names.
 """
 
 import traceback
@@ -117,10 +118,14 @@ class _Calls(TorchFunctionMode):
         on_device = any(self.waits.marked(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         by_mask = name in ("__getitem__", "__setitem__") and any(
             leaf.dtype == torch.bool for leaf in tree_leaves(args[1]) if isinstance(leaf, torch.Tensor))
+        indices = (args[1] if isinstance(args[1], tuple) else (args[1],)) if name in ("__getitem__", "__setitem__") else ()
+        by_list = any(isinstance(index, list) for index in indices)
+        number = name == "__setitem__" and not isinstance(args[2], torch.Tensor) and any(
+            isinstance(index, torch.Tensor) for index in indices)
         where = name == "where" and len(args) + len(kwargs) == 1
         from_host = name in FROM_HOST and kwargs.get("device") is not None
         to_host = name in TO_HOST and not (name == "to" and all(isinstance(a, torch.dtype) for a in args[1:]) and "device" not in kwargs)
-        if from_host or (on_device and (to_host or name in SHAPE_BY_VALUE or by_mask or where)):
+        if from_host or (on_device and (to_host or name in SHAPE_BY_VALUE or by_mask or by_list or number or where)):
             self.waits.note(name)
         if name == "type":  # replaced on the CPU, where torch would call the replacement a second time
             function = torch._C.TensorBase.type

@@ -14,6 +14,8 @@ DISTRIBUTED = {"use_distributed_optimizer": True}
 OVERLAP = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 OWN = {"use_exit_norm": True, "untie_exit_output_weights": True}
 UNTIED = {"untie_embeddings_and_output_weights": True}
+FSDP = {"data_parallel": "fsdp"}
+SANDWICH = {"use_sandwich_norm": True, "attn_post_norm_scale": 0.3, "ffn_post_norm_scale": 0.6}
 DEEP = {"num_layers": 8, "exit_layer_nums": (1, 4, 5, 7)}
 
 

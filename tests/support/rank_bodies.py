@@ -26,7 +26,7 @@ from megatron_sorted.training.forward_step import ForwardStep
 from megatron_sorted.training.reduce import reduce_ledger
 from megatron_sorted.training.step import train_step
 from megatron_sorted.training.watchdog import Watchdog
-from tests.support.gather import shards_of
+from tests.support.gather import rows_by_parameter, shards_of
 from tests.support.tiny import init_method, make_samples, micro_batches
 
 
@@ -78,8 +78,10 @@ def train_and_report(settings: Settings, steps: int, unequal: bool, packed: bool
         if "gradients" not in report:
             complete_gradients(model, settings)
             scale = model.optimizer.get_loss_scale().item()
+            sharded = rows_by_parameter(model, lambda rows: rows.main_grad)
             report["gradients"] = shards_of(
-                model, unwrap, lambda p: p.main_grad / scale if p.requires_grad else None, place.tensor_rank, tied)
+                model, unwrap, lambda p: sharded.get(id(p), getattr(p, "main_grad", None)) / scale if p.requires_grad else None,
+                place.tensor_rank, tied)
 
     model.config.finalize_model_grads_func = finalize_and_keep
     forward_step = ForwardStep(settings, model, platform)
@@ -122,6 +124,8 @@ def moments(model, settings: Settings) -> dict[str, list]:
                         for parameter in buffer.params:
                             start, end, _ = buffer.param_index_map[parameter]
                             values[id(parameter)] = flat[start:end].view(parameter.shape)
+            elif settings.data_parallel == "fsdp":
+                values = rows_by_parameter(model, lambda rows, state=optimizer.optimizer.state, moment=moment: state[rows][moment])
             else:
                 mains = {id(getattr(p, "main_param", p)): id(p) for chunk in model.chunks for p in chunk.parameters()}
                 for group in optimizer.optimizer.param_groups:

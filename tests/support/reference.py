@@ -17,10 +17,11 @@ def rotate(x, positions, base=10000.0):
     return x * cos + torch.cat((-right, left), -1) * sin
 
 
-def mlp(x, norm, up, down, eps):
-    """Normed gated MLP with its residual on x [b, s, h]."""
+def mlp(x, norm, up, down, eps, post=None):
+    """Normed gated MLP with its residual on x [b, s, h]; its output is normed too where there is ``post``."""
     left, right = (F.rms_norm(x, x.shape[-1:], norm, eps) @ up.t()).chunk(2, -1)
-    return x + (F.silu(left) * right) @ down.t()
+    y = (F.silu(left) * right) @ down.t()
+    return x + (y if post is None else F.rms_norm(y, x.shape[-1:], post, eps))
 
 
 def layer(p, prefix, x, heads, groups, allowed, eps):
@@ -37,8 +38,11 @@ def layer(p, prefix, x, heads, groups, allowed, eps):
     positions = torch.arange(s, dtype=torch.float32)
     q, k = rotate(q, positions), rotate(k, positions)
     scores = (q @ k.transpose(-1, -2) / d**0.5).masked_fill(~allowed, float("-inf"))
-    x = x + (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, h) @ w["self_attention.linear_proj.weight"].t()
-    return mlp(x, w["mlp.linear_fc1.layer_norm_weight"], w["mlp.linear_fc1.weight"], w["mlp.linear_fc2.weight"], eps)
+    y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, h) @ w["self_attention.linear_proj.weight"].t()
+    post = p.get(prefix + "post_self_attn_layernorm.weight")
+    x = x + (y if post is None else F.rms_norm(y, (h,), post, eps))
+    return mlp(x, w["mlp.linear_fc1.layer_norm_weight"], w["mlp.linear_fc1.weight"], w["mlp.linear_fc2.weight"], eps,
+               p.get(prefix + "post_mlp_layernorm.weight"))
 
 
 def own_parts(p, depth, x, heads, groups, allowed, eps):
@@ -49,7 +53,7 @@ def own_parts(p, depth, x, heads, groups, allowed, eps):
         x = layer(p, f"exit_blocks.{depth}.", x, heads, groups, allowed, eps)
     if f"exit_mlps.{depth}.linear_fc2.weight" in p:
         names = ("linear_fc1.layer_norm_weight", "linear_fc1.weight", "linear_fc2.weight")
-        x = mlp(x, *(p[f"exit_mlps.{depth}.{name}"] for name in names), eps)
+        x = mlp(x, *(p[f"exit_mlps.{depth}.{name}"] for name in names), eps, p.get(f"exit_mlps.{depth}.post_mlp_layernorm.weight"))
     return x
 
 

@@ -11,7 +11,7 @@ from sentencepiece import SentencePieceProcessor
 from megatron_sorted.conversion.tokenizer_check import TEXTS
 from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
 from megatron_sorted.data.tokenizer import load_tokenizer
-from megatron_sorted.evaluation.tokenizer import encode_texts, open_tokenizer
+from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SYMBOLS = ("<|user|>", "<|u", "def ", "\n", "   ")

@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor
 from megatron_sorted.conversion.tokenizer_check import TEXTS
 from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
 from megatron_sorted.data.tokenizer import train_sentencepiece
-from megatron_sorted.evaluation.tokenizer import encode_texts, open_tokenizer
+from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer
 from tests.support.sentencepiece_files import SETTINGS, check_tokenizer, lines, texts_not_built_in
 
 

@@ -109,6 +109,7 @@ def test_sliding_layers_among_others_are_refused():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"normalization": "LayerNorm"}, "--normalization: LayerNorm"), ({"swiglu": False}, "--swiglu: False"),
     ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type"), ({"num_experts": 4}, "--num-experts: 4"),
+    ({"use_sandwich_norm": True}, "--use-sandwich-norm: True, which no supported Hugging Face family has"),
     ({"add_qkv_bias": True, "qk_layernorm": True}, "no supported Hugging Face family has them together"),
 ])
 def test_a_network_without_a_family_is_refused(changes, message):

@@ -10,7 +10,7 @@ from megatron_sorted.conversion import tokenizer_json
 from megatron_sorted.conversion.sentencepiece_file import read_sentencepiece
 from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
 from megatron_sorted.data.tokenizer import train_sentencepiece
-from megatron_sorted.evaluation.tokenizer import open_tokenizer
+from megatron_sorted.exported.tokenizer import open_tokenizer
 from tests.support.sentencepiece_files import SETTINGS, check_tokenizer, lines, train
 
 

@@ -7,7 +7,7 @@ from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.closed_book import Answered, answer_questions, decode_greedily, encode_prompts, stop_ids
 from megatron_sorted.evaluation.nested_model import load_nested_model
 from megatron_sorted.evaluation.questions import Question
-from megatron_sorted.evaluation.tokenizer import open_tokenizer
+from megatron_sorted.exported.tokenizer import open_tokenizer
 from tests.support.evaluated import TEXTS, write_model, write_tokenizer
 
 PROMPTS = ["Once", *TEXTS, "The cat", "A", "A bird flew and the dog"]

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_sorted.errors import DataError
 from megatron_sorted.evaluation.documents import encode_documents, read_documents
-from megatron_sorted.evaluation.tokenizer import encode_texts, open_tokenizer
+from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer
 from tests.support.evaluated import write_tokenizer
 
 

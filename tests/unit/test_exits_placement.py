@@ -1,12 +1,14 @@
 """Layers on stages and chunks, against hand tables and against megatron-core."""
 
 import pytest
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.exits.placement import chunk_layers, place_exits
+from megatron_sorted.exits.placement import chunk_layers, chunks_of_layout, layers_of_layout, place_exits
 
 
 def test_layers_of_two_stages_with_two_chunks():
@@ -64,6 +66,31 @@ def test_layers_are_split_as_megatron_splits_them(num_layers, stages, chunks, fi
 def test_layers_that_do_not_divide_are_refused(arguments, message):
     with pytest.raises(SettingsError, match=message):
         chunk_layers(*arguments)
+
+
+@pytest.mark.parametrize(("text", "stages"), [
+    ("Et*3|t*5|t*5|t*4L", 4), ("Et|tt|t*3|tL", 2), ("Ettt|(tt|)*3tL", 5), ("Et*4|(t*4|)*14t*2L", 4), ("E t, | t*2 L", 2), ("EtttL", 1)])
+def test_a_layout_is_read_as_megatron_reads_it(text, stages):
+    layers = layers_of_layout(text)
+    ours = chunks_of_layout(layers, sum(layers), stages)
+    theirs = PipelineParallelLayerLayout(text.replace(" ", ""), stages)
+    places = [(chunk.stage, chunk.chunk) for chunk in ours]
+    assert sorted(places) == [(s, c) for s in range(stages) for c in range(len(layers) // stages)]
+    counted = {(s, c): theirs.layout[s][c].count(LayerType.decoder) for s, c in places}
+    assert {(c.stage, c.chunk): c.num_layers for c in ours} == counted
+    assert [c.first_layer for c in ours] == [sum(counted[place] for place in places[:n]) for n in range(len(places))]
+
+
+@pytest.mark.parametrize("text", ["tt|tt", "Ett|tt", "Ett||ttL", "E|ttL", "Et|mtL", "Et|tL|", "Et*x|tL", ""])
+def test_what_is_no_layout_is_refused(text):
+    with pytest.raises(SettingsError, match="--pipeline-model-parallel-layout"):
+        layers_of_layout(text)
+
+
+@pytest.mark.parametrize(("layers", "num_layers", "stages"), [([2, 2], 5, 2), ([2, 2, 1], 5, 2)])
+def test_a_layout_of_other_layers_or_stages_is_refused(layers, num_layers, stages):
+    with pytest.raises(SettingsError, match=f"{len(layers)} chunks with {sum(layers)} layers, but --num-layers is {num_layers}"):
+        chunks_of_layout(layers, num_layers, stages)
 
 
 def test_exits_stand_after_layers_of_their_chunk():

@@ -1,6 +1,8 @@
 """CUDA's names answered by the CPU, in a process of its own: the redirections last as long as the process."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -92,7 +94,7 @@ def test_platforms_by_name():
     assert type(choose_platform("cpu")) is CpuPlatform and type(choose_platform("cuda")) is CudaPlatform
     with pytest.raises(PlatformError) as error:
         choose_platform("tpu")
-    assert str(error.value) == "--device tpu: no such platform. Use one of: auto, cpu, cuda."
+    assert str(error.value) == "--device tpu: no such platform. Use one of: auto, cpu, cuda, npu."
 
 
 def without_gpu() -> tuple[str, str]:
@@ -106,3 +108,11 @@ def without_gpu() -> tuple[str, str]:
 def test_no_gpu_is_a_sentence():
     assert run_ranks(1, without_gpu) == [(
         "cpu", "--device cuda: torch sees no GPU on this host. Install a CUDA build of torch, or use --device cpu.")]
+
+
+def test_a_start_on_a_cpu_loads_neither_compiler_nor_wandb():
+    code = ("import sys; from types import SimpleNamespace; from megatron_sorted.platform.select import load_device; "
+            "load_device(SimpleNamespace(device='cpu')); import megatron_sorted.training.loop; "
+            "print(sorted(name for name in ('torch._dynamo', 'torch._inductor', 'wandb') if sys.modules.get(name)))")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -28,6 +28,14 @@ def test_unknown_cards_have_no_peak(name):
     assert peak_tflops_of(name, torch.bfloat16) is None and peak_tflops_of(name, torch.float32) is None
 
 
+@pytest.mark.parametrize(("name", "bf16"), [
+    ("Ascend910B1", 373.9), ("Ascend910B2", 353.9), ("Ascend910B2C", 353.9), ("Ascend910B3", 294.9), ("Ascend910B4", 245.8),
+    ("Ascend910B4-1", 245.8), ("Ascend910_9392", 353.9), ("Ascend910A", None), ("Ascend910B", None), ("Ascend910ProB", None)])  # fmt: skip
+def test_npus(name, bf16):
+    assert peak_tflops_of(name, torch.bfloat16) == bf16
+    assert peak_tflops_of(name, torch.float16) == (bf16 or 256) and peak_tflops_of(name, torch.float32) is None
+
+
 def test_unknown_kinds_of_number_and_the_cpu_have_no_peak():
     assert peak_tflops_of("NVIDIA H200", torch.float64) is None
     assert CpuPlatform().peak_tflops(torch.float32) is None

@@ -15,6 +15,7 @@ PP2 = {"pipeline_model_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2}
 CHUNKS = {**PP2, "num_layers_per_virtual_pipeline_stage": 2, "global_batch_size": 4}
 SERIAL = {"overlap_p2p_communication": False}
+FSDP = {"data_parallel": "fsdp"}
 EXITS = {"exit_layer_nums": (2, 4)}
 UNIFORM = {**EXITS, "exit_sampling": "uniform"}
 DRAWN = {**EXITS, "exit_sampling": "probabilities", "exit_probabilities": (0.25, 0.25, 0.5)}
@@ -47,10 +48,14 @@ ALLOWED = [
     (BASE, {**CHUNKS, "num_layers_per_virtual_pipeline_stage": 4, "overlap_p2p_communication": False}, 2),
     (BASE, {**CHUNKS, "pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 1, **SERIAL}, 4),
     (BASE, {**PP2, "decoder_first_pipeline_num_layers": 3}, 2),
+    (BASE, {**PP2, "pipeline_model_parallel_layout": "Et*5|t*3L"}, 2),
+    (BASE, {**PP2, "pipeline_model_parallel_layout": "Ett|t|ttt|ttL", "global_batch_size": 4}, 2),
+    (BASE, {"use_sandwich_norm": True, "attn_post_norm_scale": 0.5}, 1),
     (BASE, {"bf16": True, "device": "cpu"}, 1),
     (BASE, {"fp16": True, "device": "cpu", "loss_scale": 8.0}, 1),
     (BASE, {"num_experts": 4, "expert_model_parallel_size": 2, **TP2, "sequence_parallel": True}, 4),
     (BASE, {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}, 2),
+    (BASE, {**FSDP, **EXITS, "use_exit_norm": True, "untie_exit_output_weights": True, "bf16": True, "recompute_granularity": "full"}, 4),
     (BASE, {"recompute_granularity": "full", "recompute_num_layers": 8}, 1),
     (BASE, {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp", "layernorm")}, 1),
     (BASE, {"train_iters": 0}, 1),
@@ -136,6 +141,15 @@ REFUSED = [
     (BASE, {"micro_batch_size": 2, "global_batch_size": 6}, 2, "--global-batch-size: 6 is not a multiple of 4"),
     (BASE, {"pipeline_model_parallel_size": 3}, 3, "8 layers do not divide over 3 stages"),
     (BASE, {**PP2, "decoder_first_pipeline_num_layers": 8}, 2, "0 layers are left for 1 stages"),
+    (BASE, {**PP2, "pipeline_model_parallel_layout": "Et*5|t*4L"}, 2, "2 chunks with 9 layers"),
+    (BASE, {**PP2, "pipeline_model_parallel_layout": "t*8"}, 2, "is not chunks of layers from the embedding to the loss"),
+    (BASE, {**PP2, "pipeline_model_parallel_layout": "Et*5|t*3L", "decoder_first_pipeline_num_layers": 5}, 2,
+     "--decoder-first-pipeline-num-layers: 5 beside --pipeline-model-parallel-layout"),
+    (BASE, {"pipeline_model_parallel_layout": "Et*5|t*3L"}, 1, "--pipeline-model-parallel-layout: 2 chunks need several stages"),
+    (BASE, {**PP2, "pipeline_model_parallel_layout": "Ett|t|ttt|ttL", "global_batch_size": 3}, 2, "number of micro-batches: 3"),
+    (BASE, {**PP2, "pipeline_model_parallel_layout": "Ett|t|ttt|ttL", **SERIAL, "global_batch_size": 4}, 2, "mixes up messages"),
+    (BASE, {"attn_post_norm_scale": 0.5}, 1, "--attn-post-norm-scale: 0.5 has no effect without --use-sandwich-norm"),
+    (BASE, {"use_sandwich_norm": True, "num_experts": 4}, 1, "--use-sandwich-norm: not done around experts"),
     (BASE, {"decoder_last_pipeline_num_layers": 8}, 1, "there is only one stage"),
     (BASE, {"num_layers_per_virtual_pipeline_stage": 2}, 1, "needs several stages"),
     (BASE, {**CHUNKS, "num_layers_per_virtual_pipeline_stage": 3}, 2, "--num-layers: 8 is not a multiple of 6"),
@@ -151,6 +165,15 @@ REFUSED = [
     (BASE, {"bf16": True, "fp16": True}, 1, "a run has one precision"),
     (BASE, {"loss_scale": 8.0}, 1, "--loss-scale: 8.0 scales the loss of --fp16 only"),
     (BASE, {"initial_loss_scale": 0.5}, 1, "--initial-loss-scale: 0.5 is below --min-loss-scale 1.0"),
+    (BASE, {**FSDP, **TP2}, 2, "fsdp with --tensor-model-parallel-size 2: parameters are sharded over data parallel ranks alone. Use 1"),
+    (BASE, {**FSDP, **PP2}, 2, "fsdp with --pipeline-model-parallel-size 2: "),
+    (BASE, {**FSDP, "context_parallel_size": 2}, 2, "fsdp with --context-parallel-size 2: "),
+    (BASE, {**FSDP, "use_distributed_optimizer": True}, 2, "fsdp with --use-distributed-optimizer: optimizer state is sharded"),
+    (BASE, {**FSDP, "overlap_grad_reduce": True}, 2, "fsdp with --overlap-grad-reduce: torch overlaps"),
+    (BASE, {**FSDP, **EXITS, "use_exit_mlp": True}, 2, "fsdp with --use-exit-mlp: layers of exits run in backward"),
+    (BASE, {**FSDP, **EXITS, "exit_kd_weight": 0.5}, 2, "fsdp with --exit-kd-weight 0.5: the teacher's norm"),
+    (BASE, {**FSDP, "lora_rank": 8}, 2, "fsdp with --lora-rank 8: most parameters are frozen"),
+    (BASE, {**FSDP, "optimizer": "sgd"}, 2, "fsdp with --optimizer sgd: only the state of adam"),
     (BASE, {"use_distributed_optimizer": True, "optimizer": "sgd"}, 1, "splits the state of adam only, not of sgd"),
     (BASE, {"use_distributed_optimizer": True, "overlap_param_gather": True}, 1, "--overlap-param-gather: needs"),
     (BASE, {"overlap_grad_reduce": True, "overlap_param_gather": True}, 1, "--overlap-param-gather: needs"),

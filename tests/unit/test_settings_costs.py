@@ -21,6 +21,7 @@ SHAPES = {
     "untied": {"untie_embeddings_and_output_weights": True},
     "all heads, query bias": {"group_query_attention": False, "num_query_groups": None, "add_qkv_bias": True},
     "query and key norms": {"qk_layernorm": True},
+    "sandwich norms": {"use_sandwich_norm": True},
     "biases, layer norms, GELU, learned positions": {
         "disable_bias_linear": False, "normalization": "LayerNorm", "swiglu": False, "position_embedding_type": "learned_absolute"},
     "biases, SwiGLU, wide heads": {"disable_bias_linear": False, "kv_channels": 16, "ffn_hidden_size": None},

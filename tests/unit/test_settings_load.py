@@ -58,6 +58,7 @@ def test_a_flag_becomes_a_value_of_the_field(words, name, value):
     ("text", "name", "value"),
     [
         ("lr: 1e-4", "lr", 1e-4),
+        ("data-path: [0.3, a, 7, b]", "data_path", ("0.3", "a", "7", "b")),
         ("lr: 1E5", "lr", 1e5),
         ("lr: .5e-3", "lr", 5e-4),
         ("lr: 1", "lr", 1.0),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,18 @@ def test_console_and_launcher_get_the_same_words(tmp_path, error, message):
     assert (done.returncode, done.stdout, done.stderr) == (1, "step 1\n", message + "\n")
     written = json.loads(path.read_text())["message"]
     assert written["message"] == written["extraInfo"]["py_callstack"] == message and int(written["extraInfo"]["timestamp"]) > 1e9
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(f"RuntimeError({GLOO!r})", ""), ("KeyError('own')", "rank 1: KeyError: 'own'\n")],
+)
+def test_a_victim_told_to_end_before_it_noticed_ends_without_a_word(error, words):
+    """The launcher's signal comes first, the broken connection after it; a failure of the rank's own is said all the same."""
+    code = "import os, signal; from megatron_sorted.training.failure import report_and_exit, stop_request; " \
+           f"stop_request.listen(); os.kill(os.getpid(), signal.SIGTERM); report_and_exit({error})"
+    environment = {"PYTHONPATH": str(ROOT), "RANK": "1", "LOCAL_RANK": "1"}
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, words)
+    assert time.monotonic() - started < VICTIM_SECONDS

@@ -12,10 +12,10 @@ from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.documents import read_documents
 from megatron_sorted.evaluation.evaluate import Measures, QuestionSet, Subject
 from megatron_sorted.evaluation.harness import Harness
-from megatron_sorted.evaluation.model_directory import open_model_directory, plan_exits
 from megatron_sorted.evaluation.questions import TEMPLATE, check_template, read_questions, write_prompts
-from megatron_sorted.evaluation.tokenizer import open_tokenizer
 from megatron_sorted.evaluation.train_heads import HeadTraining
+from megatron_sorted.exported.model_directory import open_model_directory, plan_exits
+from megatron_sorted.exported.tokenizer import open_tokenizer
 
 from .picture import MAX_MODELS
 

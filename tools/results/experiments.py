@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_sorted.errors import DataError
-from megatron_sorted.evaluation.model_directory import open_model_directory
+from megatron_sorted.exported.model_directory import open_model_directory
 
 from .recipe import Recipe, prefix, prepare_step
 from .steps import PYTHON, ROOT, Step

@@ -4,6 +4,7 @@ import datetime
 import platform
 import shlex
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from .steps import PYTHON, ROOT, Step
 PACKAGES = ("torch", "megatron-core", "transformers")
 
 
-def facts() -> list[str]:
-    """Returns date, commit, machine and versions as lines of a list."""
-    return [f"- date: {datetime.date.today().isoformat()}", f"- commit: {commit()}", f"- machine: {machine()}, 1 thread, fp32",
-            f"- versions: {', '.join(f'{name} {version(name)}' for name in PACKAGES)}"]
+def facts(setting: str = "1 thread, fp32", packages: Sequence[str] = PACKAGES) -> list[str]:
+    """Returns date, commit, machine and versions as lines of a list; ``setting`` says how the machine was used."""
+    return [f"- date: {datetime.date.today().isoformat()}", f"- commit: {commit()}", f"- machine: {machine()}, {setting}",
+            f"- versions: {', '.join(f'{name} {version(name)}' for name in packages)}"]
 
 
 def commit() -> str:

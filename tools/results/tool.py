@@ -46,12 +46,12 @@ def show_page(page: Path, picture: Path, quick: bool) -> None:
     print(f"written: {page}, {picture}" + (" (--quick: nothing was learned, the numbers mean nothing)" if quick else ""))
 
 
-def run_tool(main: Callable[[], None]) -> None:
-    """Runs ``main``; a mistake of the user's or Ctrl-C ends the process with one line."""
+def run_tool(main: Callable[[], None], stopped: str = "The same command again goes on from what is unfinished.") -> None:
+    """Runs ``main``; a mistake of the user's or Ctrl-C ends the process with one line, which says what ``stopped`` means."""
     try:
         main()
     except SortedError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\nStopped. The same command again goes on from what is unfinished.", file=sys.stderr)
+        print(f"\nStopped. {stopped}", file=sys.stderr)
         sys.exit(130)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from megatron_sorted.conversion.convert import Exits, import_model
 from megatron_sorted.conversion.open_model import open_model
 from megatron_sorted.errors import CheckpointError, SettingsError
-from megatron_sorted.evaluation.model_directory import open_model_directory, plan_exits
+from megatron_sorted.exported.model_directory import open_model_directory, plan_exits
 from tests.support.model_directories import save_model
 
 

@@ -6,7 +6,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, Pre
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from megatron_sorted.errors import DataError
-from megatron_sorted.evaluation.json_file import read_object
+from megatron_sorted.exported.json_file import read_object
 
 PASSED_ON = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
 """Entries of tokenizer_config.json that a bare sentencepiece file needs beside it."""

@@ -7,7 +7,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_sorted.errors import DataError
-from megatron_sorted.evaluation.tokenizer import encode_texts, open_tokenizer, prefix_id
+from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer, prefix_id
 from tests.support.evaluated import TEXTS, write_tokenizer
 
 PROBES = [*TEXTS, "", " ", "  two  blanks \t", "</s> is text, <s> too", "\U0001f600 größer\n\n\n- a"]

@@ -1,0 +1,132 @@
+"""Which token comes next: greedily, or at random by noise that belongs to a place in a text and to nothing else.
+
+The token at a place is argmax over tokens of log p - log e, with e independent and exponential: a sample of p (the exponential race, or
+Gumbel-max). The noise e of a place depends on seed, row and position alone. So a drafted token and the one the full model chooses at the
+same place share their noise, which makes them agree often (Daliri, Musco and Suresh, arXiv 2408.07978), and the full model's choice does
+not depend on what was drafted: speculation says, token for token, what decoding without it says with the same seed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_sorted.decoding.transfer import to_device
+from megatron_sorted.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: By which logits are divided; 0 takes the most likely token.
+        top_k: Only so many most likely tokens; None for all.
+        top_p: Only the fewest most likely tokens whose probabilities sum to at least this.
+        repetition_penalty: Logits of tokens in the text so far are divided by it if positive, multiplied if negative (CTRL, arXiv
+            1909.05858, section 4.1).
+        seed: Of the noise.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that mean nothing.
+
+        Raises:
+            SettingsError: One of them.
+        """
+        for name, holds, rule in (
+                ("temperature", self.temperature >= 0, "0 or more"), ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
+                ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+                ("repetition_penalty", self.repetition_penalty > 0, "above 0")):
+            if not holds:
+                raise SettingsError(f"{name}: {getattr(self, name)} is not {rule}. Change it, or leave it out.")
+
+
+class Sampler:
+    """Chooses tokens; one for all depths of a batch.
+
+    Args:
+        sampling: How.
+        rows: What tells rows apart in the noise; a row's text does not depend on which others are in the batch.
+    """
+
+    def __init__(self, sampling: Sampling, rows: Sequence[int]):
+        self.sampling, self.rows = sampling, list(rows)
+        self._noise: dict[tuple[int, int], Tensor] = {}
+
+    def choose(self, logits_bnv: Tensor, positions: Sequence[Sequence[int]], seen_bnv: Tensor | None = None) -> Tensor:
+        """Returns the chosen tokens [b, n].
+
+        Args:
+            logits_bnv: After the tokens before.
+            positions: Of the tokens to choose, by row; needed for noise.
+            seen_bnv: Whether a token is in the text before it; needed for a penalty.
+        """
+        return self.scores(logits_bnv, positions, seen_bnv).argmax(-1)
+
+    def scores(self, logits_bnv: Tensor, positions: Sequence[Sequence[int]], seen_bnv: Tensor | None = None) -> Tensor:
+        """Returns numbers whose order is that in which tokens are chosen: log p - log e, less what is the same for all tokens.
+
+        Arguments as for `choose`.
+        """
+        sampling = self.sampling
+        logits = penalise(logits_bnv, seen_bnv, sampling.repetition_penalty)
+        if sampling.temperature == 0:
+            return logits
+        logits = cut(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p)
+        return logits + self._noise_of(positions, logits)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keeps these rows."""
+        self.rows = [self.rows[row] for row in rows]
+
+    def forget(self, before: Sequence[int]) -> None:
+        """Forgets the noise of places before these positions, by row: they are decided."""
+        limits = dict(zip(self.rows, before, strict=True))
+        self._noise = {(row, position): noise for (row, position), noise in self._noise.items() if position >= limits.get(row, 1 << 62)}
+
+    def _noise_of(self, positions: Sequence[Sequence[int]], like: Tensor) -> Tensor:
+        rows = []
+        for row, places in zip(self.rows, positions, strict=True):
+            for position in places:
+                if (row, position) not in self._noise:
+                    self._noise[row, position] = to_device(gumbel(self.sampling.seed, row, position, like.size(-1)), like.device)
+                rows.append(self._noise[row, position])
+        return torch.stack(rows).view(like.shape)
+
+
+def gumbel(seed: int, row: int, position: int, size: int) -> Tensor:
+    """Returns Gumbel noise, -log e of exponential e, that depends on seed, row and position alone; alike on any device."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + row * 0xC2B2AE3D27D4EB4F + position * 0x165667B19E3779F9 + 0x27D4EB2F165667C5) % (1 << 64)
+    mixed = ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9) % (1 << 64)
+    generator = torch.Generator().manual_seed((mixed ^ (mixed >> 32)) >> 1)
+    return -torch.empty(size).exponential_(generator=generator).log()
+
+
+def penalise(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
+    """Returns logits with those of tokens that were ``seen`` made less likely; all of them as they are for a penalty of 1."""
+    if penalty == 1.0 or seen is None:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def cut(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Returns logits with -inf for tokens that are not among the ``top_k``, then not among those that make up ``top_p``.
+
+    In that order and with transformers' rules: tokens as likely as the last of the k stay, and the token that reaches ``top_p`` stays.
+    """
+    if top_k is not None and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
+    if top_p is not None and top_p < 1:
+        ordered, place = logits.sort(dim=-1)
+        dropped = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+        dropped[..., -1] = False
+        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, place, dropped), float("-inf"))
+    return logits

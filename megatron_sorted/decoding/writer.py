@@ -1,0 +1,197 @@
+"""Text in, text out: a network with its tokenizer, texts that end at stop words, pieces as they come."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megatron_sorted.decoding.generate import Added, Limits, stream
+from megatron_sorted.decoding.network import Network, load_network
+from megatron_sorted.decoding.sampling import Sampling
+from megatron_sorted.decoding.ways import SPECULATIVE, Way
+from megatron_sorted.errors import DataError, SettingsError
+from megatron_sorted.exported.model_directory import open_model_directory
+from megatron_sorted.exported.tokenizer import open_tokenizer
+
+BROKEN = "\ufffd"
+"""What a tokenizer writes for bytes that are no character yet."""
+
+
+@dataclass
+class Piece:
+    """What came to one text.
+
+    Attributes:
+        row: Of the prompts.
+        parts: (text, exit) of every token; the text of one that ends no character, or may begin a stop word, comes with a later one.
+        added: The tokens.
+        finish: Why the text is over, or None.
+    """
+
+    row: int
+    parts: list[tuple[str, int]]
+    added: Added
+    finish: str | None
+
+    @property
+    def text(self) -> str:
+        """Returns the new text."""
+        return "".join(text for text, _ in self.parts)
+
+
+@dataclass
+class _Row:
+    """Text of one row, as far as it is sure.
+
+    Attributes:
+        ids: Tokens that were added.
+        first: The first of those that are decoded together with new ones: a tokenizer may write a token otherwise behind another.
+        done: Those before it are text already.
+        held: Text and exits that are kept back, since a stop word may begin there.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    first: int = 0
+    done: int = 0
+    held: list[tuple[str, int]] = field(default_factory=list)
+
+
+class Writer:
+    """A model that writes.
+
+    Args:
+        network: The model.
+        tokenizer: Its own.
+        draft: Another model that drafts, if any.
+    """
+
+    def __init__(self, network: Network, tokenizer, draft: Network | None = None):
+        self.network, self.tokenizer, self.draft = network, tokenizer, draft
+        ends = getattr(network.model.generation_config, "eos_token_id", None)
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self.end_ids = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+
+    def draft_for(self, way: Way | type[Way] | None) -> Network | None:
+        """Returns the other model that drafts; None for ways, or kinds of them, that draft nothing."""
+        kind = way if isinstance(way, type) else type(way)
+        return self.draft if issubclass(kind, SPECULATIVE) else None
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the tokens of a prompt, with what the tokenizer puts before texts; of an empty one that alone.
+
+        Raises:
+            DataError: Nothing is left.
+        """
+        ids = self.tokenizer(text)["input_ids"]
+        if not ids and self.tokenizer.bos_token_id is not None:
+            ids = [self.tokenizer.bos_token_id]
+        if not ids:
+            raise DataError("prompt: it is empty, and the tokenizer puts nothing before a text. Write something.")
+        return ids
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Returns the tokens of a conversation [{"role": ..., "content": ...}] up to where the assistant answers.
+
+        By the tokenizer's own template; without one, the contents one below the other.
+
+        Raises:
+            DataError: The template does not take these messages.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            return self.encode("".join(f"{message['content']}\n" for message in messages))
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # templates raise what they like
+            raise DataError(f"messages: the model's chat template does not take them ({error}). Change roles or order.") from error
+
+    def write(self, prompts: Sequence[Sequence[int]], way: Way | None = None, sampling: Sampling | None = None, max_new_tokens: int = 128,
+              stop: Sequence[str] = ()) -> Iterator[Piece]:
+        """Yields what comes to each text; stop words are left out. The draft model is left alone by ways that draft nothing.
+
+        Errors as for ``generate.stream``.
+        """
+        rows = [_Row() for _ in prompts]
+        longest = max(map(len, stop), default=0)
+
+        def tail(tokens: list[int]) -> str:  # a character takes at most four tokens
+            return self.tokenizer.decode(tokens[-(4 * longest + 8) :])
+
+        limits = Limits(max_new_tokens, self.end_ids, tuple(stop), tail)
+        for added in stream(self.network, prompts, way, sampling, limits, self.draft_for(way)):
+            row = rows[added.row]
+            for token, depth in zip(added.tokens, added.depths, strict=True):
+                if token not in self.end_ids:
+                    row.ids.append(token)
+                    row.held.append((self._new_text(row, added.finish is not None), depth))
+            yield Piece(added.row, self._release(row, stop, added.finish), added, added.finish)
+
+    def _new_text(self, row: _Row, is_over: bool) -> str:
+        """Returns the text that the newest token brings."""
+        before = self.tokenizer.decode(row.ids[row.first : row.done])
+        whole = self.tokenizer.decode(row.ids[row.first :])
+        if (whole.endswith(BROKEN) and not is_over) or len(whole) <= len(before):
+            return ""
+        row.first, row.done = row.done, len(row.ids)
+        return whole[len(before) :]
+
+    def _release(self, row: _Row, stop: Sequence[str], finish: str | None) -> list[tuple[str, int]]:
+        """Returns the held text without what may be the beginning of a stop word, and without a whole one."""
+        text = "".join(part for part, _ in row.held)
+        if finish == "stop":
+            sure = min(place for word in stop if (place := text.find(word)) >= 0)
+        elif finish is None and stop:
+            sure = len(text) - max((size for word in stop for size in range(1, len(word)) if text.endswith(word[:size])), default=0)
+        else:
+            sure = len(text)
+        parts, row.held, place = row.held, [], 0
+        released = []
+        for part, depth in parts:
+            kept = part[: max(0, sure - place)]
+            place += len(part)
+            if kept or not part:
+                released.append((kept, depth))
+            if finish is None and kept != part:
+                row.held.append((part[len(kept) :], depth))
+        return released
+
+
+def open_writer(directory: Path, draft: Path | None = None, depths: Sequence[int] | None = None, tokenizer: Path | None = None,
+                dtype: torch.dtype = torch.float32, device: str = "cpu") -> Writer:
+    """Returns the model of a Hugging Face directory, or of a checkpoint, ready to write.
+
+    Args:
+        directory: The model's.
+        draft: Of another model that drafts.
+        depths: Exits to use instead of those the directory names.
+        tokenizer: A directory or sentencepiece file, where the model has none.
+        dtype: Kind of numbers.
+        device: Where to.
+
+    Raises:
+        CheckpointError, SettingsError, DataError: A directory or tokenizer cannot be used.
+    """
+    place = open_model_directory(directory)
+    network = load_network(place, depths, dtype, device)
+    words = open_tokenizer(place, tokenizer)
+    return Writer(network, words, None if draft is None else open_draft(open_model_directory(draft), network, words, tokenizer))
+
+
+def open_draft(directory: Path, network: Network, tokenizer, option: Path | None = None) -> Network:
+    """Returns a model that can draft for the network: of the same tokenizer. Vocabularies filled up to other sizes are made alike.
+
+    Args:
+        directory: The draft model's.
+        network: The model that it drafts for.
+        tokenizer: Of the network.
+        option: Tokenizer of both, where directories have none.
+
+    Raises:
+        SettingsError: Its tokenizer gives other numbers.
+    """
+    draft = load_network(directory, None, network.dtype, network.device)
+    own = open_tokenizer(directory, option)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise SettingsError(f"draft model: its tokenizer ({len(own)} tokens) gives other numbers than the model's ({len(tokenizer)}). "
+                            "Draft with a model of the same vocabulary.")
+    return draft if draft.vocab_size == network.vocab_size else draft.resized(network.vocab_size)

@@ -1,0 +1,98 @@
+"""Layers on stages and chunks such that exits, which not every stage has, weigh against layers."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, groupby, pairwise
+
+from megatron_sorted.planning.operations import exit_operations, layer_products
+from megatron_sorted.planning.work import shapes_of, trained_depths
+from megatron_sorted.settings.run import Settings
+
+
+def weights_of_layers(settings: Settings, vocab_size: int) -> list[float]:
+    """Returns what each layer costs, with the exit after it if one trains there, in layers; attention as causal kernels do it."""
+    shapes, tokens = shapes_of(settings, vocab_size), settings.micro_batch_size * settings.seq_length
+    layer = 2 * tokens * (layer_products(shapes) + settings.seq_length * shapes.query)
+    again = 4 if settings.recompute_granularity == "full" else 3
+    trained = trained_depths(settings)
+    return [1 + (exit_operations(settings, vocab_size, depth) / (again * layer) if depth in trained else 0.0)
+            for depth in range(1, settings.num_layers + 1)]
+
+
+def balanced_parts(weights: Sequence[float], num_parts: int) -> list[int]:
+    """Returns lengths of consecutive parts, none empty, whose largest sum is as small as can be."""
+    sums = [0.0, *accumulate(weights)]
+    count = len(weights)
+    best = [(sums[end], 0) for end in range(count + 1)]
+    rows = [best]
+    for part in range(2, num_parts + 1):
+        new = [(float("inf"), 0)] * (count + 1)
+        for end in range(part, count + 1):
+            new[end] = min((max(best[cut][0], sums[end] - sums[cut]), cut) for cut in range(part - 1, end))
+        rows.append(new)
+        best = new
+    lengths, end = [], count
+    for part in range(num_parts - 1, -1, -1):
+        cut = rows[part][end][1]
+        lengths.append(end - cut)
+        end = cut
+    return lengths[::-1]
+
+
+def _badness(sums: Sequence[float], lengths: Sequence[int], num_stages: int) -> tuple[float, float, float]:
+    """Returns the weight of the heaviest stage; then how uneven stages are, which shows a way where the heaviest stays; then the heaviest
+    chunk. ``sums`` are running sums of the layers' weights."""
+    ends = [0, *accumulate(lengths)]
+    chunks = [sums[end] - sums[start] for start, end in pairwise(ends)]
+    stages = [sum(chunks[stage::num_stages]) for stage in range(num_stages)]
+    return round(max(stages), 6), round(sum(weight * weight for weight in stages), 6), max(chunks)
+
+
+def balanced_split(weights: Sequence[float], num_stages: int, num_chunks: int) -> list[int]:
+    """Returns the number of layers of every chunk, in the order in which a token passes them, with the heaviest stage made light.
+
+    With one chunk on each stage no split is better. With several, layers are moved between chunks at most one round of stages apart until
+    no move helps, from balanced chunks and from equal ones.
+    """
+    parts = balanced_parts(weights, num_stages * num_chunks)
+    if num_chunks == 1:
+        return parts
+    sums, count = [0.0, *accumulate(weights)], len(weights)
+    share, rest = divmod(count, len(parts))
+    equal = [share + (place < rest) for place in range(len(parts))]
+    return min((_descend(sums, start, num_stages) for start in (parts, equal)), key=lambda lengths: _badness(sums, lengths, num_stages))
+
+
+def _descend(sums: Sequence[float], lengths: list[int], num_stages: int) -> list[int]:
+    """Returns where moving one layer at a time, the best move first, leads."""
+    while True:
+        moved = []
+        for source in (place for place, count in enumerate(lengths) if count > 1):
+            for target in range(max(0, source - num_stages), min(len(lengths), source + num_stages + 1)):
+                if source != target:
+                    other = list(lengths)
+                    other[source] -= 1
+                    other[target] += 1
+                    moved.append((_badness(sums, other, num_stages), other))
+        best = min(moved, default=None)
+        if best is None or best[0] >= _badness(sums, lengths, num_stages):
+            return lengths
+        lengths = best[1]
+
+
+def layout_of(lengths: Sequence[int]) -> str:
+    """Returns the numbers of layers as ``--pipeline-model-parallel-layout`` takes them."""
+    def layers(count: int) -> str:
+        return "t" if count == 1 else f"t*{count}"
+
+    *body, last = lengths  # after the last chunk there is no border
+    runs = [(count, len(list(group))) for count, group in groupby(body)]
+    return "E" + "".join(f"({layers(count)}|)*{times}" if times > 1 else f"{layers(count)}|" for count, times in runs) + f"{layers(last)}L"
+
+
+def with_split(settings: Settings, lengths: Sequence[int]) -> Settings:
+    """Returns the settings with these numbers of layers on their chunks."""
+    return replace(settings, pipeline_model_parallel_layout=layout_of(lengths), num_layers_per_virtual_pipeline_stage=None,
+                   decoder_first_pipeline_num_layers=None, decoder_last_pipeline_num_layers=None)
+
+

@@ -1,0 +1,103 @@
+"""The versions of megatron-core that this program runs on, and what differs between them.
+
+What was run under which version stands in docs/megatron_versions.md.
+"""
+
+import importlib.util
+import inspect
+import re
+import runpy
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megatron_sorted.errors import PlatformError
+
+OLDEST, ALL, NEWEST = (0, 12, 1), (0, 15), (0, 16)
+"""The oldest tried; the oldest that can do all that this program does; the newest tried."""
+
+
+@cache
+def megatron_version() -> str:
+    """Returns the version of the megatron-core that Python would import, without importing it; it may stand beside an installed one.
+
+    Raises:
+        PlatformError: There is none.
+    """
+    found = importlib.util.find_spec("megatron")
+    for folder in found.submodule_search_locations if found is not None else ():
+        described = Path(folder) / "core" / "package_info.py"
+        if described.is_file():
+            return runpy.run_path(str(described))["__version__"]
+    raise PlatformError(f"megatron-core: not installed. Training needs it: pip install 'megatron-core=={'.'.join(map(str, NEWEST))}.*'.")
+
+
+def is_at_least(major: int, minor: int) -> bool:
+    """Returns whether the megatron-core that is there is that version or a later one."""
+    return _numbers(megatron_version()) >= (major, minor)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def check_megatron_version(version: str | None = None) -> None:
+    """Returns nothing if this program runs on that version of megatron-core, by default the one that is there.
+
+    Raises:
+        PlatformError: It does not, or nobody has tried.
+    """
+    version = version or megatron_version()
+    numbers = _numbers(version)
+    oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
+    if not numbers >= OLDEST or numbers[:2] > NEWEST:
+        raise PlatformError(f"megatron-core {version}: this version of megatron_sorted runs on {oldest} to {newest}. "
+                            f"Install one of them: pip install 'megatron-core=={newest}.*'.")
+
+
+def check_megatron_can(*asked: tuple[str, bool], version: str | None = None) -> None:
+    """Returns nothing if megatron-core can do what is asked for, of what only 0.15 and later can.
+
+    Earlier checkpoints hold no tensor in parts of unequal shape, as each rank's part of a sharded optimizer is, and earlier parallel layers
+    keep no group, which adapters communicate over.
+
+    Args:
+        asked: (flag, whether it is given) of such things.
+        version: By default that of the megatron-core that is there.
+
+    Raises:
+        PlatformError: It cannot.
+    """
+    version = version or megatron_version()
+    least = ".".join(map(str, ALL))
+    for flag, given in asked:
+        if given and _numbers(version) < ALL:
+            raise PlatformError(f"{flag}: needs megatron-core {least} or later, and {version} is here. Install one, or leave it out.")
+
+
+def known_arguments(function: Callable, **arguments: Any) -> dict[str, Any]:
+    """Returns those of ``arguments`` that ``function`` takes in this megatron-core; only for those that older ones do without."""
+    taken = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in taken}
+
+
+def chunk_arguments(function: Callable, chunk: int | None) -> dict[str, int | None]:
+    """Returns the argument that tells ``function``, which builds layers, of which virtual chunk they are; before 0.13 it is told globally.
+
+    Args:
+        function: Of Megatron.
+        chunk: None without virtual chunks.
+    """
+    if known_arguments(function, vp_stage=chunk):
+        return {"vp_stage": chunk}
+    if chunk is not None:
+        from megatron.core import parallel_state  # not at the top: the check above must run where megatron is missing
+
+        parallel_state.set_virtual_pipeline_model_parallel_rank(chunk)
+    return {}
+
+
+def builds_linear_qkv() -> bool:
+    """Returns whether attention is told by a specification what its first matrix is; later ones call what they find."""
+    return not is_at_least(0, 16)

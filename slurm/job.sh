@@ -1,0 +1,127 @@
+# shellcheck shell=bash
+# A SLURM job: submitted from a login node, checked and run inside. Sourced by gpu.sbatch and npu.sbatch.
+# shellcheck source=slurm/cluster.sh
+. "$ROOT/slurm/cluster.sh"
+
+# Signals to tasks that are just starting would kill them before they can ignore any.
+START_SECONDS=10
+FORWARD_SECONDS=10
+
+job_main() { # WORDS...
+    read_arguments "--site --nodes" "$@"
+    read_site "${OPTION[--site]}"
+    if [ -n "${SLURM_JOB_ID:-}" ] && [ "$PRINT" = no ]; then run_job; else submit_job "$@"; fi
+}
+
+settle_job_words() { # sets SBATCH and SRUN, the options of each
+    local word name
+    SBATCH=(
+        "--job-name=$(basename "$RUN" | sed 's/\.[^.]*$//')" "--nodes=$NODES" --ntasks-per-node=1 --exclusive --mem=0 --requeue --open-mode=append
+        "--signal=B:USR1@${SITE[SAVE_SECONDS]:-300}" "--output=%x-%j.out" "--export=ALL,SORTED_ROOT=$ROOT"
+    )
+    if [ "$KIND" = gpu ]; then word="--gpus-per-node=$DEVICES"; else word="--gres=npu:$DEVICES"; fi
+    word=${SITE[DEVICE_REQUEST]:-$word}
+    # shellcheck disable=SC2206 # words of the site file are meant to be split
+    [ "$word" = none ] || SBATCH+=($word)
+    for name in PARTITION:--partition ACCOUNT:--account TIME_LIMIT:--time; do
+        word=${SITE[${name%%:*}]:-}
+        [ -z "$word" ] || SBATCH+=("${name#*:}=$word")
+    done
+    # shellcheck disable=SC2206
+    SBATCH+=(${SITE[SBATCH_OPTIONS]:-})
+    # shellcheck disable=SC2206
+    SRUN=("--nodes=$NODES" "--ntasks=$NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 ${SITE[SRUN_OPTIONS]:-})
+    NODE=("$ROOT/slurm/node.sh")
+    if [ -n "${SITE[CONTAINER_IMAGE]:-}" ]; then
+        # what the image has set wins over the host's variables, unless they are named
+        SRUN+=(
+            "--container-image=${SITE[CONTAINER_IMAGE]}" "--container-mounts=$ROOT:$ROOT,$PWD:$PWD${SITE[CONTAINER_MOUNTS]:+,${SITE[CONTAINER_MOUNTS]}}"
+            "--container-workdir=$PWD" "--container-env=$(printf '%s\n' "${NODE_ENV[@]%%=*}" | paste -sd ,)"
+        )
+    elif [ -n "${SITE[CONTAINER_COMMAND]:-}" ]; then
+        # shellcheck disable=SC2206
+        NODE=(${SITE[CONTAINER_COMMAND]} "${NODE[@]}")
+    fi
+}
+
+submit_job() { # WORDS... of the command line: checks what can be checked here, then submits it as it stands
+    settle_shape "${OPTION[--nodes]:-}" "--nodes"
+    check_run_here
+    LAUNCH=JOB settle_environment FIRST_NODE "${SITE[MASTER_PORT]:-PORT}"
+    settle_job_words
+    if [ "$PRINT" = yes ]; then
+        echo "# here:"
+        printf '%q ' sbatch "${SBATCH[@]}" "$ROOT/slurm/$KIND.sbatch" --site "${OPTION[--site]}" "$RUN" "${RUN_WORDS[@]:2}"
+        echo
+        echo "# in the job:"
+        printf '%q ' srun "${SRUN[@]}" "${NODE[@]}" train slurm "${RUN_WORDS[@]}"
+        echo
+        print_node_command
+        return
+    fi
+    sbatch "${SBATCH[@]}" "$ROOT/slurm/$KIND.sbatch" "$@"
+}
+
+run_job() { # in the allocation, on its first node; a warning must not end this shell
+    warned=no
+    trap 'warned=yes' USR1
+    local first address hosts
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    first=${hosts[0]}
+    settle_shape "${#hosts[@]}" "of job $SLURM_JOB_ID"
+    # NodeAddr is what other nodes reach it by; its host name may not resolve. Never localhost: that would be one world a node.
+    address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    refuse_loopback "$address" "NodeAddr of $first"
+    LAUNCH=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+    settle_environment "$address" "${SITE[MASTER_PORT]:-$((20000 + SLURM_JOB_ID % 20000))}"
+    settle_job_words
+    export "${NODE_ENV[@]}"
+    echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $NODES x $DEVICES ${KIND}s, first node $first ($SORTED_MASTER_ADDR:$SORTED_MASTER_PORT)"
+    check_nodes "${hosts[@]}"
+    train
+}
+
+check_nodes() { # HOSTS...
+    local said
+    said=$(mktemp)
+    timeout 900 srun "${SRUN[@]}" --kill-on-bad-exit=0 "${NODE[@]}" check slurm "${RUN_WORDS[@]}" > "$said" || true
+    print_noise < "$said"
+    judge_nodes "$said" "$@" || { rm -f "$said"; exit 1; }
+    rm -f "$said" "${FACT[save]:-$PWD}/.launch_token"
+    export SORTED_TIMEOUT_SECONDS=${FACT[timeout_seconds]}
+    [ -z "${FACT[save]}" ] || [ "${FACT[resumes]}" = yes ] ||
+        echo "note: --load is not --save, so a run that is stopped will not be requeued: started again it would begin anew."
+}
+
+train() {
+    local step status=0 next=$((SECONDS + START_SECONDS))
+    srun "${SRUN[@]}" "${NODE[@]}" train slurm "${RUN_WORDS[@]}" &
+    step=$!
+    trap 'kill -TERM "$step" 2> /dev/null' TERM INT
+    while kill -0 "$step" 2> /dev/null; do
+        # again and again: a warning that comes before the workers listen would be lost, and a second one does no harm
+        if [ "$warned" = yes ] && [ "$SECONDS" -ge "$next" ]; then
+            scancel --signal=USR1 "$SLURM_JOB_ID" 2> /dev/null || true
+            next=$((SECONDS + FORWARD_SECONDS))
+        fi
+        sleep 1
+    done
+    wait "$step" || status=$?
+    if [ "$status" != 0 ]; then
+        echo "error: the run ended with status $status. The first error above says why." >&2
+        exit "$status"
+    fi
+    requeue_if_stopped
+}
+
+requeue_if_stopped() {
+    local word="${FACT[save]}/stopped.json"
+    [ -n "${FACT[save]}" ] && [ -e "$word" ] || return 0
+    if grep -q -- '"--exit-interval' "$word" || [ "${FACT[resumes]}" = no ]; then
+        echo "stopped early, not requeued: $(cat "$word")"
+        return 0
+    fi
+    echo "stopped early, requeueing: $(cat "$word")"
+    scontrol requeue "$SLURM_JOB_ID" || { echo "error: job $SLURM_JOB_ID cannot be requeued. Submit the same command again: it goes on." >&2; exit 75; }
+    sleep 60 # the requeue ends this shell
+}

@@ -1,0 +1,166 @@
+#!/bin/bash
+# Trains on hosts that are reached by ssh, without a scheduler: one command, from one of them or from elsewhere.   docs/clusters.md
+#   slurm/launch_hosts.sh gpu|npu --hosts FILE|A,B,C [--print] [--site FILE] [--logs DIR] RUN.yaml [settings that override it]
+# A log per host in DIR. The first failure ends all, so do Ctrl-C and the end of this script, however it comes: what runs on a host lives
+# as long as the standard input of its ssh, which this script alone holds open.
+set -euo pipefail
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=slurm/cluster.sh
+. "$ROOT/slurm/cluster.sh"
+STOP_SECONDS=60 # torchrun gives its ranks 30 to save, node.sh gives torchrun 40
+stopped_by=
+
+read_hosts() { # FILE|A,B,C: sets HOSTS
+    local host seen=" "
+    [ -n "$1" ] || refuse "--hosts is missing. Give a file with one host a line, the first node first, or their names with commas between."
+    if [ -f "$1" ]; then read -r -d '' -a HOSTS < <(sed 's/#.*//' "$1") || true; else IFS=, read -r -a HOSTS <<< "$1"; fi
+    [ ${#HOSTS[@]} -gt 0 ] || refuse "--hosts $1: names no host. Write one a line."
+    for host in "${HOSTS[@]}"; do
+        [[ $host =~ ^[A-Za-z0-9_@.:-]+$ ]] || refuse "--hosts $1: '$host' is not the name of a host. Give names, one a line or with commas between."
+        [[ $seen != *" $host "* ]] || refuse "--hosts $1: $host is named twice. A host runs one launcher for all its devices; leave one out."
+        seen+="$host "
+    done
+}
+
+settle_ways() { # sets WAY and SSH, exported because pdsh starts what runs for a host
+    WAY=${SITE[REMOTE_SHELL]:-}
+    if [ -z "$WAY" ]; then if type pdsh > /dev/null 2>&1; then WAY=pdsh; else WAY=ssh; fi; fi
+    type "$WAY" > /dev/null 2>&1 || refuse "REMOTE_SHELL is $WAY, which is not installed here. Install it, or leave the line out of the site file."
+    export SSH="ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 ${SITE[SSH_OPTIONS]:-}"
+    [ -z "${SITE[CONTAINER_IMAGE]:-}" ] || refuse "CONTAINER_IMAGE is pyxis's, a part of SLURM. Give CONTAINER_COMMAND, such as 'apptainer exec --nv IMAGE'."
+}
+
+remote_command() { # MODE: what a host is told, with @HOST@ for its name. bash, as the user's own shell there may be another.
+    local words
+    words=$(printf '%q ' "${NODE_ENV[@]}" "$ROOT/slurm/node.sh" "$1" listed "${RUN_WORDS[@]}")
+    printf 'bash -c %q' "cd $(printf %q "$PWD") && exec ${SITE[CONTAINER_COMMAND]:-} env SORTED_HOST=@HOST@ $words"
+}
+
+reach() { # HOST: runs REMOTE there, notes its status in OUT/ended
+    local status=0
+    trap '' INT TERM HUP # those are for the launcher, which ends the hosts in good order; ssh keeps what is ignored
+    # shellcheck disable=SC2029,SC2086 # expanded here, into words
+    $SSH "$1" "${REMOTE//@HOST@/$1}" < "$LIFELINE" > "$OUT/$1.log" 2>&1 || status=$?
+    echo "$1 $status" >> "$OUT/ended"
+}
+
+fan_out() { # MODE DIRECTORY
+    local host
+    REMOTE=$(remote_command "$1") OUT=$2
+    export REMOTE OUT
+    mkdir -p "$OUT"
+    : > "$OUT/ended"
+    if [ "$WAY" = pdsh ]; then
+        # in a session of its own, as it would end all at a Ctrl-C
+        export -f reach
+        # shellcheck disable=SC2016
+        setsid pdsh -R exec -f "$NODES" -w "$(IFS=, && echo "${HOSTS[*]}")" bash -c 'reach "$1"' reach %h 9>&- &
+    else
+        for host in "${HOSTS[@]}"; do reach "$host" 9>&- & done
+    fi
+}
+
+await() { # until all hosts have ended, or one has failed, or this script is told to end: 1 for the latter two
+    while [ -z "$stopped_by" ]; do
+        ! grep -qv ' 0$' "$OUT/ended" || return 1
+        [ "$(wc -l < "$OUT/ended")" -lt "$NODES" ] || return 0
+        sleep 0.3
+    done
+    return 1
+}
+
+end_all() { # closes the line that holds the hosts, and waits until they are done
+    local until=$((SECONDS + STOP_SECONDS)) host
+    exec 9>&-
+    while [ "$(wc -l < "$OUT/ended")" -lt "$NODES" ] && [ "$SECONDS" -lt "$until" ]; do sleep 0.3; done
+    for host in "${HOSTS[@]}"; do
+        grep -q "^$host " "$OUT/ended" || echo "error: $host did not answer within $STOP_SECONDS s; look there for processes that are left." >&2
+    done
+}
+
+check_hosts() {
+    local host status
+    fan_out check "$LOGS/check"
+    while [ -z "$stopped_by" ] && [ "$(wc -l < "$OUT/ended")" -lt "$NODES" ]; do sleep 0.2; done
+    if [ -n "$stopped_by" ]; then
+        echo "stopped by $stopped_by before training" >&2
+        exit 130
+    fi
+    while read -r host status; do
+        [ "$status" != 255 ] || printf 'error\t%s\tfirst\tcannot be reached: %s. Make "%s %s true" work, or leave the host out.\n' \
+            "$host" "$(tail -n 1 "$OUT/$host.log" | tr -d '\r')" "$SSH" "$host" >> "$OUT/$host.log"
+    done < "$OUT/ended"
+    for host in "${HOSTS[@]}"; do print_noise < "$OUT/$host.log" | sed "s|^|$host: |"; done
+    for host in "${HOSTS[@]}"; do cat "$OUT/$host.log"; done > "$OUT/all"
+    judge_nodes "$OUT/all" "${HOSTS[@]}" || exit 1
+    rm -f "${FACT[save]:-$PWD}/.launch_token"
+    NODE_ENV+=("SORTED_TIMEOUT_SECONDS=${FACT[timeout_seconds]}")
+}
+
+tell_end() { # STATUS-OF-AWAIT
+    local host status
+    if [ -n "$stopped_by" ]; then
+        echo "stopped by $stopped_by; nothing is left running. The same command goes on from the last checkpoint." >&2
+        exit 130
+    fi
+    if [ "$1" != 0 ]; then
+        read -r host status < <(grep -v ' 0$' "$OUT/ended")
+        echo "error: $host ended first, with status $status; all others were ended. The end of $OUT/$host.log:" >&2
+        tail -n 25 "$OUT/$host.log" | sed 's/^/    /' >&2
+        exit 1
+    fi
+    [ -n "${FACT[save]}" ] && [ -e "${FACT[save]}/stopped.json" ] || exit 0
+    echo "stopped early: $(cat "${FACT[save]}/stopped.json")"
+    exit 75
+}
+
+main() { # a function, so that a change of this file does not reach a script that runs
+    local name host address console ended=0
+    case ${1:-} in gpu | npu) KIND=$1 ;; *) refuse "'${1:-}': the first word is gpu or npu, what the hosts have." ;; esac
+    shift
+    read_arguments "--site --hosts --logs" "$@"
+    read_site "${OPTION[--site]}"
+    read_hosts "${OPTION[--hosts]:-}"
+    settle_shape ${#HOSTS[@]} "--hosts"
+    settle_ways
+    # an ssh alias is not an address; loopback is where every host would meet itself
+    # shellcheck disable=SC2086
+    address=$($SSH -T -G "${HOSTS[0]}" | sed -n 's/^hostname //p')
+    refuse_loopback "$address" "the first of --hosts"
+    check_run_here
+    LAUNCH=$HOSTNAME.$$.$(date +%s)
+    settle_environment "$address" "${SITE[MASTER_PORT]:-29500}"
+    NODE_ENV+=("SORTED_HOSTS=${HOSTS[*]}")
+    if [ "$PRINT" = yes ]; then
+        echo "# by $WAY:"
+        REMOTE=$(remote_command attend)
+        for host in "${HOSTS[@]}"; do echo "$SSH $host '${REMOTE//@HOST@/$host}'"; done
+        print_node_command
+        return
+    fi
+
+    LOGS=${OPTION[--logs]:-logs/$(basename "$RUN" | sed 's/\.[^.]*$//')-$(date +%Y%m%d-%H%M%S)}
+    mkdir -p "$LOGS"
+    for name in INT TERM HUP; do
+        # shellcheck disable=SC2064 # the name of now
+        trap "stopped_by=SIG$name" "$name"
+    done
+    LIFELINE=$(mktemp -u)
+    export LIFELINE
+    trap 'rm -f "$LIFELINE"; kill $(jobs -p) 2> /dev/null || true' EXIT
+    mkfifo "$LIFELINE"
+    exec 9<> "$LIFELINE"
+    check_hosts
+    echo "logs: $LOGS"
+    fan_out attend "$LOGS"
+    tail --pid=$$ -n +1 -F "$LOGS/${HOSTS[0]}.log" 2> /dev/null 9>&- &
+    console=$!
+    await || ended=1
+    [ "$ended" = 0 ] || end_all
+    sleep 1 # the last lines
+    kill "$console" 2> /dev/null || true
+    wait "$console" 2> /dev/null || true
+    tell_end "$ended"
+}
+
+main "$@"; exit

@@ -1,0 +1,77 @@
+"""Decoding on an NVIDIA GPU, with and without graphs."""
+
+import warnings
+
+import pytest
+import torch
+
+from megatron_sorted.decoding.generate import Limits, generate, make_step, start_batch
+from megatron_sorted.decoding.network import load_network
+from megatron_sorted.decoding.sampling import Sampling
+from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, Tree
+from tests.support.decoding import prompts
+from tests.support.exit_parts import save_nested
+
+pytestmark = pytest.mark.gpu
+WAYS = [Full(), Fixed(1), EarlyExit((1, 3), (0.02, 0.02)), SelfSpeculative(1, 4), SortedSpeculative((1, 3), (0.02, 0.02), 5),
+        Tree((1, 3), (0.02,), 3, 2, 6)]
+SPECULATIVE = WAYS[3:]
+
+
+def texts_of(network, way, rows, sampling=None):
+    texts = prompts((11, 100, 3), 100)
+    return [text.tokens for text in generate(network, [texts[row] for row in rows], way, sampling, Limits(60))]
+
+
+@pytest.fixture(params=["mistral", "qwen3"])
+def networks(request, tmp_path):
+    save_nested(tmp_path, request.param, "block")
+    return load_network(tmp_path), *(load_network(tmp_path, device="cuda", graphs=graphs) for graphs in (False, True))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_every_way_says_on_a_gpu_what_it_says_on_a_cpu(way, networks):
+    cpu, eager, graphs = networks
+    for sampling in (None, Sampling(0.8, repetition_penalty=1.2)):
+        for rows in ([0], [1], [0, 1, 2]):
+            wanted = texts_of(cpu, way, rows, sampling)
+            assert texts_of(eager, way, rows, sampling) == wanted
+            assert texts_of(graphs, way, rows, sampling) == wanted
+            if way in SPECULATIVE:
+                assert wanted == texts_of(cpu, Full(), rows, sampling)
+    assert not eager.idle and sum(memory.passes.num_replays for memory in graphs.idle) > 50
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs(dtype, tmp_path):
+    save_nested(tmp_path, "qwen3", "block")
+    network = load_network(tmp_path, dtype=dtype, device="cuda")
+    assert network.graphs, "graphs are the default on a GPU"
+    for way in WAYS:
+        [tokens] = texts_of(network, way, [0])
+        assert len(tokens) == 60
+    assert sum(memory.passes.num_replays for memory in network.idle) > 50
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_p=0.9, repetition_penalty=1.2)], ids=["greedy", "sampled"])
+@torch.inference_mode()
+def test_a_draft_does_not_wait_for_the_gpu_and_a_step_once(graphs, sampling, tmp_path):
+    save_nested(tmp_path, "mistral", "block")
+    network, way = load_network(tmp_path, device="cuda", graphs=graphs), SelfSpeculative(1, 4)
+    batch = start_batch(network, prompts((9,), 100), way, sampling, 200, None)
+    step, state = make_step(way, batch), batch.state
+    for _ in range(12):  # every width that drafting and verifying can have comes twice
+        step.step()
+    lengths = list(state.lengths)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            step._draft(state)
+            state.crop(lengths)
+            torch.cuda.set_sync_debug_mode("warn")
+            step.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([one for one in told if "called a synchronizing" in str(one.message)]) == 1

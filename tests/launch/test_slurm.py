@@ -1,0 +1,139 @@
+"""Jobs of a real SLURM on two nodes: they end well, badly, before their time limit, and when others take their nodes."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.conftest import ROOT, RUN, STEPS, hold_until_warned, last_step, wait_for, workers, write_site
+from tests.support.slurm_cluster import SlurmCluster
+
+sys.path.insert(0, str(ROOT / "tools"))  # as for a script in tools/
+from reliability.compare import differing_tensors
+
+
+def submit(cluster: SlurmCluster, folder: Path, *words: object, launcher: str = "gpu") -> str:
+    """Submits the run in ``folder`` from there and returns the job's number."""
+    done = subprocess.run([ROOT / "slurm" / f"{launcher}.sbatch", "--site", "site", "run.yaml", *map(str, words)], cwd=folder, text=True,
+                          capture_output=True, check=False, env=cluster.environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[-1]
+
+
+def printed(folder: Path, job: str) -> str:
+    return (folder / f"run-{job}.out").read_text()
+
+
+def wait_for_state(cluster: SlurmCluster, folder: Path, job: str, *states: str, seconds: float = 300) -> None:
+    wait_for(f"job {job} {'/'.join(states)}", lambda: cluster.state(job) in states, seconds, folder)
+
+
+def finish(cluster: SlurmCluster, folder: Path, job: str) -> None:
+    """Waits for the requeued job, which need not wait its two minutes, and looks whether it went on where it had stopped."""
+    wait_for_state(cluster, folder, job, "PENDING")
+    word = json.loads((folder / "save" / "stopped.json").read_text())
+    assert word["reason"] == "SIGUSR1" and 1 <= word["step"] < STEPS
+    assert f"stopped early, requeueing: {json.dumps(word)}" in printed(folder, job)
+    cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=10")
+    wait_for_state(cluster, folder, job, "COMPLETED")
+    assert cluster.fields(job)["Restarts"] == "1"
+    assert f"loaded save/iter_{word['step']:07d}: step {word['step']}, " in printed(folder, job)
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, tmp_path_factory) -> Path:
+    """Returns the folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "run.yaml").write_text(RUN)
+    write_site(folder)
+    job = submit(cluster, folder)
+    wait_for_state(cluster, folder, job, "COMPLETED", "FAILED")
+    assert cluster.state(job) == "COMPLETED", printed(folder, job)
+    return folder
+
+
+def check_same_weights(whole: Path, folder: Path) -> None:
+    count, differing = differing_tensors(whole / "save", folder / "save", STEPS)
+    assert count > 10 and not differing
+
+
+def test_a_job_on_two_nodes_completes(whole):
+    log = next(whole.glob("*.out")).read_text()
+    assert "2 nodes agree: device cpu, " in log and "2 processes on cpu: tp 1 x pp 1 x dp 2" in log
+    assert last_step(whole) == STEPS and not (whole / "save" / ".launch_token").exists()
+
+
+def test_a_killed_worker_ends_the_job(cluster, folder):
+    job = submit(cluster, folder, "--train-iters", 100000)
+    wait_for("three steps", lambda: last_step(folder) >= 3, 240, folder)
+    workers(folder)[1].kill()
+    began = time.monotonic()
+    wait_for_state(cluster, folder, job, "FAILED", seconds=60)
+    assert time.monotonic() - began < 60
+    assert "error: the run ended with status " in printed(folder, job) and not workers(folder)
+
+
+@pytest.mark.long
+def test_a_killed_worker_is_restarted_where_the_site_says_so(cluster, folder):
+    write_site(folder, MAX_RESTARTS=1)
+    job = submit(cluster, folder, "--save-interval", 20)
+    wait_for("a checkpoint", lambda: last_step(folder) >= 25, 240, folder)
+    workers(folder)[1].kill()
+    wait_for_state(cluster, folder, job, "COMPLETED", "FAILED")
+    assert cluster.state(job) == "COMPLETED", printed(folder, job)
+    assert "--load save holds no checkpoint: starting afresh" in printed(folder, job) and "loaded save/iter_00000" in printed(folder, job)
+
+
+def test_a_job_is_saved_before_its_time_limit_and_goes_on(cluster, folder, whole):
+    write_site(folder, TIME_LIMIT=2, SAVE_SECONDS=90)  # SLURM warns up to a minute early: within half a minute here
+    job = submit(cluster, folder)
+    hold_until_warned(folder, 90)
+    finish(cluster, folder, job)
+    check_same_weights(whole, folder)
+
+
+@pytest.mark.long
+def test_a_job_that_others_evict_is_saved_and_goes_on(cluster, folder, whole):
+    others = []
+
+    def evict() -> None:
+        others.append(cluster.command("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive",
+                                      f"--output={folder}/other.out", "--wrap", "sleep 1"))
+
+    job = submit(cluster, folder)
+    hold_until_warned(folder, 60, evict)
+    wait_for_state(cluster, folder, others[0], "COMPLETED")
+    finish(cluster, folder, job)
+    check_same_weights(whole, folder)
+
+
+def test_a_node_with_another_torch_is_named(cluster, folder):
+    other = folder / "torch-9.9.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n")
+    python = folder / "python"
+    python.write_text(f"""#!/bin/bash
+[ "$SLURMD_NODENAME" != n1 ] || export PYTHONPATH={folder}:$PYTHONPATH
+exec {sys.executable} "$@"
+""")
+    python.chmod(0o755)
+    write_site(folder, PYTHON=python)
+    job = submit(cluster, folder)
+    wait_for_state(cluster, folder, job, "FAILED")
+    said = re.search(r"error: torch differs between nodes: (.*). Make it the same on all.", printed(folder, job))
+    assert said and "9.9 on n1" in said[1].split("; ") and re.search(r"\S+ on n0", said[1]), printed(folder, job)
+    assert not (folder / "save" / "metrics.jsonl").exists()
+
+
+@pytest.mark.long
+def test_the_launcher_for_npus_sources_set_env_on_every_node_inside_the_container(cluster, folder):
+    (folder / "set_env.sh").write_text(f"touch {folder}/sourced.$SLURMD_NODENAME.$INSIDE\n")
+    write_site(folder, DEVICE_REQUEST="--gres=npu:1", SET_ENV_FILES=folder / "set_env.sh", CONTAINER_COMMAND="env INSIDE=yes")
+    job = submit(cluster, folder, "--train-iters", 2, launcher="npu")
+    wait_for_state(cluster, folder, job, "COMPLETED", "FAILED")
+    assert cluster.state(job) == "COMPLETED", printed(folder, job)
+    assert {path.name for path in folder.glob("sourced.*")} == {"sourced.n0.yes", "sourced.n1.yes"}

@@ -1,0 +1,96 @@
+"""Whole runs on NPUs from the command line, and what is said where something is missing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sorted.monitoring.json_lines import read_json_lines
+from tests.support.npu_simulation.environment import ROOT, simulated_environment
+
+pytestmark = pytest.mark.npu
+WORDS = [
+    "--mock-data", "--vocab-size", 200, "--num-layers", 4, "--hidden-size", 64, "--num-attention-heads", 4, "--exit-layer-nums", 1, 2, 3,
+    "--device", "npu", "--bf16", "--seq-length", 32, "--micro-batch-size", 2, "--global-batch-size", 4, "--log-interval", 1,
+    "--train-iters", 4, "--eval-interval", "none"]  # fmt: skip
+MINDSPEED = """\
+import sys
+assert "torch" in sys.modules and "torch_npu" in sys.modules, "after torch"
+assert not any(name.startswith("megatron.core") for name in sys.modules), "before megatron"
+print("adaptor sees", sys.argv[1:], flush=True)
+import torch
+torch.Tensor.type = lambda self, kind=None, _own=torch.Tensor.type: (
+    _own(self).replace("npu", "cuda") if kind is None else _own(self, kind))
+torch.compile = lambda model=None, **options: model or (lambda function: function)
+import os
+os.environ["TORCH_NPU_DEVICE_CAPABILITY"] = "9.0"
+"""
+
+
+def pretrain(folder: Path, *words: object, processes: int = 0, **changes: str) -> subprocess.CompletedProcess:
+    """Returns the finished run, in this environment, which has the simulation, with ``changes``."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    command = [sys.executable, *launcher, str(ROOT / "pretrain_sorted.py"), *map(str, words)]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **changes}, text=True, capture_output=True, timeout=300, check=False)
+
+
+def refusal(tmp_path: Path, *words: object, changes: dict[str, str] | None = None) -> str:
+    """Returns what a run says that cannot start, in the environment with ``changes``."""
+    done = pretrain(tmp_path, *words, **(changes or {}))
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stderr
+
+
+def test_a_run_on_two_stages_saves_and_goes_on_to_the_digit(tmp_path):
+    layout = ["--pipeline-model-parallel-size", 2, "--use-distributed-optimizer"]
+    whole = pretrain(tmp_path, *WORDS, *layout, "--save", "whole", "--save-interval", 2, processes=2)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    again = pretrain(tmp_path, *WORDS, *layout, "--load", "whole", "--ckpt-step", 2, "--save", "again", processes=2)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "loaded whole/iter_0000002" in again.stdout
+    first, second = (read_json_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "again"))
+    losses = [{row["step"]: row["exits"] for row in rows} for rows in (first, second)]
+    assert sorted(losses[0]) == [1, 2, 3, 4] and sorted(losses[1]) == [3, 4]
+    for step in (3, 4):
+        assert json.dumps(losses[1][step]) == json.dumps(losses[0][step])
+
+
+def test_the_entry_point_alone_loads_torch_npu(tmp_path, monkeypatch):
+    """Where torch would load torch_npu by itself, before Megatron's names are mended; and MindSpeed's place in the order."""
+    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
+    (tmp_path / "mindspeed").mkdir()
+    (tmp_path / "mindspeed" / "__init__.py").touch()
+    (tmp_path / "mindspeed" / "megatron_adaptor.py").write_text(MINDSPEED)
+    done = pretrain(tmp_path, *WORDS, "--train-iters", 1, "--npu-adaptor", "mindspeed", "--npu-adaptor-arguments=--optimization-level 1",
+                    PYTHONPATH=f"{os.environ['PYTHONPATH']}{os.pathsep}{tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "adaptor sees ['--optimization-level', '1']" in done.stdout
+
+
+def test_without_cann_the_missing_library_is_named(tmp_path):
+    said = refusal(tmp_path, *WORDS, changes={"LD_LIBRARY_PATH": ""})
+    assert "torch_npu needs libhccl.so, a library of CANN" in said and "set_env.sh" in said
+
+
+def test_the_first_generation_is_told_to_take_fp16(tmp_path):
+    said = refusal(tmp_path, *WORDS, changes=simulated_environment(name="Ascend910A"))
+    assert "--bf16: the device (npu) does not know bf16. Use --fp16" in said
+
+
+def test_no_npu_and_no_mindspeed_are_sentences(tmp_path):
+    assert "CANN sees no NPU" in refusal(tmp_path, *WORDS, changes=simulated_environment(devices=0))
+    assert "MindSpeed is not installed" in refusal(tmp_path, *WORDS, "--npu-adaptor", "mindspeed")
+
+
+def test_torch_npu_changes_nothing_for_a_run_on_the_cpu(tmp_path, monkeypatch):
+    """torch_npu is installed here, and without CANN a plain ``import torch`` fails."""
+    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "")
+    plain = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, text=True, check=False)
+    assert plain.returncode == 1 and "libhccl.so" in plain.stderr
+    words = ["auto" if word == "npu" else word for word in WORDS]
+    done = pretrain(tmp_path, *words, "--train-iters", 1)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,28 @@
+"""What a process needs to meet simulated NPUs, beside an interpreter that has torch_npu."""
+
+import os
+from pathlib import Path
+
+from tests.support.npu_simulation.libraries import build
+
+ROOT = Path(__file__).resolve().parents[3]
+SITE = Path(__file__).parent / "site"
+BUILT = ROOT / "build" / "npu_simulation"
+
+
+def simulated_environment(devices: int = 8, name: str = "Ascend910B1") -> dict[str, str]:
+    """Returns the environment variables of a process on a simulated host, after building the libraries.
+
+    Args:
+        devices: NPUs of the host.
+        name: What each says it is.
+    """
+    def before(variable: str, *folders: Path) -> str:
+        there = [part for part in os.environ.get(variable, "").split(os.pathsep) if part and part not in map(str, folders)]
+        return os.pathsep.join([*map(str, folders), *there])
+
+    return {
+        "TASK_QUEUE_ENABLE": "0",  # or torch_npu's copies wait in a queue while kernels, which are Python here, already read
+        "SIMULATED_NPUS": str(devices), "SIMULATED_NPU_NAME": name, "LD_LIBRARY_PATH": before("LD_LIBRARY_PATH", build(BUILT)),
+        "PYTHONPATH": before("PYTHONPATH", SITE, ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }

@@ -1,0 +1,34 @@
+"""Python runs this when it starts, if its folder is on PYTHONPATH: a program that imports torch_npu then meets simulated NPUs."""
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+
+
+class _AfterTorchNpu(importlib.abc.MetaPathFinder):
+    """Lets torch_npu be imported as it is, then puts the simulation beneath it."""
+
+    def find_spec(self, name, path=None, target=None):
+        """Returns where torch_npu is, with a loader that goes on with the simulation; None for everything else."""
+        if name != "torch_npu":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None:
+            return None
+        load = spec.loader.exec_module
+
+        def load_and_simulate(module):
+            load(module)
+            from tests.support.npu_simulation.collectives import gloo_as_hccl
+            from tests.support.npu_simulation.kernels import replace_kernels
+
+            gloo_as_hccl()
+            replace_kernels()
+
+        spec.loader.exec_module = load_and_simulate
+        return spec
+
+
+if os.environ.get("SIMULATED_NPUS"):
+    sys.meta_path.insert(0, _AfterTorchNpu())

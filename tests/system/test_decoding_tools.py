@@ -1,0 +1,171 @@
+"""The decoding tools as commands: coloured text, tuning that is found later, a benchmark, a server that learns, mistakes in one line."""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from megatron_sorted.data.tokenizer import train_sentencepiece
+from tests.support.evaluated import TEXTS, write_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(tool: str, *arguments, cwd: Path, text: str = "") -> subprocess.CompletedProcess:
+    """Returns the finished tool."""
+    return subprocess.run([sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)], cwd=cwd, text=True, check=False,
+                          capture_output=True, env=environment(), input=text)
+
+
+def environment() -> dict[str, str]:
+    """Returns the variables that tools run with."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decoding")
+    write_model(folder / "tiny", seed=1, num_layers=4, max_position_embeddings=256)
+    questions = [{"question_id": 1, "category": "writing", "turns": ["a b c", "d e"]}, {"question_id": 2, "category": "qa", "turns": ["b"]},
+                 {"question_id": 3, "category": "rag", "turns": ["c d"]}]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return folder
+
+
+def test_texts_are_written_and_coloured_by_exit(place):
+    ask = ("tiny", "--depths", 1, 2, 3, "--prompt", "a b", "--max-new-tokens", 12)
+    plain = run("generate.py", *ask, cwd=place)
+    assert plain.returncode == 0, plain.stderr
+    assert "full: 12 tokens" in plain.stderr and "\x1b" not in plain.stdout
+    coloured = run("generate.py", *ask, "--way", "tree", "--colour", "always", cwd=place)
+    assert coloured.returncode == 0, coloured.stderr
+    assert "\x1b[38;5;" in coloured.stdout and "drafts accepted" in coloured.stderr
+    both = run("generate.py", *ask, "--prompt", "c", "--way", "self_speculative", cwd=place)
+    assert "--- prompt 0: 'a b'" in both.stdout and "--- prompt 1: 'c'" in both.stdout
+    chat = run("generate.py", "tiny", "--chat", "--max-new-tokens", 4, cwd=place, text="hello\nagain\n\n")
+    assert chat.returncode == 0 and chat.stderr.count("full: ") == 2, chat.stderr
+
+
+def test_what_is_tuned_is_found_by_the_others(place):
+    few = ("--questions", "questions.jsonl", "--max-new-tokens", 8, "--num-prompts", 2)
+    done = run("tune_decoding.py", "tiny", "--depths", 1, 2, *few, cwd=place)
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((place / "tiny" / "decoding.json").read_text())
+    assert {"full", "self_speculative", "sorted_speculative", "tree"} <= set(kept["ways"]) and kept["best"] in kept["ways"]
+    told = run("generate.py", "tiny", "--depths", 1, 2, "--prompt", "a", "--max-new-tokens", 4, cwd=place)
+    assert told.returncode == 0 and f"way: {kept['best']}]" in told.stderr
+    ask = ("--depths", 1, 2, "--questions", "questions.jsonl", "--max-new-tokens", 6, "--output", "out", "--sweep",
+           "--batches", 1, 2, "--text", "held_out.txt", "--text-separator", "|", "--num-prompts", 2)
+    (place / "held_out.txt").write_text("a b c d e f g | h i j k")
+    measured = run("benchmark_decoding.py", "tiny", *ask, cwd=place)
+    assert measured.returncode == 0, measured.stderr
+    scores = json.loads((place / "out" / "decoding.json").read_text())
+    assert set(scores) == {"all", "multi-turn conversation", "question answering", "retrieval-augmented generation"}
+    assert {"full", "self_speculative", "sorted_speculative", "tree", "transformers"} <= set(scores["all"])
+    assert all(one["same"] == 1.0 for name, one in scores["all"].items() if name != "early_exit"), "all ways write the same"
+    page = (place / "out" / "decoding.md").read_text()
+    assert measured.stdout.startswith(page), "the page is what is printed"
+    assert "batch 2: tokens/s" in page and "## Draft depth x draft length" in page and "## Quality over speed" in page
+    assert all((place / "out" / f"{name}.png").stat().st_size > 10_000 for name in ("sweep", "curve"))
+    line = json.loads((place / "out" / "answers_tree.jsonl").read_text().splitlines()[0])
+    [choice] = line["choices"]
+    assert line["question_id"] == 1 and len(choice["turns"]) == 2 and sum(choice["accept_lengths"]) == sum(choice["new_tokens"])
+    assert (place / "out" / "decoding.png").stat().st_size > 10_000
+
+
+def test_what_is_tuned_with_a_draft_is_found_with_it(place):
+    write_model(place / "small", seed=2, num_layers=1, max_position_embeddings=256)
+    write_model(place / "filled", seed=5, num_layers=2, max_position_embeddings=256, vocab_size=320)  # the same tokenizer, filled up
+    write_model(place / "foreign", seed=5, num_layers=2, max_position_embeddings=256)
+    train_sentencepiece(lambda: [text[::-1] for text in TEXTS], str(place / "foreign" / "tokenizer.model"), 300)
+    (place / "tiny" / "decoding.json").write_text(json.dumps({"format": 1, "best": "full", "ways": {"full": {}}}))
+    few = ("--questions", "questions.jsonl", "--max-new-tokens", 6, "--num-prompts", 2)
+    done = run("tune_decoding.py", "tiny", "--draft", "small", *few, cwd=place)
+    assert done.returncode == 0 and "exits 1 of small, which drafts for 4 layers" in done.stdout, done.stderr
+    kept = json.loads((place / "tiny" / "decoding.json").read_text())
+    [part] = kept.pop("drafts").values()
+    assert kept == {"format": 1, "best": "full", "ways": {"full": {}}}, "what was tuned without a draft stays"
+    assert part["name"] == "small" and part["config_sha256"] == hashlib.sha256((place / "small" / "config.json").read_bytes()).hexdigest()
+    assert set(part["ways"]) == {"self_speculative", "sorted_speculative", "tree"} and "full" in part["tokens_per_second"]
+    ask = ("tiny", "--prompt", "a", "--max-new-tokens", 4)
+    assert f"drafts by small; way: {part['best']}]" in run("generate.py", *ask, "--draft", "small", cwd=place).stderr
+    assert "way: full]" in (plain := run("generate.py", *ask, cwd=place)).stderr
+    filled = run("generate.py", *ask, "--way", "self_speculative", "--draft", "filled", cwd=place)
+    assert filled.returncode == 0 and filled.stdout == plain.stdout, filled.stderr
+    measured = run("benchmark_decoding.py", "tiny", "--draft", "small", *few[:4], "--per-group", 1, "--output", "drafted", cwd=place)
+    assert measured.returncode == 0, measured.stderr
+    scores = json.loads((place / "drafted" / "decoding.json").read_text())["all"]
+    assert {"full", *part["ways"]} <= set(scores) and "early_exit" not in scores and all(one["same"] == 1 for one in scores.values())
+    refused = run("tune_decoding.py", "tiny", "--draft", "foreign", *few, cwd=place)
+    assert refused.returncode == 1, refused.stdout
+    assert "draft model: its tokenizer (300 tokens) gives other numbers than the model's (300)." in refused.stderr
+    assert "measuring" not in refused.stdout and "recording" not in refused.stderr
+    (place / "tiny" / "decoding.json").write_text("{")
+    damaged = run("tune_decoding.py", "tiny", "--draft", "small", *few, cwd=place)
+    assert damaged.returncode == 1 and "not written by tools/tune_decoding.py" in damaged.stderr and "recording" not in damaged.stderr
+
+
+def test_a_server_adapts_and_keeps_what_it_learned_when_it_is_stopped(place):
+    pytest.importorskip("uvicorn", reason="serving is an extra")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (place / "tiny" / "decoding.json").unlink(missing_ok=True)
+    command = [sys.executable, str(ROOT / "tools" / "serve.py"), "tiny", "--depths", "1", "2", "--adapt", "--port", str(port)]
+    with subprocess.Popen(command, cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            assert "way: the fastest of full, self_speculative, sorted_speculative, tree" in server.stdout.readline()
+            asked = json.dumps({"prompt": "a b", "max_tokens": 5, "temperature": 0, "task": "letters"}).encode()
+            texts = {fetched(port, "/v1/completions", asked)["choices"][0]["text"] for _ in range(4)}
+            told = fetched(port, "/v1/adaptation")
+            server.send_signal(signal.SIGTERM)
+            server.wait(60)
+        finally:
+            server.kill()
+    assert len(texts) == 1 and [row["times"] for row in told["tasks"]["letters"]] == [1, 1, 1, 1]
+    kept = json.loads((place / "tiny" / "decoding_bandit.json").read_text())
+    assert [times for times, _, _ in kept["tasks"]["letters"]] == [1, 1, 1, 1] and kept["draft"] is None
+    for more, message in ((("--way", "tree"), "--adapt beside --way tree"), ((), "so there is nothing to choose")):
+        refused = run("serve.py", "tiny", "--adapt", *more, cwd=place)
+        assert refused.returncode == 1 and message in refused.stderr
+
+
+def fetched(port: int, path: str, body: bytes | None = None) -> dict:
+    """Returns a server's answer, which may still be starting."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"content-type": "application/json"})
+    until = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+        except urllib.error.URLError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["none", "--prompt", "a"], "none: no such directory"), (["tiny"], "Give --prompt, --prompt-file or --chat"),
+    (["tiny", "--prompt", "a", "--way", "tree"], "the model has no exits before its last layer, so only 'full' can be had"),
+    (["tiny", "--depths", 9, "--prompt", "a"], "depth 9 is not a layer of this model"),
+    (["tiny", "--depths", 1, 2, "--prompt", "a", "--way", "early_exit", "--exit-layers", 1, 2, "--thresholds", 0.5],
+     "thresholds: 1 values for 2 exits (1, 2)"),
+    (["tiny", "--prompt", "a", "--way", "full", "--num-draft-tokens", 3], "--way full does not take num draft tokens"),
+    (["tiny", "--prompt", "a " * 300], "are more than the model's context of 256"),
+    (["tiny", "--prompt", "a", "--temperature", -1], "temperature: -1.0 is not 0 or more"),
+    (["tiny", "--prompt-file", "none.txt"], "--prompt-file: none.txt: No such file"),
+])
+def test_mistakes_are_one_line(place, arguments, message):
+    (place / "tiny" / "decoding.json").unlink(missing_ok=True)
+    done = run("generate.py", *arguments, cwd=place)
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")

@@ -1,0 +1,225 @@
+"""The doctor on this machine: whole, with broken libraries, in jobs that are sound, and in jobs of which something is wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.command_line import free_port
+from tests.system.conftest import ROOT
+
+DOCTOR = str(ROOT / "tools" / "doctor.py")
+BROKEN_NPU = 'raise ImportError("libhccl.so: cannot open shared object file: No such file or directory")\n'
+
+
+def environment(*path: Path, **variables: object) -> dict[str, str]:
+    """Returns this process's environment with folders before the project on the path, and variables."""
+    given = {**os.environ, "PYTHONPATH": ":".join(map(str, (*path, ROOT))), "OMP_NUM_THREADS": "1"}
+    return {**given, **{name: str(value) for name, value in variables.items()}}
+
+
+def examine(*words: object, python: str = sys.executable, env: dict[str, str] | None = None) -> tuple[int, dict[str, dict], str]:
+    """Returns status and findings by name (the worst of each) of a doctor on this machine alone, and its error output."""
+    done = subprocess.run([python, DOCTOR, "--json", *map(str, words)], env=env or environment(), capture_output=True, text=True,
+                          timeout=240, check=False)
+    return done.returncode, findings_of(done.stdout, done.stderr), done.stderr
+
+
+def findings_of(text: str, errors: str) -> dict[str, dict]:
+    """Returns the findings in a doctor's JSON by name, the worst of each name."""
+    assert text.startswith("{"), errors
+    found = json.loads(text)["findings"]
+    order = ("OK", "WARN", "FAIL")
+    return {finding["name"]: finding for finding in sorted(found, key=lambda finding: order.index(finding["verdict"]))}
+
+
+def write_torch_npu(folder: Path, version: str) -> Path:
+    """Writes a torch_npu that fails as the real one does without CANN, installed so that torch loads it by itself."""
+    (folder / "torch_npu").mkdir(parents=True)
+    (folder / "torch_npu" / "__init__.py").write_text(BROKEN_NPU)
+    info = folder / f"torch_npu-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch_npu\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+    return folder
+
+
+def write_megatron(folder: Path, version: tuple[int, int, int]) -> Path:
+    """Writes a megatron-core of another version, as a checkout has it."""
+    core = folder / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").write_text("")
+    names = zip(("MAJOR", "MINOR", "PATCH"), version, strict=True)
+    (core / "package_info.py").write_text("".join(f"{name} = {number}\n" for name, number in names))
+    (core / "parallel_state.py").write_text("")
+    return folder
+
+
+def test_this_machine_and_a_run_that_fits_it(tmp_path):
+    status, found, _ = examine(ROOT / "examples" / "quickstart.yaml", "--folder", tmp_path)
+    assert status == 0, found
+    assert found["torch"]["verdict"] == found["megatron-core"]["verdict"] == found["settings"]["verdict"] == "OK"
+    assert str(tmp_path) in found["run folder"]["value"] and "MiB/s" in found["run folder"]["value"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_torch_npu_without_cann_is_named_with_its_library(tmp_path):
+    status, found, _ = examine("--folder", tmp_path, env=environment(write_torch_npu(tmp_path / "path", "2.12.0")))
+    assert status == 1
+    assert found["torch"]["verdict"] == "FAIL" and "import torch fails" in found["torch"]["value"]
+    assert "libhccl.so is missing" in found["torch_npu"]["value"] and "pip uninstall torch_npu" in found["torch_npu"]["remedy"]
+    assert "2.12.0 beside torch 2." in found["torch_npu version"]["value"]
+    assert found["megatron-core"]["verdict"] == "OK" and found["run folder"]["verdict"] != "FAIL"
+
+
+def test_a_second_megatron_on_the_path_is_found_in_the_place_that_counts(tmp_path):
+    status, found, _ = examine("--folder", tmp_path, env=environment(write_megatron(tmp_path / "checkout", (0, 12, 1))))
+    assert status == 1 and found["megatron-core"]["verdict"] == "FAIL"
+    assert f"taken: 0.12.1 in {tmp_path / 'checkout'}; also: 0.16." in found["megatron-core"]["value"]
+    assert f"Take {tmp_path / 'checkout'} out of PYTHONPATH" in found["megatron-core"]["remedy"]
+
+
+def test_a_python_without_anything_is_still_examined(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    python = str(tmp_path / "bare" / "bin" / "python")
+    run = ROOT / "examples" / "quickstart.yaml"
+    status, found, _ = examine(run, "--folder", tmp_path, python=python, env={"PATH": os.environ["PATH"]})
+    assert status == 1
+    assert (found["torch"]["value"], found["megatron-core"]["value"]) == ("not installed", "not found")
+    assert "hangs for ever" in found["psutil"]["value"]
+    assert "cannot be read without" in found["run file"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "said"),
+    [
+        (["nowhere.yaml"], {}, "nowhere.yaml: no such file"),
+        (["--network"], {}, "--network: this is one process"),
+        ([], {"RANK": 0, "WORLD_SIZE": 2}, "MASTER_ADDR and MASTER_PORT unset"),
+        ([], {"RANK": 2, "WORLD_SIZE": 2}, "RANK: 2 is not below WORLD_SIZE 2"),
+        (["--device", "abacus"], {}, "invalid choice: 'abacus'"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2(words, given, said):
+    done = subprocess.run([sys.executable, DOCTOR, *words], env=environment(**given), capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and said in done.stderr and not done.stdout
+
+
+class Job:
+    """Processes of one job on this host, started as a scheduler would: the environment says who each is."""
+
+    def __init__(self, folder: Path, size: int, ranks: list[int], *words: object, per_node: int, path: dict[int, Path] | None = None):
+        self.folder, self.processes, port = folder, {}, free_port()
+        for rank in ranks:
+            env = environment(*([path[rank]] if path and rank in path else []), RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank % per_node,
+                              LOCAL_WORLD_SIZE=per_node, GROUP_RANK=rank // per_node, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            env.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+            with open(folder / f"out.{rank}", "w") as out, open(folder / f"err.{rank}", "w") as err:
+                command = [sys.executable, DOCTOR, "--json", "--device", "cpu", "--folder", str(folder), *map(str, words)]
+                self.processes[rank] = subprocess.Popen(command, env=env, stdout=out, stderr=err)
+
+    def wait_for(self, words: str, rank: int = 0) -> None:
+        """Waits until a rank has said something."""
+        until = time.monotonic() + 200
+        while words not in (self.folder / f"err.{rank}").read_text():
+            assert time.monotonic() < until and self.processes[rank].poll() is None, (self.folder / f"err.{rank}").read_text()
+            time.sleep(0.02)
+
+    def findings(self) -> tuple[int, dict[str, dict]]:
+        """Returns the status of rank 0 and its findings; only rank 0 may have printed any."""
+        try:
+            status = self.processes[0].wait(timeout=200)
+            for rank, process in self.processes.items():
+                process.send_signal(signal.SIGCONT)
+                if rank:
+                    assert not (self.folder / f"out.{rank}").read_text()
+        finally:
+            for process in self.processes.values():
+                process.kill()
+                process.wait()
+        return status, findings_of((self.folder / "out.0").read_text(), (self.folder / "err.0").read_text())
+
+
+def test_a_sound_job_of_two_nodes_is_measured(tmp_path):
+    status, found = Job(tmp_path, 4, range(4), per_node=2).findings()
+    assert status == 1 and found["MASTER_ADDR"]["verdict"] == "FAIL"  # the only thing wrong: both nodes are this host
+    assert {name for name, finding in found.items() if finding["verdict"] == "FAIL"} <= {"MASTER_ADDR", "host name"}
+    assert found["sums"]["value"].startswith("correct: ") and "on 4 processes" in found["sums"]["value"]
+    assert "4 processes" not in found["same versions"]["value"] and "megatron-core 0.16" in found["same versions"]["value"]
+    for scope in ("all processes", "within a node"):
+        for operation in ("all-reduce", "all-gather", "reduce-scatter"):
+            assert "GB/s" in found[f"{operation}, {scope}"]["value"]
+    assert "2 pairs" in found["messages within a node"]["value"] and "2 pairs" in found["messages across nodes"]["value"]
+    assert abs(float(found["clocks"]["value"].split("#1 ")[1].split(" ms")[0])) < 50
+    assert "seen on all 2 nodes" in found["shared folder"]["value"] or found["shared folder"]["verdict"] == "WARN"
+    figures = json.loads((tmp_path / "out.0").read_text())["network"]
+    assert {figure["rank"] for figure in figures} == {0, 1, 2, 3} and not any(figure.get("wrong") for figure in figures)
+
+
+def test_a_process_that_never_comes_is_named(tmp_path):
+    status, found = Job(tmp_path, 3, [0, 2], "--limit-seconds", 20, per_node=2).findings()
+    assert status == 1 and found["processes"]["verdict"] == "FAIL"
+    host = os.uname().nodename
+    assert f"1 of 3 did not come within 20 s: rank 1 (on {host})" in found["processes"]["value"]
+
+
+def test_other_versions_on_one_process_are_named(tmp_path):
+    other = write_megatron(tmp_path / "checkout", (0, 12, 1))
+    status, found = Job(tmp_path, 3, range(3), per_node=3, path={2: other}).findings()
+    assert status == 1
+    assert found["same megatron-core"]["verdict"] == "FAIL"
+    assert found["same megatron-core"]["value"] == f"0.16.1 on 2 processes; 0.12.1 on rank 2 on {os.uname().nodename}"
+
+
+@pytest.mark.long
+def test_a_node_without_a_working_torch_speaks_for_itself_and_is_missed(tmp_path):
+    (tmp_path / "path" / "torch").mkdir(parents=True)
+    (tmp_path / "path" / "torch" / "__init__.py").write_text('raise ImportError("libtorch_cpu.so: file too short")\n')
+    job = Job(tmp_path, 2, range(2), "--limit-seconds", 30, per_node=1, path={1: tmp_path / "path"})
+    assert job.processes[1].wait(timeout=200) == 1
+    said = (tmp_path / "err.1").read_text()
+    assert "FAIL  torch " in said and "libtorch_cpu.so: file too short" in said and "FAIL  network test " in said
+    status, found = job.findings()
+    assert status == 1 and "rank 1 (node 1, from which nobody came)" in found["processes"]["value"]
+
+
+@pytest.mark.parametrize("blow", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
+def test_a_process_that_stops_or_dies_in_the_test_is_named(tmp_path, blow):
+    job = Job(tmp_path, 3, range(3), "--limit-seconds", 8, per_node=3)
+    job.wait_for("network test, part 3")
+    job.processes[1].send_signal(blow)
+    status, found = job.findings()
+    assert status == 1 and found["network test"]["verdict"] == "FAIL"
+    assert f"the others wait for rank 1 on {os.uname().nodename}, without a sign of life" in found["network test"]["value"]
+
+
+@pytest.mark.long
+def test_under_torchrun_one_table_is_printed(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    done = subprocess.run([sys.executable, *launcher, DOCTOR, "--device", "cpu", "--folder", str(tmp_path)], env=environment(),
+                          capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("OK    sums ") for line in lines) == 1
+    assert lines[-1].endswith(" 0 that will not work")
+    assert len({re.match(r"\S+ +\S.*?  +(?=\S)", line).end() for line in lines[:-1] if line[0] != " "}) == 1
+
+
+@pytest.mark.long
+def test_a_process_killed_under_torchrun_is_told_of_before_the_launcher_ends_the_others(tmp_path):
+    script = tmp_path / "one_dies.sh"
+    script.write_text(f'#!/bin/sh\n[ "$RANK" = 1 ] && sleep 60 && exit 7\nexec {sys.executable} {DOCTOR} --json --device cpu '
+                      f'--folder {tmp_path} --limit-seconds 300\n')
+    script.chmod(0o755)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "3"]
+    done = subprocess.run([sys.executable, *launcher, str(script)], env=environment(), capture_output=True, text=True, timeout=280,
+                          check=False)
+    assert done.returncode == 1
+    found = findings_of(done.stdout, done.stderr)
+    assert "rank 1" in found["processes"]["value"]

@@ -1,0 +1,95 @@
+"""The planning tool from its command line; dry runs are compared with the plan by the tool itself, which says where they differ."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.rules.sources import ROOT
+from tests.support.layouts import thinned
+
+RUN = """# world-size: {world_size}
+num-layers: 8
+hidden-size: 64
+num-attention-heads: 4
+seq-length: 32
+vocab-size: 1000
+mock-data: true
+exit-layer-nums: [2, 4, 6]
+micro-batch-size: 2
+device: cpu
+"""
+LAYOUTS = {
+    "tp2 pp2 dp2": (
+        8, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --global-batch-size 16 --use-distributed-optimizer"),
+    "unequal chunks, sandwich": (
+        8, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-layout "
+        "Et|t*3|tt|ttL --use-sandwich-norm --untie-embeddings-and-output-weights --recompute-granularity full --global-batch-size 16"),
+    "blocks of their own, bf16": (
+        4, "--pipeline-model-parallel-size 4 --use-exit-block --use-exit-norm --untie-exit-output-weights --bf16 --recompute-granularity "
+        "selective --global-batch-size 16"),
+    "GELU, biases, an exit that does not train": (
+        4, "--pipeline-model-parallel-size 2 --use-exit-mlp --no-swiglu --no-disable-bias-linear --normalization LayerNorm --qk-layernorm "
+        "--position-embedding-type learned_absolute --recompute-granularity selective --recompute-modules mlp --exit-layer-weight 0 1 1"),
+    "grouped queries, some layers again": (
+        4, "--tensor-model-parallel-size 2 --group-query-attention --num-query-groups 2 --add-qkv-bias --recompute-granularity full "
+        "--recompute-method block --recompute-num-layers 2"),
+}
+
+
+def plan(tmp_path, world_size: int, *words: str) -> subprocess.CompletedProcess:
+    """Returns what the tool did with a small run."""
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(world_size=world_size))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "tools/plan.py", str(path), *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("name", thinned(LAYOUTS, "tp2 pp2 dp2", "unequal chunks, sandwich"))
+def test_every_rank_built_and_stepped_dry_is_as_planned(name, tmp_path):
+    world_size, words = LAYOUTS[name]
+    done = plan(tmp_path, world_size, *words.split(), "--dry-run", "all", "--json")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    dry = json.loads(done.stdout)["dry_run"]
+    assert dry["ranks"] == world_size and dry["problems"] == []
+    assert (dry["messages"] > 0) == ("pipeline" in words)
+
+
+def test_a_plan_that_is_wrong_is_found_out(tmp_path):
+    """The same dry run, beside a plan of another vocabulary."""
+    code = (
+        "import dataclasses, sys; sys.path.insert(0, 'tools')\n"
+        "from planning.dry_run import dry_run\n"
+        "from megatron_sorted.planning.devices import DEVICES\n"
+        "from megatron_sorted.planning.estimate import make_plan\n"
+        "from megatron_sorted.settings.load import load_settings\n"
+        "settings = load_settings(['--config', sys.argv[1]])\n"
+        "plan = make_plan(settings, 2000, 1, DEVICES['cpu'], 256)\n"
+        "print(dry_run(settings, 1000, 1, plan, None, False, lambda said: None).problems)\n")
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(world_size=1))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "parameters, planned" in done.stdout
+
+
+def test_the_plan_is_printed_without_torch_and_says_how_to_start(tmp_path):
+    done = plan(tmp_path, 8, "--pipeline-model-parallel-size", "2", "--search", "--show", "3")
+    assert done.returncode == 0, done.stderr
+    for words in ("8 processes: tensor 1 x pipeline 2 x data 4", "memory of one rank, GB", "slowest stage", "layouts fit into",
+                  "the first: --", "torchrun --nproc-per-node 8 pretrain_sorted.py --config"):
+        assert words in done.stdout
+    small = plan(tmp_path, 8, "--memory-gb", "0.001", "--json")
+    assert small.returncode == 1 and json.loads(small.stdout)["fits"] is False
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--tensor-model-parallel-size", "3"], "is not a multiple of 3"), (["--planned-device", "X1"], "--planned-device: X1"),
+    (["--lora-rank", "4"], "is not counted by a plan")])
+def test_mistakes_are_told_in_a_line(words, message, tmp_path):
+    done = plan(tmp_path, 4, *words)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

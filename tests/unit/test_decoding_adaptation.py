@@ -1,0 +1,213 @@
+"""A server that adapts: each way is tried, the fastest is kept, by task; what was learned outlives it; texts stay those of `full`."""
+
+import argparse
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="serving is an extra")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from decoding import adaptation as adaptation_module
+from decoding.adaptation import LEARNED, Adaptation, check_adapt, ways_to_try
+from decoding.api import make_app
+from decoding.choices import CHOICES, write_choices
+from decoding.options import WAY_OPTIONS
+from decoding.worker import Job, Worker
+from fastapi.testclient import TestClient
+
+from megatron_sorted.decoding.sampling import Sampling
+from megatron_sorted.decoding.ways import Full, SelfSpeculative, SortedSpeculative, Tree
+from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.errors import DataError, SettingsError
+from tests.support.decoding import plain_network
+from tests.unit.test_decoding_server import expected
+from tests.unit.test_decoding_writer import Letters
+
+WAYS = [Full(), SelfSpeculative(1, 4), SortedSpeculative((1, 2), (0.5, 0.3), 6), Tree((1,), (), 3, 3, 6)]
+NAMES = [way.name for way in WAYS]
+ORIGIN = {"machine": {"device": "cpu"}, "draft": None}
+
+
+class Timed(Writer):
+    """A writer whose clock says what each way takes for a token.
+
+    Attributes:
+        seconds: By way, for a token.
+        taken: Ways that were gone, in order.
+        now: What the clock says.
+    """
+
+    def __init__(self, seconds: dict[str, float]):
+        super().__init__(plain_network("llama")[1], Letters())
+        self.seconds, self.taken, self.now = seconds, [], 0.0
+
+    def write(self, prompts, way=None, *more):
+        self.taken.append(way.name)
+        for piece in super().write(prompts, way, *more):
+            self.now += self.seconds[way.name] * len(piece.added.tokens)
+            yield piece
+
+
+@contextmanager
+def serving(path: Path, seconds=None, ways=WAYS, origin=ORIGIN):
+    """Yields a client, the writer and the worker."""
+    writer = Timed(seconds or dict(zip(NAMES, (4.0, 3.0, 1.0, 2.0), strict=True)))
+    worker = Worker(writer, Adaptation(ways, path, origin), lambda: writer.now)
+    by_name = {way.name: way for way in ways}
+    with TestClient(make_app(worker, "tiny", by_name.get)) as client:
+        yield client, writer, worker
+
+
+def ask(client, prompt: str = "hello", **more) -> str:
+    answer = client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 6, "temperature": 0, **more})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+def times_of(client, task: str = "default") -> list[int]:
+    return [row["times"] for row in client.get("/v1/adaptation").json()["tasks"][task]]
+
+
+def test_each_way_is_tried_and_the_fastest_kept_and_the_text_is_fulls(tmp_path):
+    with serving(tmp_path / LEARNED) as (client, writer, _):
+        for number in range(60):
+            prompt = "ab"[number % 2] * (number % 5 + 1)
+            sampling = Sampling(0.8, seed=number) if number % 3 else None
+            more = {"temperature": 0.8, "seed": number} if number % 3 else {}
+            assert ask(client, prompt, **more) == expected(writer, writer.encode(prompt), 6, sampling)
+        assert writer.taken[:4] == NAMES and writer.taken[30:].count("sorted_speculative") > 24
+        told = client.get("/v1/adaptation").json()
+        assert told["ways"] == NAMES and list(told["tasks"]) == ["default"]
+        rows = told["tasks"]["default"]
+        assert [row["way"] for row in rows] == NAMES and sum(row["times"] for row in rows) == 60
+        assert [row["tokens_per_second"] for row in rows] == [0.25, 0.33, 1.0, 0.5]
+
+
+def test_tasks_are_kept_apart_and_a_way_that_is_named_is_taken_and_not_learned(tmp_path):
+    with serving(tmp_path / LEARNED) as (client, writer, _):
+        for number in range(40):
+            writer.seconds = {name: 1.0 + ((name == "tree") != (number % 2 == 0)) for name in NAMES}
+            ask(client, task="odd" if number % 2 else "even")
+        ask(client, way="full", task="odd")
+        ask(client, way="full", task="third")
+        assert sum(times_of(client, "odd")) == sum(times_of(client, "even")) == 20
+        assert times_of(client, "even")[3] >= 12 and times_of(client, "odd")[3] <= 3
+        assert writer.taken[-2:] == ["full", "full"] and list(client.get("/v1/adaptation").json()["tasks"]) == ["even", "odd"]
+        [chat] = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}], "max_tokens": 2,
+                                                           "task": "chat"}).json()["choices"]
+        assert chat["finish_reason"] == "length" and sum(times_of(client, "chat")) == 1
+
+
+def test_what_was_learned_outlives_the_server(tmp_path):
+    path = tmp_path / LEARNED
+    with serving(path) as (client, _, worker):
+        for number in range(16):
+            assert json.loads(path.read_text())["tasks"] == {"default": [[0, 0, 0]] * 4}, f"written after {number} jobs"
+            ask(client, task="a")
+        list(worker.submit(Job([[5]], Full(), Sampling(), 1, [])).results())  # behind it the file is written
+        assert sum(times for times, _, _ in json.loads(path.read_text())["tasks"]["a"]) == 16
+        ask(client, task="b")
+        before = client.get("/v1/adaptation").json()
+    with serving(path) as (client, writer, _):
+        assert client.get("/v1/adaptation").json() == before
+        ask(client, task="a")
+        ask(client, task="b")
+        assert writer.taken == ["sorted_speculative", "self_speculative"] and sum(times_of(client, "a")) == 17
+
+
+def test_what_was_learned_with_other_ways_or_elsewhere_is_set_aside(tmp_path, capsys):
+    path = tmp_path / LEARNED
+    for number, (ways, origin) in enumerate([(WAYS, ORIGIN), (WAYS[:2], ORIGIN), (WAYS[:2], {**ORIGIN, "draft": "small@1"})]):
+        with serving(path, ways=ways, origin=origin) as (client, *_):
+            ask(client, task=str(number))
+            assert list(client.get("/v1/adaptation").json()["tasks"]) == [str(number)]
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == bool(number) and (not number or f"it is decoding_bandit_{number}.json now" in lines[0])
+    kept = [json.loads((tmp_path / f"decoding_bandit{name}.json").read_text())["tasks"] for name in ("_1", "_2", "")]
+    assert [list(tasks) for tasks in kept] == [["default", "0"], ["default", "1"], ["default", "2"]]
+
+
+@pytest.mark.parametrize("damage", [
+    "{", "[]", "{}", "\ud800", {"format": 2}, {"tasks": []}, {"tasks": {"a": [[1, 2, 3]]}}, {"tasks": {"a": [[1, 2, float("nan")]] * 4}},
+    {"tasks": {"a": [[1, 2]] * 4}}, {"tasks": {"a": [["1", 2, 3]] * 4}}, {"tasks": {"a": [[2, 1, 3]] * 4}},
+    {"tasks": {str(task): [[0, 0, 0]] * 4 for task in range(1001)}}], ids=lambda damage: str(damage)[:40].encode("unicode_escape").decode())
+def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, damage):
+    path = tmp_path / LEARNED
+    Adaptation(WAYS, path, ORIGIN)
+    text = damage if isinstance(damage, str) else json.dumps({**json.loads(path.read_text()), **damage})
+    content = text.encode(errors="surrogatepass")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"decoding_bandit\.json: not written by .*Remove it, or name another with --adapt-file"):
+        Adaptation(WAYS, path, ORIGIN)
+    assert path.read_bytes() == content and os.listdir(tmp_path) == [LEARNED]
+
+
+def test_a_file_that_cannot_be_written_is_told_at_the_start_and_survived_later(tmp_path, capsys):
+    with pytest.raises(SettingsError, match=r"--adapt: .* cannot be written \(No such file or directory\)"):
+        Adaptation(WAYS, tmp_path / "none" / LEARNED, ORIGIN)
+    (tmp_path / "some").mkdir()
+    with serving(tmp_path / "some" / LEARNED) as (client, *_):
+        (tmp_path / "some" / LEARNED).unlink()
+        (tmp_path / "some").rmdir()
+        for _ in range(18):
+            ask(client)
+    assert capsys.readouterr().err.count("not written (No such file or directory)") == 2
+
+
+def test_further_tasks_count_as_the_default_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(adaptation_module, "MOST_TASKS", 3)
+    with serving(tmp_path / LEARNED) as (client, *_):
+        for task in ("a", "b", "c", "d", "b"):
+            ask(client, task=task)
+        told = client.get("/v1/adaptation").json()["tasks"]
+        assert {task: sum(row["times"] for row in rows) for task, rows in told.items()} == {"a": 1, "b": 2, "default": 2}
+
+
+def test_jobs_that_fail_teach_nothing_and_those_of_clients_that_left_do(tmp_path, monkeypatch):
+    with serving(tmp_path / LEARNED) as (client, writer, worker):
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "write", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+            assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 500
+            patch.setattr(writer, "write", lambda *_: (_ for _ in ()).throw(DataError("prompt 0: bad. Mend it.")))
+            assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 400
+        assert client.get("/v1/adaptation").json()["tasks"] == {}
+        job = worker.submit(Job([writer.encode("a")], None, Sampling(), 200, []))
+        next(job.results())
+        job.gone.set()
+        gone = Job([writer.encode("a")], None, Sampling(), 200, [])
+        gone.gone.set()
+        assert list(worker.submit(gone).results()) == []
+        assert writer.taken == ["self_speculative"], "full failed and waits, who was gone before the start took nothing"
+        assert times_of(client) == [0, 1, 0, 0] and worker.adaptation.bandit.tasks["default"][1][1] < 200
+
+
+def values_of(**more) -> argparse.Namespace:
+    return argparse.Namespace(**{**dict.fromkeys(WAY_OPTIONS), "draft": None, "adapt": True, "adapt_file": None, **more})
+
+
+def test_ways_to_try_are_the_tuned_lossless_ones_else_the_usual_ones(tmp_path):
+    _, network = plain_network("llama")
+    writer, values = Writer(network, Letters()), values_of(model=tmp_path)
+    assert [way.name for way in ways_to_try(values, writer)] == NAMES
+    tuned = {"full": {}, "self_speculative": {"depth": 3, "num_draft_tokens": 2}, "early_exit": {"depths": [1], "thresholds": [0.9]}}
+    write_choices(tmp_path / CHOICES, {"best": "full", "ways": tuned})
+    assert ways_to_try(values, writer) == [Full(), SelfSpeculative(3, 2)]
+    (tmp_path / CHOICES).write_text("{")
+    with pytest.raises(DataError, match="not written by"):
+        ways_to_try(values, writer)
+
+
+def test_options_that_contradict_each_other():
+    check_adapt(values_of())
+    check_adapt(values_of(adapt=False, way="tree"))
+    with pytest.raises(SettingsError, match="--adapt beside --way tree: it chooses the way"):
+        check_adapt(values_of(way="tree"))
+    with pytest.raises(SettingsError, match="Leave out options of ways, or --adapt"):
+        check_adapt(values_of(num_nodes=3))
+    with pytest.raises(SettingsError, match="--adapt-file: x is of no use without --adapt"):
+        check_adapt(values_of(adapt=False, adapt_file=Path("x")))

@@ -1,0 +1,86 @@
+"""What was tuned is kept by draft model and taken with that draft alone; one draft serves several models of its vocabulary."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from decoding.choices import CHOICES, config_sha256, draft_key, read_choices, write_choices
+from decoding.options import WAY_OPTIONS, named_way, way_of
+
+from megatron_sorted.decoding.network import load_network
+from megatron_sorted.decoding.ways import EarlyExit, Full, SelfSpeculative, Tree
+from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.errors import DataError, SettingsError
+from tests.support.evaluated import make_model
+
+TREE = {"depths": [2], "thresholds": [], "num_levels": 3, "num_branches": 2, "num_nodes": 5}
+ALONE = {"best": "tree", "ways": {"full": {}, "tree": TREE}}
+BY_SMALL = {"best": "self_speculative", "ways": {"self_speculative": {"depth": 1, "num_draft_tokens": 7}}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Returns {name: (directory, network)}; ``twin`` is of the same shape and name as ``small``, but of another config."""
+    folder, found = tmp_path_factory.mktemp("models"), {}
+    for place, num_layers, more in (("target", 4, {}), ("large", 6, {}), ("small", 1, {}), ("twin/small", 1, {"rms_norm_eps": 1e-5}),
+                                    ("foreign", 1, {"vocab_size": 320})):
+        make_model(num_layers=num_layers, **more).save_pretrained(folder / place)
+        found[place.split("/")[0]] = (folder / place, load_network(folder / place, range(1, num_layers + 1)))
+    return found
+
+
+def asked(models, name: str, draft: str | None = None, **more):
+    directory, network = models[name]
+    values = argparse.Namespace(**dict.fromkeys(WAY_OPTIONS), model=directory, draft=draft and models[draft][0])
+    vars(values).update(more)
+    return values, network, models[draft][1] if draft else None
+
+
+def test_the_tuned_way_is_that_of_the_draft_which_is_given(models):
+    for name in ("target", "large"):
+        directory, key = models[name][0], draft_key(*models["small"])
+        assert key == f"small@{config_sha256(models['small'][1])[:16]}"
+        write_choices(directory / CHOICES, BY_SMALL, key)
+        assert way_of(*asked(models, name)) == Full(), "nothing was tuned without a draft"
+        write_choices(directory / CHOICES, ALONE)
+        assert way_of(*asked(models, name)) == Tree((2,), (), 3, 2, 5)
+        assert way_of(*asked(models, name, "small")) == SelfSpeculative(1, 7)
+        assert way_of(*asked(models, name, "small", num_draft_tokens=2)) == SelfSpeculative(1, 2)
+        assert way_of(*asked(models, name, "twin", way="self_speculative")) == SelfSpeculative(1, 4), "the usual one"
+        with pytest.raises(SettingsError, match="draft model: full drafts nothing"):
+            way_of(*asked(models, name, "twin"))
+        with pytest.raises(SettingsError, match="draft model: it has 320 tokens and the model 300"):
+            way_of(*asked(models, name, "foreign", way="tree"))
+
+
+def test_what_was_tuned_with_others_stays(tmp_path):
+    path = tmp_path / CHOICES
+    assert read_choices(path) == read_choices(path, "a@1") == {}
+    write_choices(path, BY_SMALL, "a@1")
+    write_choices(path, ALONE)
+    write_choices(path, {**BY_SMALL, "best": "tree"}, "a@2")
+    write_choices(path, {**ALONE, "best": "full"})
+    assert read_choices(path, "a@1") == BY_SMALL and read_choices(path, "a@2") == {**BY_SMALL, "best": "tree"}
+    assert read_choices(path)["best"] == "full" and read_choices(path)["ways"] == ALONE["ways"]
+
+
+def test_a_way_that_drafts_nothing_leaves_the_draft_alone(models):
+    values, network, draft = asked(models, "target", "small", way="tree", num_levels=2)
+    writer = Writer(network, argparse.Namespace(eos_token_id=2, decode=str), draft)
+    assert named_way(values, "full", writer) == Full() and isinstance(named_way(values, "early_exit", writer), EarlyExit)
+    assert len(list(writer.write([[5, 6]], Full(), max_new_tokens=1))) == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 1}', '{"format": 1, "ways": {"fast": {}}}', '{"format": 1, "ways": []}',
+                                  '{"format": 2, "ways": {}}', '{"format": 1, "drafts": {"a@1": {}}}', '{"format": 1, "drafts": [1]}'])
+def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
+    path = tmp_path / CHOICES
+    path.write_text(text)
+    for work in (lambda: read_choices(path), lambda: write_choices(path, ALONE)):
+        with pytest.raises(DataError, match=r"decoding\.json: not written by tools/tune_decoding\.py .* Remove it and tune again"):
+            work()
+    assert path.read_text() == text

@@ -1,0 +1,167 @@
+"""Records hold what exits say of the full model's texts; forecasts count what running counts, and add up measured costs."""
+
+import pytest
+
+from megatron_sorted.decoding.costs import Costs, measure_costs
+from megatron_sorted.decoding.forecast import forecast
+from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.sampling import Sampling
+from megatron_sorted.decoding.traces import Trace, record
+from megatron_sorted.decoding.tuning import Bandit, Tuner
+from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, check_way
+from tests.support.decoding import last_logits, plain_network, prompts
+
+DEPTHS, LENGTH = [1, 2, 3], 40
+UNIT = Costs((1, 64), dict.fromkeys((1, 2, 3, 4), (1.0, 64.0)), dict.fromkeys((1, 2, 3, 4), (0.5, 0.5)))
+"""A layer costs 1 a token, a head 0.5 however many tokens."""
+FLAT = Costs((1, 64), dict.fromkeys((1, 2, 3, 4), (1.0, 1.0)), dict.fromkeys((1, 2, 3, 4), (0.1, 0.1)))
+"""Reading many tokens costs what one costs: a machine that waits for its memory."""
+
+TARGET = Costs((1, 64), {4: (100.0, 6400.0)}, {4: (7.0, 7.0)})
+"""A large model for which another drafts: it is never left early."""
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    case, network = plain_network("llama")
+    texts = prompts((6, 15, 9), 100)
+    return case, network, texts, record(network, texts, DEPTHS, limits=Limits(LENGTH))
+
+
+def test_records_are_what_the_exits_say(recorded):
+    case, _, texts, traces = recorded
+    for text, trace in zip(texts, traces, strict=True):
+        for at in (0, 7, LENGTH - 1):
+            for index, depth in enumerate(DEPTHS):
+                logits = last_logits(case, depth, [*text, *trace.tokens[:at]])
+                assert trace.same_dn[index][at] == (int(logits.argmax()) == trace.tokens[at])
+                p = logits.softmax(-1).sort(descending=True).values
+                assert trace.sure_dn["probability"][index][at] == pytest.approx(float(p[0]), rel=1e-3)
+                assert trace.sure_dn["margin"][index][at] == pytest.approx(float(p[0] - p[1]), abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("way", [SelfSpeculative(1, 3), SelfSpeculative(3, 7), SortedSpeculative((2,), (0.0,), 4)])
+def test_steps_and_drafts_are_those_of_a_run(recorded, way, temperature):
+    _, network, texts, _ = recorded
+    sampling = Sampling(temperature, seed=2)
+    traces = record(network, texts, DEPTHS, sampling, Limits(LENGTH))
+    found = forecast(way, traces, DEPTHS, UNIT, 4)
+    runs = [generate(network, [text], way, sampling, Limits(LENGTH))[0] for text in texts]
+    assert found.num_tokens == 3 * LENGTH == found.num_same
+    assert found.num_steps == sum(run.counts.num_steps for run in runs)
+    assert found.num_drafted == sum(run.counts.num_drafted for run in runs)
+    assert found.num_accepted == sum(run.counts.num_accepted for run in runs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("way", [SelfSpeculative(1, 3), SelfSpeculative(4, 5), SortedSpeculative((2,), (0.0,), 4)])
+def test_steps_and_drafts_are_those_of_a_run_where_another_model_drafts(recorded, way, temperature):
+    _, network, texts, _ = recorded
+    _, draft = plain_network("llama", 0.2)
+    sampling = Sampling(temperature, seed=2)
+    traces = record(network, texts, draft.depths, sampling, Limits(LENGTH), draft)
+    found = forecast(way, traces, draft.depths, TARGET, 4, UNIT)
+    runs = [generate(network, [text], way, sampling, Limits(LENGTH), draft)[0] for text in texts]
+    assert [trace.tokens for trace in traces] == [run.tokens for run in runs] and found.num_same == 3 * LENGTH
+    assert found.num_steps == sum(run.counts.num_steps for run in runs)
+    assert found.num_drafted == sum(run.counts.num_drafted for run in runs)
+    assert found.num_accepted == sum(run.counts.num_accepted for run in runs)
+    assert 0 < found.num_accepted < found.num_drafted, "all drafts are alike: the test shows little"
+
+
+def test_steps_of_another_models_drafts_are_counted_by_hand():
+    trace = Trace([5, 6, 7, 8, 9], [[True, True, False, False, True], [True] * 5], {})
+    found = forecast(SelfSpeculative(1, 2), [trace], [1, 2], TARGET, 4, UNIT)
+    # the draft reads 1 + 1 tokens, both right; then the one it has not read and the full model's own, and 1; both wrong; then 1 + 1
+    drafting = (1 + 1 + 2 * 0.5) + (2 + 1 + 2 * 0.5) + (1 + 1 + 2 * 0.5)
+    # each time the full model reads the last token of the text and both drafts
+    assert found.seconds == pytest.approx(drafting + 3 * (3 * 100 + 7))
+    assert (found.num_steps, found.num_drafted, found.num_accepted, found.num_same) == (3, 6, 3, 5)
+    sure = {"probability": [[0.9, 0.1, 0.1], [0.9, 0.2, 0.9]]}
+    trace = Trace([5, 6, 7], [[True, False, True], [True, True, True]], sure)
+    found = forecast(SortedSpeculative((1, 2), (0.5, 0.5), 4), [trace], [1, 2], TARGET, 4, UNIT)
+    # exit 1 is sure of the first; of the second neither is, for which exit 2 reads both
+    assert found.seconds == pytest.approx((1 + 0.5) + (1 + 0.5) + (2 + 0.5) + (3 * 100 + 7))
+    assert (found.num_steps, found.num_drafted, found.num_accepted) == (1, 2, 2)
+    assert forecast(Full(), [trace], [1, 2], TARGET, 4, UNIT).seconds == pytest.approx(3 * 107)
+
+
+def test_costs_are_added_up(recorded):
+    *_, traces = recorded
+    assert forecast(Full(), traces, DEPTHS, UNIT, 4).seconds == pytest.approx(3 * LENGTH * 4.5)
+    assert forecast(Fixed(2), traces, DEPTHS, UNIT, 4).seconds == pytest.approx(3 * LENGTH * 2.5)
+    [first, *_] = traces
+    one = forecast(SelfSpeculative(1, 2), [first], DEPTHS, UNIT, 4)
+    # every token that was drafted or committed is read once by each layer it reached: none twice
+    read = one.num_tokens + one.num_drafted - one.num_accepted
+    heads = one.num_drafted + one.num_steps
+    assert one.seconds == pytest.approx(4 * read + 0.5 * heads, abs=4 * 3)  # the last step may end behind the text
+
+
+def test_early_exit_counts_what_differs(recorded):
+    *_, traces = recorded
+    never = forecast(EarlyExit((1, 3), (1.0, 1.0)), traces, DEPTHS, UNIT, 4)
+    always = forecast(EarlyExit((1, 3), (0.0, 1.0)), traces, DEPTHS, UNIT, 4)
+    right = sum(sum(trace.same_dn[0]) for trace in traces)
+    assert never.share_same == 1.0 and always.num_same == right
+    assert never.seconds == pytest.approx(3 * LENGTH * (4 + 1.5)) and always.seconds == pytest.approx(3 * LENGTH * 1.5)
+
+
+def test_the_tuner_finds_ways_that_are_faster_and_fit_the_model(recorded):
+    _, network, _, traces = recorded
+    tuner = Tuner(traces, DEPTHS, FLAT, 4)
+    fixed, adaptive = tuner.self_speculative(), tuner.sorted_speculative()
+    assert fixed.expected.tokens_per_second > 1.1 * tuner.base.tokens_per_second
+    assert adaptive.expected.tokens_per_second >= fixed.expected.tokens_per_second
+    early = tuner.early_exit(0.8)
+    assert early.expected.share_same >= 0.8 and early.expected.tokens_per_second > tuner.base.tokens_per_second
+    for way in (fixed.way, adaptive.way, early.way, *tuner.trees()):
+        check_way(way, network)
+
+
+def test_the_tuner_finds_ways_of_another_model_that_drafts(recorded):
+    _, network, texts, _ = recorded
+    _, draft = plain_network("llama", 0.2)
+    traces = record(network, texts, draft.depths, limits=Limits(LENGTH), drafter=draft)
+    tuner = Tuner(traces, draft.depths, Costs((1, 64), {4: (9.0, 9.0)}, {4: (0.1, 0.1)}), 4, FLAT)
+    fixed, adaptive = tuner.self_speculative(), tuner.sorted_speculative()
+    assert adaptive.expected.tokens_per_second >= fixed.expected.tokens_per_second > 1.3 * tuner.base.tokens_per_second
+    for way in (fixed.way, adaptive.way, *tuner.trees()):
+        check_way(way, network, draft)
+
+
+def test_a_bandit_takes_the_faster_way_of_each_task():
+    ways, seconds = [Full(), SelfSpeculative(1, 4)], {"a": (1.0, 0.5), "b": (0.5, 1.0)}
+    bandit, taken = Bandit(ways), {"a": [0, 0], "b": [0, 0]}
+    for turn in range(200):
+        for task in seconds:
+            if turn == 100:
+                bandit = Bandit(ways, bandit.state_dict())
+            place = bandit.choose(task)
+            bandit.learn(task, place, 10, seconds[task][place] * 10)
+            taken[task][place] += 1
+    assert taken["a"][1] > 170 and taken["b"][0] > 170 and min(*taken["a"], *taken["b"]) >= 1
+
+
+def test_a_way_that_fails_is_tried_ever_more_seldom():
+    bandit, tried = Bandit([SelfSpeculative(1, 4), Full()]), []
+    for turn in range(1200):
+        place = bandit.choose("a")
+        if place == 0:
+            tried.append(turn)
+            bandit.fail("a", place)
+        else:
+            bandit.learn("a", place, 10, 1.0)
+    assert tried == [0, 11, 102, 1003]
+    both = Bandit([SelfSpeculative(1, 4), Full()])
+    for place in (0, 1, 0, 1):
+        assert both.choose("a") == place
+        both.fail("a", place)
+
+
+def test_measured_costs_grow_with_what_is_read():
+    _, network = plain_network("llama")
+    costs = measure_costs(network, [1, 4], length=64, widths=(1, 64))
+    assert costs.of_layers(4, 1) > 0 and costs.of_layers(4, 64) > costs.of_layers(1, 1)
+    assert costs.of_layers(4, 0) == 0 and costs.of_layers(1, 128) == pytest.approx(2 * costs.of_layers(1, 64))

@@ -1,0 +1,120 @@
+"""Passes that are told on the device where tokens stand say what others say: done anew each time, and replayed from a recording."""
+
+import itertools
+
+import pytest
+import torch
+
+from megatron_sorted.decoding.arenas import MOST_IDLE
+from megatron_sorted.decoding.generate import Limits, generate, stream
+from megatron_sorted.decoding.network import load_network
+from megatron_sorted.decoding.passes import Passes
+from megatron_sorted.decoding.sampling import Sampling
+from megatron_sorted.decoding.state import State
+from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, Tree
+from tests.support.decoding import DEPTHS, last_logits, prompts
+from tests.support.exit_parts import save_nested
+from tests.support.model_directories import FAMILIES
+from tests.support.tape import Tape
+
+WAYS = [Full(), Fixed(1), EarlyExit((1, 3), (0.02, 0.02)), SelfSpeculative(1, 4), SortedSpeculative((1, 3), (0.02, 0.02), 5),
+        Tree((1, 3), (0.02,), 3, 2, 6)]
+
+
+def loaded(tmp_path, family="mistral", kind="block", record=True):
+    """Returns what a model must say, its ordinary network, and one whose passes are told on the device, and recorded if ``record``."""
+    case = save_nested(tmp_path, family, kind)
+    network = load_network(tmp_path, graphs=True)
+    if record:
+        network.make_recorder = Tape
+    return case, load_network(tmp_path), network
+
+
+@pytest.mark.parametrize("record", [False, True], ids=["anew", "replayed"])
+@pytest.mark.parametrize("kind", ["block", "adapter and mlp"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_every_exit_of_every_family(family, kind, record, tmp_path):
+    case, _, network = loaded(tmp_path, family, kind, record)
+    for lengths in ((9,), (30, 3)):
+        texts = prompts(lengths, 100)
+        state = State(network, len(texts), 80, DEPTHS)
+        for row, text in enumerate(texts):
+            state.append(torch.tensor([text] * len(texts)), [len(text) if place == row else 0 for place in range(len(texts))])
+        for step, depth in enumerate((1, 4, 1, 1, 3, 1, 4, 1, 1, 3, 1, 4)):
+            state.read(depth)
+            got = state.logits(depth, state.last_slots())[:, 0]
+            for row, text in enumerate(texts):
+                torch.testing.assert_close(got[row], last_logits(case, depth, text), rtol=1e-4, atol=1e-4)
+            more = torch.tensor(prompts([1] * len(texts), 100, seed=step))
+            state.append(more)
+            texts = [[*text, *new] for text, new in zip(texts, more.tolist(), strict=True)]
+        assert (state.memory.passes.num_replays > 0) == record
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_every_way_says_the_same_replayed(way, tmp_path):
+    _, plain, network = loaded(tmp_path)
+    texts = prompts((11, 3, 100), 100)
+    for sampling, rows in itertools.product((Sampling(), Sampling(0.8, repetition_penalty=1.2)), ([0], [2], [0, 1, 2])):
+        chosen = [texts[row] for row in rows]
+        wanted = [text.tokens for text in generate(plain, chosen, way, sampling, Limits(40))]
+        assert [text.tokens for text in generate(network, chosen, way, sampling, Limits(40))] == wanted
+    assert sum(memory.passes.num_replays for memory in network.idle) > 20
+
+
+def test_rows_that_leave_take_other_memory_and_all_of_it_comes_back(tmp_path):
+    _, plain, network = loaded(tmp_path)
+    texts, way = prompts((11, 3, 24), 100), SelfSpeculative(1, 3)
+    ends = frozenset({generate(plain, [texts[0]], way, limits=Limits(10))[0].tokens[-1]})
+    wanted = [text.tokens for text in generate(plain, texts, way, limits=Limits(30, ends))]
+    assert [text.tokens for text in generate(network, texts, way, limits=Limits(30, ends))] == wanted
+    assert len({memory.num_rows for memory in network.idle}) > 1
+
+
+def test_memory_is_lent_again_but_never_to_two(tmp_path):
+    _, plain, network = loaded(tmp_path)
+    one, other = prompts((11, 5), 100)
+    [wanted], [also] = generate(plain, [one], limits=Limits(30)), generate(plain, [other], limits=Limits(20))
+    under_way = stream(network, [one], limits=Limits(30))
+    tokens = [next(under_way).tokens[0] for _ in range(7)]
+    assert generate(network, [other], limits=Limits(20))[0].tokens == also.tokens
+    [memory] = network.idle
+    recorded = len(memory.passes._recorded)
+    assert recorded > 0
+    tokens += [added.tokens[0] for added in under_way]
+    assert tokens == wanted.tokens
+    del under_way
+    assert len(network.idle) == 2
+    for tensor in memory.tensors():
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))  # what a text that went wrong leaves behind
+    network.idle = [memory]
+    assert generate(network, [other], limits=Limits(20))[0].tokens == also.tokens
+    assert network.idle == [memory] and len(memory.passes._recorded) == recorded, "what was recorded is used by later texts"
+    for rows in range(1, MOST_IDLE + 3):
+        generate(network, [other] * rows, limits=Limits(2))
+    assert len(network.idle) == MOST_IDLE and memory not in network.idle
+
+
+def test_a_device_that_cannot_record_is_asked_once():
+    asked, done = [], []
+
+    def record(work):
+        asked.append(work)
+        raise RuntimeError("no room")
+
+    passes = Passes(record)
+    passes("a", lambda: done.append("a"))
+    with pytest.warns(RuntimeWarning, match=r"not recorded: no room\. .* graphs=False"):
+        passes("a", lambda: done.append("a"))
+    passes("a", lambda: done.append("a"))
+    assert (len(asked), done, passes.num_replays) == (1, ["a"] * 3, 0)
+
+
+def test_no_more_is_recorded_than_there_is_room_for(monkeypatch):
+    monkeypatch.setattr("megatron_sorted.decoding.passes.MOST_RECORDED", 2)
+    passes, tensor = Passes(Tape()), torch.zeros(1)
+    for name in [*"abc", *"abc", *"abc"]:
+        passes(name, lambda: tensor.add_(0))
+    assert passes.num_replays == 4, "a and b are recorded and replayed at their second and third time"

@@ -1,0 +1,83 @@
+"""The proof of decoding sees what is wrong, and says nothing of what is right."""
+
+import dataclasses
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sorted.decoding.generate import generate
+from megatron_sorted.decoding.sampling import Sampling
+from megatron_sorted.decoding.ways import SelfSpeculative, Tree, check_way, draft_depths
+from tests.support.decoding import plain_network
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from decoding import proof
+from decoding.proof import compare, draw_way, fit, greedy_draft_pairs, pairs_expected, sample_pairs
+
+PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 6], [4, 4]]
+
+
+def letters(tokens):
+    return "".join(chr(97 + token % 26) for token in tokens)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return plain_network("llama")[1]
+
+
+def test_drawn_ways_can_all_be_gone(network):
+    chance = random.Random(0)
+    ways = [draw_way(chance, network.depths[:-1]) for _ in range(300)]
+    for way in ways:
+        check_way(way, network)
+    assert {way.name for way in ways} == {"self_speculative", "sorted_speculative", "tree"}
+    assert {depth for way in ways for depth in draft_depths(way)} == set(network.depths[:-1])
+
+
+def test_nothing_differs_and_texts_end_in_every_manner(network):
+    found = compare(network, PROMPTS, 1500, seed=1, most_new_tokens=24, end_ids=frozenset({1, 2}), to_text=letters)
+    assert found.num_tokens >= 1500 and found.num_same == found.num_tokens and not found.differences
+    assert set(found.finishes) == {"eos", "stop", "length"} and set(found.by_way) == {"self_speculative", "sorted_speculative", "tree"}
+    assert 0 < found.accepted < found.drafted
+
+
+def test_a_wrong_token_is_found(network, monkeypatch):
+    def slipped(network, prompts, way, sampling=None, limits=None, draft=None):
+        texts = generate(network, prompts, way, sampling, limits, draft)
+        if way.name == "tree" and len(texts[0].tokens) > 3:
+            texts[0] = dataclasses.replace(texts[0], tokens=[*texts[0].tokens[:3], (texts[0].tokens[3] + 1) % 8, *texts[0].tokens[4:]])
+        return texts
+
+    monkeypatch.setattr(proof, "generate", slipped)
+    found = compare(network, PROMPTS, 600, seed=1, most_new_tokens=24, sampled=0.0)
+    assert found.differences and all(one.way.name == "tree" and one.place == 3 for one in found.differences)
+    assert found.num_same < found.num_tokens and all(one.margin >= 0 for one in found.differences)
+
+
+def test_a_chi_square_is_that_of_the_tables():
+    expected = {(0, 0): 0.5, (0, 1): 0.5}
+    one = fit({(0, 0): 5098, (0, 1): 4902}, expected)  # (98^2 + 98^2) / 5000 = 3.8416: 5 % with one degree of freedom
+    assert one.chi_square == pytest.approx(3.8416) and one.p == pytest.approx(0.05, abs=1e-4) and one.cells == 2
+    assert fit({(0, 0): 5000, (0, 1): 4999, (1, 1): 1}, expected).p == 0.0, "a pair that cannot come"
+    rare = {(0, 0): 0.999, **{(1, place): 0.0001 for place in range(10)}}
+    assert fit({(0, 0): 9990, (1, 3): 10}, rare).cells == 2, "rare pairs are counted together"
+
+
+@pytest.mark.parametrize("way", [SelfSpeculative(1, 2), Tree((1,), (), 2, 3, 6)])
+def test_samples_are_of_the_full_models_distribution_and_biased_ones_are_not(network, way):
+    sampling = Sampling(1.0, 6)
+    expected = pairs_expected(network, PROMPTS[0], sampling)
+    assert sum(expected.values()) == pytest.approx(1, abs=1e-5) and len(expected) == 36
+    assert fit(sample_pairs(network, PROMPTS[0], way, sampling, 2000), expected).p > 1e-4
+    assert fit(greedy_draft_pairs(network, PROMPTS[0], 1, sampling, 1000), expected).p < 1e-4
+
+
+def test_margins_are_read_from_the_full_model(network):
+    logits = proof.next_logits(network, [5, 9, 2])
+    with torch.inference_mode():
+        wanted = network.model(torch.tensor([[5, 9, 2]])).logits[0, -1]
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,53 @@
+"""What does not fit is refused before the host's memory is gone, in one line, whoever notices."""
+
+import pytest
+import torch
+
+from megatron_sorted.decoding import room
+from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.room import bytes_needed, check_room, free_host_bytes, told_by_us
+from megatron_sorted.decoding.state import State
+from megatron_sorted.errors import MemoryExhaustedError
+from tests.support.decoding import nested, plain_network
+
+
+@pytest.mark.parametrize(("kind", "stops"), [("block", (1, 4)), ("mlp", (3,)), ("adapter and block", (1, 3, 4))])
+def test_bytes_are_those_that_are_taken(kind, stops, tmp_path):
+    _, network = nested(tmp_path, "qwen3", kind)
+    state = State(network, 3, 100, stops)
+    assert bytes_needed(network, 3, state.capacity, stops) == state.memory.num_bytes
+
+
+@pytest.mark.parametrize(("files", "free"), [
+    ({}, None), ({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   2000 kB\n"}, 2_048_000),
+    ({"proc/meminfo": "MemAvailable: 2000 kB\n", "sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/memory.current": "5\n",
+      "sys/fs/cgroup/memory.stat": "anon 5\n"}, 2_048_000),
+    ({"proc/meminfo": "MemAvailable: 2000 kB\n", "sys/fs/cgroup/memory.max": "1000000\n", "sys/fs/cgroup/memory.current": "900000\n",
+      "sys/fs/cgroup/memory.stat": "anon 5\ninactive_file 300000\n"}, 400_000)])
+def test_free_bytes_are_the_least_that_host_and_container_give(files, free, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert free_host_bytes(tmp_path) == free
+
+
+def test_what_does_not_fit_is_refused_before_it_is_begun(monkeypatch):
+    _, network = plain_network("llama")
+    monkeypatch.setattr(room, "free_host_bytes", lambda: 1_000_000)
+    check_room(network, 1, 64, (4,))
+    with pytest.raises(MemoryExhaustedError, match=r"out of memory: 500 texts of 208 tokens need 0\.\d\d GB of keys and values, 0.00 GB"):
+        generate(network, [[1] * 7] * 500, limits=Limits(200))
+    monkeypatch.setattr(room, "free_host_bytes", lambda: None)
+    check_room(network, 500, 1 << 30, (4,))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")])
+def test_every_allocator_is_told_alike(error):
+    with pytest.raises(MemoryExhaustedError, match=r"^out of memory \([^\n]+\)\. Shorten prompts"), told_by_us():
+        raise error
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="broken"), told_by_us():
+        raise RuntimeError("broken")

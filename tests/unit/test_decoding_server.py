@@ -1,0 +1,176 @@
+"""The server answers as OpenAI's does: texts, streams, conversations; every malformed request is refused by its field; it lives on."""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi", reason="serving is an extra")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from decoding.api import make_app
+from decoding.worker import Job, Worker
+from fastapi.testclient import TestClient
+
+from megatron_sorted.decoding import generate as generate_module
+from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.sampling import Sampling
+from megatron_sorted.decoding.ways import Full, SelfSpeculative, check_way
+from megatron_sorted.decoding.writer import Writer
+from tests.support.decoding import plain_network
+from tests.unit.test_decoding_writer import Letters
+
+WAYS = {None: SelfSpeculative(2, 4), "full": Full(), "self_speculative": SelfSpeculative(1, 2), "fixed": SelfSpeculative(9, 2)}
+
+
+@pytest.fixture
+def served():
+    _, network = plain_network("llama")
+    writer = Writer(network, Letters())
+    worker = Worker(writer)
+
+    def way_of(name):
+        way = WAYS[name]
+        check_way(way, network)
+        return way
+
+    with TestClient(make_app(worker, "tiny", way_of)) as client:
+        yield client, writer, worker
+    worker.close()
+
+
+def expected(writer: Writer, ids: list[int], count: int, sampling: Sampling | None = None) -> str:
+    [text] = generate(writer.network, [ids], Full(), sampling, Limits(count))
+    return writer.tokenizer.decode(text.tokens)
+
+
+def test_completions_of_one_and_of_many_prompts(served):
+    client, writer, _ = served
+    ask = {"model": "tiny", "prompt": "hello", "max_tokens": 12, "temperature": 0}
+    said = client.post("/v1/completions", json=ask).json()
+    wanted = expected(writer, writer.encode("hello"), 12)
+    assert said["object"] == "text_completion"
+    assert said["choices"] == [{"index": 0, "text": wanted, "logprobs": None, "finish_reason": "length"}]
+    assert said["usage"] == {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
+    many = client.post("/v1/completions", json={**ask, "prompt": ["hello", "b"], "echo": True, "way": "full"}).json()
+    assert [choice["text"] for choice in many["choices"]] == ["hello" + wanted, "b" + expected(writer, writer.encode("b"), 12)]
+    bare = client.post("/v1/completions", json={**ask, "prompt": [5, 6, 7]}).json()
+    assert bare["choices"][0]["text"] == expected(writer, [5, 6, 7], 12)
+    sampled = client.post("/v1/completions", json={**ask, "temperature": 0.8, "seed": 5, "top_p": 0.9, "n": 2}).json()
+    assert sampled["choices"][0]["text"] == expected(writer, writer.encode("hello"), 12, Sampling(0.8, top_p=0.9, seed=5))
+    assert sampled["choices"][0]["text"] != sampled["choices"][1]["text"]
+
+
+def test_a_stop_word_and_a_conversation(served):
+    client, writer, _ = served
+    ids = writer.encode_chat([{"role": "user", "content": "hi"}])
+    whole = expected(writer, ids, 30)
+    ask = {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 30, "temperature": 0, "stop": whole[10:13]}
+    said = client.post("/v1/chat/completions", json=ask).json()
+    [choice] = said["choices"]
+    assert choice["message"] == {"role": "assistant", "content": whole[: whole.index(whole[10:13])]} and choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_streams(served, path):
+    client, writer, _ = served
+    is_chat = "chat" in path
+    ask = {"messages": [{"role": "user", "content": "hi"}]} if is_chat else {"prompt": "hi"}
+    with client.stream("POST", path, json={**ask, "max_tokens": 20, "temperature": 0, "stream": True}) as answer:
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    chunks = [json.loads(line) for line in lines[:-1]]
+    parts = [choice for chunk in chunks for choice in chunk["choices"]]
+    text = "".join(choice["delta"].get("content", "") if is_chat else choice["text"] for choice in parts)
+    ids = writer.encode_chat(ask["messages"]) if is_chat else writer.encode("hi")
+    assert text == expected(writer, ids, 20) and parts[-1]["finish_reason"] == "length"
+    assert chunks[-1]["usage"]["completion_tokens"] == 20 and len({chunk["id"] for chunk in chunks}) == 1
+
+
+BAD = [
+    ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens"), ({"prompt": "a", "temperature": -1}, 400, "temperature"),
+    ({"prompt": "a", "temperature": "hot"}, 400, "temperature"), ({"prompt": "a", "top_p": 2}, 400, "top_p"),
+    ({"prompt": "a", "stop": ""}, 400, "stop"), ({"prompt": "a", "n": 99}, 400, "n"), ({"prompt": []}, 400, "prompt"), ({}, 400, "prompt"),
+    ({"prompt": "a", "colour": "red"}, 400, "colour"), ({"prompt": "a", "model": "other"}, 404, "model"),
+    ({"prompt": "a" * 999}, 400, "prompt"), ({"prompt": [5000]}, 400, "prompt"), ({"prompt": "a", "way": "fast"}, 400, "way"),
+    ({"prompt": "a", "way": "fixed"}, 400, "way"), ({"prompt": {"a": 1}}, 400, "prompt"),
+    ({"prompt": "a", "task": ""}, 400, "task"), ({"prompt": "a", "task": "a" * 65}, 400, "task"), ({"prompt": "a", "task": 3}, 400, "task"),
+    ({"prompt": "a", "task": None}, 400, "task"), ({"prompt": "a", "task": "\ud800"}, 400, "task"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "field"), BAD, ids=[str(body)[:40] for body, _, _ in BAD])
+def test_a_malformed_request_is_refused_by_its_field(served, body, status, field):
+    client, *_ = served
+    answer = client.post("/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert answer.status_code == status and error["param"] == field and error["message"], answer.text
+    assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize(("content", "body"), [("application/json", b"{"), ("application/json", b""), ("text/plain", b"hello")])
+def test_what_is_no_json_is_refused(served, content, body):
+    client, *_ = served
+    answer = client.post("/v1/completions", content=body, headers={"content-type": content})
+    assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_conversations_that_are_none(served):
+    client, *_ = served
+    for messages in ([], [{"role": "robot", "content": "a"}], [{"role": "user"}], "hi"):
+        answer = client.post("/v1/chat/completions", json={"messages": messages})
+        assert answer.status_code == 400 and answer.json()["error"]["param"].startswith("messages")
+
+
+def test_out_of_memory_and_failures_are_told_and_the_server_lives_on(served, monkeypatch):
+    client, *_ = served
+    host = RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    for error, status in ((torch.OutOfMemoryError("no room"), 503), (host, 503), (MemoryError(), 503), (RuntimeError("broken"), 500)):
+        with monkeypatch.context() as patch:
+            patch.setattr(generate_module, "start_batch", Mock(side_effect=error))
+            answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+            assert answer.status_code == status and answer.json()["error"]["type"] == "server_error"
+        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+
+
+def test_a_server_that_does_not_adapt_takes_tasks_and_says_so(served):
+    client, *_ = served
+    assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "task": "b"}).status_code == 200
+    answer = client.get("/v1/adaptation")
+    assert answer.status_code == 404 and "--adapt" in answer.json()["error"]["message"]
+
+
+def test_a_client_that_is_gone_ends_its_job(served):
+    _, writer, worker = served
+    job = worker.submit(Job([writer.encode("a")], Full(), Sampling(), 200, []))
+    next(job.results())
+    job.gone.set()
+    behind = worker.submit(Job([writer.encode("a")], Full(), Sampling(), 2, []))
+    assert len(list(behind.results())) == 2
+    assert job.pieces.qsize() < 190, "the job went on to its end"
+    late = Job([writer.encode("a")], Full(), Sampling(), 200, [])
+    late.gone.set()
+    assert list(worker.submit(late).results()) == [], "nobody waited for it any more when its turn came"
+
+
+def test_requests_that_come_at_once_are_answered_one_after_another(served):
+    client, writer, _ = served
+    answers: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        said = client.post("/v1/completions", json={"prompt": "a" * number, "max_tokens": 8, "temperature": 0}).json()
+        answers[number] = said["choices"][0]["text"]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(1, 7)]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 60
+    for thread in threads:
+        thread.join(max(0, until - time.monotonic()))
+    assert answers == {number: expected(writer, writer.encode("a" * number), 8) for number in range(1, 7)}

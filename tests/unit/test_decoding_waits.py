@@ -1,0 +1,83 @@
+"""How often a step waits for the device: once to read what was accepted, and once for each question whose answer decides what runs next."""
+
+import pytest
+import torch
+
+from megatron_sorted.conversion.nested_exits import Exit
+from megatron_sorted.decoding import generate as generate_module
+from megatron_sorted.decoding import sampling as sampling_module
+from megatron_sorted.decoding import transfer
+from megatron_sorted.decoding.confidence import MEASURES
+from megatron_sorted.decoding.generate import make_step, start_batch
+from megatron_sorted.decoding.network import Network
+from megatron_sorted.decoding.sampling import Sampling
+from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, Tree
+from tests.support.decoding import prompts
+from tests.support.host_waits import HostWaits, MarkedPlatform
+from tests.support.model_directories import family_model
+
+NEVER, ALWAYS = 1.0, 0.0
+WAYS = [
+    (Full(), 1), (Fixed(2), 1), (SelfSpeculative(2, 6), 1),
+    # every exit is asked, then the last one's token is read
+    (EarlyExit((1, 3), (NEVER, NEVER)), 3), (EarlyExit((1, 3), (ALWAYS, NEVER)), 2),
+    # by drafted token the exits that are asked; then one verification
+    (SortedSpeculative((1, 3), (ALWAYS, NEVER), 6), 7), (SortedSpeculative((1, 3), (NEVER, ALWAYS), 6), 13),
+    (SortedSpeculative((1, 3), (NEVER, NEVER), 6), 3),
+    # by level the exits but the last; the candidates; the tree; what was chosen
+    (Tree((2,), (), 4, 2, 6), 3), (Tree((1, 3), (NEVER,), 4, 2, 6), 7)]
+SAMPLINGS = [Sampling(), Sampling(0.9, top_k=20, top_p=0.9, repetition_penalty=1.2)]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Returns a network on what counts as a device, and what watches it."""
+    model = family_model("mistral").requires_grad_(False)
+    waits = HostWaits()
+    waits.mark(*model.parameters(), *model.buffers())
+    to_device = lambda tensor, device: MarkedPlatform(waits).to_device(tensor)  # noqa: E731
+    for module in (transfer, sampling_module, generate_module):
+        monkeypatch.setattr(module, "to_device", to_device)
+    return model, waits
+
+
+def check(model, waits, way, sampling, lengths, measure, graphs):
+    with waits, torch.inference_mode():
+        network = Network(model, {depth: Exit(model.model.norm, model.lm_head) for depth in (1, 2, 3, 4)}, packed=False, graphs=graphs)
+        if hasattr(way, "measure"):
+            way = type(way)(**{**vars(way), "measure": measure})
+        batch = start_batch(network, prompts(lengths, 100), way, sampling, 60, None)
+        step, found = make_step(way, batch), []
+        for _ in range(3):
+            waits.found.clear()
+            step.step()
+            found.append([*waits.found])
+    return found
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["by the host", "by the device"])
+@pytest.mark.parametrize("lengths", [(9,), (9, 4)], ids=["one", "ragged"])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("way", "times"), WAYS, ids=[f"{way.name}-{times}" for way, times in WAYS])
+def test_a_step_waits_no_oftener_than_it_must(way, times, sampling, lengths, graphs, stand_in):
+    for waited in check(*stand_in, way, sampling, lengths, "probability", graphs):
+        assert len(waited) == times, waited
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_measures_do_not_wait(measure, stand_in):
+    for waited in check(*stand_in, EarlyExit((1, 3), (NEVER, NEVER)), Sampling(), (9,), measure, False):
+        assert len(waited) == 3, waited
+
+
+def test_rows_leave_without_a_wait(stand_in):
+    model, waits = stand_in
+    with waits, torch.inference_mode():
+        network = Network(model, {depth: Exit(model.model.norm, model.lm_head) for depth in (2, 4)}, packed=False)
+        batch = start_batch(network, prompts((9, 4, 6), 100), SelfSpeculative(2, 3), Sampling(0.9, repetition_penalty=1.2), 20, None)
+        step = make_step(SelfSpeculative(2, 3), batch)
+        step.step()
+        waits.found.clear()
+        batch.select_rows([0, 2])
+        step.step()
+    assert len(waits.found) == 1, waits.found

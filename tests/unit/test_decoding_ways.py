@@ -1,0 +1,197 @@
+"""Every way says what it must: speculation what the full model says, token for token; exits what a plain loop over whole texts says."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_sorted.decoding import sampling as sampling_module
+from megatron_sorted.decoding.confidence import MEASURES
+from megatron_sorted.decoding.generate import Limits, generate, stream
+from megatron_sorted.decoding.sampling import Sampling, gumbel
+from megatron_sorted.decoding.state import State
+from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, Tree
+from tests.support.decoding import continue_greedily, last_logits, nested, plain_network, prompts
+
+SPECULATIVE = [
+    SelfSpeculative(1, 1), SelfSpeculative(2, 5), SelfSpeculative(3, 9), SortedSpeculative((1,), (0.5,), 4),
+    SortedSpeculative((1, 2, 3), (0.6, 0.4, 0.2), 6), SortedSpeculative((2, 3), (0.9, 0.9), 12, "margin"), Tree((1,)),
+    Tree((2,), (), 1, 3, 3), Tree((1, 3), (0.5,), 4, 3, 7), Tree((1,), (), 6, 1, 6), Tree((2,), (), 3, 5, 40),
+    Tree((1, 2), (0.3,), 2, 6, 1, measure="entropy"), Tree((2,), (), 5, 1, 8, 2), Tree((1, 3), (0.4,), 4, 3, 9, 1)]
+NUM_TOKENS = 40
+
+
+def name_of(way) -> str:
+    return "-".join(map(str, (way.name, *vars(way).values())))
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def case(request):
+    model, network = plain_network(request.param)
+    texts = prompts((11, 3, 24), 100)
+    wanted = [continue_greedily(text, NUM_TOKENS, lambda whole: last_logits(model, 4, whole)) for text in texts]
+    return network, texts, wanted
+
+
+@pytest.mark.parametrize("way", [Full(), *SPECULATIVE], ids=name_of)
+def test_greedy_text_is_that_of_the_full_model_alone_and_in_a_batch(case, way):
+    network, texts, wanted = case
+    together = generate(network, texts, way, limits=Limits(NUM_TOKENS))
+    assert [text.tokens for text in together] == wanted
+    assert [generate(network, [text], way, limits=Limits(NUM_TOKENS))[0].tokens for text in texts] == wanted
+    for text in together:
+        assert text.finish == "length" and len(text.counts.depths) == NUM_TOKENS
+        assert text.counts.num_accepted <= text.counts.num_drafted
+        if not isinstance(way, Full):
+            assert NUM_TOKENS - 1 <= text.counts.num_accepted + text.counts.num_steps <= NUM_TOKENS + text.counts.num_steps
+    if not isinstance(way, Full) and way != SelfSpeculative(1, 1):
+        assert sum(text.counts.num_accepted for text in together) > 20, "drafts are never accepted: the test shows little"
+
+
+@pytest.mark.parametrize("way", SPECULATIVE, ids=name_of)
+@pytest.mark.parametrize("sampling", [Sampling(1.0, seed=3), Sampling(0.7, top_k=8, top_p=0.9, repetition_penalty=1.3, seed=4),
+                                      Sampling(0.0, repetition_penalty=1.5)], ids=["plain", "all", "greedy penalty"])
+def test_sampled_text_is_that_of_the_full_model_with_the_same_seed(case, way, sampling):
+    network, texts, _ = case
+    wanted = [text.tokens for text in generate(network, texts, Full(), sampling, Limits(NUM_TOKENS))]
+    together = generate(network, texts, way, sampling, Limits(NUM_TOKENS))
+    assert [text.tokens for text in together] == wanted
+    assert generate(network, texts[:1], way, sampling, Limits(NUM_TOKENS))[0].tokens == wanted[0]
+
+
+def test_sampled_text_is_what_a_plain_loop_samples():
+    model, network = plain_network("llama")
+    [prompt] = prompts((9,), 100)
+    settings = Sampling(0.8, repetition_penalty=1.3, seed=6)
+
+    def after(text):
+        logits = last_logits(model, 4, text)
+        seen = torch.zeros(100, dtype=torch.bool)
+        seen[text] = True
+        logits = torch.where(seen, torch.where(logits > 0, logits / 1.3, logits * 1.3), logits)
+        return logits / 0.8 + gumbel(6, 0, len(text), 100)
+
+    assert generate(network, [prompt], Full(), settings, Limits(30))[0].tokens == continue_greedily(prompt, 30, after)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_fixed_exit_is_the_sub_model(case, depth):
+    network, texts, _ = case
+    model, _ = plain_network(network.model.config.model_type)
+    wanted = [continue_greedily(text, 20, lambda whole: last_logits(model, depth, whole)) for text in texts]
+    assert [text.tokens for text in generate(network, texts, Fixed(depth), limits=Limits(20))] == wanted
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_tokens_leave_at_the_first_exit_that_is_sure(measure):
+    model, network = plain_network("mistral")
+    texts, wanted, depths = prompts((7, 19), 100), [], []
+    some = torch.tensor(prompts((60,), 100))
+    thresholds = tuple(float(MEASURES[measure](model.logits(depth, some)[0]).quantile(0.6)) for depth in (1, 3))
+    for prompt in texts:
+        whole, by = list(prompt), []
+        for _ in range(30):
+            for depth, threshold in ((1, thresholds[0]), (3, thresholds[1]), (4, -1)):
+                logits = last_logits(model, depth, whole)
+                if MEASURES[measure](logits) > threshold:
+                    break
+            whole.append(int(logits.argmax()))
+            by.append(depth)
+        wanted.append(whole[len(prompt) :])
+        depths.append(by)
+    found = generate(network, texts, EarlyExit((1, 3), thresholds, measure), limits=Limits(30))
+    assert [text.tokens for text in found] == wanted and [text.counts.depths for text in found] == depths
+    assert {1, 3, 4} == set(itertools.chain(*depths)), "every exit must be used, or the test shows little"
+
+
+@pytest.mark.parametrize("kind", ["block", "adapter and block", "mlp"])
+@pytest.mark.parametrize("way", [SelfSpeculative(1, 4), SortedSpeculative((1, 3), (0.5, 0.2), 5), Tree((1, 3), (0.4,), 3, 3, 6)],
+                         ids=name_of)
+def test_exits_with_parts_of_their_own_draft(kind, way, tmp_path):
+    case, network = nested(tmp_path, "qwen3", kind, norms=True)
+    texts = prompts((5, 12), 100)
+    wanted = [continue_greedily(text, 20, lambda whole: last_logits(case, 4, whole)) for text in texts]
+    assert [text.tokens for text in generate(network, texts, way, limits=Limits(20))] == wanted
+
+
+def test_a_draft_of_another_number_of_tokens_is_made_alike():
+    _, network = plain_network("llama")
+    texts, limits = prompts((5, 12), 90), Limits(30)
+    larger, smaller = network.resized(130), network.resized(90)
+    states = [State(one, 1, 8, (2,)) for one in (network, larger, smaller)]
+    for state in states:
+        state.append(torch.tensor([texts[0]]))
+        state.read(2)
+    here, more, fewer = (state.logits(2, state.last_slots())[0, 0] for state in states)
+    torch.testing.assert_close(more[:100], here)
+    torch.testing.assert_close(fewer, here[:90])
+    assert more.size(0) == 130 and bool((more[100:] == float("-inf")).all())
+    wanted = [text.tokens for text in generate(larger, texts, Full(), limits=limits)]
+    assert wanted == [text.tokens for text in generate(network, texts, Full(), limits=limits)], "what it lacks is never said"
+    assert [text.tokens for text in generate(larger, texts, SelfSpeculative(2, 4), limits=limits, draft=smaller.resized(130))] == wanted
+
+
+@pytest.mark.parametrize("way", [SelfSpeculative(2, 4), SortedSpeculative((1, 2), (0.5, 0.2), 5), Tree((1, 2), (0.4,), 3, 3, 6)],
+                         ids=name_of)
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_another_model_drafts(way, temperature):
+    (_, draft), (_, network) = plain_network("qwen3"), plain_network("llama")
+    texts, settings, limits = prompts((5, 12, 8), 100), Sampling(temperature), Limits(30)
+    wanted = [text.tokens for text in generate(network, texts, Full(), settings, limits)]
+    assert [text.tokens for text in generate(network, texts, way, settings, limits, draft)] == wanted
+    deepest = replace(way, **({"depth": 4} if hasattr(way, "depth") else {"depths": (2, 4)}))
+    itself = generate(network, texts, deepest, settings, limits, network)
+    assert [text.tokens for text in itself] == wanted
+    assert sum(text.counts.num_accepted for text in itself) > 30, "a model that drafts for itself is right nearly always"
+
+
+@pytest.mark.parametrize("way", [Full(), *SPECULATIVE[1::3]], ids=name_of)
+def test_texts_end_at_end_tokens_stop_texts_and_the_limit(case, way):
+    network, texts, wanted = case
+    to_text = " ".join
+    for row, cut_at in enumerate((17, 5, 30)):
+        token = wanted[row][cut_at]
+        first = wanted[row].index(token)
+        [ended] = generate(network, [texts[row]], way, limits=Limits(NUM_TOKENS, frozenset({token})))
+        assert (ended.tokens, ended.finish) == (wanted[row][: first + 1], "eos")
+        word = " ".join(map(str, wanted[row][cut_at - 1 : cut_at + 1]))
+        limits = Limits(NUM_TOKENS, stop=(word,), to_text=lambda tokens: to_text(map(str, tokens)))
+        [stopped] = generate(network, [texts[row]], way, limits=limits)
+        assert stopped.finish == "stop" and stopped.tokens == wanted[row][: len(stopped.tokens)] and len(stopped.tokens) <= cut_at + 1
+        assert to_text(map(str, stopped.tokens)).endswith(word)
+        for limit in (1, 2, 13):
+            [short] = generate(network, [texts[row]], way, limits=Limits(limit))
+            assert (short.tokens, short.finish) == (wanted[row][:limit], "length")
+    ends = frozenset({wanted[0][9], wanted[1][2]})
+    alone = [generate(network, [text], way, limits=Limits(NUM_TOKENS, ends))[0] for text in texts]
+    together = generate(network, texts, way, limits=Limits(NUM_TOKENS, ends))
+    assert [(text.tokens, text.finish) for text in together] == [(text.tokens, text.finish) for text in alone]
+
+
+def test_a_stream_gives_the_text_piece_by_piece(case):
+    network, texts, wanted = case
+    pieces: list[list[int]] = [[], [], []]
+    for added in stream(network, texts, SelfSpeculative(2, 5), limits=Limits(NUM_TOKENS)):
+        assert added.tokens and len(added.tokens) == len(added.depths)
+        pieces[added.row] += added.tokens
+    assert pieces == wanted
+
+
+@pytest.mark.parametrize("way", [SelfSpeculative(1, 2), SortedSpeculative((1, 2), (0.4, 0.3), 2), Tree((1,), (), 2, 2, 3)], ids=name_of)
+def test_over_all_noises_the_distribution_of_texts_is_the_full_models(way, monkeypatch):
+    """A small vocabulary and three noises a place: all outcomes of all places, enumerated."""
+    _, network = plain_network("llama")
+    allowed, kinds, length = 6, 3, 4
+    table = torch.stack([gumbel(1, kind, 0, 100) for kind in range(kinds)])
+    table[:, allowed:] = float("-inf")
+    [prompt], now = prompts((5,), 100), {}
+    monkeypatch.setattr(sampling_module, "gumbel", lambda seed, row, position, size: table[now["kinds"][(position - len(prompt)) % length]])
+    counts: dict[str, dict] = {"full": {}, "way": {}}
+    for noise in itertools.product(range(kinds), repeat=length):
+        now["kinds"] = noise
+        for name, which in (("full", Full()), ("way", way)):
+            [text] = generate(network, [prompt], which, Sampling(1.0), Limits(length))
+            key = tuple(text.tokens)
+            counts[name][key] = counts[name].get(key, 0) + 1
+    assert counts["way"] == counts["full"] and len(counts["full"]) > 20

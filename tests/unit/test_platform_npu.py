@@ -1,0 +1,54 @@
+"""What is refused before torch_npu is loaded, and where "auto" goes; without torch_npu, which `make test-npu` has."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from megatron_sorted.errors import PlatformError
+from megatron_sorted.platform import npu_start, select
+from megatron_sorted.platform.kernels import FusedKernels, fused_kernels
+from megatron_sorted.platform.npu_kernels import KERNELS, chosen_kernels
+from megatron_sorted.platform.npu_mends import MENDS
+from megatron_sorted.platform.npu_start import load_torch_npu
+from tests.support.tiny import TINY
+
+
+def test_gpus_and_npus_in_one_process_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(PlatformError, match=r"one kind of accelerator only\. Install a CPU build of torch"):
+        load_torch_npu()
+
+
+@pytest.mark.parametrize(("gpus", "npus", "expected"), [(True, False, "cuda"), (False, True, "npu"), (False, False, "cpu")])
+def test_auto_takes_the_accelerator_that_is_there(gpus, npus, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(select, "has_npus", lambda: npus)
+    assert select.device_for("auto") == expected and select.device_for("cpu") == "cpu"
+
+
+def test_auto_does_not_choose_between_two(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(select, "has_npus", lambda: True)
+    with pytest.raises(PlatformError, match="Say which with --device cuda or --device npu"):
+        select.device_for("auto")
+
+
+def test_torch_npu_without_devices_is_no_accelerator(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(npu_start, "Path", lambda name: tmp_path)
+    assert not npu_start.has_npus()
+    (tmp_path / "davinci_manager").touch()
+    assert not npu_start.has_npus()
+    (tmp_path / "davinci0").touch()
+    assert npu_start.has_npus()
+
+
+def test_no_fused_operation_is_used_unless_a_platform_brings_it():
+    assert fused_kernels() == FusedKernels() == chosen_kernels(())
+    assert chosen_kernels(("swiglu",)).swiglu is KERNELS["swiglu"] and chosen_kernels(("swiglu",)).attention is None
+    assert set(TINY.npu_kernels) == set(KERNELS)
+
+
+def test_every_mend_has_a_name_of_its_own_and_a_reason():
+    assert len({mend.name for mend in MENDS}) == len(MENDS) and all(len(mend.reason) > 20 for mend in MENDS)

@@ -1,0 +1,38 @@
+"""Which versions of megatron-core are taken, and what only later ones can do."""
+
+import megatron.core
+import pytest
+
+from megatron_sorted.errors import PlatformError
+from megatron_sorted.platform import versions
+
+
+def test_the_version_is_that_of_the_package_that_is_imported():
+    assert versions.megatron_version() == megatron.core.__version__
+    versions.check_megatron_version()
+
+
+@pytest.mark.parametrize("version", ["0.12.1", "0.12.3", "0.13.0", "0.15.3", "0.16.1", "0.16.9rc0"])
+def test_versions_that_are_taken(version):
+    versions.check_megatron_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.11.0", "0.12.0", "0.17.0rc0", "1.0"])
+def test_other_versions_are_refused_with_value_rule_and_remedy(version):
+    with pytest.raises(PlatformError, match=rf"megatron-core {version}: .* runs on 0.12.1 to 0.16. .*pip install 'megatron-core==0.16.\*'"):
+        versions.check_megatron_version(version)
+
+
+def test_what_an_older_version_cannot_do_is_refused():
+    versions.check_megatron_can(("--lora-rank", False), version="0.14.0")
+    versions.check_megatron_can(("--lora-rank", True), version="0.15.0")
+    with pytest.raises(PlatformError, match=r"--lora-rank: needs megatron-core 0.15 or later, and 0.14.0 is here"):
+        versions.check_megatron_can(("--data-parallel fsdp", False), ("--lora-rank", True), version="0.14.0")
+
+
+def test_only_known_arguments_are_passed():
+    def function(one, *, two=2):
+        return one + two
+
+    assert versions.known_arguments(function, two=3, three=4) == {"two": 3}
+    assert versions.chunk_arguments(lambda config, vp_stage: None, 1) == {"vp_stage": 1}

@@ -1,0 +1,120 @@
+"""Measures what each data parallel rank needs of memory, by form of data parallelism; prints a table.
+
+Every form runs in fresh processes: two steps, then the peak of a third. What the process held before the model was built (libraries) is
+taken off. On a CPU memory is resident memory, with an allocator that gives freed blocks back.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+from benchmark.report import commit, machine
+from benchmark.worker import RETURN_FREED_MEMORY
+from results.tables import table
+
+FORMS = {"ddp": {}, "ddp, distributed optimizer": {"use_distributed_optimizer": True}, "fsdp": {"data_parallel": "fsdp"}}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Returns the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="numbers of data parallel ranks")
+    parser.add_argument("--device", default="cpu", help="where to run")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 instead of fp32")
+    parser.add_argument("--num-layers", type=int, default=8)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)  # of a process that measures
+    return parser.parse_args()
+
+
+def settings_of(options: argparse.Namespace):
+    """Returns the run of one form: exits at every other layer, one short sample a rank."""
+    from megatron_sorted.settings.run import Settings
+
+    heads = options.hidden_size // 64
+    base = Settings(
+        num_layers=options.num_layers, hidden_size=options.hidden_size, num_attention_heads=heads, vocab_size=options.vocab_size,
+        seq_length=64, exit_layer_nums=tuple(range(2, options.num_layers, 2)), mock_data=True, device=options.device, bf16=options.bf16,
+        untie_embeddings_and_output_weights=True, lr_decay_style="constant")
+    return replace(base, **FORMS[options.form])
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Prints this rank's bytes: of libraries, then peaks of the build and of a step, and the number of parameters.
+
+    Collective: starts the process groups and trains three steps.
+    """
+    from megatron_sorted.platform.quiet import silence_library_warnings
+
+    silence_library_warnings()
+    import torch
+
+    from megatron_sorted.data.batches import make_train_batches
+    from megatron_sorted.parallel.groups import start_process_groups
+    from megatron_sorted.platform.select import choose_platform
+    from megatron_sorted.settings.derived import global_batch_size, trained_exits
+    from megatron_sorted.settings.weighting import coefficient_rule
+    from megatron_sorted.training.build import build_model, build_optimizer
+    from megatron_sorted.training.forward_step import ForwardStep
+    from megatron_sorted.training.step import train_step
+
+    torch.set_num_threads(1)
+    settings, platform = settings_of(options), choose_platform(options.device)
+    platform.prepare()
+    place = start_process_groups(settings, platform)
+    platform.reset_peak_memory()
+    libraries = platform.peak_memory_bytes()
+    model = build_model(settings, platform, place, settings.vocab_size)
+    build_optimizer(model, settings, place.world_size)
+    build = platform.peak_memory_bytes()
+    forward_step, rule = ForwardStep(settings, model, platform), coefficient_rule(settings)
+    batches = make_train_batches(settings, settings.vocab_size, place.data_rank, place.data_size)
+    for step in range(3):
+        platform.reset_peak_memory()
+        train_step(model, settings, forward_step, [next(batches)], trained_exits(settings, rule, step),
+                   global_batch_size(settings, place.world_size))
+        forward_step.ledger.clear()
+    numbers = {"libraries": libraries, "build": build - libraries, "step": platform.peak_memory_bytes() - libraries}
+    print(json.dumps(numbers), flush=True)
+
+
+def run_form(form: str, processes: int) -> dict[str, int]:
+    """Returns the largest numbers of any rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, **RETURN_FREED_MEMORY, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, *sys.argv, "--form", form]
+    ranks = [subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+             for rank in range(processes)]
+    answers = [json.loads(rank.communicate(timeout=900)[0].splitlines()[-1]) for rank in ranks]
+    return {name: max(answer[name] for answer in answers) for name in answers[0]}
+
+
+def main() -> None:
+    """Runs every form and prints the table."""
+    options = parse_arguments()
+    if options.form:
+        measure(options)
+        os._exit(0)  # peers may be gone
+    rows = []
+    for processes in options.processes:
+        found = {}
+        for form in FORMS:
+            print(f"{form} on {processes} processes", file=sys.stderr, flush=True)
+            found[form] = run_form(form, processes)
+        base = found["ddp, distributed optimizer"]["step"]
+        rows += [[form, str(processes), f"{n['step'] / 1e6:,.0f}", f"{n['step'] / base:.2f}", f"{n['build'] / 1e6:,.0f}"]
+                 for form, n in found.items()]
+    print(f"{datetime.date.today()}, {commit()}, {machine(options.device, 1)}, {'bf16' if options.bf16 else 'fp32'}\n")
+    print("\n".join(table(["form", "ranks", "step, MB a rank", "to distributed optimizer", "build, MB"], rows)))
+
+
+if __name__ == "__main__":
+    main()

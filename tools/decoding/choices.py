@@ -1,0 +1,63 @@
+"""What tools/tune_decoding.py chose, kept beside the model: a part for the model alone, and one for each model that may draft for it."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from megatron_sorted.checkpoint.layout import write_text_atomically
+from megatron_sorted.conversion.families import CONFIG
+from megatron_sorted.decoding.network import Network
+from megatron_sorted.decoding.ways import WAYS
+from megatron_sorted.errors import DataError
+
+CHOICES = "decoding.json"
+"""File beside the model in which tools/tune_decoding.py keeps what it chose."""
+FORMAT = 1
+
+
+def config_sha256(network: Network) -> str:
+    """Returns the hash of the config.json that a model was loaded with."""
+    return hashlib.sha256((Path(network.model.config.name_or_path) / CONFIG).read_bytes()).hexdigest()
+
+
+def draft_key(directory: Path, draft: Network) -> str:
+    """Returns what the choices made with a draft model are kept under: its directory's name, and of which config.json it is."""
+    return f"{directory.resolve().name}@{config_sha256(draft)[:16]}"
+
+
+def read_choices(path: Path, key: str | None = None) -> dict:
+    """Returns what was tuned for the model alone, or together with the draft model ``key``; {} where nothing was.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    whole = _read(path)
+    return whole if key is None else whole.get("drafts", {}).get(key, {})
+
+
+def write_choices(path: Path, found: dict, key: str | None = None) -> None:
+    """Writes what was tuned for the model alone, or together with the draft model ``key``; what was tuned with others stays.
+
+    Raises:
+        DataError: What is there is damaged.
+    """
+    whole = _read(path)
+    drafts = whole.get("drafts", {}) if key is None else {**whole.get("drafts", {}), key: found}
+    whole = {"format": FORMAT, **(found if key is None else whole), **({"drafts": drafts} if drafts else {})}
+    write_text_atomically(path, json.dumps(whole, indent=2) + "\n")
+
+
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(whole, dict) or whole.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        drafts = whole.get("drafts", {})
+        parts = [*([whole] if "ways" in whole or not drafts else []), *drafts.values()]
+        if not all(isinstance(part["ways"], dict) and part["ways"].keys() <= WAYS.keys() for part in parts):
+            raise ValueError("it names unknown ways")
+        return whole
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path}: not written by tools/tune_decoding.py ({error}). Remove it and tune again.") from error

@@ -1,0 +1,96 @@
+"""Page and picture of a comparison of ways to decode."""
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from results.drawing import drawing
+from results.origin import facts
+from results.tables import table
+
+from megatron_sorted.checkpoint.layout import write_text_atomically
+from megatron_sorted.decoding.writer import Writer
+
+from .contest import Answer, Score, score
+from .peer import HUGGING_FACE
+from .questions import Question
+from .trials import FULL
+
+ALL = "all"
+DEFINITIONS = (
+    "*tokens/s*: new tokens over seconds, all questions of a group together, reading prompts included, batch 1.",
+    "*speed-up*: tokens/s over those of `full` in the same run, question by question.",
+    "*tokens a step*: new tokens over verifications by the full model, its own token included (Spec-Bench's mean accepted tokens).",
+    "*accepted*: drafted tokens that are in the text over all drafted ones (of a tree: over all its nodes).",
+    "*same*: answers that are `full`'s token for token.",
+)
+
+
+def scores_of(questions: Sequence[Question], answers: Sequence[dict[str, Answer]], names: Sequence[str]) -> dict[str, dict[str, Score]]:
+    """Returns {group: {way: score}}, all questions together under "all"."""
+    groups = {ALL: list(answers)}
+    for question, answer in zip(questions, answers, strict=True):
+        groups.setdefault(question.group, []).append(answer)
+    return {group: {name: score(members, name, FULL) for name in names} for group, members in groups.items()}
+
+
+def write_page(path: Path, title: str, values: argparse.Namespace, writer: Writer, questions: Sequence[Question],
+               scores: dict[str, dict[str, Score]], options: Sequence[str], sections: Sequence[str]) -> str:
+    """Returns the page, which is also written.
+
+    Args:
+        path: Of the page.
+        title: Of the page.
+        values: The command line's.
+        writer: The model.
+        questions: That were asked.
+        scores: Of `scores_of`.
+        options: Of each way, in words.
+        sections: Lines of what else was measured.
+    """
+    network = writer.network
+    chosen = "greedy" if values.temperature == 0 else f"temperature {values.temperature:g}, top-k {values.top_k}, top-p {values.top_p}"
+    if values.repetition_penalty != 1:
+        chosen += f", repetition penalty {values.repetition_penalty:g}"
+    lines = [f"# {title}: ways to decode", "",
+             f"{network.num_layers} layers, exits at {', '.join(map(str, network.depths))}; {values.dtype} on {values.device}, "
+             f"{torch.get_num_threads()} threads; {chosen}; {len(questions)} questions, at most {values.max_new_tokens} tokens a turn.", "",
+             *(f"- {option}" for option in options), ""]
+    for group, row in scores.items():
+        count = sum(group in (ALL, question.group) for question in questions)
+        rows = []
+        for name, one in row.items():
+            over = f"{one.speed_up / row[HUGGING_FACE].speed_up:.2f}x" if HUGGING_FACE in row else ""
+            steps = f"{one.mean_accepted:.2f}" if one.mean_accepted else ""
+            accepted = "" if one.acceptance is None else f"{one.acceptance:.0%}"
+            rows.append([name, f"{one.tokens_per_second:.1f}", f"{one.speed_up:.2f}x", over, steps, accepted, f"{one.same:.0%}"])
+        lines += [f"## {group} ({count} questions)", "",
+                  *table(["way", "tokens/s", "speed-up", f"over {HUGGING_FACE}", "tokens a step", "accepted", "same"], rows)]
+    lines += [*sections, "## What the figures are", "", *(f"- {text}" for text in DEFINITIONS), "",
+              *facts(f"{torch.get_num_threads()} threads, {values.dtype} on {values.device}", ("torch", "transformers")), ""]
+    page = "\n".join(lines)
+    write_text_atomically(path, page)
+    return page
+
+
+def draw(scores: dict[str, dict[str, Score]], title: str, path: Path) -> None:
+    """Writes a PNG: speed-up of each way by group, over transformers' plain generate where it took part, else over full."""
+    from matplotlib import colormaps
+
+    base, groups = HUGGING_FACE if HUGGING_FACE in scores[ALL] else FULL, list(scores)
+    names = [name for name in scores[ALL] if name != base]
+    width = 0.8 / max(len(names), 1)
+    with drawing(path, title, 14, 6.5) as (figure, axes):
+        for place, name in enumerate(names):
+            values = [scores[group][name].speed_up / scores[group][base].speed_up for group in groups]
+            bars = axes.bar([index + place * width for index in range(len(groups))], values, width, label=name,
+                            color=colormaps["tab10"](place % 10))
+            axes.bar_label(bars, fmt="%.2f", fontsize=8, rotation=90, padding=2)
+        axes.axhline(1, color="#555555", linewidth=0.8, linestyle="--")
+        axes.set_xticks([index + width * (len(names) - 1) / 2 for index in range(len(groups))],
+                        [textwrap.fill(group, 16) for group in groups])
+        axes.set_ylabel(f"tokens/s over those of {base}, batch 1")
+        axes.margins(y=0.1)
+        figure.legend(frameon=False, ncols=4, loc="outside lower center")

@@ -1,0 +1,172 @@
+"""All that can be found out on one host without another one."""
+
+import importlib.machinery
+import locale
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from doctor import disks, interfaces, limits, packages, run_file, system_files
+from doctor.devices.here import Check, DevicesHere, read_devices
+from doctor.devices.names import OPTIONAL
+from doctor.devices.variables import check_adapters, interfaces_named
+from doctor.finding import Finding, broken, doubtful
+from doctor.probes import Probe, probe_all
+from doctor.world import World
+
+BACKLOGS = ("net/ipv4/tcp_max_syn_backlog", "net/core/netdev_max_backlog")
+IMPORT_SECONDS, DISK_SECONDS = 180.0, 30.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the doctor is asked about.
+
+    Attributes:
+        device: ``--device``.
+        run: YAML file of a run, if any.
+        folder: Where to try the disk; None: --save of the run, else here.
+        world_size: ``--world-size``, if given.
+    """
+
+    device: str
+    run: Path | None = None
+    folder: Path | None = None
+    world_size: int | None = None
+
+
+def _guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """Returns a check's findings; a check that fails itself is a finding, so that the others still speak."""
+    try:
+        return check()
+    except Exception as error:
+        return [doubtful(name, f"could not be looked at: {type(error).__name__}: {error}", "Please report this.")]
+
+
+def optional_libraries(path: list[str]) -> list[str]:
+    """Returns those libraries that megatron-core or torch import where they are installed, and that are."""
+    return [name for name in OPTIONAL if importlib.machinery.PathFinder.find_spec(name, path) is not None]
+
+
+def look_around(question: Question, root: Path, environment: Mapping[str, str], world: World) -> list[Finding]:
+    """Returns everything found on this host, in the order of the table.
+
+    Args:
+        question: What is asked.
+        root: Of the project, which training has first on its path.
+        environment: Of the process.
+        world: The job this process is part of.
+    """
+    path = [str(root), *sys.path[1:]]
+    probes = probe_all(optional_libraries(path), root, environment, IMPORT_SECONDS)
+    installed = packages.installed_versions(path)
+    devices = read_devices(probes, environment)
+    adapters = sorted(os.listdir("/sys/class/infiniband")) if os.path.isdir("/sys/class/infiniband") else []
+    has_device = devices.present or bool(adapters)
+    version, container = sys.version_info[:3], limits.read_container(Path("/sys/fs/cgroup"))
+    named = interfaces_named(environment)
+    host, master = socket.gethostname(), environment.get("MASTER_ADDR")
+    checks: list[Check] = [
+        ("python", lambda: packages.check_python(version, sys.executable, sys.prefix, environment)),
+        ("PYTHONPATH", lambda: packages.check_python_path(environment, version)),
+        ("packages", lambda: packages.check_required(installed)),
+        ("torch", lambda: check_torch(probes)),
+        ("megatron-core", lambda: check_megatron(probes, path)),
+        ("megatron_sorted", lambda: packages.check_own_copies(packages.copies_of("megatron_sorted", "megatron_sorted", path))),
+        *devices.checks(device_of(question), installed, environment, world.size),
+        ("ports", lambda: devices.check_ports(environment, *system_files.ports())),
+        ("interfaces", lambda: interfaces.check_interfaces(interfaces.read_interfaces(), named, world.num_nodes)),
+        ("host name", lambda: interfaces.check_host_name(host, interfaces.addresses_of(host), world.num_nodes, named)),
+        ("MASTER_ADDR", lambda: interfaces.check_master(master, interfaces.addresses_of(master or ""), world.num_nodes)),
+        ("adapters", lambda: check_adapters(environment, adapters, world.num_nodes)),
+        ("limits", lambda: limits.check_limits(*system_files.limits(), has_device)),
+        ("/dev/shm", lambda: limits.check_shared_memory(*system_files.shared_memory(), has_device)),
+        ("memory", lambda: limits.check_memory(*system_files.memory(), container)),
+        ("CPU cores", lambda: limits.check_processors(os.cpu_count() or 1, len(os.sched_getaffinity(0)), container, environment,
+                                                      world.local_size)),
+        ("connection queues", lambda: limits.check_backlogs(*map(system_files.kernel_number, BACKLOGS), world.size)),
+        ("locale", lambda: limits.check_locale(locale.getpreferredencoding(False), environment)),
+        ("clock", lambda: limits.check_year(time.gmtime().tm_year)),
+        ("run folder", lambda: check_folder(question, world)),
+    ]
+    if question.run is not None:
+        checks.append(("run file", lambda: check_run_file(question, devices, environment, world)))
+    return [finding for name, check in checks for finding in _guarded(name, check)]
+
+
+def check_torch(probes: Mapping[str, Probe]) -> list[Finding]:
+    """Returns whether torch can be imported, and what else is to blame if it cannot."""
+    probe = probes["torch"]
+    if probe.facts is None:
+        alone = probes.get("torch alone", Probe())
+        if alone.facts is not None:
+            return [broken("torch", f"{alone.facts['version']}, but import torch fails: a backend that loads itself fails ({probe.error})",
+                           "Mend or remove that backend (see its line), or export TORCH_DEVICE_BACKEND_AUTOLOAD=0.")]
+        if "No module named 'torch'" in probe.error:
+            return [broken("torch", "not installed", "pip install torch==2.13.0, of the build for this device (pytorch.org/get-started).")]
+        return [broken("torch", probe.error, "Install torch anew, in an environment of its own.")]
+    facts = probe.facts
+    shown = f"{facts['version']} in {Path(facts['file']).parent}"
+    if packages.numbers_of(facts["version"]) < (2, 6):
+        return [broken("torch", shown, "pip install 'torch>=2.6'; tested with 2.13.0.")]
+    if not facts["distributed"] or not facts["gloo"]:
+        return [broken("torch", f"{shown}: built without {'gloo' if facts['distributed'] else 'torch.distributed'}",
+                       "Install torch from pytorch.org.")]
+    return [Finding("torch", shown)]
+
+
+def check_megatron(probes: Mapping[str, Probe], path: list[str]) -> list[Finding]:
+    """Returns whether one megatron-core of the tested version can be imported."""
+    copies = packages.copies_of("megatron/core", "megatron-core", path)
+    found = packages.check_copies("megatron-core", copies, packages.TESTED_MEGATRON)
+    if copies and probes["megatron"].facts is None and probes["torch"].facts is not None:
+        found.append(broken("import megatron.core", probes["megatron"].error,
+                            "Mend what it names; Apex and Transformer Engine have lines of their own."))
+    return found
+
+
+def device_of(question: Question) -> str:
+    """Returns the device that is asked for: ``--device``, or where that is "auto" the run's."""
+    if question.device == "auto" and question.run is not None:
+        settings, _ = run_file.load_run(question.run)
+        return settings.device if settings is not None else "auto"
+    return question.device
+
+
+def folder_of(question: Question) -> Path:
+    """Returns the folder the run writes to: as asked, else --save of the run, else the current one."""
+    if question.folder is None and question.run is not None:
+        settings, _ = run_file.load_run(question.run)
+        if settings is not None and settings.save:
+            return Path(settings.save)
+    return question.folder or Path()
+
+
+def check_folder(question: Question, world: World) -> list[Finding]:
+    """Returns whether the folder the run writes to will do."""
+    folder = disks.existing_folder(folder_of(question))
+    kind = disks.file_system_of(folder.resolve(), Path("/proc/self/mountinfo").read_text())
+    return disks.check_disk(folder, kind, disks.try_disk(folder, DISK_SECONDS), world.num_nodes)
+
+
+def check_run_file(question: Question, devices: DevicesHere, environment: Mapping[str, str], world: World) -> list[Finding]:
+    """Returns whether the run of a YAML file can be started here."""
+    settings, found = run_file.load_run(question.run)
+    if settings is None:
+        return found
+    device = devices.chosen(device_of(question))
+    num_devices = devices.count(device, environment)
+    size = run_file.wanted_processes(settings, question.world_size, environment, num_devices)
+    site = run_file.Site(device, num_devices, devices.has_bf16(device), size, world.local_size if world.size > 1 else None)
+    found = run_file.check_run(settings, site)
+    needed: Any = run_file.checkpoint_bytes(settings) if settings.save else None
+    if needed is not None:
+        folder = disks.existing_folder(Path(settings.save))
+        found += disks.check_space(folder, shutil.disk_usage(folder).free, needed, settings.save_retain)
+    return found

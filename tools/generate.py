@@ -1,0 +1,145 @@
+"""Writes with a nested model: a prompt, several at once, or a conversation in the terminal; colours show at which exit each token left.
+
+    python tools/generate.py MODEL --prompt "Once upon a time"
+    python tools/generate.py MODEL --way sorted_speculative --exit-layers 2 4 --thresholds 0.6 0.3 --prompt "Once" --prompt "Then"
+    python tools/generate.py MODEL --chat
+
+The ways full, self_speculative, sorted_speculative and tree write the same text, faster; early_exit and fixed another. docs/decoding.md
+says how they work.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from decoding.options import add_model_options, add_sampling_options, add_way_options, sampling_of, way_of, writer_of
+
+from megatron_sorted.decoding.sampling import Sampling
+from megatron_sorted.decoding.ways import Way
+from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.errors import DataError, SettingsError, SortedError
+
+COLOURS = (208, 214, 220, 148, 78, 44, 39, 33, 99)
+"""Of terminals with 256 colours, shallow to deep."""
+
+
+def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the command line's values."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
+    parser.add_argument("--prompt", action="append", default=[], help="a text to go on with; several are written at once, as a batch")
+    parser.add_argument("--prompt-file", metavar="FILE", help="a file whose lines are prompts; - for standard input")
+    parser.add_argument("--chat", action="store_true", help="a conversation; an empty line ends it")
+    parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto",
+                        help="colours show where tokens left (%(default)s: in terminals)")
+    add_way_options(parser)
+    add_sampling_options(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="at most so many (%(default)s)")
+    parser.add_argument("--stop", nargs="+", default=[], help="words after which a text is over")
+    return parser.parse_args(arguments)
+
+
+def colour_of(depth: int, depths: Sequence[int]) -> int:
+    """Returns a terminal's colour for an exit."""
+    return COLOURS[round(depths.index(depth) / max(len(depths) - 1, 1) * (len(COLOURS) - 1))] if depth in depths else COLOURS[0]
+
+
+class Page:
+    """Shows texts as they come; of several at once each when it is over."""
+
+    def __init__(self, depths: Sequence[int], in_colour: bool):
+        self.depths, self.in_colour = depths, in_colour
+
+    def shown(self, text: str, depth: int) -> str:
+        """Returns a token's text in the colour of its exit."""
+        return f"\x1b[38;5;{colour_of(depth, self.depths)}m{text}\x1b[0m" if self.in_colour and text else text
+
+    def legend(self) -> str:
+        """Returns which colour is which exit."""
+        return "exits: " + " ".join(self.shown(f"@{depth}", depth) for depth in self.depths) if self.in_colour else ""
+
+
+def write(writer: Writer, prompts: list[str], ids: list[list[int]], way: Way, sampling: Sampling, values: argparse.Namespace,
+          page: Page) -> list[str]:
+    """Returns what was added to each prompt, after showing it and what it took."""
+    began, texts, shown = time.perf_counter(), [""] * len(ids), [""] * len(ids)
+    tokens = steps = drafted = accepted = 0
+    by_depth: dict[int, int] = {}
+    for piece in writer.write(ids, way, sampling, values.max_new_tokens, values.stop):
+        texts[piece.row] += piece.text
+        new = "".join(page.shown(*part) for part in piece.parts)
+        shown[piece.row] += new
+        if len(ids) == 1:
+            print(new, end="", flush=True)
+        tokens, steps = tokens + len(piece.added.tokens), steps + 1
+        drafted, accepted = drafted + piece.added.num_drafted, accepted + piece.added.num_accepted
+        for depth in piece.added.depths:
+            by_depth[depth] = by_depth.get(depth, 0) + 1
+        if piece.finish and len(ids) > 1:
+            print(f"--- prompt {piece.row}: {prompts[piece.row]!r}\n{shown[piece.row]}", flush=True)
+    took = time.perf_counter() - began
+    spread = ", ".join(f"@{depth} {100 * count / tokens:.0f} %" for depth, count in sorted(by_depth.items()))
+    line = f"{tokens} tokens in {took:.1f} s, {tokens / took:.1f} tokens/s; said by {spread}"
+    if drafted:
+        line += f"; {tokens / steps:.2f} tokens a verification, {100 * accepted / drafted:.0f} % of drafts accepted"
+    print(("\n" if len(ids) == 1 else "") + f"[{way.name}: {line}]", file=sys.stderr, flush=True)
+    return texts
+
+
+def chat(writer: Writer, way: Way, sampling: Sampling, values: argparse.Namespace, page: Page) -> None:
+    """A conversation until an empty line or the end of input."""
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            said = input("you> ").strip()
+        except EOFError:
+            return
+        if not said:
+            return
+        messages.append({"role": "user", "content": said})
+        try:
+            [answer] = write(writer, [said], [writer.encode_chat(messages)], way, sampling, values, page)
+        except DataError as error:
+            print(f"error: {error} The conversation begins anew.", file=sys.stderr)
+            messages.clear()
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes what was asked for."""
+    values = read_arguments(arguments)
+    prompts = list(values.prompt)
+    if values.prompt_file:
+        try:
+            text = sys.stdin.read() if values.prompt_file == "-" else Path(values.prompt_file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"--prompt-file: {values.prompt_file}: {error.strerror}. Give a file that exists.") from error
+        prompts += [line for line in text.splitlines() if line]
+    if bool(prompts) == values.chat:
+        raise SettingsError("Give --prompt, --prompt-file or --chat" + (", not both" if prompts else "") + ".")
+    sampling = sampling_of(values)
+    writer = writer_of(values)
+    way = way_of(values, writer.network, writer.draft)
+    depths = sorted({*writer.network.depths, *(writer.draft.depths if writer.draft else ())})
+    page = Page(depths, values.colour == "always" or (values.colour == "auto" and sys.stdout.isatty()))
+    print(f"[{values.model}: {writer.network.num_layers} layers, "
+          + (f"exits at {', '.join(map(str, writer.network.depths))}; " if len(writer.network.depths) > 1
+             else "" if writer.draft else "no exits before the last layer, so only 'full' can be had (or --depths); ")
+          + (f"drafts by {values.draft}; " if writer.draft else "") + f"way: {way.name}] {page.legend()}",
+          file=sys.stderr, flush=True)
+    if values.chat:
+        chat(writer, way, sampling, values, page)
+    else:
+        write(writer, prompts, [writer.encode(prompt) for prompt in prompts], way, sampling, values, page)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SortedError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

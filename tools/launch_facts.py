@@ -1,0 +1,89 @@
+"""Prints what the launchers in slurm/ must know of a run and of this host, one ``name<TAB>value`` a line.
+
+    python tools/launch_facts.py --world-size 128 --packages torch,megatron-core -- --config RUN.yaml [overrides]
+
+A mistake in the settings is one line on stderr and status 1, as in training, but before anything was started. Neither torch nor megatron
+is imported.
+"""
+
+import argparse
+import hashlib
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from megatron_sorted.checkpoint.lock import DirectoryLock
+from megatron_sorted.conversion.network import network_to_start_from
+from megatron_sorted.errors import SortedError
+from megatron_sorted.settings.check import check_settings
+from megatron_sorted.settings.load import load_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def facts_of_run(words: list[str], world_size: int) -> dict[str, str]:
+    """Returns what a launcher asks of a run, of which it knows nothing else.
+
+    Raises:
+        SortedError: The settings are wrong, or cannot be those of ``world_size`` processes.
+    """
+    settings = load_settings(words, network_to_start_from)
+    check_settings(settings, world_size)
+    save, load = (os.path.abspath(path) if path else "" for path in (settings.save, settings.load))
+    return {"device": settings.device, "save": save, "resumes": "yes" if save and save == load else "no",
+            "timeout_seconds": str(60 * settings.distributed_timeout_minutes)}
+
+
+def facts_of_host(packages: list[str]) -> dict[str, str]:
+    """Returns versions by name, in which all hosts of a run must agree; "none" for a package that is not there."""
+    facts = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = "none"
+    return {**facts, "source": source_hash(ROOT)}
+
+
+def source_hash(root: Path) -> str:
+    """Returns a short hash of the program's files: copies on two hosts may differ where their commits do not."""
+    digest = hashlib.sha256()
+    for path in [root / "pretrain_sorted.py", *sorted((root / "megatron_sorted").rglob("*.py"))]:
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def check_that_nobody_saves_into(directory: str) -> None:
+    """Returns nothing if no other run holds a directory of checkpoints.
+
+    Raises:
+        SortedError: One does, and has not ended within the moment that a stopped run may need.
+    """
+    if directory and os.path.isdir(directory):
+        lock = DirectoryLock(directory)
+        lock.acquire()
+        lock.release()
+
+
+def main() -> None:
+    """Reads the command line and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--world-size", type=int, required=True, help="number of processes of the run")
+    parser.add_argument("--packages", default="", help="packages whose versions are told, with commas between")
+    parser.add_argument("--check-lock", action="store_true", help="fail where another run saves into the same directory")
+    parser.add_argument("run", nargs="+", help="after --: the words for pretrain_sorted.py")
+    arguments = parser.parse_args()
+    try:
+        facts = facts_of_run(arguments.run, arguments.world_size)
+        if arguments.check_lock:
+            check_that_nobody_saves_into(facts["save"])
+    except SortedError as error:
+        sys.exit(f"error: {error}")
+    for name, value in {**facts, **facts_of_host([package for package in arguments.packages.split(",") if package])}.items():
+        print(f"{name}\t{value}")
+
+
+if __name__ == "__main__":
+    main()

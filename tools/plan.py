@@ -1,0 +1,138 @@
+"""Says what a run will take before it is queued: memory, time, messages, balance of its stages; proposes layouts; tries them dry.
+
+    python tools/plan.py RUN.yaml [--micro-batch-size 4 ...]       the plan; settings may be changed as in training
+    python tools/plan.py RUN.yaml --search                         layouts of the same training, the fastest that fit first
+    python tools/plan.py RUN.yaml --dry-run all                    build every rank without devices, step one of each kind
+    python tools/plan.py --calibrate cpu.json                      measure this machine, for --device-file
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from megatron_sorted.errors import SettingsError
+from megatron_sorted.planning.devices import DEVICES, device_named
+from megatron_sorted.planning.estimate import make_plan
+from megatron_sorted.planning.search import search
+from megatron_sorted.planning.split import balanced_split, weights_of_layers, with_split
+from megatron_sorted.settings.check import check_settings
+from megatron_sorted.settings.derived import layers_of_chunks, num_virtual_chunks
+from megatron_sorted.settings.launch import launch_line
+from megatron_sorted.settings.load import load_settings
+
+CHUNK_TOKENS = {True: 2048, False: 256}
+"""Tokens whose logits exist at one time unless the settings say: on accelerators, on cores."""
+GB = 10**9
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Returns the command line's options, and the rest: settings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="the run")
+    parser.add_argument("--world-size", type=int, help="processes; by default as the line `# world-size: N` of the file says")
+    parser.add_argument("--planned-device", help=f"what it is to run on: {', '.join(DEVICES)}; by default `# planned-device:` of the file")
+    parser.add_argument("--device-file", type=Path, help="JSON with fields of the device that differ from the table (see --calibrate)")
+    parser.add_argument("--memory-gb", type=float, help="limit for one rank, by default the device's memory")
+    parser.add_argument("--search", action="store_true", help="propose layouts on as many processes")
+    parser.add_argument("--show", type=int, default=10, help="how many of them")
+    parser.add_argument("--dry-run", nargs="+", metavar="RANK", help="ranks to build and step without devices, or: all")
+    parser.add_argument("--whole-step", action="store_true", help="with --dry-run: all micro-batches of a step, not only enough of them")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="measure this machine's cores and write a --device-file")
+    return parser.parse_known_args()
+
+
+def _said_in_head(path: str, name: str) -> str | None:
+    """Returns what a file's comment says in a line `# name: value`."""
+    found = re.search(rf"^# {name}: (\S+)$", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def _tell(text: str) -> None:
+    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _as_json(thing) -> object:
+    if dataclasses.is_dataclass(thing):
+        values = {field.name: _as_json(getattr(thing, field.name)) for field in dataclasses.fields(thing)}
+        return values | ({"total": thing.total} if hasattr(thing, "total") else {})
+    if isinstance(thing, list | tuple):
+        return [_as_json(part) for part in thing]
+    return {key: _as_json(value) for key, value in thing.items()} if isinstance(thing, dict) else thing
+
+
+def plan_run(options: argparse.Namespace, changes: list[str]) -> int:
+    """Returns the exit status: 0 if the run fits, and is what was planned where that was tried."""
+    settings = load_settings(["--config", options.run, *changes])
+    world_size = options.world_size or int(_said_in_head(options.run, "world-size") or os.environ.get("WORLD_SIZE", 1))
+    check_settings(settings, world_size)
+    if settings.vocab_size is None:
+        raise SettingsError("--vocab-size: not said, and a plan does not open the tokenizer. Give the number of its tokens.")
+    name = options.planned_device or _said_in_head(options.run, "planned-device") or ("cpu" if settings.device == "cpu" else "H100")
+    device = device_named(name, options.device_file)
+    limit = int(options.memory_gb * GB) if options.memory_gb else device.memory_bytes
+    chunk_tokens = CHUNK_TOKENS[device.fused]
+    plan = make_plan(settings, settings.vocab_size, world_size, device, chunk_tokens)
+    if options.search:
+        proposals, tried, least = search(settings, settings.vocab_size, world_size, device, chunk_tokens, limit,
+                                         lambda count: _tell(f"{count} layouts"))
+        _tell("")
+    run = None
+    if options.dry_run:
+        from planning.dry_run import dry_run
+
+        ranks = None if options.dry_run == ["all"] else [int(rank) for rank in options.dry_run]
+        run = dry_run(settings, settings.vocab_size, world_size, plan, ranks, options.whole_step, _tell)
+        _tell("")
+    if options.json:
+        result = {"settings": changes, "device": name, "plan": _as_json(plan), "fits": plan.peak_bytes <= limit}
+        if options.search:
+            result["proposals"] = [{"layout": {field.name: getattr(p.settings, field.name) for field in dataclasses.fields(settings)
+                                               if getattr(p.settings, field.name) != getattr(settings, field.name)},
+                                    "seconds": p.plan.seconds, "peak_bytes": p.plan.peak_bytes} for p in proposals[:options.show]]
+        if run:
+            result["dry_run"] = {"ranks": len(run.ranks), "messages": run.messages, "problems": run.problems}
+        print(json.dumps(result, indent=1))
+    else:
+        from planning.page import dry_run_lines, plan_lines, search_lines
+
+        better = None
+        if plan.pipeline_size > 1:
+            lengths = balanced_split(weights_of_layers(settings, settings.vocab_size), plan.pipeline_size, num_virtual_chunks(settings))
+            other = make_plan(with_split(settings, lengths), settings.vocab_size, world_size, device, chunk_tokens)
+            better = lengths if other.seconds < plan.seconds and lengths != [c.num_layers for c in layers_of_chunks(settings)] else None
+        launch = launch_line(settings, options.run, changes, world_size, device.per_host)
+        lines = plan_lines(settings, plan, name, limit, launch, better)
+        lines += ["", *search_lines(proposals, tried, least, limit, options.show)] if options.search else []
+        lines += ["", *dry_run_lines(run)] if run else []
+        print("\n".join(lines))
+    return int(plan.peak_bytes > limit or bool(run and run.problems))
+
+
+def main() -> None:
+    """Prints the plan."""
+    options, changes = parse_arguments()
+    try:
+        if options.calibrate:
+            from planning.calibrate import calibrate
+
+            print(calibrate(options.calibrate, len(os.sched_getaffinity(0))))
+            return
+        if options.run is None:
+            raise SettingsError("no run. Give its YAML file: python tools/plan.py RUN.yaml")
+        start = time.monotonic()
+        status = plan_run(options, changes)
+    except SettingsError as error:
+        sys.exit(f"error: {error}")
+    if options.search or options.dry_run:
+        print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Builds ranks of a layout without devices, runs steps of them, and compares with the plan. A process that did it can do nothing else."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from megatron_sorted.data.batches import Batch
+from megatron_sorted.parallel.groups import Place, start_process_groups, stop_process_groups
+from megatron_sorted.planning.estimate import Plan
+from megatron_sorted.planning.operations import operations_of_chunk, real_rows
+from megatron_sorted.planning.work import work_of_chunks
+from megatron_sorted.platform.meta import MetaPlatform, pretended_world
+from megatron_sorted.settings.derived import num_micro_batches
+from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.build import Model, build_model
+from megatron_sorted.training.forward_step import ForwardStep
+from megatron_sorted.training.step import run_schedule
+from planning.counting import Counter, Message
+
+SHORT_STEP = 2
+"""Micro-batches per stage in a step that is not run whole: every pass of the schedule occurs, with its messages."""
+
+
+@dataclass
+class RankFound:
+    """What was found of one rank.
+
+    Attributes:
+        planned_parameters, planned_flops: What the plan says of it.
+        flops: Counted in a step; None where an equal rank's step stands for it.
+    """
+
+    place: Place
+    parameters: int
+    planned_parameters: int
+    shapes: dict[str, tuple] = field(repr=False)
+    flops: int | None = None
+    planned_flops: int = 0
+    sent: dict[int, list[Message]] = field(default_factory=dict, repr=False)
+    received: dict[int, list[Message]] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run found.
+
+    Attributes:
+        ranks: Those that were built.
+        micro_batches: Of a step that was run.
+        messages: Numbers of messages compared between pairs of ranks that were both stepped.
+        problems: Where anything differs from the plan or between ranks; empty if all is well.
+    """
+
+    ranks: dict[int, RankFound]
+    micro_batches: int
+    messages: int
+    problems: list[str]
+
+
+def shapes_of_model(model: Model) -> dict[str, tuple]:
+    """Returns {name: shape and dtype} of all parameters of a rank."""
+    return {f"{number}.{name}": (tuple(p.shape), str(p.dtype)) for number, chunk in enumerate(model.chunks)
+            for name, p in chunk.named_parameters()}
+
+
+def _step(settings: Settings, model: Model, platform: MetaPlatform, micro_batches: int) -> Counter:
+    """Returns what was counted in forward and backward of ``micro_batches``, and in the reduction of their gradients.
+
+    Collective: the schedule's, answered by nobody.
+    """
+    forward_step = ForwardStep(settings, model, platform)
+    forward_step.coefficients = {depth: 1.0 for chunk in work_of_chunks(settings) for depth in chunk.trained}
+    shape = (settings.micro_batch_size, settings.seq_length)
+    tokens = torch.zeros(shape, dtype=torch.long)
+    batch = Batch(tokens, tokens, torch.ones(shape), None, torch.arange(settings.seq_length).expand(shape))
+    with Counter() as counter:
+        run_schedule(model, settings, forward_step, [batch] * micro_batches, forward_only=False)
+    return counter
+
+
+def visit(settings: Settings, vocab_size: int, rank: int, world_size: int, plan: Plan, platform: MetaPlatform,
+          micro_batches: int | None) -> RankFound:
+    """Returns what is found of one rank; it is stepped if ``micro_batches`` says how long.
+
+    Collective: groups of the pretended world.
+    """
+    with pretended_world(rank, world_size):
+        place = start_process_groups(settings, platform)
+        model = build_model(settings, platform, place, vocab_size)
+        stage = plan.stages[place.stage]
+        count = sum(p.numel() for chunk in model.chunks for p in chunk.parameters())
+        found = RankFound(place, count, sum(stage.parameters.values()), shapes_of_model(model))
+        if micro_batches is not None:
+            counter = _step(settings, model, platform, micro_batches)
+            found.flops, found.sent, found.received = counter.flops, counter.sent, counter.received
+            found.planned_flops = micro_batches * sum(
+                operations_of_chunk(settings, chunk, vocab_size, place.tensor_rank).total for chunk in stage.chunks)
+        stop_process_groups()
+    return found
+
+
+def _differences(found: dict[int, RankFound], kinds: dict[tuple, int]) -> Iterable[str]:
+    """Yields in words where a rank differs from the plan, from ranks of its kind, or from what its neighbours send."""
+    for rank, one in found.items():
+        if one.parameters != one.planned_parameters:
+            yield f"rank {rank} has {one.parameters} parameters, planned {one.planned_parameters}"
+        if one.flops is not None and one.flops != one.planned_flops:
+            yield f"rank {rank} does {one.flops} operations, planned {one.planned_flops}"
+        first = next(other for kind, other in kinds.items() if kind[0] == one.place.stage)
+        if one.shapes != found[first].shapes:
+            yield f"rank {rank} holds other parameters than rank {first}, of the same stage"
+        for peer, messages in one.sent.items():
+            if peer in found and found[peer].flops is not None and found[peer].received.get(rank) != messages:
+                yield f"rank {rank} sends {len(messages)} messages to {peer}, which expects {found[peer].received.get(rank)}"
+
+
+def dry_run(settings: Settings, vocab_size: int, world_size: int, plan: Plan, ranks: list[int] | None, whole: bool,
+            progress: Callable[[str], None]) -> DryRun:
+    """Returns what a dry run of ``ranks`` finds; of all where None, with a step of one rank of each kind.
+
+    Ranks of one kind are of one stage and hold as many rows of the output matrix that are no padding: they do the same.
+
+    Collective: groups of the pretended world, in which this process is one rank after another.
+
+    Args:
+        settings: The run.
+        vocab_size: Real tokens.
+        world_size: Of the pretended world.
+        plan: Of the run.
+        ranks: To visit.
+        whole: Whether a step has all its micro-batches, or as many as show every pass.
+        progress: Told what is done.
+    """
+    settings = replace(settings, vocab_size=vocab_size, distributed_backend="auto")
+    platform = MetaPlatform()
+    platform.prepare()
+    micro_batches = num_micro_batches(settings, world_size)
+    if not whole:
+        micro_batches = min(micro_batches, SHORT_STEP * settings.pipeline_model_parallel_size)
+    stride = world_size // settings.pipeline_model_parallel_size
+    found: dict[int, RankFound] = {}
+    kinds: dict[tuple, int] = {}
+    for rank in range(world_size) if ranks is None else ranks:
+        kind = (rank // stride, real_rows(settings, vocab_size, rank % settings.tensor_model_parallel_size))
+        steps = ranks is not None or kind not in kinds
+        kinds.setdefault(kind, rank)
+        progress(f"rank {rank}" + (": a step" if steps else ""))
+        found[rank] = visit(settings, vocab_size, rank, world_size, plan, platform, micro_batches if steps else None)
+    compared = sum(len(messages) for one in found.values() for peer, messages in one.sent.items()
+                   if peer in found and found[peer].flops is not None)
+    return DryRun(found, micro_batches, compared, list(_differences(found, kinds)))

@@ -1,0 +1,131 @@
+"""A plan in words and columns."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megatron_sorted.planning.estimate import Plan, StagePlan
+from megatron_sorted.planning.search import Proposal
+from megatron_sorted.planning.split import layout_of
+from megatron_sorted.settings.derived import exit_depths, layers_of_chunks
+from megatron_sorted.settings.run import Settings
+
+if TYPE_CHECKING:  # torch is needed for a dry run alone
+    from planning.dry_run import DryRun
+
+GB = 1e9
+
+
+def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns lines of right-aligned columns."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers)) if numbers else "-"
+
+
+def stage_lines(plan: Plan) -> list[str]:
+    """Returns layers, exits and parameters of every chunk of every stage."""
+    rows = []
+    for stage in plan.stages:
+        for chunk in stage.chunks:
+            last = chunk.first_layer + chunk.num_layers
+            rows.append([str(stage.stage), str(chunk.chunk), f"{chunk.first_layer + 1}-{last}", str(chunk.num_layers), _spans(chunk.exits)])
+    return _columns(["stage", "chunk", "layers", "count", "exits"], rows)
+
+
+def parameter_lines(plan: Plan) -> list[str]:
+    """Returns the parameters of one rank of every stage."""
+    kinds = list(plan.stages[0].parameters)
+    return _columns(["stage", *kinds, "sum"], [
+        [str(stage.stage), *(f"{stage.parameters[kind]:,}" for kind in kinds), f"{sum(stage.parameters.values()):,}"]
+        for stage in plan.stages])
+
+
+def memory_lines(plan: Plan) -> list[str]:
+    """Returns the memory of one rank of every stage."""
+    names = ("weights", "gradients", "optimizer", "activations", "exit_loss", "layer_backward", "embedding_backward", "update", "reserved")
+    return _columns(["stage", *(name.replace("_", " ") for name in names), "most at once"], [
+        [str(stage.stage), *(f"{getattr(stage.memory, name) / GB:.3g}" for name in names), f"{stage.memory.total / GB:.3g}"]
+        for stage in plan.stages])
+
+
+def work_lines(plan: Plan) -> list[str]:
+    """Returns operations, time and messages of one rank of every stage."""
+    def row(stage: StagePlan) -> list[str]:
+        sent = stage.messages
+        return [str(stage.stage), f"{stage.operations / 1e12:.6g}", f"{stage.exit_operations / 1e12:.4g}", f"{stage.busy_seconds:.3g}",
+                *(f"{size / GB:.3g}" for size in (sent.tensor, sent.pipeline, sent.gradients, sent.parameters, sent.copies))]
+
+    head = ["stage", "TFLOP", "of exits", "busy s", "sent: tensor", "pipeline", "gradients", "parameters", "copies GB"]
+    return _columns(head, [row(stage) for stage in plan.stages])
+
+
+def plan_lines(settings: Settings, plan: Plan, device: str, memory_bytes: int, launch: str, better: list[int] | None) -> list[str]:
+    """Returns a plan as lines of text; ``better`` is a split of layers that weighs exits against layers, if it is another one."""
+    fits = "fits" if plan.peak_bytes <= memory_bytes else "DOES NOT FIT"
+    chunks = f" x {plan.num_chunks} chunks" if plan.num_chunks > 1 else ""
+    after = ", ".join(f"{name} {seconds:.3g}" for name, seconds in plan.phases.items())
+    lines = [
+        f"{plan.world_size} processes: tensor {plan.tensor_size} x pipeline {plan.pipeline_size}{chunks} x data {plan.data_size}; "
+        f"{plan.num_micro_batches} micro-batches of {settings.micro_batch_size}, {plan.tokens:,} tokens a step",
+        f"parameters {plan.parameters:,}; stored with copies and padding {plan.stored_parameters:,}; exits "
+        f"{_spans(exit_depths(settings))}",
+        "", "layers", *stage_lines(plan),
+        "", "parameters of one rank", *parameter_lines(plan),
+        "", "memory of one rank, GB", *memory_lines(plan),
+        "", "work of one rank in a step", *work_lines(plan),
+        "",
+        f"slowest stage: {plan.imbalance:.3f} times the mean of the stages' operations",
+        f"step on {device}: {plan.seconds:.4g} s ({after}); bubble {plan.bubble:.1%}; {plan.tokens / plan.seconds:,.0f} tokens/s; "
+        f"MFU {plan.mfu:.1%}",
+        f"memory: {plan.peak_bytes / GB:.1f} of {memory_bytes / GB:.1f} GB: {fits}",
+    ]
+    if better:
+        lines.append(f"layers that weigh as much as the exits let them: --pipeline-model-parallel-layout '{layout_of(better)}'")
+    return [*lines, "", launch]
+
+
+def layout_flags(settings: Settings) -> str:
+    """Returns the flags of a layout that was found."""
+    flags = [f"--tensor-model-parallel-size {settings.tensor_model_parallel_size}",
+             f"--pipeline-model-parallel-size {settings.pipeline_model_parallel_size}", f"--micro-batch-size {settings.micro_batch_size}",
+             f"--recompute-granularity {settings.recompute_granularity}"]
+    if settings.recompute_granularity == "selective":
+        flags.append(f"--recompute-modules {' '.join(settings.recompute_modules)}")
+    if settings.pipeline_model_parallel_layout is not None:
+        flags.append(f"--pipeline-model-parallel-layout '{settings.pipeline_model_parallel_layout}'")
+    flags.append("--sequence-parallel" if settings.sequence_parallel else "--no-sequence-parallel")
+    flags.append("--use-distributed-optimizer" if settings.use_distributed_optimizer else "--no-use-distributed-optimizer")
+    return " ".join(flags)
+
+
+def search_lines(proposals: list[Proposal], tried: int, least: int, memory_bytes: int, shown: int) -> list[str]:
+    """Returns the best layouts as lines of text."""
+    if not proposals:
+        return [f"none of {tried} layouts fits into {memory_bytes / GB:.1f} GB a rank; the smallest needs {least / GB:.1f} GB. Use more "
+                "processes, or a device with more memory."]
+    rows = []
+    for proposal in proposals[:shown]:
+        settings, plan = proposal.settings, proposal.plan
+        layers = [chunk.num_layers for chunk in layers_of_chunks(settings)]
+        spread = f"{min(layers)}-{max(layers)}" if min(layers) != max(layers) else str(layers[0])
+        recompute = settings.recompute_granularity
+        rows.append([f"{plan.seconds:.4g}", f"{plan.mfu:.1%}", f"{plan.peak_bytes / GB:.1f}", f"{plan.bubble:.1%}", f"{plan.imbalance:.3f}",
+                     str(plan.tensor_size), str(plan.pipeline_size), str(plan.num_chunks), str(plan.data_size),
+                     str(settings.micro_batch_size), recompute, spread])
+    head = ["s/step", "MFU", "GB", "bubble", "imbalance", "tp", "pp", "chunks", "dp", "micro", "recompute", "layers of a chunk"]
+    return [f"{len(proposals)} of {tried} layouts fit into {memory_bytes / GB:.1f} GB a rank; the fastest:", *_columns(head, rows), "",
+            f"the first: {layout_flags(proposals[0].settings)}"]
+
+
+def dry_run_lines(run: "DryRun") -> list[str]:
+    """Returns what a dry run found."""
+    stepped = [one for one in run.ranks.values() if one.flops is not None]
+    rows = [[str(one.place.rank), str(one.place.stage), str(one.place.tensor_rank), str(one.place.data_rank), f"{one.parameters:,}",
+             f"{one.flops / 1e12:.6f}", f"{one.planned_flops / 1e12:.6f}", str(sum(map(len, one.sent.values())))] for one in stepped]
+    lines = [f"built {len(run.ranks)} ranks, a step of {run.micro_batches} micro-batches on {len(stepped)} of them:",
+             *_columns(["rank", "stage", "tp", "dp", "parameters", "TFLOP counted", "planned", "messages"], rows),
+             f"{run.messages} messages between ranks compared with what their receivers expect"]
+    return [*lines, *run.problems] if run.problems else [*lines, "everything as planned"]
