@@ -68,7 +68,7 @@ test-megatron: $(READY)
 	@test -d $(VENV)-megatron/$(VERSION) || $(BIN)/python -m venv $(VENV)-megatron/$(VERSION)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(VENV)-megatron/$(VERSION)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
 	@$(VENV)-megatron/$(VERSION)/bin/python -m pip install -q --disable-pip-version-check --no-deps megatron-core==$(VERSION)
-	@$(VENV)-megatron/$(VERSION)/bin/python -m pytest -m "not long" $(MEGATRON_TESTS)
+	@$(VENV)-megatron/$(VERSION)/bin/python -m pytest -rs -m "not long" $(MEGATRON_TESTS)
 
 # torch_npu makes `import torch` fail where CANN is missing, so it has a virtual environment of its own, on top of .venv's packages
 $(NPU_READY): $(READY) constraints.txt

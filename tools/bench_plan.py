@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmark.report import commit, machine
 from benchmark.worker import RETURN_FREED_MEMORY
 from planning.calibrate import calibrate
-from planning.cases import BALANCE, MEMORY, MEMORY_CASES, TIME, TIME_CASES
+from planning.cases import BALANCE, FOUR_EXITS, FOUR_STAGES, MEMORY, MEMORY_CASES, TIME, TIME_CASES
 from planning.measured import Layout
 from results.tables import table
 
@@ -91,6 +91,17 @@ def time_rows(cases: dict[str, tuple[int, Settings]], device: Device, rounds: in
     return rows
 
 
+def balance_cases() -> dict[str, tuple[int, Settings]]:
+    """Returns models in equal shares and as the plan splits them: early exits on two stages, an exit on each of four, none on four."""
+    cases = {}
+    for text, settings in (("exits after 1, 2, 3 and 10", BALANCE), ("an exit on every stage", FOUR_EXITS), ("plain", FOUR_STAGES)):
+        stages = settings.pipeline_model_parallel_size
+        equal = [settings.num_layers // stages] * stages
+        for lengths in (equal, balanced_split(weights_of_layers(settings, settings.vocab_size), stages, 1)):
+            cases[f"{text}: {' '.join(map(str, lengths))}"] = (stages, with_split(settings, lengths))
+    return cases
+
+
 def page(memory: list[dict], times: list[dict], balance: list[dict], device: Device, rounds: int) -> str:
     """Returns the page of results."""
     lines = ["# Plans beside measurements", "",
@@ -111,9 +122,9 @@ def page(memory: list[dict], times: list[dict], balance: list[dict], device: Dev
             [row["layout"], f"{row['planned']:.2f}", f"{row['measured']:.2f}", f"{row['measured'] / row['planned']:.2f}"]
             for row in sorted(times, key=lambda row: row["planned"])])
     if balance:
-        lines += ["## Exits weighed against layers", "", "Two stages, exits after layers 1, 2, 3 and 10; layers in equal shares, and as "
-                  "the plan splits them. CPU seconds of each process.", ""]
-        lines += table(["split", "planned slowest / mean operations", "CPU s of stages", "slowest / mean", "step s"], [
+        lines += ["## Exits weighed against layers", "", "Layers of each stage in equal shares, and as the plan splits them. CPU seconds "
+                  "of each process: stages share this machine's cores, so that a step's wall time says nothing of their balance.", ""]
+        lines += table(["exits: layers of stages", "planned slowest / mean operations", "CPU s of stages", "slowest / mean", "step s"], [
             [row["layout"], f"{row['imbalance']:.3f}", ", ".join(f"{busy:.2f}" for busy in row["busy"]),
              f"{max(row['busy']) * len(row['busy']) / sum(row['busy']):.3f}", f"{row['measured']:.2f}"] for row in balance])
     return "\n".join(lines)
@@ -139,9 +150,7 @@ def main() -> None:
         cases = {name: (world_size, replace(TIME, **changes)) for name, (world_size, changes) in TIME_CASES.items()}
         times = time_rows(cases, device, options.rounds)
     if "balance" in options.parts:
-        lengths = balanced_split(weights_of_layers(BALANCE, BALANCE.vocab_size), 2, 1)
-        splits = {"5 and 5 layers": (2, BALANCE), " and ".join(map(str, lengths)) + " layers": (2, with_split(BALANCE, lengths))}
-        balance = time_rows(splits, device, options.rounds)
+        balance = time_rows(balance_cases(), device, options.rounds)
     _tell("")
     text = page(memory, times, balance, device, options.rounds)
     options.output.write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.kernels import fused_kernels
-from megatron_sorted.platform.versions import check_megatron_can
+from megatron_sorted.platform.versions import check_megatron_can, known_arguments
 from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels, layers_of_chunks, num_virtual_chunks
 from megatron_sorted.settings.run import Settings
 
@@ -33,7 +33,8 @@ def check_platform(settings: Settings, platform: Platform) -> None:
     """
     check_megatron_can(
         ("--data-parallel fsdp", settings.data_parallel == "fsdp"), ("--use-distributed-optimizer", settings.use_distributed_optimizer),
-        ("--lora-rank", bool(settings.lora_rank)))
+        ("--lora-rank", bool(settings.lora_rank)),
+        ("--pipeline-model-parallel-layout", settings.pipeline_model_parallel_layout is not None))
     if settings.transformer_impl == "transformer_engine" and not platform.has_transformer_engine():
         raise PlatformError(f"--transformer-impl transformer_engine: Transformer Engine is not installed or cannot run on {platform.name}. "
                             "Install it on a GPU host, or use --transformer-impl local.")
@@ -111,7 +112,6 @@ def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_virtual_chunks(settings) if interleaved else None,
-        pipeline_model_parallel_layout=_layout(settings),
         num_layers_in_first_pipeline_stage=settings.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=settings.decoder_last_pipeline_num_layers,
         sequence_parallel=settings.sequence_parallel,
@@ -129,8 +129,9 @@ def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         # the device's fused operations enter where Megatron would take Transformer Engine's (see layer_spec)
-        use_te_activation_func=uses_fused_swiglu(settings, platform),
         apply_rope_fusion=settings.position_embedding_type == "rope" and fused_kernels().rotary is not None,
+        **known_arguments(TransformerConfig, pipeline_model_parallel_layout=_layout(settings),
+                          use_te_activation_func=uses_fused_swiglu(settings, platform)),
         **recompute,
         **experts,
     )

@@ -59,8 +59,8 @@ def check_megatron_version(version: str | None = None) -> None:
 def check_megatron_can(*asked: tuple[str, bool], version: str | None = None) -> None:
     """Returns nothing if megatron-core can do what is asked for, of what only 0.15 and later can.
 
-    Earlier checkpoints hold no tensor in parts of unequal shape, as each rank's part of a sharded optimizer is, and earlier parallel layers
-    keep no group, which adapters communicate over.
+    Earlier checkpoints hold no tensor in parts of unequal shape, as each rank's part of a sharded optimizer is, earlier parallel layers
+    keep no group, which adapters communicate over, and 0.12 takes no layout of its stages.
 
     Args:
         asked: (flag, whether it is given) of such things.

@@ -14,6 +14,7 @@ from megatron_sorted.checkpoint import sharded
 from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.checkpoint.manifest import Progress
 from megatron_sorted.checkpoint.saver import SaveOutcome
+from megatron_sorted.model.config import check_platform
 from megatron_sorted.parallel.groups import start_process_groups
 from megatron_sorted.platform.select import choose_platform
 from megatron_sorted.settings.derived import trained_exits
@@ -34,6 +35,7 @@ def start(settings: Settings):
     """Returns platform, place and model of this rank."""
     platform = choose_platform(settings.device)
     platform.prepare()
+    check_platform(settings, platform)
     place = start_process_groups(settings, platform, init_method())
     model = build_model(settings, platform, place, settings.vocab_size)
     build_optimizer(model, settings, place.world_size)

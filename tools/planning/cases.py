@@ -43,3 +43,7 @@ TIME_CASES = {
 
 BALANCE = replace(TIME, num_layers=10, exit_layer_nums=(1, 2, 3), pipeline_model_parallel_size=2, global_batch_size=8)
 """Four exits, three of them at the beginning, on two stages."""
+
+FOUR_STAGES = replace(TIME, num_layers=16, pipeline_model_parallel_size=4, global_batch_size=16)
+FOUR_EXITS = replace(FOUR_STAGES, exit_layer_nums=(4, 8, 12))
+"""A pipeline of four: a plain model, and one with an exit on every stage."""
