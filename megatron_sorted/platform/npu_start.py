@@ -84,13 +84,15 @@ def _load_mindspeed(arguments: str) -> None:
             "--npu-adaptor out.") from error
 
 
-def start_npu(adaptor: str = "none", adaptor_arguments: str = "", leave_out: frozenset[str] = frozenset()) -> None:
+def start_npu(adaptor: str = "none", adaptor_arguments: str = "", leave_out: frozenset[str] = frozenset(),
+              coalesced_collectives: bool = True) -> None:
     """Makes this process one that computes on NPUs. Calling it again does nothing.
 
     Args:
         adaptor: "mindspeed" to have Megatron patched by MindSpeed, or "none".
         adaptor_arguments: Flags for it, as on a command line.
         leave_out: Names of mends that are not applied, to show what they are for.
+        coalesced_collectives: Whether Megatron may hand over the collectives of several buckets together.
 
     Raises:
         PlatformError: torch_npu, CANN, MindSpeed or the NPUs are missing, or the host also has NVIDIA GPUs.
@@ -104,3 +106,7 @@ def start_npu(adaptor: str = "none", adaptor_arguments: str = "", leave_out: fro
     if adaptor == "mindspeed":
         _load_mindspeed(adaptor_arguments)
     MENDED.extend(apply_mends(leave_out, beside_adaptor=adaptor == "mindspeed"))
+    if not coalesced_collectives:
+        from megatron_sorted.platform.npu_collectives import take_collectives_apart
+
+        take_collectives_apart()

@@ -21,6 +21,7 @@ class DeviceChoice(Protocol):
     npu_adaptor: str
     npu_adaptor_arguments: str
     npu_kernels: tuple[str, ...]
+    npu_coalesced_collectives: bool
 
 
 def device_for(device: str) -> str:
@@ -50,7 +51,7 @@ def load_device(choice: DeviceChoice) -> None:
         keep_unused_out()
     if device == "npu":
         NpuPlatform.use_kernels(choice.npu_kernels)
-        start_npu(choice.npu_adaptor, choice.npu_adaptor_arguments)
+        start_npu(choice.npu_adaptor, choice.npu_adaptor_arguments, coalesced_collectives=choice.npu_coalesced_collectives)
 
 
 def choose_platform(device: str) -> Platform:

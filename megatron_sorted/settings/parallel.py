@@ -17,6 +17,8 @@ class ParallelSettings:
     npu_adaptor_arguments: str = setting("", "MindSpeed's own flags, in one word: --npu-adaptor-arguments=\"--optimization-level 1\".")
     npu_kernels: tuple[str, ...] = setting(
         ("attention", "rms_norm", "rotary", "swiglu"), "Fused operations used on NPUs; for the others torch's own run.")
+    npu_coalesced_collectives: bool = setting(
+        True, "Hand the collectives of several buckets to HCCL as one; without it each is a call of its own, for CANNs that cannot.")
     distributed_timeout_minutes: int = setting(10, "Minutes after which a collective operation that does not end is an error.")
     hang_timeout_minutes: float | None = setting(
         None, "Minutes without progress after which the job is ended and the ranks that hang are named; by default "

@@ -16,8 +16,9 @@ VERSION = ".".join(map(str, OLDEST))
 
 def run(*command: object, **environment: object) -> subprocess.CompletedProcess:
     """Returns the finished command, with what it said."""
-    return subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, **{name: str(value) for name, value in environment.items()}},
-                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          check=False)
 
 
 def test_layouts_under_the_oldest_megatron_core(tmp_path):
@@ -32,5 +33,6 @@ def test_layouts_under_the_oldest_megatron_core(tmp_path):
     (packages / "project.pth").write_text(sysconfig.get_path("purelib"))
     seen = run(python, "-c", "from megatron_sorted.platform.versions import megatron_version; print(megatron_version())", PYTHONPATH=ROOT)
     assert seen.stdout.splitlines()[-1] == VERSION
-    done = run(python, "-m", "pytest", "-rs", "tests/ranks/test_layouts.py", "-k", "(pp2 and chunks2 and own and selective) or (tp2 and parallel and untied and own)")
+    done = run(python, "-m", "pytest", "-rs", "tests/ranks/test_layouts.py", "-k",
+               "(pp2 and chunks2 and own and selective) or (tp2 and parallel and untied and own)")
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout
