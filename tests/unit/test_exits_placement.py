@@ -7,6 +7,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exits.placement import chunk_layers, chunks_of_layout, layers_of_layout, place_exits
+from megatron_sorted.platform.versions import ALL, is_at_least
 
 
 def test_layers_of_two_stages_with_two_chunks():
@@ -18,6 +19,7 @@ def test_layers_of_stages_of_unequal_size():
     assert chunk_layers(7, 2, 1, first_stage_layers=3) == [(0, 0, 0, 3), (1, 0, 3, 4)]
 
 
+@pytest.mark.skipif(not is_at_least(*ALL), reason="older megatron-core tells only a running stage of its layers, as in tests/ranks")
 @pytest.mark.parametrize(
     ("num_layers", "stages", "chunks", "first", "last"),
     [
