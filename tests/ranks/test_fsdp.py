@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.ranks.test_checkpoint import ODD
+from tests.ranks.test_gradient_rules import check as check_rule
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_precision import BF16_GRADIENT, BF16_LOSS, FP16_GRADIENT, FP16_LOSS, check_against_reference
 from tests.support.layouts import DISTRIBUTED, FSDP, OWN, SEQUENCE, UNTIED
@@ -37,6 +38,11 @@ LAYOUTS = {
 def test_layout_equals_reference(name):
     world_size, changes = LAYOUTS[name]
     compare(world_size, tiny(**FSDP, **changes), 1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {**UNTIED, **OWN}])
+def test_gradients_are_joined_where_exits_meet(changes):
+    check_rule(2, tiny(**FSDP, exit_gradient_rule="project", **changes), unequal=True, packed=True)
 
 
 @pytest.mark.parametrize(("world_size", "changes"), [(2, {}), (4, {**UNTIED, **OWN})])
