@@ -33,6 +33,8 @@ def test_tests_that_are_asked_for_are_never_skipped(kind, monkeypatch):
     assert "NPU_TESTS_ON asks for tests/npu: torch_npu is not installed for" in done.stderr
 
 
-def test_make_test_npu_asks_for_them():
+def test_make_test_npu_asks_for_them(monkeypatch):
+    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of the make that runs this test
+        monkeypatch.delenv(name, raising=False)
     said = subprocess.run(["make", "-n", "test-npu"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "NPU_TESTS_ON=simulation" in said.splitlines()[-1] and said.rstrip().endswith("tests/npu")
