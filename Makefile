@@ -80,7 +80,7 @@ $(NPU_READY): $(READY) constraints.txt
 	@touch $(NPU_READY)
 
 test-npu: $(NPU_READY)
-	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_VENV)/bin/python -m pytest -m "not long" tests/npu
+	@NPU_TESTS_ON=simulation TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_VENV)/bin/python -m pytest -m "not long" tests/npu
 
 # on an Ascend host the Python that has torch_npu: make accept-npu PYTHON=...
 ifeq ($(ON),simulation)

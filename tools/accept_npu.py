@@ -11,6 +11,7 @@ Kernels that torch_npu would silently compute on the CPU are errors here.
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def versions(options: argparse.Namespace) -> Iterator[Line]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "missing"
-    fits = found["torch"].split("+")[0] == found["torch_npu"].split(".post")[0]
+    fits = found["torch"].split("+")[0] == found["torch_npu"].split(".post")[0] != "missing"
     yield "torch and torch_npu", fits, f"{found['torch']} and {found['torch_npu']}"
     yield "megatron-core", found["megatron-core"] == "0.16.1", f"{found['megatron-core']} (tested: 0.16.1)"
     loads = run(["-c", "from megatron_sorted.platform.npu_start import load_torch_npu; load_torch_npu(); import torch; "
@@ -74,9 +75,18 @@ def devices(options: argparse.Namespace) -> Iterator[Line]:
 
 
 def losses(path: Path) -> dict[int, list[float]]:
-    """Returns the losses of all exits by step, from a run's metrics."""
+    """Returns the losses of all exits by step, from a run's metrics, which say null of what is not finite."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {row["step"]: [numbers["loss"] for numbers in row["exits"].values()] for row in rows}
+    return {row["step"]: [math.nan if numbers["loss"] is None else numbers["loss"] for numbers in row["exits"].values()] for row in rows}
+
+
+def compared(got: dict[int, list[float]], expected: dict[int, list[float]], tolerance: float) -> tuple[bool, str]:
+    """Returns whether all losses of all steps are within a relative ``tolerance``, and how far the furthest is; NaN never is."""
+    if got.keys() != expected.keys() or any(len(got[step]) != len(expected[step]) for step in expected):
+        return False, f"{len(got)} steps were reported, not the {len(expected)} of the CPU, or other exits"
+    differences = [abs(a - b) / b for step in expected for a, b in zip(got[step], expected[step], strict=True)]
+    worst = max(differences, key=lambda difference: math.inf if math.isnan(difference) else difference)
+    return worst <= tolerance, f"losses differ by up to {worst:.2e} (at most {tolerance:g}); nothing was computed on the CPU"
 
 
 def steps(options: argparse.Namespace) -> Iterator[Line]:
@@ -105,16 +115,13 @@ def steps(options: argparse.Namespace) -> Iterator[Line]:
             if done.returncode:
                 yield f"{options.steps} steps, {name}", False, last_words(done)
                 continue
-            got = losses(path)
-            worst = max(abs(a - b) / b for step in expected for a, b in zip(got[step], expected[step], strict=True))
-            yield (f"{options.steps} steps, {name}", worst <= tolerance,
-                   f"losses differ by up to {worst:.2e} (at most {tolerance:g}); nothing was computed on the CPU")
+            yield f"{options.steps} steps, {name}", *compared(losses(path), expected, tolerance)
 
 
 def tests(options: argparse.Namespace) -> Iterator[Line]:
     """Yields what the tests of kernels and layouts say on these devices."""
     for name in ("test_npu_kernels.py", "test_npu_layouts.py"):
-        words = ["-m", "pytest", "-q", "-m", "not long", f"tests/npu/{name}"]
+        words = ["-m", "pytest", "-m", "not long", f"tests/npu/{name}"]
         done = run(words, NPU_TESTS_ON="simulation" if SIMULATED else "devices")
         yield f"tests/npu/{name}", done.returncode == 0, done.stdout.strip().splitlines()[-1] if done.stdout.strip() else last_words(done)
 

@@ -4,6 +4,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megatron_sorted.errors import PlatformError
+from megatron_sorted.parallel.fsdp import check_torch_can_shard
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.kernels import fused_kernels
 from megatron_sorted.platform.versions import check_megatron_can, known_arguments
@@ -35,6 +36,8 @@ def check_platform(settings: Settings, platform: Platform) -> None:
         ("--data-parallel fsdp", settings.data_parallel == "fsdp"), ("--use-distributed-optimizer", settings.use_distributed_optimizer),
         ("--lora-rank", bool(settings.lora_rank)),
         ("--pipeline-model-parallel-layout", settings.pipeline_model_parallel_layout is not None))
+    if settings.data_parallel == "fsdp":
+        check_torch_can_shard()
     if settings.transformer_impl == "transformer_engine" and not platform.has_transformer_engine():
         raise PlatformError(f"--transformer-impl transformer_engine: Transformer Engine is not installed or cannot run on {platform.name}. "
                             "Install it on a GPU host, or use --transformer-impl local.")

@@ -129,9 +129,9 @@ class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
     Megatron's gradient finalisation sums it.
     """
 
-    def __init__(self, *arguments, adapter: Adapter, stride: int = 1, **options):
+    def __init__(self, *arguments, adapter: Adapter, is_gated: bool = False, stride: int = 1, **options):
         super().__init__(*arguments, stride=stride, **options)
-        self.is_gated = stride == 2  # every rank holds a part of the gate, then of the up projection (megatron.core.transformer.mlp)
+        self.is_gated = is_gated  # every rank holds a part of the gate, then of the up projection (megatron.core.transformer.mlp)
         self._add_pair(adapter, self.input_size, self.output_size_per_partition)
         set_tensor_model_parallel_attributes(self.lora_b, True, 0, stride)
         self.lora_a.sequence_parallel = self.sequence_parallel
@@ -208,7 +208,8 @@ def with_adapters(spec: ModuleSpec, settings: Settings, in_use: RanksInUse) -> M
         kind = kinds[getattr(holders[target], target)]
         # Megatron calls what it finds as linear_qkv, and builds the others
         called = target == "linear_qkv" and not builds_linear_qkv()
-        adapted = partial(kind, adapter=adapter) if called else ModuleSpec(kind, params={"adapter": adapter})
+        told = {"adapter": adapter, "is_gated": settings.swiglu} if target == "linear_fc1" else {"adapter": adapter}
+        adapted = partial(kind, **told) if called else ModuleSpec(kind, params=told)
         setattr(holders[target], target, adapted)
     return spec
 

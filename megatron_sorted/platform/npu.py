@@ -14,16 +14,12 @@ from megatron_sorted.platform.peaks import peak_tflops_of
 
 
 class NpuPlatform(Platform):
-    """One NPU a process.
-
-    Args:
-        kernels: Names of the fused operations that the model is to use.
-    """
+    """One NPU a process."""
 
     name = "npu"
     backend = "hccl"
     loss_chunk_tokens = 2048
-    _kernels: tuple[str, ...] = tuple(KERNELS)
+    _kernels: tuple[str, ...] = tuple(KERNELS)  # names of the fused operations that the model is to use
 
     @classmethod
     def use_kernels(cls, names: tuple[str, ...]) -> None:

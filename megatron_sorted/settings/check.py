@@ -2,6 +2,7 @@
 
 from megatron_sorted.settings.check_adapters import check_adapters
 from megatron_sorted.settings.check_data_parallel import check_data_parallel
+from megatron_sorted.settings.check_device import check_device
 from megatron_sorted.settings.check_exit_distillation import check_exit_distillation
 from megatron_sorted.settings.check_exit_parts import check_exit_parts
 from megatron_sorted.settings.check_exit_weighting import check_exit_weighting
@@ -32,6 +33,7 @@ def check_settings(settings: Settings, world_size: int) -> None:
     check_exits(settings)
     check_exit_distillation(settings)
     check_adapters(settings)
+    check_device(settings)
     check_layout(settings, world_size)
     check_experts(settings, world_size)
     check_batch(settings, world_size)

@@ -20,14 +20,6 @@ def check_layout(settings: Settings, world_size: int) -> None:
     require(world_size > 0, f"number of processes: {world_size} is not above 0. Start at least one.")
     require_divides(world_size, "number of processes", tp * pp * cp, "tensor x pipeline x context parallel size", PROCESSES)
     require(
-        settings.device != "cpu" or settings.distributed_backend != "nccl",
-        "--distributed-backend: nccl cannot move data of --device cpu. Use gloo or auto.",
-    )
-    require(
-        settings.device != "cpu" or settings.transformer_impl != "transformer_engine",
-        "--transformer-impl: transformer_engine cannot run on --device cpu. Use local or auto.",
-    )
-    require(
         tp > 1 or not settings.sequence_parallel,
         "--sequence-parallel: there is nothing to split over with --tensor-model-parallel-size 1. Drop one or raise the other.",
     )

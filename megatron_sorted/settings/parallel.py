@@ -5,6 +5,8 @@ from typing import Literal
 
 from megatron_sorted.settings.field import setting
 
+NPU_KERNELS = ("attention", "rms_norm", "rotary", "swiglu")
+
 
 @dataclass(frozen=True)
 class ParallelSettings:
@@ -16,7 +18,7 @@ class ParallelSettings:
     npu_adaptor: Literal["none", "mindspeed"] = setting("none", "Whether MindSpeed patches Megatron for Ascend NPUs.")
     npu_adaptor_arguments: str = setting("", "MindSpeed's own flags, in one word: --npu-adaptor-arguments=\"--optimization-level 1\".")
     npu_kernels: tuple[str, ...] = setting(
-        ("attention", "rms_norm", "rotary", "swiglu"), "Fused operations used on NPUs; for the others torch's own run.")
+        NPU_KERNELS, "Fused operations used on NPUs; for the others torch's own run.")
     npu_coalesced_collectives: bool = setting(
         True, "Hand the collectives of several buckets to HCCL as one; without it each is a call of its own, for CANNs that cannot.")
     distributed_timeout_minutes: int = setting(10, "Minutes after which a collective operation that does not end is an error.")

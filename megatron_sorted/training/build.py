@@ -20,7 +20,7 @@ from megatron_sorted.model.spec import layer_spec
 from megatron_sorted.model.stage import ChunkPlan, SortedStage
 from megatron_sorted.model.trainable import freeze_others
 from megatron_sorted.parallel.copies import SharedCopies, connect_copies
-from megatron_sorted.parallel.fsdp import FullyShardedStage, check_torch_can_shard, connect_optimizer
+from megatron_sorted.parallel.fsdp import FullyShardedStage, connect_optimizer
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.state import current_device, seed_everything
@@ -133,7 +133,6 @@ def _replicate(stages: list[SortedStage], config: TransformerConfig, settings: S
 
 def _shard_fully(stages: list[SortedStage], config: TransformerConfig, settings: Settings, platform: Platform) -> list:
     """Returns the only chunk of a network without stages, every data parallel rank keeping some rows of its weights."""
-    check_torch_can_shard()
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     states = stages[0].sharded_state_dict(metadata=dict(CONTENT))
     return [FullyShardedStage(config, stages[0], group, platform.device().type, parameter_dtype(settings), states)]

@@ -1,16 +1,58 @@
 """Every process that these tests start meets simulated NPUs; with NPU_TESTS_ON=devices it meets the host's.
 
-This process itself computes the references, on the CPU: it never loads torch_npu.
+This process itself computes the references, on the CPU: it never loads torch_npu. What is set here holds for all tests of a session, so
+among others (a bare ``pytest``) these are skipped. NPU_TESTS_ON says that they are asked for: then what is missing is an error.
 """
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
+
+import pytest
 
 from megatron_sorted.platform.before_torch import keep_device_packages_out
 from tests.support import ranks
 from tests.support.npu_simulation.environment import simulated_environment
 
-keep_device_packages_out()
-if os.environ.get("NPU_TESTS_ON", "simulation") == "simulation":
-    os.environ.update(simulated_environment())
-ranks.FORK_SERVER.set_forkserver_preload(["tests.support.npu_preload"])
-ranks.device_context = ranks.FORK_SERVER
+HERE = Path(__file__).parent
+KINDS = ("simulation", "devices")
+
+
+def why_not(config: pytest.Config) -> str | None:
+    """Returns why these tests are left out of a session; None where they are run.
+
+    Raises:
+        UsageError: They are asked for and cannot be run.
+    """
+    asked = [Path(config.invocation_params.dir, word.split("::")[0]).resolve() for word in config.args]
+    reason = None
+    if importlib.util.find_spec("torch_npu") is None:
+        reason = f"torch_npu is not installed for {sys.executable}: make test-npu installs it, and runs them"
+    elif not all(path.is_relative_to(HERE) for path in asked):
+        reason = "they need a session of their own: make test-npu runs them"
+    if reason and "NPU_TESTS_ON" in os.environ:
+        raise pytest.UsageError(f"NPU_TESTS_ON asks for tests/npu: {reason}")
+    return reason
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives the processes of this session NPUs, unless its tests on NPUs are left out."""
+    if why_not(config):
+        return
+    kind = os.environ.get("NPU_TESTS_ON", "simulation")
+    if kind not in KINDS:
+        raise pytest.UsageError(f"NPU_TESTS_ON={kind}: no such NPUs. Use one of: {', '.join(KINDS)}.")
+    keep_device_packages_out()
+    if kind == "simulation":
+        os.environ.update(simulated_environment())
+    ranks.FORK_SERVER.set_forkserver_preload(["tests.support.npu_preload"])
+    ranks.device_context = ranks.FORK_SERVER
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the tests of this folder as skipped where they are left out."""
+    reason = why_not(config)
+    for item in items if reason else ():
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.skip(reason=reason))

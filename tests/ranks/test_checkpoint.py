@@ -5,11 +5,11 @@ import os
 import pytest
 import torch
 
-from tests.support.gather import join_ranks
 from tests.support.layouts import CHUNKS, DISTRIBUTED, OWN, PP2, PP4, SANDWICH, SP, TP2, UNTIED
 from tests.support.rank_bodies import steps_from, steps_with_megatrons_form
 from tests.support.ranks import run_ranks
-from tests.support.tiny import VOCABULARY, tiny
+from tests.support.same_state import MOMENTS, assert_same_moments, assert_same_state, joined
+from tests.support.tiny import tiny
 
 # hidden 36: buckets of the distributed optimizer need padding, which is where Megatron's own saving went wrong
 ODD = {"hidden_size": 36, "num_attention_heads": 6, "num_query_groups": 2, "kv_channels": 6, "lr_decay_style": "cosine"}
@@ -44,12 +44,6 @@ OTHER_LAYOUT = {
 }
 
 
-def joined(reports: list[dict], key: str, moment: str | None = None) -> dict[str, torch.Tensor]:
-    """Returns whole tensors by name from all ranks' reports, without the rows that pad the vocabulary."""
-    whole = join_ranks([r[key] if moment is None else r[key][moment] for r in reports])[0]
-    return {name: tensor[:VOCABULARY] if "embedding" in name or "output_layer" in name else tensor for name, tensor in whole.items()}
-
-
 @pytest.mark.parametrize("name", SAME_LAYOUT)
 def test_continued_run_equals_uninterrupted_bit_for_bit(name, tmp_path):
     world_size, changes = SAME_LAYOUT[name]
@@ -58,11 +52,7 @@ def test_continued_run_equals_uninterrupted_bit_for_bit(name, tmp_path):
     run_ranks(world_size, steps_from, settings, str(tmp_path), False, 0, 2, True)
     rest = run_ranks(world_size, steps_from, settings, str(tmp_path), True, 2, 4, False)
     assert rest[0]["losses"] == whole[0]["losses"][2:]
-    for key, moment in (("weights", None), ("moments", "exp_avg"), ("moments", "exp_avg_sq")):
-        expected, got = joined(whole, key, moment), joined(rest, key, moment)
-        assert expected.keys() == got.keys()
-        for tensor_name in expected:
-            assert torch.equal(got[tensor_name], expected[tensor_name]), f"{key} {moment} {tensor_name}"
+    assert_same_state(rest, whole)
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -77,12 +67,7 @@ def test_ten_steps_equal_five_and_five_in_another_layout(name, tmp_path):
     (world_before, before), (world_after, after) = OTHER_LAYOUT[name]
     saved = run_ranks(world_before, steps_from, tiny(**{**ODD, **before}), str(tmp_path), False, 0, 5, True)
     loaded = run_ranks(world_after, steps_from, tiny(**{**ODD, **after}), str(tmp_path), True, 5, 10, False)
-    for key, loaded_key, moment in (("weights", "loaded_weights", None), ("moments", "loaded_moments", "exp_avg"),
-                                    ("moments", "loaded_moments", "exp_avg_sq")):
-        expected, got = joined(saved, key, moment), joined(loaded, loaded_key, moment)
-        assert expected.keys() == got.keys()
-        for tensor_name in expected:
-            assert torch.equal(got[tensor_name], expected[tensor_name]), f"{key} {moment} {tensor_name}"
+    assert_same_state(loaded, saved, loaded=True)
     never_stopped = run_ranks(world_before, steps_from, tiny(**{**ODD, **before}), str(tmp_path), False, 0, 10, False)
     half = "bf16" in name or "fp16" in name
     pairs = list(zip(loaded[0]["losses"], never_stopped[0]["losses"][5:], strict=True))
@@ -90,7 +75,7 @@ def test_ten_steps_equal_five_and_five_in_another_layout(name, tmp_path):
         assert got_losses == pytest.approx(expected_losses, rel=2e-3 if half else 1e-5) and got_rate == expected_rate
     if "RELAYOUT_TABLE" in os.environ:
         worst = max(abs(got[depth] / expected[depth] - 1) for (got, *_), (expected, *_) in pairs for depth in expected)
-        moments = [largest_difference(joined(never_stopped, "moments", m), joined(loaded, "moments", m)) for m in ("exp_avg", "exp_avg_sq")]
+        moments = [largest_difference(joined(never_stopped, "moments", m), joined(loaded, "moments", m)) for m in MOMENTS]
         weights = largest_difference(joined(never_stopped, "weights"), joined(loaded, "weights"))
         with open(os.environ["RELAYOUT_TABLE"], "a", encoding="utf-8") as table:
             table.write(f"| {name} | {len(joined(saved, 'moments', 'exp_avg'))} | 0 | {worst:.1e} | {weights:.1e} | {max(moments):.1e} |\n")
@@ -101,9 +86,7 @@ def test_optimizer_state_of_parts_and_megatrons_gathered_form_are_one_checkpoint
     before, after = tiny(**{**ODD, **TP2, **DISTRIBUTED}), tiny(**{**ODD, **PP2, **DISTRIBUTED})
     saved = run_ranks(4, save, before, str(tmp_path), False, 0, 3, True)
     loaded = run_ranks(2, load, after, str(tmp_path), True, 3, 3, False)
-    for moment in ("exp_avg", "exp_avg_sq"):
-        expected, got = joined(saved, "moments", moment), joined(loaded, "loaded_moments", moment)
-        assert expected.keys() == got.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
+    assert_same_moments(loaded, saved, loaded=True)
 
 
 @pytest.mark.parametrize(("before", "after"), [((1, {}), (1, {})), ((2, TP2), (2, PP2)), ((2, {**PP2, **BF16}), (1, BF16))])

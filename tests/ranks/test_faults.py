@@ -1,13 +1,12 @@
 """Numbers that are not finite, and ranks that hang: named, and nothing is spoilt."""
 
 import pytest
-import torch
 
 from megatron_sorted.errors import TrainingError
 from megatron_sorted.training.nonfinite import NonfiniteSteps
-from tests.ranks.test_checkpoint import joined
 from tests.support.rank_bodies import hang_somewhere, train_with_poison
 from tests.support.ranks import run_ranks
+from tests.support.same_state import assert_same_state
 from tests.support.tiny import tiny
 
 LAYOUTS = {
@@ -33,9 +32,7 @@ def test_a_step_that_is_not_finite_is_named_and_leaves_no_trace(name, what):
         assert str(rank) in bad.not_finite.split(";")[0]
         assert bad.not_finite == poisoned[0]["results"][1].not_finite
         assert report["rate"] == without[0]["rate"]
-    for key, moment in (("weights", None), ("moments", "exp_avg"), ("moments", "exp_avg_sq")):
-        expected, got = joined(without, key, moment), joined(poisoned, key, moment)
-        assert all(torch.equal(got[tensor], expected[tensor]) for tensor in expected)
+    assert_same_state(poisoned, without)
 
 
 def test_one_step_too_many_ends_the_run():

@@ -11,6 +11,7 @@ from tests.support.gather import join_ranks
 from tests.support.layouts import DISTRIBUTED, OVERLAP, PP2, SP, TP2, thinned
 from tests.support.rank_bodies import layers_run, steps_from
 from tests.support.ranks import run_ranks
+from tests.support.same_state import MOMENTS, assert_same_state, joined
 from tests.support.tiny import tiny
 
 TUNE = {"tune_exit": True}
@@ -127,24 +128,14 @@ RESUMED = {
 }
 
 
-def joined(reports: list[dict], key: str, moment: str | None = None) -> dict[str, torch.Tensor]:
-    """Returns whole tensors by name from all ranks' reports."""
-    return join_ranks([report[key] if moment is None else report[key][moment] for report in reports])[0]
-
-
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_tuned_run_goes_on_in_another_layout(name, tmp_path):
     (world_before, before), (world_after, after) = RESUMED[name]
     saved = run_ranks(world_before, steps_from, tiny(**before), str(tmp_path), False, 0, 3, True)
     loaded = run_ranks(world_after, steps_from, tiny(**after), str(tmp_path), True, 3, 6, False)
     whole = run_ranks(world_before, steps_from, tiny(**before), str(tmp_path), False, 0, 6, False)
-    weights, held = joined(saved, "weights"), joined(loaded, "loaded_weights")
-    rows = {key: slice(100) if "embedding" in key or "output" in key else slice(None) for key in weights}
-    assert all(torch.equal(weights[key][rows[key]], held[key][rows[key]]) for key in weights)
-    for moment in ("exp_avg", "exp_avg_sq"):
-        expected, got = joined(saved, "moments", moment), joined(loaded, "loaded_moments", moment)
-        assert expected.keys() == got.keys() and all(is_trained(key, tiny(**before)) for key in got)
-        assert all(torch.equal(expected[key], got[key]) for key in got)
+    assert_same_state(loaded, saved, loaded=True)
+    assert all(is_trained(key, tiny(**before)) for moment in MOMENTS for key in joined(loaded, "loaded_moments", moment))
     half = before.get("bf16") or before.get("fp16")
     for (losses, norm, rate), (expected_losses, expected_norm, expected_rate) in zip(loaded[0]["losses"], whole[0]["losses"][3:],
                                                                                     strict=True):

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from tests.ranks.test_checkpoint import ODD, joined
+from tests.ranks.test_checkpoint import ODD
+from tests.ranks.test_gradient_rules import check as check_rule
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_precision import BF16_GRADIENT, BF16_LOSS, FP16_GRADIENT, FP16_LOSS, check_against_reference
 from tests.support.layouts import DISTRIBUTED, FSDP, OWN, SEQUENCE, UNTIED
 from tests.support.rank_bodies import steps_from, train_and_report
 from tests.support.ranks import run_ranks
+from tests.support.same_state import assert_same_state
 from tests.support.tiny import tiny
 
 BF16, FP16 = {"bf16": True}, {"fp16": True, "loss_scale": 1024.0}
@@ -38,6 +40,11 @@ def test_layout_equals_reference(name):
     compare(world_size, tiny(**FSDP, **changes), 1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {**UNTIED, **OWN}])
+def test_gradients_are_joined_where_exits_meet(changes):
+    check_rule(2, tiny(**FSDP, exit_gradient_rule="project", **changes), unequal=True, packed=True)
+
+
 @pytest.mark.parametrize(("world_size", "changes"), [(2, {}), (4, {**UNTIED, **OWN})])
 @pytest.mark.parametrize(("precision", "loss", "gradient"), [(BF16, BF16_LOSS, BF16_GRADIENT), (FP16, FP16_LOSS, FP16_GRADIENT)])
 def test_half_precision(world_size, changes, precision, loss, gradient):
@@ -65,9 +72,7 @@ def test_continued_run_equals_uninterrupted_bit_for_bit(name, tmp_path):
     run_ranks(world_size, steps_from, settings, str(tmp_path), False, 0, 2, True)
     rest = run_ranks(world_size, steps_from, settings, str(tmp_path), True, 2, 4, False)
     assert rest[0]["losses"] == whole[0]["losses"][2:]
-    for key, moment in (("weights", None), ("moments", "exp_avg"), ("moments", "exp_avg_sq")):
-        expected, got = joined(whole, key, moment), joined(rest, key, moment)
-        assert expected.keys() == got.keys() and all(torch.equal(got[name], expected[name]) for name in expected), f"{key} {moment}"
+    assert_same_state(rest, whole)
 
 
 OTHER = {
@@ -86,12 +91,7 @@ def test_checkpoints_go_from_layout_to_layout(name, tmp_path):
     (world_before, before), (world_after, after) = OTHER[name]
     saved = run_ranks(world_before, steps_from, tiny(**{**ODD, **before}), str(tmp_path), False, 0, 3, True)
     loaded = run_ranks(world_after, steps_from, tiny(**{**ODD, **after}), str(tmp_path), True, 3, 5, False)
-    for key, loaded_key, moment in (("weights", "loaded_weights", None), ("moments", "loaded_moments", "exp_avg"),
-                                    ("moments", "loaded_moments", "exp_avg_sq")):
-        expected, got = joined(saved, key, moment), joined(loaded, loaded_key, moment)
-        if key == "weights" and "bf16" in before:  # fully sharded weights are kept in fp32, others beside the fp32 ones
-            expected, got = ({name: w.bfloat16() for name, w in weights.items()} for weights in (expected, got))
-        assert expected.keys() == got.keys() and all(torch.equal(got[name], expected[name]) for name in expected), f"{key} {moment}"
+    assert_same_state(loaded, saved, loaded=True, weights_as=torch.bfloat16 if "bf16" in before else None)
     never_stopped = run_ranks(world_before, steps_from, tiny(**{**ODD, **before}), str(tmp_path), False, 0, 5, False)
     for (got, _, got_rate), (expected, _, expected_rate) in zip(loaded[0]["losses"], never_stopped[0]["losses"][3:], strict=True):
         assert got == pytest.approx(expected, rel=2e-3 if "bf16" in before else 1e-5) and got_rate == expected_rate

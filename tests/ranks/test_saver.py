@@ -6,13 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_sorted.checkpoint.manifest import find_damage, read_manifest
-from tests.ranks.test_checkpoint import joined
 from tests.support.layouts import PP2
 from tests.support.rank_bodies import save_under_faults, steps_from
 from tests.support.ranks import run_ranks
+from tests.support.same_state import assert_same_state
 from tests.support.tiny import tiny
 
 
@@ -73,8 +72,5 @@ def test_training_goes_on_while_a_save_is_on_its_way_and_does_not_change_it(tmp_
     expected = run_ranks(4, steps_from, settings, str(tmp_path / "in the foreground"), False, 0, 2, True)
     run_ranks(4, steps_from, settings, str(tmp_path / "in the background"), False, 0, 2, True, 2)
     loaded = run_ranks(4, steps_from, settings, str(tmp_path / "in the background"), True, 2, 2, False)
-    for key in ("weights", "loaded_weights"):
-        want, got = joined(expected, "weights"), joined(loaded, key)
-        assert all(torch.equal(got[name], want[name]) for name in want)
-    moments, loaded_moments = joined(expected, "moments", "exp_avg"), joined(loaded, "loaded_moments", "exp_avg")
-    assert all(torch.equal(loaded_moments[name], moments[name]) for name in moments)
+    assert_same_state(loaded, expected, loaded=True)
+    assert_same_state(loaded, expected)

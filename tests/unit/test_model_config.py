@@ -22,3 +22,12 @@ def test_what_needs_transformer_engine_is_refused_on_cpu(changes, words):
 def test_auto_takes_local_layers_on_cpu():
     check_platform(Settings(), CpuPlatform())
     assert not uses_transformer_engine(Settings(transformer_impl="auto"), CpuPlatform())
+
+
+def test_a_torch_that_cannot_sum_shards_is_refused_before_anything_starts(monkeypatch):
+    sharded = Settings(data_parallel="fsdp")
+    check_platform(sharded, CpuPlatform())
+    monkeypatch.setattr("megatron_sorted.parallel.fsdp.FSDPModule", object)
+    check_platform(Settings(), CpuPlatform())
+    with pytest.raises(PlatformError, match=r"--data-parallel fsdp: torch .* Install torch 2\.8 or later, or use --data-parallel ddp"):
+        check_platform(sharded, CpuPlatform())

@@ -5,9 +5,11 @@ What the functions in runtime.c and options.c do not do, a function that returns
 
 import hashlib
 import importlib.util
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -59,14 +61,17 @@ def _compile(library: Path, source: str) -> None:
 
 
 def build(into: Path) -> Path:
-    """Returns the folder below ``into`` with the stand-ins for the installed torch_npu, made now unless it is there."""
+    """Returns the folder below ``into`` with the stand-ins for the installed torch_npu, made now unless it is there.
+
+    It gets its name when it is complete, so that no process loads a library that another one is still writing.
+    """
     package = package_folder("torch_npu")
     runtime, options = (HERE / "runtime.c").read_text(), (HERE / "options.c").read_text()
     version = (package / "version.py").read_text()
     folder = into / hashlib.sha256("".join((runtime, options, version, Path(__file__).read_text())).encode()).hexdigest()[:12]
-    if (folder / "complete").exists():
+    if folder.exists():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    into.mkdir(parents=True, exist_ok=True)
     names = wanted_functions(package, package_folder("torch"))
     written = set(DEFINITION.findall(runtime)) | set(DEFINITION.findall(options))
     collective = {name for name in names if name.startswith(("Hccl", "Hcom"))}
@@ -75,9 +80,14 @@ def build(into: Path) -> Path:
         return "".join(f"long {name}(void) {{ return 0; }}\n" for name in sorted(of))
 
     rest = empty(names - written - collective)
-    _compile(folder / RUNTIME, runtime + options + rest)
-    _compile(folder / COLLECTIVES, empty(collective))
-    for name in OTHERS:
-        _compile(folder / name, options + rest)
-    (folder / "complete").touch()
+    with tempfile.TemporaryDirectory(dir=into, ignore_cleanup_errors=True) as making:
+        _compile(Path(making) / RUNTIME, runtime + options + rest)
+        _compile(Path(making) / COLLECTIVES, empty(collective))
+        for name in OTHERS:
+            _compile(Path(making) / name, options + rest)
+        try:
+            os.rename(making, folder)
+        except OSError:
+            if not folder.exists():  # or another process was first
+                raise
     return folder
