@@ -59,8 +59,10 @@ limit_waits() { # TIMEOUT-SECONDS of the process groups: HCCL must give up befor
         problem "HCCL_CONNECT_TIMEOUT is $HCCL_CONNECT_TIMEOUT s, and HCCL takes 120 to 7200. Correct it, or give --distributed-timeout-minutes 3 or more."
     fi
     for name in HCCL_CONNECT_TIMEOUT HCCL_EXEC_TIMEOUT; do
-        [ "${!name}" -lt "$limit" ] ||
+        # 0 is for ever
+        if ! [ "${!name}" -gt 0 ] || ! [ "${!name}" -lt "$limit" ]; then
             problem "$name is ${!name} s, not below the $limit s of --distributed-timeout-minutes. Lower it, or raise --distributed-timeout-minutes."
+        fi
     done
     [ "$HCCL_EXEC_TIMEOUT" -lt 1868 ] || export HCCL_EVENT_TIMEOUT=${HCCL_EVENT_TIMEOUT:-$((HCCL_EXEC_TIMEOUT + 68))}
 }

@@ -116,7 +116,7 @@ def test_devices_that_torch_does_not_see(folder):
     told = {"SORTED_DEVICES": 2, "SORTED_NODES": 1, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": write_torch(folder, 1)}
     assert problems(folder, **told).startswith("torch 2.13.0 sees 1 of the 2 devices of DEVICES_PER_NODE: another build, ")
     (folder / "path" / "torch" / "__init__.py").write_text('raise ImportError("libcudart.so.13: cannot open shared object file")\n')
-    assert "torch does not load: ImportError: libcudart.so.13: cannot open shared object file. Install torch anew" in problems(folder, **told)
+    assert "torch does not load: ImportError: libcudart.so.13: cannot open shared object file. Install torch" in problems(folder, **told)
 
 
 def test_an_ascend_node_without_cann(folder):
@@ -128,6 +128,7 @@ def test_an_ascend_node_without_cann(folder):
     assert "has 0 of the 1 devices" in said
     assert "torch_npu does not load: ImportError: libhccl.so: cannot open shared object file. Source CANN's set_env.sh" in said
     assert "HCCL_EXEC_TIMEOUT is 900 s, not below the 600 s of --distributed-timeout-minutes." in said
+    assert "HCCL_EXEC_TIMEOUT is 0 s, not below the 600 s" in problems(folder, **{**told, "HCCL_EXEC_TIMEOUT": 0})  # for ever
     (folder / "torch_npu" / "__init__.py").write_text('raise RuntimeError("Two accelerators cannot be used at the same time")\n')
     assert "Two accelerators cannot be used at the same time. Take a CPU build of torch on Ascend hosts." in problems(folder, **told)
     said = problems(folder, **told, SORTED_SET_ENV_FILES="/opt/nowhere/set_env.sh")

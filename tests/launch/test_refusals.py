@@ -11,6 +11,7 @@ import pytest
 from tests.launch.conftest import ROOT, RUN, write_site
 from tests.support.clean_environment import clean_environment
 
+
 def run(folder: Path, launcher: str, *words: object) -> subprocess.CompletedProcess:
     return subprocess.run([ROOT / "slurm" / launcher, *map(str, words)], cwd=folder, text=True, capture_output=True, check=False,
                           timeout=60, env=clean_environment())
@@ -61,7 +62,8 @@ def test_a_site_file_and_a_run_as_an_editor_under_windows_leaves_them(folder):
 def test_an_ssh_that_refuses_its_options(folder):
     write_site(folder, ONE_MACHINE="no", REMOTE_SHELL="ssh", SSH_OPTIONS="-o Fruit=apple")
     done = run(folder, "launch_hosts.sh", "gpu", "--print", "--hosts", "n0,n1", "--site", "site", "run.yaml")
-    assert done.returncode == 2 and done.stderr.endswith("error: ssh does not take its options (above). Correct SSH_OPTIONS in the site file.\n")
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: ssh does not take its options (above). Correct SSH_OPTIONS in the site file.\n"), done.stderr
 
 
 def test_contradictions_in_a_site_file(folder):

@@ -1,4 +1,4 @@
-"""Whole launches with stand-ins for ssh, SLURM and torchrun: what reaches a node word by word, and what is said where something is wrong."""
+"""Whole launches with stand-ins for ssh, SLURM and torchrun: what reaches a node word by word, and what is said of mistakes."""
 
 import json
 import shutil
@@ -32,8 +32,8 @@ def place(folder) -> Path:
 def launch(folder: Path, launcher: str, *words: object, **more: object) -> subprocess.CompletedProcess:
     """Returns the finished launcher, started in the only directory in ``folder`` that has a site file."""
     place = next(folder.glob("*/site")).parent
-    return subprocess.run([ROOT / "slurm" / launcher, *map(str, words)], cwd=place, text=True, capture_output=True, check=False, timeout=120,
-                          env=stand_ins(folder, **more))
+    return subprocess.run([ROOT / "slurm" / launcher, *map(str, words)], cwd=place, env=stand_ins(folder, **more), text=True,
+                          capture_output=True, check=False, timeout=120)
 
 
 def over_ssh(folder: Path, hosts: str, *words: object, **more: object) -> subprocess.CompletedProcess:

@@ -16,7 +16,9 @@ exec bash -c "$command"
 """
 # also what launch_facts.py asks
 PYTHON = f"""\
-for word; do [ "$word" != torch.distributed.run ] || {{ printf '%s\\0' "$@" > "$SORTED_SAID/${{SORTED_HOST:-$SLURMD_NODENAME}}"; exit; }}; done
+for word; do
+    [ "$word" != torch.distributed.run ] || {{ printf '%s\\0' "$@" > "$SORTED_SAID/${{SORTED_HOST:-$SLURMD_NODENAME}}"; exit; }}
+done
 exec {sys.executable} "$@"
 """
 SCONTROL = """\
