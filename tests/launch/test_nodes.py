@@ -64,6 +64,12 @@ def test_a_run_that_another_job_saves_into(folder):
         lock.release()
 
 
+def test_a_folder_that_cannot_be_written(folder):
+    text = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text(text.replace("save: save", "save: /proc"))
+    assert "--save: /proc cannot be written (" in problems(folder)
+
+
 def test_files_that_are_not_shared(folder):
     assert "all nodes write into one checkpoint, but the site file says SHARED_FILES=no" in problems(folder, SORTED_SHARED_FILES="no")
 

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import ROOT, RUN, write_site
+from tests.launch.conftest import ROOT, RUN, processes_in, wait_for, write_site
 from tests.support.command_line import free_port
 from tests.support.launch_programs import said_to_torchrun, stand_ins, write_program
 
@@ -101,6 +102,34 @@ def test_one_machine_by_two_names(folder, place):
     write_site(place, PYTHON=folder / "bin" / "python", MASTER_PORT=free_port(), REMOTE_SHELL="ssh", ONE_MACHINE="no")
     done = over_ssh(folder, "n0,n0.cluster", "--save", "none", "--load", "none")
     assert done.returncode == 1 and "error: n0, n0.cluster: are one machine by several names." in done.stderr, done.stdout + done.stderr
+
+
+def start(folder: Path, place: Path, hosts: str) -> subprocess.Popen:
+    """Returns a launcher over ssh whose torchruns stay, once all hosts have started theirs."""
+    command = [ROOT / "slurm" / "launch_hosts.sh", "gpu", "--hosts", hosts, "--site", "site", "--logs", "logs", "my run.yaml"]
+    with open(folder / "console.out", "w") as console:
+        launcher = subprocess.Popen(command, cwd=place, env=stand_ins(folder, STAYS="yes"), stdout=console, stderr=subprocess.STDOUT)
+    wait_for("torchrun", lambda: len(said_to_torchrun(folder)) == len({"n0", "n1"} & set(hosts.split(","))), 60, folder)
+    return launcher
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_outlives_a_launcher_that_is_killed(folder, place, way):
+    write_site(place, PYTHON=folder / "bin" / "python", MASTER_PORT=free_port(), REMOTE_SHELL=way)
+    launcher = start(folder, place, "n0,n1")
+    assert any("sleep 300" in name for name in processes_in(place))
+    launcher.kill()
+    launcher.wait()
+    wait_for("the end of all", lambda: not processes_in(place), 30, folder)
+
+
+@pytest.mark.long
+def test_a_host_that_does_not_end_is_named(folder, place):
+    launcher = start(folder, place, "n0,deaf")
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=90) == 130
+    said = (folder / "console.out").read_text()
+    assert "error: deaf did not answer within 60 s; look there" in said and "nothing is left running" not in said, said
 
 
 @PDSH

@@ -11,13 +11,17 @@ for word; do [ "$word" != -G ] || { echo "hostname ${host#*@}"; exit; }; done
 host=${*: -2:1} command=${*: -1}
 [ "$host" != far ] || { echo "far: Permission denied (publickey,password)."; exit 255; }
 [ "$host" != bare ] || command=${command//"cd\\ "/"cd\\ /nowhere"}
+[ "$host" != deaf ] || [[ $command != *attend* ]] || exec sleep 90
 [ "$host" != empty ] || command=${command//node.sh/no.sh}
-exec bash -c "$command"
+exec env --default-signal bash -c "$command" # as on another host, where nobody has ignored signals
 """
 # also what launch_facts.py asks
 PYTHON = f"""\
 for word; do
-    [ "$word" != torch.distributed.run ] || {{ printf '%s\\0' "$@" > "$SORTED_SAID/${{SORTED_HOST:-$SLURMD_NODENAME}}"; exit; }}
+    [ "$word" = torch.distributed.run ] || continue
+    printf '%s\\0' "$@" > "$SORTED_SAID/${{SORTED_HOST:-$SLURMD_NODENAME}}"
+    [ -z "${{STAYS:-}}" ] || exec sleep 300
+    exit
 done
 exec {sys.executable} "$@"
 """

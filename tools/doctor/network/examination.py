@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from doctor.devices.load import load_library_of
 from doctor.disks import existing_folder
 from doctor.finding import Finding, broken, doubtful, fine
 from doctor.local import DISK_SECONDS, IMPORT_SECONDS, device_of, folder_of
@@ -42,6 +43,7 @@ LOCAL_SECONDS = 2 * IMPORT_SECONDS + DISK_SECONDS
 def open_platform(device: str, local_rank: int) -> tuple[Platform | None, str, str]:
     """Returns the platform of this process and the name of its device, or why there is none."""
     try:
+        load_library_of(device)
         platform = choose_platform(device)
         platform.select_device(local_rank)
         place = platform.device()

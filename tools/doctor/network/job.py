@@ -25,6 +25,9 @@ def examine_job(task: Task) -> int:
     if task.world.rank == 0:
         hold_termination()
     try:
+        from megatron_sorted.platform.before_torch import keep_device_packages_out
+
+        keep_device_packages_out()  # as in training; what the others make of torch is said of every node
         from doctor.network.examination import examine
     except Exception as error:  # whatever a broken torch raises
         return _alone(task, f"torch cannot be imported: {' '.join(str(error).split())}")
