@@ -1,10 +1,11 @@
 """The examination of a job's nodes, step by step."""
 
 import os
+import sys
 import uuid
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -43,7 +44,8 @@ LOCAL_SECONDS = 2 * IMPORT_SECONDS + DISK_SECONDS
 def open_platform(device: str, local_rank: int) -> tuple[Platform | None, str, str]:
     """Returns the platform of this process and the name of its device, or why there is none."""
     try:
-        load_library_of(device)
+        with redirect_stdout(sys.stderr):  # it prints warnings, and JSON is to be read by programs
+            load_library_of(device)
         platform = choose_platform(device)
         platform.select_device(local_rank)
         place = platform.device()
