@@ -49,11 +49,11 @@ check_site_value() { # WHERE NAME VALUE
 }
 
 read_site() { # FILE
-    local file=$1 where line number=0 name value plain='^([^[:space:]"'"'"']*)([[:space:]]+#.*)?$' quoted='^"([^"]*)"[[:space:]]*(#.*)?$'
+    local file=$1 where line number=0 name value plain='^([^[:space:]"'"'"']*)[[:space:]]*([[:space:]]#.*)?$' quoted='^"([^"]*)"[[:space:]]*(#.*)?$'
     [ -n "$file" ] || refuse "no site file. Copy one of examples/sites, write into it what is true of this cluster, and give it with --site FILE."
     [ -r "$file" ] || refuse "--site $file: cannot be read. Copy one of examples/sites and write into it what is true of this cluster."
     while IFS= read -r line || [ -n "$line" ]; do
-        number=$((number + 1))
+        number=$((number + 1)) line=${line%$'\r'} # of a file written under Windows
         where="$file, line $number"
         [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
         [[ $line =~ ^([A-Za-z_][A-Za-z_0-9]*)=(.*)$ ]] ||
@@ -109,7 +109,7 @@ read_arguments() { # OPTIONS-ALLOWED WORDS...: sets PRINT, RUN, RUN_WORDS and OP
         shift
     done
     [ $# -gt 0 ] || refuse "no run file. Usage: $(basename "$0") [--print] [--site FILE] ... RUN.yaml [settings that override it]"
-    [ -r "$1" ] || refuse "$1: there is no such run file. Give a YAML file such as those in examples/."
+    [[ -f $1 && -r $1 ]] || refuse "$1: there is no such run file. Give a YAML file such as those in examples/."
     RUN=$(realpath "$1")
     shift
     RUN_WORDS=(--config "$RUN" "$@")
@@ -117,7 +117,7 @@ read_arguments() { # OPTIONS-ALLOWED WORDS...: sets PRINT, RUN, RUN_WORDS and OP
 
 settle_shape() { # NODES-KNOWN (or nothing) WHERE-FROM: sets NODES, DEVICES and WORLD_SIZE
     local said
-    said=$(sed -n '/^$/q; s/^# world-size: \([1-9][0-9]*\)$/\1/p' "$RUN" | head -n 1)
+    said=$(sed -n '/^$/q; s/^# world-size: \([1-9][0-9]*\)[[:space:]]*$/\1/p' "$RUN" | head -n 1)
     DEVICES=${SITE[DEVICES_PER_NODE]}
     [[ ${1:-1} =~ ^[1-9][0-9]*$ ]] || refuse "$2: '$1' is not a number of nodes. Give a whole number above 0."
     if [ -n "${1:-}" ]; then NODES=$1; else
@@ -133,6 +133,7 @@ settle_shape() { # NODES-KNOWN (or nothing) WHERE-FROM: sets NODES, DEVICES and 
 
 check_run_here() { # early, where this host can: mistakes in the settings need no job to be found
     [ -z "${SITE[CONTAINER_IMAGE]:-}${SITE[CONTAINER_COMMAND]:-}" ] && [ -x "$PYTHON" ] || return 0
+    "$PYTHON" -c "" > /dev/null 2>&1 || return 0 # it may need MODULES, which the nodes load
     PYTHONPATH=$ROOT "$PYTHON" "$ROOT/tools/launch_facts.py" --world-size "$WORLD_SIZE" -- "${RUN_WORDS[@]}" > /dev/null || exit 2
 }
 

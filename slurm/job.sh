@@ -14,7 +14,7 @@ job_main() { # WORDS...
 }
 
 settle_job_words() { # sets SBATCH and SRUN, the options of each
-    local word name
+    local word name mounts
     SBATCH=(
         "--job-name=$(basename "$RUN" | sed 's/\.[^.]*$//')" "--nodes=$NODES" --ntasks-per-node=1 --exclusive --mem=0 --requeue --open-mode=append
         "--signal=B:USR1@${SITE[SAVE_SECONDS]:-300}" "--output=%x-%j.out" "--export=ALL,SORTED_ROOT=$ROOT"
@@ -33,9 +33,11 @@ settle_job_words() { # sets SBATCH and SRUN, the options of each
     SRUN=("--nodes=$NODES" "--ntasks=$NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 ${SITE[SRUN_OPTIONS]:-})
     NODE=("$ROOT/slurm/node.sh")
     if [ -n "${SITE[CONTAINER_IMAGE]:-}" ]; then
+        # the run's file may lie elsewhere
+        mounts=$(printf '%s\n' "$ROOT" "$PWD" "$(dirname "$RUN")" | awk '!seen[$0]++ { print $0 ":" $0 }' | paste -sd ,)
         # what the image has set wins over the host's variables, unless they are named
         SRUN+=(
-            "--container-image=${SITE[CONTAINER_IMAGE]}" "--container-mounts=$ROOT:$ROOT,$PWD:$PWD${SITE[CONTAINER_MOUNTS]:+,${SITE[CONTAINER_MOUNTS]}}"
+            "--container-image=${SITE[CONTAINER_IMAGE]}" "--container-mounts=$mounts${SITE[CONTAINER_MOUNTS]:+,${SITE[CONTAINER_MOUNTS]}}"
             "--container-workdir=$PWD" "--container-env=$(printf '%s\n' "${NODE_ENV[@]%%=*}" | paste -sd ,)"
         )
     elif [ -n "${SITE[CONTAINER_COMMAND]:-}" ]; then
@@ -59,6 +61,8 @@ submit_job() { # WORDS... of the command line: checks what can be checked here, 
         print_node_command
         return
     fi
+    type sbatch > /dev/null 2>&1 ||
+        refuse "there is no command sbatch here. Run this on a login node of SLURM; for hosts without a scheduler use slurm/launch_hosts.sh."
     sbatch "${SBATCH[@]}" "$ROOT/slurm/$KIND.sbatch" "$@"
 }
 
@@ -73,7 +77,8 @@ run_job() { # in the allocation, on its first node; a warning must not end this 
     address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
     refuse_loopback "$address" "NodeAddr of $first"
     LAUNCH=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
-    settle_environment "$address" "${SITE[MASTER_PORT]:-$((20000 + SLURM_JOB_ID % 20000))}"
+    # below 32768, from where on the kernel gives ports to outgoing connections
+    settle_environment "$address" "${SITE[MASTER_PORT]:-$((20000 + SLURM_JOB_ID % 12000))}"
     settle_job_words
     export "${NODE_ENV[@]}"
     echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $NODES x $DEVICES ${KIND}s, first node $first ($SORTED_MASTER_ADDR:$SORTED_MASTER_PORT)"
@@ -84,7 +89,7 @@ run_job() { # in the allocation, on its first node; a warning must not end this 
 check_nodes() { # HOSTS...
     local said
     said=$(mktemp)
-    timeout 900 srun "${SRUN[@]}" --kill-on-bad-exit=0 "${NODE[@]}" check slurm "${RUN_WORDS[@]}" > "$said" || true
+    timeout --foreground 900 srun "${SRUN[@]}" --kill-on-bad-exit=0 "${NODE[@]}" check slurm "${RUN_WORDS[@]}" > "$said" || true
     print_noise < "$said"
     judge_nodes "$said" "$@" || { rm -f "$said"; exit 1; }
     rm -f "$said" "${FACT[save]:-$PWD}/.launch_token"

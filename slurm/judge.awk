@@ -21,7 +21,13 @@ END {
     for (i = 1; i <= num_names; i++) {
         name = names[i]
         text = ""
-        for (j = 1; j <= num_values[name]; j++) text = text "; " value[name, j] " on " where[name, value[name, j]]
+        for (j = 1; j <= num_values[name]; j++) {
+            hosts_alike = where[name, value[name, j]]
+            text = text "; " value[name, j] " on " hosts_alike
+            if (name == "machine" && hosts_alike ~ /, /)
+                complain(hosts_alike ": are one machine by several names. Leave all but one out, or say ONE_MACHINE=yes.")
+        }
+        if (name == "machine") continue # must differ, and is of no interest
         if (num_values[name] > 1 && name != "commit") complain(name " differs between nodes: " substr(text, 3) ". Make it the same on all.")
         if (value[name, 1] != "") agreed = agreed ", " name " " value[name, 1]
     }

@@ -53,11 +53,16 @@ prepare() { # modules, the device's own environment, variables
 }
 
 limit_waits() { # TIMEOUT-SECONDS of the process groups: HCCL must give up before them, so that it says why
-    local name limit=$1
+    local name limit=$1 ours=$(($1 - $1 / 10))
+    export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-$((ours < 7200 ? ours : 7200))} HCCL_EXEC_TIMEOUT=${HCCL_EXEC_TIMEOUT:-$ours}
+    if [ "$HCCL_CONNECT_TIMEOUT" -lt 120 ] || [ "$HCCL_CONNECT_TIMEOUT" -gt 7200 ]; then
+        problem "HCCL_CONNECT_TIMEOUT is $HCCL_CONNECT_TIMEOUT s, and HCCL takes 120 to 7200. Correct it, or give --distributed-timeout-minutes 3 or more."
+    fi
     for name in HCCL_CONNECT_TIMEOUT HCCL_EXEC_TIMEOUT; do
-        [ -n "${!name:-}" ] || export "$name=$((limit - limit / 10))"
-        [ "${!name}" -lt "$limit" ] ||
+        # 0 is for ever
+        if ! [ "${!name}" -gt 0 ] || ! [ "${!name}" -lt "$limit" ]; then
             problem "$name is ${!name} s, not below the $limit s of --distributed-timeout-minutes. Lower it, or raise --distributed-timeout-minutes."
+        fi
     done
     [ "$HCCL_EXEC_TIMEOUT" -lt 1868 ] || export HCCL_EVENT_TIMEOUT=${HCCL_EVENT_TIMEOUT:-$((HCCL_EXEC_TIMEOUT + 68))}
 }
@@ -89,6 +94,26 @@ ask_python() { # RUN-WORDS...: facts of run and host, into FACT
     tell run "$(sha256sum < "$2" | cut -c 1-12)"
 }
 
+ask_torch() { # a torch that sees no devices would make --device auto mean cpu
+    local packages=torch module=cuda said errors remedy
+    [ "$SORTED_KIND" = gpu ] || packages="torch, torch_npu" module=npu
+    errors=$(mktemp)
+    if said=$(TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$SORTED_PYTHON" -c "import $packages; print(torch.__version__, torch.$module.device_count())" 2> "$errors"); then
+        said=$(tail -n 1 <<< "$said")
+        [ "${said##* }" -ge "$SORTED_DEVICES" ] ||
+            problem "torch ${said% *} sees ${said##* } of the $SORTED_DEVICES devices of DEVICES_PER_NODE: another build, an old driver, or a variable that hides them. 'python tools/doctor.py' there says which."
+    else
+        said=$(tail -n 1 "$errors")
+        case $SORTED_KIND-$said in
+            *"Two accelerators"*) remedy="Take a CPU build of torch on Ascend hosts." ;;
+            npu-*) remedy="Source CANN's set_env.sh (SET_ENV_FILES) and take a torch_npu of torch's version." ;;
+            *) remedy="Install torch anew for this node, or load what it needs: MODULES in the site file." ;;
+        esac
+        problem "${packages##* } does not load: $said. $remedy"
+    fi
+    rm -f "$errors"
+}
+
 check_devices() {
     local found
     case $SORTED_KIND-${FACT[device]} in
@@ -98,18 +123,21 @@ check_devices() {
     found=$(count_devices)
     [ "${found:-0}" -ge "$SORTED_DEVICES" ] ||
         problem "has ${found:-0} of the $SORTED_DEVICES devices of DEVICES_PER_NODE. Leave the node out until it is mended, or correct the site file."
+    ask_torch
     [ "$SORTED_KIND" = npu ] || return 0
     limit_waits "${FACT[timeout_seconds]}"
-    found=$(TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$SORTED_PYTHON" -c 'import torch, torch_npu' 2>&1) ||
-        problem "torch_npu does not load: $(tail -n 1 <<< "$found"). Source CANN's set_env.sh (SET_ENV_FILES) and take a torch_npu of torch's version."
     found=${ASCEND_TOOLKIT_HOME:-${ASCEND_HOME_PATH:-}}
     tell cann "${found:+$(readlink -f "$found")}" # its path holds the version
 }
 
 check_meeting() { # address, port, interface
-    local address=$SORTED_MASTER_ADDR port=$SORTED_MASTER_PORT
+    local address=$SORTED_MASTER_ADDR port=$SORTED_MASTER_PORT machine
+    machine=$(cat /proc/sys/kernel/random/boot_id 2> /dev/null)
+    [ "$SORTED_ONE_MACHINE" = yes ] || [ -z "$machine" ] || tell machine "$machine $(uname -n) $(readlink /proc/self/ns/net)"
     if [ "$rank" = 0 ]; then
-        (exec 3<> "/dev/tcp/$address/$port") 2> /dev/null &&
+        # whatever address it listens on: torchrun takes the port of all
+        awk -v port="$(printf ':%04X' "$port")" '$4 == "0A" && substr($2, length($2) - 4) == port { found = 1 } END { exit !found }' \
+            < <(cat /proc/net/tcp /proc/net/tcp6 2> /dev/null) &&
             problem "port $port of $address is in use. Give another: MASTER_PORT in the site file, or end what listens there."
     elif [ "$SORTED_ONE_MACHINE" = no ]; then
         address=$(getent hosts "$address" | cut -d ' ' -f 1)

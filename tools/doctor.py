@@ -77,8 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     question = Question(values.device, values.run, values.folder, values.world_size)
     if values.network:
         from doctor.network.job import examine_job
+        from doctor.network.task import Task
 
-        return examine_job(question, ROOT, environment, world, values.limit_seconds, lambda found, figures: show(found, figures, values))
+        task = Task(question, ROOT, environment, world, values.limit_seconds, lambda found, figures: show(found, figures, values))
+        return examine_job(task)
     if world.local_rank > 0:
         return 0
     return show({os.uname().nodename: look_around(question, ROOT, environment, world)}, (), values)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_sorted.checkpoint.lock import DirectoryLock
 from megatron_sorted.conversion.network import network_to_start_from
-from megatron_sorted.errors import SortedError
+from megatron_sorted.errors import CheckpointError, SortedError
 from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.load import load_settings
 
@@ -59,11 +59,14 @@ def check_that_nobody_saves_into(directory: str) -> None:
     """Returns nothing if no other run holds a directory of checkpoints.
 
     Raises:
-        SortedError: One does, and has not ended within the moment that a stopped run may need.
+        SortedError: One does, and has not ended within the moment that a stopped run may need; or the directory cannot be written.
     """
     if directory and os.path.isdir(directory):
         lock = DirectoryLock(directory)
-        lock.acquire()
+        try:
+            lock.acquire()
+        except OSError as error:
+            raise CheckpointError(f"--save: {directory} cannot be written ({error.strerror}). Give a directory that can.") from error
         lock.release()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.conftest import ROOT, RUN, last_step, processes_in, running, wait_for, workers, write_site
+from tests.support.clean_environment import clean_environment
 from tests.support.command_line import free_port
 from tests.support.ssh_hosts import ADDRESSES, SshHosts, missing_programs
 
@@ -37,7 +38,8 @@ def launch(folder: Path, *words: object, hosts: str = "hosts") -> subprocess.Pop
     """Starts the run in ``folder`` on its hosts, in a session of its own, as a terminal would."""
     with open(folder / "console.out", "w") as console:
         command = [ROOT / "slurm" / "launch_hosts.sh", "gpu", "--hosts", hosts, "--site", "site", "--logs", "logs", "run.yaml"]
-        return subprocess.Popen([*command, *map(str, words)], cwd=folder, stdout=console, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen([*command, *map(str, words)], cwd=folder, stdout=console, stderr=subprocess.STDOUT, start_new_session=True,
+                                env=clean_environment())
 
 
 def console(folder: Path) -> str:

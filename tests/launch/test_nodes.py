@@ -10,7 +10,9 @@ import pytest
 
 from megatron_sorted.checkpoint.lock import DirectoryLock
 from tests.launch.conftest import ROOT
+from tests.support.clean_environment import clean_environment
 from tests.support.command_line import free_port
+from tests.support.launch_programs import write_program
 
 
 def node(folder: Path, mode: str, rank: int = 0, **told: object) -> subprocess.CompletedProcess:
@@ -20,10 +22,8 @@ def node(folder: Path, mode: str, rank: int = 0, **told: object) -> subprocess.C
             "SORTED_MODULES": "", "SORTED_SHARED_FILES": "yes", "SORTED_ONE_MACHINE": "yes", "SORTED_SET_ENV_FILES": folder / "set_env.sh",
             "SORTED_HOST": f"n{rank}", "SORTED_TIMEOUT_SECONDS": 600, **told}
     (folder / "set_env.sh").write_text("export ASCEND_TOOLKIT_HOME=/opt/cann-9.1.0 OF_SET_ENV=$NOT_SET\n")
-    ours = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}  # not what other tests have set
-    environment = {**ours, **{name: str(value) for name, value in said.items()}}
-    return subprocess.run([ROOT / "slurm" / "node.sh", mode, str(rank), "--config", "run.yaml"], cwd=folder, env=environment, text=True,
-                          capture_output=True, check=False, timeout=120)
+    return subprocess.run([ROOT / "slurm" / "node.sh", mode, str(rank), "--config", "run.yaml"], cwd=folder, env=clean_environment(**said),
+                          text=True, capture_output=True, check=False, timeout=120)
 
 
 def problems(folder: Path, rank: int = 0, **told: object) -> str:
@@ -45,6 +45,11 @@ def test_a_port_that_is_in_use_and_an_interface_that_is_not_there(folder):
         other.listen()
         port = other.getsockname()[1]
         said = problems(folder, SORTED_MASTER_PORT=port, GLOO_SOCKET_IFNAME="eth77")
+        other.close()
+    with socket.socket() as other:  # where the others would not find it, but torchrun could not have it either
+        other.bind(("127.0.0.5", port))
+        other.listen()
+        assert f"port {port} of 127.0.0.1 is in use." in problems(folder, SORTED_MASTER_PORT=port)
     assert f"port {port} of 127.0.0.1 is in use. Give another: MASTER_PORT in the site file" in said
     assert "has no network interface eth77 (it has " in said and "lo" in said
 
@@ -57,6 +62,12 @@ def test_a_run_that_another_job_saves_into(folder):
         assert f"--save: another run is saving into {folder}/save (" in problems(folder)
     finally:
         lock.release()
+
+
+def test_a_folder_that_cannot_be_written(folder):
+    text = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text(text.replace("save: save", "save: /proc"))
+    assert "--save: /proc cannot be written (" in problems(folder)
 
 
 def test_files_that_are_not_shared(folder):
@@ -81,9 +92,15 @@ def test_a_python_or_a_module_that_is_not_there(folder):
     assert "gcc/13" in said and "MODULES" in said
 
 
-def write_program(path: Path, text: str) -> None:
-    path.write_text(f"#!/bin/bash\n{text}\n")
-    path.chmod(0o755)
+def write_torch(folder: Path, devices: int) -> Path:
+    """Writes a torch that sees so many devices, and says nothing else; returns the folder for the path."""
+    (folder / "path" / "torch").mkdir(parents=True, exist_ok=True)
+    (folder / "path" / "torch" / "__init__.py").write_text(f"""\
+class cuda:
+    device_count = staticmethod(lambda: {devices})
+npu, __version__ = cuda, "2.13.0"
+""")
+    return folder / "path"
 
 
 def on_device(folder: Path) -> None:
@@ -92,11 +109,20 @@ def on_device(folder: Path) -> None:
 
 def test_devices_that_are_missing(folder):
     on_device(folder)
-    (folder / "bin").mkdir()
     write_program(folder / "bin" / "nvidia-smi", "echo 'GPU 0: H (UUID: GPU-1)'; echo '  MIG 1g (UUID: MIG-1)'")
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
     assert "has 1 of the 2 devices of DEVICES_PER_NODE" in problems(folder, SORTED_DEVICES=2, SORTED_NODES=1, PATH=path)
-    assert node(folder, "check", PATH=path).returncode == 0
+    assert node(folder, "check", PATH=path, PYTHONPATH=write_torch(folder, 1)).returncode == 0
+
+
+def test_devices_that_torch_does_not_see(folder):
+    """With --device auto a torch for the CPU would train on it without a word."""
+    on_device(folder)
+    write_program(folder / "bin" / "nvidia-smi", "echo 'GPU 0: H (UUID: GPU-1)'; echo 'GPU 1: H (UUID: GPU-2)'")
+    told = {"SORTED_DEVICES": 2, "SORTED_NODES": 1, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": write_torch(folder, 1)}
+    assert problems(folder, **told).startswith("torch 2.13.0 sees 1 of the 2 devices of DEVICES_PER_NODE: another build, ")
+    (folder / "path" / "torch" / "__init__.py").write_text('raise ImportError("libcudart.so.13: cannot open shared object file")\n')
+    assert "torch does not load: ImportError: libcudart.so.13: cannot open shared object file. Install torch" in problems(folder, **told)
 
 
 def test_an_ascend_node_without_cann(folder):
@@ -108,8 +134,27 @@ def test_an_ascend_node_without_cann(folder):
     assert "has 0 of the 1 devices" in said
     assert "torch_npu does not load: ImportError: libhccl.so: cannot open shared object file. Source CANN's set_env.sh" in said
     assert "HCCL_EXEC_TIMEOUT is 900 s, not below the 600 s of --distributed-timeout-minutes." in said
+    assert "HCCL_EXEC_TIMEOUT is 0 s, not below the 600 s" in problems(folder, **{**told, "HCCL_EXEC_TIMEOUT": 0})  # for ever
+    (folder / "torch_npu" / "__init__.py").write_text('raise RuntimeError("Two accelerators cannot be used at the same time")\n')
+    assert "Two accelerators cannot be used at the same time. Take a CPU build of torch on Ascend hosts." in problems(folder, **told)
     said = problems(folder, **told, SORTED_SET_ENV_FILES="/opt/nowhere/set_env.sh")
     assert "/opt/nowhere/set_env.sh is not there. Install CANN, or name its set_env.sh: SET_ENV_FILES in the site file." in said
+
+
+def test_an_ascend_node_on_which_torch_sees_too_few(folder):
+    on_device(folder)
+    (write_torch(folder, 0) / "torch_npu.py").touch()
+    assert "torch 2.13.0 sees 0 of the 1 devices" in problems(folder, SORTED_KIND="npu", PYTHONPATH=folder / "path")
+
+
+@pytest.mark.parametrize(("minutes", "words"), [(2, "HCCL_CONNECT_TIMEOUT is 108 s, and HCCL takes 120 to 7200."), (3, ""), (300, "")])
+def test_time_outs_that_hccl_does_not_take(folder, minutes, words):
+    on_device(folder)
+    (folder / "run.yaml").write_text((folder / "run.yaml").read_text() + f"distributed-timeout-minutes: {minutes}\n")
+    said = problems(folder, SORTED_KIND="npu")
+    assert words in said if words else "TIMEOUT" not in said
+    got = environment_of(folder, SORTED_KIND="npu", SORTED_TIMEOUT_SECONDS=300 * 60)
+    assert (got["HCCL_CONNECT_TIMEOUT"], got["HCCL_EXEC_TIMEOUT"]) == ("7200", "16200")
 
 
 def environment_of(folder: Path, **told: object) -> dict[str, str]:
@@ -151,3 +196,10 @@ def test_mistakes_are_told_once_by_host_and_what_follows_from_them_is_not(folder
     assert done.returncode == 1
     assert done.stderr == "error: n0, n2: no such setting\nerror: n3: gave no answer. What it wrote stands above.\n"
     assert judge(folder, "error | n1 | after | sees no token\n", "n1").stderr == "error: n1: sees no token\n"
+
+
+def test_machines_must_differ(folder):
+    said = "fact | n0 | machine | a\nfact | n1 | machine | b\n"
+    assert judge(folder, said, "n0 n1").returncode == 0
+    done = judge(folder, said + "fact | n2 | machine | a\n", "n0 n1 n2")
+    assert done.stderr == "error: n0, n2: are one machine by several names. Leave all but one out, or say ONE_MACHINE=yes.\n"

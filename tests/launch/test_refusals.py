@@ -1,6 +1,5 @@
 """What the launchers refuse before anything is submitted or reached, and what they would run: bash and Python alone, no cluster."""
 
-import os
 import re
 import shlex
 import shutil
@@ -10,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.launch.conftest import ROOT, RUN, write_site
-
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("SORTED_", "SLURM_"))}
+from tests.support.clean_environment import clean_environment
 
 
 def run(folder: Path, launcher: str, *words: object) -> subprocess.CompletedProcess:
     return subprocess.run([ROOT / "slurm" / launcher, *map(str, words)], cwd=folder, text=True, capture_output=True, check=False,
-                          timeout=60, env=ENVIRONMENT)
+                          timeout=60, env=clean_environment())
 
 
 def refusal(folder: Path, launcher: str, *words: object) -> str:
@@ -54,6 +52,20 @@ def test_a_wrong_line_of_a_site_file(folder, line, reason):
     assert not (folder / "run").exists()
 
 
+def test_a_site_file_and_a_run_as_an_editor_under_windows_leaves_them(folder):
+    (folder / "site").write_bytes(b"# ours\r\nDEVICES_PER_NODE=2  \r\nPARTITION=\"a\"\r\n\r\nMAX_RESTARTS=1 # once\r\n")
+    (folder / "run.yaml").write_bytes(RUN.replace("\n", "\r\n").encode())
+    done = run(folder, "gpu.sbatch", "--print", "--site", "site", "run.yaml")
+    assert done.returncode == 0 and "--partition=a " in done.stdout and "--max-restarts=1 " in done.stdout, done.stderr
+
+
+def test_an_ssh_that_refuses_its_options(folder):
+    write_site(folder, ONE_MACHINE="no", REMOTE_SHELL="ssh", SSH_OPTIONS="-o Fruit=apple")
+    done = run(folder, "launch_hosts.sh", "gpu", "--print", "--hosts", "n0,n1", "--site", "site", "run.yaml")
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: ssh does not take its options (above). Correct SSH_OPTIONS in the site file.\n"), done.stderr
+
+
 def test_contradictions_in_a_site_file(folder):
     write_site(folder, PYTORCH_ALLOC_CONF="a:b", PYTORCH_NPU_ALLOC_CONF="a:b")
     assert "which torch refuses. Leave one out." in refusal(folder, "npu.sbatch", "--print", "--site", "site", "run.yaml")
@@ -70,6 +82,7 @@ def test_contradictions_in_a_site_file(folder):
         (("--site", "nowhere", "run.yaml"), "--site nowhere: cannot be read"),
         (("--site", "site"), "no run file. Usage: gpu.sbatch"),
         (("--site", "site", "nothing.yaml"), "nothing.yaml: there is no such run file"),
+        (("--site", "site", "."), ".: there is no such run file"),
         (("--site", "site", "--node", "2", "run.yaml"), "--node: options before the run file are --print --site --nodes."),
         (("--site", "site", "--nodes", "3", "run.yaml"), "3 nodes (--nodes) x 1 devices are 3 processes, but "),
         (("--site", "site", "--nodes", "two", "run.yaml"), "--nodes: 'two' is not a number of nodes"),
@@ -97,6 +110,9 @@ def test_a_world_that_does_not_divide_into_nodes_and_a_run_without_one(folder):
         ("n0,n0", "n0 is named twice"),
         ("n0,n1,n2", "3 nodes (--hosts) x 1 devices are 3 processes"),
         ("n0,n1;reboot", "'n1;reboot' is not the name of a host"),
+        ("n0,-oProxyCommand", "'-oProxyCommand' is not the name of a host"),
+        ("hosts.txt", "1 nodes (--hosts; there is no file hosts.txt, so it names a host) x 1 devices are 1 processes"),
+        ("./hosts.txt", "--hosts ./hosts.txt: there is no file ./hosts.txt, and './hosts.txt' is not the name of a host"),
         ("empty", "--hosts empty: names no host"),
     ],
 )
@@ -138,7 +154,7 @@ def test_what_would_be_run_on_hosts(folder):
         assert ssh[0] == "ssh" and "BatchMode=yes" in ssh and ssh[-3:] == ["-p", "2222", host]
         bash, option, script = shlex.split(command)
         words = shlex.split(script)
-        assert [bash, option, *words[:6]] == ["bash", "-c", "cd", str(folder), "&&", "exec", "apptainer", "exec"]
+        assert [bash, option, *words[:8]] == ["bash", "-c", "cd", str(folder), "||", "exit", "91;", "exec", "apptainer", "exec"]
         assert {f"SORTED_HOST={host}", "SORTED_HOSTS=n8 n9", "SORTED_MASTER_ADDR=n8", "SORTED_KIND=npu"} < set(words)
         assert words[-7:] == [f"{ROOT}/slurm/node.sh", "attend", "listed", "--config", f"{folder}/run.yaml", "--lr", "1e-3"]
 

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.support.clean_environment import clean_environment
 from tests.support.command_line import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
@@ -85,8 +86,7 @@ class SlurmCluster:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SORTED_"))}
-        self.environment = {**ours, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment = clean_environment(SLURM_CONF=folder / "slurm.conf")  # jobs get it, too
         for name in ("spool-n0", "spool-n1", "state"):
             (folder / name).mkdir()
         for name in ("gpu", "npu"):

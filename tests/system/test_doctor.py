@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.clean_environment import clean_environment
 from tests.support.command_line import free_port
 from tests.system.conftest import ROOT
 
@@ -19,9 +20,8 @@ BROKEN_NPU = 'raise ImportError("libhccl.so: cannot open shared object file: No 
 
 
 def environment(*path: Path, **variables: object) -> dict[str, str]:
-    """Returns this process's environment with folders before the project on the path, and variables."""
-    given = {**os.environ, "PYTHONPATH": ":".join(map(str, (*path, ROOT))), "OMP_NUM_THREADS": "1"}
-    return {**given, **{name: str(value) for name, value in variables.items()}}
+    """Returns an environment with folders before the project on the path, and variables."""
+    return clean_environment(PYTHONPATH=":".join(map(str, (*path, ROOT))), **{"OMP_NUM_THREADS": 1, **variables})
 
 
 def examine(*words: object, python: str = sys.executable, env: dict[str, str] | None = None) -> tuple[int, dict[str, dict], str]:
@@ -119,7 +119,6 @@ class Job:
         for rank in ranks:
             env = environment(*([path[rank]] if path and rank in path else []), RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank % per_node,
                               LOCAL_WORLD_SIZE=per_node, GROUP_RANK=rank // per_node, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            env.pop("TORCHELASTIC_USE_AGENT_STORE", None)
             with open(folder / f"out.{rank}", "w") as out, open(folder / f"err.{rank}", "w") as err:
                 command = [sys.executable, DOCTOR, "--json", "--device", "cpu", "--folder", str(folder), *map(str, words)]
                 self.processes[rank] = subprocess.Popen(command, env=env, stdout=out, stderr=err)
@@ -160,6 +159,12 @@ def test_a_sound_job_of_two_nodes_is_measured(tmp_path):
     assert "seen on all 2 nodes" in found["shared folder"]["value"] or found["shared folder"]["verdict"] == "WARN"
     figures = json.loads((tmp_path / "out.0").read_text())["network"]
     assert {figure["rank"] for figure in figures} == {0, 1, 2, 3} and not any(figure.get("wrong") for figure in figures)
+
+
+def test_a_folder_that_cannot_be_written_keeps_nobody_waiting(tmp_path):
+    status, found = Job(tmp_path, 2, range(2), "--folder", "/proc", "--limit-seconds", 30, per_node=1).findings()
+    assert status == 1 and "network test" not in found and "sums" in found
+    assert found["shared folder"]["verdict"] == "FAIL" and found["shared folder"]["value"].startswith("/proc: ")
 
 
 def test_a_process_that_never_comes_is_named(tmp_path):

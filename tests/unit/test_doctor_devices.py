@@ -190,6 +190,22 @@ def test_variables(environment, name, verdict):
     assert found[name].verdict == verdict and found[name].remedy
 
 
+@pytest.mark.parametrize(
+    ("environment", "limit", "wrong"),
+    [
+        ({}, 600, ["HCCL_EXEC_TIMEOUT"]), ({}, 1860, []), ({"HCCL_EXEC_TIMEOUT": "540"}, 600, []),
+        ({"HCCL_EXEC_TIMEOUT": "600"}, 600, ["HCCL_EXEC_TIMEOUT"]), ({"HCCL_EXEC_TIMEOUT": "0"}, 9000, ["HCCL_EXEC_TIMEOUT"]),
+        ({"HCCL_EXEC_TIMEOUT": "540", "HCCL_CONNECT_TIMEOUT": "1800"}, 600, ["HCCL_CONNECT_TIMEOUT"]),
+    ],
+)  # fmt: skip
+def test_waits_against_those_of_a_run(environment, limit, wrong):
+    found = variables.check_waits(environment, "npu", limit)
+    assert [finding.name for finding in found] == wrong and worst(found) == (WARN if wrong else OK)
+    assert all(f"{limit} s of --distributed-timeout-minutes" in finding.value for finding in found)
+    assert all(f"export {finding.name}={limit * 9 // 10} " in finding.remedy for finding in found)
+    assert not variables.check_waits(environment, "cuda", limit)
+
+
 def test_good_variables_are_shown_and_nothing_else():
     good = {"NCCL_DEBUG": "WARN", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HCCL_CONNECT_TIMEOUT": "1800", "TASK_QUEUE_ENABLE": "2",
             "HCCL_EXEC_TIMEOUT": "600", "HCCL_BUFFSIZE": "200", "ASCEND_RT_VISIBLE_DEVICES": "0,1", "HOME": "/root"}

@@ -332,8 +332,8 @@ def test_the_size_of_a_checkpoint(tmp_path):
 def test_processes_a_run_is_checked_for(tmp_path):
     settings = settings_of(tmp_path)
     wanted = run_file.wanted_processes
-    assert (wanted(settings, 16, {"WORLD_SIZE": "4"}, 8), wanted(settings, None, {"WORLD_SIZE": "4"}, 8)) == (16, 4)
-    assert (wanted(settings, None, {}, 8), wanted(settings, None, {}, 0), wanted(settings, None, {}, 3)) == (8, 2, 2)
+    assert (wanted(settings, 16, 4, 8), wanted(settings, None, 4, 8)) == (16, 4)
+    assert (wanted(settings, None, None, 8), wanted(settings, None, None, 0), wanted(settings, None, None, 3)) == (8, 2, 2)
 
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
@@ -346,3 +346,12 @@ SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_
 ])  # fmt: skip
 def test_worlds(environment, world, num_nodes):
     assert read_world(environment) == world and world.num_nodes == num_nodes
+
+
+@pytest.mark.parametrize(("environment", "words"), [
+    ({**TORCHRUN, "RANK": "five"}, "RANK is 'five', which is not a whole number"), ({**TORCHRUN, "RANK": "8"}, "RANK: 8 is not below"),
+    ({**TORCHRUN, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"), ({**SRUN, "SLURM_NODEID": ""}, "SLURM_NODEID is ''"),
+])  # fmt: skip
+def test_a_world_that_cannot_be(environment, words):
+    with pytest.raises(ValueError, match=words):
+        read_world(environment)

@@ -162,9 +162,9 @@ def check_run_file(question: Question, devices: DevicesHere, environment: Mappin
         return found
     device = devices.chosen(device_of(question))
     num_devices = devices.count(device, environment)
-    size = run_file.wanted_processes(settings, question.world_size, environment, num_devices)
+    size = run_file.wanted_processes(settings, question.world_size, world.size if world.size > 1 else None, num_devices)
     site = run_file.Site(device, num_devices, devices.has_bf16(device), size, world.local_size if world.size > 1 else None)
-    found = run_file.check_run(settings, site)
+    found = run_file.check_run(settings, site) + devices.check_waits(device, environment, 60 * settings.distributed_timeout_minutes)
     needed: Any = run_file.checkpoint_bytes(settings) if settings.save else None
     if needed is not None:
         folder = disks.existing_folder(Path(settings.save))

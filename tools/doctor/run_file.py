@@ -1,6 +1,5 @@
 """The settings of a run, against the machine it is to run on."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,9 +131,9 @@ def checkpoint_bytes(settings: Any) -> int | None:
     return parameters * (weights + optimizer)
 
 
-def wanted_processes(settings: Any, given: int | None, environment: Mapping[str, str], num_devices: int) -> int:
+def wanted_processes(settings: Any, given: int | None, of_job: int | None, num_devices: int) -> int:
     """Returns how many processes a run is checked for: as given, those of this job, this host's devices, else the fewest that can be."""
-    if given is not None or environment.get("WORLD_SIZE"):
-        return given or int(environment["WORLD_SIZE"])
+    if given or of_job:
+        return given or of_job
     fewest = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size * settings.context_parallel_size
     return num_devices if num_devices and num_devices % fewest == 0 else fewest

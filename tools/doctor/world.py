@@ -40,12 +40,19 @@ def read_world(environment: Mapping[str, str]) -> World:
         names = {"rank": "SLURM_PROCID", "size": "SLURM_NTASKS", "local_rank": "SLURM_LOCALID", "local_size": "SLURM_NTASKS_PER_NODE"}
     else:
         return World()
-    given = {field: int(environment[name]) for field, name in names.items() if name in environment}
+    given = {field: _number(environment, name, least=int("size" in field)) for field, name in names.items() if name in environment}
     size = given.get("size", 1)
-    nodes = int(environment.get("SLURM_JOB_NUM_NODES", environment.get("SLURM_NNODES", 1))) if "local_size" not in given else 1
+    nodes = next((_number(environment, name, least=1) for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES") if name in environment), 1)
     given.setdefault("local_size", -(-size // nodes))
-    node = environment.get("GROUP_RANK", environment.get("SLURM_NODEID"))
-    world = World(**given, node=int(node) if node is not None else given.get("rank", 0) // given["local_size"])
+    node = next((_number(environment, name, least=0) for name in ("GROUP_RANK", "SLURM_NODEID") if name in environment), None)
+    world = World(**given, node=node if node is not None else given.get("rank", 0) // given["local_size"])
     if not 0 <= world.rank < world.size:
         raise ValueError(f"RANK: {world.rank} is not below WORLD_SIZE {world.size}.")
     return world
+
+
+def _number(environment: Mapping[str, str], name: str, least: int) -> int:
+    value = environment[name]
+    if not value.isdecimal() or int(value) < least:
+        raise ValueError(f"{name} is {value!r}, which is not a whole number of {least} or more. It is the launcher's to set: unset it.")
+    return int(value)

@@ -74,6 +74,10 @@ class DevicesHere:
             ("variables", lambda: variables.check_variables(environment, has_npu, num_processes)),
         ]
 
+    def check_waits(self, device: str, environment: Mapping[str, str], limit_seconds: int) -> list[Finding]:
+        """Returns whether time-outs of the environment fit those of a run's process groups; see ``variables.check_waits``."""
+        return variables.check_waits(environment, device, limit_seconds)
+
     def check_ports(self, environment: Mapping[str, str], ephemeral: tuple[int, int], reserved: str) -> list[Finding]:
         """Returns whether the ports that communication listens on are safe; see ``variables.check_ports``."""
         return variables.check_ports(environment, bool(self.npus.device_files), ephemeral, reserved)

@@ -116,6 +116,28 @@ def _check_timeouts(environment: Mapping[str, str], has_npu: bool, num_processes
     return found
 
 
+def check_waits(environment: Mapping[str, str], device: str, limit_seconds: int) -> list[Finding]:
+    """Returns whether the communication library gives up before the process groups of a run, since only it says why.
+
+    Args:
+        environment: Of the process.
+        device: The run computes on.
+        limit_seconds: Of the process groups.
+    """
+    if device != "npu":
+        return []
+    found = []
+    for name, default in (("HCCL_CONNECT_TIMEOUT", CONNECT_TIMEOUT_SECONDS), ("HCCL_EXEC_TIMEOUT", EXEC_TIMEOUT_SECONDS)):
+        seconds = _seconds(environment, name, default)
+        if 0 < seconds < limit_seconds:
+            continue
+        shown = f"{seconds} s" + ("" if environment.get(name) else ", its default,") if seconds else "0, for ever,"
+        found.append(doubtful(name, f"{shown} is not below the {limit_seconds} s of --distributed-timeout-minutes",
+                              f"export {name}={limit_seconds - limit_seconds // 10} (the launchers in slurm/ do), or raise "
+                              "--distributed-timeout-minutes: else a hang is ended by the process group, which does not know why."))
+    return found
+
+
 def _check_on_npu_hosts(environment: Mapping[str, str]) -> list[Finding]:
     found = []
     if environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":

@@ -1,8 +1,11 @@
 """The examination of a job's nodes, step by step."""
 
+import os
+import sys
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -10,9 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from doctor.devices.load import load_library_of
 from doctor.disks import existing_folder
 from doctor.finding import Finding, broken, doubtful, fine
-from doctor.local import DISK_SECONDS, IMPORT_SECONDS, Question, device_of, folder_of, look_around
+from doctor.local import DISK_SECONDS, IMPORT_SECONDS, device_of, folder_of
 from doctor.network.cards import Card, check_alike, make_card, node_names
 from doctor.network.meeting import (
     PATIENCE_SECONDS,
@@ -25,6 +29,7 @@ from doctor.network.meeting import (
     told_to_end,
     wait_for_the_end,
 )
+from doctor.network.task import Task
 from doctor.network.trial import Trial, judge
 from doctor.network.watch import Heart, Watch
 from doctor.world import World
@@ -39,6 +44,8 @@ LOCAL_SECONDS = 2 * IMPORT_SECONDS + DISK_SECONDS
 def open_platform(device: str, local_rank: int) -> tuple[Platform | None, str, str]:
     """Returns the platform of this process and the name of its device, or why there is none."""
     try:
+        with redirect_stdout(sys.stderr):  # it prints warnings, and JSON is to be read by programs
+            load_library_of(device)
         platform = choose_platform(device)
         platform.select_device(local_rank)
         place = platform.device()
@@ -58,39 +65,32 @@ def check_missing(error: MissingRanksError, world: World, limit_seconds: float, 
                   "Look at their output and hosts: not started, still importing (--limit-seconds), or MASTER_ADDR not reachable there.")
 
 
-def examine(question: Question, root: Path, environment: Mapping[str, str], world: World, limit_seconds: float, show: Callable) -> int:
+def examine(task: Task) -> int:
     """Returns the exit status of this process; rank 0 prints.
 
     Collective: every process of the job.
-
-    Args:
-        question: What is asked about each node.
-        root: Of the project.
-        environment: Of the process.
-        world: Where it stands.
-        limit_seconds: How long others may keep it waiting.
-        show: Prints findings by host and figures, and returns the exit status.
     """
-    platform, device, error = open_platform(device_of(question), world.local_rank)
-    card = make_card(world, root, environment, device, error)
-    store = open_store(world, environment, limit_seconds)
+    world, limit_seconds = task.world, task.limit_seconds
+    platform, device, error = open_platform(device_of(task.question), world.local_rank)
+    card = make_card(world, task.root, task.environment, device, error)
+    store = open_store(world, task.environment, limit_seconds)
     try:
         cards = meet(store, world, card, limit_seconds)
     except MissingRanksError as missing:
         if world.rank == 0:
             ended = told_to_end()  # then there is no time to look around
-            here = [] if ended else look_around(question, root, environment, world)
-            status = show({card.host: [*here, check_missing(missing, world, limit_seconds, ended)]}, ())
+            here = [] if ended else task.look_around()
+            status = task.show({card.host: [*here, check_missing(missing, world, limit_seconds, ended)]}, ())
             dismiss(store, world.size)
             return status
         wait_for_the_end(store, world.rank, LOCAL_SECONDS)
         return 1
     if world.local_rank == 0:
-        put(store, "findings", world.rank, [asdict(finding) for finding in look_around(question, root, environment, world)])
+        put(store, "findings", world.rank, [asdict(finding) for finding in task.look_around()])
     leaders = [card.rank for card in cards if card.local_rank == 0]
     if world.rank != 0:
         if gather(store, "go", [0], LOCAL_SECONDS + limit_seconds + PATIENCE_SECONDS).get(0):
-            _take_part(store, cards, platform, world, limit_seconds, None, question)
+            _take_part(store, cards, platform, task, None)
         wait_for_the_end(store, world.rank, limit_seconds + PATIENCE_SECONDS)
         return 0
     nodes = node_names(cards)
@@ -106,23 +106,24 @@ def examine(question: Question, root: Path, environment: Mapping[str, str], worl
 
     def tell(found: list[Finding], figures: list) -> int:
         tried = {finding.name for finding in found}  # what was tried together counts, not what a node supposed
-        return show({node: [*(one for one in findings if one.name not in tried), *of_job, *found] for node, findings in by_host.items()},
-                    figures)
+        whole = {node: [*(one for one in findings if one.name not in tried), *of_job, *found] for node, findings in by_host.items()}
+        return task.show(whole, figures)
 
     found, figures = [], []
     if not homeless:
-        found, figures = _take_part(store, cards, platform, world, limit_seconds, lambda finding: tell([finding], []), question)
+        found, figures = _take_part(store, cards, platform, task, lambda finding: tell([finding], []))
     status = tell(found, figures)
     dismiss(store, world.size)
     return status
 
 
-def _take_part(store: dist.Store, cards: list[Card], platform: Platform, world: World, limit_seconds: float,
-               on_end: Callable[[Finding], int] | None, question: Question) -> tuple[list[Finding], list[dict]]:
+def _take_part(store: dist.Store, cards: list[Card], platform: Platform, task: Task,
+               on_end: Callable[[Finding], int] | None) -> tuple[list[Finding], list[dict]]:
     """Returns, on rank 0, what the test of the network found, and its figures.
 
     Collective: every process of the job.
     """
+    world, limit_seconds = task.world, task.limit_seconds
     names = {card.rank: str(card) for card in cards}
     heart, watch = Heart(store.clone(), world.rank), None
     heart.start()
@@ -137,7 +138,7 @@ def _take_part(store: dist.Store, cards: list[Card], platform: Platform, world: 
                                 timeout=timedelta(seconds=limit_seconds + PATIENCE_SECONDS))
         trial = Trial(store, cards, platform, world.rank)
         results = trial.run()
-        shared = share_folder(store, trial, existing_folder(folder_of(question)), world, cards)
+        shared = share_folder(store, trial, existing_folder(folder_of(task.question)), world, cards)
     except Exception as error:
         put(store, "error", world.rank, f"{type(error).__name__}: {error}")
         if watch is not None:
@@ -164,20 +165,22 @@ def share_folder(store: dist.Store, trial: Trial, folder: Path, world: World, ca
     trial.begin("shared folder")
     if world.rank == 0:
         put(store, "token", 0, f".doctor_{uuid.uuid4().hex}")
-    token = folder / gather(store, "token", [0], 60)[0]
+    token, failure = folder / gather(store, "token", [0], 60)[0], ""
     try:
         if world.rank == 0:
             token.touch()
-        trial.meter.slowest(0.0)
-        if world.local_rank == 0:
-            put(store, "sees", world.rank, token.exists())
-        trial.meter.slowest(0.0)
-    except OSError as error:
-        return [broken("shared folder", f"{folder}: {error.strerror}", "Give a folder that can be written.")]
-    finally:
-        token.unlink(missing_ok=True)
+    except OSError as error:  # said when the others, who wait in an operation, have been through it
+        failure = error.strerror or str(error)
+    trial.meter.slowest(0.0)
+    if world.local_rank == 0:
+        put(store, "sees", world.rank, os.access(token, os.F_OK))
+    trial.meter.slowest(0.0)
     if world.rank != 0:
         return []
+    with suppress(OSError):
+        token.unlink()
+    if failure:
+        return [broken("shared folder", f"{folder}: {failure}", "Give a folder that can be written: --folder here, --save in the run.")]
     sees = gather(store, "sees", [card.rank for card in cards if card.local_rank == 0], 60)
     blind = [nodes[cards[rank].node] for rank, there in sees.items() if not there]
     if blind:
