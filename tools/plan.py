@@ -22,7 +22,7 @@ from megatron_sorted.planning.search import search
 from megatron_sorted.planning.split import balanced_split, weights_of_layers, with_split
 from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.derived import layers_of_chunks, num_virtual_chunks
-from megatron_sorted.settings.launch import launch_line
+from megatron_sorted.settings.launch import USUAL, launch_line
 from megatron_sorted.settings.load import load_settings
 from megatron_sorted.settings.run import Settings
 
@@ -90,8 +90,7 @@ def _ranks(words: list[str], settings: Settings, world_size: int) -> list[int] |
 
 def _device_name(options: argparse.Namespace, settings: Settings) -> str:
     """Returns the device that is planned for: as asked, as the file says, else the usual one of the run's kind."""
-    return options.planned_device or _said_in_head(options.run, "planned-device") or {"cpu": "cpu", "npu": "910B2"}.get(
-        settings.device, "H100")
+    return options.planned_device or _said_in_head(options.run, "planned-device") or USUAL[settings.device]
 
 
 def _launch(options: argparse.Namespace, settings: Settings, changes: list[str], world_size: int, per_host: int) -> str:
