@@ -16,14 +16,15 @@ import time
 from pathlib import Path
 
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.planning.devices import DEVICES, device_named
-from megatron_sorted.planning.estimate import make_plan
+from megatron_sorted.planning.devices import DEVICES, Device, device_named
+from megatron_sorted.planning.estimate import Plan, make_plan
 from megatron_sorted.planning.search import search
 from megatron_sorted.planning.split import balanced_split, weights_of_layers, with_split
 from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.derived import layers_of_chunks, num_virtual_chunks
-from megatron_sorted.settings.launch import launch_line
+from megatron_sorted.settings.launch import USUAL, launch_line
 from megatron_sorted.settings.load import load_settings
+from megatron_sorted.settings.run import Settings
 
 CHUNK_TOKENS = {True: 2048, False: 256}
 """Tokens whose logits exist at one time unless the settings say: on accelerators, on cores."""
@@ -34,12 +35,12 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Returns the command line's options, and the rest: settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="the run")
-    parser.add_argument("--world-size", type=int, help="processes; by default as the line `# world-size: N` of the file says")
+    parser.add_argument("--world-size", help="processes; by default as the line `# world-size: N` of the file says")
     parser.add_argument("--planned-device", help=f"what it is to run on: {', '.join(DEVICES)}; by default `# planned-device:` of the file")
     parser.add_argument("--device-file", type=Path, help="JSON with fields of the device that differ from the table (see --calibrate)")
-    parser.add_argument("--memory-gb", type=float, help="limit for one rank, by default the device's memory")
+    parser.add_argument("--memory-gb", help="limit for one rank, by default the device's memory")
     parser.add_argument("--search", action="store_true", help="propose layouts on as many processes")
-    parser.add_argument("--show", type=int, default=10, help="how many of them")
+    parser.add_argument("--show", default="10", help="how many of them")
     parser.add_argument("--dry-run", nargs="+", metavar="RANK", help="ranks to build and step without devices, or: all")
     parser.add_argument("--whole-step", action="store_true", help="with --dry-run: all micro-batches of a step, not only enough of them")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -48,13 +49,81 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def _said_in_head(path: str, name: str) -> str | None:
-    """Returns what a file's comment says in a line `# name: value`."""
-    found = re.search(rf"^# {name}: (\S+)$", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
+    """Returns what the comment at a file's head says in a line `# name: value`."""
+    head = Path(path).read_text(encoding="utf-8").split("\n\n")[0]
+    found = re.search(rf"^# {name}: (\S+)$", head, re.MULTILINE)
     return found.group(1) if found else None
 
 
+def _positive(text: str, source: str, kind: type) -> int | float:
+    """Returns a number above 0.
+
+    Raises:
+        SettingsError: The text is none.
+    """
+    try:
+        number = kind(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < float("inf"):
+        raise SettingsError(f"{source}: {text} is not a {'whole ' if kind is int else ''}number above 0. Give one, or leave it out.")
+    return number
+
+
+def _ranks(words: list[str], settings: Settings, world_size: int) -> list[int] | None:
+    """Returns the ranks to run dry; None for all.
+
+    Raises:
+        SettingsError: A word is no rank, or the run cannot be tried without devices.
+    """
+    if settings.data_parallel == "fsdp":
+        raise SettingsError("--dry-run: --data-parallel fsdp is torch's, which knows no device without values. Leave --dry-run out: the "
+                            "plan counts fsdp all the same.")
+    if words == ["all"]:
+        return None
+    for word in words:
+        if not word.isdecimal() or int(word) >= world_size:
+            raise SettingsError(f"--dry-run: {word} is no rank of {world_size} processes. Use 0..{world_size - 1}, or all, after the run's "
+                                "file.")
+    return [int(word) for word in words]
+
+
+def _device_name(options: argparse.Namespace, settings: Settings) -> str:
+    """Returns the device that is planned for: as asked, as the file says, else the usual one of the run's kind."""
+    return options.planned_device or _said_in_head(options.run, "planned-device") or USUAL[settings.device]
+
+
+def _launch(options: argparse.Namespace, settings: Settings, changes: list[str], world_size: int, per_host: int) -> str:
+    """Returns the command that starts the run, or what must be changed before there is one."""
+    if world_size > per_host and world_size % per_host and settings.device != "cpu":
+        return (f"no line to start it: {world_size} processes do not fill hosts of {per_host} devices. Change --world-size, or per_host in "
+                "--device-file.")
+    line, said = launch_line(settings, options.run, changes, world_size, per_host), _said_in_head(options.run, "world-size")
+    if line.startswith("slurm/") and said not in (None, str(world_size)):
+        return f"with '# world-size: {world_size}' in the head of {options.run}, which says {said}: {line}"
+    return line
+
+
 def _tell(text: str) -> None:
-    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _better_split(settings: Settings, plan: Plan, device: Device, chunk_tokens: int) -> list[int] | None:
+    """Returns layers of chunks that make a step faster in no more memory than the device has, or than is needed now; None if none do."""
+    if plan.pipeline_size == 1:
+        return None
+    lengths = balanced_split(weights_of_layers(settings, settings.vocab_size), plan.pipeline_size, num_virtual_chunks(settings))
+    if lengths == [chunk.num_layers for chunk in layers_of_chunks(settings)]:
+        return None
+    moved = with_split(settings, lengths)
+    try:
+        check_settings(moved, plan.world_size)
+    except SettingsError:
+        return None
+    other = make_plan(moved, settings.vocab_size, plan.world_size, device, chunk_tokens)
+    fits = other.peak_bytes <= max(device.memory_bytes, plan.peak_bytes)
+    return lengths if fits and other.seconds < plan.seconds else None
 
 
 def _as_json(thing) -> object:
@@ -69,13 +138,17 @@ def _as_json(thing) -> object:
 def plan_run(options: argparse.Namespace, changes: list[str]) -> int:
     """Returns the exit status: 0 if the run fits, and is what was planned where that was tried."""
     settings = load_settings(["--config", options.run, *changes])
-    world_size = options.world_size or int(_said_in_head(options.run, "world-size") or os.environ.get("WORLD_SIZE", 1))
+    said, around = _said_in_head(options.run, "world-size"), os.environ.get("WORLD_SIZE", "1")
+    sources = {"--world-size": options.world_size, f"# world-size in {options.run}": said, "WORLD_SIZE": around}
+    source, text = next((source, text) for source, text in sources.items() if text is not None)
+    world_size = _positive(text, source, int)
     check_settings(settings, world_size)
     if settings.vocab_size is None:
         raise SettingsError("--vocab-size: not said, and a plan does not open the tokenizer. Give the number of its tokens.")
-    name = options.planned_device or _said_in_head(options.run, "planned-device") or ("cpu" if settings.device == "cpu" else "H100")
+    name, shown = _device_name(options, settings), _positive(options.show, "--show", int)
     device = device_named(name, options.device_file)
-    limit = int(options.memory_gb * GB) if options.memory_gb else device.memory_bytes
+    limit = device.memory_bytes if options.memory_gb is None else int(_positive(options.memory_gb, "--memory-gb", float) * GB)
+    ranks = _ranks(options.dry_run, settings, world_size) if options.dry_run else None
     chunk_tokens = CHUNK_TOKENS[device.fused]
     plan = make_plan(settings, settings.vocab_size, world_size, device, chunk_tokens)
     if options.search:
@@ -86,29 +159,23 @@ def plan_run(options: argparse.Namespace, changes: list[str]) -> int:
     if options.dry_run:
         from planning.dry_run import dry_run
 
-        ranks = None if options.dry_run == ["all"] else [int(rank) for rank in options.dry_run]
         run = dry_run(settings, settings.vocab_size, world_size, plan, ranks, options.whole_step, _tell)
         _tell("")
+    launch = _launch(options, settings, changes, world_size, device.per_host)
     if options.json:
-        result = {"settings": changes, "device": name, "plan": _as_json(plan), "fits": plan.peak_bytes <= limit}
+        result = {"settings": changes, "device": name, "plan": _as_json(plan), "fits": plan.peak_bytes <= limit, "launch": launch}
         if options.search:
             result["proposals"] = [{"layout": {field.name: getattr(p.settings, field.name) for field in dataclasses.fields(settings)
                                                if getattr(p.settings, field.name) != getattr(settings, field.name)},
-                                    "seconds": p.plan.seconds, "peak_bytes": p.plan.peak_bytes} for p in proposals[:options.show]]
+                                    "seconds": p.plan.seconds, "peak_bytes": p.plan.peak_bytes} for p in proposals[:shown]]
         if run:
             result["dry_run"] = {"ranks": len(run.ranks), "messages": run.messages, "problems": run.problems}
         print(json.dumps(result, indent=1))
     else:
         from planning.page import dry_run_lines, plan_lines, search_lines
 
-        better = None
-        if plan.pipeline_size > 1:
-            lengths = balanced_split(weights_of_layers(settings, settings.vocab_size), plan.pipeline_size, num_virtual_chunks(settings))
-            other = make_plan(with_split(settings, lengths), settings.vocab_size, world_size, device, chunk_tokens)
-            better = lengths if other.seconds < plan.seconds and lengths != [c.num_layers for c in layers_of_chunks(settings)] else None
-        launch = launch_line(settings, options.run, changes, world_size, device.per_host)
-        lines = plan_lines(settings, plan, name, limit, launch, better)
-        lines += ["", *search_lines(proposals, tried, least, limit, options.show)] if options.search else []
+        lines = plan_lines(settings, plan, name, limit, launch, _better_split(settings, plan, device, chunk_tokens))
+        lines += ["", *search_lines(settings, proposals, tried, least, limit, shown)] if options.search else []
         lines += ["", *dry_run_lines(run)] if run else []
         print("\n".join(lines))
     return int(plan.peak_bytes > limit or bool(run and run.problems))

@@ -70,11 +70,19 @@ DEVICES = {
 """By name. Efficiencies and the share of link rates that collectives reach (0.75 and 0.8) are experience, not measured here."""
 
 
+CAN_BE_NOTHING = ("reserved_bytes", "near_delay", "far_delay", "kernel_delay")
+
+
+def _can_be(field: str, value: float) -> bool:
+    """Returns whether a device's number can have this value."""
+    return value < float("inf") and (value > 0 or (value == 0 and field in CAN_BE_NOTHING))
+
+
 def device_named(name: str, changes: Path | None = None) -> Device:
     """Returns a device of the table, or the table's with fields replaced by those of a JSON file.
 
     Raises:
-        SettingsError: There is none of that name, or the file names fields that no device has.
+        SettingsError: There is none of that name, or the file names fields that no device has, or gives them what they cannot be.
     """
     if name not in DEVICES:
         raise SettingsError(f"--planned-device: {name} is not in the table of devices. Use one of {', '.join(DEVICES)}.")
@@ -85,6 +93,11 @@ def device_named(name: str, changes: Path | None = None) -> Device:
         known = {field.name for field in fields(Device)}
         if not isinstance(values, dict) or not set(values) <= known:
             raise ValueError(f"fields of a device are {', '.join(sorted(known))}")
+        for field, value in values.items():
+            if field == "fused" and not isinstance(value, bool):
+                raise ValueError(f"fused is {value!r} and not true or false")
+            if field != "fused" and (isinstance(value, bool) or not isinstance(value, int | float) or not _can_be(field, value)):
+                raise ValueError(f"{field} is {value!r} and not a number {'of at least' if field in CAN_BE_NOTHING else 'above'} 0")
     except (OSError, ValueError) as error:
         raise SettingsError(f"--device-file: {changes} is not a JSON object with fields of a device ({error}). "
                             "Write one with --calibrate.") from error

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 
 from megatron_sorted.planning.devices import Device
-from megatron_sorted.planning.memory import RankMemory, element_bytes, layer_bytes, memory_of_stage
+from megatron_sorted.planning.memory import RankMemory, layer_bytes, memory_of_stage
 from megatron_sorted.planning.messages import Links, Messages, collectives_of_chunk, links_of, messages_of_stage, ring, state_bytes
 from megatron_sorted.planning.operations import Operations, operations_of_chunk, real_rows, recomputed_layers
 from megatron_sorted.planning.schedule import time_of_passes
-from megatron_sorted.planning.work import ChunkWork, check_plannable, parameters_on_rank, work_of_chunks
+from megatron_sorted.planning.work import ChunkWork, check_plannable, element_bytes, parameters_on_rank, work_of_chunks
 from megatron_sorted.settings.costs import train_flops_per_token
 from megatron_sorted.settings.derived import data_parallel_size, global_batch_size, num_micro_batches
 from megatron_sorted.settings.run import Settings
@@ -25,7 +25,7 @@ class StagePlan:
     """One stage: what one of its ranks holds, computes, keeps and sends in a step.
 
     Attributes:
-        parameters: {what: number} on one rank.
+        parameters: {what: number} on one rank; fully sharded, of which it keeps its share of rows.
         operations: Of matrix products, attention over all pairs of tokens, on the rank with the most.
         exit_operations: Of them those of exits.
         busy_seconds: Of the step's time.
@@ -154,7 +154,8 @@ def make_plan(settings: Settings, vocab_size: int, world_size: int, device: Devi
                   memory_of_stage(settings, mine, vocab_size, world_size, device, chunk_tokens),
                   messages_of_stage(settings, chunks, stage, vocab_size, world_size), passes.busy_seconds[stage])
         for stage, (mine, parameters, operations, exits) in enumerate(rows))
-    phases = {"passes": passes.seconds, **_after_passes(settings, plans, links, clock, data_parallel_size(settings, world_size))}
+    phases = {"passes": passes.seconds,
+              **_after_passes(settings, plans, links, clock, data_parallel_size(settings, world_size), passes.seconds)}
     seconds = sum(phases.values())
     tokens = global_batch_size(settings, world_size) * settings.seq_length
     model_operations = tokens * train_flops_per_token(settings, vocab_size)
@@ -163,7 +164,7 @@ def make_plan(settings: Settings, vocab_size: int, world_size: int, device: Devi
     return Plan(
         world_size, settings.tensor_model_parallel_size, stages, data_parallel_size(settings, world_size), len(plans[0].chunks),
         micro_batches, tokens, plans, network_parameters(settings, vocab_size), stored, seconds,
-        1 - max(passes.busy_seconds) / passes.seconds, max(counted) * stages / sum(counted), model_operations,
+        max(0.0, 1 - max(passes.busy_seconds) / passes.seconds), max(counted) * stages / sum(counted), model_operations,
         model_operations / seconds / world_size / peak_rate(settings, device), phases)
 
 
@@ -175,21 +176,27 @@ def network_parameters(settings: Settings, vocab_size: int) -> int:
     return sum(sum(parameters_on_rank(alone, chunk, vocab_size).values()) for chunk in work_of_chunks(alone))
 
 
-def _after_passes(settings: Settings, stages: tuple[StagePlan, ...], links: Links, clock: Clock, data_size: int) -> dict[str, float]:
-    """Returns {part: seconds} of what follows the passes, for the stage that takes longest at each."""
+def _after_passes(settings: Settings, stages: tuple[StagePlan, ...], links: Links, clock: Clock, data_size: int,
+                  passes_seconds: float) -> dict[str, float]:
+    """Returns {part: seconds} of what the passes do not hide, for the stage that takes longest at each."""
     rate, delay = links.data
     pipeline_rate, pipeline_delay = links.pipeline
-    several = data_size > 1
+    several, in_rows = data_size > 1, settings.data_parallel == "fsdp"  # whose collectives torch overlaps
     # a first buffer is reduced, or gathered, before anything can hide it
-    reduce = max(stage.messages.gradients for stage in stages) / rate * (EXPOSED if settings.overlap_grad_reduce else 1) + several * delay
-    gather = max(stage.messages.parameters for stage in stages) / rate * (EXPOSED if settings.overlap_param_gather else 1)
+    reduce, gather = (max(getattr(stage.messages, kind) for stage in stages) / rate for kind in ("gradients", "parameters"))
+    if in_rows and several:  # all that the passes have no time to hide is waited for as well
+        share = max(EXPOSED, 1 - passes_seconds / (reduce + gather))
+        reduce, gather = reduce * share, gather * share
+    else:
+        reduce *= EXPOSED if settings.overlap_grad_reduce else 1
+        gather *= EXPOSED if settings.overlap_param_gather else 1
     copies = max(stage.messages.copies for stage in stages)
     parameters = max(sum(stage.parameters.values()) for stage in stages)
-    updated = parameters / data_size if settings.use_distributed_optimizer else parameters
+    updated = parameters / data_size if settings.use_distributed_optimizer or in_rows else parameters
     per_parameter = 40 if clock.device.fused else 100  # one kernel reads and writes all states, or one after another
     return {
-        "gradients": reduce,
+        "gradients": reduce + several * delay,
         "copies": copies / pipeline_rate + (pipeline_delay if copies else 0),
-        "optimizer": (updated * per_parameter + parameters * 8) / clock.memory_rate,
+        "optimizer": (updated * per_parameter + (updated if in_rows else parameters) * 8) / clock.memory_rate,
         "parameters": gather,
     }

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from megatron_sorted.planning.devices import Device
 from megatron_sorted.planning.operations import real_rows, recomputed_layers
 from megatron_sorted.planning.schedule import most_alive, passes_of_stage
-from megatron_sorted.planning.work import ChunkWork, parameters_on_rank, shapes_of
+from megatron_sorted.planning.sharded import gathered_bytes
+from megatron_sorted.planning.work import ChunkWork, element_bytes, parameters_on_rank, shapes_of
 from megatron_sorted.settings.derived import data_parallel_size, kv_channels, num_micro_batches, num_virtual_chunks
 from megatron_sorted.settings.run import Settings
 
@@ -26,8 +27,10 @@ class RankMemory:
         exit_loss: What one exit's loss and gradient take while they are computed.
         layer_backward: What one layer's backward takes beside what was kept; with recomputation the layer's activations too.
         embedding_backward: The embedding's gradient before it is added to its buffer; comes when its micro-batch's activations are gone.
-        update: What the optimizer's step takes, when no activations are there.
+        gathered: Whole weights and gradients of what ranks keep in parts (``--data-parallel fsdp``), through all of backward.
+        update: What the optimizer's step takes, when no activations are there; on cores also the copy that gloo reduces and cuts.
         reserved: Driver, communication buffers, fragments.
+        gradients_to_come: Of the gradients, those that are made while activations go: all of a fully sharded step of one micro-batch.
     """
 
     weights: int
@@ -37,8 +40,10 @@ class RankMemory:
     exit_loss: int
     layer_backward: int
     embedding_backward: int
+    gathered: int
     update: int
     reserved: int
+    gradients_to_come: int = 0
 
     @property
     def states(self) -> int:
@@ -48,13 +53,8 @@ class RankMemory:
     @property
     def total(self) -> int:
         """Returns the largest amount at any moment of a step."""
-        backward = self.activations + max(self.exit_loss, self.layer_backward)
-        return self.states + max(backward, self.embedding_backward, self.update) + self.reserved
-
-
-def element_bytes(settings: Settings) -> int:
-    """Returns the size of a parameter and of an element of a hidden state."""
-    return 2 if settings.bf16 or settings.fp16 else 4
+        backward = self.activations + max(self.exit_loss, self.layer_backward) - self.gradients_to_come
+        return self.states + max(self.gathered + max(backward, self.embedding_backward), self.update) + self.reserved
 
 
 def tokens_of_shard(settings: Settings) -> int:
@@ -151,22 +151,32 @@ def memory_of_stage(settings: Settings, chunks: list[ChunkWork], vocab_size: int
     shapes, e, dp = shapes_of(settings, vocab_size), element_bytes(settings), data_parallel_size(settings, world_size)
     parameters = sum(sum(parameters_on_rank(settings, chunk, vocab_size).values()) for chunk in chunks)
     moments = 8 if settings.optimizer == "adam" else 4 * (settings.sgd_momentum > 0)
-    updated = -(-parameters // dp) if settings.use_distributed_optimizer else parameters
+    in_rows = settings.data_parallel == "fsdp"  # fp32 rows of weights, gradients and moments, which serve any precision
+    updated = -(-parameters // dp) if settings.use_distributed_optimizer or in_rows else parameters
     kept = [chunk_bytes(settings, chunk, vocab_size, device) for chunk in chunks]
-    order = passes_of_stage(chunks[0].stage, settings.pipeline_model_parallel_size, num_virtual_chunks(settings),
-                            num_micro_batches(settings, world_size))
-    alive = most_alive(order, kept)
+    micro_batches = num_micro_batches(settings, world_size)
+    alive = most_alive(passes_of_stage(chunks[0].stage, settings.pipeline_model_parallel_size, num_virtual_chunks(settings), micro_batches),
+                       kept)
     matrix = shapes.vocabulary * shapes.hidden * e * any(chunk.has_embedding for chunk in chunks)
     largest = max(shapes.vocabulary * shapes.hidden * any(chunk.has_embedding or chunk.owns_head for chunk in chunks),
                   shapes.fc1 * shapes.hidden)
+    gathered = gathered_bytes(settings, chunks[0], vocab_size, dp, device.fused)  # fsdp has one stage, and one chunk
+    gradients = 4 * (updated if in_rows else parameters)
+    # torch updates many tensors at once, or one by one, a root and the same divided; gloo reduces a copy of gradients that are to be cut
+    copied = parameters * (settings.use_distributed_optimizer and dp > 1)
+    update = 4 * updated if device.fused else max(8 * min(largest, updated), 4 * copied)
     return RankMemory(
-        weights=parameters * e,
-        gradients=parameters * 4,
-        optimizer=updated * (moments + (4 if e == 2 else 0)),
+        weights=updated * 4 if in_rows else parameters * e,
+        gradients=gradients,
+        optimizer=updated * (moments + (4 if e == 2 and not in_rows else 0)),
         activations=int(alive),
-        exit_loss=exit_loss_bytes(settings, vocab_size, chunk_tokens, device.fused) if any(chunk.trained for chunk in chunks) else 0,
-        layer_backward=max(layer_backward_bytes(settings, vocab_size, chunk.segments, device.fused) for chunk in chunks),
-        embedding_backward=int(max(alive - kept[0], 0)) + matrix if matrix else 0,
-        update=updated * 4 if device.fused else 4 * min(largest, updated),  # torch's update of many tensors at once, or one by one
+        exit_loss=(exit_loss_bytes(settings, vocab_size, chunk_tokens, device.fused) + gathered.exit_loss
+                   if any(chunk.trained for chunk in chunks) else 0),
+        layer_backward=max(max(layer_backward_bytes(settings, vocab_size, chunk.segments, device.fused) for chunk in chunks)
+                           + gathered.layer_backward, gathered.layer_reduction),
+        embedding_backward=int(max(alive - kept[0], 0)) + (gathered.embedding_backward or matrix) if matrix else 0,
+        gathered=gathered.always,
+        update=update,
         reserved=device.reserved_bytes,
+        gradients_to_come=gradients if in_rows and micro_batches == 1 else 0,
     )

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from megatron_sorted.planning.devices import Device
-from megatron_sorted.planning.memory import element_bytes, tokens_of_shard
+from megatron_sorted.planning.memory import tokens_of_shard
 from megatron_sorted.planning.operations import recomputed_layers
-from megatron_sorted.planning.work import ChunkWork, parameters_on_rank, shapes_of
+from megatron_sorted.planning.sharded import sharded_bytes
+from megatron_sorted.planning.work import ChunkWork, element_bytes, parameters_on_rank, shapes_of, summed_parameters_on_rank
 from megatron_sorted.settings.derived import data_parallel_size, num_micro_batches
 from megatron_sorted.settings.run import Settings
 
@@ -15,10 +16,10 @@ class Messages:
     """Sent by one rank in one step.
 
     Attributes:
-        tensor: Parts of layers and exits, summed or gathered over tensor parallel ranks.
+        tensor: Parts of layers and exits, and of gradients of what every rank has whole, summed or gathered over tensor parallel ranks.
         pipeline: Hidden states and their gradients.
-        gradients: Over data parallel ranks.
-        parameters: Over data parallel ranks, with the distributed optimizer.
+        gradients: Over data parallel ranks; of a fully sharded run, those of layers for every micro-batch.
+        parameters: Over data parallel ranks, with the distributed optimizer once, fully sharded for every pass.
         copies: Gradients of norms and heads that several stages hold.
     """
 
@@ -42,13 +43,31 @@ def state_bytes(settings: Settings) -> int:
 def collectives_of_chunk(settings: Settings, work: ChunkWork) -> tuple[int, int]:
     """Returns how often a hidden state of a whole micro-batch is gathered or reduced in a chunk's forward, and in its backward.
 
-    An all-reduce counts two. With sequence parallelism backward gathers the inputs of products once more, and exits gather and scatter.
+    An all-reduce counts two: attention and MLP have one each in forward and in backward. With sequence parallelism backward gathers the
+    inputs of products once more, and exits gather and scatter. What is computed again is summed again. Parts of exits run in backward.
     """
     if settings.tensor_model_parallel_size == 1:
         return 0, 0
-    forward = 4 * work.num_layers + work.has_embedding * (1 if settings.sequence_parallel else 2)
-    backward = (6 if settings.sequence_parallel else 4) * work.num_layers + work.has_embedding * settings.sequence_parallel
-    return forward, backward + 2 * len(work.trained) + 4 * recomputed_layers(settings, work.segments)
+    sequence = settings.sequence_parallel
+    half = 2 + (3 if sequence else 2)  # forward and backward of attention, or of an MLP
+    own = sum(depth != settings.num_layers for depth in work.trained)
+    forward = 4 * work.num_layers + work.has_embedding * (1 if sequence else 2)
+    backward = 2 * (half - 2) * work.num_layers + work.has_embedding * sequence + 2 * len(work.trained)
+    backward += half * own * (2 * settings.use_exit_block + settings.use_exit_mlp)
+    backward += 4 * recomputed_layers(settings, work.segments)
+    if settings.recompute_granularity == "selective" and "mlp" in settings.recompute_modules:
+        backward += 2 * work.num_layers
+    return forward, backward
+
+
+def _tensor_bytes(settings: Settings, chunks: list[ChunkWork], vocab_size: int, micro_batches: int) -> float:
+    """Returns what a rank sends in a step to those that hold other parts of the same layers."""
+    tp, tokens = settings.tensor_model_parallel_size, settings.micro_batch_size * settings.seq_length
+    states = sum(sum(collectives_of_chunk(settings, chunk)) for chunk in chunks) * tokens * settings.hidden_size * element_bytes(settings)
+    # of each token an exit sums the largest logit, the exponentials and the label's logit, in fp32
+    losses = sum(len(chunk.trained) for chunk in chunks) * 3 * 2 * tokens * 4
+    gradients = sum(summed_parameters_on_rank(settings, chunk, vocab_size) for chunk in chunks) * 2 * 4
+    return ring(micro_batches * (states + losses) + gradients, tp)
 
 
 def copies_bytes(settings: Settings, chunks: list[ChunkWork], stage: int, vocab_size: int) -> float:
@@ -64,20 +83,21 @@ def copies_bytes(settings: Settings, chunks: list[ChunkWork], stage: int, vocab_
 def messages_of_stage(settings: Settings, chunks: list[ChunkWork], stage: int, vocab_size: int, world_size: int) -> Messages:
     """Returns what a rank of ``stage`` sends; ``chunks`` are those of all stages."""
     mine = [chunk for chunk in chunks if chunk.stage == stage]
-    tp, dp = settings.tensor_model_parallel_size, data_parallel_size(settings, world_size)
+    dp = data_parallel_size(settings, world_size)
     micro_batches, e = num_micro_batches(settings, world_size), element_bytes(settings)
     parameters = sum(sum(parameters_on_rank(settings, chunk, vocab_size).values()) for chunk in mine)
-    whole = settings.micro_batch_size * settings.seq_length * settings.hidden_size * e
-    passes = sum(sum(collectives_of_chunk(settings, chunk)) for chunk in mine)
     sends = 0
     if settings.pipeline_model_parallel_size > 1:
         sends = sum((not chunk.is_last) + (not chunk.has_embedding) for chunk in mine)
     sharded = settings.use_distributed_optimizer
+    gathered, summed = e * parameters * sharded, 4 * parameters * (1 if sharded else 2)
+    if settings.data_parallel == "fsdp":
+        gathered, summed = sharded_bytes(settings, mine[0], vocab_size, micro_batches)
     return Messages(
-        tensor=int(micro_batches * passes * ring(whole, tp)),
+        tensor=int(_tensor_bytes(settings, mine, vocab_size, micro_batches)),
         pipeline=micro_batches * sends * state_bytes(settings),
-        gradients=int((1 if sharded else 2) * ring(4 * parameters, dp)),
-        parameters=int(ring(e * parameters, dp)) if sharded else 0,
+        gradients=int(ring(summed, dp)),
+        parameters=int(ring(gathered, dp)),
         copies=int(copies_bytes(settings, chunks, stage, vocab_size)),
     )
 

@@ -8,6 +8,7 @@ from megatron_sorted.errors import SettingsError
 from megatron_sorted.planning.devices import Device
 from megatron_sorted.planning.estimate import Plan, make_plan
 from megatron_sorted.planning.split import balanced_split, weights_of_layers, with_split
+from megatron_sorted.settings.check_data_parallel import check_data_parallel
 from megatron_sorted.settings.check_layout import check_batch, check_interleaving, check_layout, check_recompute
 from megatron_sorted.settings.check_model import check_model
 from megatron_sorted.settings.derived import global_batch_size
@@ -52,8 +53,8 @@ def candidates(settings: Settings, vocab_size: int, world_size: int, device: Dev
                 for recompute in RECOMPUTE:
                     plain = replace(
                         settings, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=tp > 1,
-                        micro_batch_size=micro, global_batch_size=batch, use_distributed_optimizer=dp > 1 or
-                        settings.use_distributed_optimizer, overlap_param_gather=settings.overlap_param_gather and dp > 1,
+                        micro_batch_size=micro, global_batch_size=batch, data_parallel="ddp",
+                        use_distributed_optimizer=dp > 1 or settings.use_distributed_optimizer,
                         num_layers_per_virtual_pipeline_stage=None, decoder_first_pipeline_num_layers=None,
                         decoder_last_pipeline_num_layers=None, pipeline_model_parallel_layout=None, **recompute)
                     most = min(MOST_CHUNKS, settings.num_layers // pp, MOST_PARTS // pp)
@@ -65,6 +66,10 @@ def candidates(settings: Settings, vocab_size: int, world_size: int, device: Dev
                             candidate = with_split(plain, split(pp, chunks, plain.recompute_granularity))
                         if _allowed(candidate, world_size):
                             yield candidate
+                    sharded = replace(plain, data_parallel="fsdp", use_distributed_optimizer=False, overlap_grad_reduce=False,
+                                      overlap_param_gather=False)
+                    if dp > 1 and tp == pp == 1 and _allowed(sharded, world_size):
+                        yield sharded
 
 
 def _allowed(settings: Settings, world_size: int) -> bool:
@@ -74,6 +79,7 @@ def _allowed(settings: Settings, world_size: int) -> bool:
         check_batch(settings, world_size)
         check_interleaving(settings, world_size)
         check_recompute(settings)
+        check_data_parallel(settings)
     except SettingsError:
         return False
     return True

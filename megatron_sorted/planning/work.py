@@ -42,6 +42,11 @@ class ChunkWork:
     owns_head: bool
 
 
+def element_bytes(settings: Settings) -> int:
+    """Returns the size of a parameter and of an element of a hidden state."""
+    return 2 if settings.bf16 or settings.fp16 else 4
+
+
 def check_plannable(settings: Settings) -> None:
     """Returns nothing if everything the settings ask for is counted here.
 
@@ -141,3 +146,22 @@ def parameters_on_rank(settings: Settings, work: ChunkWork, vocab_size: int) -> 
         "heads": matrix * ((work.owns_head and not tied_here) + own * settings.untie_exit_output_weights),
         "parts of exits": parts,
     }
+
+
+def summed_parameters_on_rank(settings: Settings, work: ChunkWork, vocab_size: int) -> int:
+    """Returns how many parameters of a chunk are the same on all tensor parallel ranks, each of which has a part of their gradient.
+
+    With sequence parallelism those are norms, biases of what is summed and learned positions; without it norms of queries and keys alone.
+    """
+    shapes = shapes_of(settings, vocab_size)
+    h, blocks = shapes.hidden, sum(depth != settings.num_layers for depth in work.exits)
+    heads = 2 * kv_channels(settings) * (shapes.norm // h) * settings.qk_layernorm
+    with_attention = work.num_layers + blocks * settings.use_exit_block
+    total = with_attention * heads
+    if settings.sequence_parallel:
+        half = shapes.norm * (2 if settings.use_sandwich_norm else 1) + h * (not settings.disable_bias_linear)
+        total += (2 * with_attention + blocks * settings.use_exit_mlp) * half
+        total += shapes.norm * (work.owns_norm + blocks * settings.use_exit_norm)
+        if work.has_embedding and settings.position_embedding_type == "learned_absolute":
+            total += max_position_embeddings(settings) * h
+    return total

@@ -5,6 +5,8 @@ import shlex
 from megatron_sorted.settings.run import Settings
 
 PROGRAM = "pretrain_sorted.py"
+USUAL = {"auto": "H100", "cuda": "H100", "npu": "910B2", "cpu": "cpu"}
+"""{--device: what a run is planned for, of the table of devices, that does not say what it will run on}."""
 
 
 def launch_line(settings: Settings, config: str, changes: list[str], world_size: int, per_host: int) -> str:

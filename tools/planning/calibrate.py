@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_sorted.errors import SettingsError
+
 SIZE, BYTES, REPEATS = 768, 64 << 20, 5
 
 
@@ -23,7 +25,12 @@ def calibrate(path: Path, cores: int) -> dict[str, float]:
     """Returns the fields of a cpu device as measured on one core, and writes them to a JSON file.
 
     Matrix products in fp32 and bf16, and the rate at which an element-wise operation reads and writes.
+
+    Raises:
+        SettingsError: The file cannot be written.
     """
+    if not path.parent.is_dir() or path.is_dir():
+        raise SettingsError(f"--calibrate: {path} cannot be written. Give a file in a folder that exists.")
     torch.set_num_threads(1)
     rates = {}
     for name, dtype in (("single_flops", torch.float32), ("half_flops", torch.bfloat16)):

@@ -8,6 +8,9 @@ MEMORY = Settings(
     num_layers=4, hidden_size=512, ffn_hidden_size=1408, num_attention_heads=8, seq_length=512, vocab_size=8192, mock_data=True,
     device="cpu", micro_batch_size=1, global_batch_size=2, exit_layer_nums=(1, 2), train_iters=100, lr=1e-4)
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+FULLY = {"data_parallel": "fsdp"}
+SHORT = {"seq_length": 64, "hidden_size": 768, "ffn_hidden_size": 2048, "num_attention_heads": 12, "vocab_size": 16384,
+         "untie_embeddings_and_output_weights": True}
 FULL = {"recompute_granularity": "full"}
 MEMORY_CASES = {
     "one process": (1, {}),
@@ -17,6 +20,10 @@ MEMORY_CASES = {
         "micro_batch_size": 4, "global_batch_size": 4, "untie_embeddings_and_output_weights": True, "exit_layer_nums": (1, 2, 3)}),
     "dp2": (2, {}),
     "dp2, distributed optimizer": (2, {"use_distributed_optimizer": True}),
+    "dp2, distributed optimizer, short samples": (2, {**SHORT, "use_distributed_optimizer": True}),
+    "dp2, fully sharded": (2, FULLY),
+    "dp2, fully sharded, untied, 4 micro-batches": (2, {**FULLY, "untie_embeddings_and_output_weights": True, "global_batch_size": 8}),
+    "dp2, fully sharded, short samples": (2, {**SHORT, **FULLY}),
     "tp2, sequence parallel, sandwich norm": (2, {
         **TP2, "sequence_parallel": True, "use_sandwich_norm": True, "micro_batch_size": 4, "global_batch_size": 4}),
     "pp2": (2, PP2),

@@ -8,6 +8,7 @@ import torch
 from megatron_sorted.data.batches import Batch
 from megatron_sorted.parallel.groups import Place, start_process_groups, stop_process_groups
 from megatron_sorted.planning.estimate import Plan
+from megatron_sorted.planning.messages import messages_of_stage
 from megatron_sorted.planning.operations import operations_of_chunk, real_rows
 from megatron_sorted.planning.work import work_of_chunks
 from megatron_sorted.platform.meta import MetaPlatform, pretended_world
@@ -21,6 +22,9 @@ from planning.counting import Counter, Message
 SHORT_STEP = 2
 """Micro-batches per stage in a step that is not run whole: every pass of the schedule occurs, with its messages."""
 
+PADDING, SCALARS = 0.01, 1024
+"""Of a collective's bytes, what buffers may be padded by; bytes of numbers that are summed in a step, such as that of trained tokens."""
+
 
 @dataclass
 class RankFound:
@@ -29,6 +33,7 @@ class RankFound:
     Attributes:
         planned_parameters, planned_flops: What the plan says of it.
         flops: Counted in a step; None where an equal rank's step stands for it.
+        collectives, planned_collectives: {kind of group: bytes} that this rank sends in collectives of a step, up to the optimizer.
     """
 
     place: Place
@@ -37,6 +42,8 @@ class RankFound:
     shapes: dict[str, tuple] = field(repr=False)
     flops: int | None = None
     planned_flops: int = 0
+    collectives: dict[str, float] = field(default_factory=dict)
+    planned_collectives: dict[str, float] = field(default_factory=dict)
     sent: dict[int, list[Message]] = field(default_factory=dict, repr=False)
     received: dict[int, list[Message]] = field(default_factory=dict, repr=False)
 
@@ -79,6 +86,17 @@ def _step(settings: Settings, model: Model, platform: MetaPlatform, micro_batche
     return counter
 
 
+def by_kind_of_group(settings: Settings, world_size: int, collective_bytes: dict[tuple[int, ...], float]) -> dict[str, float]:
+    """Returns the bytes of a counter's collectives by what its groups share: layers ("tensor"), stages ("gradients"), or copies of norms
+    and heads on several stages ("copies")."""
+    tensor, stage = settings.tensor_model_parallel_size, world_size // settings.pipeline_model_parallel_size
+    kinds = {"tensor": 0.0, "gradients": 0.0, "copies": 0.0}
+    for ranks, size in collective_bytes.items():
+        one_copy, one_stage = (len({rank // width for rank in ranks}) == 1 for width in (tensor, stage))
+        kinds["tensor" if one_copy else "gradients" if one_stage else "copies"] += size
+    return kinds
+
+
 def visit(settings: Settings, vocab_size: int, rank: int, world_size: int, plan: Plan, platform: MetaPlatform,
           micro_batches: int | None) -> RankFound:
     """Returns what is found of one rank; it is stepped if ``micro_batches`` says how long.
@@ -96,6 +114,11 @@ def visit(settings: Settings, vocab_size: int, rank: int, world_size: int, plan:
             found.flops, found.sent, found.received = counter.flops, counter.sent, counter.received
             found.planned_flops = micro_batches * sum(
                 operations_of_chunk(settings, chunk, vocab_size, place.tensor_rank).total for chunk in stage.chunks)
+            found.collectives = by_kind_of_group(settings, world_size, counter.collective_bytes)
+            samples = micro_batches * settings.micro_batch_size * place.data_size
+            planned = messages_of_stage(replace(settings, global_batch_size=samples), work_of_chunks(settings), place.stage, vocab_size,
+                                        world_size)
+            found.planned_collectives = {kind: getattr(planned, kind) for kind in found.collectives}
         stop_process_groups()
     return found
 
@@ -107,6 +130,10 @@ def _differences(found: dict[int, RankFound], kinds: dict[tuple, int]) -> Iterab
             yield f"rank {rank} has {one.parameters} parameters, planned {one.planned_parameters}"
         if one.flops is not None and one.flops != one.planned_flops:
             yield f"rank {rank} does {one.flops} operations, planned {one.planned_flops}"
+        for kind, size in one.collectives.items():
+            planned = one.planned_collectives[kind]
+            if abs(size - planned) > PADDING * planned + SCALARS:
+                yield f"rank {rank} sends {size:.0f} bytes in collectives ({kind}), planned {planned:.0f}"
         first = next(other for kind, other in kinds.items() if kind[0] == one.place.stage)
         if one.shapes != found[first].shapes:
             yield f"rank {rank} holds other parameters than rank {first}, of the same stage"

@@ -1,18 +1,24 @@
 """A plan in words and columns."""
 
+import shlex
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from megatron_sorted.planning.estimate import Plan, StagePlan
 from megatron_sorted.planning.search import Proposal
 from megatron_sorted.planning.split import layout_of
 from megatron_sorted.settings.derived import exit_depths, layers_of_chunks
+from megatron_sorted.settings.flags import flag_of
 from megatron_sorted.settings.run import Settings
 
 if TYPE_CHECKING:  # torch is needed for a dry run alone
     from planning.dry_run import DryRun
 
 GB = 1e9
+LAYOUT = ("micro_batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
+          "use_distributed_optimizer", "recompute_granularity")
+"""What is said of every layout that is proposed; all else only where the run says otherwise."""
 
 
 def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -45,7 +51,9 @@ def parameter_lines(plan: Plan) -> list[str]:
 
 def memory_lines(plan: Plan) -> list[str]:
     """Returns the memory of one rank of every stage."""
-    names = ("weights", "gradients", "optimizer", "activations", "exit_loss", "layer_backward", "embedding_backward", "update", "reserved")
+    names = ["weights", "gradients", "optimizer", "activations", "exit_loss", "layer_backward", "embedding_backward", "update", "reserved"]
+    if any(stage.memory.gathered for stage in plan.stages):
+        names.insert(names.index("update"), "gathered")
     return _columns(["stage", *(name.replace("_", " ") for name in names), "most at once"], [
         [str(stage.stage), *(f"{getattr(stage.memory, name) / GB:.3g}" for name in names), f"{stage.memory.total / GB:.3g}"]
         for stage in plan.stages])
@@ -73,7 +81,8 @@ def plan_lines(settings: Settings, plan: Plan, device: str, memory_bytes: int, l
         f"parameters {plan.parameters:,}; stored with copies and padding {plan.stored_parameters:,}; exits "
         f"{_spans(exit_depths(settings))}",
         "", "layers", *stage_lines(plan),
-        "", "parameters of one rank", *parameter_lines(plan),
+        "", "parameters of one rank" + (f", which keeps 1 of {plan.data_size} of their rows" * (settings.data_parallel == "fsdp")),
+        *parameter_lines(plan),
         "", "memory of one rank, GB", *memory_lines(plan),
         "", "work of one rank in a step", *work_lines(plan),
         "",
@@ -87,22 +96,23 @@ def plan_lines(settings: Settings, plan: Plan, device: str, memory_bytes: int, l
     return [*lines, "", launch]
 
 
-def layout_flags(settings: Settings) -> str:
-    """Returns the flags of a layout that was found."""
-    flags = [f"--tensor-model-parallel-size {settings.tensor_model_parallel_size}",
-             f"--pipeline-model-parallel-size {settings.pipeline_model_parallel_size}", f"--micro-batch-size {settings.micro_batch_size}",
-             f"--recompute-granularity {settings.recompute_granularity}"]
-    if settings.recompute_granularity == "selective":
-        flags.append(f"--recompute-modules {' '.join(settings.recompute_modules)}")
-    if settings.pipeline_model_parallel_layout is not None:
-        flags.append(f"--pipeline-model-parallel-layout '{settings.pipeline_model_parallel_layout}'")
-    flags.append("--sequence-parallel" if settings.sequence_parallel else "--no-sequence-parallel")
-    flags.append("--use-distributed-optimizer" if settings.use_distributed_optimizer else "--no-use-distributed-optimizer")
+def layout_flags(settings: Settings, given: Settings) -> str:
+    """Returns the flags of a layout that was found, such that the run ``given`` becomes it with them."""
+    flags = []
+    for name in (field.name for field in fields(settings)):
+        value = getattr(settings, name)
+        if name not in LAYOUT and value == getattr(given, name):
+            continue
+        if isinstance(value, bool):
+            flags.append(flag_of(name if value else f"no_{name}"))
+        else:
+            words = value if isinstance(value, tuple) else ["none" if value is None else value]
+            flags.append(shlex.join([flag_of(name), *map(str, words)]))
     return " ".join(flags)
 
 
-def search_lines(proposals: list[Proposal], tried: int, least: int, memory_bytes: int, shown: int) -> list[str]:
-    """Returns the best layouts as lines of text."""
+def search_lines(given: Settings, proposals: list[Proposal], tried: int, least: int, memory_bytes: int, shown: int) -> list[str]:
+    """Returns the best layouts of the run ``given`` as lines of text."""
     if not proposals:
         return [f"none of {tried} layouts fits into {memory_bytes / GB:.1f} GB a rank; the smallest needs {least / GB:.1f} GB. Use more "
                 "processes, or a device with more memory."]
@@ -113,19 +123,23 @@ def search_lines(proposals: list[Proposal], tried: int, least: int, memory_bytes
         spread = f"{min(layers)}-{max(layers)}" if min(layers) != max(layers) else str(layers[0])
         recompute = settings.recompute_granularity
         rows.append([f"{plan.seconds:.4g}", f"{plan.mfu:.1%}", f"{plan.peak_bytes / GB:.1f}", f"{plan.bubble:.1%}", f"{plan.imbalance:.3f}",
-                     str(plan.tensor_size), str(plan.pipeline_size), str(plan.num_chunks), str(plan.data_size),
+                     str(plan.tensor_size), str(plan.pipeline_size), str(plan.num_chunks),
+                     f"{plan.data_size}{' sharded' * (settings.data_parallel == 'fsdp')}",
                      str(settings.micro_batch_size), recompute, spread])
     head = ["s/step", "MFU", "GB", "bubble", "imbalance", "tp", "pp", "chunks", "dp", "micro", "recompute", "layers of a chunk"]
     return [f"{len(proposals)} of {tried} layouts fit into {memory_bytes / GB:.1f} GB a rank; the fastest:", *_columns(head, rows), "",
-            f"the first: {layout_flags(proposals[0].settings)}"]
+            f"the first: {layout_flags(proposals[0].settings, given)}"]
 
 
 def dry_run_lines(run: "DryRun") -> list[str]:
     """Returns what a dry run found."""
     stepped = [one for one in run.ranks.values() if one.flops is not None]
     rows = [[str(one.place.rank), str(one.place.stage), str(one.place.tensor_rank), str(one.place.data_rank), f"{one.parameters:,}",
-             f"{one.flops / 1e12:.6f}", f"{one.planned_flops / 1e12:.6f}", str(sum(map(len, one.sent.values())))] for one in stepped]
+             f"{one.flops / 1e12:.6f}", f"{one.planned_flops / 1e12:.6f}",
+             *(f"{sum(each.values()) / GB:.4g}" for each in (one.collectives, one.planned_collectives)),
+             str(sum(map(len, one.sent.values())))] for one in stepped]
     lines = [f"built {len(run.ranks)} ranks, a step of {run.micro_batches} micro-batches on {len(stepped)} of them:",
-             *_columns(["rank", "stage", "tp", "dp", "parameters", "TFLOP counted", "planned", "messages"], rows),
+             *_columns(["rank", "stage", "tp", "dp", "parameters", "TFLOP counted", "planned", "collectives, GB", "planned", "messages"],
+                      rows),
              f"{run.messages} messages between ranks compared with what their receivers expect"]
     return [*lines, *run.problems] if run.problems else [*lines, "everything as planned"]

@@ -1,0 +1,112 @@
+"""What the planning tool says of mistakes, and of how a run is started."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from tests.rules.sources import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))  # as for a script in tools/
+
+SPECIFICATION = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
+TOOL = importlib.util.module_from_spec(SPECIFICATION)
+SPECIFICATION.loader.exec_module(TOOL)
+RUN = """# A run.
+# world-size: {world_size}
+num-layers: 8
+hidden-size: 64
+num-attention-heads: 4
+seq-length: 32
+vocab-size: 1000
+mock-data: true
+exit-layer-nums: [2, 4, 6]
+micro-batch-size: 2
+"""
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch, capsys):
+    """Returns a function that runs the tool on a small run: (exit status or message, what it printed)."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def run(world_size, *words: str) -> tuple[object, str]:
+        path = tmp_path / "run.yaml"
+        path.write_text(RUN.format(world_size=world_size))
+        monkeypatch.setattr(sys, "argv", ["plan.py", str(path), *words])
+        with pytest.raises(SystemExit) as ended:
+            TOOL.main()
+        return ended.value.code, capsys.readouterr().out
+
+    return run
+
+
+MISTAKES = {
+    "--tensor-model-parallel-size 3": "is not a multiple of 3",
+    "--planned-device X1": "--planned-device: X1",
+    "--lora-rank 4": "is not counted by a plan",
+    "--dry-run 4": "--dry-run: 4 is no rank of 4 processes",
+    "--dry-run all 1": "--dry-run: all is no rank",
+    "--dry-run all --data-parallel fsdp": "--dry-run: --data-parallel fsdp",
+    "--memory-gb 0": "--memory-gb: 0 is not a number above 0",
+    "--memory-gb -3": "--memory-gb: -3 is not a number above 0",
+    "--memory-gb nan": "--memory-gb: nan is not a number above 0",
+    "--world-size 0": "--world-size: 0 is not a whole number above 0",
+    "--show 0": "--show: 0 is not a whole number",
+    "--calibrate /there/is/no/such/folder/cpu.json": "--calibrate: /there",
+    "--group-query-attention --num-query-groups 2 --tensor-model-parallel-size 4": "--num-query-groups: 2 is not a multiple of 4",
+    "--vocab-size none": "--vocab-size",
+    "--pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et*3|tt|ttL": "--pipeline-model-parallel-layout: 3 chunks",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes_are_told_in_a_line(words, plan):
+    said, _ = plan(4, *words.split())
+    assert said.startswith("error: ") and MISTAKES[words] in said and "\n" not in said
+
+
+def test_a_head_that_says_no_number_is_told(plan):
+    assert "four is not a whole number above 0" in plan("four")[0]
+
+
+def test_a_file_that_is_not_there_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["plan.py", str(tmp_path / "none.yaml")])
+    with pytest.raises(SystemExit, match=r"none\.yaml cannot be read"):
+        TOOL.main()
+
+
+def test_where_no_line_starts_the_run_the_plan_says_why(plan):
+    words = ["--device", "cuda", "--planned-device", "H100"]
+    assert "no line to start it: 12 processes do not fill hosts of 8 devices" in plan(12, *words)[1]
+    said = plan(16, *words, "--world-size", "32")[1]
+    assert "with '# world-size: 32' in the head of" in said and ", which says 16: slurm/gpu.sbatch --site SITE --nodes 4" in said
+    assert plan(8, *words)[1].splitlines()[-1].startswith("torchrun --nproc-per-node 8 ")
+
+
+@pytest.mark.parametrize(("device", "name"), [("cpu", "cpu"), ("npu", "910B2"), ("cuda", "H100")])
+def test_what_is_planned_for_follows_the_kind_of_device(device, name, plan):
+    assert f"step on {name}: " in plan(2, "--device", device)[1]
+
+
+def test_fully_sharded_runs_are_planned(plan):
+    status, said = plan(4, "--data-parallel", "fsdp")
+    assert status == 0 and "gathered" in said and "which keeps 1 of 4 of their rows" in said
+    assert "gathered" not in plan(4)[1]
+
+
+def test_limits_no_layout_keeps_and_the_numbers_for_programs(plan):
+    status, said = plan(8, "--device", "cpu", "--memory-gb", "0.001", "--search")
+    assert status == 1 and "layouts fits into 0.0 GB a rank; the smallest needs" in said
+    status, said = plan(8, "--device", "cpu", "--memory-gb", "0.001", "--json")
+    assert status == 1 and json.loads(said)["fits"] is False
+    assert json.loads(said)["launch"].startswith("torchrun --nproc-per-node 8 ")
+
+
+def test_a_split_that_the_rules_refuse_is_not_proposed(plan):
+    """Balanced for exits early on it has a chunk of fewer layers than are computed again at a time."""
+    words = ["--pipeline-model-parallel-size", "2", "--exit-layer-nums", "1", "2", "3", "--global-batch-size", "16",
+             "--recompute-granularity", "full", "--vocab-size", "20000", "--device", "cpu"]
+    assert "--pipeline-model-parallel-layout" in plan(2, *words)[1]
+    assert "--pipeline-model-parallel-layout" not in plan(2, *words, "--recompute-num-layers", "4")[1]
