@@ -117,6 +117,12 @@ def check_recompute(settings: Settings) -> None:
                 module in RECOMPUTABLE,
                 f"--recompute-modules: {module!r} cannot be recomputed in this network. Use some of {', '.join(RECOMPUTABLE)}.",
             )
+        # Megatron's checkpoint function makes the bias that an MLP returns its own output; going backward through the MLP computed again,
+        # which reads that bias, it enters itself without end
+        require(
+            "mlp" not in settings.recompute_modules or settings.disable_bias_linear,
+            "--recompute-modules: mlp cannot be recomputed with biases. Use --disable-bias-linear, or --recompute-granularity full.",
+        )
         require(
             "moe" not in settings.recompute_modules or settings.num_experts is not None,
             "--recompute-modules: moe without experts. Give --num-experts or leave it out.",
