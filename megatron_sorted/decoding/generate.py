@@ -23,7 +23,7 @@ from megatron_sorted.decoding.ways import (
     draft_depths,
     draft_room,
 )
-from megatron_sorted.errors import DataError
+from megatron_sorted.errors import DataError, SettingsError
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,26 @@ class Limits:
     end_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     to_text: Callable[[list[int]], str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses limits that mean nothing.
+
+        Raises:
+            SettingsError: One of them.
+        """
+        if self.max_new_tokens < 0:
+            raise SettingsError(f"max_new_tokens: {self.max_new_tokens} is not 0 or more. Change it.")
+        if not all(self.stop):
+            raise SettingsError("stop: a stop word is empty, and would end every text at once. Leave it out.")
+        if self.stop and self.to_text is None:
+            raise SettingsError("stop: words need to_text, which makes text of tokens. Give both.")
+
+    def ends(self, tokens: list[int]) -> bool:
+        """Returns whether the newest token completes a stop word."""
+        if not self.stop:
+            return False
+        text = self.to_text(tokens)
+        return any(word in text for word in self.stop)
 
 
 @dataclass
@@ -201,7 +221,7 @@ def cut(text: Text, said: Said, row: int, limits: Limits) -> Added:
         kept.append(token)
         if token in limits.end_ids:
             finish = "eos"
-        elif limits.stop and any(word in limits.to_text(kept) for word in limits.stop):
+        elif limits.ends(kept):
             finish = "stop"
         elif len(kept) == limits.max_new_tokens:
             finish = "length"

@@ -120,10 +120,13 @@ class Writer:
         limits = Limits(max_new_tokens, self.end_ids, tuple(stop), tail)
         for added in stream(self.network, prompts, way, sampling, limits, self.draft_for(way)):
             row = rows[added.row]
-            for token, depth in zip(added.tokens, added.depths, strict=True):
+            for place, (token, depth) in enumerate(zip(added.tokens, added.depths, strict=True), 1):
                 if token not in self.end_ids:
                     row.ids.append(token)
-                    row.held.append((self._new_text(row, added.finish is not None), depth))
+                # half a character is shown as such only where nothing comes that could make it whole
+                text = self._new_text(row, added.finish is not None and place == len(added.tokens))
+                if text or token not in self.end_ids:
+                    row.held.append((text, depth))
             yield Piece(added.row, self._release(row, stop, added.finish), added, added.finish)
 
     def _new_text(self, row: _Row, is_over: bool) -> str:
@@ -139,7 +142,8 @@ class Writer:
         """Returns the held text without what may be the beginning of a stop word, and without a whole one."""
         text = "".join(part for part, _ in row.held)
         if finish == "stop":
-            sure = min(place for word in stop if (place := text.find(word)) >= 0)
+            # a tokenizer may write the last tokens otherwise than all of them: then nothing is cut off
+            sure = min((place for word in stop if (place := text.find(word)) >= 0), default=len(text))
         elif finish is None and stop:
             sure = len(text) - max((size for word in stop for size in range(1, len(word)) if text.endswith(word[:size])), default=0)
         else:

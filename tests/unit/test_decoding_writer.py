@@ -2,10 +2,12 @@
 
 import pytest
 
+from megatron_sorted.decoding import generate as generate_module
 from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.steps import Said
 from megatron_sorted.decoding.ways import Full, SelfSpeculative
 from megatron_sorted.decoding.writer import Writer
-from megatron_sorted.errors import DataError
+from megatron_sorted.errors import DataError, SettingsError
 from tests.support.decoding import plain_network, prompts
 
 WORDS = ["a", " b", "cc", "€"[:1], " stop", "st", "op", " the", "end", "."]
@@ -58,6 +60,57 @@ def test_stop_words_are_left_out_wherever_they_stand(writer, way):
         word = whole[begin : begin + size]
         [found], [finish], _ = written(writer, texts, way=way, max_new_tokens=40, stop=["not there", word])
         assert finish == "stop" and found == whole[: whole.index(word)]
+
+
+class Script:
+    """Steps that say what they are told to, of one text."""
+
+    def __init__(self, steps: list[list[int]]):
+        self.steps = iter(steps)
+
+    def step(self) -> list[Said]:
+        tokens = next(self.steps)
+        return [Said(tokens, [4] * len(tokens))]
+
+
+EURO, A_UMLAUT, END, DOT, B = [0, 5, 10], [15, 20], 99, 9, 1
+"""Tokens of `Letters`: bytes of a character, and others."""
+
+
+@pytest.mark.parametrize(("steps", "stop", "text", "finish"), [
+    ([[B, *EURO, *A_UMLAUT]], [], " b€ä", "length"), ([[B], [*EURO, DOT, B]], [], " b€. b", "length"),
+    ([[B, *EURO, END]], [], " b€", "eos"), ([[B, 0], [5, 10, END]], [], " b€", "eos"), ([[B, *EURO, DOT]], ["€"], " b", "stop"),
+    ([[B, *A_UMLAUT, *EURO]], ["ä€"], " b", "stop"), ([[B, 0], [5, 10, DOT]], ["€."], " b", "stop"),
+    ([[B, 0], [5, END]], [], " b\ufffd", "eos"), ([[B, 0], [END]], ["c"], " b\ufffd", "eos"),
+    ([[B, B, B, B, B, 0]], [], " b" * 5 + "\ufffd", "length"), ([[B, DOT], [END]], [". c", ". d"], " b.", "eos")])
+def test_characters_that_end_with_their_text_are_whole(writer, monkeypatch, steps, stop, text, finish):
+    """Several tokens of one step are one character, and the text is over with that step; or over with half a character."""
+    writer.end_ids = frozenset({END})
+    monkeypatch.setattr(generate_module, "make_step", lambda way, batch: Script(steps))
+    found, finishes, _ = written(writer, [[5, 6]], max_new_tokens=6, stop=stop)
+    assert (found, finishes) == ([text], [finish])
+
+
+def test_a_tokenizer_that_writes_the_end_of_a_text_otherwise_does_no_harm(writer, monkeypatch):
+    decode = writer.tokenizer.decode
+    monkeypatch.setattr(writer.tokenizer, "decode", lambda ids: decode(ids).replace(" b b b", "Z"))
+    monkeypatch.setattr(generate_module, "make_step", lambda way, batch: Script([[B], [B], [B], [DOT]]))
+    assert written(writer, [[5, 6]], max_new_tokens=6, stop=["Z"])[:2] == ([" b b b"], ["stop"])
+
+
+def test_stop_words_that_mean_nothing_are_refused(writer):
+    with pytest.raises(SettingsError, match="stop: a stop word is empty"):
+        written(writer, [[5, 6]], stop=["a", ""])
+    with pytest.raises(SettingsError, match="stop: words need to_text"):
+        Limits(stop=("a",))
+    with pytest.raises(SettingsError, match="max_new_tokens: -1 is not 0 or more"):
+        Limits(-1)
+
+
+def test_a_token_is_made_text_once_however_many_stop_words_there_are(writer):
+    texts, asked = [], Limits(12, stop=("not", "there", "at", "all"), to_text=lambda tokens: texts.append(len(tokens)) or "")
+    generate(writer.network, [[5, 6]], limits=asked)
+    assert texts == list(range(1, 13))
 
 
 def test_prompts_and_conversations(writer):
