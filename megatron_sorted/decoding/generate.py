@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.room import check_room, told_by_us
+from megatron_sorted.decoding.room import bytes_needed, check_room, told_by_us
 from megatron_sorted.decoding.sampling import Sampler, Sampling
 from megatron_sorted.decoding.state import State
 from megatron_sorted.decoding.steps import Batch, Chain, OneToken, Said, stops_of
@@ -159,7 +159,7 @@ def start_batch(network: Network, prompts: Sequence[Sequence[int]], way: Way, sa
     capacity = max(map(len, prompts)) + max_new_tokens + draft_room(way) + 1
     own = [way.depth] if isinstance(way, Fixed) else stops_of(network, way.depths if isinstance(way, EarlyExit) else
                                                               () if draft else draft_depths(way))
-    check_room(network, len(prompts), capacity, own)
+    check_room(network, len(prompts), capacity, own, 0 if draft is None else bytes_needed(draft, len(prompts), capacity, draft_depths(way)))
     longest = max(map(len, prompts))
     padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
     states = [State(network, len(prompts), capacity, own)]
