@@ -64,13 +64,18 @@ class Writer:
         network: The model.
         tokenizer: Its own.
         draft: Another model that drafts, if any.
+
+    Raises:
+        DataError: The model's end tokens are no numbers.
     """
 
     def __init__(self, network: Network, tokenizer, draft: Network | None = None):
         self.network, self.tokenizer, self.draft = network, tokenizer, draft
         ends = getattr(network.model.generation_config, "eos_token_id", None)
         ends = tokenizer.eos_token_id if ends is None else ends
-        self.end_ids = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+        self.end_ids = frozenset([] if ends is None else ends if isinstance(ends, list | tuple) else [ends])
+        if not all(isinstance(token, int) for token in self.end_ids):
+            raise DataError(f"eos_token_id: {ends!r} of generation_config.json or the tokenizer is not a token. Give an intact directory.")
 
     def draft_for(self, way: Way | type[Way] | None) -> Network | None:
         """Returns the other model that drafts; None for ways, or kinds of them, that draft nothing."""
