@@ -105,18 +105,21 @@ def chat(writer: Writer, way: Way, sampling: Sampling, values: argparse.Namespac
             print(f"error: {error} The conversation begins anew.", file=sys.stderr)
             messages.clear()
             continue
-        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": answer.lstrip(" ")})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes what was asked for."""
     values = read_arguments(arguments)
     prompts = list(values.prompt)
+    if values.max_new_tokens < 1:
+        raise SettingsError(f"--max-new-tokens: {values.max_new_tokens} is not 1 or more. Change it.")
     if values.prompt_file:
         try:
             text = sys.stdin.read() if values.prompt_file == "-" else Path(values.prompt_file).read_text(encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"--prompt-file: {values.prompt_file}: {error.strerror}. Give a file that exists.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"--prompt-file: {values.prompt_file}: {reason}. Give a file of text in UTF-8.") from error
         prompts += [line for line in text.splitlines() if line]
     if bool(prompts) == values.chat:
         raise SettingsError("Give --prompt, --prompt-file or --chat" + (", not both" if prompts else "") + ".")

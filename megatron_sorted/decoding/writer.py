@@ -12,10 +12,12 @@ from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import SPECULATIVE, Way
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.exported.model_directory import open_model_directory
-from megatron_sorted.exported.tokenizer import open_tokenizer
+from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer
 
 BROKEN = "\ufffd"
 """What a tokenizer writes for bytes that are no character yet."""
+ANCHOR = "a"
+"""Text behind which new text is decoded: some tokenizers leave out the space before a text's first word."""
 
 
 @dataclass
@@ -45,7 +47,7 @@ class _Row:
     """Text of one row, as far as it is sure.
 
     Attributes:
-        ids: Tokens that were added.
+        ids: Tokens that were added, behind those of the anchor.
         first: The first of those that are decoded together with new ones: a tokenizer may write a token otherwise behind another.
         done: Those before it are text already.
         held: Text and exits that are kept back, since a stop word may begin there.
@@ -116,11 +118,12 @@ class Writer:
 
         Errors as for ``generate.stream``.
         """
-        rows = [_Row() for _ in prompts]
-        longest = max(map(len, stop), default=0)
+        anchor = encode_texts(self.tokenizer, [ANCHOR])[0]
+        rows = [self._begin(prompt, anchor) for prompt in prompts]
+        longest, before = max(map(len, stop), default=0), len(self.tokenizer.decode(anchor))
 
         def tail(tokens: list[int]) -> str:  # a character takes at most four tokens
-            return self.tokenizer.decode(tokens[-(4 * longest + 8) :])
+            return self.tokenizer.decode([*anchor, *tokens[-(4 * longest + 8) :]])[before:]
 
         limits = Limits(max_new_tokens, self.end_ids, tuple(stop), tail)
         for added in stream(self.network, prompts, way, sampling, limits, self.draft_for(way)):
@@ -133,6 +136,11 @@ class Writer:
                 if text or token not in self.end_ids:
                     row.held.append((text, depth))
             yield Piece(added.row, self._release(row, stop, added.finish), added, added.finish)
+
+    def _begin(self, prompt: Sequence[int], anchor: list[int]) -> _Row:
+        """Returns a row without new text, which stands behind the anchor if it stands behind any text."""
+        is_bare = set(prompt) <= set(self.tokenizer.all_special_ids)
+        return _Row() if is_bare else _Row(list(anchor), 0, len(anchor))
 
     def _new_text(self, row: _Row, is_over: bool) -> str:
         """Returns the text that the newest token brings."""

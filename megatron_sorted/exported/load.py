@@ -18,7 +18,8 @@ def load_with_exits(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, dic
     """Returns the model and {depth: exit}; of a model without exits its last layer alone. Nothing in the directory is executed.
 
     Raises:
-        CheckpointError: Files are missing or damaged, config.json names exits that are no layers, or tensors are missing or have another shape than config.json says.
+        CheckpointError: Files are missing or damaged, config.json names exits that are no layers, or tensors are missing or have another
+            shape than config.json says.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

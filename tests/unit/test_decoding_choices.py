@@ -16,6 +16,7 @@ from megatron_sorted.decoding.ways import EarlyExit, Full, SelfSpeculative, Tree
 from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import DataError, SettingsError
 from tests.support.evaluated import make_model
+from tests.unit.test_decoding_writer import Letters
 
 TREE = {"depths": [2], "thresholds": [], "num_levels": 3, "num_branches": 2, "num_nodes": 5}
 ALONE = {"best": "tree", "ways": {"full": {}, "tree": TREE}}
@@ -70,7 +71,7 @@ def test_what_was_tuned_with_others_stays(tmp_path):
 
 def test_a_way_that_drafts_nothing_leaves_the_draft_alone(models):
     values, network, draft = asked(models, "target", "small", way="tree", num_levels=2)
-    writer = Writer(network, argparse.Namespace(eos_token_id=2, decode=str), draft)
+    writer = Writer(network, Letters(), draft)
     assert named_way(values, "full", writer) == Full() and isinstance(named_way(values, "early_exit", writer), EarlyExit)
     assert len(list(writer.write([[5, 6]], Full(), max_new_tokens=1))) == 1
 

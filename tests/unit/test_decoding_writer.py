@@ -6,9 +6,10 @@ from megatron_sorted.decoding import generate as generate_module
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.steps import Said
 from megatron_sorted.decoding.ways import Full, SelfSpeculative
-from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.decoding.writer import Writer, open_writer
 from megatron_sorted.errors import DataError, SettingsError
 from tests.support.decoding import plain_network, prompts
+from tests.support.evaluated import write_model
 
 WORDS = ["a", " b", "cc", "€"[:1], " stop", "st", "op", " the", "end", "."]
 
@@ -16,13 +17,15 @@ WORDS = ["a", " b", "cc", "€"[:1], " stop", "st", "op", " the", "end", "."]
 class Letters:
     """A tokenizer of 100 tokens: the words above, then single bytes of UTF-8, of which several make a character."""
 
-    bos_token_id, eos_token_id, chat_template = 1, None, None
+    bos_token_id, eos_token_id, chat_template, all_special_ids = 1, None, None, (1,)
 
     def __init__(self):
         euro = "€ä".encode()
         self.pieces = [(WORDS * 10)[token].encode() if token % 5 else bytes([euro[token // 5 % len(euro)]]) for token in range(100)]
 
-    def __call__(self, text: str) -> dict:
+    def __call__(self, text: str | list[str], **_) -> dict:
+        if isinstance(text, list):  # without what stands before texts; nothing depends on what is before it
+            return {"input_ids": [[] for _ in text]}
         return {"input_ids": [1, *(ord(letter) % 100 for letter in text)]}
 
     def decode(self, ids: list[int]) -> str:
@@ -98,6 +101,22 @@ def test_a_tokenizer_that_writes_the_end_of_a_text_otherwise_does_no_harm(writer
     assert written(writer, [[5, 6]], max_new_tokens=6, stop=["Z"])[:2] == ([" b b b"], ["stop"])
 
 
+def test_a_text_goes_on_where_the_prompt_ends(tmp_path, monkeypatch):
+    """The pieces of sentencepiece that begin a word bring the space before it, wherever the prompt ends."""
+    writer = open_writer(write_model(tmp_path / "m", num_layers=2))
+    whole = writer.encode("a b cd, a b")
+    text = writer.tokenizer.decode(whole, skip_special_tokens=True)
+    assert text == "a b cd, a b"
+    for end in range(2, len(whole)):
+        rest = text.removeprefix(writer.tokenizer.decode(whole[:end], skip_special_tokens=True))
+        for stop in ([], [rest[:2]], [rest[-2:]]):
+            monkeypatch.setattr(generate_module, "make_step", lambda way, batch, end=end: Script([whole[end:]]))
+            [found], [finish], _ = written(writer, [whole[:end]], max_new_tokens=len(whole) - end, stop=stop)
+            assert (found, finish) == ((rest[: rest.index(stop[0])], "stop") if stop else (rest, "length"))
+    monkeypatch.setattr(generate_module, "make_step", lambda way, batch: Script([whole[1:]]))
+    assert written(writer, [whole[:1]], max_new_tokens=len(whole) - 1)[0] == [text], "nothing stands before it"
+
+
 def test_stop_words_that_mean_nothing_are_refused(writer):
     with pytest.raises(SettingsError, match="stop: a stop word is empty"):
         written(writer, [[5, 6]], stop=["a", ""])
@@ -117,6 +136,6 @@ def test_prompts_and_conversations(writer):
     assert writer.encode("ab") == [1, 97, 98]
     assert writer.encode_chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]) == [1, 97, 10, 98, 10]
     writer.tokenizer.bos_token_id = None
-    writer.tokenizer.__class__ = type("Bare", (Letters,), {"__call__": lambda self, text: {"input_ids": []}})
+    writer.tokenizer.__class__ = type("Bare", (Letters,), {"__call__": lambda self, text, **_: {"input_ids": []}})
     with pytest.raises(DataError, match="prompt: it is empty"):
         writer.encode("")

@@ -48,11 +48,13 @@ class Answer:
         self.finishes: list[str | None] = [None] * len(self.texts)
         self.prompt_tokens, self.tokens = prompt_tokens, 0
 
-    def take(self, piece: Piece) -> None:
-        """Takes note of a piece."""
-        self.texts[piece.row] += piece.text
+    def take(self, piece: Piece) -> str:
+        """Returns the new text, after taking note of it; what an assistant says begins without the space before its first word."""
+        text = piece.text if self.texts[piece.row] or self.kind != "chat.completion" else piece.text.lstrip(" ")
+        self.texts[piece.row] += text
         self.finishes[piece.row] = piece.finish
         self.tokens += len(piece.added.tokens)
+        return text
 
     def usage(self) -> dict[str, int]:
         """Returns the tokens."""
@@ -77,9 +79,9 @@ class Answer:
                 yield self._event(kind, row, {"text": echo}, None)
         try:
             async for piece in pieces:
-                self.take(piece)
-                if piece.text or piece.finish:
-                    said = {"delta": {"content": piece.text} if piece.text else {}} if is_chat else {"text": piece.text}
+                text = self.take(piece)
+                if text or piece.finish:
+                    said = {"delta": {"content": text} if text else {}} if is_chat else {"text": text}
                     yield self._event(kind, piece.row, said, FINISH[piece.finish])
         except Exception as error:
             yield f"data: {failed(error, field).body.decode()}\n\n"
