@@ -1,6 +1,7 @@
 """What was tuned is kept by draft model and taken with that draft alone; one draft serves several models of its vocabulary."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def test_a_way_that_drafts_nothing_leaves_the_draft_alone(models):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 1}', '{"format": 1, "ways": {"fast": {}}}', '{"format": 1, "ways": []}',
+                                  '{"format": 1, "best": "fast", "ways": {}}', '{"format": 1, "ways": {"tree": {"colour": 1}}}',
+                                  '{"format": 1, "ways": {"tree": []}}', '{"format": 1, "best": [], "ways": {}}',
                                   '{"format": 2, "ways": {}}', '{"format": 1, "drafts": {"a@1": {}}}', '{"format": 1, "drafts": [1]}'])
 def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
     path = tmp_path / CHOICES
@@ -85,3 +88,12 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
         with pytest.raises(DataError, match=r"decoding\.json: not written by tools/tune_decoding\.py .* Remove it and tune again"):
             work()
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("options", [{"depths": "ab"}, {"depths": [1, "a"]}, {"num_nodes": "many"}, {"thresholds": 3}])
+def test_tuned_options_of_another_kind_are_told_of(models, options):
+    directory = models["large"][0]
+    (directory / CHOICES).write_text(json.dumps({"format": 1, "best": "tree", "ways": {"tree": {**TREE, **options}}}))
+    with pytest.raises(DataError, match=r"its options of tree are not as tools/tune_decoding\.py writes them"):
+        way_of(*asked(models, "large"))
+    (directory / CHOICES).unlink()

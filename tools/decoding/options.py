@@ -10,7 +10,7 @@ from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import WAYS, Way, check_way
 from megatron_sorted.decoding.writer import Writer, open_writer
-from megatron_sorted.errors import SettingsError
+from megatron_sorted.errors import DataError, SettingsError
 
 from .choices import CHOICES, draft_key, read_choices
 
@@ -116,8 +116,12 @@ def way_of(values: argparse.Namespace, network: Network, draft: Network | None =
     words = {**usual(name, (draft or network), draft is not None), **choices, **asked}
     if values.way_depths and values.thresholds is None and "thresholds" in known:
         words["thresholds"] = (0.5,) * (len(words["depths"]) - (name == "tree"))
-    way = kind(**words)
-    check_way(way, network, draft)
+    try:
+        way = kind(**words)
+        check_way(way, network, draft)
+    except TypeError as error:  # a value of another kind, which the command line lets nobody give
+        raise DataError(f"{values.model / CHOICES}: its options of {name} are not as tools/tune_decoding.py writes them ({error}). "
+                        "Remove it and tune again.") from error
     return way
 
 
