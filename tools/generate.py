@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from decoding.options import add_model_options, add_sampling_options, add_way_options, sampling_of, way_of, writer_of
+from decoding.options import add_model_options, add_sampling_options, add_way_options, check_positive, sampling_of, way_of, writer_of
 
 from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import Way
@@ -112,8 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Writes what was asked for."""
     values = read_arguments(arguments)
     prompts = list(values.prompt)
-    if values.max_new_tokens < 1:
-        raise SettingsError(f"--max-new-tokens: {values.max_new_tokens} is not 1 or more. Change it.")
+    check_positive(values, "max_new_tokens")
     if values.prompt_file:
         try:
             text = sys.stdin.read() if values.prompt_file == "-" else Path(values.prompt_file).read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """What was tuned is kept by draft model and taken with that draft alone; one draft serves several models of its vocabulary."""
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -97,3 +98,14 @@ def test_tuned_options_of_another_kind_are_told_of(models, options):
     with pytest.raises(DataError, match=r"its options of tree are not as tools/tune_decoding\.py writes them"):
         way_of(*asked(models, "large"))
     (directory / CHOICES).unlink()
+
+
+@pytest.mark.parametrize(("tool", "arguments", "message"), [
+    ("generate", ["m", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens: 0 is not 1 or more"),
+    ("generate", ["m", "--prompt", "a", "--threads", "-1"], "--threads: -1 is not 1 or more"),
+    ("tune_decoding", ["m", "--prompt-file", "f", "--num-prompts", "0"], "--num-prompts: 0 is not"),
+    ("prove_decoding", ["m", "--prompt-file", "f", "--most-prompt-tokens", "0"], "--most-prompt-tokens: 0 is not"),
+    ("benchmark_decoding", ["m", "--questions", "f", "--per-group", "0"], "--per-group: 0 is not")])
+def test_counts_of_nothing_are_refused_before_a_model_is_read(tool, arguments, message):
+    with pytest.raises(SettingsError, match=message):
+        importlib.import_module(tool).main(arguments)

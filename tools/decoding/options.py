@@ -35,6 +35,17 @@ def check_device(name: str) -> None:
         raise SettingsError(f"--device: torch sees no {name} here. Use --device {own_device()}.")
 
 
+def check_positive(values: argparse.Namespace, *names: str) -> None:
+    """Returns nothing if these options, as far as they are given, are at least 1.
+
+    Raises:
+        SettingsError: One is not.
+    """
+    for name in names:
+        if (value := getattr(values, name)) is not None and value < 1:
+            raise SettingsError(f"--{name.replace('_', '-')}: {value} is not 1 or more. Change it.")
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds what says which model, where and in which numbers."""
     parser.add_argument("model", type=Path, help="Hugging Face directory (llama, mistral, qwen2, qwen3) or one of checkpoints")
@@ -86,6 +97,7 @@ def writer_of(values: argparse.Namespace) -> Writer:
     Raises:
         SortedError: It cannot be used.
     """
+    check_positive(values, "threads")
     if values.threads:
         torch.set_num_threads(values.threads)
     check_device(values.device)
