@@ -16,7 +16,7 @@ from pathlib import Path
 from decoding.batches import batch_lines, compare_batches
 from decoding.contest import Answer, hold, ours, theirs
 from decoding.curve import curve_lines, draw_curve, quality_curve
-from decoding.options import add_model_options, add_sampling_options, add_way_options, sampling_of, way_of, writer_of
+from decoding.options import add_model_options, add_sampling_options, add_way_options, check_positive, sampling_of, way_of, writer_of
 from decoding.peer import HUGGING_FACE
 from decoding.questions import CONVERSATION, GROUPS, Question, read_questions, spread
 from decoding.scores import draw, scores_of, write_page
@@ -57,6 +57,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     values = parser.parse_args(arguments)
     if values.way is not None:
         raise SettingsError("--way: several ways are compared. Use --ways.")
+    check_positive(values, "per_group", "max_new_tokens", "num_texts", "num_prompts")
     return values
 
 

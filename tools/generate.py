@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from decoding.options import add_model_options, add_sampling_options, add_way_options, sampling_of, way_of, writer_of
+from decoding.options import add_model_options, add_sampling_options, add_way_options, check_positive, sampling_of, way_of, writer_of
 
 from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import Way
@@ -105,18 +105,20 @@ def chat(writer: Writer, way: Way, sampling: Sampling, values: argparse.Namespac
             print(f"error: {error} The conversation begins anew.", file=sys.stderr)
             messages.clear()
             continue
-        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": answer.lstrip(" ")})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes what was asked for."""
     values = read_arguments(arguments)
     prompts = list(values.prompt)
+    check_positive(values, "max_new_tokens")
     if values.prompt_file:
         try:
             text = sys.stdin.read() if values.prompt_file == "-" else Path(values.prompt_file).read_text(encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"--prompt-file: {values.prompt_file}: {error.strerror}. Give a file that exists.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"--prompt-file: {values.prompt_file}: {reason}. Give a file of text in UTF-8.") from error
         prompts += [line for line in text.splitlines() if line]
     if bool(prompts) == values.chat:
         raise SettingsError("Give --prompt, --prompt-file or --chat" + (", not both" if prompts else "") + ".")

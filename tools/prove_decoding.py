@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from decoding.options import add_model_options, writer_of
+from decoding.options import add_model_options, check_positive, writer_of
 from decoding.proof import Comparison, compare, fit, greedy_draft_pairs, pairs_expected, sample_pairs
 from decoding.questions import add_prompt_options, read_prompts
 from results.origin import facts
@@ -47,6 +47,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     values = parser.parse_args(arguments)
     if values.dtype != "float32":
         raise SettingsError("--dtype: the proof is of fp32, and looks at bf16 and fp16 by itself. Leave it out.")
+    check_positive(values, "max_new_tokens", "num_prompts", "num_tokens", "most_prompt_tokens", "most_rows")
     return values
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from decoding.choices import CHOICES, config_sha256, draft_key, read_choices, write_choices
-from decoding.options import add_model_options, writer_of
+from decoding.options import add_model_options, check_positive, writer_of
 from decoding.questions import add_prompt_options, read_prompts
 from results.tool import run_tool
 from tqdm import tqdm
@@ -87,6 +87,7 @@ def measure(writer: Writer, depths: list[int], prompts: list[list[int]], limits:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, chooses, tries and writes."""
     values = read_arguments(arguments)
+    check_positive(values, "max_new_tokens", "num_prompts")
     path = values.output or values.model / CHOICES
     read_choices(path)  # what is damaged is told before anything is measured
     writer = writer_of(values)

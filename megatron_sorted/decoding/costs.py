@@ -56,7 +56,7 @@ def measure_costs(network: Network, depths: Sequence[int], length: int = 256, wi
         length: Of the text before the tokens that are read.
         widths: Tokens read at once.
     """
-    length = min(length, network.max_positions - max(widths) - 1)
+    length = max(1, min(length, network.max_positions - max(widths) - 1))  # of a tiny context something is before what is read
     state = State(network, 1, length + max(widths) + 1, depths)
     state.append(torch.randint(network.vocab_size, (1, length), device=network.device))
     state.read(depths[-1])

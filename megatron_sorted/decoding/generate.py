@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.room import check_room, told_by_us
+from megatron_sorted.decoding.room import bytes_needed, check_room, told_by_us
 from megatron_sorted.decoding.sampling import Sampler, Sampling
 from megatron_sorted.decoding.state import State
 from megatron_sorted.decoding.steps import Batch, Chain, OneToken, Said, stops_of
@@ -23,7 +23,7 @@ from megatron_sorted.decoding.ways import (
     draft_depths,
     draft_room,
 )
-from megatron_sorted.errors import DataError
+from megatron_sorted.errors import DataError, SettingsError
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,26 @@ class Limits:
     end_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     to_text: Callable[[list[int]], str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses limits that mean nothing.
+
+        Raises:
+            SettingsError: One of them.
+        """
+        if self.max_new_tokens < 0:
+            raise SettingsError(f"max_new_tokens: {self.max_new_tokens} is not 0 or more. Change it.")
+        if not all(self.stop):
+            raise SettingsError("stop: a stop word is empty, and would end every text at once. Leave it out.")
+        if self.stop and self.to_text is None:
+            raise SettingsError("stop: words need to_text, which makes text of tokens. Give both.")
+
+    def ends(self, tokens: list[int]) -> bool:
+        """Returns whether the newest token completes a stop word."""
+        if not self.stop:
+            return False
+        text = self.to_text(tokens)
+        return any(word in text for word in self.stop)
 
 
 @dataclass
@@ -139,7 +159,7 @@ def start_batch(network: Network, prompts: Sequence[Sequence[int]], way: Way, sa
     capacity = max(map(len, prompts)) + max_new_tokens + draft_room(way) + 1
     own = [way.depth] if isinstance(way, Fixed) else stops_of(network, way.depths if isinstance(way, EarlyExit) else
                                                               () if draft else draft_depths(way))
-    check_room(network, len(prompts), capacity, own)
+    check_room(network, len(prompts), capacity, own, 0 if draft is None else bytes_needed(draft, len(prompts), capacity, draft_depths(way)))
     longest = max(map(len, prompts))
     padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
     states = [State(network, len(prompts), capacity, own)]
@@ -201,7 +221,7 @@ def cut(text: Text, said: Said, row: int, limits: Limits) -> Added:
         kept.append(token)
         if token in limits.end_ids:
             finish = "eos"
-        elif limits.stop and any(word in limits.to_text(kept) for word in limits.stop):
+        elif limits.ends(kept):
             finish = "stop"
         elif len(kept) == limits.max_new_tokens:
             finish = "length"

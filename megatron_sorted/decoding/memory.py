@@ -53,15 +53,13 @@ class Memory:
         capacity: Slots of a text; the last takes what is written for nobody.
         stops: Depths at which reading may stop.
         passes: Replays those that are told on the device where their tokens stand; None where all are told by the host.
-        tables: Rotations of all positions, where they are there already.
     """
 
-    def __init__(self, network: Network, num_rows: int, capacity: int, stops: Sequence[int], passes: Passes | None = None,
-                 tables: tuple[Tensor, Tensor] | None = None):
+    def __init__(self, network: Network, num_rows: int, capacity: int, stops: Sequence[int], passes: Passes | None = None):
         self.num_rows, self.capacity, self.stops, self.passes = num_rows, capacity, tuple(sorted(set(stops))), passes
         self.embedding, self.readers = network.embedding, network.readers
         self.tokens_bc = torch.zeros(num_rows, capacity, dtype=torch.long, device=network.device)
-        self.cos_cd, self.sin_cd = tables or rotation_tables(network.rotary, capacity, network.dtype, network.device)
+        self.cos_cd, self.sin_cd = rotation_tables(network.rotary, capacity, network.dtype, network.device)
         self.runs: dict[int, Run] = {}
         self.blocks: dict[int, Run] = {}
         low = 0
@@ -116,6 +114,19 @@ class Memory:
                 torch.index_select(theirs, 0, index, out=mine)
         for mine, theirs in zip(self.all_runs(), other.all_runs(), strict=True):
             mine.filled = [theirs.filled[row] for row in rows]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keeps these rows, increasing, and forgets the others; nothing is asked for: a second memory may not fit beside the first."""
+        assert list(rows) == sorted(set(rows))
+        with torch.no_grad():
+            for tensor in self.tensors():
+                for new, old in enumerate(rows):
+                    if new != old:
+                        tensor[new] = tensor[old]
+        self.num_rows, self.tokens_bc = len(rows), self.tokens_bc[: len(rows)]
+        for run in self.all_runs():
+            run.hidden_bch, run.filled = run.hidden_bch[: len(rows)], [run.filled[row] for row in rows]
+            run.caches = [Keys(cache.keys[: len(rows)], cache.values[: len(rows)]) for cache in run.caches]
 
     def read(self, run: Run, at: tuple, places: Places) -> None:
         """Runs layers on the tokens of the slots ``at``, which stand at ``places``."""

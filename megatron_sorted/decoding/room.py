@@ -45,15 +45,22 @@ def free_host_bytes(root: Path = Path("/")) -> int | None:
     return min(found, default=None)
 
 
-def check_room(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -> None:
+def check_room(network: Network, num_rows: int, capacity: int, stops: Sequence[int], more_bytes: int = 0) -> None:
     """Returns nothing if the texts fit; a device's own allocator says so by itself.
+
+    Args:
+        network: What reads them.
+        num_rows: Texts.
+        capacity: Slots of each.
+        stops: Depths at which reading may stop.
+        more_bytes: That a model which drafts needs for them.
 
     Raises:
         MemoryExhaustedError: They do not fit into the host's memory.
     """
     if network.device.type != "cpu":
         return
-    needed, free = bytes_needed(network, num_rows, capacity, stops), free_host_bytes()
+    needed, free = bytes_needed(network, num_rows, capacity, stops) + more_bytes, free_host_bytes()
     if free is not None and needed > free:
         raise MemoryExhaustedError(f"out of memory: {num_rows} texts of {capacity} tokens need {needed / 1e9:.2f} GB of keys and values, "
                                    f"{free / 1e9:.2f} GB are free. {REMEDY}")

@@ -42,7 +42,8 @@ class Sampling:
             SettingsError: One of them.
         """
         for name, holds, rule in (
-                ("temperature", self.temperature >= 0, "0 or more"), ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
+                ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+                ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
                 ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
                 ("repetition_penalty", self.repetition_penalty > 0, "above 0")):
             if not holds:
@@ -80,7 +81,9 @@ class Sampler:
         logits = penalise(logits_bnv, seen_bnv, sampling.repetition_penalty)
         if sampling.temperature == 0:
             return logits
-        logits = cut(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p)
+        logits = logits.float()
+        # the largest becomes 0, which no temperature, however low, makes infinite
+        logits = cut((logits - logits.amax(-1, keepdim=True)) / sampling.temperature, sampling.top_k, sampling.top_p)
         return logits + self._noise_of(positions, logits)
 
     def select_rows(self, rows: Sequence[int]) -> None:

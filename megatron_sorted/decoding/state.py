@@ -40,11 +40,11 @@ class State:
         self.tree: Tree | None = None
         self._take(self._memory(num_rows, stops))
 
-    def _memory(self, num_rows: int, stops: Sequence[int], tables: tuple[Tensor, Tensor] | None = None) -> Memory:
+    def _memory(self, num_rows: int, stops: Sequence[int]) -> Memory:
         """Returns memory without texts: some of the network's where it keeps any, so that what was recorded on it can be used again."""
         self._give_back = None
         if not self.network.graphs:
-            return Memory(self.network, num_rows, self.capacity, stops, None, tables)
+            return Memory(self.network, num_rows, self.capacity, stops)
         memory = lend(self.network, num_rows, self.capacity, stops)
         self._give_back = weakref.finalize(self, take_back, self.network, memory)
         self._give_back.atexit = False
@@ -147,11 +147,14 @@ class State:
         self.lengths = [begin + count for begin, count in zip(first, counts, strict=True)]
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Keeps these rows and forgets the others."""
+        """Keeps these rows, increasing, and forgets the others."""
         old, give_back = self.memory, self._give_back
-        self._take(self._memory(len(rows), old.stops, (old.cos_cd, old.sin_cd)))
-        self.memory.take(old, rows)
-        if give_back is not None:
+        if give_back is None:
+            old.keep(rows)
+            self._take(old)
+        else:  # what was recorded is of so many rows
+            self._take(self._memory(len(rows), old.stops))
+            self.memory.take(old, rows)
             give_back()
         self.lengths = [self.lengths[row] for row in rows]
 

@@ -102,12 +102,14 @@ class OneToken:
         return said
 
 
-def first_sure(batch: Batch, state: State, depths: Sequence[int], thresholds: Sequence[float], measure, seen_bv: Tensor | None):
+def first_sure(batch: Batch, state: State, depths: Sequence[int], thresholds: Sequence[float], measure, seen_bv: Tensor | None,
+               asking: Sequence[bool] | None = None):
     """Returns the tokens [b] that follow the rows, each by the first exit whose confidence is above its threshold, and those exits.
 
-    A row for which none is sure gets the last one's token, and its exit counted as negative.
+    A row for which none is sure gets the last one's token, and its exit counted as negative. For rows that are not ``asking`` no exit is
+    asked that the others do not need; what is returned for them means nothing.
     """
-    chosen, decided, by = None, None, [0] * state.num_rows
+    chosen, decided, by = None, None, [0 if asks else depths[0] for asks in asking or [True] * state.num_rows]
     for depth, threshold in zip(depths, thresholds, strict=True):
         state.read(depth)
         tokens, logits_bv = batch.choose_last(state, depth, seen_bv)
@@ -171,7 +173,7 @@ class Chain:
         goes_on = [True] * drafter.num_rows
         seen_bv = None if self.batch.seen_bv is None else self.batch.seen_bv.clone()
         for _ in range(self.num_draft_tokens):
-            tokens, exits = first_sure(self.batch, drafter, self.depths, self.thresholds, self.measure, seen_bv)
+            tokens, exits = first_sure(self.batch, drafter, self.depths, self.thresholds, self.measure, seen_bv, goes_on)
             drafter.append(tokens[:, None], [int(flag) for flag in goes_on])
             if seen_bv is not None:
                 seen_bv.scatter_(1, tokens[:, None], True)

@@ -12,10 +12,12 @@ from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import SPECULATIVE, Way
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.exported.model_directory import open_model_directory
-from megatron_sorted.exported.tokenizer import open_tokenizer
+from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer
 
 BROKEN = "\ufffd"
 """What a tokenizer writes for bytes that are no character yet."""
+ANCHOR = "a"
+"""Text behind which new text is decoded: some tokenizers leave out the space before a text's first word."""
 
 
 @dataclass
@@ -45,7 +47,7 @@ class _Row:
     """Text of one row, as far as it is sure.
 
     Attributes:
-        ids: Tokens that were added.
+        ids: Tokens that were added, behind those of the anchor.
         first: The first of those that are decoded together with new ones: a tokenizer may write a token otherwise behind another.
         done: Those before it are text already.
         held: Text and exits that are kept back, since a stop word may begin there.
@@ -64,13 +66,18 @@ class Writer:
         network: The model.
         tokenizer: Its own.
         draft: Another model that drafts, if any.
+
+    Raises:
+        DataError: The model's end tokens are no numbers.
     """
 
     def __init__(self, network: Network, tokenizer, draft: Network | None = None):
         self.network, self.tokenizer, self.draft = network, tokenizer, draft
         ends = getattr(network.model.generation_config, "eos_token_id", None)
         ends = tokenizer.eos_token_id if ends is None else ends
-        self.end_ids = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+        self.end_ids = frozenset([] if ends is None else ends if isinstance(ends, list | tuple) else [ends])
+        if not all(isinstance(token, int) for token in self.end_ids):
+            raise DataError(f"eos_token_id: {ends!r} of generation_config.json or the tokenizer is not a token. Give an intact directory.")
 
     def draft_for(self, way: Way | type[Way] | None) -> Network | None:
         """Returns the other model that drafts; None for ways, or kinds of them, that draft nothing."""
@@ -111,20 +118,29 @@ class Writer:
 
         Errors as for ``generate.stream``.
         """
-        rows = [_Row() for _ in prompts]
-        longest = max(map(len, stop), default=0)
+        anchor = encode_texts(self.tokenizer, [ANCHOR])[0]
+        rows = [self._begin(prompt, anchor) for prompt in prompts]
+        longest, before = max(map(len, stop), default=0), len(self.tokenizer.decode(anchor))
 
         def tail(tokens: list[int]) -> str:  # a character takes at most four tokens
-            return self.tokenizer.decode(tokens[-(4 * longest + 8) :])
+            return self.tokenizer.decode([*anchor, *tokens[-(4 * longest + 8) :]])[before:]
 
         limits = Limits(max_new_tokens, self.end_ids, tuple(stop), tail)
         for added in stream(self.network, prompts, way, sampling, limits, self.draft_for(way)):
             row = rows[added.row]
-            for token, depth in zip(added.tokens, added.depths, strict=True):
+            for place, (token, depth) in enumerate(zip(added.tokens, added.depths, strict=True), 1):
                 if token not in self.end_ids:
                     row.ids.append(token)
-                    row.held.append((self._new_text(row, added.finish is not None), depth))
+                # half a character is shown as such only where nothing comes that could make it whole
+                text = self._new_text(row, added.finish is not None and place == len(added.tokens))
+                if text or token not in self.end_ids:
+                    row.held.append((text, depth))
             yield Piece(added.row, self._release(row, stop, added.finish), added, added.finish)
+
+    def _begin(self, prompt: Sequence[int], anchor: list[int]) -> _Row:
+        """Returns a row without new text, which stands behind the anchor if it stands behind any text."""
+        is_bare = set(prompt) <= set(self.tokenizer.all_special_ids)
+        return _Row() if is_bare else _Row(list(anchor), 0, len(anchor))
 
     def _new_text(self, row: _Row, is_over: bool) -> str:
         """Returns the text that the newest token brings."""
@@ -139,7 +155,8 @@ class Writer:
         """Returns the held text without what may be the beginning of a stop word, and without a whole one."""
         text = "".join(part for part, _ in row.held)
         if finish == "stop":
-            sure = min(place for word in stop if (place := text.find(word)) >= 0)
+            # a tokenizer may write the last tokens otherwise than all of them: then nothing is cut off
+            sure = min((place for word in stop if (place := text.find(word)) >= 0), default=len(text))
         elif finish is None and stop:
             sure = len(text) - max((size for word in stop for size in range(1, len(word)) if text.endswith(word[:size])), default=0)
         else:

@@ -89,9 +89,17 @@ def _open_sentencepiece(path: Path) -> SentencePieceTokenizer:
             raise ValueError("no pieces")
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{path}: not a sentencepiece model ({error}). Give an intact one with --tokenizer.") from error
+    written = path.parent / "tokenizer_config.json"
+    try:
+        return _with_words(path, pieces, read_object(written))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{written}: not as a tokenizer writes it ({error}). Give an intact one with --tokenizer.") from error
+
+
+def _with_words(path: Path, pieces, written: dict) -> SentencePieceTokenizer:
+    """Returns the tokenizer of a file whose pieces are read, with what its tokenizer_config.json says."""
     ids = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id(), "pad_token": pieces.pad_id()}
     words = {name: pieces.id_to_piece(number) for name, number in ids.items() if number >= 0}
-    written = read_object(path.parent / "tokenizer_config.json")
     words |= {name: value["content"] if isinstance(value, dict) else value for name in PASSED_ON if (value := written.get(name))}
     words.setdefault("pad_token", words.get("eos_token", words.get("unk_token")))
     adds_bos = written.get("add_bos_token", True) and "bos_token" in words

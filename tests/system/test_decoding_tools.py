@@ -163,6 +163,9 @@ def fetched(port: int, path: str, body: bytes | None = None) -> dict:
     (["tiny", "--prompt", "a " * 300], "are more than the model's context of 256"),
     (["tiny", "--prompt", "a", "--temperature", -1], "temperature: -1.0 is not 0 or more"),
     (["tiny", "--prompt-file", "none.txt"], "--prompt-file: none.txt: No such file"),
+    (["tiny", "--prompt-file", "tiny/model.safetensors"], "--prompt-file: tiny/model.safetensors: 'utf-8' codec can't decode"),
+    (["tiny", "--prompt", "a", "--max-new-tokens", 0], "--max-new-tokens: 0 is not 1 or more"),
+    (["tiny", "--prompt", "a", "--stop", ""], "stop: a stop word is empty"),
 ])
 def test_mistakes_are_one_line(place, arguments, message):
     (place / "tiny" / "decoding.json").unlink(missing_ok=True)

@@ -176,9 +176,9 @@ def test_jobs_that_fail_teach_nothing_and_those_of_clients_that_left_do(tmp_path
             patch.setattr(writer, "write", lambda *_: (_ for _ in ()).throw(DataError("prompt 0: bad. Mend it.")))
             assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 400
         assert client.get("/v1/adaptation").json()["tasks"] == {}
-        job = worker.submit(Job([writer.encode("a")], None, Sampling(), 200, []))
-        next(job.results())
-        job.gone.set()
+        job = Job([writer.encode("a")], None, Sampling(), 200, [])
+        job.told = job.gone.set
+        worker.submit(job)
         gone = Job([writer.encode("a")], None, Sampling(), 200, [])
         gone.gone.set()
         assert list(worker.submit(gone).results()) == []

@@ -1,6 +1,8 @@
 """What was tuned is kept by draft model and taken with that draft alone; one draft serves several models of its vocabulary."""
 
 import argparse
+import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from megatron_sorted.decoding.ways import EarlyExit, Full, SelfSpeculative, Tree
 from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import DataError, SettingsError
 from tests.support.evaluated import make_model
+from tests.unit.test_decoding_writer import Letters
 
 TREE = {"depths": [2], "thresholds": [], "num_levels": 3, "num_branches": 2, "num_nodes": 5}
 ALONE = {"best": "tree", "ways": {"full": {}, "tree": TREE}}
@@ -70,12 +73,14 @@ def test_what_was_tuned_with_others_stays(tmp_path):
 
 def test_a_way_that_drafts_nothing_leaves_the_draft_alone(models):
     values, network, draft = asked(models, "target", "small", way="tree", num_levels=2)
-    writer = Writer(network, argparse.Namespace(eos_token_id=2, decode=str), draft)
+    writer = Writer(network, Letters(), draft)
     assert named_way(values, "full", writer) == Full() and isinstance(named_way(values, "early_exit", writer), EarlyExit)
     assert len(list(writer.write([[5, 6]], Full(), max_new_tokens=1))) == 1
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 1}', '{"format": 1, "ways": {"fast": {}}}', '{"format": 1, "ways": []}',
+                                  '{"format": 1, "best": "fast", "ways": {}}', '{"format": 1, "ways": {"tree": {"colour": 1}}}',
+                                  '{"format": 1, "ways": {"tree": []}}', '{"format": 1, "best": [], "ways": {}}',
                                   '{"format": 2, "ways": {}}', '{"format": 1, "drafts": {"a@1": {}}}', '{"format": 1, "drafts": [1]}'])
 def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
     path = tmp_path / CHOICES
@@ -84,3 +89,23 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
         with pytest.raises(DataError, match=r"decoding\.json: not written by tools/tune_decoding\.py .* Remove it and tune again"):
             work()
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("options", [{"depths": "ab"}, {"depths": [1, "a"]}, {"num_nodes": "many"}, {"thresholds": 3}])
+def test_tuned_options_of_another_kind_are_told_of(models, options):
+    directory = models["large"][0]
+    (directory / CHOICES).write_text(json.dumps({"format": 1, "best": "tree", "ways": {"tree": {**TREE, **options}}}))
+    with pytest.raises(DataError, match=r"its options of tree are not as tools/tune_decoding\.py writes them"):
+        way_of(*asked(models, "large"))
+    (directory / CHOICES).unlink()
+
+
+@pytest.mark.parametrize(("tool", "arguments", "message"), [
+    ("generate", ["m", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens: 0 is not 1 or more"),
+    ("generate", ["m", "--prompt", "a", "--threads", "-1"], "--threads: -1 is not 1 or more"),
+    ("tune_decoding", ["m", "--prompt-file", "f", "--num-prompts", "0"], "--num-prompts: 0 is not"),
+    ("prove_decoding", ["m", "--prompt-file", "f", "--most-prompt-tokens", "0"], "--most-prompt-tokens: 0 is not"),
+    ("benchmark_decoding", ["m", "--questions", "f", "--per-group", "0"], "--per-group: 0 is not")])
+def test_counts_of_nothing_are_refused_before_a_model_is_read(tool, arguments, message):
+    with pytest.raises(SettingsError, match=message):
+        importlib.import_module(tool).main(arguments)

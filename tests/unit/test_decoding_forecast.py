@@ -2,10 +2,13 @@
 
 import pytest
 
+from megatron_sorted.decoding import costs as costs_module
 from megatron_sorted.decoding.costs import Costs, measure_costs
 from megatron_sorted.decoding.forecast import forecast
 from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.sampling import Sampling
+from megatron_sorted.decoding.state import State
 from megatron_sorted.decoding.traces import Trace, record
 from megatron_sorted.decoding.tuning import Bandit, Tuner
 from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, check_way
@@ -160,8 +163,19 @@ def test_a_way_that_fails_is_tried_ever_more_seldom():
         both.fail("a", place)
 
 
-def test_measured_costs_grow_with_what_is_read():
+@pytest.mark.parametrize("most_positions", [256, 40])
+def test_measured_costs_are_those_of_what_is_read(monkeypatch, most_positions):
+    """By a clock that counts tokens times layers; also of a context that is shorter than the widest pass."""
     _, network = plain_network("llama")
+    clock, fill = [0], State._fill
+
+    def counted(state, run):
+        clock[0] += len(run.layers) * (state.lengths[0] - run.filled[0])
+        fill(state, run)
+
+    monkeypatch.setattr(State, "_fill", counted)
+    monkeypatch.setattr(costs_module, "now", lambda network: clock[0])
+    monkeypatch.setattr(Network, "max_positions", most_positions)
     costs = measure_costs(network, [1, 4], length=64, widths=(1, 64))
-    assert costs.of_layers(4, 1) > 0 and costs.of_layers(4, 64) > costs.of_layers(1, 1)
-    assert costs.of_layers(4, 0) == 0 and costs.of_layers(1, 128) == pytest.approx(2 * costs.of_layers(1, 64))
+    assert costs.layers == {1: (1, 64), 4: (3, 192)} and costs.heads == {1: (0, 0), 4: (0, 0)}
+    assert costs.of_layers(4, 0) == 0 and costs.of_layers(1, 128) == 128 and costs.of_layers(4, 22) == 66

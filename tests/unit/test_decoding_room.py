@@ -7,6 +7,7 @@ from megatron_sorted.decoding import room
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.room import bytes_needed, check_room, free_host_bytes, told_by_us
 from megatron_sorted.decoding.state import State
+from megatron_sorted.decoding.ways import SelfSpeculative
 from megatron_sorted.errors import MemoryExhaustedError
 from tests.support.decoding import nested, plain_network
 
@@ -39,6 +40,15 @@ def test_what_does_not_fit_is_refused_before_it_is_begun(monkeypatch):
         generate(network, [[1] * 7] * 500, limits=Limits(200))
     monkeypatch.setattr(room, "free_host_bytes", lambda: None)
     check_room(network, 500, 1 << 30, (4,))
+
+
+def test_what_a_model_that_drafts_needs_counts_too(monkeypatch):
+    (_, network), (_, draft) = plain_network("llama"), plain_network("qwen3")
+    free = bytes_needed(network, 1, 7 + 8 + 3 + 1, (4,))
+    monkeypatch.setattr(room, "free_host_bytes", lambda: free)
+    assert len(generate(network, [[1] * 7], limits=Limits(8))[0].tokens) == 8
+    with pytest.raises(MemoryExhaustedError, match="out of memory: 1 texts of 19 tokens"):
+        generate(network, [[1] * 7], SelfSpeculative(2, 3), limits=Limits(8), draft=draft)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), MemoryError(),

@@ -29,7 +29,14 @@ def test_penalty_and_temperature_are_those_of_transformers():
     sampler = Sampler(Sampling(temperature=0.7, repetition_penalty=1.4, seed=5), [0, 1])
     scores = sampler.scores(logits[:, None], [[4], [6]], seen[:, None])[:, 0]
     noise = torch.stack([gumbel(5, 0, 4, 30), gumbel(5, 1, 6, 30)])
-    torch.testing.assert_close(scores - noise, TemperatureLogitsWarper(0.7)(text, wanted))
+    torch.testing.assert_close((scores - noise).log_softmax(-1), TemperatureLogitsWarper(0.7)(text, wanted).log_softmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45])
+def test_a_very_low_temperature_takes_the_likeliest_token(temperature):
+    logits = torch.tensor([[[3.0, 9.0, 12.0, 11.0, float("-inf")]]])
+    for more in ({}, {"top_k": 3}, {"top_p": 0.9}):
+        assert Sampler(Sampling(temperature, **more), [0]).choose(logits, [[7]]).item() == 2
 
 
 def test_a_hundred_thousand_choices_are_samples_of_the_distribution():
@@ -58,7 +65,8 @@ def test_a_row_says_the_same_whatever_else_is_in_the_batch():
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ({"temperature": -1.0}, "temperature: -1.0 is not 0 or more"), ({"top_k": 0}, "top_k: 0 is not 1 or more"),
+    ({"temperature": -1.0}, "temperature: -1.0 is not 0 or more"), ({"temperature": math.inf}, "temperature: inf is not 0 or more"),
+    ({"temperature": math.nan}, "temperature: nan is not 0"), ({"top_k": 0}, "top_k: 0 is not 1 or more"),
     ({"top_p": 0.0}, "top_p: 0.0 is not above 0"), ({"top_p": 1.5}, "top_p: 1.5"),
     ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0 is not above 0")])
 def test_numbers_that_mean_nothing(words, message):

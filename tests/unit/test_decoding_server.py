@@ -61,6 +61,8 @@ def test_completions_of_one_and_of_many_prompts(served):
     assert [choice["text"] for choice in many["choices"]] == ["hello" + wanted, "b" + expected(writer, writer.encode("b"), 12)]
     bare = client.post("/v1/completions", json={**ask, "prompt": [5, 6, 7]}).json()
     assert bare["choices"][0]["text"] == expected(writer, [5, 6, 7], 12)
+    echoed = client.post("/v1/completions", json={**ask, "prompt": [5, 6, 7], "echo": True}).json()
+    assert echoed["choices"][0]["text"] == writer.tokenizer.decode([5, 6, 7]) + bare["choices"][0]["text"]
     sampled = client.post("/v1/completions", json={**ask, "temperature": 0.8, "seed": 5, "top_p": 0.9, "n": 2}).json()
     assert sampled["choices"][0]["text"] == expected(writer, writer.encode("hello"), 12, Sampling(0.8, top_p=0.9, seed=5))
     assert sampled["choices"][0]["text"] != sampled["choices"][1]["text"]
@@ -73,15 +75,18 @@ def test_a_stop_word_and_a_conversation(served):
     ask = {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 30, "temperature": 0, "stop": whole[10:13]}
     said = client.post("/v1/chat/completions", json=ask).json()
     [choice] = said["choices"]
-    assert choice["message"] == {"role": "assistant", "content": whole[: whole.index(whole[10:13])]} and choice["finish_reason"] == "stop"
+    wanted = whole[: whole.index(whole[10:13])].lstrip(" ")
+    assert choice["message"] == {"role": "assistant", "content": wanted} and choice["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("with_usage", [False, True])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_streams(served, path):
+def test_streams(served, path, with_usage):
     client, writer, _ = served
+    more = {"stream_options": {"include_usage": True}} if with_usage else {}
     is_chat = "chat" in path
     ask = {"messages": [{"role": "user", "content": "hi"}]} if is_chat else {"prompt": "hi"}
-    with client.stream("POST", path, json={**ask, "max_tokens": 20, "temperature": 0, "stream": True}) as answer:
+    with client.stream("POST", path, json={**ask, "max_tokens": 20, "temperature": 0, "stream": True, **more}) as answer:
         assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert lines[-1] == "[DONE]"
@@ -89,8 +94,20 @@ def test_streams(served, path):
     parts = [choice for chunk in chunks for choice in chunk["choices"]]
     text = "".join(choice["delta"].get("content", "") if is_chat else choice["text"] for choice in parts)
     ids = writer.encode_chat(ask["messages"]) if is_chat else writer.encode("hi")
-    assert text == expected(writer, ids, 20) and parts[-1]["finish_reason"] == "length"
-    assert chunks[-1]["usage"]["completion_tokens"] == 20 and len({chunk["id"] for chunk in chunks}) == 1
+    wanted = expected(writer, ids, 20)
+    assert text == (wanted.lstrip(" ") if is_chat else wanted) and parts[-1]["finish_reason"] == "length"
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    if with_usage:
+        assert chunks.pop()["usage"]["completion_tokens"] == 20
+    assert all(len(chunk["choices"]) == 1 for chunk in chunks), "clients look at the first choice of every chunk"
+
+
+def test_a_stream_has_no_ends_of_lines_within_lines(served, monkeypatch):
+    client, writer, _ = served
+    monkeypatch.setattr(writer.tokenizer, "decode", lambda ids: "a\u2028b\x85c\n" * len(ids))
+    with client.stream("POST", "/v1/completions", json={"prompt": "a", "max_tokens": 2, "stream": True}) as answer:
+        chunks = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line and "[DONE]" not in line]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "a\u2028b\x85c\n" * 2
 
 
 BAD = [
@@ -101,6 +118,9 @@ BAD = [
     ({"prompt": "a" * 999}, 400, "prompt"), ({"prompt": [5000]}, 400, "prompt"), ({"prompt": "a", "way": "fast"}, 400, "way"),
     ({"prompt": "a", "way": "fixed"}, 400, "way"), ({"prompt": {"a": 1}}, 400, "prompt"),
     ({"prompt": "a", "task": ""}, 400, "task"), ({"prompt": "a", "task": "a" * 65}, 400, "task"), ({"prompt": "a", "task": 3}, 400, "task"),
+    ({"prompt": [5000], "echo": True}, 400, "prompt"), ({"prompt": [5000], "stream": True}, 400, "prompt"),
+    ({"prompt": "a", "stream_options": {"include_usage": True}}, 400, None),
+    ({"prompt": "a", "stream": True, "stream_options": {"usage": True}}, 400, "stream_options"),
     ({"prompt": "a", "task": None}, 400, "task"), ({"prompt": "a", "task": "\ud800"}, 400, "task"),
 ]
 
@@ -114,11 +134,20 @@ def test_a_malformed_request_is_refused_by_its_field(served, body, status, field
     assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
-@pytest.mark.parametrize(("content", "body"), [("application/json", b"{"), ("application/json", b""), ("text/plain", b"hello")])
+@pytest.mark.parametrize(("content", "body"), [
+    ("application/json", b"{"), ("application/json", b""), ("text/plain", b"hello"), ("application/json", b'{"prompt": "\xff"}'),
+    ("application/json", b"[" * 100_000), ("application/json", b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}")],
+    ids=["cut off", "empty", "no JSON", "no UTF-8", "deep", "long number"])
 def test_what_is_no_json_is_refused(served, content, body):
     client, *_ = served
     answer = client.post("/v1/completions", content=body, headers={"content-type": content})
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_other_places_are_errors_of_the_same_form(served):
+    client, *_ = served
+    for answer, status in ((client.get("/nowhere"), 404), (client.get("/v1/completions"), 405), (client.get("/v1/../../etc/passwd"), 404)):
+        assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_conversations_that_are_none(served):
@@ -148,12 +177,12 @@ def test_a_server_that_does_not_adapt_takes_tasks_and_says_so(served):
 
 def test_a_client_that_is_gone_ends_its_job(served):
     _, writer, worker = served
-    job = worker.submit(Job([writer.encode("a")], Full(), Sampling(), 200, []))
-    next(job.results())
-    job.gone.set()
+    job = Job([writer.encode("a")], Full(), Sampling(), 200, [])
+    job.told = lambda: job.gone.set() if job.pieces.qsize() == 3 else None
+    worker.submit(job)
     behind = worker.submit(Job([writer.encode("a")], Full(), Sampling(), 2, []))
     assert len(list(behind.results())) == 2
-    assert job.pieces.qsize() < 190, "the job went on to its end"
+    assert len(list(job.results())) == 3, "the job went on to its end"
     late = Job([writer.encode("a")], Full(), Sampling(), 200, [])
     late.gone.set()
     assert list(worker.submit(late).results()) == [], "nobody waited for it any more when its turn came"

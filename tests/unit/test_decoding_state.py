@@ -54,6 +54,24 @@ def test_rows_are_cropped_and_go_on_alone():
     torch.testing.assert_close(said(state, 4)[0], last_logits(case, 4, [*texts[1], 3]), **CLOSE)
 
 
+@pytest.mark.parametrize("rows", [[1, 2], [0, 2], [2]])
+@pytest.mark.parametrize("kind", ["block", "adapter and block"])
+def test_rows_that_end_leave_the_others_where_memory_is(rows, kind, tmp_path):
+    case, network = nested(tmp_path, "mistral", kind)
+    texts = prompts((9, 25, 14), 100)
+    state = make_state(network, texts)
+    said(state, 1)
+    places = [tensor.data_ptr() for tensor in state.memory.tensors()]
+    state.select_rows(rows)
+    assert [tensor.data_ptr() for tensor in state.memory.tensors()] == places, "no second memory beside the first"
+    assert all(tensor.size(0) == len(rows) for tensor in state.memory.tensors())
+    state.append(torch.tensor([[3]] * len(rows)))
+    for depth in (3, 4):
+        got = said(state, depth)
+        for place, row in enumerate(rows):
+            torch.testing.assert_close(got[place], last_logits(case, depth, [*texts[row], 3]), **CLOSE)
+
+
 def test_a_long_prompt_is_read_in_parts(monkeypatch):
     monkeypatch.setattr("megatron_sorted.decoding.state.PART", 7)
     case, network = plain_network("mistral")

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from megatron_sorted.decoding.confidence import MEASURES
 from megatron_sorted.decoding.generate import Limits, generate, stream
 from megatron_sorted.decoding.sampling import Sampling, gumbel
 from megatron_sorted.decoding.state import State
+from megatron_sorted.decoding.steps import first_sure
 from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, Tree
 from tests.support.decoding import continue_greedily, last_logits, nested, plain_network, prompts
 
@@ -167,6 +169,17 @@ def test_texts_end_at_end_tokens_stop_texts_and_the_limit(case, way):
     alone = [generate(network, [text], way, limits=Limits(NUM_TOKENS, ends))[0] for text in texts]
     together = generate(network, texts, way, limits=Limits(NUM_TOKENS, ends))
     assert [(text.tokens, text.finish) for text in together] == [(text.tokens, text.finish) for text in alone]
+
+
+@pytest.mark.parametrize(("asking", "read", "by"), [
+    (None, [1, 2], [-2, 1]), ([False, True], [1], [1, 1]), ([True, False], [1, 2], [-2, 1])])
+def test_no_exit_is_asked_for_a_row_whose_draft_is_over(asking, read, by):
+    """The first row is unsure at every exit, the second sure at the first."""
+    logits, asked = torch.tensor([[0.0, 0.1], [0.0, 9.0]]), []
+    state = SimpleNamespace(num_rows=2, read=asked.append)
+    batch = SimpleNamespace(choose_last=lambda *_: (logits.argmax(-1), logits))
+    tokens, exits = first_sure(batch, state, [1, 2], [0.9, 0.9], MEASURES["probability"], None, asking)
+    assert (asked, exits) == (read, by) and tokens.tolist() == [1, 1]
 
 
 def test_a_stream_gives_the_text_piece_by_piece(case):

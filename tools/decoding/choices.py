@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_sorted.checkpoint.layout import write_text_atomically
@@ -58,6 +59,12 @@ def _read(path: Path) -> dict:
         parts = [*([whole] if "ways" in whole or not drafts else []), *drafts.values()]
         if not all(isinstance(part["ways"], dict) and part["ways"].keys() <= WAYS.keys() for part in parts):
             raise ValueError("it names unknown ways")
+        for part in parts:
+            if part.get("best", "full") not in WAYS:
+                raise ValueError(f"its best way is {part['best']!r}")
+            for name, options in part["ways"].items():
+                if unknown := options.keys() - {field.name for field in fields(WAYS[name])}:
+                    raise ValueError(f"{name} has no {min(unknown)}")
         return whole
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: not written by tools/tune_decoding.py ({error}). Remove it and tune again.") from error

@@ -10,7 +10,7 @@ from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import WAYS, Way, check_way
 from megatron_sorted.decoding.writer import Writer, open_writer
-from megatron_sorted.errors import SettingsError
+from megatron_sorted.errors import DataError, SettingsError
 
 from .choices import CHOICES, draft_key, read_choices
 
@@ -33,6 +33,17 @@ def check_device(name: str) -> None:
     """
     if name.split(":")[0] not in ("cpu", own_device()):
         raise SettingsError(f"--device: torch sees no {name} here. Use --device {own_device()}.")
+
+
+def check_positive(values: argparse.Namespace, *names: str) -> None:
+    """Returns nothing if these options, as far as they are given, are at least 1.
+
+    Raises:
+        SettingsError: One is not.
+    """
+    for name in names:
+        if (value := getattr(values, name)) is not None and value < 1:
+            raise SettingsError(f"--{name.replace('_', '-')}: {value} is not 1 or more. Change it.")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +97,7 @@ def writer_of(values: argparse.Namespace) -> Writer:
     Raises:
         SortedError: It cannot be used.
     """
+    check_positive(values, "threads")
     if values.threads:
         torch.set_num_threads(values.threads)
     check_device(values.device)
@@ -116,8 +128,12 @@ def way_of(values: argparse.Namespace, network: Network, draft: Network | None =
     words = {**usual(name, (draft or network), draft is not None), **choices, **asked}
     if values.way_depths and values.thresholds is None and "thresholds" in known:
         words["thresholds"] = (0.5,) * (len(words["depths"]) - (name == "tree"))
-    way = kind(**words)
-    check_way(way, network, draft)
+    try:
+        way = kind(**words)
+        check_way(way, network, draft)
+    except TypeError as error:  # a value of another kind, which the command line lets nobody give
+        raise DataError(f"{values.model / CHOICES}: its options of {name} are not as tools/tune_decoding.py writes them ({error}). "
+                        "Remove it and tune again.") from error
     return way
 
 

@@ -10,6 +10,14 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
+class StreamOptions(BaseModel):
+    """What else a stream says."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+
+
 class _Request(BaseModel):
     """What both kinds of requests may say; names are OpenAI's, and ours for the way and the task."""
 
@@ -25,9 +33,21 @@ class _Request(BaseModel):
     n: int = Field(1, ge=1, le=16)
     stop: Stop | Annotated[list[Stop], Field(max_length=8)] | None = None
     stream: bool = False
+    stream_options: StreamOptions | None = None
     user: str | None = None
     way: Literal["full", "fixed", "early_exit", "self_speculative", "sorted_speculative", "tree"] | None = None
     task: Annotated[str, Field(min_length=1, max_length=64)] = DEFAULT_TASK
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> "_Request":
+        """Refuses options of a stream where none is wanted.
+
+        Raises:
+            ValueError: It is so.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are given without stream; leave them out or set stream to true")
+        return self
 
     @property
     def stops(self) -> list[str]:
@@ -43,7 +63,7 @@ class CompletionRequest(_Request):
     logprobs: None = None
 
 
-class Message(BaseModel):
+class Turn(BaseModel):
     """One turn of a conversation."""
 
     model_config = ConfigDict(extra="ignore")
@@ -55,7 +75,7 @@ class Message(BaseModel):
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Turn], Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ class Job:
         way, sampling, max_new_tokens, stop: See ``Writer.write``; no way: the one that was learned for the task.
         pieces: What was written; an exception, or None at the end.
         gone: Set when nobody waits for it any more.
+        told: Called by the worker after something came to the pieces.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -41,6 +43,12 @@ class Job:
     task: str = DEFAULT_TASK
     pieces: queue.Queue = field(default_factory=queue.Queue)
     gone: threading.Event = field(default_factory=threading.Event)
+    told: Callable[[], None] = lambda: None
+
+    def give(self, found: Piece | BaseException | None) -> None:
+        """Adds to the pieces."""
+        self.pieces.put(found)
+        self.told()
 
     def results(self) -> Iterator[Piece]:
         """Yields the pieces.
@@ -87,15 +95,16 @@ class Worker:
 
     def _run(self) -> None:
         while (job := self.line.get()) is not None:
+            found = None
             try:
                 self._answer(job)
-                job.pieces.put(None)
-            except MemoryExhaustedError as error:
-                job.pieces.put(error)
-                if torch.accelerator.is_available():
-                    torch.accelerator.empty_cache()
             except Exception as error:  # of a request that cannot be, or a failure: the next one may go well
-                job.pieces.put(error)
+                if not isinstance(error, SortedError):
+                    traceback.print_exception(error)
+                found = without_frames(error)
+            if isinstance(found, MemoryExhaustedError) and torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
+            job.give(found)
             if self.adaptation is not None:
                 self.adaptation.save(JOBS_A_SAVE)
         if self.adaptation is not None:
@@ -125,5 +134,11 @@ class Worker:
             num_tokens += len(piece.added.tokens)
             if job.gone.is_set():
                 break
-            job.pieces.put(piece)
+            job.give(piece)
         return num_tokens
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """Returns the error without what it remembers of where it happened: that would keep a text's memory until the client is told."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

@@ -1,0 +1,187 @@
+"""Clients that come many at once, leave early, send too much, or ask for what fails: none holds up the others."""
+
+import asyncio
+import json
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="serving is an extra")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from decoding import connections
+from decoding.api import make_app
+from decoding.worker import Job, Worker
+from fastapi.testclient import TestClient
+
+from megatron_sorted.decoding.generate import Added
+from megatron_sorted.decoding.sampling import Sampling
+from megatron_sorted.decoding.ways import Full
+from megatron_sorted.decoding.writer import Piece, Writer
+from megatron_sorted.errors import MemoryExhaustedError
+from tests.support.decoding import plain_network
+from tests.unit.test_decoding_writer import Letters
+
+PATIENCE = 60
+"""Seconds after which a test says that something never came."""
+
+
+class Gated:
+    """A writer's `write` whose texts are five pieces, each written when the test lets it."""
+
+    def __init__(self):
+        self.turns, self.written = threading.Semaphore(0), []
+
+    def __call__(self, prompts, *_):
+        for number in range(5):
+            assert self.turns.acquire(timeout=PATIENCE)
+            self.written.append(len(prompts[0]))
+            finish = "length" if number == 4 else None
+            yield Piece(0, [(f"<{number}>", 4)], Added(0, [number], [4], 0, 0, finish), finish)
+
+
+@pytest.fixture
+def gated(monkeypatch):
+    """Returns a worker that writes what it is let, and its gate."""
+    writer = Writer(plain_network("llama")[1], Letters())
+    gate = Gated()
+    monkeypatch.setattr(writer, "write", gate)
+    worker = Worker(writer)
+    yield worker, gate
+    gate.turns.release(1000)
+    worker.close()
+
+
+class Client:
+    """One request to an application, without a network."""
+
+    def __init__(self, app, **body):
+        self.gone, self.texts, self.status = asyncio.Event(), "", None
+        self.body, self.begun = json.dumps({"max_tokens": 5, **body}).encode(), False
+        self.task = asyncio.create_task(app({
+            "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "root_path": "",
+            "headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0", "spec_version": "2.3"}, "scheme": "http",
+            "http_version": "1.1", "server": ("a", 80), "client": ("b", 1)}, self.receive, self.send))
+
+    async def receive(self) -> dict:
+        if not self.begun:
+            self.begun = True
+            return {"type": "http.request", "body": self.body, "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: dict) -> None:
+        self.status = message.get("status", self.status)
+        self.texts += message.get("body", b"").decode()
+
+
+async def until(holds) -> None:
+    """Returns when it holds."""
+    async with asyncio.timeout(PATIENCE):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+def test_a_text_streams_while_more_wait_than_there_are_threads(gated):
+    worker, gate = gated
+
+    async def scene() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        app = make_app(worker, "tiny", lambda name: Full())
+        first = Client(app, prompt="a", stream=True)
+        gate.turns.release()
+        await until(lambda: "<0>" in first.texts)
+        others = [Client(app, prompt="bc") for _ in range(8)]
+        await until(lambda: worker.line.qsize() == 8)
+        for number in range(1, 5):
+            gate.turns.release()
+            await until(lambda number=number: f"<{number}>" in first.texts)
+        gate.turns.release(40)
+        await asyncio.wait_for(asyncio.gather(*(other.task for other in others)), PATIENCE)
+        assert all(other.status == 200 and "<0><1><2><3><4>" in other.texts for other in others)
+
+    asyncio.run(scene())
+
+
+def test_a_client_that_leaves_while_it_waits_is_not_written_for(gated):
+    worker, gate = gated
+
+    async def scene() -> None:
+        app = make_app(worker, "tiny", lambda name: Full())
+        first = Client(app, prompt="a")
+        await until(lambda: worker.line.empty() and first.begun)
+        waiting = [Client(app, prompt="bcd", stream=stream) for stream in (False, True)]
+        await until(lambda: worker.line.qsize() == 2)
+        jobs = list(worker.line.queue)
+        for client in waiting:
+            client.gone.set()
+        await until(lambda: all(job.gone.is_set() for job in jobs))
+        gate.turns.release(5)
+        await asyncio.wait_for(asyncio.gather(first.task, *(client.task for client in waiting)), PATIENCE)
+        assert "<4>" in first.texts and gate.written == [2] * 5, "only the first was written for"
+
+    asyncio.run(scene())
+
+
+def test_a_client_that_is_gone_before_its_stream_begins_ends_its_job(gated):
+    worker, _ = gated
+
+    async def scene() -> None:
+        app = make_app(worker, "tiny", lambda name: Full())
+        first = Client(app, prompt="a")
+        await until(lambda: worker.line.empty() and first.begun)
+        client = Client(app, prompt="bcd", stream=True)
+        client.gone.set()  # the answer finds nobody
+        await until(lambda: worker.line.qsize() == 1)
+        job = worker.line.queue[0]
+        await until(job.gone.is_set)
+        first.task.cancel()
+
+    asyncio.run(scene())
+
+
+def test_a_worker_outlives_the_loop_of_its_clients(gated):
+    worker, gate = gated
+
+    async def scene() -> None:
+        Client(make_app(worker, "tiny", lambda name: Full()), prompt="a", stream=True)
+        await until(lambda: worker.line.empty() and worker.thread.is_alive())
+
+    asyncio.run(scene())
+    gate.turns.release(5)
+    behind = worker.submit(Job([[1]], Full(), Sampling(), 5, []))
+    gate.turns.release(5)
+    assert len(list(behind.results())) == 5
+
+
+def test_a_body_that_is_too_large_is_refused_while_it_comes(gated, monkeypatch):
+    worker, gate = gated
+    gate.turns.release(5)
+    monkeypatch.setattr(connections, "MOST_BODY_BYTES", 1000)
+    with TestClient(make_app(worker, "tiny", lambda name: Full())) as client:
+        kind = {"content-type": "application/json"}
+        whole = json.dumps({"prompt": "a" * 2000}).encode()
+        for content in (whole, iter([whole[:600], whole[600:]])):
+            answer = client.post("/v1/completions", content=content, headers=kind)
+            assert answer.status_code == 413 and "more than 1000 bytes" in answer.json()["error"]["message"]
+        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 5}).status_code == 200
+
+
+@pytest.mark.parametrize(("error", "is_shown"), [(RuntimeError("broken"), True), (MemoryExhaustedError("out of memory."), False)])
+def test_a_failure_keeps_no_memory_and_one_that_nobody_caused_is_shown(gated, monkeypatch, capsys, error, is_shown):
+    worker, _ = gated
+
+    def fail(*_):
+        try:
+            raise ValueError("first")
+        except ValueError as first:
+            raise error from first
+
+    monkeypatch.setattr(worker.writer, "write", fail)
+    found = worker.submit(Job([[1]], Full(), Sampling(), 5, [])).pieces.get(timeout=PATIENCE)
+    assert found is error
+    assert (found.__traceback__, found.__cause__, found.__context__) == (None, None, None), "frames hold the tensors of the text"
+    assert ("in fail" in capsys.readouterr().err) is is_shown

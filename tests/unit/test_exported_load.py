@@ -1,0 +1,63 @@
+"""A directory that is not what it should be is one line that names it, whatever transformers makes of it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from megatron_sorted.decoding.writer import open_writer
+from megatron_sorted.errors import CheckpointError, DataError
+from megatron_sorted.exported.load import load_with_exits
+from megatron_sorted.exported.tokenizer import open_tokenizer
+from tests.support.evaluated import write_model
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "m", num_layers=2)
+
+
+@pytest.fixture
+def directory(intact, tmp_path):
+    return shutil.copytree(intact, tmp_path / "m")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"exit_layer_indices": [99]}, r"config\.json: exit_layer_indices \[99\]: .* 99 is not a layer"),
+    ({"exit_layer_indices": [0, 2]}, r"exit_layer_indices \[0, 2\]"), ({"exit_layer_indices": "ab"}, "exit_layer_indices 'ab': not a list"),
+    ({"exit_layer_indices": [1.5]}, "not a list of depths"), ({"exit_layer_indices": 2}, "exit_layer_indices 2"),
+    ({"num_hidden_layers": "2"}, "num_hidden_layers is '2' where a number"), ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ({"num_attention_heads": 0}, "transformers cannot load it: integer modulo by zero"),
+    ({"max_position_embeddings": "many"}, "transformers cannot load it: .*max_position_embeddings.* expected int, got str"),
+    ({"eos_token_id": [1, "a"]}, "transformers cannot load it: .*eos_token_id"), ({"rope_scaling": "abc"}, "transformers cannot load it"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "transformers cannot load it: Loading a GPTQ")])
+def test_a_config_that_contradicts_itself(directory, change, message):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_with_exits(directory, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": []}', '{"weight_map": {"lm_head.weight": "../../etc/passwd"}}', "{"])
+def test_an_index_that_leads_nowhere(directory, index):
+    (directory / "model.safetensors").rename(directory / "model-1.safetensors")
+    (directory / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=r"transformers cannot load it"):
+        load_with_exits(directory, torch.float32)
+
+
+@pytest.mark.parametrize("written", ['{"eos_token": 5}', '{"added_tokens_decoder": [1]}',
+                                     '{"added_tokens_decoder": {"x": {"content": "a"}}}'])
+def test_words_beside_a_sentencepiece_file(directory, written):
+    (directory / "tokenizer_config.json").write_text(written)
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: not as a tokenizer writes it .* --tokenizer"):
+        open_tokenizer(directory)
+
+
+@pytest.mark.parametrize("ends", ["x", [1, None]])
+def test_end_tokens_that_are_none(directory, ends):
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(DataError, match=r"eos_token_id: .* is not a token"):
+        open_writer(directory)
