@@ -32,7 +32,7 @@ LAYOUTS = {
         "selective --global-batch-size 16"),
     "GELU, biases, an exit that does not train": (
         4, "--pipeline-model-parallel-size 2 --use-exit-mlp --no-swiglu --no-disable-bias-linear --normalization LayerNorm --qk-layernorm "
-        "--position-embedding-type learned_absolute --recompute-granularity selective --recompute-modules mlp --exit-layer-weight 0 1 1"),
+        "--position-embedding-type learned_absolute --recompute-granularity full --exit-layer-weight 0 1 1"),
     "blocks of exits, MLPs again": (
         4, "--tensor-model-parallel-size 2 --sequence-parallel --use-exit-block --recompute-granularity selective "
         "--recompute-modules mlp --use-sandwich-norm"),
