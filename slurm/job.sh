@@ -13,6 +13,20 @@ job_main() { # WORDS...
     if [ -n "${SLURM_JOB_ID:-}" ] && [ "$PRINT" = no ]; then run_job; else submit_job "$@"; fi
 }
 
+seconds_of() { # TIME of SLURM: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S
+    local days=0 a b c
+    IFS=: read -r a b c <<< "${1#*-}"
+    if [[ $1 == *-* ]]; then days=${1%%-*}; elif [ -z "$b" ]; then b=$a a=0; elif [ -z "$c" ]; then c=$b b=$a a=0; fi
+    echo $((10#$days * 86400 + 10#$a * 3600 + 10#${b:-0} * 60 + 10#${c:-0}))
+}
+
+check_time() { # a job that is told to save as soon as it starts would be requeued for ever
+    local limit
+    limit=$(seconds_of "${SITE[TIME_LIMIT]:-0}") # 0 is none
+    [ "$limit" = 0 ] || [ "$limit" -gt "${SITE[SAVE_SECONDS]:-300}" ] ||
+        refuse "TIME_LIMIT=${SITE[TIME_LIMIT]} is $limit s, of which SAVE_SECONDS (${SITE[SAVE_SECONDS]:-300}) leaves none to train. Raise it, or lower SAVE_SECONDS."
+}
+
 settle_job_words() { # sets SBATCH and SRUN, the options of each
     local word name mounts
     SBATCH=(
@@ -48,6 +62,7 @@ settle_job_words() { # sets SBATCH and SRUN, the options of each
 
 submit_job() { # WORDS... of the command line: checks what can be checked here, then submits it as it stands
     settle_shape "${OPTION[--nodes]:-}" "--nodes"
+    check_time
     check_run_here
     LAUNCH=JOB settle_environment FIRST_NODE "${SITE[MASTER_PORT]:-PORT}"
     settle_job_words

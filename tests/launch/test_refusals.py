@@ -66,6 +66,19 @@ def test_an_ssh_that_refuses_its_options(folder):
     assert done.stderr.endswith("error: ssh does not take its options (above). Correct SSH_OPTIONS in the site file.\n"), done.stderr
 
 
+@pytest.mark.parametrize(("limit", "seconds", "left"), [
+    ("5", 300, 0), ("5:01", 300, 1), ("0:05:00", 300, 0), ("0-0", 1, None), ("0-1", 3600, 0), ("1-00:01", 86460, 0), ("08:09:09", 29348, 1),
+    ("1-00:00:09", 86409, 0), ("0", 300, None)])
+def test_a_time_limit_that_leaves_no_time_to_train(folder, limit, seconds, left):
+    write_site(folder, TIME_LIMIT=limit, SAVE_SECONDS=seconds)
+    if left == 0:
+        said = refusal(folder, "gpu.sbatch", "--print", "--site", "site", "run.yaml")
+        assert f"TIME_LIMIT={limit} is {seconds} s, of which SAVE_SECONDS ({seconds}) leaves none to train." in said
+    else:
+        done = run(folder, "gpu.sbatch", "--print", "--site", "site", "run.yaml")
+        assert done.returncode == 0 and f"--time={limit} " in done.stdout, done.stderr
+
+
 def test_contradictions_in_a_site_file(folder):
     write_site(folder, PYTORCH_ALLOC_CONF="a:b", PYTORCH_NPU_ALLOC_CONF="a:b")
     assert "which torch refuses. Leave one out." in refusal(folder, "npu.sbatch", "--print", "--site", "site", "run.yaml")
