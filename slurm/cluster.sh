@@ -88,7 +88,7 @@ nearest_names() { # NAME: names of which it may be a slip, else those that are n
 }
 
 read_arguments() { # OPTIONS-ALLOWED WORDS...: sets PRINT, RUN, RUN_WORDS and OPTION[--name]
-    local allowed=$1
+    local allowed=$1 word
     shift
     PRINT=no
     declare -gA OPTION=([--site]=${SORTED_SITE:-})
@@ -112,6 +112,9 @@ read_arguments() { # OPTIONS-ALLOWED WORDS...: sets PRINT, RUN, RUN_WORDS and OP
     [[ -f $1 && -r $1 ]] || refuse "$1: there is no such run file. Give a YAML file such as those in examples/."
     RUN=$(realpath "$1")
     shift
+    for word; do
+        case " --print $allowed " in *" ${word%%=*} "*) refuse "$word: stands after the run file, where settings of the run are. Put it before." ;; esac
+    done
     RUN_WORDS=(--config "$RUN" "$@")
 }
 

@@ -97,6 +97,8 @@ def test_contradictions_in_a_site_file(folder):
         (("--site", "site", "nothing.yaml"), "nothing.yaml: there is no such run file"),
         (("--site", "site", "."), ".: there is no such run file"),
         (("--site", "site", "--node", "2", "run.yaml"), "--node: options before the run file are --print --site --nodes."),
+        (("--site", "site", "run.yaml", "--nodes", "3"), "--nodes: stands after the run file, where settings of the run are. Put it"),
+        (("--site", "site", "run.yaml", "--print"), "--print: stands after the run file"),
         (("--site", "site", "--nodes", "3", "run.yaml"), "3 nodes (--nodes) x 1 devices are 3 processes, but "),
         (("--site", "site", "--nodes", "two", "run.yaml"), "--nodes: 'two' is not a number of nodes"),
         (("--site", "site", "run.yaml", "--context-parallel-size", 4), "number of processes: 2 is not a multiple of 4"),
