@@ -11,6 +11,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from megatron_sorted.checkpoint.optimizer_shards import parts_of, take_state_of_parts
 from megatron_sorted.platform.state import current_device
+from megatron_sorted.platform.versions import rules_of_groups_kept
 
 MAIN_WEIGHTS = "fp32_from_fp16_params"  # Megatron's
 
@@ -141,7 +142,8 @@ def load_optimizer_state(optimizer, state: Any) -> None:
                 one.optimizer.state[parameter]["step"] = step.clone()
             continue
         if "param_state" not in part or not _is_torchs_adam(one.optimizer):
-            one.load_state_dict(part)
+            with rules_of_groups_kept(one.optimizer):
+                one.load_state_dict(part)
             continue
         one.load_state_dict({key: value for key, value in part.items() if key not in ("param_state", "param_state_sharding_type")})
         steps = _own_steps(one)

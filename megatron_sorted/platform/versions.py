@@ -7,7 +7,8 @@ import importlib.util
 import inspect
 import re
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,24 @@ def chunk_arguments(function: Callable, chunk: int | None) -> dict[str, int | No
 def builds_linear_qkv() -> bool:
     """Returns whether attention is told by a specification what its first matrix is; later ones call what they find."""
     return not is_at_least(0, 16)
+
+
+RULES_OF_GROUPS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "weight_decay")
+"""What a group of parameters is told because of the parameters in it."""
+
+
+@contextmanager
+def rules_of_groups_kept(optimizer: Any) -> Iterator[None]:
+    """Keeps the rules of an optimizer's groups of parameters while a checkpoint is loaded into it.
+
+    Before 0.13 a rank's groups are loaded in the order of the first rank's, which may be another one: weight decay would change places
+    between matrices and norms. Later ones find each group's own.
+
+    Args:
+        optimizer: Torch's, of one rank.
+    """
+    before = [{name: group[name] for name in RULES_OF_GROUPS if name in group} for group in optimizer.param_groups]
+    yield
+    if not is_at_least(0, 13):
+        for group, rules in zip(optimizer.param_groups, before, strict=True):
+            group.update(rules)
