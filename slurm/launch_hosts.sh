@@ -65,23 +65,38 @@ fan_out() { # MODE DIRECTORY
         # in a session of its own, as it would end all at a Ctrl-C; it gets numbers, as it reads USER@ and : in names its own way
         export -f reach
         # shellcheck disable=SC2016
-        setsid pdsh -R exec -f "$NODES" -w "$(seq -s , 1 "$NODES")" bash -c 'reach "${@:$1+1:1}"' reach %h "${HOSTS[@]}" 9>&- &
+        setsid pdsh -R exec -f "$NODES" -w "$(seq -s , 1 "$NODES")" bash -c 'reach "${@:$1+1:1}"' reach %h "${HOSTS[@]}" 8>&- 9>&- &
         REACHING=($!)
     else
         REACHING=()
         for host in "${HOSTS[@]}"; do
-            reach "$host" 9>&- &
+            reach "$host" 8>&- 9>&- &
             REACHING+=($!)
         done
     fi
 }
 
+# What runs again and again while hosts work starts no program: a Ctrl-C that comes just as one ends is lost on bash, which takes it for the
+# program's (one of some 300 was).
 all_ended() {
-    [ "$(wc -l < "$OUT/ended")" -ge "$NODES" ]
+    local lines
+    mapfile -t lines < "$OUT/ended"
+    [ ${#lines[@]} -ge "$NODES" ]
+}
+
+one_failed() {
+    local lines line
+    mapfile -t lines < "$OUT/ended"
+    for line in "${lines[@]}"; do [[ $line == *" 0" ]] || return 0; done
+    return 1
+}
+
+pause() {
+    read -r -t 0.3 -u 8 || true # from a pipe into which nobody writes
 }
 
 pass_time() { # a moment, in which what reaches the hosts must not die
-    if kill -0 "${REACHING[@]}" 2> /dev/null || all_ended; then sleep 0.3; else
+    if kill -0 "${REACHING[@]}" 2> /dev/null || all_ended; then pause; else
         echo "error: $WAY ended before the hosts did. It said why above; REMOTE_SHELL=ssh in the site file does without pdsh." >&2
         exit 1
     fi
@@ -89,7 +104,7 @@ pass_time() { # a moment, in which what reaches the hosts must not die
 
 await() { # until all hosts have ended, or one has failed, or this script is told to end: 1 for the latter two
     while [ -z "$stopped_by" ]; do
-        ! grep -qv ' 0$' "$OUT/ended" || return 1
+        ! one_failed || return 1
         ! all_ended || return 0
         pass_time
     done
@@ -99,7 +114,7 @@ await() { # until all hosts have ended, or one has failed, or this script is tol
 end_all() { # closes the line that holds the hosts, and waits until they are done
     local until=$((SECONDS + STOP_SECONDS)) host
     exec 9>&-
-    while ! all_ended && [ "$SECONDS" -lt "$until" ]; do sleep 0.3; done
+    while ! all_ended && [ "$SECONDS" -lt "$until" ]; do pause; done
     for host in "${HOSTS[@]}"; do
         grep -q "^$host " "$OUT/ended" || echo "error: $host did not answer within $STOP_SECONDS s; look there for processes that are left." >&2
     done
@@ -183,12 +198,15 @@ main() { # a function, so that a change of this file does not reach a script tha
     LIFELINE=$(mktemp -u)
     export LIFELINE
     trap 'rm -f "$LIFELINE"; kill $(jobs -p) 2> /dev/null || true' EXIT
+    mkfifo "$LIFELINE.pause"
+    exec 8<> "$LIFELINE.pause"
+    rm -f "$LIFELINE.pause"
     mkfifo "$LIFELINE"
     exec 9<> "$LIFELINE"
     check_hosts
     echo "logs: $LOGS"
     fan_out attend "$LOGS"
-    tail --pid=$$ -n +1 -F "$LOGS/${HOSTS[0]}.log" 2> /dev/null 9>&- &
+    tail --pid=$$ -n +1 -F "$LOGS/${HOSTS[0]}.log" 2> /dev/null 8>&- 9>&- &
     console=$!
     await || ended=1
     [ "$ended" = 0 ] || end_all

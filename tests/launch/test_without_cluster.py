@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,23 @@ def test_nothing_outlives_a_launcher_that_is_killed(folder, place, way):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("way", WAYS)
+def test_a_launcher_that_waits_starts_no_program(folder, place, way):
+    """A Ctrl-C at the moment at which one ends would be lost on bash."""
+    write_site(place, PYTHON=folder / "bin" / "python", MASTER_PORT=free_port(), REMOTE_SHELL=way)
+    launcher = start(folder, place, "n0,n1")
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    wait_for("what shows the first host's log, the last to start",
+             lambda: any(Path(f"/proc/{pid}/comm").read_text() == "tail\n" for pid in children.read_text().split()), 30, folder)
+    seen = set()
+    for _ in range(300):
+        seen.add(children.read_text())
+        time.sleep(0.005)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=90) == 130
+    assert len(seen) == 1, seen
+
+
 def test_a_host_that_does_not_end_is_named(folder, place):
     launcher = start(folder, place, "n0,deaf")
     launcher.send_signal(signal.SIGINT)
