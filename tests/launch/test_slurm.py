@@ -38,6 +38,7 @@ def finish(cluster: SlurmCluster, folder: Path, job: str) -> None:
     word = json.loads((folder / "save" / "stopped.json").read_text())
     assert word["reason"] == "SIGUSR1" and 1 <= word["step"] < STEPS
     assert f"stopped early, requeueing: {json.dumps(word)}" in printed(folder, job)
+    time.sleep(2)  # a start in the second of the requeue is refused by nodes, "Job credential revoked", and fails the job
     cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=10")
     wait_for_state(cluster, folder, job, "COMPLETED")
     assert cluster.fields(job)["Restarts"] == "1"
