@@ -15,13 +15,13 @@ NPU_READY := $(NPU_VENV)/.ready
 
 help:
 	@echo "make demo      train a small nested model and see every exit (3 minutes on 2 CPU cores)"
-	@echo "make check     style, imports, words, unit tests (about two minutes)"
+	@echo "make check     style, imports, words, unit tests (about five minutes)"
 	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs"
 	@echo "make test-all  the same with every row of the long tables"
 	@echo "make test-launch  job scripts with a real SLURM and sshd on this machine, as root (apt-get install slurm-wlm munge openssh-server pdsh shellcheck)"
 	@echo "make test-gpu  the same bodies on an NVIDIA GPU"
 	@echo "make test-megatron VERSION=0.15.3  layouts and checkpoints under another megatron-core"
-	@echo "make test-npu  the same bodies through torch_npu on simulated Ascend NPUs (needs gcc; 10 minutes)"
+	@echo "make test-npu  the same bodies through torch_npu on simulated Ascend NPUs (needs gcc; about four minutes)"
 	@echo "make accept-npu  what the first day on real Ascend NPUs must show (accept-npu ON=simulation: a trial without them)"
 	@echo "make bench     steps against megatron-core's own GPTModel, the loop, checkpoints, conversions, rules for exits, decoding; writes docs/benchmarks/"
 	@echo "make setup     only the virtual environment"
