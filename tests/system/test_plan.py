@@ -9,18 +9,9 @@ import pytest
 
 from tests.rules.sources import ROOT
 from tests.support.layouts import thinned
+from tests.support.planned_run import RUN
 
-RUN = """# world-size: {world_size}
-num-layers: 8
-hidden-size: 64
-num-attention-heads: 4
-seq-length: 32
-vocab-size: 1000
-mock-data: true
-exit-layer-nums: [2, 4, 6]
-micro-batch-size: 2
-device: cpu
-"""
+RUN_ON_CPU = RUN + "device: cpu\n"
 LAYOUTS = {
     "tp2 pp2 dp2": (
         8, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --global-batch-size 16 --use-distributed-optimizer"),
@@ -45,7 +36,7 @@ LAYOUTS = {
 def plan(tmp_path, world_size: int, *words: str) -> subprocess.CompletedProcess:
     """Returns what the tool did with a small run."""
     path = tmp_path / "run.yaml"
-    path.write_text(RUN.format(world_size=world_size))
+    path.write_text(RUN_ON_CPU.format(world_size=world_size))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "tools/plan.py", str(path), *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -76,7 +67,7 @@ def test_a_plan_that_is_wrong_is_found_out(tmp_path):
         "module.operations_of_chunk = lambda s, c, v, r, true=module.operations_of_chunk: true(s, c, 2 * v, r)\n"
         "print(dry_run(settings, 1000, 2, plan, None, False, lambda said: None).problems)\n")
     path = tmp_path / "run.yaml"
-    path.write_text(RUN.format(world_size=2))
+    path.write_text(RUN_ON_CPU.format(world_size=2))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]

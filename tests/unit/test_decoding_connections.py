@@ -85,6 +85,14 @@ async def until(holds) -> None:
             await asyncio.sleep(0.005)
 
 
+async def busy(worker) -> tuple:
+    """Returns a server whose worker has taken up the request of a first client, and that client."""
+    app = make_app(worker, "tiny", lambda name: Full())
+    first = Client(app, prompt="a")
+    await until(lambda: worker.line.empty() and first.begun)
+    return app, first
+
+
 def test_a_text_streams_while_more_wait_than_there_are_threads(gated):
     worker, gate = gated
 
@@ -110,9 +118,7 @@ def test_a_client_that_leaves_while_it_waits_is_not_written_for(gated):
     worker, gate = gated
 
     async def scene() -> None:
-        app = make_app(worker, "tiny", lambda name: Full())
-        first = Client(app, prompt="a")
-        await until(lambda: worker.line.empty() and first.begun)
+        app, first = await busy(worker)
         waiting = [Client(app, prompt="bcd", stream=stream) for stream in (False, True)]
         await until(lambda: worker.line.qsize() == 2)
         jobs = list(worker.line.queue)
@@ -130,9 +136,7 @@ def test_a_client_that_is_gone_before_its_stream_begins_ends_its_job(gated):
     worker, _ = gated
 
     async def scene() -> None:
-        app = make_app(worker, "tiny", lambda name: Full())
-        first = Client(app, prompt="a")
-        await until(lambda: worker.line.empty() and first.begun)
+        app, first = await busy(worker)
         client = Client(app, prompt="bcd", stream=True)
         client.gone.set()  # the answer finds nobody
         await until(lambda: worker.line.qsize() == 1)

@@ -7,23 +7,13 @@ import sys
 import pytest
 
 from tests.rules.sources import ROOT
+from tests.support.planned_run import RUN
 
 sys.path.insert(0, str(ROOT / "tools"))  # as for a script in tools/
 
 SPECIFICATION = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
 TOOL = importlib.util.module_from_spec(SPECIFICATION)
 SPECIFICATION.loader.exec_module(TOOL)
-RUN = """# A run.
-# world-size: {world_size}
-num-layers: 8
-hidden-size: 64
-num-attention-heads: 4
-seq-length: 32
-vocab-size: 1000
-mock-data: true
-exit-layer-nums: [2, 4, 6]
-micro-batch-size: 2
-"""
 
 
 @pytest.fixture
@@ -33,7 +23,7 @@ def plan(tmp_path, monkeypatch, capsys):
 
     def run(world_size, *words: str) -> tuple[object, str]:
         path = tmp_path / "run.yaml"
-        path.write_text(RUN.format(world_size=world_size))
+        path.write_text("# A run.\n" + RUN.format(world_size=world_size))
         monkeypatch.setattr(sys, "argv", ["plan.py", str(path), *words])
         with pytest.raises(SystemExit) as ended:
             TOOL.main()
