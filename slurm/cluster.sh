@@ -30,6 +30,18 @@ refuse() { # MESSAGE: value, rule, remedy
     exit 2
 }
 
+open_pause() { # before pause; programs that are started get 8>&-
+    local pipe
+    pipe=$(mktemp -u)
+    mkfifo "$pipe"
+    exec 8<> "$pipe"
+    rm -f "$pipe"
+}
+
+pause() { # SECONDS, in a loop that waits. No program: a Ctrl-C that comes just as one ends is lost on bash, which takes it for the program's.
+    read -r -t "$1" -u 8 || true # from a pipe into which nobody writes
+}
+
 check_site_value() { # WHERE NAME VALUE
     local rule=${SITE_RULES[$2]} pattern means
     case $rule in

@@ -115,7 +115,8 @@ check_nodes() { # HOSTS...
 
 train() {
     local step status=0 next=$((SECONDS + START_SECONDS))
-    srun "${SRUN[@]}" "${NODE[@]}" train slurm "${RUN_WORDS[@]}" &
+    open_pause
+    srun "${SRUN[@]}" "${NODE[@]}" train slurm "${RUN_WORDS[@]}" 8>&- &
     step=$!
     trap 'kill -TERM "$step" 2> /dev/null' TERM INT
     while kill -0 "$step" 2> /dev/null; do
@@ -124,7 +125,7 @@ train() {
             scancel --signal=USR1 "$SLURM_JOB_ID" 2> /dev/null || true
             next=$((SECONDS + FORWARD_SECONDS))
         fi
-        sleep 1
+        pause 1
     done
     wait "$step" || status=$?
     if [ "$status" != 0 ]; then

@@ -76,9 +76,7 @@ fan_out() { # MODE DIRECTORY
     fi
 }
 
-# What runs again and again while hosts work starts no program: a Ctrl-C that comes just as one ends is lost on bash, which takes it for the
-# program's (one of some 300 was).
-all_ended() {
+all_ended() { # without a program, as is all that runs again and again while hosts work (see pause)
     local lines
     mapfile -t lines < "$OUT/ended"
     [ ${#lines[@]} -ge "$NODES" ]
@@ -91,12 +89,8 @@ one_failed() {
     return 1
 }
 
-pause() {
-    read -r -t 0.3 -u 8 || true # from a pipe into which nobody writes
-}
-
 pass_time() { # a moment, in which what reaches the hosts must not die
-    if kill -0 "${REACHING[@]}" 2> /dev/null || all_ended; then pause; else
+    if kill -0 "${REACHING[@]}" 2> /dev/null || all_ended; then pause 0.3; else
         echo "error: $WAY ended before the hosts did. It said why above; REMOTE_SHELL=ssh in the site file does without pdsh." >&2
         exit 1
     fi
@@ -114,7 +108,7 @@ await() { # until all hosts have ended, or one has failed, or this script is tol
 end_all() { # closes the line that holds the hosts, and waits until they are done
     local until=$((SECONDS + STOP_SECONDS)) host
     exec 9>&-
-    while ! all_ended && [ "$SECONDS" -lt "$until" ]; do pause; done
+    while ! all_ended && [ "$SECONDS" -lt "$until" ]; do pause 0.3; done
     for host in "${HOSTS[@]}"; do
         grep -q "^$host " "$OUT/ended" || echo "error: $host did not answer within $STOP_SECONDS s; look there for processes that are left." >&2
     done
@@ -198,9 +192,7 @@ main() { # a function, so that a change of this file does not reach a script tha
     LIFELINE=$(mktemp -u)
     export LIFELINE
     trap 'rm -f "$LIFELINE"; kill $(jobs -p) 2> /dev/null || true' EXIT
-    mkfifo "$LIFELINE.pause"
-    exec 8<> "$LIFELINE.pause"
-    rm -f "$LIFELINE.pause"
+    open_pause
     mkfifo "$LIFELINE"
     exec 9<> "$LIFELINE"
     check_hosts
