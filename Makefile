@@ -7,6 +7,8 @@ READY  := $(VENV)/.ready
 # What make test-megatron runs; its -k takes rows (MEGATRON_TESTS='tests/ranks/test_layouts.py -k pp2').
 MEGATRON_TESTS ?= tests/unit tests/ranks/test_layouts.py tests/ranks/test_precision.py tests/ranks/test_checkpoint.py tests/ranks/test_fsdp.py tests/ranks/test_lora.py
 export OMP_NUM_THREADS ?= 1
+WORKERS ?= 2
+TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 NPU_VENV  := .venv-npu
 NPU_READY := $(NPU_VENV)/.ready
@@ -45,15 +47,16 @@ $(READY): setup.py constraints.txt
 demo: $(READY)
 	@$(BIN)/python tools/demo.py
 
+# two workers, each file's tests in one of them; WORKERS=0 runs all tests in one process
 check: $(READY)
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest tests/rules tests/unit
+	@$(TESTS) -m "not long" tests/rules tests/unit
 
 test: check
-	@$(BIN)/python -m pytest -m "not long" -rs tests/ranks tests/system tests/launch
+	@$(TESTS) -m "not long" -rs tests/ranks tests/system tests/launch
 
 test-all: check
-	@$(BIN)/python -m pytest -rs tests/ranks tests/system tests/launch
+	@$(TESTS) -rs tests/unit tests/ranks tests/system tests/launch
 
 # Installs nothing: what is missing is named, and its tests are reported as not run.
 test-launch: $(READY)

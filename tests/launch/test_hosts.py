@@ -11,7 +11,7 @@ import pytest
 
 from tests.launch.conftest import ROOT, RUN, last_step, processes_in, running, wait_for, workers, write_site
 from tests.support.clean_environment import clean_environment
-from tests.support.command_line import free_port
+from tests.support.ports import free_port
 from tests.support.ssh_hosts import ADDRESSES, SshHosts, missing_programs
 
 PDSH = pytest.mark.skipif(not shutil.which("pdsh"), reason="pdsh missing: apt-get install pdsh")

@@ -11,8 +11,8 @@ import pytest
 from megatron_sorted.checkpoint.lock import DirectoryLock
 from tests.launch.conftest import ROOT
 from tests.support.clean_environment import clean_environment
-from tests.support.command_line import free_port
 from tests.support.launch_programs import write_program
+from tests.support.ports import free_port
 
 
 def node(folder: Path, mode: str, rank: int = 0, **told: object) -> subprocess.CompletedProcess:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.launch.conftest import ROOT, RUN, processes_in, wait_for, write_site
-from tests.support.command_line import free_port
 from tests.support.launch_programs import said_to_torchrun, stand_ins, write_program
+from tests.support.ports import free_port
 
 PDSH = pytest.mark.skipif(not shutil.which("pdsh"), reason="pdsh missing: apt-get install pdsh")
 WAYS = ["ssh", pytest.param("pdsh", marks=PDSH)]

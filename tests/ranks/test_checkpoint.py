@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tests.support.layouts import CHUNKS, DISTRIBUTED, OWN, PP2, PP4, SANDWICH, SP, TP2, UNTIED
+from tests.support.layouts import CHUNKS, DISTRIBUTED, OWN, PP2, PP4, SANDWICH, SP, TP2, UNTIED, pairwise
 from tests.support.rank_bodies import steps_from, steps_with_megatrons_form
 from tests.support.ranks import run_ranks
 from tests.support.same_state import MOMENTS, assert_same_moments, assert_same_state, joined
@@ -44,7 +44,7 @@ OTHER_LAYOUT = {
 }
 
 
-@pytest.mark.parametrize("name", SAME_LAYOUT)
+@pytest.mark.parametrize("name", pairwise(SAME_LAYOUT))
 def test_continued_run_equals_uninterrupted_bit_for_bit(name, tmp_path):
     world_size, changes = SAME_LAYOUT[name]
     settings = tiny(**{**ODD, **changes})

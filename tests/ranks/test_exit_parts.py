@@ -3,7 +3,7 @@
 import pytest
 
 from tests.ranks.test_layouts import compare
-from tests.support.layouts import CHUNKS, OVERLAP, PP2, SP, TP2, thinned
+from tests.support.layouts import CHUNKS, OVERLAP, PP2, SP, TP2, pairwise, thinned
 from tests.support.tiny import tiny
 
 LAYOUTS = {
@@ -25,7 +25,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("parts", thinned(PARTS, "mlp", "block adapter own norm"))
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", pairwise(LAYOUTS))
 def test_exits_with_parts_equal_the_reference(layout, parts):
     world_size, changes = LAYOUTS[layout]
     compare(world_size, tiny(**changes, **PARTS[parts]), 1e-5)

@@ -7,7 +7,7 @@ from tests.ranks.test_checkpoint import ODD
 from tests.ranks.test_gradient_rules import check as check_rule
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_precision import BF16_GRADIENT, BF16_LOSS, FP16_GRADIENT, FP16_LOSS, check_against_reference
-from tests.support.layouts import DISTRIBUTED, FSDP, OWN, SEQUENCE, UNTIED
+from tests.support.layouts import DISTRIBUTED, FSDP, OWN, SEQUENCE, UNTIED, pairwise
 from tests.support.rank_bodies import steps_from, train_and_report
 from tests.support.ranks import run_ranks
 from tests.support.same_state import assert_same_state
@@ -34,7 +34,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", pairwise(LAYOUTS, "dp2"))
 def test_layout_equals_reference(name):
     world_size, changes = LAYOUTS[name]
     compare(world_size, tiny(**FSDP, **changes), 1e-5)

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_sorted.settings.run import Settings
 from tests.ranks.test_layouts import compare, mean_by_rule
-from tests.support.layouts import CHUNKS, DEEP, OVERLAP, OWN, PP2, PP4, SEQUENCE, TP2, UNTIED, thinned
+from tests.support.layouts import CHUNKS, DEEP, OVERLAP, OWN, PP2, PP4, SEQUENCE, TP2, UNTIED, pairwise, thinned
 from tests.support.measure_bodies import measure
 from tests.support.ranks import run_ranks
 from tests.support.taught import Objective
@@ -41,7 +41,7 @@ def check(world_size: int, settings: Settings, **options) -> list[dict]:
     return reports
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", pairwise(LAYOUTS))
 def test_projection(name):
     world_size, changes = LAYOUTS[name]
     check(world_size, tiny(exit_gradient_rule="project", **changes))

@@ -7,7 +7,7 @@ import torch
 from megatron_sorted.settings.derived import exit_depths
 from megatron_sorted.settings.run import Settings
 from tests.support.gather import join_ranks
-from tests.support.layouts import SANDWICH
+from tests.support.layouts import SANDWICH, pairwise
 from tests.support.rank_bodies import train_and_report
 from tests.support.ranks import run_ranks
 from tests.support.reference import exit_losses
@@ -154,7 +154,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", pairwise(LAYOUTS, "one process"))
 def test_layout_equals_reference(name):
     world_size, changes = LAYOUTS[name]
     compare(world_size, tiny(**changes), 1e-5)

@@ -8,7 +8,7 @@ import torch
 from megatron_sorted.settings.derived import exit_depths
 from megatron_sorted.settings.run import Settings
 from tests.support.gather import join_ranks
-from tests.support.layouts import CHUNKS, DISTRIBUTED, OWN, PP2, SEQUENCE, TP2, UNTIED, thinned
+from tests.support.layouts import CHUNKS, DISTRIBUTED, OWN, PP2, SEQUENCE, TP2, UNTIED, pairwise, thinned
 from tests.support.measure_bodies import batch_checksum, broken_exit, measure, shared_choice
 from tests.support.ranks import run_ranks
 from tests.support.reference import exit_logits
@@ -110,7 +110,7 @@ def check(world_size: int, settings: Settings, unequal: bool = False, packed: bo
     return reports
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", pairwise(LAYOUTS))
 def test_measures_equal_plain_pytorch(name):
     world_size, changes = LAYOUTS[name]
     reports = check(world_size, tiny(**changes))

@@ -1,17 +1,10 @@
 """The entry point on several ranks of the fork server: what torchrun does, without its seven seconds."""
 
 import os
-import socket
 from pathlib import Path
 
+from tests.support.ports import free_port
 from tests.support.ranks import run_ranks
-
-
-def free_port() -> int:
-    """Returns a port of this host that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _rank(words: list[str], port: int, folder: str) -> None:

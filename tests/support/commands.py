@@ -1,47 +1,98 @@
-"""Commands of the project as tests run them."""
+"""Run the project's commands as a user does, as forks of a preloaded server or, cold, as processes of their own."""
 
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
 from pathlib import Path
+from typing import IO
 
 from tests.support.clean_environment import clean_environment
+from tests.support.preloaded.session import stand_in
 
 ROOT = Path(__file__).resolve().parents[2]
+MOST_OUTPUT_BYTES = 64 << 20
+SHOWN_BYTES = 4000
+LIMITED = """\
+import os, resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
-def command_line(script: str, *words: object, processes: int = 0) -> list[str]:
-    """Return the argument list that starts ``script`` (a path below the project's root); with ``processes``, under torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
-    return [sys.executable, *launcher, str(ROOT / script), *map(str, words)]
-
-
-def run_command(script: str, *words: object, cwd: Path, text: str = "", processes: int = 0, seconds: float = 300,
-                **variables: object) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end and return its exit status and output.
+def command_line(script: str, *words: object, processes: int = 0, cold: bool = False) -> list[str]:
+    """Return the argument list that starts a script.
 
     Args:
         script: Path below the project's root, such as ``tools/generate.py``.
         words: The command's arguments.
-        cwd: The working directory.
-        text: What stands on standard input.
         processes: Number of ranks, started by torchrun; 0 starts none.
-        seconds: Time limit; ``subprocess.TimeoutExpired`` after it.
-        variables: Environment variables beside PATH and HOME.
+        cold: Whether the real interpreter runs it, with all imports: for the one test that each command has of that, and for what
+            a fork cannot show (``tests/support/preloaded/__init__.py``).
     """
-    return subprocess.run(command_line(script, *words, processes=processes), cwd=cwd, env=environment(**variables), input=text,
-                          text=True, capture_output=True, timeout=seconds, check=False)
-
-
-def start_command(script: str, *words: object, cwd: Path, processes: int = 0, variables: dict[str, object] | None = None,
-                  **streams: object) -> subprocess.Popen:
-    """Start a command and return its process; ``streams`` are those of ``subprocess.Popen`` (stdin, stdout, stderr, text)."""
-    return subprocess.Popen(command_line(script, *words, processes=processes), cwd=cwd, env=environment(**(variables or {})), **streams)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    return [sys.executable if cold else stand_in(), *launcher, str(ROOT / script), *map(str, words)]
 
 
 def environment(**variables: object) -> dict[str, str]:
     """Return the environment in which commands run in tests."""
-    return clean_environment(PYTHONPATH=ROOT, OMP_NUM_THREADS=1, HF_HUB_OFFLINE=1, **variables)
+    return clean_environment(**{"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1, **variables})
 
 
-__all__: Sequence[str] = ("ROOT", "command_line", "environment", "run_command", "start_command")
+def run_command(script: str, *words: object, cwd: Path, text: str = "", processes: int = 0, seconds: float = 240, cold: bool = False,
+                most_bytes_of_a_file: int | None = None, **variables: object) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end and return its exit status and output; arguments as of ``command_line``.
+
+    Args:
+        cwd: The working directory.
+        text: What stands on standard input.
+        seconds: Time limit.
+        most_bytes_of_a_file: What the command may write into one file: the closest a test without rights comes to a full disk.
+        variables: Environment variables beside those of ``environment``.
+
+    Raises:
+        AssertionError: The command took longer, or wrote more than 64 MB; with the end of its output. It has been killed.
+    """
+    command = command_line(script, *words, processes=processes, cold=cold)
+    if most_bytes_of_a_file is not None:
+        command = [sys.executable, "-ISc", LIMITED, str(most_bytes_of_a_file), *command]
+    return run(command, cwd=cwd, text=text, seconds=seconds, env=environment(**variables))
+
+
+def run(command: list[str], *, cwd: Path, env: dict[str, str], text: str = "", seconds: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run a program as ``run_command`` runs a command."""
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        given.write(text.encode("utf-8", "surrogateescape"))
+        given.seek(0)
+        with subprocess.Popen(command, cwd=cwd, env=env, stdin=given, stdout=out, stderr=err) as process:
+            try:
+                _wait(process, out, err, time.monotonic() + seconds)
+            finally:
+                process.kill()
+        return subprocess.CompletedProcess(command, process.returncode, _text(out), _text(err))
+
+
+def _wait(process: subprocess.Popen, out: IO[bytes], err: IO[bytes], until: float) -> None:
+    while process.poll() is None:
+        try:
+            process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            written = sum(stream.seek(0, 2) for stream in (out, err))
+            limit = "its time" if time.monotonic() > until else f"{MOST_OUTPUT_BYTES >> 20} MB" if written > MOST_OUTPUT_BYTES else None
+            if limit:
+                process.kill()
+                raise AssertionError(f"{process.args} went over {limit}; its output ends\n{_text(out)[-SHOWN_BYTES:]}\n"
+                                     f"{_text(err)[-SHOWN_BYTES:]}") from None
+
+
+def _text(stream: IO[bytes]) -> str:
+    stream.seek(0)
+    return stream.read(MOST_OUTPUT_BYTES).decode("utf-8", "replace")
+
+
+def start_command(script: str, *words: object, cwd: Path, processes: int = 0, cold: bool = False,
+                  variables: dict[str, object] | None = None, **streams: object) -> subprocess.Popen:
+    """Start a command and return its process; ``streams`` are those of ``subprocess.Popen`` (stdin, stdout, stderr, text)."""
+    return subprocess.Popen(command_line(script, *words, processes=processes, cold=cold), cwd=cwd, env=environment(**(variables or {})),
+                            **streams)

@@ -1,6 +1,7 @@
 """Words of layout tables: settings that stand in many of them."""
 
 from collections.abc import Iterable
+from itertools import combinations
 
 import pytest
 
@@ -17,6 +18,48 @@ UNTIED = {"untie_embeddings_and_output_weights": True}
 FSDP = {"data_parallel": "fsdp"}
 SANDWICH = {"use_sandwich_norm": True, "attn_post_norm_scale": 0.3, "ffn_post_norm_scale": 0.6}
 DEEP = {"num_layers": 8, "exit_layer_nums": (1, 4, 5, 7)}
+
+
+AXES = {
+    "tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "chunks": "num_layers_per_virtual_pipeline_stage",
+    "sp": "sequence_parallel", "bf16": "bf16", "fp16": "fp16", "recompute": "recompute_granularity",
+    "tied": "untie_embeddings_and_output_weights", "heads": "untie_exit_output_weights", "optimizer": "use_distributed_optimizer",
+}
+"""Settings whose values meet in pairs in the rows of ``pairwise``."""
+
+
+def _pairs(row: tuple[int, dict]) -> set[frozenset]:
+    """Return what a row shows: every pair of its values on the axes, and each of its other settings once."""
+    world_size, changes = row
+    ranks = changes.get(AXES["tp"], 1) * changes.get(AXES["pp"], 1)
+    values = [("dp", world_size // ranks), *((axis, changes.get(setting)) for axis, setting in AXES.items())]
+    others = {frozenset([(name, str(value))]) for name, value in changes.items() if name not in AXES.values()}
+    return {frozenset(pair) for pair in combinations(values, 2)} | others
+
+
+def pairwise(rows: dict[str, tuple[int, dict]], *kept: str) -> list:
+    """Return the names of the rows as parameters of a test; a row that shows no new pair of values is marked long.
+
+    Rows are chosen one by one, always the one that shows the most pairs which none before it has shown, until all pairs that any
+    row shows are there. What is left is for ``make test-all``, with its reason on the mark.
+
+    Args:
+        rows: By name the number of processes and the settings.
+        kept: Names of rows that are everyday ones for a reason of their own.
+    """
+    shown: set[frozenset] = set()
+    chosen = list(kept)
+    for name in kept:
+        shown |= _pairs(rows[name])
+    left = {name: _pairs(row) for name, row in rows.items() if name not in kept}
+    while left:
+        name = max(left, key=lambda name: len(left[name] - shown))
+        if not left[name] - shown:
+            break
+        chosen.append(name)
+        shown |= left.pop(name)
+    reason = f"each pair of its settings stands in one of: {', '.join(chosen)}"
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.long(reason=reason)) for name in rows]
 
 
 def thinned(rows: Iterable, *kept) -> list:

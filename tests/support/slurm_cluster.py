@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tests.support.clean_environment import clean_environment
-from tests.support.command_line import free_port
+from tests.support.ports import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
 DEVICES = 4

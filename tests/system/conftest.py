@@ -1,12 +1,12 @@
 """A small prepared data set and one finished run, shared by the tests of the command line."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.commands import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = """\
@@ -30,15 +30,6 @@ pipeline-model-parallel-size: 2
 """
 
 
-def run_script(folder: Path, *words: object, processes: int = 0, seconds: float = 300) -> subprocess.CompletedProcess:
-    """Returns the finished process of a script of the project; with ``processes``, started by torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
-    script, *rest = map(str, words)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *launcher, str(ROOT / script), *rest], cwd=folder, env=environment, text=True,
-                          capture_output=True, timeout=seconds, check=False)
-
-
 def write_questions(path: Path, first: int, last: int) -> None:
     """Writes samples ``first``..``last`` - 1 as JSON lines."""
     samples = ({"instruction": f"Add {i % 17} and {i % 11}", "input": "", "output": f"The sum is {i % 17 + i % 11}."}
@@ -53,8 +44,8 @@ def prepared(tmp_path_factory) -> Path:
     for name, first, last in (("train", 0, 200), ("first", 1000, 1024), ("second", 2000, 2016)):
         write_questions(folder / f"{name}.jsonl", first, last)
         tokenizer = ["--train-tokenizer", 300] if name == "train" else ["--tokenizer-model", "data/train_tokenizer.model"]
-        done = run_script(folder, "tools/prepare_data.py", "--input", f"{name}.jsonl", "--output-prefix", f"data/{name}",
-                          "--seq-length", 64, *tokenizer)
+        done = run_command("tools/prepare_data.py", "--input", f"{name}.jsonl", "--output-prefix", f"data/{name}",
+                          "--seq-length", 64, *tokenizer, cwd=folder)
         assert done.returncode == 0, done.stderr
     (folder / "run.yaml").write_text(RUN)
     return folder
@@ -63,6 +54,6 @@ def prepared(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained(prepared) -> tuple[Path, subprocess.CompletedProcess]:
     """Returns the folder and the finished torchrun of 4 steps on 2 processes, saved in ``whole``."""
-    done = run_script(prepared, "pretrain_sorted.py", "--config", "run.yaml", "--save", "whole", "--save-interval", 2, processes=2)
+    done = run_command("pretrain_sorted.py", "--config", "run.yaml", "--save", "whole", "--save-interval", 2, processes=2, cwd=prepared)
     assert done.returncode == 0, done.stdout + done.stderr
     return prepared, done

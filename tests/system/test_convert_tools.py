@@ -2,9 +2,7 @@
 
 import json
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.support.commands import run_command
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as for a script in tools/
 
@@ -142,12 +142,6 @@ def test_what_is_wrong_with_a_model_is_told_and_nothing_written(fault, origins, 
         assert left in ([], ["out"]), left
 
 
-def run_tool(script: str, *words: object, **how) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(ROOT / "tools" / script), *map(str, words)], env=environment, text=True, capture_output=True,
-                          timeout=120, check=False, **how)
-
-
 def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
     """Asserts that a command ended with 1 and one line of error, after at most a progress bar."""
     assert done.returncode == 1, done.stdout + done.stderr
@@ -160,7 +154,7 @@ def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
 def test_a_destination_that_exists_is_kept(origins, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    assert_one_line(run_tool("extract_submodel.py", "--depth", 1, origins / "single", tmp_path / "out"),
+    assert_one_line(run_command("tools/extract_submodel.py", "--depth", 1, origins / "single", tmp_path / "out", cwd=tmp_path),
                     f"{tmp_path / 'out'}: exists and is not empty", "--overwrite")
     for words in (["import", origins / "single"], ["export", origins / "checkpoint"]):
         with pytest.raises(SortedError, match=r"exists and is not empty.*--overwrite"):
@@ -168,20 +162,12 @@ def test_a_destination_that_exists_is_kept(origins, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "out"]
 
 
-def limit_files(num_bytes: int):
-    """Returns what makes a process unable to write files longer than this: the closest a test without rights comes to a full disk."""
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
-    return limit
-
-
 def test_a_write_that_fails_leaves_nothing_and_the_old_one(origins, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "mine.txt").write_text("precious")
     for verb, origin, destination in (("import", "single", "new"), ("export", "checkpoint", "old")):
-        done = run_tool("convert.py", verb, origins / origin, tmp_path / destination, "--overwrite", "--no-verify",
-                        preexec_fn=limit_files(30_000))
+        done = run_command("tools/convert.py", verb, origins / origin, tmp_path / destination, "--overwrite", "--no-verify", cwd=tmp_path,
+                           most_bytes_of_a_file=30_000)
         assert_one_line(done, f"{tmp_path / destination}: could not be written (File too large); nothing was left there")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "old"]
 

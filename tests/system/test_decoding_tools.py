@@ -2,33 +2,18 @@
 
 import hashlib
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 from megatron_sorted.data.tokenizer import train_sentencepiece
+from tests.support.commands import run_command, start_command
 from tests.support.evaluated import TEXTS, write_model
+from tests.support.ports import free_port, until_it_answers
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(tool: str, *arguments, cwd: Path, text: str = "") -> subprocess.CompletedProcess:
-    """Returns the finished tool."""
-    return subprocess.run([sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)], cwd=cwd, text=True, check=False,
-                          capture_output=True, env=environment(), input=text)
-
-
-def environment() -> dict[str, str]:
-    """Returns the variables that tools run with."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -43,30 +28,30 @@ def place(tmp_path_factory):
 
 def test_texts_are_written_and_coloured_by_exit(place):
     ask = ("tiny", "--depths", 1, 2, 3, "--prompt", "a b", "--max-new-tokens", 12)
-    plain = run("generate.py", *ask, cwd=place)
+    plain = run_command("tools/generate.py", *ask, cwd=place)
     assert plain.returncode == 0, plain.stderr
     assert "full: 12 tokens" in plain.stderr and "\x1b" not in plain.stdout
-    coloured = run("generate.py", *ask, "--way", "tree", "--colour", "always", cwd=place)
+    coloured = run_command("tools/generate.py", *ask, "--way", "tree", "--colour", "always", cwd=place)
     assert coloured.returncode == 0, coloured.stderr
     assert "\x1b[38;5;" in coloured.stdout and "drafts accepted" in coloured.stderr
-    both = run("generate.py", *ask, "--prompt", "c", "--way", "self_speculative", cwd=place)
+    both = run_command("tools/generate.py", *ask, "--prompt", "c", "--way", "self_speculative", cwd=place)
     assert "--- prompt 0: 'a b'" in both.stdout and "--- prompt 1: 'c'" in both.stdout
-    chat = run("generate.py", "tiny", "--chat", "--max-new-tokens", 4, cwd=place, text="hello\nagain\n\n")
+    chat = run_command("tools/generate.py", "tiny", "--chat", "--max-new-tokens", 4, cwd=place, text="hello\nagain\n\n")
     assert chat.returncode == 0 and chat.stderr.count("full: ") == 2, chat.stderr
 
 
 def test_what_is_tuned_is_found_by_the_others(place):
     few = ("--questions", "questions.jsonl", "--max-new-tokens", 8, "--num-prompts", 2)
-    done = run("tune_decoding.py", "tiny", "--depths", 1, 2, *few, cwd=place)
+    done = run_command("tools/tune_decoding.py", "tiny", "--depths", 1, 2, *few, cwd=place)
     assert done.returncode == 0, done.stderr
     kept = json.loads((place / "tiny" / "decoding.json").read_text())
     assert {"full", "self_speculative", "sorted_speculative", "tree"} <= set(kept["ways"]) and kept["best"] in kept["ways"]
-    told = run("generate.py", "tiny", "--depths", 1, 2, "--prompt", "a", "--max-new-tokens", 4, cwd=place)
+    told = run_command("tools/generate.py", "tiny", "--depths", 1, 2, "--prompt", "a", "--max-new-tokens", 4, cwd=place)
     assert told.returncode == 0 and f"way: {kept['best']}]" in told.stderr
     ask = ("--depths", 1, 2, "--questions", "questions.jsonl", "--max-new-tokens", 6, "--output", "out", "--sweep",
            "--batches", 1, 2, "--text", "held_out.txt", "--text-separator", "|", "--num-prompts", 2)
     (place / "held_out.txt").write_text("a b c d e f g | h i j k")
-    measured = run("benchmark_decoding.py", "tiny", *ask, cwd=place)
+    measured = run_command("tools/benchmark_decoding.py", "tiny", *ask, cwd=place)
     assert measured.returncode == 0, measured.stderr
     scores = json.loads((place / "out" / "decoding.json").read_text())
     assert set(scores) == {"all", "multi-turn conversation", "question answering", "retrieval-augmented generation"}
@@ -89,7 +74,7 @@ def test_what_is_tuned_with_a_draft_is_found_with_it(place):
     train_sentencepiece(lambda: [text[::-1] for text in TEXTS], str(place / "foreign" / "tokenizer.model"), 300)
     (place / "tiny" / "decoding.json").write_text(json.dumps({"format": 1, "best": "full", "ways": {"full": {}}}))
     few = ("--questions", "questions.jsonl", "--max-new-tokens", 6, "--num-prompts", 2)
-    done = run("tune_decoding.py", "tiny", "--draft", "small", *few, cwd=place)
+    done = run_command("tools/tune_decoding.py", "tiny", "--draft", "small", *few, cwd=place)
     assert done.returncode == 0 and "exits 1 of small, which drafts for 4 layers" in done.stdout, done.stderr
     kept = json.loads((place / "tiny" / "decoding.json").read_text())
     [part] = kept.pop("drafts").values()
@@ -97,36 +82,35 @@ def test_what_is_tuned_with_a_draft_is_found_with_it(place):
     assert part["name"] == "small" and part["config_sha256"] == hashlib.sha256((place / "small" / "config.json").read_bytes()).hexdigest()
     assert set(part["ways"]) == {"self_speculative", "sorted_speculative", "tree"} and "full" in part["tokens_per_second"]
     ask = ("tiny", "--prompt", "a", "--max-new-tokens", 4)
-    assert f"drafts by small; way: {part['best']}]" in run("generate.py", *ask, "--draft", "small", cwd=place).stderr
-    assert "way: full]" in (plain := run("generate.py", *ask, cwd=place)).stderr
-    filled = run("generate.py", *ask, "--way", "self_speculative", "--draft", "filled", cwd=place)
+    assert f"drafts by small; way: {part['best']}]" in run_command("tools/generate.py", *ask, "--draft", "small", cwd=place).stderr
+    assert "way: full]" in (plain := run_command("tools/generate.py", *ask, cwd=place)).stderr
+    filled = run_command("tools/generate.py", *ask, "--way", "self_speculative", "--draft", "filled", cwd=place)
     assert filled.returncode == 0 and filled.stdout == plain.stdout, filled.stderr
-    measured = run("benchmark_decoding.py", "tiny", "--draft", "small", *few[:4], "--per-group", 1, "--output", "drafted", cwd=place)
+    measured = run_command("tools/benchmark_decoding.py", "tiny", "--draft", "small", *few[:4], "--per-group", 1, "--output", "drafted",
+                           cwd=place)
     assert measured.returncode == 0, measured.stderr
     scores = json.loads((place / "drafted" / "decoding.json").read_text())["all"]
     assert {"full", *part["ways"]} <= set(scores) and "early_exit" not in scores and all(one["same"] == 1 for one in scores.values())
-    refused = run("tune_decoding.py", "tiny", "--draft", "foreign", *few, cwd=place)
+    refused = run_command("tools/tune_decoding.py", "tiny", "--draft", "foreign", *few, cwd=place)
     assert refused.returncode == 1, refused.stdout
     assert "draft model: its tokenizer (300 tokens) gives other numbers than the model's (300)." in refused.stderr
     assert "measuring" not in refused.stdout and "recording" not in refused.stderr
     (place / "tiny" / "decoding.json").write_text("{")
-    damaged = run("tune_decoding.py", "tiny", "--draft", "small", *few, cwd=place)
+    damaged = run_command("tools/tune_decoding.py", "tiny", "--draft", "small", *few, cwd=place)
     assert damaged.returncode == 1 and "not written by tools/tune_decoding.py" in damaged.stderr and "recording" not in damaged.stderr
 
 
 def test_a_server_adapts_and_keeps_what_it_learned_when_it_is_stopped(place):
     pytest.importorskip("uvicorn", reason="serving is an extra")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (place / "tiny" / "decoding.json").unlink(missing_ok=True)
-    command = [sys.executable, str(ROOT / "tools" / "serve.py"), "tiny", "--depths", "1", "2", "--adapt", "--port", str(port)]
-    with subprocess.Popen(command, cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+    ask = ("tiny", "--depths", 1, 2, "--adapt", "--port", port)
+    with start_command("tools/serve.py", *ask, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         try:
             assert "way: the fastest of full, self_speculative, sorted_speculative, tree" in server.stdout.readline()
             asked = json.dumps({"prompt": "a b", "max_tokens": 5, "temperature": 0, "task": "letters"}).encode()
-            texts = {fetched(port, "/v1/completions", asked)["choices"][0]["text"] for _ in range(4)}
-            told = fetched(port, "/v1/adaptation")
+            texts = {until_it_answers(server, port, "/v1/completions", asked)["choices"][0]["text"] for _ in range(4)}
+            told = until_it_answers(server, port, "/v1/adaptation")
             server.send_signal(signal.SIGTERM)
             server.wait(60)
         finally:
@@ -135,22 +119,8 @@ def test_a_server_adapts_and_keeps_what_it_learned_when_it_is_stopped(place):
     kept = json.loads((place / "tiny" / "decoding_bandit.json").read_text())
     assert [times for times, _, _ in kept["tasks"]["letters"]] == [1, 1, 1, 1] and kept["draft"] is None
     for more, message in ((("--way", "tree"), "--adapt beside --way tree"), ((), "so there is nothing to choose")):
-        refused = run("serve.py", "tiny", "--adapt", *more, cwd=place)
+        refused = run_command("tools/serve.py", "tiny", "--adapt", *more, cwd=place)
         assert refused.returncode == 1 and message in refused.stderr
-
-
-def fetched(port: int, path: str, body: bytes | None = None) -> dict:
-    """Returns a server's answer, which may still be starting."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"content-type": "application/json"})
-    until = time.monotonic() + 60
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.load(answer)
-        except urllib.error.URLError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.2)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -169,6 +139,6 @@ def fetched(port: int, path: str, body: bytes | None = None) -> dict:
 ])
 def test_mistakes_are_one_line(place, arguments, message):
     (place / "tiny" / "decoding.json").unlink(missing_ok=True)
-    done = run("generate.py", *arguments, cwd=place)
+    done = run_command("tools/generate.py", *arguments, cwd=place)
     assert done.returncode == 1 and message in done.stderr, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")

@@ -11,23 +11,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clean_environment import clean_environment
-from tests.support.command_line import free_port
+from tests.support.commands import command_line, environment, run, run_command
+from tests.support.ports import free_port
+from tests.support.preloaded.session import stand_in
 from tests.system.conftest import ROOT
 
 DOCTOR = str(ROOT / "tools" / "doctor.py")
 BROKEN_NPU = 'raise ImportError("libhccl.so: cannot open shared object file: No such file or directory")\n'
 
 
-def environment(*path: Path, **variables: object) -> dict[str, str]:
-    """Returns an environment with folders before the project on the path, and variables."""
-    return clean_environment(PYTHONPATH=":".join(map(str, (*path, ROOT))), **{"OMP_NUM_THREADS": 1, **variables})
+def with_path(*path: Path, **variables: object) -> dict[str, str]:
+    """Return an environment with folders before the project on the path, and variables."""
+    return environment(PYTHONPATH=":".join(map(str, (*path, ROOT))), **variables)
 
 
-def examine(*words: object, python: str = sys.executable, env: dict[str, str] | None = None) -> tuple[int, dict[str, dict], str]:
-    """Returns status and findings by name (the worst of each) of a doctor on this machine alone, and its error output."""
-    done = subprocess.run([python, DOCTOR, "--json", *map(str, words)], env=env or environment(), capture_output=True, text=True,
-                          timeout=240, check=False)
+def examine(folder: Path, *words: object, python: str = sys.executable, env: dict[str, str]) -> tuple[int, dict[str, dict], str]:
+    """Return status and findings by name (the worst of each) of a doctor on this machine alone, and its error output.
+
+    It examines what can be imported, so nothing may be imported before it: a process of its own.
+    """
+    done = run([python, DOCTOR, "--json", "--folder", str(folder), *map(str, words)], cwd=folder, env=env)
     return done.returncode, findings_of(done.stdout, done.stderr), done.stderr
 
 
@@ -62,7 +65,7 @@ def write_megatron(folder: Path, version: tuple[int, int, int]) -> Path:
 
 
 def test_this_machine_and_a_run_that_fits_it(tmp_path):
-    status, found, _ = examine(ROOT / "examples" / "quickstart.yaml", "--folder", tmp_path)
+    status, found, _ = examine(tmp_path, ROOT / "examples" / "quickstart.yaml", env=with_path())
     assert status == 0, found
     assert found["torch"]["verdict"] == found["megatron-core"]["verdict"] == found["settings"]["verdict"] == "OK"
     assert str(tmp_path) in found["run folder"]["value"] and "MiB/s" in found["run folder"]["value"]
@@ -70,7 +73,7 @@ def test_this_machine_and_a_run_that_fits_it(tmp_path):
 
 
 def test_a_torch_npu_without_cann_is_named_with_its_library(tmp_path):
-    status, found, _ = examine("--folder", tmp_path, env=environment(write_torch_npu(tmp_path / "path", "2.12.0")))
+    status, found, _ = examine(tmp_path, env=with_path(write_torch_npu(tmp_path / "path", "2.12.0")))
     assert status == 1
     assert found["torch"]["verdict"] == "FAIL" and "import torch fails" in found["torch"]["value"]
     assert "libhccl.so is missing" in found["torch_npu"]["value"] and "pip uninstall torch_npu" in found["torch_npu"]["remedy"]
@@ -79,7 +82,7 @@ def test_a_torch_npu_without_cann_is_named_with_its_library(tmp_path):
 
 
 def test_a_second_megatron_on_the_path_is_found_in_the_place_that_counts(tmp_path):
-    status, found, _ = examine("--folder", tmp_path, env=environment(write_megatron(tmp_path / "checkout", (0, 12, 1))))
+    status, found, _ = examine(tmp_path, env=with_path(write_megatron(tmp_path / "checkout", (0, 12, 1))))
     assert status == 1 and found["megatron-core"]["verdict"] == "FAIL"
     assert f"taken: 0.12.1 in {tmp_path / 'checkout'}; also: 0.16." in found["megatron-core"]["value"]
     assert f"Take {tmp_path / 'checkout'} out of PYTHONPATH" in found["megatron-core"]["remedy"]
@@ -88,8 +91,7 @@ def test_a_second_megatron_on_the_path_is_found_in_the_place_that_counts(tmp_pat
 def test_a_python_without_anything_is_still_examined(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     python = str(tmp_path / "bare" / "bin" / "python")
-    run = ROOT / "examples" / "quickstart.yaml"
-    status, found, _ = examine(run, "--folder", tmp_path, python=python, env={"PATH": os.environ["PATH"]})
+    status, found, _ = examine(tmp_path, ROOT / "examples" / "quickstart.yaml", python=python, env={"PATH": os.environ["PATH"]})
     assert status == 1
     assert (found["torch"]["value"], found["megatron-core"]["value"]) == ("not installed", "not found")
     assert "hangs for ever" in found["psutil"]["value"]
@@ -106,21 +108,26 @@ def test_a_python_without_anything_is_still_examined(tmp_path):
         (["--device", "abacus"], {}, "invalid choice: 'abacus'"),
     ],
 )
-def test_a_wrong_command_line_ends_with_2(words, given, said):
-    done = subprocess.run([sys.executable, DOCTOR, *words], env=environment(**given), capture_output=True, text=True, check=False)
+def test_a_wrong_command_line_ends_with_2(words, given, said, tmp_path):
+    done = run_command("tools/doctor.py", *words, cwd=tmp_path, **given)
     assert done.returncode == 2 and said in done.stderr and not done.stdout
 
 
 class Job:
-    """Processes of one job on this host, started as a scheduler would: the environment says who each is."""
+    """Processes of one job on this host, started as a scheduler would: the environment says who each is.
 
-    def __init__(self, folder: Path, size: int, ranks: list[int], *words: object, per_node: int, path: dict[int, Path] | None = None):
+    Those with a path of their own, and those that a test stops, are processes of their own (``cold``).
+    """
+
+    def __init__(self, folder: Path, size: int, ranks: list[int], *words: object, per_node: int, path: dict[int, Path] | None = None,
+                 cold: tuple[int, ...] = ()):
         self.folder, self.processes, port = folder, {}, free_port()
         for rank in ranks:
-            env = environment(*([path[rank]] if path and rank in path else []), RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank % per_node,
-                              LOCAL_WORLD_SIZE=per_node, GROUP_RANK=rank // per_node, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            own = path is not None and rank in path
+            env = with_path(*([path[rank]] if own else []), RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank % per_node,
+                            LOCAL_WORLD_SIZE=per_node, GROUP_RANK=rank // per_node, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             with open(folder / f"out.{rank}", "w") as out, open(folder / f"err.{rank}", "w") as err:
-                command = [sys.executable, DOCTOR, "--json", "--device", "cpu", "--folder", str(folder), *map(str, words)]
+                command = command_line("tools/doctor.py", "--json", "--device", "cpu", "--folder", folder, *words, cold=own or rank in cold)
                 self.processes[rank] = subprocess.Popen(command, env=env, stdout=out, stderr=err)
 
     def wait_for(self, words: str, rank: int = 0) -> None:
@@ -196,7 +203,7 @@ def test_a_node_without_a_working_torch_speaks_for_itself_and_is_missed(tmp_path
 
 @pytest.mark.parametrize("blow", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
 def test_a_process_that_stops_or_dies_in_the_test_is_named(tmp_path, blow):
-    job = Job(tmp_path, 3, range(3), "--limit-seconds", 8, per_node=3)
+    job = Job(tmp_path, 3, range(3), "--limit-seconds", 8, per_node=3, cold=(1,))
     job.wait_for("network test, part 3")
     job.processes[1].send_signal(blow)
     status, found = job.findings()
@@ -206,9 +213,7 @@ def test_a_process_that_stops_or_dies_in_the_test_is_named(tmp_path, blow):
 
 @pytest.mark.long
 def test_under_torchrun_one_table_is_printed(tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    done = subprocess.run([sys.executable, *launcher, DOCTOR, "--device", "cpu", "--folder", str(tmp_path)], env=environment(),
-                          capture_output=True, text=True, timeout=280, check=False)
+    done = run_command("tools/doctor.py", "--device", "cpu", "--folder", tmp_path, cwd=tmp_path, processes=3)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert sum(line.startswith("OK    sums ") for line in lines) == 1
@@ -219,12 +224,11 @@ def test_under_torchrun_one_table_is_printed(tmp_path):
 @pytest.mark.long
 def test_a_process_killed_under_torchrun_is_told_of_before_the_launcher_ends_the_others(tmp_path):
     script = tmp_path / "one_dies.sh"
-    script.write_text(f'#!/bin/sh\n[ "$RANK" = 1 ] && sleep 60 && exit 7\nexec {sys.executable} {DOCTOR} --json --device cpu '
+    script.write_text(f'#!/bin/sh\n[ "$RANK" = 1 ] && sleep 60 && exit 7\nexec {stand_in()} {DOCTOR} --json --device cpu '
                       f'--folder {tmp_path} --limit-seconds 300\n')
     script.chmod(0o755)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "3"]
-    done = subprocess.run([sys.executable, *launcher, str(script)], env=environment(), capture_output=True, text=True, timeout=280,
-                          check=False)
+    done = run([stand_in(), *launcher, str(script)], cwd=tmp_path, env=environment(), seconds=280)
     assert done.returncode == 1
     found = findings_of(done.stdout, done.stderr)
     assert "rank 1" in found["processes"]["value"]

@@ -3,9 +3,6 @@
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM
 
+from tests.support.commands import run_command
 from tests.support.evaluated import TEXTS, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,11 +28,6 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{label}}}}"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
-
-
-def run(*arguments, cwd, **environment):
-    return subprocess.run([sys.executable, str(ROOT / "tools" / "evaluate.py"), *map(str, arguments)], cwd=cwd, text=True, check=False,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment})
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +83,7 @@ def nats_by_hand(directory, depth):
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 def test_tasks_of_the_harness_are_what_plain_pytorch_counts(folder):
-    done = run("one", "--tasks", "tiny_choice", "--tasks-path", "tasks", "--output", "tasks_out", cwd=folder,
+    done = run_command("tools/evaluate.py", "one", "--tasks", "tiny_choice", "--tasks-path", "tasks", "--output", "tasks_out", cwd=folder,
                HF_DATASETS_CACHE=str(folder / "cache"))
     assert done.returncode == 0, done.stderr
     found = json.loads((folder / "tasks_out" / "evaluation.json").read_text())
@@ -99,13 +92,14 @@ def test_tasks_of_the_harness_are_what_plain_pytorch_counts(folder):
     assert values == {depth: accuracy_by_hand(folder / "one", depth) for depth in (1, 2, 3)}
     assert len(set(values.values())) > 1 and exits["1"]["samples"] == 8 and "lm_eval" in found["versions"]
     assert f"{values[1]:.4f} ± {math.sqrt(values[1] * (1 - values[1]) / 7):.4f}" in done.stdout
-    unknown = run("one", "--tasks", "no_such_task", "--tasks-path", "tasks", cwd=folder)
+    unknown = run_command("tools/evaluate.py", "one", "--tasks", "no_such_task", "--tasks-path", "tasks", cwd=folder)
     assert unknown.returncode == 1 and "error: --tasks: lm-evaluation-harness knows no 'no_such_task'" in unknown.stderr
 
 
 def test_texts_questions_and_a_baseline_with_heads(folder):
-    done = run("one", "--baseline", "other=two", "--train-heads", "train.txt", "--save-heads", "saved", "--text", "valid.txt",
-               "--separator", "###", "--questions", "asked.jsonl", "--shots", 2, "--max-new-tokens", 6, "--output", "out", cwd=folder)
+    done = run_command("tools/evaluate.py", "one", "--baseline", "other=two", "--train-heads", "train.txt", "--save-heads", "saved",
+                       "--text", "valid.txt", "--separator", "###", "--questions", "asked.jsonl", "--shots", 2, "--max-new-tokens", 6,
+                       "--output", "out", cwd=folder)
     assert done.returncode == 0, done.stderr
     found = json.loads((folder / "out" / "evaluation.json").read_text())
     assert list(found["models"]) == ["one", "other", "other+ICT"] and found["settings"]["seq_length"] == 128
@@ -127,7 +121,7 @@ def test_texts_questions_and_a_baseline_with_heads(folder):
     assert answers[0]["prompt"].endswith("What is cat?\nAnswer:")
     assert (folder / "out" / "evaluation.png").stat().st_size > 20_000 and "other+ICT" in done.stdout
     # the nested directory that was written says the same
-    again = run("saved", "--text", "valid.txt", "--separator", "###", "--output", "again", cwd=folder)
+    again = run_command("tools/evaluate.py", "saved", "--text", "valid.txt", "--separator", "###", "--output", "again", cwd=folder)
     assert again.returncode == 0, again.stderr
     saved = json.loads((folder / "again" / "evaluation.json").read_text())["texts"]["valid"]["models"]["saved"]["exits"]
     assert {depth: numbers["loss"] for depth, numbers in saved.items()} == {
@@ -146,6 +140,6 @@ def test_texts_questions_and_a_baseline_with_heads(folder):
     (["one", "--questions", "samples.jsonl"], "samples.jsonl:1: no answer"),
 ])
 def test_mistakes_are_one_line(folder, arguments, message):
-    done = run(*arguments, cwd=folder)
+    done = run_command("tools/evaluate.py", *arguments, cwd=folder)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -12,7 +12,7 @@ from megatron_sorted.data.corpus import Corpus
 from megatron_sorted.data.dataset import open_samples
 from megatron_sorted.errors import SettingsError
 from pretrain_sorted import main
-from tests.system.conftest import run_script
+from tests.support.commands import run_command
 
 BORDER = "=" * 60
 
@@ -66,14 +66,14 @@ def test_every_mistake_in_a_file_names_its_line(tmp_path, monkeypatch, text, mes
 
 def test_a_mistake_is_one_line_without_a_traceback(prepared):
     started = time.monotonic()
-    done = run_script(prepared, "pretrain_sorted.py", "--config", "run.yaml", "--exit-layer-nums", 9)
+    done = run_command("pretrain_sorted.py", "--config", "run.yaml", "--exit-layer-nums", 9, cwd=prepared)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: --exit-layer-nums: 9 is not a layer of this model (--num-layers 4). Use 1..4.\n"
     assert time.monotonic() - started < 5  # torch alone takes longer to import on a busy machine
 
 
 def test_a_mistake_under_torchrun_is_the_last_thing_seen(prepared):
-    done = run_script(prepared, "pretrain_sorted.py", "--config", "run.yaml", "--train-iter", 9, processes=2)
+    done = run_command("pretrain_sorted.py", "--config", "run.yaml", "--train-iter", 9, processes=2, cwd=prepared)
     message = "error: --train-iter: there is no such flag. Did you mean --train-iters?"
     assert done.returncode != 0
     assert done.stderr.splitlines().count(message) == 1  # by one rank, as soon as it is found
@@ -95,8 +95,8 @@ def test_an_error_of_one_rank_ends_all_and_is_seen_last(prepared, tmp_path):
     tokens[corpus.lengths[: document + 1].sum() - 1] = 60000
     tokens.flush()
     started = time.monotonic()
-    done = run_script(tmp_path, "pretrain_sorted.py", "--config", "run.yaml", "--pipeline-model-parallel-size", 1, "--train-iters", 50,
-                      "--eval-interval", "none", processes=2, seconds=120)
+    done = run_command("pretrain_sorted.py", "--config", "run.yaml", "--pipeline-model-parallel-size", 1, "--train-iters", 50,
+                      "--eval-interval", "none", processes=2, seconds=120, cwd=tmp_path)
     seconds = time.monotonic() - started
     message = f"error: data/train_text_document: document {document}: token 60000 is outside the model's vocabulary of 300."
     assert done.returncode != 0 and seconds < 100

@@ -1,25 +1,16 @@
 """tools/first_results.py from a model and a text to a page, with next to no training, and again without doing anything twice."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.commands import run_command
 from tests.support.evaluated import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("cat", "dog", "house", "bird", "mat", "night", "sign", "mother", "sat", "ran", "was", "the", "a", "on", "red", "small")
-
-
-def run(*arguments, cwd) -> subprocess.CompletedProcess:
-    """Returns the finished tool."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(ROOT / "tools" / "first_results.py"), *map(str, arguments)], cwd=cwd, text=True, check=False,
-                          capture_output=True, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 def test_a_quick_run_writes_a_page_and_does_nothing_twice(folder):
     words = ("stories", "--model", "tiny", "--text", "stories.txt", "--separator", "###", "--num-held-out", 8, "--num-tuning", 4, "--quick",
              "--output", "out")
-    done = run(*words, cwd=folder)
+    done = run_command("tools/first_results.py", *words, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (folder / "out" / "docs" / "results" / "tiny.md").read_text()
     assert str(folder) not in page.replace(str(folder / "out"), ""), "files from outside stand there by name alone"
@@ -52,7 +43,7 @@ def test_a_quick_run_writes_a_page_and_does_nothing_twice(folder):
         (row,) = [line for line in page.splitlines() if line.startswith(f"| {depth} ") and cells[0] in line]
         assert row.split(" | ")[3:] == [*cells[:3], f"{cells[3]} |"]
     assert models["ordinary"]["exits"]["3"] != models["nested"]["exits"]["3"]
-    again = run(*words, cwd=folder)
+    again = run_command("tools/first_results.py", *words, cwd=folder)
     assert again.returncode == 0 and again.stdout.count("finished before, skipped") == 7 and "pretrain_sorted.py" not in again.stderr
 
 
@@ -63,6 +54,6 @@ def test_a_quick_run_writes_a_page_and_does_nothing_twice(folder):
     (["cldr", "--methods", "ordinary"], "--methods: nested is missing"),
 ])
 def test_mistakes_are_one_line(folder, arguments, message):
-    done = run(*arguments, cwd=folder)
+    done = run_command("tools/first_results.py", *arguments, cwd=folder)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

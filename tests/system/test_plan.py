@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.rules.sources import ROOT
+from tests.support.commands import run_command
 from tests.support.layouts import thinned
 from tests.support.planned_run import RUN
 
@@ -37,9 +38,7 @@ def plan(tmp_path, world_size: int, *words: str) -> subprocess.CompletedProcess:
     """Returns what the tool did with a small run."""
     path = tmp_path / "run.yaml"
     path.write_text(RUN_ON_CPU.format(world_size=world_size))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "tools/plan.py", str(path), *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    return run_command("tools/plan.py", path, *words, cwd=tmp_path, PYTHONWARNINGS="ignore")
 
 
 @pytest.mark.parametrize("name", thinned(LAYOUTS, "tp2 pp2 dp2", "unequal chunks, sandwich", "blocks of exits, MLPs again"))

@@ -2,9 +2,6 @@
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,16 +10,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_sorted.data.corpus import Corpus
 from megatron_sorted.data.dataset import open_samples
 from megatron_sorted.data.tokenizer import load_tokenizer, train_sentencepiece
+from tests.support.commands import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 # 400 samples with some of 300 kB, and 40 huge ones without a response: 15 blocks of unequal work, which workers finish out of order.
 SAMPLES = [{"instruction": f"Count to {i} in größer 猫", "input": "" if i % 3 else f"start at {i // 2}",
             "output": " ".join(str(n) for n in range(i % 40 + 1)) + " long" * (60000 if i % 50 == 7 else 0)} for i in range(400)]
-
-
-def run(*arguments, cwd):
-    return subprocess.run([sys.executable, str(ROOT / "tools" / "prepare_data.py"), *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +34,7 @@ def folder(tmp_path_factory):
 def test_workers_make_the_same_bytes_and_samples_hold_all_of_it(folder):
     common = ["--input", "a.jsonl", "b.jsonl.gz", "--tokenizer-model", "t.model", "--seq-length", 256, "--valid-fraction", 0.2]
     for workers in (1, 2, 3):
-        done = run(*common, "--output-prefix", f"out/w{workers}", "--workers", workers, cwd=folder)
+        done = run_command("tools/prepare_data.py", *common, "--output-prefix", f"out/w{workers}", "--workers", workers, cwd=folder)
         assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (folder / "out").iterdir())
     assert len(names) == 15 and not any(name.endswith("partial") for name in names)
@@ -80,7 +73,7 @@ def test_workers_make_the_same_bytes_and_samples_hold_all_of_it(folder):
 def test_train_tokenizer_and_text_format(tmp_path):
     texts = [f"Story {i}: the cat of house {i * i} sat.\nThe end." for i in range(300)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    done = run("--input", "t.jsonl", "--output-prefix", "p", "--train-tokenizer", 300, cwd=tmp_path)
+    done = run_command("tools/prepare_data.py", "--input", "t.jsonl", "--output-prefix", "p", "--train-tokenizer", 300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "p.json", "p_text_document.bin", "p_text_document.idx", "p_tokenizer.model", "t.jsonl"]
@@ -94,21 +87,21 @@ def test_train_tokenizer_and_text_format(tmp_path):
 def test_broken_lines_are_reported_or_stop(folder, tmp_path):
     (tmp_path / "x.jsonl").write_text('\n{"instruction": "Q", "output": "A"}\n{broken\n{"instruction": "Q", "output": ""}\n')
     common = ["--input", "x.jsonl", "--tokenizer-model", folder / "t.model", "--output-prefix", "x", "--workers", 2]
-    stopped = run(*common, "--strict", cwd=tmp_path)
+    stopped = run_command("tools/prepare_data.py", *common, "--strict", cwd=tmp_path)
     assert stopped.returncode == 1 and "x.jsonl:3: not_json" in stopped.stderr and "Traceback" not in stopped.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
-    done = run(*common, cwd=tmp_path)
+    done = run_command("tools/prepare_data.py", *common, cwd=tmp_path)
     assert done.returncode == 0 and "skipped: not_json            1  first at x.jsonl:3" in done.stdout
     assert "skipped: empty_response      1  first at x.jsonl:4" in done.stdout
 
 
 def test_limit_overwrite_and_stale_files(folder, tmp_path):
     common = ["--input", folder / "a.jsonl", "--tokenizer-model", folder / "t.model", "--output-prefix", "x"]
-    assert run(*common, "--valid-fraction", 0.5, cwd=tmp_path).returncode == 0
-    refused = run(*common, "--limit", 5, cwd=tmp_path)
+    assert run_command("tools/prepare_data.py", *common, "--valid-fraction", 0.5, cwd=tmp_path).returncode == 0
+    refused = run_command("tools/prepare_data.py", *common, "--limit", 5, cwd=tmp_path)
     assert refused.returncode == 1 and "x_text_document.bin" in refused.stderr and "give --overwrite" in refused.stderr
     assert json.loads((tmp_path / "x.json").read_text())["samples_read"] == 165
-    assert run(*common, "--limit", 5, "--overwrite", cwd=tmp_path).returncode == 0
+    assert run_command("tools/prepare_data.py", *common, "--limit", 5, "--overwrite", cwd=tmp_path).returncode == 0
     assert json.loads((tmp_path / "x.json").read_text())["train"]["documents"] == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x_text_document.bin", "x_text_document.idx"]
 
@@ -126,6 +119,6 @@ def test_mistakes_leave_nothing_behind(folder, tmp_path, arguments, message):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "other.jsonl").write_text('{"prompt": 1, "reply": 2}\n')
     (tmp_path / "good.jsonl").write_text('{"instruction": "Q", "output": "A"}\n')
-    done = run("--output-prefix", "x", "--tokenizer-model", folder / "t.model", *arguments, cwd=tmp_path)
+    done = run_command("tools/prepare_data.py", "--output-prefix", "x", "--tokenizer-model", folder / "t.model", *arguments, cwd=tmp_path)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
     assert len(list(tmp_path.iterdir())) == 3

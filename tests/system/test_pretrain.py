@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from tests.support.command_line import pretrain
-from tests.system.conftest import run_script
+from tests.support.commands import run_command
 
 STEP = (r"step {}/4  loss @1 \d\.\d{{3}}  @2 \d\.\d{{3}}  @3 \d\.\d{{3}}  @4 \d\.\d{{3}}  lr \d\.\d\de-\d\d  grad norm \d+\.\d\d  "
         r"\d+ ms/step  [\d,]+ tokens/s  \w+ left  \d\S* TFLOP/s  \d+\.\d GiB")
@@ -113,8 +113,8 @@ def test_continued_run_repeats_the_uninterrupted_one(trained):
 
 def test_one_process_evaluates_to_the_same_numbers(trained):
     folder, _ = trained
-    done = run_script(folder, "pretrain_sorted.py", "--config", "run.yaml", "--pipeline-model-parallel-size", 1, "--skip-train",
-                      "--load", "whole", "--save", "again")
+    done = run_command("pretrain_sorted.py", "--config", "run.yaml", "--pipeline-model-parallel-size", 1, "--skip-train",
+                      "--load", "whole", "--save", "again", cwd=folder)
     assert done.returncode == 0 and not NOISE.search(done.stderr), done.stderr
     assert "loaded whole/iter_0000004: step 4" in done.stdout and "training data" not in done.stdout
     before, after = (json.loads((folder / name / "evaluation.json").read_text()) for name in ("whole", "again"))

@@ -12,7 +12,7 @@ import pytest
 from megatron_sorted.checkpoint.manifest import MANIFEST
 from megatron_sorted.monitoring.json_lines import read_json_lines
 from tests.support.command_line import pretrain
-from tests.system.conftest import ROOT, run_script
+from tests.support.commands import ROOT, run_command
 from tests.system.test_pretrain import untimed
 
 RUN = ("--config", "run.yaml", "--eval-interval", "none", "--valid-data-path", "--split", "100,0")
@@ -86,7 +86,7 @@ def test_changed_data_is_refused_unless_told(folder):
     tokens = np.memmap(folder / "data" / "train_text_document.bin", np.uint16, "r+")
     tokens[100] = 5 + (tokens[100] == 5)
     tokens.flush()
-    done = run_script(folder, "pretrain_sorted.py", *one_process)
+    done = run_command("pretrain_sorted.py", *one_process, cwd=folder)
     assert done.returncode == 1 and done.stderr.startswith(
         "error: save/iter_0000004: trained on other data than this run names: train_text_document.bin")
     assert done.stderr.endswith("Sample 16 would not be the next one. Give the data back, continue with --allow-changed-data, or start at "
@@ -105,11 +105,11 @@ def test_another_tokenizer_is_refused(folder):
     assert said["tokenizer"]["name"] == "train_tokenizer.model"
     samples = ({"instruction": f"Subtract {i:x} from {i * 7919:b}", "output": oct(i)} for i in range(300))
     (folder / "more.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    done = run_script(folder, "tools/prepare_data.py", "--input", "more.jsonl", "--output-prefix", "data/more", "--seq-length", 64,
-                      "--train-tokenizer", 300)
+    done = run_command("tools/prepare_data.py", "--input", "more.jsonl", "--output-prefix", "data/more", "--seq-length", 64,
+                      "--train-tokenizer", 300, cwd=folder)
     assert done.returncode == 0, done.stderr
-    done = run_script(folder, "pretrain_sorted.py", *RUN, "--pipeline-model-parallel-size", 1, "--load", "save", "--data-path",
-                      "data/more_text_document", "--tokenizer-model", "data/more_tokenizer.model", "--finetune")
+    done = run_command("pretrain_sorted.py", *RUN, "--pipeline-model-parallel-size", 1, "--load", "save", "--data-path",
+                      "data/more_text_document", "--tokenizer-model", "data/more_tokenizer.model", "--finetune", cwd=folder)
     assert done.stderr.startswith("error: --tokenizer-model: more_tokenizer.model (sha256 ")
     assert "was made with train_tokenizer.model" in done.stderr and "save/iter_0000004/tokenizer" in done.stderr
 

@@ -1,10 +1,8 @@
 """Runs that are told to stop, that run out of time, whose launcher or peer dies: under torchrun, with real signals."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +11,8 @@ import pytest
 
 from megatron_sorted.monitoring.json_lines import read_json_lines
 from tests.support.command_line import pretrain
-from tests.system.conftest import ROOT, run_script
+from tests.support.commands import run_command, start_command
+from tests.support.preloaded.session import stand_in
 from tests.system.test_failures import last_block
 from tests.system.test_pretrain import untimed
 
@@ -21,13 +20,12 @@ RUN = ("--config", "run.yaml", "--eval-interval", "none", "--valid-data-path", "
        "--load", "save", "--save", "save")
 
 
-def start(folder: Path, *words: object, processes: int = 2) -> psutil.Popen:
-    """Returns a run of many steps that has done its first ones."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def start(folder: Path, *words: object, processes: int = 2, cold: bool = False) -> subprocess.Popen:
+    """Return a run of many steps that has done its first ones; a torchrun is a process of its own, with ranks as its children."""
     with open(folder / "log", "w") as log:
-        process = psutil.Popen([sys.executable, *launcher, str(ROOT / "pretrain_sorted.py"), *RUN, "--train-iters", "100000",
-                                *map(str, words)], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = start_command("pretrain_sorted.py", *RUN, "--train-iters", 100000, *words, cwd=folder, processes=processes,
+                                cold=cold or processes > 0, variables={} if cold else {"PYTHON_EXEC": stand_in()}, stdout=log,
+                                stderr=subprocess.STDOUT)
     metrics = folder / "save" / "metrics.jsonl"
     until = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
@@ -36,8 +34,8 @@ def start(folder: Path, *words: object, processes: int = 2) -> psutil.Popen:
     return process
 
 
-def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
-    return [child for child in launcher.children() if "pretrain_sorted.py" in " ".join(child.cmdline())]
+def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
+    return [child for child in psutil.Process(launcher.pid).children() if "pretrain_sorted.py" in " ".join(child.cmdline())]
 
 
 @pytest.fixture
@@ -104,7 +102,7 @@ def test_a_run_stops_where_it_is_told_to_and_goes_on_as_if_it_had_not(folder, wo
 
 
 def test_a_frozen_rank_is_named_and_ends_the_job(folder):
-    launcher = start(folder, "--hang-timeout-minutes", 0.2)
+    launcher = start(folder, "--hang-timeout-minutes", 0.2, cold=True)
     victim = next(rank for rank in ranks_of(launcher) if rank.environ()["RANK"] == "1")
     victim.suspend()
     began = time.monotonic()
@@ -119,7 +117,7 @@ def test_a_frozen_rank_is_named_and_ends_the_job(folder):
 
 
 def test_ranks_do_not_outlive_their_launcher(folder):
-    launcher = start(folder, "--hang-timeout-minutes", 0.2)
+    launcher = start(folder, "--hang-timeout-minutes", 0.2, cold=True)
     ranks = ranks_of(launcher)
     launcher.kill()
     _, alive = psutil.wait_procs(ranks, timeout=30)
@@ -129,8 +127,8 @@ def test_ranks_do_not_outlive_their_launcher(folder):
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run_and_save_nothing(folder):
-    done = run_script(folder, "pretrain_sorted.py", *RUN, "--pipeline-model-parallel-size", 1, "--train-iters", 20, "--lr", "1e30",
-                      "--clip-grad", 0, "--save-interval", 1, "--nonfinite-steps-allowed", 2)
+    done = run_command("pretrain_sorted.py", *RUN, "--pipeline-model-parallel-size", 1, "--train-iters", 20, "--lr", "1e30",
+                      "--clip-grad", 0, "--save-interval", 1, "--nonfinite-steps-allowed", 2, cwd=folder)
     assert done.returncode == 1
     skipped = [line for line in done.stdout.splitlines() if " skipped: " in line]
     assert len(skipped) == 2 and skipped[0].endswith("(1 in a row, 2 allowed)") and skipped[1].endswith("(2 in a row, 2 allowed)")

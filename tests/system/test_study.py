@@ -1,24 +1,15 @@
 """tools/study.py from a model and a text to a page, with next to no training, and more ways added without doing anything twice."""
 
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.commands import run_command
 from tests.support.evaluated import write_model
 from tests.system.test_first_results import WORDS
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*arguments, cwd) -> subprocess.CompletedProcess:
-    """Returns the finished tool."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(ROOT / "tools" / "study.py"), *map(str, arguments)], cwd=cwd, text=True, check=False,
-                          capture_output=True, env=environment)
 
 
 def test_a_quick_study_writes_a_page_and_can_be_added_to(tmp_path):
@@ -28,9 +19,9 @@ def test_a_quick_study_writes_a_page_and_can_be_added_to(tmp_path):
     (tmp_path / "stories.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
     words = ("stories", "--model", "tiny", "--text", "stories.txt", "--quick", "--seeds", 1, "--jobs", 2, "--output", "out",
              "--teach-separate", "--variants")
-    first = run(*words, "excess-loss", cwd=tmp_path)
+    first = run_command("tools/study.py", *words, "excess-loss", cwd=tmp_path)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    added = run(*words, "excess-loss", "start-1", cwd=tmp_path)
+    added = run_command("tools/study.py", *words, "excess-loss", "start-1", cwd=tmp_path)
     assert added.returncode == 0, added.stdout[-3000:] + added.stderr[-3000:]
     trained = [line for line in added.stdout.splitlines() if "done after" in line]
     assert len(trained) == 1 and "start-1-1" in trained[0]
@@ -47,6 +38,6 @@ def test_a_quick_study_writes_a_page_and_can_be_added_to(tmp_path):
     (["instructions", "--train", "none.jsonl", "--valid", "none.jsonl"], "none.jsonl: no such file"),
 ])
 def test_mistakes_are_one_line(tmp_path, arguments, message):
-    done = run(*arguments, cwd=tmp_path)
+    done = run_command("tools/study.py", *arguments, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

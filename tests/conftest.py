@@ -1,0 +1,18 @@
+"""What holds for all tests: the servers from which they start commands and ranks, and what is printed at the end."""
+
+import os
+
+from tests.support.preloaded.session import close_session, open_session
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two workers with two threads each get in each other's way
+pytest_plugins = ["tests.support.timing"]
+
+
+def pytest_configure() -> None:
+    """Make the folder of the preloaded servers; they start when a test first needs them."""
+    open_session()
+
+
+def pytest_unconfigure() -> None:
+    """End them."""
+    close_session()

@@ -1,0 +1,24 @@
+"""Imports of training on CPUs, in the order of ``pretrain_sorted.py``, and of torchrun."""
+
+import importlib
+
+from megatron_sorted.platform.before_torch import keep_device_packages_out
+from megatron_sorted.platform.quiet import silence_library_warnings
+
+keep_device_packages_out()
+silence_library_warnings()
+
+import torch  # noqa: E402, F401
+
+from megatron_sorted.platform.cpu import keep_unused_out  # noqa: E402
+
+keep_unused_out()
+
+NAMES = """
+    megatron.core.parallel_state megatron_sorted.conversion.network megatron_sorted.settings.load megatron_sorted.training.loop
+    megatron_sorted.training.step numpy safetensors.torch sentencepiece tokenizers torch._dynamo torch.distributed.run
+    torch.distributed.elastic.rendezvous.c10d_rendezvous_backend
+"""
+
+for name in NAMES.split():
+    importlib.import_module(name)

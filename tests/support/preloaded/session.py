@@ -1,0 +1,111 @@
+"""The preloaded servers of one test run: a folder with the stand-in for ``python``, and their end."""
+
+import fcntl
+import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+FOLDER = "SORTED_TEST_SERVERS"
+"""Environment variable with the session's folder: how the workers of a test run share its servers."""
+STAND_IN = """\
+#!{python} -IS
+import sys
+sys.path.insert(0, {here!r})
+import stand_in
+stand_in.main({python!r}, {root!r}, {folder!r})
+"""
+END_SECONDS = 10
+
+
+def open_session() -> None:
+    """Make the folder of this test run, unless the process that started this one has made it; no server starts yet."""
+    if FOLDER in os.environ:
+        return
+    folder = Path(tempfile.mkdtemp(prefix="preloaded_"))
+    (folder / "session.pid").write_text(str(os.getpid()))
+    stand_in = folder / "python"
+    stand_in.write_text(STAND_IN.format(python=sys.executable, here=str(HERE), root=str(ROOT), folder=str(folder)))
+    stand_in.chmod(0o755)
+    os.environ[FOLDER] = str(folder)
+
+
+def close_session() -> None:
+    """End the servers, and with them whatever they have forked, and remove the folder; only in the process that made it."""
+    folder = Path(os.environ.get(FOLDER, "/nowhere"))
+    if not folder.is_dir() or (folder / "session.pid").read_text() != str(os.getpid()):
+        return
+    servers = [int(path.read_text()) for path in folder.glob("*.pid") if path.name != "session.pid"]
+    for server in servers:
+        with suppress(ProcessLookupError):
+            os.kill(server, signal.SIGTERM)
+    until = time.monotonic() + END_SECONDS
+    while any(Path(f"/proc/{server}/fd/0").exists() for server in servers) and time.monotonic() < until:
+        time.sleep(0.02)
+    shutil.rmtree(folder)
+    del os.environ[FOLDER]
+
+
+def stand_in() -> str:
+    """Return the path of the stand-in for ``python``."""
+    return str(_folder() / "python")
+
+
+def call(kind: str, module: str, function: str, arguments: tuple, environment: dict[str, str]) -> tuple[socket.socket, int]:
+    """Have the server of that kind call a function in a fork of it.
+
+    Returns:
+        The connection, whose end ends the fork, and an open file from which what ``pickle`` made of ("done", value) or
+        ("failed", traceback) can be read.
+    """
+    sys.path.insert(0, str(HERE))
+    try:
+        import preloaded_messages as messages
+        import stand_in as client
+    finally:
+        sys.path.remove(str(HERE))
+    connection = client.connect(kind, sys.executable, _folder())
+    result, write_end = os.pipe()
+    try:
+        request = {"module": module, "function": function, "arguments": pickle.dumps(arguments).hex(), "environment": environment,
+                   "asker": os.getpid()}
+        messages.send(connection, json.dumps(request).encode(), (1, 2, write_end))
+    finally:
+        os.close(write_end)
+    return connection, result
+
+
+def _folder() -> Path:
+    return Path(os.environ[FOLDER])
+
+
+@contextmanager
+def turn(what: str, alone: bool) -> Iterator[None]:
+    """Wait for a turn among the workers of this test run, and keep it: alone, or beside others that need not be alone."""
+    with open(_folder() / f"{what}.turn", "w") as turns:
+        fcntl.flock(turns, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+
+
+def wait_for_end(connection: socket.socket) -> None:
+    """Wait until the server has reaped the fork behind a connection."""
+    while connection.recv(4096):
+        pass
+
+
+def spent_seconds() -> float:
+    """Return the CPU seconds of this process and of all processes that it started or had forked, as far as they have ended."""
+    spent = _folder() / f"cpu.{os.getpid()}"
+    forked = sum(map(float, spent.read_text().split())) if spent.exists() else 0.0
+    times = os.times()
+    return forked + times.user + times.system + times.children_user + times.children_system

@@ -1,0 +1,130 @@
+"""Stands in for ``python``: has a server fork the scripts that it serves, runs everything else with the real interpreter.
+
+The first lines of the stand-in (``session.py`` writes them) give ``main`` the real interpreter, the project's root and the
+session's folder. Imports nothing of the project but ``messages``, whose folder is on the path.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import preloaded_messages as messages
+
+MEGATRON, TRANSFORMERS = "megatron", "transformers"
+WITH_MEGATRON = ("pretrain_sorted.py", "tools/plan", "tools/doctor", "tools/launch_facts.py", "tools/accept_npu.py", "tools/bench")
+"""Scripts, by the beginning of their path below the root, that need megatron; the others must do without it."""
+TORCHRUN = "torch.distributed.run"
+LIMITS = (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_CORE, resource.RLIMIT_CPU)
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
+START_SECONDS = 240
+
+
+def server_for(arguments: list[str], root: str) -> tuple[str | None, list[str]]:
+    """Return which server runs these arguments of ``python`` (None: the real interpreter) and the arguments without flags."""
+    words = arguments[1:] if arguments[:1] == ["-u"] else arguments
+    if words[:2] == ["-m", TORCHRUN]:
+        return MEGATRON, words
+    if not words or words[0].startswith("-"):
+        return None, words
+    path = os.path.relpath(os.path.realpath(words[0]), root)
+    if not path.startswith(("tools/", "pretrain_sorted.py")):
+        return None, words
+    return (MEGATRON if path.startswith(WITH_MEGATRON) else TRANSFORMERS), words
+
+
+def connect(kind: str, python: str, folder: Path) -> socket.socket:
+    """Return a connection to the server of that kind, which is started if nobody has started it yet."""
+    address = str(folder / f"{kind}.socket")
+    until = time.monotonic() + START_SECONDS
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(address)
+            return connection
+        except OSError:
+            connection.close()
+        if time.monotonic() > until:
+            log = folder / f"{kind}.log"
+            sys.exit(f"the preloaded server did not start within {START_SECONDS} s: {log.read_text() if log.exists() else ''}")
+        _start(kind, python, folder)
+        time.sleep(0.02)
+
+
+def _start(kind: str, python: str, folder: Path) -> None:
+    """Start the server, once: who holds the lock of the session's folder starts it, or finds that another has."""
+    with open(folder / f"{kind}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / f"{kind}.pid").exists():
+            return
+        with open(folder / f"{kind}.log", "wb") as log:
+            server = subprocess.Popen([python, str(Path(__file__).with_name("server.py")), kind, str(folder)], stdin=subprocess.DEVNULL,
+                                      stdout=log, stderr=log, cwd="/", env=_server_environment(), start_new_session=True)
+        (folder / f"{kind}.pid").write_text(str(server.pid))
+
+
+def _server_environment() -> dict[str, str]:
+    """Return what servers start with: nothing of the test that happens to come first, and no second thread in any library."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    return {**kept, **threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+def main(python: str, root: str, folder: str) -> None:
+    """Do what ``python`` would do with this process's arguments."""
+    kind, words = server_for(sys.argv[1:], root)
+    if kind is None:
+        os.execv(python, [python, *sys.argv[1:]])
+    umask = os.umask(0)
+    os.umask(umask)
+    ignored = [number for number in PASSED_ON if signal.getsignal(number) is signal.SIG_IGN]
+    request = {"words": words, "directory": os.getcwd(), "environment": dict(os.environ), "umask": umask, "ignored": ignored,
+               "limits": [(limit, *resource.getrlimit(limit)) for limit in LIMITS], "nice": os.nice(0), "asker": os.getppid()}
+    pending: list[int] = []
+    for number in PASSED_ON:
+        if number not in ignored:
+            signal.signal(number, lambda number, _: pending.append(number))
+    connection = connect(kind, python, Path(folder))
+    messages.send(connection, json.dumps(request).encode("utf-8", "surrogateescape"), (0, 1, 2))
+    body, _ = messages.receive(connection)
+    if body is None:
+        sys.exit("the preloaded server closed the connection; see the log beside its socket")
+    child = json.loads(body)["pid"]
+    _end_as(_status_of(connection, child, pending))
+
+
+def _status_of(connection: socket.socket, child: int, pending: list[int]) -> int:
+    """Return the child's wait status; signals that come meanwhile go to the child."""
+    for number in PASSED_ON:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: _pass_on(child, number))
+    for number in pending:
+        _pass_on(child, number)
+    body, _ = messages.receive(connection)
+    if body is None:
+        sys.exit("the preloaded server ended before its child")
+    return json.loads(body)["status"]
+
+
+def _pass_on(child: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended; its status is on the way
+        os.kill(child, number)
+
+
+def _end_as(status: int) -> None:
+    """End this process as another ended: with its exit status, or by its signal."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.kill(os.getpid(), number)
+        signal.pause()
+    os._exit(os.WEXITSTATUS(status))

@@ -1,0 +1,67 @@
+"""What a test run took, so that growth is seen: time by folder, the slowest tests, numbers of tests and assertions.
+
+Prints a warning, and never fails, where a run took longer than is aimed at: machines are shared.
+"""
+
+import ast
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from tests.support.preloaded.session import spent_seconds
+
+SLOWEST = 10
+AIM_SECONDS = {"tests/rules": 20, "tests/unit": 120, "tests/ranks": 330, "tests/system": 330, "tests/launch": 180}
+"""CPU seconds of each folder on the machine that CI has, a tenth above what they took when this was written."""
+
+
+BEGAN = pytest.StashKey[tuple[float, float]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None):
+    """Measure a test with its fixtures; the figures travel to the process that prints them with the report of its end."""
+    item.stash[BEGAN] = time.monotonic(), spent_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Put the wall and CPU seconds of a test on its last report."""
+    report = yield
+    if call.when == "teardown":
+        wall, cpu = item.stash[BEGAN]
+        report.user_properties.append(("seconds", (time.monotonic() - wall, spent_seconds() - cpu)))
+    return report
+
+
+def num_assertions(files: set[str]) -> int:
+    """Return how many statements in these files assert something, `pytest.raises` included."""
+    count = 0
+    for file in files:
+        for node in ast.walk(ast.parse(Path(file).read_text(encoding="utf-8"))):
+            count += isinstance(node, ast.Assert) or (isinstance(node, ast.Attribute) and node.attr == "raises")
+    return count
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Print the table."""
+    reports = [report for key in ("", "passed", "failed", "error") for report in terminalreporter.stats.get(key, ())]
+    seconds = {report.nodeid: value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "seconds"}
+    if len(seconds) <= SLOWEST:
+        return
+    folders = defaultdict(list)
+    for nodeid, spent in seconds.items():
+        folders["/".join(nodeid.split("::")[0].split("/")[:2])].append(spent)
+    write = terminalreporter.write_line
+    write(f"{'folder':16} {'tests':>6} {'wall s':>8} {'CPU s':>8}")
+    for folder, spent in sorted(folders.items()):
+        wall, cpu = (sum(column) for column in zip(*spent, strict=True))
+        late = f"  warning: aimed at {AIM_SECONDS[folder]} CPU s" if cpu > AIM_SECONDS.get(folder, cpu) else ""
+        write(f"{folder:16} {len(spent):6} {wall:8.0f} {cpu:8.0f}{late}")
+    files = {nodeid.split("::")[0] for nodeid in seconds}
+    write(f"{len(seconds)} tests in {len(files)} files with {num_assertions(files)} assertions; the slowest, in seconds:")
+    for nodeid, (wall, cpu) in sorted(seconds.items(), key=lambda pair: -pair[1][0])[:SLOWEST]:
+        write(f"  {wall:6.1f} wall {cpu:6.1f} CPU  {nodeid}")
