@@ -34,10 +34,10 @@ def three(folder, hosts) -> Path:
     return folder
 
 
-def launch(folder: Path, *words: object, hosts: str = "hosts") -> subprocess.Popen:
-    """Starts the run in ``folder`` on its hosts, in a session of its own, as a terminal would."""
+def launch(folder: Path, *words: object, project: Path = ROOT, hosts: str = "hosts") -> subprocess.Popen:
+    """Start the run in ``folder`` on its hosts with the scripts of ``project``, in a session of its own, as a terminal would."""
     with open(folder / "console.out", "w") as console:
-        command = [ROOT / "slurm" / "launch_hosts.sh", "gpu", "--hosts", hosts, "--site", "site", "--logs", "logs", "run.yaml"]
+        command = [project / "slurm" / "launch_hosts.sh", "gpu", "--hosts", hosts, "--site", "site", "--logs", "logs", "run.yaml"]
         return subprocess.Popen([*command, *map(str, words)], cwd=folder, stdout=console, stderr=subprocess.STDOUT, start_new_session=True,
                                 env=clean_environment())
 
@@ -64,8 +64,8 @@ def test_a_run_on_three_hosts(three, hosts, way):
     assert {path.name for path in (three / "logs").glob("*.log")} == {f"{address}.log" for address in ADDRESSES}
 
 
-def test_a_failure_on_one_host_ends_all(three):
-    launcher = launch(three, "--train-iters", 100000)
+def test_a_failure_on_one_host_ends_all(three, tiny):
+    launcher = launch(three, "--train-iters", 100000, project=tiny)
     wait_for("three steps", lambda: last_step(three) >= 3, 240, three)
     workers(three)[1].kill()
     assert launcher.wait(timeout=60) == 1
@@ -85,8 +85,8 @@ def test_ctrl_c_saves_and_ends_all(three, hosts, way):
 
 
 @pytest.mark.long
-def test_nothing_outlives_a_launcher_that_is_killed(three):
-    launcher = launch(three, "--train-iters", 100000)
+def test_nothing_outlives_a_launcher_that_is_killed(three, tiny):
+    launcher = launch(three, "--train-iters", 100000, project=tiny)
     wait_for("three steps", lambda: last_step(three) >= 3, 240, three)
     launcher.kill()
     launcher.wait()

@@ -1,17 +1,27 @@
 """The entry point on several ranks of the fork server: what torchrun does, without its seven seconds."""
 
 import os
+import random
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from tests.support.ranks import run_ranks
 
+CHANCE = random.SystemRandom()  # other sessions on this machine must not draw the same ports
+
 
 def free_port() -> int:
-    """Returns a port of this host that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port of this host that nobody listens on.
+
+    It lies below those that the kernel gives to outgoing connections (from 32768 on), so that none takes it before it
+    is used, and below those of SLURM jobs (from 20000 on).
+    """
+    while True:
+        port = CHANCE.randrange(10240, 20000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def _rank(words: list[str], port: int, folder: str) -> None:
