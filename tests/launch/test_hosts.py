@@ -17,7 +17,7 @@ from tests.support.ssh_hosts import ADDRESSES, SshHosts, missing_programs
 PDSH = pytest.mark.skipif(not shutil.which("pdsh"), reason="pdsh missing: apt-get install pdsh")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hosts() -> Iterator[SshHosts]:
     """Returns running hosts."""
     reason = missing_programs()

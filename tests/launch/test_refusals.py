@@ -186,7 +186,7 @@ def test_every_site_example_is_accepted(folder):
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck missing: apt-get install shellcheck")
 def test_shellcheck():
-    scripts = [*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch")]
-    assert len(scripts) >= 6
+    scripts = [*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch"), ROOT / ".ci" / "run", ROOT / ".ci" / "install"]
+    assert len(scripts) >= 8
     done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -45,7 +45,7 @@ def finish(cluster: SlurmCluster, folder: Path, job: str) -> None:
     assert f"loaded save/iter_{word['step']:07d}: step {word['step']}, " in printed(folder, job)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(slurm, tmp_path_factory) -> Path:
     """Returns the folder of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")

@@ -77,7 +77,7 @@ class NoSkips:
             report.outcome = "failed"
             report.longrepr = (
                 f"skipped, but --no-skips allows only the skips of {LIST}: {reason}\n"
-                "Install what is missing (.ci/install), or list the test there with its reason."
+                "Install what is missing, as .ci/run does, or list the test there with its reason."
             )
 
 
