@@ -1,5 +1,8 @@
 """Where no test may be skipped, only those on the list are, for the listed reason; the list names tests that exist."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from tests.rules.sources import ROOT
@@ -84,3 +87,11 @@ def test_brackets_in_a_test_id_stand_for_themselves():
 def test_the_list_names_what_exists():
     listed = read_list(ROOT / LIST)
     assert listed and all(list(ROOT.glob(skip.tests.partition("::")[0])) for skip in listed)
+
+
+def test_ci_installs_every_package_that_a_skip_names():
+    brought = set(re.findall(r"\]=([a-z-]+)", (ROOT / ".ci" / "install").read_text()))
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
+    words = re.findall(r"apt-get install (?:--no-install-recommends )?([a-z -]+)", "\n".join(sources))
+    named = {package for found in words for package in found.split()}
+    assert len(named) >= 4 and named <= brought
