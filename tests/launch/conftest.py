@@ -21,7 +21,7 @@ Server = TypeVar("Server")
 PASSED = pytest.StashKey[bool]()
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable  # with which nodes train
-STEPS = 60
+STEPS = 150
 RUN = f"""\
 # A tiny run.
 # world-size: 2

@@ -79,7 +79,7 @@ def test_a_killed_worker_ends_the_job(folder, cluster, tiny):
 @pytest.mark.long
 def test_a_killed_worker_is_restarted_where_the_site_says_so(folder, cluster):
     write_site(folder, MAX_RESTARTS=1)
-    job = submit(cluster, folder, "--save-interval", 20)
+    job = submit(cluster, folder, "--save-interval", 20, "--train-iters", 400)
     wait_for("a checkpoint", lambda: last_step(folder) >= 25, 240, folder)
     workers(folder)[1].kill()
     wait_for_state(cluster, folder, job, "COMPLETED", "FAILED")
