@@ -6,9 +6,11 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 # What make test-megatron runs; its -k takes rows (MEGATRON_TESTS='tests/ranks/test_layouts.py -k pp2').
 MEGATRON_TESTS ?= tests/unit tests/ranks/test_layouts.py tests/ranks/test_precision.py tests/ranks/test_checkpoint.py tests/ranks/test_fsdp.py tests/ranks/test_lora.py
+# more words for pytest in check, test, test-all and test-launch, such as --no-skips
+PYTEST_OPTIONS ?=
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
-TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_OPTIONS)
 
 NPU_VENV  := .venv-npu
 NPU_READY := $(NPU_VENV)/.ready
@@ -20,7 +22,7 @@ help:
 	@echo "make check     style, imports, words, unit tests (about five minutes)"
 	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs"
 	@echo "make test-all  the same with every row of the long tables"
-	@echo "make test-launch  job scripts with a real SLURM and sshd on this machine, as root (apt-get install slurm-wlm munge openssh-server pdsh shellcheck)"
+	@echo "make test-launch  job scripts with a real SLURM and sshd on this machine, as root (.ci/install brings what is missing)"
 	@echo "make test-gpu  the same bodies on an NVIDIA GPU"
 	@echo "make test-megatron VERSION=0.15.3  layouts and checkpoints under another megatron-core"
 	@echo "make test-npu  the same bodies through torch_npu on simulated Ascend NPUs (needs gcc; about four minutes)"
@@ -60,7 +62,7 @@ test-all: check
 
 # Installs nothing: what is missing is named, and its tests are reported as not run.
 test-launch: $(READY)
-	@$(BIN)/python -m pytest -rs tests/launch
+	@$(BIN)/python -m pytest -rs $(PYTEST_OPTIONS) tests/launch
 
 test-gpu: $(READY)
 	@$(BIN)/python -m pytest -m gpu tests/device

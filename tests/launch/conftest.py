@@ -1,4 +1,4 @@
-"""A tiny run, a site file for this machine, and what the tests do to jobs."""
+"""A tiny run, a site file for this machine, what the tests do to jobs, and what they must leave behind: nothing."""
 
 import json
 import shutil
@@ -14,10 +14,13 @@ from typing import TypeVar
 import psutil
 import pytest
 
+from tests.support.launch_project import SHORTER_WAITS, TINY_TRAINER, copy_project
 from tests.support.slurm_cluster import SlurmCluster, missing_programs
 
 Server = TypeVar("Server")
+PASSED = pytest.StashKey[bool]()
 ROOT = Path(__file__).resolve().parents[2]
+PYTHON = sys.executable  # with which nodes train
 STEPS = 150
 RUN = f"""\
 # A tiny run.
@@ -45,7 +48,7 @@ load: save
 
 def write_site(folder: Path, **more: object) -> Path:
     """Writes the site file of two nodes on this machine, with one process each, and returns its path."""
-    values = {"DEVICES_PER_NODE": 1, "PYTHON": sys.executable, "ONE_MACHINE": "yes", "DEVICE_REQUEST": "--gres=gpu:1",
+    values = {"DEVICES_PER_NODE": 1, "PYTHON": PYTHON, "ONE_MACHINE": "yes", "DEVICE_REQUEST": "--gres=gpu:1",
               "SBATCH_OPTIONS": "--mem=100", **more}
     path = folder / "site"
     path.write_text("".join(f'{name}="{value}"\n' for name, value in values.items()))
@@ -57,7 +60,7 @@ def wait_for(what: str, true: Callable[[], object], seconds: float, folder: Path
     until = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < until, f"{what}: not within {seconds} s\n" + "\n".join(path.read_text() for path in folder.glob("*.out"))
-        time.sleep(0.3)
+        time.sleep(0.1)
 
 
 def last_step(folder: Path) -> int:
@@ -80,11 +83,11 @@ def workers(folder: Path) -> dict[int, psutil.Process]:
 
 
 def processes_in(folder: Path) -> dict[str, psutil.Process]:
-    """Returns every process that works in ``folder``, by number and command line."""
+    """Return every process that works in ``folder`` or below, by number and command line."""
     found = {}
     for process in psutil.process_iter():
         try:
-            if process.cwd() == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+            if Path(process.cwd()).is_relative_to(folder) and process.status() != psutil.STATUS_ZOMBIE:
                 found[f"{process.pid}: {' '.join(process.cmdline())}"] = process
         except psutil.Error:
             continue
@@ -110,37 +113,90 @@ def hold_until_warned(folder: Path, seconds: float, cause: Callable[[], None] = 
         worker.resume()
 
 
+def end_processes_in(folder: Path, seconds: float) -> dict[str, psutil.Process]:
+    """Give the processes in ``folder`` a while to end, kill those that have not, and return them."""
+    until = time.monotonic() + seconds
+    while (left := processes_in(folder)) and time.monotonic() < until:
+        time.sleep(0.1)
+    for process in left.values():
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left.values(), timeout=10)
+    return left
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ends_in_good_order() -> Iterator[None]:
+    """Let fixtures end what they have started also when a time limit ends the session."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: pytest.exit("ended by SIGTERM", 143))
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Note for fixtures whether the test has passed."""
+    report = yield
+    item.stash[PASSED] = report.when == "call" and report.passed
+    return report
+
+
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    """Returns a new folder with ``run.yaml`` and ``site``, in which jobs leave what they print."""
+def folder(request, monkeypatch) -> Iterator[Path]:
+    """Return a new folder with ``run.yaml`` and ``site``, in which jobs leave what they print.
+
+    Temporary files go there, too. Programs that a passing test has left in it are an error; all are ended.
+    """
     path = Path(tempfile.mkdtemp(prefix="launch_")).resolve()
+    (path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(path / "tmp"))  # which clean_environment hands on
     (path / "run.yaml").write_text(RUN)
     write_site(path)
     yield path
-    for process in processes_in(path).values():  # of a test that failed
-        with suppress(psutil.Error):
-            process.kill()
+    left = end_processes_in(path, 5)
     shutil.rmtree(path)
+    assert not (left and request.node.stash[PASSED]), f"left running: {', '.join(left)}"
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory) -> Path:
+    """Return a copy of the project that waits less."""
+    return copy_project(tmp_path_factory.mktemp("quick") / "project", lines=SHORTER_WAITS)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """Return a copy of the project with a trainer that needs no torch, for tests that are about launchers alone."""
+    return copy_project(tmp_path_factory.mktemp("tiny") / "project", TINY_TRAINER)
 
 
 @contextmanager
 def running(server: type[Server], missing: str | None, prefix: str) -> Iterator[Server]:
-    """Yields a server that has started in a folder of its own, and stops it; where programs are missing, reports the test as not run."""
+    """Yield a server that has started in a folder of its own, and stop it; skip the test where programs are missing."""
     if missing:
         pytest.skip(missing)
     path = Path(tempfile.mkdtemp(prefix=prefix))
-    started = server(path)
     try:
-        started.start()
-        yield started
+        started = server(path)
+        try:
+            started.start()
+            yield started
+        finally:
+            started.stop()
     finally:
-        started.stop()
         shutil.rmtree(path)
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[SlurmCluster]:
-    """Returns a running SLURM of two nodes."""
+def slurm() -> Iterator[SlurmCluster]:
+    """Return a running SLURM of two nodes."""
     reason = missing_programs()
     with running(SlurmCluster, reason and f"SLURM: {reason}", "slurm_") as started:
         yield started
+
+
+@pytest.fixture
+def cluster(slurm) -> Iterator[SlurmCluster]:
+    """Return that SLURM with free nodes; jobs that a failed test has left are ended."""
+    yield slurm
+    slurm.cancel_all()

@@ -17,7 +17,7 @@ from tests.support.ssh_hosts import ADDRESSES, SshHosts, missing_programs
 PDSH = pytest.mark.skipif(not shutil.which("pdsh"), reason="pdsh missing: apt-get install pdsh")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hosts() -> Iterator[SshHosts]:
     """Returns running hosts."""
     reason = missing_programs()
@@ -34,10 +34,10 @@ def three(folder, hosts) -> Path:
     return folder
 
 
-def launch(folder: Path, *words: object, hosts: str = "hosts") -> subprocess.Popen:
-    """Starts the run in ``folder`` on its hosts, in a session of its own, as a terminal would."""
+def launch(folder: Path, *words: object, project: Path = ROOT, hosts: str = "hosts") -> subprocess.Popen:
+    """Start the run in ``folder`` on its hosts with the scripts of ``project``, in a session of its own, as a terminal would."""
     with open(folder / "console.out", "w") as console:
-        command = [ROOT / "slurm" / "launch_hosts.sh", "gpu", "--hosts", hosts, "--site", "site", "--logs", "logs", "run.yaml"]
+        command = [project / "slurm" / "launch_hosts.sh", "gpu", "--hosts", hosts, "--site", "site", "--logs", "logs", "run.yaml"]
         return subprocess.Popen([*command, *map(str, words)], cwd=folder, stdout=console, stderr=subprocess.STDOUT, start_new_session=True,
                                 env=clean_environment())
 
@@ -64,11 +64,11 @@ def test_a_run_on_three_hosts(three, hosts, way):
     assert {path.name for path in (three / "logs").glob("*.log")} == {f"{address}.log" for address in ADDRESSES}
 
 
-def test_a_failure_on_one_host_ends_all(three):
-    launcher = launch(three, "--train-iters", 100000)
+def test_a_failure_on_one_host_ends_all(three, tiny):
+    launcher = launch(three, "--train-iters", 100000, project=tiny)
     wait_for("three steps", lambda: last_step(three) >= 3, 240, three)
     workers(three)[1].kill()
-    assert launcher.wait(timeout=60) == 1
+    assert launcher.wait(timeout=240) == 1
     assert f"error: {ADDRESSES[1]} ended first, with status 1; all others were ended." in console(three), console(three)
     assert not processes_in(three)
 
@@ -79,18 +79,18 @@ def test_ctrl_c_saves_and_ends_all(three, hosts, way):
     launcher = launch(three, "--train-iters", 100000)
     wait_for("three steps", lambda: last_step(three) >= 3, 240, three)
     os.killpg(launcher.pid, signal.SIGINT)
-    assert launcher.wait(timeout=90) == 130, console(three)
+    assert launcher.wait(timeout=240) == 130, console(three)
     assert "stopped by SIGINT; nothing is left running" in console(three)
     assert not processes_in(three) and (three / "save" / "stopped.json").exists()
 
 
 @pytest.mark.long
-def test_nothing_outlives_a_launcher_that_is_killed(three):
-    launcher = launch(three, "--train-iters", 100000)
+def test_nothing_outlives_a_launcher_that_is_killed(three, tiny):
+    launcher = launch(three, "--train-iters", 100000, project=tiny)
     wait_for("three steps", lambda: last_step(three) >= 3, 240, three)
     launcher.kill()
     launcher.wait()
-    wait_for("the end of all", lambda: not processes_in(three), 60, three)
+    wait_for("the end of all", lambda: not processes_in(three), 240, three)
 
 
 def test_a_host_that_cannot_be_reached_is_named(three):

@@ -16,14 +16,15 @@ from tests.support.ports import free_port
 
 
 def node(folder: Path, mode: str, rank: int = 0, **told: object) -> subprocess.CompletedProcess:
-    """Returns the finished node.sh of a node, which was told what the launchers tell, and more."""
+    """Return the finished node.sh of a node, which was told what the launchers tell, and more."""
     said = {"SORTED_KIND": "gpu", "SORTED_ROOT": ROOT, "SORTED_NODES": 2, "SORTED_DEVICES": 1, "SORTED_PYTHON": sys.executable,
             "SORTED_MASTER_ADDR": "127.0.0.1", "SORTED_MASTER_PORT": free_port(), "SORTED_MAX_RESTARTS": 0, "SORTED_LAUNCH": "one",
             "SORTED_MODULES": "", "SORTED_SHARED_FILES": "yes", "SORTED_ONE_MACHINE": "yes", "SORTED_SET_ENV_FILES": folder / "set_env.sh",
             "SORTED_HOST": f"n{rank}", "SORTED_TIMEOUT_SECONDS": 600, **told}
     (folder / "set_env.sh").write_text("export ASCEND_TOOLKIT_HOME=/opt/cann-9.1.0 OF_SET_ENV=$NOT_SET\n")
-    return subprocess.run([ROOT / "slurm" / "node.sh", mode, str(rank), "--config", "run.yaml"], cwd=folder, env=clean_environment(**said),
-                          text=True, capture_output=True, check=False, timeout=120)
+    script = Path(said["SORTED_ROOT"]) / "slurm" / "node.sh"
+    return subprocess.run([script, mode, str(rank), "--config", "run.yaml"], cwd=folder, env=clean_environment(**said),
+                          text=True, capture_output=True, check=False, timeout=240)
 
 
 def problems(folder: Path, rank: int = 0, **told: object) -> str:
@@ -54,12 +55,12 @@ def test_a_port_that_is_in_use_and_an_interface_that_is_not_there(folder):
     assert "has no network interface eth77 (it has " in said and "lo" in said
 
 
-def test_a_run_that_another_job_saves_into(folder):
+def test_a_run_that_another_job_saves_into(folder, quick):
     (folder / "save").mkdir()
     lock = DirectoryLock(folder / "save")
     lock.acquire()
     try:
-        assert f"--save: another run is saving into {folder}/save (" in problems(folder)
+        assert f"--save: another run is saving into {folder}/save (" in problems(folder, SORTED_ROOT=quick)
     finally:
         lock.release()
 
@@ -127,15 +128,16 @@ def test_devices_that_torch_does_not_see(folder):
 
 def test_an_ascend_node_without_cann(folder):
     on_device(folder)
-    (folder / "torch_npu").mkdir()  # as the real one does where CANN is missing
-    (folder / "torch_npu" / "__init__.py").write_text('raise ImportError("libhccl.so: cannot open shared object file")\n')
-    told = {"SORTED_KIND": "npu", "PYTHONPATH": folder, "HCCL_EXEC_TIMEOUT": 900}
+    path = write_torch(folder, 1)
+    (path / "torch_npu").mkdir()  # as the real one does where CANN is missing
+    (path / "torch_npu" / "__init__.py").write_text('raise ImportError("libhccl.so: cannot open shared object file")\n')
+    told = {"SORTED_KIND": "npu", "PYTHONPATH": path, "HCCL_EXEC_TIMEOUT": 900}
     said = problems(folder, **told)
     assert "has 0 of the 1 devices" in said
     assert "torch_npu does not load: ImportError: libhccl.so: cannot open shared object file. Source CANN's set_env.sh" in said
     assert "HCCL_EXEC_TIMEOUT is 900 s, not below the 600 s of --distributed-timeout-minutes." in said
     assert "HCCL_EXEC_TIMEOUT is 0 s, not below the 600 s" in problems(folder, **{**told, "HCCL_EXEC_TIMEOUT": 0})  # for ever
-    (folder / "torch_npu" / "__init__.py").write_text('raise RuntimeError("Two accelerators cannot be used at the same time")\n')
+    (path / "torch_npu" / "__init__.py").write_text('raise RuntimeError("Two accelerators cannot be used at the same time")\n')
     assert "Two accelerators cannot be used at the same time. Take a CPU build of torch on Ascend hosts." in problems(folder, **told)
     said = problems(folder, **told, SORTED_SET_ENV_FILES="/opt/nowhere/set_env.sh")
     assert "/opt/nowhere/set_env.sh is not there. Install CANN, or name its set_env.sh: SET_ENV_FILES in the site file." in said
@@ -151,7 +153,8 @@ def test_an_ascend_node_on_which_torch_sees_too_few(folder):
 def test_time_outs_that_hccl_does_not_take(folder, minutes, words):
     on_device(folder)
     (folder / "run.yaml").write_text((folder / "run.yaml").read_text() + f"distributed-timeout-minutes: {minutes}\n")
-    said = problems(folder, SORTED_KIND="npu")
+    (write_torch(folder, 1) / "torch_npu.py").touch()
+    said = problems(folder, SORTED_KIND="npu", PYTHONPATH=folder / "path")
     assert words in said if words else "TIMEOUT" not in said
     got = environment_of(folder, SORTED_KIND="npu", SORTED_TIMEOUT_SECONDS=300 * 60)
     assert (got["HCCL_CONNECT_TIMEOUT"], got["HCCL_EXEC_TIMEOUT"]) == ("7200", "16200")

@@ -14,7 +14,7 @@ from tests.support.clean_environment import clean_environment
 
 def run(folder: Path, launcher: str, *words: object) -> subprocess.CompletedProcess:
     return subprocess.run([ROOT / "slurm" / launcher, *map(str, words)], cwd=folder, text=True, capture_output=True, check=False,
-                          timeout=60, env=clean_environment())
+                          timeout=240, env=clean_environment())
 
 
 def refusal(folder: Path, launcher: str, *words: object) -> str:
@@ -186,7 +186,7 @@ def test_every_site_example_is_accepted(folder):
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck missing: apt-get install shellcheck")
 def test_shellcheck():
-    scripts = [*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch")]
-    assert len(scripts) >= 6
+    scripts = [*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch"), ROOT / ".ci" / "run", ROOT / ".ci" / "install"]
+    assert len(scripts) >= 8
     done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""The entry point on several ranks of the fork server: what torchrun does, without its seven seconds."""
+"""The entry point on several ranks of the preloaded server: what torchrun does, without its seven seconds."""
 
 import os
 from pathlib import Path

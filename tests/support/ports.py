@@ -1,18 +1,28 @@
 """Servers of tests: ports that nobody listens on, and answers of a server that may still be starting."""
 
 import json
+import random
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
+
+CHANCE = random.SystemRandom()  # other test runs on this machine must not draw the same ports
 
 
 def free_port() -> int:
-    """Return a port of this host that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port of this host that nobody listens on.
+
+    It lies below those that the kernel gives to outgoing connections (from 32768 on), so that none takes it before it
+    is used, and below those of SLURM jobs (from 20000 on).
+    """
+    while True:
+        port = CHANCE.randrange(10240, 20000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def until_it_answers(server: subprocess.Popen, port: int, path: str, body: bytes | None = None, seconds: float = 60) -> dict:

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from tests.support.clean_environment import clean_environment
-from tests.support.ports import free_port
+from tests.support.daemons import end_daemons
+from tests.support.ports import CHANCE, free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
 DEVICES = 4
@@ -37,7 +38,11 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu,npu
 ReturnToService=2
+# a job's number gives the port on which its nodes meet, and other clusters of tests may run here
+FirstJobId={first_job}
 KillWait=10
+# jobs start soon, as tests wait for them
+SchedulerParameters=bf_interval=1
 RebootProgram=/bin/true
 # a small machine may say it has more
 SlurmdParameters=config_overrides
@@ -86,7 +91,7 @@ class SlurmCluster:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.environment = clean_environment(SLURM_CONF=folder / "slurm.conf")  # jobs get it, too
+        self.environment = clean_environment(SLURM_CONF=folder / "slurm.conf")
         for name in ("spool-n0", "spool-n1", "state"):
             (folder / name).mkdir()
         for name in ("gpu", "npu"):
@@ -94,7 +99,7 @@ class SlurmCluster:
                 subprocess.run(["mknod", str(folder / f"{name}{number}"), "c", "195", str(number)], check=True)
         node = two_free_ports()
         words = {"folder": folder, "host": socket.gethostname().split(".")[0], "controller": free_port(), "node": node, "last": node + 1,
-                 "devices": DEVICES}
+                 "devices": DEVICES, "first_job": CHANCE.randrange(1, 11000)}
         (folder / "slurm.conf").write_text(CONFIGURATION.format(**words))
         (folder / "gres.conf").write_text(GENERIC_RESOURCES.format(folder=folder, last=DEVICES - 1))
         key = folder / "munge.key"
@@ -114,6 +119,10 @@ class SlurmCluster:
             assert time.monotonic() < until, (run / "slurmctld.log").read_text()
             time.sleep(0.2)
 
+    def job_environment(self) -> dict[str, str]:
+        """Return the environment in which to submit a job, which gets it, too."""
+        return clean_environment(SLURM_CONF=self.folder / "slurm.conf")
+
     def command(self, *words: object, check: bool = True) -> str:
         """Returns what a SLURM command printed."""
         done = subprocess.run([str(word) for word in words], env=self.environment, text=True, capture_output=True, check=False, timeout=60)
@@ -132,19 +141,16 @@ class SlurmCluster:
             said = self.command("scontrol", "show", "job", job)
         return dict(word.split("=", 1) for word in said.split() if "=" in word)
 
-    def stop(self) -> None:
-        """Cancels every job and ends the daemons."""
+    def cancel_all(self) -> None:
+        """Cancel every job and wait until the nodes are free."""
         jobs = self.command("squeue", "-h", "-o", "%A", check=False).split()
         if jobs:
             self.command("scancel", *jobs, check=False)
             until = time.monotonic() + 40
             while self.command("squeue", "-h", check=False) and time.monotonic() < until:
-                time.sleep(0.5)
-        for name in ("slurmd-n0", "slurmd-n1", "slurmctld", "munged"):
-            path = self.folder / f"{name}.pid"
-            if path.exists():
-                pid = int(path.read_text())
-                os.kill(pid, 15)
-                until = time.monotonic() + 20
-                while os.path.exists(f"/proc/{pid}") and time.monotonic() < until:
-                    time.sleep(0.1)
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Cancel every job and end the daemons."""
+        self.cancel_all()
+        end_daemons(self.folder / f"{name}.pid" for name in ("slurmd-n0", "slurmd-n1", "slurmctld", "munged"))

@@ -6,9 +6,11 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.support.daemons import end_daemons
 from tests.support.ports import free_port
 
 ADDRESSES = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
+RUN_DIRECTORY = Path("/run/sshd")  # sshd wants it; its own service makes it
 SERVER = """\
 {listen}
 HostKey {folder}/host_key
@@ -47,7 +49,7 @@ class SshHosts:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.port = folder, free_port()
+        self.folder, self.port, self.made_run_directory = folder, free_port(), False
         for name in ("host_key", "user_key"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
         listen = "\n".join(f"ListenAddress {address}:{self.port}" for address in ADDRESSES)
@@ -57,20 +59,19 @@ class SshHosts:
 
     def start(self) -> None:
         """Starts sshd and waits until it lets us in."""
-        Path("/run/sshd").mkdir(exist_ok=True)  # sshd wants it; its own service makes it
+        if not RUN_DIRECTORY.exists():
+            RUN_DIRECTORY.mkdir()
+            self.made_run_directory = True
         log = self.folder / "sshd.log"
         subprocess.run([shutil.which("sshd"), "-f", self.folder / "sshd_config", "-E", log], check=True)
         until = time.monotonic() + 20
         while subprocess.run(["ssh", *self.options.split(), "-o", "BatchMode=yes", ADDRESSES[-1], "true"], check=False,
                              capture_output=True).returncode:
             assert time.monotonic() < until, log.read_text()
-            time.sleep(0.2)
+            time.sleep(0.1)
 
     def stop(self) -> None:
-        """Ends sshd."""
-        path = self.folder / "sshd.pid"
-        if path.exists():
-            os.kill(int(path.read_text()), 15)
-            until = time.monotonic() + 20
-            while path.exists() and time.monotonic() < until:
-                time.sleep(0.05)
+        """End sshd."""
+        end_daemons([self.folder / "sshd.pid"])
+        if self.made_run_directory:
+            RUN_DIRECTORY.rmdir()
