@@ -9,7 +9,6 @@ import importlib
 import multiprocessing
 import os
 import pickle
-import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -32,7 +31,7 @@ def run_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]
     """
     on_device = any(str(getattr(argument, "device", "cpu")) != "cpu" for argument in arguments)
     start = _start_on_device if on_device else _start
-    rendezvous = f"file://{tempfile.mktemp(prefix='rendezvous_')}"
+    rendezvous = f"file://{session.new_path('rendezvous')}"
     with session.turn("ranks", alone=world_size > 2):
         return _answers(world_size, lambda rank: start(function, arguments, {
             "RANK": str(rank), "WORLD_SIZE": str(world_size), "TEST_INIT_METHOD": rendezvous}))

@@ -194,7 +194,7 @@ def run_to_the_end(words: list[str]) -> NoReturn:
 
 
 def run_main(words: list[str]) -> None:
-    """Run a script or a module (``-m NAME``) as ``__main__``."""
+    """Run a script, a module (``-m NAME``) or lines (``-c CODE``) as ``__main__``."""
     if words[0] == "-m":
         import runpy
 
@@ -203,6 +203,12 @@ def run_main(words: list[str]) -> None:
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         return
     module = types.ModuleType("__main__")
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.path.insert(0, "")
+        sys.modules["__main__"] = module
+        exec(compile(words[1], "<string>", "exec"), module.__dict__)
+        return
     module.__file__ = words[0]
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).resolve().parent))

@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -87,6 +88,11 @@ def call(kind: str, module: str, function: str, arguments: tuple, environment: d
 
 def _folder() -> Path:
     return Path(os.environ[FOLDER])
+
+
+def new_path(name: str) -> Path:
+    """Return a path in the session's folder that nobody else has been given; it goes with the folder."""
+    return _folder() / f"{name}.{uuid.uuid4().hex}"
 
 
 @contextmanager

@@ -22,6 +22,8 @@ MEGATRON, TRANSFORMERS = "megatron", "transformers"
 WITH_MEGATRON = ("pretrain_sorted.py", "tools/plan", "tools/doctor", "tools/launch_facts.py", "tools/accept_npu.py", "tools/bench")
 """Scripts, by the beginning of their path below the root, that need megatron; the others must do without it."""
 TORCHRUN = "torch.distributed.run"
+FORK_CODE = "SORTED_FORK_CODE"
+"""Environment variable of the tests of this folder: `-c CODE` is forked too."""
 LIMITS = (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_CORE, resource.RLIMIT_CPU)
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 START_SECONDS = 240
@@ -32,6 +34,8 @@ def server_for(arguments: list[str], root: str) -> tuple[str | None, list[str]]:
     words = arguments[1:] if arguments[:1] == ["-u"] else arguments
     if words[:2] == ["-m", TORCHRUN]:
         return MEGATRON, words
+    if words[:1] == ["-c"] and FORK_CODE in os.environ:
+        return TRANSFORMERS, words
     if not words or words[0].startswith("-"):
         return None, words
     path = os.path.relpath(os.path.realpath(words[0]), root)
