@@ -97,9 +97,10 @@ def _network():
     return SimpleNamespace(vocab_size=1024, model=SimpleNamespace(generation_config=None))
 
 
-def test_autotokenizer_reads_every_export_as_we_do(tmp_path):
+@pytest.mark.parametrize("shift", [0, *(pytest.param(shift, marks=pytest.mark.long) for shift in (1, 2, 3))])
+def test_autotokenizer_reads_every_export_as_we_do(tmp_path, shift):
     for number, name in enumerate(MAKES):
-        for family in (FAMILIES[number % 4], "qwen2"):
+        for family in (FAMILIES[(number + shift) % 4],):
             directory = make_directory(name, tmp_path / f"{name}-{family}")
             (directory / "config.json").write_text(json.dumps({"model_type": family}))
             before = open_tokenizer(directory)
