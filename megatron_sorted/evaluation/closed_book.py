@@ -16,6 +16,7 @@ from megatron_sorted.evaluation.nested_model import NestedModel
 from megatron_sorted.evaluation.questions import Question
 from megatron_sorted.exported.tokenizer import encode_texts
 from megatron_sorted.text.tokenizer import Tokenizer
+from megatron_sorted.text.tokenizer_fit import fitting_pad
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def decode_greedily(sub_model: nn.Module, prompts: Sequence[list[int]], tokenize
     Prompts of similar length go together; shorter ones are filled at the left and masked there.
     """
     ends = stop_ids(tokenizer)
-    filling = tokenizer.pad_id
+    filling = fitting_pad(tokenizer, sub_model.get_input_embeddings().weight.shape[0])
     config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=filling)
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     texts = [""] * len(prompts)
