@@ -65,6 +65,7 @@ class Summary:
     skipped: Skipped = field(default_factory=Skipped)
     tokenizer: dict = field(default_factory=dict)
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """Returns a small table."""
@@ -163,7 +164,7 @@ def prepare(options: PrepareOptions) -> Summary:
                                   "tokenizer_model": _train_tokenizer(options, encode.data_format)})
     encoder = Encoder(encode)  # here too, so that a damaged tokenizer stops us before any process starts
     summary = Summary(tokenizer={"type": encode.tokenizer_type, "name": encoder.tokenizer.name, "sha256": encoder.tokenizer.sha256,
-                                 "vocab_size": encoder.tokenizer.vocab_size})
+                                 "vocab_size": encoder.tokenizer.vocab_size}, notes=encoder.tokenizer.notes)
     train_name, valid_name = output_names(options.output_prefix)
     with_modes = encode.data_format != "text"
     with ExitStack() as stack:

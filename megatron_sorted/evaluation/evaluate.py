@@ -1,14 +1,13 @@
 """Everything that is measured of several models, one after the other, as one object that can be written as JSON."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.closed_book import Answered, answer_questions, encode_prompts
 from megatron_sorted.evaluation.costs import count_parameters, forward_flops_per_token
 from megatron_sorted.evaluation.documents import Document, encode_documents
@@ -19,6 +18,8 @@ from megatron_sorted.evaluation.questions import Question
 from megatron_sorted.evaluation.save_heads import save_with_heads
 from megatron_sorted.evaluation.train_heads import HeadTraining, TrainedHeads, train_heads
 from megatron_sorted.exported.tokenizer import open_tokenizer
+from megatron_sorted.text.tokenizer import Tokenizer
+from megatron_sorted.text.tokenizer_fit import check_ids, surplus_line
 
 SCORES = ("exact_match", "f1", "exact_match_with_case")
 
@@ -98,10 +99,8 @@ def evaluate(subjects: Sequence[Subject], measures: Measures) -> list[Found]:
 def _evaluate(subject: Subject, measures: Measures) -> list[Found]:
     model = load_nested_model(subject.directory, measures.depths, measures.dtype, subject.name)
     tokenizer = open_tokenizer(subject.directory, measures.tokenizer)
-    largest, vocab_size = max(tokenizer.get_vocab().values(), default=0), model.model.config.vocab_size
-    if largest >= vocab_size:
-        raise SettingsError(f"{subject.name}: the tokenizer has ids up to {largest}, the model a vocabulary of {vocab_size}. "
-                            "Give the model's own with --tokenizer.")
+    if line := surplus_line(tokenizer, model.model.config.vocab_size, subject.name):
+        print(f"note: {line}", file=sys.stderr)
     found = [_measure(model, subject, tokenizer, measures, None)]
     if subject.with_heads:
         documents = encode_documents(measures.head_documents or [], tokenizer, measures.append_eos)
@@ -113,7 +112,7 @@ def _evaluate(subject: Subject, measures: Measures) -> list[Found]:
     return found
 
 
-def _measure(model: NestedModel, subject: Subject, tokenizer: PreTrainedTokenizerBase, measures: Measures,
+def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measures: Measures,
              trained: TrainedHeads | None) -> Found:
     found = Found(model.name, subject.is_baseline or trained is not None, _facts(model, subject, tokenizer, measures, trained))
 
@@ -122,10 +121,12 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: PreTrainedTokenize
 
     for name, documents in measures.texts.items():
         encoded = encode_documents(documents, tokenizer, measures.append_eos)
+        check_ids((document.ids for document in encoded), tokenizer, model.model.config.vocab_size, name)
         found.texts[name] = measure_held_out(model, encoded, measures.seq_length, measures.stride, measures.batch_tokens, title(name))
-        found.unknown_tokens[name] = sum(token == tokenizer.unk_token_id for document in encoded for token in document.ids[1:])
+        found.unknown_tokens[name] = sum(token == tokenizer.unk_id for document in encoded for token in document.ids[1:])
     for name, asked in measures.questions.items():
         prompts, found.cut_prompts[name] = encode_prompts(asked.prompts, tokenizer, model.max_positions - measures.max_new_tokens)
+        check_ids(prompts, tokenizer, model.model.config.vocab_size, name)
         found.questions[name] = {
             depth: answer_questions(model, depth, asked.questions, prompts, tokenizer, measures.max_new_tokens, measures.batch_size,
                                     title(f"{name}, depth {depth}")) for depth in model.depths}
@@ -138,7 +139,7 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: PreTrainedTokenize
     return found
 
 
-def _facts(model: NestedModel, subject: Subject, tokenizer: PreTrainedTokenizerBase, measures: Measures,
+def _facts(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measures: Measures,
            trained: TrainedHeads | None) -> dict:
     exits = {}
     for depth in model.depths:

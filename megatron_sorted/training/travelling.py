@@ -13,6 +13,7 @@ from megatron_sorted.checkpoint.candidates import Candidate
 from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, tokenizer_files_in
 from megatron_sorted.errors import CheckpointError, DataError
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.text.tokenizer_files import JSON, MERGES, VOCABULARY, files_with
 from megatron_sorted.training.resume import tokenizer_hashes
 
 
@@ -25,11 +26,15 @@ def tokenizer_files(settings: Settings) -> dict[str, bytes]:
     if settings.tokenizer_model is None:
         return {}
     path = Path(settings.tokenizer_model)
-    if path.is_file() and settings.tokenizer_type == "HuggingFaceTokenizer":
+    if path.is_file() and (settings.tokenizer_type == "HuggingFaceTokenizer" or path.name in (JSON, VOCABULARY, MERGES)):
         path = path.parent  # the directory is the tokenizer
     # whatever a sentencepiece file is called here, a Hugging Face directory made of the checkpoint is searched for tokenizer.model
     name = "tokenizer.model" if settings.tokenizer_type == "SentencePieceTokenizer" else path.name
-    found = {f"{TOKENIZER}/{name}": path} if path.is_file() else tokenizer_files_in(path)
+    if path.is_file():  # with the settings beside it, by which it is read
+        used = files_with(path)
+        found = {f"{TOKENIZER}/{name if file == path else inside}": file for inside, file in used.items()}
+    else:
+        found = tokenizer_files_in(path)
     try:
         return {name: file.read_bytes() for name, file in found.items()}
     except OSError as error:

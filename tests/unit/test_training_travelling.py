@@ -28,10 +28,13 @@ def test_every_file_of_a_tokenizer_is_known_and_nothing_else(directory):
     by_file = Settings(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(directory / "tokenizer.json"))
     assert tokenizer_files(by_file) == expected
     sentencepiece = Settings(tokenizer_model=str(directory / "tokenizer.model"))
-    assert tokenizer_files(sentencepiece) == {"tokenizer/tokenizer.model": b"this is tokenizer.model"}
+    settings = [f"tokenizer/{name}" for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                                                 "chat_template.jinja", "chat_template.json", "additional_chat_templates/tools.jinja")]
+    assert tokenizer_files(sentencepiece) == {name: expected[name] for name in ("tokenizer/tokenizer.model", *settings)}
     assert tokenizer_files(Settings()) == {}
     (directory / "mine.model").write_text("mine")  # an exported directory is searched for tokenizer.model
-    assert tokenizer_files(Settings(tokenizer_model=str(directory / "mine.model"))) == {"tokenizer/tokenizer.model": b"mine"}
+    found = tokenizer_files(Settings(tokenizer_model=str(directory / "mine.model")))
+    assert found["tokenizer/tokenizer.model"] == b"mine" and "tokenizer/mine.model" not in found
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """The options of tools/evaluate.py, and what they name: models, texts, questions, tasks; all is checked before a model is loaded."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -117,7 +118,8 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
         raise SettingsError("nothing to measure. Give --text, --questions or --tasks.")
     for subject in subjects:
         plan_exits(subject.directory, values.depths)
-        open_tokenizer(subject.directory, values.tokenizer)
+        for line in open_tokenizer(subject.directory, values.tokenizer).notes:
+            print(f"note: {line}", file=sys.stderr)
     allowed = {subject.name: max_length_of_config(read_config(subject.directory)) for subject in subjects}
     seq_length = values.seq_length or min(DEFAULT_SEQ_LENGTH, *allowed.values())
     for name, length in allowed.items():
