@@ -131,7 +131,7 @@ class NullTokenizer(Tokenizer):
         return {str(i): i for i in range(self.vocab_size)}
 
 
-def open_tokenizer(path: Path | str, flag: str = "--tokenizer-model") -> Tokenizer:
+def open_tokenizer(path: Path | str, flag: str | None = "--tokenizer-model") -> Tokenizer:
     """Return the tokenizer of a directory or sentencepiece file, the same reading everywhere.
 
     A directory's tokenizer.json is read as it stands, with the tokens that tokenizer_config.json
@@ -141,7 +141,7 @@ def open_tokenizer(path: Path | str, flag: str = "--tokenizer-model") -> Tokeniz
 
     Args:
         path: The directory or file.
-        flag: The option that named it, for messages.
+        flag: The option that named it, for messages; None where it came with a model.
 
     Raises:
         DataError: It is missing, damaged, larger than reason, or contradicts itself.
@@ -155,4 +155,5 @@ def open_tokenizer(path: Path | str, flag: str = "--tokenizer-model") -> Tokeniz
         is_fast = files.main.name in (JSON, VOCABULARY)
         return FastTokenizer(files) if is_fast else SentencePieceTokenizer(files)
     except DataError as error:
-        raise DataError(f"{flag}: {error}") from error
+        raise DataError(f"{flag}: {error}" if flag else f"{error} Another one is given with "
+                        "--tokenizer DIRECTORY or FILE.") from error
