@@ -37,7 +37,7 @@ def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not readable as the summary of prepared data ({type(error).__name__}: {error}). "
                             "Prepare the data again, or take this file away.") from error
-        if sha256 != tokenizer.sha256:
+        if sha256 not in tokenizer.hashes:
             raise DataError(f"{prefix}: prepared with tokenizer {name} (sha256 {sha256[:16]}), but --tokenizer-model is {tokenizer.name} "
                             f"(sha256 {tokenizer.sha256[:16]}). Give the tokenizer the data was prepared with, or prepare it again.")
 
@@ -80,7 +80,7 @@ def form_of_data(sources: Sequence[tuple[float, str]]) -> tuple[PromptForm | Non
         first.setdefault(known, prefix)
         weights[known] = weights.get(known, 0.0) + weight
     if without:
-        lines.append(f"note: {', '.join(without[:3])} {NO_FORM}; nothing is known of how its prompts are written")
+        lines.append(f"{', '.join(without[:3])} {NO_FORM}; nothing is known of how its prompts are written")
     talks = [form for form in weights if form.is_conversation] or list(weights)
     if not talks:
         return None, lines
@@ -89,7 +89,7 @@ def form_of_data(sources: Sequence[tuple[float, str]]) -> tuple[PromptForm | Non
     ends = {end.id: end for form in alike for end in form.ends}
     if len(talks) > len(alike):
         said = ", ".join(f"{form.label} ({first[form]})" for form in talks)
-        lines.append(f"note: the training data are written in several forms: {said}. The model will be asked in that of most weight, "
+        lines.append(f"the training data are written in several forms: {said}. The model will be asked in that of most weight, "
                      f"{chosen.label} ({first[chosen]}); --prompt-template of generate, serve and evaluate takes another")
     found = dataclasses.replace(chosen, ends=tuple(ends.values()))
     words = " ".join(end.text for end in found.ends) or "nothing"

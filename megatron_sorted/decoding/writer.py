@@ -16,6 +16,7 @@ from megatron_sorted.exported.form import ModelForm, form_of_model
 from megatron_sorted.exported.model_directory import open_model_directory
 from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer
 from megatron_sorted.text.tokenizer import Tokenizer
+from megatron_sorted.text.tokenizer_fit import surplus_line
 
 BROKEN = "\ufffd"
 """What a tokenizer writes for bytes that are no character yet."""
@@ -72,13 +73,15 @@ class Writer:
         form: In which conversations are written; by default contents one below the other, as before version 0.7.
 
     Raises:
-        DataError: The model's end tokens are no tokens of it.
+        DataError: The model's end tokens are no tokens of it, or its tokenizer belongs to another model.
     """
 
     def __init__(self, network: Network, tokenizer: Tokenizer, draft: Network | None = None, form: ModelForm | None = None):
         self.network, self.tokenizer, self.draft = network, tokenizer, draft
         self.form = form = form or ModelForm()
         self.end_ids = form.end_ids_of(network.model, tokenizer)
+        line = surplus_line(tokenizer, network.vocab_size, "--tokenizer")
+        self.notes = tokenizer.notes if line is None else (*tokenizer.notes, line)
 
     def draft_for(self, way: Way | type[Way] | None) -> Network | None:
         """Returns the other model that drafts; None for ways, or kinds of them, that draft nothing."""

@@ -1,13 +1,13 @@
 """Everything that is measured of several models, one after the other, as one object that can be written as JSON."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.closed_book import Answered, answer_questions, encode_conversations, encode_prompts
 from megatron_sorted.evaluation.costs import count_parameters, forward_flops_per_token
 from megatron_sorted.evaluation.documents import Document, encode_documents
@@ -21,6 +21,7 @@ from megatron_sorted.exported.form import form_of_model
 from megatron_sorted.exported.tokenizer import open_tokenizer
 from megatron_sorted.text.prompt_form import NO_FORM, PromptForm
 from megatron_sorted.text.tokenizer import Tokenizer
+from megatron_sorted.text.tokenizer_fit import check_ids, surplus_line
 
 UNFORMED = (f"note: it {NO_FORM}; instructions are read as plain text, prompts and answers encoded apart, and questions are asked in "
             "--question-template")
@@ -117,10 +118,8 @@ def evaluate(subjects: Sequence[Subject], measures: Measures) -> list[Found]:
 def _evaluate(subject: Subject, measures: Measures) -> list[Found]:
     model = load_nested_model(subject.directory, measures.depths, measures.dtype, subject.name)
     tokenizer = open_tokenizer(subject.directory, measures.tokenizer)
-    largest, vocab_size = max(tokenizer.get_vocab().values(), default=0), model.model.config.vocab_size
-    if largest >= vocab_size:
-        raise SettingsError(f"{subject.name}: the tokenizer has ids up to {largest}, the model a vocabulary of {vocab_size}. "
-                            "Give the model's own with --tokenizer.")
+    if line := surplus_line(tokenizer, model.model.config.vocab_size, subject.name):
+        print(f"note: {line}", file=sys.stderr)
     form = form_of_model(subject.directory, tokenizer, measures.prompt_template)
     asked = form.prompt_form if form.is_stored or measures.prompt_template is not None else None
     if measures.bars and measures.asks:
@@ -145,6 +144,7 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measure
 
     for name, documents in measures.texts.items():
         encoded = encode_documents(documents, tokenizer, measures.append_eos, form)
+        check_ids((document.ids for document in encoded), tokenizer, model.model.config.vocab_size, name)
         found.texts[name] = measure_held_out(model, encoded, measures.seq_length, measures.stride, measures.batch_tokens, title(name))
         found.unknown_tokens[name] = sum(token == tokenizer.unk_id for document in encoded for token in document.ids[1:])
     for name, asked in measures.questions.items():
@@ -154,6 +154,7 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measure
             ends = form.end_ids
         else:
             prompts, found.cut_prompts[name] = encode_prompts(asked.prompts, tokenizer, room)
+        check_ids(prompts, tokenizer, model.model.config.vocab_size, name)
         found.questions[name] = {
             depth: answer_questions(model, depth, asked.questions, prompts, tokenizer, measures.max_new_tokens, measures.batch_size,
                                     title(f"{name}, depth {depth}"), ends) for depth in model.depths}

@@ -89,7 +89,7 @@ class NullTokenizer(Tokenizer):
         self.vocab_size = self.text_size = vocab_size
         self.bos_id, self.eos_id, self.pad_id = None, vocab_size - 1, vocab_size - 1
         self.adds_bos = False
-        self.name, self.sha256 = f"null-{vocab_size}", ""
+        self.name, self.sha256, self.hashes = f"null-{vocab_size}", "", frozenset(("",))
         self.special_tokens, self.chat_templates, self.files = {}, {}, {}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -146,14 +146,14 @@ def open_tokenizer(path: Path | str, flag: str | None = "--tokenizer-model") -> 
     Raises:
         DataError: It is missing, damaged, larger than reason, or contradicts itself.
     """
-    from megatron_sorted.text.tokenizer_fast import FastTokenizer
+    from megatron_sorted.text.tokenizer_fast import HuggingFaceTokenizer
     from megatron_sorted.text.tokenizer_files import JSON, VOCABULARY, read_tokenizer_files
     from megatron_sorted.text.tokenizer_pieces import SentencePieceTokenizer
 
     try:
         files = read_tokenizer_files(Path(path))
         is_fast = files.main.name in (JSON, VOCABULARY)
-        return FastTokenizer(files) if is_fast else SentencePieceTokenizer(files)
+        return HuggingFaceTokenizer(files) if is_fast else SentencePieceTokenizer(files)
     except DataError as error:
         raise DataError(f"{flag}: {error}" if flag else f"{error} Another one is given with "
                         "--tokenizer DIRECTORY or FILE.") from error

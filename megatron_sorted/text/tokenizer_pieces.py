@@ -3,8 +3,9 @@
 import hashlib
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from typing import Any
 
 from megatron_sorted.errors import DataError
 from megatron_sorted.text.tokenizer import Span, Tokenizer
@@ -19,7 +20,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     Text between the names of such tokens is cut by sentencepiece. It puts a blank before the first
     word of a text; behind a token there is none, as in LlamaTokenizer of transformers, unless
-    tokenizer_config.json says ``"legacy": true``.
+    tokenizer_config.json says ``"legacy": true`` or the file removes blanks.
     """
 
     def __init__(self, files: TokenizerFiles):
@@ -32,21 +33,32 @@ class SentencePieceTokenizer(Tokenizer):
         self.notes = files.notes
         self.chat_templates = files.chat_templates
         self.files = {PIECES if file == path else name: file for name, file in files.used.items()}
-        config = files.config
-        prefixes = config.get("add_prefix_space", True) is not False
-        self._data_behind = self._data + NO_PREFIX if not config.get("legacy") else self._data
-        if not prefixes:
-            self._data_behind = self._data + NO_PREFIX
-            self._pieces = self._behind = _processor(self._data_behind)
-        else:
-            self._behind = None if self._data_behind != self._data else self._pieces
-        size = self._pieces.vocab_size()
+        removes_blanks = self._pieces.encode("  a") == self._pieces.encode("a")
+        self.blank_before = blank_before(files.config, removes_blanks)
+        behind = self._data if self.blank_before == "always" else self._data + NO_PREFIX
+        if self.blank_before == "never":
+            self._data = behind
+            self._pieces = _processor(behind)
+        self._data_behind = behind
+        self._behind = self._pieces if behind == self._data else None
+        size = self._size = self._pieces.vocab_size()
         self._words = self._named_pieces(size) | self._added_tokens(files, size)
         self._names = {number: text for text, (number, _) in self._words.items()}
         self._set_special_tokens(files)
         self.vocab_size = max([size - 1, *self._names]) + 1
-        self.text_size = size
+        self.text_size = 1 + max(
+            (i for i in range(size) if not (self._pieces.is_control(i) or self._pieces.is_unused(i))),
+            default=-1)
         self._find = _finder(list(self._words))
+        if files.place.is_dir() and (files.class_name or files.model_type):
+            self.notes += (
+                f"{files.place.name}: {path.name} is read by sentencepiece itself; AutoTokenizer of "
+                "transformers 5 rebuilds it, and may cut texts into other tokens",)
+
+    @property
+    def named_tokens(self) -> dict[str, tuple[int, bool]]:
+        """Return {text: (id, whether it is special)} of the tokens that a text can name."""
+        return dict(self._words)
 
     def _open(self, path):
         try:
@@ -174,7 +186,7 @@ class SentencePieceTokenizer(Tokenizer):
         text, run, reader = "", [], self._pieces
         for token in map(int, ids):
             if token not in self._names:
-                run += [token] if token < self.text_size else []
+                run += [token] if token < self._size else []
                 continue
             if run:  # behind a first text no blank was put, so none is taken away
                 text, run, reader = text + reader.decode(run), [], self._processor_at(None)
@@ -186,12 +198,24 @@ class SentencePieceTokenizer(Tokenizer):
         """Return the piece, or the added token."""
         if token in self._names:
             return self._names[token]
-        return self._pieces.id_to_piece(token) if 0 <= token < self.text_size else ""
+        return self._pieces.id_to_piece(token) if 0 <= token < self._size else ""
 
     def vocabulary(self) -> dict[str, int]:
         """Return {piece or added token: id}."""
-        pieces = {self._pieces.id_to_piece(i): i for i in range(self.text_size)}
+        pieces = {self._pieces.id_to_piece(i): i for i in range(self._size)}
         return pieces | {text: number for text, (number, _) in self._words.items()}
+
+
+def blank_before(config: Mapping[str, Any], removes_blanks: bool) -> str:
+    """Return before which texts a blank is put: "first" of all, "always" behind tokens too, "never".
+
+    Where a file removes blanks, a word behind a token can only keep its own by getting one.
+
+    Source: ``legacy`` and ``add_prefix_space`` of LlamaTokenizer in transformers.
+    """
+    if config.get("add_prefix_space", True) is False:
+        return "never"
+    return "always" if config.get("legacy") or removes_blanks else "first"
 
 
 def check_place(

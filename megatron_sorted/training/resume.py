@@ -70,7 +70,7 @@ def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Toke
     check_same_shape(directory, described, settings, network_shape(settings, settings.vocab_size))
     check_same_adapters(candidate, settings, takes_weights_only(candidate, settings))
     saved_tokenizer = manifest.get("tokenizer")
-    is_other = tokenizer is not None and saved_tokenizer and tokenizer.sha256 not in tokenizer_hashes(saved_tokenizer)
+    is_other = tokenizer is not None and saved_tokenizer and tokenizer.hashes.isdisjoint(tokenizer_hashes(saved_tokenizer))
     if is_other and not settings.allow_changed_data:
         raise CheckpointError(
             f"--tokenizer-model: {tokenizer.name} (sha256 {tokenizer.sha256[:12]}), but {directory} was made with "
@@ -93,8 +93,8 @@ def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Toke
 
 
 def tokenizer_hashes(said: Mapping[str, Any]) -> set[str]:
-    """Returns the hashes of the files that are the tokenizer a manifest names: one, or its two forms."""
-    return {said["sha256"], said.get("sentencepiece_sha256", said["sha256"])}
+    """Returns the hashes of the files that are the tokenizer a manifest names: one, or several forms of one."""
+    return {said["sha256"], said.get("sentencepiece_sha256", said["sha256"]), *said.get("hashes", ())}
 
 
 def set_schedule(schedule, saved: Mapping[str, Any], saved_samples_a_step: int, samples_a_step: int) -> None:
