@@ -24,7 +24,7 @@ from megatron_sorted.text.tokenizer import Tokenizer
 from megatron_sorted.text.tokenizer_files import read_object
 from megatron_sorted.text.written_forms import written_form
 
-GENERATION = "generation_config.json"
+GENERATION, CONFIG, EOS = "generation_config.json", "config.json", "eos_token_id"
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
@@ -35,7 +35,7 @@ class ModelForm:
     Attributes:
         prompt_form: Of conversations; None where contents stand one below the other.
         line: What is to be said about it.
-        generation: What generation_config.json says.
+        generation, config: What generation_config.json and config.json say.
         where: The directory.
         is_stored: Whether the form came with the model.
     """
@@ -45,6 +45,7 @@ class ModelForm:
     generation: Mapping[str, Any] = field(default_factory=dict)
     where: str = "model"
     is_stored: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def check_rows(self, vocab_size: int) -> None:
         """Check that the model has a row for every end token; errors as for ``prompt_form.check_rows``."""
@@ -54,13 +55,17 @@ class ModelForm:
     def end_ids_of(self, model, tokenizer: Tokenizer) -> frozenset[int]:
         """Return every token that ends a text: of generation_config.json and config.json, those trained, and the tokenizer's eos.
 
+        The files are asked themselves: transformers gives a config that says nothing its family's own end token.
+
         Raises:
             DataError: One is no token of the model.
         """
         found: set[int] = set(self.prompt_form.end_ids if self.prompt_form else ())
         rows = getattr(model.config, "vocab_size", None) or float("inf")
-        for name, said in ((GENERATION, model.generation_config), ("config.json", model.config)):
-            found.update(end_tokens(getattr(said, "eos_token_id", None), f"{self.where}/{name}", rows))
+        said = {GENERATION: self.generation, CONFIG: self.config} if self.config else {
+            GENERATION: {EOS: getattr(model.generation_config, EOS, None)}}
+        for name, content in said.items():
+            found.update(end_tokens(content.get(EOS), f"{self.where}/{name}", rows))
         return frozenset(found | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set()))
 
     def sampling_defaults(self) -> dict[str, Any]:
@@ -108,21 +113,26 @@ def form_of_model(directory: Path, tokenizer: Tokenizer, label: str | None = Non
     Raises:
         DataError: There is no such form, or the stored one does not fit the tokenizer.
     """
-    stored, where = read_form(directory), str(directory)
-    generation = read_object(directory / GENERATION)
+    stored = read_form(directory)
     if stored is not None:
         check_tokens(stored, tokenizer, str(directory / FILE))
+    form, line = _choose(directory.name, stored, tokenizer, label)
+    return ModelForm(form, line, read_object(directory / GENERATION), str(directory), form is not None and form is stored,
+                     read_object(directory / CONFIG))
+
+
+def _choose(name: str, stored: PromptForm | None, tokenizer: Tokenizer, label: str | None) -> tuple[PromptForm | None, str]:
+    """Return the form in which a model is asked, and a line about it."""
     if stored is not None and stored.is_conversation and label in (None, stored.label):
-        return ModelForm(stored, f"prompt form: {stored.label}, as trained", generation, where, True)
+        return stored, f"prompt form: {stored.label}, as trained"
     if label is not None:
         form = form_of_label(label, tokenizer)
         ends = {end.id: end for end in (*form.ends, *(stored.ends if stored else ()))}
         other = f"; the model was trained in {stored.label}" if stored is not None else ""
-        return ModelForm(dataclasses.replace(form, ends=tuple(ends.values())), f"prompt form: {form.label} (--prompt-template){other}",
-                         generation, where)
-    why = f"{directory.name} {NO_FORM}" if stored is None else f"{directory.name} was trained on text, not on conversations"
+        return dataclasses.replace(form, ends=tuple(ends.values())), f"prompt form: {form.label} (--prompt-template){other}"
+    why = f"{name} {NO_FORM}" if stored is None else f"{name} was trained on text, not on conversations"
     if not tokenizer.chat_templates:
-        return ModelForm(stored, f"note: {why}; a conversation is its contents, one a line", generation, where)
-    template, name = chosen_template(tokenizer, None)
-    form = PromptForm(CHAT, template, dict(tokenizer.special_tokens), None, stored.ends if stored else (), name)
-    return ModelForm(form, f"note: {why}; conversations are written by the tokenizer's own template", generation, where)
+        return stored, f"note: {why}; a conversation is its contents, one a line"
+    template, chosen = chosen_template(tokenizer, None)
+    form = PromptForm(CHAT, template, dict(tokenizer.special_tokens), None, stored.ends if stored else (), chosen)
+    return form, f"note: {why}; conversations are written by the tokenizer's own template"

@@ -38,6 +38,7 @@ def test_what_templates_may_use_is_as_in_transformers(tmp_path):
     for template in ("{{ strftime_now('%Y') }}", "{{ messages | tojson(indent=1) }}", "{{ dict(a=1).a }}{{ unk_token }}",
                      "{% set n = namespace(a=1) %}{% for m in messages %}{% set n.a = n.a + loop.length %}"
                      "{% if loop.index > 1 %}{% break %}{% endif %}{{ n.a ~ m.role ~ loop.last }}{% endfor %}",
+                     "{{ '{%1234567}'.replace('1', '2') | replace('3', '4') }}",
                      "{{ tools is none }}{{ documents is none }}{{ x is defined }}",
                      "{% for m in messages | selectattr('role', 'equalto', 'user') %}"
                      "{{ loop.index }}{{ loop.revindex }}{{ m.content }}{% endfor %}",
