@@ -85,6 +85,23 @@ def find_tokenizer(path: Path) -> Path | None:
     return directory / VOCABULARY if both else None
 
 
+def files_with(main: Path) -> dict[str, Path]:
+    """Return every file that a tokenizer is read from, by name within its directory.
+
+    Args:
+        main: The file with its vocabulary, listed by its own name.
+    """
+    directory = main.parent
+    names = [*BESIDE, *([MERGES] if main.name == VOCABULARY else [])]
+    beside = {name: directory / name for name in names if (directory / name).is_file()}
+    return {main.name: main, **beside, **{
+        path.relative_to(directory).as_posix(): path for path in _more_templates(directory)}}
+
+
+def _more_templates(directory: Path) -> list[Path]:
+    return sorted((directory / MORE_TEMPLATES).glob("*.jinja"))[:MOST_TEMPLATES]
+
+
 def read_tokenizer_files(path: Path) -> TokenizerFiles:
     """Return what the files of a tokenizer say.
 
@@ -100,18 +117,14 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
             f"{path}: no tokenizer ({JSON}, {PIECES}, or {VOCABULARY} with {MERGES}). "
             "Give a directory or a sentencepiece file that exists.")
     directory = main.parent
-    used = {main.name: main} | {name: directory / name for name in BESIDE
-                                if (directory / name).is_file()}
-    if main.name == VOCABULARY:
-        used[MERGES] = directory / MERGES
     config = read_object(directory / CONFIG)
     notes: list[str] = []
     added = _added_tokens(directory, config)
     named = _named_tokens(directory, config, notes)
-    templates = _chat_templates(directory, config, used)
+    templates = _chat_templates(directory, config)
     model_type = read_object(directory / "config.json").get("model_type")
     return TokenizerFiles(
-        path, main, used, config, model_type if isinstance(model_type, str) else None,
+        path, main, files_with(main), config, model_type if isinstance(model_type, str) else None,
         added, named, _extra_tokens(directory, config), templates, tuple(notes))
 
 
@@ -229,18 +242,13 @@ def _extra_tokens(directory: Path, config: Mapping[str, Any]) -> tuple[NamedToke
     return tuple(found.values())
 
 
-def _chat_templates(
-    directory: Path, config: Mapping[str, Any], used: dict[str, Path],
-) -> dict[str, str]:
+def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Return {name: jinja text}; as in transformers, files of their own replace the settings'."""
     found: dict[str, str] = {}
-    more = directory / MORE_TEMPLATES
     paths = {"default": directory / TEMPLATE}
-    if more.is_dir():
-        paths |= {path.stem: path for path in sorted(more.glob("*.jinja"))[:MOST_TEMPLATES]}
+    paths |= {path.stem: path for path in _more_templates(directory)}
     for name, path in paths.items():
         if path.is_file():
-            used[path.relative_to(directory).as_posix()] = path
             found[name] = _template_text(read_bounded(path, LARGEST_TEMPLATE_BYTES), path)
     if found:
         return found

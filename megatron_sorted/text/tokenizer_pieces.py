@@ -46,9 +46,9 @@ class SentencePieceTokenizer(Tokenizer):
         self._names = {number: text for text, (number, _) in self._words.items()}
         self._set_special_tokens(files)
         self.vocab_size = max([size - 1, *self._names]) + 1
-        self.text_size = 1 + max(
-            (i for i in range(size) if not (self._pieces.is_control(i) or self._pieces.is_unused(i))),
-            default=-1)
+        self.text_size = 1 + next(
+            (i for i in reversed(range(size))
+             if not (self._pieces.is_control(i) or self._pieces.is_unused(i))), -1)
         self._find = _finder(list(self._words))
         if files.place.is_dir() and (files.class_name or files.model_type):
             self.notes += (

@@ -15,7 +15,7 @@ from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, tokenizer
 from megatron_sorted.errors import CheckpointError, DataError
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.text.prompt_form import FILE, PromptForm, form_from_bytes
-from megatron_sorted.text.tokenizer_files import read_tokenizer_files
+from megatron_sorted.text.tokenizer_files import JSON, MERGES, VOCABULARY, files_with
 from megatron_sorted.training.resume import tokenizer_hashes
 
 FORM = f"{TOKENIZER}/{FILE}"
@@ -30,12 +30,12 @@ def tokenizer_files(settings: Settings) -> dict[str, bytes]:
     if settings.tokenizer_model is None:
         return {}
     path = Path(settings.tokenizer_model)
-    if path.is_file() and settings.tokenizer_type == "HuggingFaceTokenizer":
+    if path.is_file() and (settings.tokenizer_type == "HuggingFaceTokenizer" or path.name in (JSON, VOCABULARY, MERGES)):
         path = path.parent  # the directory is the tokenizer
     # whatever a sentencepiece file is called here, a Hugging Face directory made of the checkpoint is searched for tokenizer.model
     name = "tokenizer.model" if settings.tokenizer_type == "SentencePieceTokenizer" else path.name
     if path.is_file():  # with the settings beside it, by which it is read
-        used = read_tokenizer_files(path).used
+        used = files_with(path)
         found = {f"{TOKENIZER}/{name if file == path else inside}": file for inside, file in used.items()}
     else:
         found = tokenizer_files_in(path)

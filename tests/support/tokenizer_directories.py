@@ -255,6 +255,6 @@ MAKES = {
     "qwen2": Make(_qwen2),
     "llama": Make(_llama(True), "<s>", is_read_alike=False),
     "llama_without_prefix": Make(_llama(False), "<s>", is_read_alike=False),
-    "dropout": Make(_dropout, is_read_alike=False),
+    "dropout": Make(_dropout, is_read_alike=False, bos_is_read_alike=False),
 }
 """Every make of directory, by name."""

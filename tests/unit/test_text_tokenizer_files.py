@@ -1,0 +1,111 @@
+"""Files of tokenizers: what they name, and damaged or hostile ones."""
+
+import json
+
+import pytest
+
+from megatron_sorted.errors import DataError
+from megatron_sorted.text import tokenizer_files
+from megatron_sorted.text.tokenizer import open_tokenizer
+from tests.support.tokenizer_directories import PROBES, make_directory
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return make_directory("byte_level", tmp_path / "m")
+
+
+def settings(directory, **words):
+    (directory / "tokenizer_config.json").write_text(json.dumps(words))
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ({"eos_token": 5}, "eos_token: 5 is not a token"),
+    ({"eos_token": {"content": 1}}, "is not a token"),
+    ({"added_tokens_decoder": [1]}, "added_tokens_decoder: not an object"),
+    ({"added_tokens_decoder": {"x": {"content": "a"}}}, "'x' is not an id"),
+    ({"added_tokens_decoder": {"-1": {"content": "a"}}}, "'-1' is not an id"),
+    ({"added_tokens_decoder": {"405": {"content": "<a>"}}}, "'<a>' is to be token 405, .* make it 400"),
+    ({"added_tokens_decoder": {"7": {"content": "<|end|>"}}}, r"'<\|end\|>' is to be token 7, .* make it 1"),
+    ({"chat_template": 5}, "chat_template: neither a text nor a list"),
+    ({"chat_template": [{"name": "a"}]}, "chat_template: neither a text nor a list"),
+    ({"chat_template": "x" * (tokenizer_files.LARGEST_TEMPLATE_BYTES + 1)}, "at most 1,048,576 are read"),
+])
+def test_settings_that_no_tokenizer_has(directory, words, message):
+    settings(directory, **words)
+    with pytest.raises(DataError, match=f"--tokenizer-model: .*{message}"):
+        open_tokenizer(directory)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[]", b"[" * 100_000, b"\xff\xfe", b'{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}',
+    b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}', b'{"version": "1.0", "model": {"type": "None"}}',
+])
+def test_damaged_vocabularies(directory, content):
+    (directory / "tokenizer.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer"):
+        open_tokenizer(directory)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"[" * 100_000])
+def test_damaged_settings(directory, name, content):
+    (directory / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: not (JSON|a JSON object)"):
+        open_tokenizer(directory)
+
+
+def test_files_larger_than_reason(directory, monkeypatch):
+    monkeypatch.setattr(tokenizer_files.read_bounded, "__defaults__", (100,))
+    with pytest.raises(DataError, match=r"tokenizer\.json: .* bytes, but at most 100 are read"):
+        open_tokenizer(directory)
+
+
+def test_templates_that_are_no_text_or_too_large(directory):
+    (directory / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"chat_template\.jinja: not UTF-8 at byte 0"):
+        open_tokenizer(directory)
+    (directory / "chat_template.jinja").write_bytes(b"x" * (tokenizer_files.LARGEST_TEMPLATE_BYTES + 1))
+    with pytest.raises(DataError, match=r"chat_template\.jinja: .* at most 1,048,576"):
+        open_tokenizer(directory)
+
+
+def test_nothing_in_the_directory_is_executed(directory):
+    settings(directory, tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, eos_token="<|end|>")
+    (directory / "evil.py").write_text("raise SystemExit('executed')")
+    assert open_tokenizer(directory).encode("a b")
+
+
+def test_added_tokens_of_either_file(directory):
+    plain = open_tokenizer(directory)
+    (directory / "added_tokens.json").write_text(json.dumps({"<b>": 401, "<a>": 400}))
+    tokenizer = open_tokenizer(directory)
+    assert tokenizer.encode("x<a><b>") == [*plain.encode("x"), 400, 401]
+    settings(directory, added_tokens_decoder={"400": {"content": "<c>", "special": True}})
+    tokenizer = open_tokenizer(directory)
+    assert tokenizer.encode("<c>") == [400] and 400 in tokenizer.special_ids and len(tokenizer.encode("<a>")) > 1
+
+
+def test_contradicting_names_of_a_special_token(directory):
+    (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|pad|>"}))
+    tokenizer = open_tokenizer(directory)
+    assert tokenizer.eos_id == 2
+    assert "eos_token is '<|end|>' in tokenizer_config.json, '<|pad|>' in special_tokens_map.json; '<|pad|>' is taken" in tokenizer.notes[0]
+
+
+def test_pairs_without_a_known_class_are_refused(tmp_path):
+    directory = make_directory("gpt2_files", tmp_path)
+    assert open_tokenizer(directory).encode_batch(list(PROBES))
+    settings(directory, tokenizer_class="OtherTokenizer")
+    with pytest.raises(DataError, match=r"vocab\.json and merges\.txt do not say how texts are cut, .*Name one of LlamaTokenizer"):
+        open_tokenizer(directory)
+    settings(directory, tokenizer_class="GPT2Tokenizer")
+    (directory / "merges.txt").write_text("a\n")
+    with pytest.raises(DataError, match=r"vocab\.json and merges\.txt are no tokenizer"):
+        open_tokenizer(directory)
+
+
+def test_no_tokenizer(tmp_path):
+    for path in (tmp_path, tmp_path / "absent", tmp_path / "absent.model"):
+        with pytest.raises(DataError, match=r"--tokenizer-model: .*: no tokenizer \(tokenizer\.json, tokenizer\.model, or vocab\.json"):
+            open_tokenizer(path)
