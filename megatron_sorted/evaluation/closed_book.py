@@ -1,7 +1,7 @@
 """Answers of every exit to closed-book questions: greedy decoding in batches, and how many are right."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -15,6 +15,7 @@ from megatron_sorted.evaluation.answers import exact_match, exact_match_with_cas
 from megatron_sorted.evaluation.nested_model import NestedModel
 from megatron_sorted.evaluation.questions import Question
 from megatron_sorted.exported.tokenizer import encode_texts
+from megatron_sorted.text.prompt_form import PromptForm
 from megatron_sorted.text.tokenizer import Tokenizer
 from megatron_sorted.text.tokenizer_fit import fitting_pad
 
@@ -50,20 +51,34 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, room: int) -> t
     return [begin + ids[-keep:] for ids in encoded], sum(len(ids) > keep for ids in encoded)
 
 
-def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """Returns the tokens after which an answer is over: eos, and every token with a line break in it."""
+def encode_conversations(conversations: Sequence[Sequence[Mapping[str, str]]], form: PromptForm, tokenizer: Tokenizer,
+                         room: int) -> tuple[list[list[int]], int]:
+    """Return conversations as the tokens a model is asked with, and how many were cut at the left to ``room``.
+
+    Raises:
+        SettingsError: There is no room for a prompt.
+        DataError: The form does not take a conversation.
+    """
+    if room < 2:
+        raise SettingsError(f"--max-new-tokens leaves {room} tokens for a prompt. Use fewer.")
+    encoded = tokenizer.encode_batch([form.render(messages) for messages in conversations])
+    return [ids[-room:] for ids in encoded], sum(len(ids) > room for ids in encoded)
+
+
+def stop_ids(tokenizer: Tokenizer, ends: Sequence[int] = ()) -> list[int]:
+    """Return the tokens after which an answer is over: eos, ``ends``, and every token with a line break in it."""
     breaks = [token for token in range(tokenizer.vocab_size) if "\n" in tokenizer.decode([token])]
-    return sorted({*breaks, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])})
+    return sorted({*breaks, *ends, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])})
 
 
 @torch.inference_mode()
 def decode_greedily(sub_model: nn.Module, prompts: Sequence[list[int]], tokenizer: Tokenizer, max_new_tokens: int,
-                    batch_size: int = 16, title: str | None = None) -> list[str]:
+                    batch_size: int = 16, title: str | None = None, ends: Sequence[int] = ()) -> list[str]:
     """Returns what the model adds to each prompt, up to eos, a line break or ``max_new_tokens``.
 
     Prompts of similar length go together; shorter ones are filled at the left and masked there.
     """
-    ends = stop_ids(tokenizer)
+    ends = stop_ids(tokenizer, ends)
     filling = fitting_pad(tokenizer, sub_model.get_input_embeddings().weight.shape[0])
     config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=filling)
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
@@ -84,9 +99,9 @@ def decode_greedily(sub_model: nn.Module, prompts: Sequence[list[int]], tokenize
 
 def answer_questions(model: NestedModel, depth: int, questions: Sequence[Question], prompts: Sequence[list[int]],
                      tokenizer: Tokenizer, max_new_tokens: int = 32, batch_size: int = 16,
-                     title: str | None = None) -> Answered:
+                     title: str | None = None, ends: Sequence[int] = ()) -> Answered:
     """Returns the answers of one exit with their scores."""
-    texts = decode_greedily(model.sub_model(depth), prompts, tokenizer, max_new_tokens, batch_size, title)
+    texts = decode_greedily(model.sub_model(depth), prompts, tokenizer, max_new_tokens, batch_size, title, ends)
     answers = [first_line(text) for text in texts]
     scores = {"exact_match": [float(exact_match(a, q.right)) for a, q in zip(answers, questions, strict=True)],
               "f1": [f1(a, q.right) for a, q in zip(answers, questions, strict=True)],

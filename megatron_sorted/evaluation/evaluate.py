@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sorted.evaluation.closed_book import Answered, answer_questions, encode_prompts
+from megatron_sorted.evaluation.closed_book import Answered, answer_questions, encode_conversations, encode_prompts
 from megatron_sorted.evaluation.costs import count_parameters, forward_flops_per_token
 from megatron_sorted.evaluation.documents import Document, encode_documents
 from megatron_sorted.evaluation.harness import Harness
@@ -17,10 +17,14 @@ from megatron_sorted.evaluation.nested_model import NestedModel, load_nested_mod
 from megatron_sorted.evaluation.questions import Question
 from megatron_sorted.evaluation.save_heads import save_with_heads
 from megatron_sorted.evaluation.train_heads import HeadTraining, TrainedHeads, train_heads
+from megatron_sorted.exported.form import form_of_model
 from megatron_sorted.exported.tokenizer import open_tokenizer
+from megatron_sorted.text.prompt_form import NO_FORM, PromptForm
 from megatron_sorted.text.tokenizer import Tokenizer
 from megatron_sorted.text.tokenizer_fit import check_ids, surplus_line
 
+UNFORMED = (f"note: it {NO_FORM}; instructions are read as plain text, prompts and answers encoded apart, and questions are asked in "
+            "--question-template")
 SCORES = ("exact_match", "f1", "exact_match_with_case")
 
 
@@ -36,10 +40,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions with their prompts as text."""
+    """Questions with their prompts.
+
+    Attributes:
+        questions: That are asked.
+        prompts: As text, for models that were trained in no form of conversation, or where a template of questions was given.
+        conversations: As turns, for models that were; empty where only texts are wanted.
+    """
 
     questions: list[Question]
     prompts: list[str]
+    conversations: list[list[dict[str, str]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class Measures:
 
     Attributes:
         texts, questions: By name, in the order of the tables.
+        prompt_template: Form of conversations, instead of the one that a model was trained in.
         harness: Tasks of lm-evaluation-harness, or none.
         head_documents: What heads are trained on; needed where a subject asks for it.
     """
@@ -59,6 +71,7 @@ class Measures:
     depths: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float32
     tokenizer: Path | None = None
+    prompt_template: str | None = None
     append_eos: bool = False
     batch_tokens: int = 8192
     batch_size: int = 16
@@ -71,6 +84,12 @@ class Measures:
     save_heads: Path | None = None
     overwrite: bool = False
     bars: bool = True
+
+
+    @property
+    def asks(self) -> bool:
+        """Return whether anything is read as instructions, conversations or questions."""
+        return bool(self.questions) or any(document.kind != "text" for texts in self.texts.values() for document in texts)
 
 
 @dataclass
@@ -101,35 +120,44 @@ def _evaluate(subject: Subject, measures: Measures) -> list[Found]:
     tokenizer = open_tokenizer(subject.directory, measures.tokenizer)
     if line := surplus_line(tokenizer, model.model.config.vocab_size, subject.name):
         print(f"note: {line}", file=sys.stderr)
-    found = [_measure(model, subject, tokenizer, measures, None)]
+    form = form_of_model(subject.directory, tokenizer, measures.prompt_template)
+    asked = form.prompt_form if form.is_stored or measures.prompt_template is not None else None
+    if measures.bars and measures.asks:
+        print(f"{subject.name}: {form.line if asked else UNFORMED}", flush=True)
+    found = [_measure(model, subject, tokenizer, measures, None, asked)]
     if subject.with_heads:
-        documents = encode_documents(measures.head_documents or [], tokenizer, measures.append_eos)
+        documents = encode_documents(measures.head_documents or [], tokenizer, measures.append_eos, asked)
         trained = train_heads(model.without_parts(), documents, measures.seq_length, measures.head_training,
                               f"{subject.name}: training heads" if measures.bars else None)
         if measures.save_heads is not None:
             save_with_heads(trained.model, subject.directory, measures.save_heads, measures.overwrite)
-        found.append(_measure(trained.model, subject, tokenizer, measures, trained))
+        found.append(_measure(trained.model, subject, tokenizer, measures, trained, asked))
     return found
 
 
 def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measures: Measures,
-             trained: TrainedHeads | None) -> Found:
+             trained: TrainedHeads | None, form: PromptForm | None) -> Found:
     found = Found(model.name, subject.is_baseline or trained is not None, _facts(model, subject, tokenizer, measures, trained))
 
     def title(what: str) -> str | None:
         return f"{model.name}: {what}" if measures.bars else None
 
     for name, documents in measures.texts.items():
-        encoded = encode_documents(documents, tokenizer, measures.append_eos)
+        encoded = encode_documents(documents, tokenizer, measures.append_eos, form)
         check_ids((document.ids for document in encoded), tokenizer, model.model.config.vocab_size, name)
         found.texts[name] = measure_held_out(model, encoded, measures.seq_length, measures.stride, measures.batch_tokens, title(name))
         found.unknown_tokens[name] = sum(token == tokenizer.unk_id for document in encoded for token in document.ids[1:])
     for name, asked in measures.questions.items():
-        prompts, found.cut_prompts[name] = encode_prompts(asked.prompts, tokenizer, model.max_positions - measures.max_new_tokens)
+        room, ends = model.max_positions - measures.max_new_tokens, ()
+        if form is not None and form.is_conversation and asked.conversations:
+            prompts, found.cut_prompts[name] = encode_conversations(asked.conversations, form, tokenizer, room)
+            ends = form.end_ids
+        else:
+            prompts, found.cut_prompts[name] = encode_prompts(asked.prompts, tokenizer, room)
         check_ids(prompts, tokenizer, model.model.config.vocab_size, name)
         found.questions[name] = {
             depth: answer_questions(model, depth, asked.questions, prompts, tokenizer, measures.max_new_tokens, measures.batch_size,
-                                    title(f"{name}, depth {depth}")) for depth in model.depths}
+                                    title(f"{name}, depth {depth}"), ends) for depth in model.depths}
     if measures.harness is not None:
         for depth in model.depths:
             if measures.bars:

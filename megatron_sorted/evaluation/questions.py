@@ -66,9 +66,9 @@ def check_template(template: str) -> str:
     return template
 
 
-def write_prompts(questions: Sequence[Question], shots: int, examples: Sequence[Question] | None = None, template: str = TEMPLATE,
-                  seed: int = 0) -> list[str]:
-    """Returns a prompt for each question: ``shots`` worked examples, then the question without its answer.
+def choose_examples(questions: Sequence[Question], shots: int, examples: Sequence[Question] | None = None,
+                    seed: int = 0) -> list[list[Question]]:
+    """Return ``shots`` worked examples for each question.
 
     Examples are drawn anew for each question, from ``examples`` or from the other questions; never one with the same text. They do not
     depend on which other questions are asked before.
@@ -77,7 +77,7 @@ def write_prompts(questions: Sequence[Question], shots: int, examples: Sequence[
         DataError: There are fewer examples than shots.
     """
     pool = list(questions if examples is None else examples)
-    prompts = []
+    found = []
     for place, question in enumerate(questions):
         # a few more than needed are drawn, so that a question's own text can be passed over
         drawn = random.Random(f"{seed}/{place}").sample(pool, len(pool) if len(pool) <= 4 * shots + 8 else 4 * shots + 8) if shots else []
@@ -85,9 +85,27 @@ def write_prompts(questions: Sequence[Question], shots: int, examples: Sequence[
         if len(chosen) < shots:
             raise DataError(f"--shots: {shots} examples are wanted, {len(chosen)} other questions are there. Use fewer --shots or "
                             "give --shots-from FILE.")
-        prompts.append("\n\n".join([*(_join(_ask(example.text, template), example.answer) for example in chosen),
-                                    _ask(question.text, template)]))
-    return prompts
+        found.append(chosen)
+    return found
+
+
+def write_prompts(questions: Sequence[Question], shots: int, examples: Sequence[Question] | None = None, template: str = TEMPLATE,
+                  seed: int = 0) -> list[str]:
+    """Return a prompt for each question: ``shots`` worked examples, then the question without its answer.
+
+    Raises:
+        DataError: There are fewer examples than shots.
+    """
+    chosen = choose_examples(questions, shots, examples, seed)
+    return ["\n\n".join([*(_join(_ask(example.text, template), example.answer) for example in some), _ask(question.text, template)])
+            for question, some in zip(questions, chosen, strict=True)]
+
+
+def as_conversation(question: Question, examples: Sequence[Question]) -> list[dict[str, str]]:
+    """Return a question behind its examples, each a turn of its own."""
+    turns = [turn for example in examples for turn in ({"role": "user", "content": example.text},
+                                                       {"role": "assistant", "content": example.answer})]
+    return [*turns, {"role": "user", "content": question.text}]
 
 
 def _ask(text: str, template: str) -> str:

@@ -113,19 +113,38 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text; in one thread, since callers run several processes."""
-        if not any(map(self._find.search, texts)):
-            return self._pieces.encode(texts, out_type=int, num_threads=1)
-        return [self._encode(text) if self._find.search(text) else
-                self._pieces.encode(text, out_type=int) for text in texts]
+        first: list[str] = []
+        behind: list[str] = []
+        plans = [self._plan(text, first, behind) for text in texts]
+        starts = iter(self._pieces.encode(first, out_type=int, num_threads=1))
+        others = iter(self._processor_at(1).encode(behind, out_type=int, num_threads=1)
+                      if behind else ())
+        found = []
+        for plan in plans:
+            ids: list[int] = []
+            for part in plan:
+                if part is None:
+                    ids += next(starts)
+                elif part < 0:
+                    ids += next(others)
+                else:
+                    ids.append(part)
+            found.append(ids)
+        return found
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = []
+    def _plan(self, text: str, first: list[str], behind: list[str]) -> list[int | None]:
+        """Return the ids of named tokens, None for a first text and -1 for others, which are listed."""
+        plan: list[int | None] = []
         for begin, part in self._parts(text):
-            if part in self._words and begin is None:
-                ids.append(self._words[part][0])
+            if begin is None:
+                plan.append(self._words[part][0])
+            elif begin:
+                plan.append(-1)
+                behind.append(part)
             else:
-                ids += self._processor_at(begin).encode(part, out_type=int)
-        return ids
+                plan.append(None)
+                first.append(part)
+        return plan
 
     def _parts(self, text: str) -> Iterator[tuple[int | None, str]]:
         """Yield (place, text between tokens) and (None, name of a token), in order."""

@@ -1,5 +1,6 @@
 """Which small files go into a run's checkpoints, and from where."""
 
+import dataclasses
 import hashlib
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from megatron_sorted.checkpoint.candidates import Candidate
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.travelling import carry_files, files_of_checkpoint, tokenizer_files
+from megatron_sorted.text.prompt_form import NamedToken, PromptForm, form_from_bytes
+from megatron_sorted.training.travelling import FORM, carry_files, files_of_checkpoint, tokenizer_files
 
 NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
          "tokenizer.model.v3", "vocab.json", "vocab.txt", "merges.txt", "qwen.tiktoken", "tekken.json", "chat_template.jinja",
@@ -79,3 +81,16 @@ def test_a_sentencepiece_file_keeps_the_fast_tokenizer_made_of_it():
             "sentencepiece_sha256": hashlib.sha256(b"pieces").hexdigest()}
     own = {"tokenizer/my.model": b"pieces"}
     assert carry_files(carried, own, said) == {"tokenizer/tokenizer.json": b"fast", "tokenizer/chat_template.jinja": b"chat", **own}
+
+
+def test_the_form_of_the_data_replaces_the_one_before_and_text_only_adds_its_end():
+    chat = PromptForm("chat", "t", {}, None, (NamedToken("<|im_end|>", 4),))
+    plain, text = dataclasses.replace(chat, name="plain"), dataclasses.replace(chat, name="text", ends=(NamedToken("</s>", 2),))
+    carried = {**CARRIED, FORM: chat.as_json().encode()}
+    for files in ({}, {"tokenizer/tokenizer.json": b"words"}):  # a run that reads no tokenizer, and one that reads the same
+        kept = carry_files(carried, files | {FORM: plain.as_json().encode()}, SAID)
+        assert kept == {**carried, FORM: plain.as_json().encode()}
+        assert carry_files(carried, files, SAID) == carried
+        found = form_from_bytes(carry_files(carried, files | {FORM: text.as_json().encode()}, SAID)[FORM], "")
+        assert found.name == "chat" and found.end_ids == (4, 2)
+    assert FORM not in carry_files(carried, {"tokenizer/tokenizer.model": b"other words"}, SAID)

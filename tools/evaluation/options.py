@@ -8,13 +8,13 @@ from pathlib import Path
 from megatron_sorted.conversion.aside import check_destination
 from megatron_sorted.conversion.convert import KINDS
 from megatron_sorted.conversion.families import max_length_of_config, read_config
-from megatron_sorted.data.templates import TEMPLATES
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.documents import read_documents
 from megatron_sorted.evaluation.evaluate import Measures, QuestionSet, Subject
 from megatron_sorted.evaluation.harness import Harness
-from megatron_sorted.evaluation.questions import TEMPLATE, check_template, read_questions, write_prompts
+from megatron_sorted.evaluation.questions import TEMPLATE, as_conversation, check_template, choose_examples, read_questions, write_prompts
 from megatron_sorted.evaluation.train_heads import HeadTraining
+from megatron_sorted.exported.form import form_of_model
 from megatron_sorted.exported.model_directory import open_model_directory, plan_exits
 from megatron_sorted.exported.tokenizer import open_tokenizer
 
@@ -54,7 +54,9 @@ def read_arguments(arguments: Sequence[str] | None, description: str | None) -> 
     text = parser.add_argument_group("held-out text")
     text.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="plain text, or JSON lines (.jsonl, .jsonl.gz)")
     text.add_argument("--separator", help="cuts plain text into documents, as '<|endoftext|>' does; default: a file is one document")
-    text.add_argument("--prompt-template", choices=tuple(TEMPLATES), default="plain", help="of instructions in JSON lines")
+    parser.add_argument("--prompt-template", metavar="FORM",
+                        help="form of instructions, conversations and questions: plain, alpaca, chat (the tokenizer's own template) or "
+                             "chat:NAME (default: the form that each model was trained in)")
     text.add_argument("--seq-length", type=_positive, help=f"tokens of a window; default: what models allow, up to {DEFAULT_SEQ_LENGTH}")
     text.add_argument("--stride", type=_positive, help="windows start this many tokens apart; default: --seq-length, no overlap")
     text.add_argument("--append-eos", action="store_true", help="count the eos at the end of texts and responses too")
@@ -62,9 +64,11 @@ def read_arguments(arguments: Sequence[str] | None, description: str | None) -> 
     text.add_argument("--batch-tokens", type=_positive, default=8192, help="tokens of one forward pass (%(default)s)")
     asked = parser.add_argument_group("closed-book questions")
     asked.add_argument("--questions", nargs="+", type=Path, default=[], metavar="FILE", help="JSON lines: question, answer, aliases")
-    asked.add_argument("--shots", type=_count, default=5, help="worked examples before each question (%(default)s)")
+    asked.add_argument("--shots", type=_count, help="worked examples before each question (default: 0 where all models are asked in the "
+                                                    "form they were trained in, else 5)")
     asked.add_argument("--shots-from", type=Path, metavar="FILE", help="file of the examples; default: other questions of the same file")
-    asked.add_argument("--question-template", default=TEMPLATE.replace("\n", "\\n"), help="\\n is a line break (%(default)s)")
+    asked.add_argument("--question-template", help="ask in this text, whatever form a model was trained in; \\n is a line break "
+                                                   f"(default, for models of no form: {TEMPLATE!r})")
     asked.add_argument("--num-questions", type=_positive, help="only the first questions of each file")
     asked.add_argument("--max-new-tokens", type=_positive, default=32, help="of an answer (%(default)s)")
     asked.add_argument("--batch-size", type=_positive, default=16, help="questions, or requests of a task, at a time (%(default)s)")
@@ -116,10 +120,16 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
     """
     if not (values.text or values.questions or values.tasks):
         raise SettingsError("nothing to measure. Give --text, --questions or --tasks.")
+    forms = []
     for subject in subjects:
         plan_exits(subject.directory, values.depths)
-        for line in open_tokenizer(subject.directory, values.tokenizer).notes:
+        tokenizer = open_tokenizer(subject.directory, values.tokenizer)
+        for line in tokenizer.notes:
             print(f"note: {line}", file=sys.stderr)
+        forms.append(form_of_model(subject.directory, tokenizer, values.prompt_template))
+    in_forms = values.question_template is None and all(form.is_stored or values.prompt_template for form in forms)
+    if values.shots is None:
+        values.shots = 0 if in_forms else 5
     allowed = {subject.name: max_length_of_config(read_config(subject.directory)) for subject in subjects}
     seq_length = values.seq_length or min(DEFAULT_SEQ_LENGTH, *allowed.values())
     for name, length in allowed.items():
@@ -129,20 +139,23 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
         raise SettingsError(f"--stride: {values.stride} is more than --seq-length {seq_length}, so tokens would be left out. Use less.")
     if values.save_heads:
         check_destination(values.save_heads, values.overwrite, 0)
-    template = check_template(values.question_template.replace("\\n", "\n"))
+    as_turns = values.question_template is None
+    values.question_template = (values.question_template or TEMPLATE).replace("\\n", "\n")
+    template = check_template(values.question_template)
     examples = read_questions(values.shots_from) if values.shots_from else None
     questions = {}
     for name, path in _by_name(values.questions).items():
         found = read_questions(path)
         asked = found[:values.num_questions]
-        questions[name] = QuestionSet(asked, write_prompts(asked, values.shots, examples or found, template, values.seed))
-    texts = {name: read_documents(path, values.separator, values.prompt_template, values.limit)
-             for name, path in _by_name(values.text).items()}
-    heads = read_documents(values.train_heads, values.separator, values.prompt_template) if values.train_heads else None
+        some = choose_examples(asked, values.shots, examples or found, values.seed)
+        questions[name] = QuestionSet(asked, write_prompts(asked, values.shots, examples or found, template, values.seed),
+                                      [as_conversation(*pair) for pair in zip(asked, some, strict=True)] if as_turns else [])
+    texts = {name: read_documents(path, values.separator, values.limit) for name, path in _by_name(values.text).items()}
+    heads = read_documents(values.train_heads, values.separator) if values.train_heads else None
     training = HeadTraining(values.train_heads_epochs, values.train_heads_lr, values.train_heads_batch_size, seed=values.seed)
     return Measures(
         texts, questions, seq_length, values.stride or seq_length, tuple(values.depths) if values.depths else None, KINDS[values.dtype],
-        values.tokenizer, values.append_eos, values.batch_tokens, values.batch_size, values.max_new_tokens,
+        values.tokenizer, values.prompt_template, values.append_eos, values.batch_tokens, values.batch_size, values.max_new_tokens,
         Harness(values.tasks, values.tasks_path) if values.tasks else None, values.task_shots, values.task_limit, heads, training,
         values.save_heads, values.overwrite)
 
