@@ -6,7 +6,8 @@ import os
 import torch
 
 from megatron_sorted.data.batches import Batch
-from megatron_sorted.data.dataset import InstructionSamples, Sample
+from megatron_sorted.data.dataset import InstructionSamples
+from megatron_sorted.data.sample import Sample
 from megatron_sorted.settings.run import Settings
 
 VOCABULARY = 100
