@@ -12,7 +12,8 @@ from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import SPECULATIVE, Way
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.exported.model_directory import open_model_directory
-from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer
+from megatron_sorted.exported.tokenizer import encode_texts, for_transformers, open_tokenizer
+from megatron_sorted.text.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"
 """What a tokenizer writes for bytes that are no character yet."""
@@ -71,10 +72,10 @@ class Writer:
         DataError: The model's end tokens are no numbers.
     """
 
-    def __init__(self, network: Network, tokenizer, draft: Network | None = None):
+    def __init__(self, network: Network, tokenizer: Tokenizer, draft: Network | None = None):
         self.network, self.tokenizer, self.draft = network, tokenizer, draft
         ends = getattr(network.model.generation_config, "eos_token_id", None)
-        ends = tokenizer.eos_token_id if ends is None else ends
+        ends = tokenizer.eos_id if ends is None else ends
         self.end_ids = frozenset([] if ends is None else ends if isinstance(ends, list | tuple) else [ends])
         if not all(isinstance(token, int) for token in self.end_ids):
             raise DataError(f"eos_token_id: {ends!r} of generation_config.json or the tokenizer is not a token. Give an intact directory.")
@@ -90,9 +91,9 @@ class Writer:
         Raises:
             DataError: Nothing is left.
         """
-        ids = self.tokenizer(text)["input_ids"]
-        if not ids and self.tokenizer.bos_token_id is not None:
-            ids = [self.tokenizer.bos_token_id]
+        ids = self.tokenizer.encode_prompt(text)
+        if not ids and self.tokenizer.bos_id is not None:
+            ids = [self.tokenizer.bos_id]
         if not ids:
             raise DataError("prompt: it is empty, and the tokenizer puts nothing before a text. Write something.")
         return ids
@@ -105,10 +106,12 @@ class Writer:
         Raises:
             DataError: The template does not take these messages.
         """
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not self.tokenizer.chat_templates:
             return self.encode("".join(f"{message['content']}\n" for message in messages))
         try:
-            return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+            text = for_transformers(self.tokenizer).apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=False)
+            return self.tokenizer.encode_rendered(text)
         except Exception as error:  # templates raise what they like
             raise DataError(f"messages: the model's chat template does not take them ({error}). Change roles or order.") from error
 
@@ -139,7 +142,7 @@ class Writer:
 
     def _begin(self, prompt: Sequence[int], anchor: list[int]) -> _Row:
         """Returns a row without new text, which stands behind the anchor if it stands behind any text."""
-        is_bare = set(prompt) <= set(self.tokenizer.all_special_ids)
+        is_bare = self.tokenizer.special_ids.issuperset(prompt)
         return _Row() if is_bare else _Row(list(anchor), 0, len(anchor))
 
     def _new_text(self, row: _Row, is_over: bool) -> str:
@@ -194,7 +197,7 @@ def open_writer(directory: Path, draft: Path | None = None, depths: Sequence[int
     return Writer(network, words, None if draft is None else open_draft(open_model_directory(draft), network, words, tokenizer))
 
 
-def open_draft(directory: Path, network: Network, tokenizer, option: Path | None = None) -> Network:
+def open_draft(directory: Path, network: Network, tokenizer: Tokenizer, option: Path | None = None) -> Network:
     """Returns a model that can draft for the network: of the same tokenizer. Vocabularies filled up to other sizes are made alike.
 
     Args:
@@ -208,7 +211,8 @@ def open_draft(directory: Path, network: Network, tokenizer, option: Path | None
     """
     draft = load_network(directory, None, network.dtype, network.device)
     own = open_tokenizer(directory, option)
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise SettingsError(f"draft model: its tokenizer ({len(own)} tokens) gives other numbers than the model's ({len(tokenizer)}). "
+    if own.vocabulary() != tokenizer.vocabulary():
+        raise SettingsError(f"draft model: its tokenizer ({own.vocab_size} tokens) gives other numbers than the model's "
+                            f"({tokenizer.vocab_size}). "
                             "Draft with a model of the same vocabulary.")
     return draft if draft.vocab_size == network.vocab_size else draft.resized(network.vocab_size)

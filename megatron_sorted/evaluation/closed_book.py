@@ -8,13 +8,14 @@ from statistics import fmean, stdev
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.answers import exact_match, exact_match_with_case, f1, first_line
 from megatron_sorted.evaluation.nested_model import NestedModel
 from megatron_sorted.evaluation.questions import Question
-from megatron_sorted.exported.tokenizer import encode_texts, prefix_id
+from megatron_sorted.exported.tokenizer import encode_texts
+from megatron_sorted.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,35 +35,35 @@ class Answered:
         return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, room: int) -> tuple[list[list[int]], int]:
-    """Returns the prompts as tokens that begin with bos (if the tokenizer has one), and how many were cut at the left to ``room``.
+def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, room: int) -> tuple[list[list[int]], int]:
+    """Returns the prompts as tokens that begin with bos where the tokenizer's texts do, and how many were cut at the left to ``room``.
 
     Raises:
         SettingsError: There is no room for a prompt.
     """
     if room < 2:
         raise SettingsError(f"--max-new-tokens leaves {room} tokens for a prompt. Use fewer.")
-    begin = [prefix_id(tokenizer)] if tokenizer.bos_token_id is not None else []
+    begin = [tokenizer.bos_id] if tokenizer.adds_bos else []
     encoded = encode_texts(tokenizer, list(prompts))
     keep = room - len(begin)
     return [begin + ids[-keep:] for ids in encoded], sum(len(ids) > keep for ids in encoded)
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
     """Returns the tokens after which an answer is over: eos, and every token with a line break in it."""
-    breaks = [token for token, text in enumerate(tokenizer.batch_decode([[token] for token in range(len(tokenizer))])) if "\n" in text]
-    return sorted({*breaks, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+    breaks = [token for token in range(tokenizer.vocab_size) if "\n" in tokenizer.decode([token])]
+    return sorted({*breaks, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])})
 
 
 @torch.inference_mode()
-def decode_greedily(sub_model: nn.Module, prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int,
+def decode_greedily(sub_model: nn.Module, prompts: Sequence[list[int]], tokenizer: Tokenizer, max_new_tokens: int,
                     batch_size: int = 16, title: str | None = None) -> list[str]:
     """Returns what the model adds to each prompt, up to eos, a line break or ``max_new_tokens``.
 
     Prompts of similar length go together; shorter ones are filled at the left and masked there.
     """
     ends = stop_ids(tokenizer)
-    filling = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    filling = tokenizer.pad_id
     config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=filling)
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     texts = [""] * len(prompts)
@@ -81,7 +82,7 @@ def decode_greedily(sub_model: nn.Module, prompts: Sequence[list[int]], tokenize
 
 
 def answer_questions(model: NestedModel, depth: int, questions: Sequence[Question], prompts: Sequence[list[int]],
-                     tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 32, batch_size: int = 16,
+                     tokenizer: Tokenizer, max_new_tokens: int = 32, batch_size: int = 16,
                      title: str | None = None) -> Answered:
     """Returns the answers of one exit with their scores."""
     texts = decode_greedily(model.sub_model(depth), prompts, tokenizer, max_new_tokens, batch_size, title)

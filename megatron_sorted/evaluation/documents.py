@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from megatron_sorted.data.jsonl import read_blocks, records
 from megatron_sorted.data.templates import TEMPLATES, BrokenSampleError, Part, detect_format, parts_of
 from megatron_sorted.errors import DataError
 from megatron_sorted.exported.tokenizer import encode_texts, prefix_id
+from megatron_sorted.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def read_documents(path: Path, separator: str | None = None, template: str = "pl
     return documents
 
 
-def encode_documents(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, append_eos: bool = False) -> list[EncodedDocument]:
+def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer, append_eos: bool = False) -> list[EncodedDocument]:
     """Returns every document as tokens; prompts and responses are encoded apart, as in data preparation.
 
     Args:
@@ -70,7 +69,7 @@ def encode_documents(documents: Sequence[Document], tokenizer: PreTrainedTokeniz
     Raises:
         DataError: The tokenizer has no token to begin with, or none to end with.
     """
-    first, last = prefix_id(tokenizer), tokenizer.eos_token_id
+    first, last = prefix_id(tokenizer), tokenizer.eos_id
     if append_eos and last is None:
         raise DataError("--append-eos: the tokenizer has no eos. Leave the option out.")
     encoded = iter(encode_texts(tokenizer, [part.text for document in documents for part in document.parts]))

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.closed_book import Answered, answer_questions, encode_prompts
@@ -19,6 +18,7 @@ from megatron_sorted.evaluation.questions import Question
 from megatron_sorted.evaluation.save_heads import save_with_heads
 from megatron_sorted.evaluation.train_heads import HeadTraining, TrainedHeads, train_heads
 from megatron_sorted.exported.tokenizer import open_tokenizer
+from megatron_sorted.text.tokenizer import Tokenizer
 
 SCORES = ("exact_match", "f1", "exact_match_with_case")
 
@@ -113,7 +113,7 @@ def _evaluate(subject: Subject, measures: Measures) -> list[Found]:
     return found
 
 
-def _measure(model: NestedModel, subject: Subject, tokenizer: PreTrainedTokenizerBase, measures: Measures,
+def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measures: Measures,
              trained: TrainedHeads | None) -> Found:
     found = Found(model.name, subject.is_baseline or trained is not None, _facts(model, subject, tokenizer, measures, trained))
 
@@ -123,7 +123,7 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: PreTrainedTokenize
     for name, documents in measures.texts.items():
         encoded = encode_documents(documents, tokenizer, measures.append_eos)
         found.texts[name] = measure_held_out(model, encoded, measures.seq_length, measures.stride, measures.batch_tokens, title(name))
-        found.unknown_tokens[name] = sum(token == tokenizer.unk_token_id for document in encoded for token in document.ids[1:])
+        found.unknown_tokens[name] = sum(token == tokenizer.unk_id for document in encoded for token in document.ids[1:])
     for name, asked in measures.questions.items():
         prompts, found.cut_prompts[name] = encode_prompts(asked.prompts, tokenizer, model.max_positions - measures.max_new_tokens)
         found.questions[name] = {
@@ -138,7 +138,7 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: PreTrainedTokenize
     return found
 
 
-def _facts(model: NestedModel, subject: Subject, tokenizer: PreTrainedTokenizerBase, measures: Measures,
+def _facts(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measures: Measures,
            trained: TrainedHeads | None) -> dict:
     exits = {}
     for depth in model.depths:

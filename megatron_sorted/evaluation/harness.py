@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from megatron_sorted.errors import DataError, PlatformError
+from megatron_sorted.exported.tokenizer import for_transformers
+from megatron_sorted.text.tokenizer import Tokenizer
 
 
 class Harness:
@@ -43,7 +44,7 @@ class Harness:
                                 + (f", neither in {tasks_path} nor of its own. " if include else ". ")
                                 + "Give its name, and --tasks-path DIRECTORY for tasks in local YAML files.")
 
-    def run(self, sub_model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 16, num_fewshot: int | None = None,
+    def run(self, sub_model: nn.Module, tokenizer: Tokenizer, batch_size: int = 16, num_fewshot: int | None = None,
             limit: int | None = None) -> dict[str, dict]:
         """Returns {task: {"samples": number, metric: {"value", "standard_error"}}} for one model.
 
@@ -56,7 +57,7 @@ class Harness:
         from lm_eval.models.huggingface import HFLM
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that a model object was given, which is the point
-        model = HFLM(pretrained=sub_model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        model = HFLM(pretrained=sub_model, tokenizer=for_transformers(tokenizer), batch_size=batch_size, backend="causal")
         try:
             found = simple_evaluate(model=model, tasks=list(self.tasks), task_manager=self._manager, num_fewshot=num_fewshot, limit=limit,
                                     log_samples=False, bootstrap_iters=1000, verbosity="ERROR")

@@ -23,8 +23,17 @@ class Letters(Tokenizer):
     def encode_batch(self, texts):
         return [[ord(letter) for letter in text] for text in texts]
 
-    def decode(self, ids):
+    def encode_rendered_with_offsets(self, text):
+        return self.encode(text), [(place, place + 1) for place in range(len(text))]
+
+    def decode(self, ids, skip_special_tokens=False):
         return "".join(chr(i) if i > 2 else "" for i in ids)
+
+    def token_text(self, token):
+        return chr(token)
+
+    def vocabulary(self):
+        return {chr(i): i for i in range(self.vocab_size)}
 
 
 def run(lines, first_line=1, tokenizer=None, **options):

@@ -122,8 +122,8 @@ def test_damaged_directory(directory, name):
 
 @pytest.mark.parametrize(("kind", "model", "message"), [
     ("SentencePieceTokenizer", None, "needs --tokenizer-model"),
-    ("SentencePieceTokenizer", "absent.model", r"cannot read absent\.model \(No such file"),
-    ("HuggingFaceTokenizer", "absent", r"tokenizer\.json \(No such file"),
+    ("SentencePieceTokenizer", "absent.model", r"--tokenizer-model: absent\.model: no tokenizer"),
+    ("HuggingFaceTokenizer", "absent", r"--tokenizer-model: absent: no tokenizer"),
     ("Other", str(Path(__file__)), "--tokenizer-type: Other is unknown"),
 ])
 def test_missing(kind, model, message):

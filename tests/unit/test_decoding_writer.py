@@ -17,16 +17,17 @@ WORDS = ["a", " b", "cc", "€"[:1], " stop", "st", "op", " the", "end", "."]
 class Letters:
     """A tokenizer of 100 tokens: the words above, then single bytes of UTF-8, of which several make a character."""
 
-    bos_token_id, eos_token_id, chat_template, all_special_ids = 1, None, None, (1,)
+    bos_id, eos_id, adds_bos, chat_templates, special_ids = 1, None, True, {}, frozenset((1,))
 
     def __init__(self):
         euro = "€ä".encode()
         self.pieces = [(WORDS * 10)[token].encode() if token % 5 else bytes([euro[token // 5 % len(euro)]]) for token in range(100)]
 
-    def __call__(self, text: str | list[str], **_) -> dict:
-        if isinstance(text, list):  # without what stands before texts; nothing depends on what is before it
-            return {"input_ids": [[] for _ in text]}
-        return {"input_ids": [1, *(ord(letter) % 100 for letter in text)]}
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [[] for _ in texts]  # nothing depends on what is before a text
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return [1, *(ord(letter) % 100 for letter in text)]
 
     def decode(self, ids: list[int]) -> str:
         return b"".join(self.pieces[token] for token in ids).decode(errors="replace")
@@ -135,7 +136,7 @@ def test_a_token_is_made_text_once_however_many_stop_words_there_are(writer):
 def test_prompts_and_conversations(writer):
     assert writer.encode("ab") == [1, 97, 98]
     assert writer.encode_chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]) == [1, 97, 10, 98, 10]
-    writer.tokenizer.bos_token_id = None
-    writer.tokenizer.__class__ = type("Bare", (Letters,), {"__call__": lambda self, text, **_: {"input_ids": []}})
+    writer.tokenizer.bos_id = None
+    writer.tokenizer.__class__ = type("Bare", (Letters,), {"encode_prompt": lambda self, text: []})
     with pytest.raises(DataError, match="prompt: it is empty"):
         writer.encode("")

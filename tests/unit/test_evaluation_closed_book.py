@@ -44,7 +44,7 @@ def test_batches_say_what_single_prompts_say(model, tokenizer, depth):
 
 def test_an_answer_ends_at_a_line_break(model, tokenizer):
     ends = stop_ids(tokenizer)
-    breaks = tokenizer.sp_model.piece_to_id("<0x0A>")
+    breaks = tokenizer.vocabulary()["<0x0A>"]
     assert breaks in ends and 2 in ends and all("\n" in tokenizer.decode([token]) for token in ends if token != 2)
     sub = model.sub_model(3)
     prompts, _ = encode_prompts(PROMPTS, tokenizer, 50)

@@ -1,0 +1,1 @@
+"""What text means: tokenizers, and how a conversation becomes tokens."""

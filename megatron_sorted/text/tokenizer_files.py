@@ -1,0 +1,276 @@
+"""The files of a tokenizer: found, bounded in size and parsed; nothing in them is executed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_sorted.errors import DataError
+
+JSON, PIECES, VOCABULARY, MERGES = "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"
+CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+TEMPLATE, LEGACY_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
+BESIDE = (CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, TEMPLATE, LEGACY_TEMPLATE)
+NAMED_TOKENS = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LARGEST_BYTES = 256 << 20
+"""Size limit of a vocabulary file; the largest that are published have about 40 MB."""
+LARGEST_SETTINGS_BYTES = 32 << 20
+LARGEST_TEMPLATE_BYTES = 1 << 20
+MOST_TEMPLATES = 64
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+
+
+@dataclass(frozen=True)
+class NamedToken:
+    """A token that files add to a vocabulary, or name.
+
+    Attributes:
+        content: its text.
+        flags: what the files say of lstrip, rstrip, single_word, normalized and special.
+    """
+
+    content: str
+    flags: Mapping[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What the files of one tokenizer say.
+
+    Attributes:
+        place: the directory, or the sentencepiece file that was named.
+        main: the file with the vocabulary: tokenizer.json, a sentencepiece file or vocab.json.
+        used: every file that was read, by name within the directory.
+        config: the object in tokenizer_config.json; empty where there is none.
+        model_type: of config.json beside it; None where there is none.
+        added: {id: token} of added_tokens_decoder, or of added_tokens.json.
+        named: {"bos_token": token, ...} as the files name them.
+        extra: further special tokens, without an id of their own.
+        chat_templates: {name: jinja text}.
+        notes: lines about contradictions.
+    """
+
+    place: Path
+    main: Path
+    used: dict[str, Path]
+    config: dict[str, Any]
+    model_type: str | None
+    added: dict[int, NamedToken]
+    named: dict[str, NamedToken]
+    extra: tuple[NamedToken, ...]
+    chat_templates: dict[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def class_name(self) -> str | None:
+        """Return the tokenizer class that the files name, without "Fast"; None if they name none."""
+        name = self.config.get("tokenizer_class")
+        return name.removesuffix("Fast") if isinstance(name, str) and name else None
+
+
+def find_tokenizer(path: Path) -> Path | None:
+    """Return the file that holds a tokenizer's vocabulary; None if there is none.
+
+    A sentencepiece file that is named itself is taken; in a directory, tokenizer.json comes first.
+    """
+    if path.is_file() and path.name not in (JSON, VOCABULARY, MERGES, *BESIDE):
+        return path
+    directory = path if path.is_dir() else path.parent
+    for name in (JSON, PIECES):
+        if (directory / name).is_file():
+            return directory / name
+    both = (directory / VOCABULARY).is_file() and (directory / MERGES).is_file()
+    return directory / VOCABULARY if both else None
+
+
+def read_tokenizer_files(path: Path) -> TokenizerFiles:
+    """Return what the files of a tokenizer say.
+
+    Args:
+        path: A directory, or a sentencepiece file; settings are looked for beside it.
+
+    Raises:
+        DataError: There is no tokenizer, or a file is damaged or larger than reason.
+    """
+    main = find_tokenizer(path)
+    if main is None:
+        raise DataError(
+            f"{path}: no tokenizer ({JSON}, {PIECES}, or {VOCABULARY} with {MERGES}). "
+            "Give a directory or a sentencepiece file that exists.")
+    directory = main.parent
+    used = {main.name: main} | {name: directory / name for name in BESIDE
+                                if (directory / name).is_file()}
+    if main.name == VOCABULARY:
+        used[MERGES] = directory / MERGES
+    config = read_object(directory / CONFIG)
+    notes: list[str] = []
+    added = _added_tokens(directory, config)
+    named = _named_tokens(directory, config, notes)
+    templates = _chat_templates(directory, config, used)
+    model_type = read_object(directory / "config.json").get("model_type")
+    return TokenizerFiles(
+        path, main, used, config, model_type if isinstance(model_type, str) else None,
+        added, named, _extra_tokens(directory, config), templates, tuple(notes))
+
+
+def read_bounded(path: Path, most_bytes: int = LARGEST_BYTES) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        DataError: It cannot be read, or has more than ``most_bytes``.
+    """
+    try:
+        size = path.stat().st_size
+        if size > most_bytes:
+            raise DataError(f"{path}: {size:,} bytes, but at most {most_bytes:,} are read of such "
+                            "a file. Give an intact tokenizer.")
+        with open(path, "rb") as stream:
+            data = stream.read(most_bytes + 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). "
+                        "Give a tokenizer that exists.") from error
+    if len(data) > most_bytes:
+        raise DataError(f"{path}: grows while it is read. Give an intact tokenizer.")
+    return data
+
+
+def read_object(path: Path, most_bytes: int = LARGEST_SETTINGS_BYTES) -> dict[str, Any]:
+    """Return the object in a JSON file; empty where there is no such file.
+
+    Raises:
+        DataError: It is not a JSON object, or larger than ``most_bytes``.
+    """
+    if not path.is_file():
+        return {}
+    data = read_bounded(path, most_bytes)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        raise DataError(f"{path}: not JSON ({reason}). Give an intact directory.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: not a JSON object. Give an intact directory.")
+    return value
+
+
+def _token(value: object, where: str) -> NamedToken:
+    if isinstance(value, str) and value:
+        return NamedToken(value)
+    if isinstance(value, dict) and isinstance(value.get("content"), str) and value["content"]:
+        return NamedToken(
+            value["content"], {name: bool(value[name]) for name in FLAGS if name in value})
+    raise DataError(f"{where}: {value!r:.80} is not a token. Give an intact directory.")
+
+
+def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, NamedToken]:
+    """Return {id: token} as tokenizer_config.json says, or else added_tokens.json."""
+    where = f"{directory / CONFIG}: added_tokens_decoder"
+    tokens = config.get("added_tokens_decoder")
+    if not tokens:
+        path = directory / ADDED_TOKENS
+        where, tokens = str(path), {
+            number: content for content, number in read_object(path).items()}
+    if not isinstance(tokens, dict):
+        raise DataError(f"{where}: not an object. Give an intact directory.")
+    found = {}
+    for number, token in tokens.items():
+        try:
+            place = int(number)
+        except (TypeError, ValueError):
+            place = -1
+        if place < 0:
+            raise DataError(f"{where}: {number!r:.40} is not an id. Give an intact directory.")
+        found[place] = _token(token, where)
+    return found
+
+
+def _named_tokens(
+    directory: Path, config: Mapping[str, Any], notes: list[str],
+) -> dict[str, NamedToken]:
+    """Return the special tokens by name.
+
+    As in transformers, special_tokens_map.json replaces entries of a tokenizer_config.json that
+    has no added_tokens_decoder.
+    """
+    found = _named(config, f"{directory / CONFIG}")
+    older = _named(read_object(directory / SPECIAL_TOKENS), f"{directory / SPECIAL_TOKENS}")
+    overrides = not config.get("added_tokens_decoder")
+    for name, token in older.items():
+        if name in found and found[name].content != token.content:
+            taken = token if overrides else found[name]
+            notes.append(
+                f"{directory.name}: {name} is {found[name].content!r} in {CONFIG}, "
+                f"{token.content!r} in {SPECIAL_TOKENS}; {taken.content!r} is taken, as "
+                "transformers does")
+        if overrides or name not in found:
+            found[name] = token
+    return found
+
+
+def _named(settings: Mapping[str, Any], where: str) -> dict[str, NamedToken]:
+    further = settings.get("extra_special_tokens")
+    entries = {**(further if isinstance(further, dict) else {}), **settings}
+    return {name: _token(value, f"{where}: {name}") for name, value in entries.items()
+            if value and (name in NAMED_TOKENS or (
+                name.endswith("_token") and isinstance(value, str | dict)))}
+
+
+def _extra_tokens(directory: Path, config: Mapping[str, Any]) -> tuple[NamedToken, ...]:
+    found: dict[str, NamedToken] = {}
+    older = read_object(directory / SPECIAL_TOKENS)
+    for settings, name in ((config, CONFIG), (older, SPECIAL_TOKENS)):
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            listed = settings.get(key)
+            for value in listed if isinstance(listed, list) else ():
+                token = _token(value, f"{directory / name}: {key}")
+                found.setdefault(token.content, token)
+    return tuple(found.values())
+
+
+def _chat_templates(
+    directory: Path, config: Mapping[str, Any], used: dict[str, Path],
+) -> dict[str, str]:
+    """Return {name: jinja text}; as in transformers, files of their own replace the settings'."""
+    found: dict[str, str] = {}
+    more = directory / MORE_TEMPLATES
+    paths = {"default": directory / TEMPLATE}
+    if more.is_dir():
+        paths |= {path.stem: path for path in sorted(more.glob("*.jinja"))[:MOST_TEMPLATES]}
+    for name, path in paths.items():
+        if path.is_file():
+            used[path.relative_to(directory).as_posix()] = path
+            found[name] = _template_text(read_bounded(path, LARGEST_TEMPLATE_BYTES), path)
+    if found:
+        return found
+    for settings, name in ((config, CONFIG), (read_object(directory / LEGACY_TEMPLATE),
+                                              LEGACY_TEMPLATE)):
+        if value := settings.get("chat_template"):
+            return _listed_templates(value, f"{directory / name}: chat_template")
+    return {}
+
+
+def _template_text(data: bytes, where: Path | str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}. "
+                        "Give an intact chat template.") from error
+
+
+def _listed_templates(value: object, where: str) -> dict[str, str]:
+    if isinstance(value, str):
+        value = {"default": value}
+    elif isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        value = {one.get("name"): one.get("template") for one in value}
+    if not isinstance(value, dict) or not all(
+            isinstance(part, str) for pair in value.items() for part in pair):
+        raise DataError(f"{where}: neither a text nor a list of named texts. "
+                        "Give an intact chat template.")
+    for name, text in value.items():
+        if len(text) > LARGEST_TEMPLATE_BYTES:
+            raise DataError(
+                f"{where}: {name!r:.40} has {len(text):,} characters, but at most "
+                f"{LARGEST_TEMPLATE_BYTES:,} are read. Give an intact chat template.")
+    return value
