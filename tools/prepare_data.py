@@ -8,8 +8,9 @@ import sys
 
 from megatron_sorted.data.encode import EncodeOptions
 from megatron_sorted.data.prepare import PrepareOptions, prepare
-from megatron_sorted.data.templates import FORMATS, TEMPLATES
+from megatron_sorted.data.templates import FORMATS
 from megatron_sorted.errors import SortedError
+from megatron_sorted.text.prompt_form import parse_label
 
 
 def _positive(text: str) -> int:
@@ -26,6 +27,15 @@ def _fraction(text: str) -> float:
     return value
 
 
+def _form(text: str) -> str:
+    if text != "auto":
+        try:
+            parse_label(text)
+        except SortedError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def read_arguments(arguments: list[str] | None = None) -> PrepareOptions:
     """Returns the options given on the command line."""
     parser = argparse.ArgumentParser(description="Turn JSON lines into Megatron's indexed token files.")
@@ -38,7 +48,9 @@ def read_arguments(arguments: list[str] | None = None) -> PrepareOptions:
     parser.add_argument("--train-tokenizer", type=_positive, metavar="VOCAB_SIZE",
                         help="first train a sentencepiece model of this size on the input and write it as P_tokenizer.model")
     parser.add_argument("--format", default="auto", choices=("auto", *FORMATS), help="default: by the fields of the first usable line")
-    parser.add_argument("--prompt-template", default="plain", choices=tuple(TEMPLATES))
+    parser.add_argument("--prompt-template", default="auto", type=_form, metavar="FORM",
+                        help="plain, alpaca, chat (the tokenizer's own template) or chat:NAME (one of several); default: chat for "
+                             "messages where the tokenizer has a template, else plain")
     parser.add_argument("--seq-length", type=_positive, help="the --seq-length of training; longer samples are cut or skipped")
     parser.add_argument("--too-long", default="truncate", choices=("truncate", "skip"))
     parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="end every response and text with eos")

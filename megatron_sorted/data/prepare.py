@@ -8,18 +8,21 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_sorted.data.encode import Encoded, EncodeOptions, Encoder, Skipped, encode_in_worker, parsed, start_worker
+from megatron_sorted.data.encode import Encoded, EncodeOptions, Encoder, Skipped, encode_in_worker, start_worker, usable_pieces
+from megatron_sorted.data.forms import SampleReader
 from megatron_sorted.data.indexed import RESPONSE, Documents, IndexedWriter
 from megatron_sorted.data.jsonl import Block, read_blocks, records, total_bytes
 from megatron_sorted.data.templates import detect_format
 from megatron_sorted.data.tokenizer import train_sentencepiece
 from megatron_sorted.errors import DataError
+from megatron_sorted.text.prompt_form import NamedToken, PromptForm
+from megatron_sorted.text.tokenizer import NullTokenizer, Tokenizer
 
 BLOCKS_AHEAD = 4  # per worker: enough to keep all busy, few enough that memory does not grow with the input
 FORMAT_LINES = 1000  # how many lines are looked at to find the format
@@ -65,6 +68,8 @@ class Summary:
     skipped: Skipped = field(default_factory=Skipped)
     tokenizer: dict = field(default_factory=dict)
     seconds: float = 0.0
+    split: int = 0
+    prompt_form: dict = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Returns a small table."""
@@ -73,8 +78,13 @@ class Summary:
         if self.valid.documents:
             rows += [("valid documents", f"{self.valid.documents:,}"), ("valid tokens", f"{self.valid.tokens:,}")]
         rows.append(("truncated", f"{self.truncated:,}"))
+        if self.split:
+            rows.append(("in several documents", f"{self.split:,}  the template rewrites earlier turns"))
         rows += [(f"skipped: {reason}", f"{count:,}  first at {', '.join(self.skipped.where[reason])}")
                  for reason, count in sorted(self.skipped.count.items())]
+        ends = " ".join(end["text"] for end in self.prompt_form["ends"]) or "nothing"
+        rows.append(("prompt form", f"{self.prompt_form['name']}; answers end with {ends}" if self.prompt_form["name"] != "text"
+                     else f"text; documents end with {ends}"))
         name, sha256, vocab_size = (self.tokenizer[key] for key in ("name", "sha256", "vocab_size"))
         rows += [("tokenizer", f"{name}  sha256 {sha256[:16]}  vocabulary {vocab_size:,}"), ("seconds", f"{self.seconds:.1f}"),
                  ("samples/s", f"{self.samples_read / max(self.seconds, 1e-9):,.0f}")]
@@ -117,9 +127,10 @@ def _train_tokenizer(options: PrepareOptions, data_format: str) -> str:
     """Returns the path of a tokenizer trained on the texts of the input."""
     path = f"{options.output_prefix}_tokenizer.model"
 
+    reader = SampleReader(data_format, options.encode.prompt_template, NullTokenizer(1), append_eod=False)
+
     def read_texts() -> Iterator[str]:
-        return (part.text for block in read_blocks(options.inputs, options.limit)
-                for _, parts, _ in parsed(block, data_format, options.encode.prompt_template) for part in parts)
+        return (piece.text for block in read_blocks(options.inputs, options.limit) for piece in usable_pieces(block, reader))
 
     train_sentencepiece(read_texts, path, options.train_tokenizer, num_threads=options.workers)
     return path
@@ -157,13 +168,15 @@ def prepare(options: PrepareOptions) -> Summary:
     _check_outputs(options)
     encode = options.encode
     if encode.data_format == "auto":
-        encode = EncodeOptions(**{**asdict(encode), "data_format": find_format(options.inputs)})
+        encode = replace(encode, data_format=find_format(options.inputs))
     if options.train_tokenizer:
-        encode = EncodeOptions(**{**asdict(encode), "tokenizer_type": "SentencePieceTokenizer",
-                                  "tokenizer_model": _train_tokenizer(options, encode.data_format)})
+        encode = replace(encode, tokenizer_type="SentencePieceTokenizer",
+                         tokenizer_model=_train_tokenizer(options, encode.data_format))
     encoder = Encoder(encode)  # here too, so that a damaged tokenizer stops us before any process starts
+    encode = replace(encode, prompt_template=encoder.form.label)
     summary = Summary(tokenizer={"type": encode.tokenizer_type, "name": encoder.tokenizer.name, "sha256": encoder.tokenizer.sha256,
                                  "vocab_size": encoder.tokenizer.vocab_size})
+    ends: set[str] = set()
     train_name, valid_name = output_names(options.output_prefix)
     with_modes = encode.data_format != "text"
     with ExitStack() as stack:
@@ -173,6 +186,8 @@ def prepare(options: PrepareOptions) -> Summary:
         for encoded in _encode_all(read_blocks(options.inputs, options.limit, bar.update), encode, options.workers):
             summary.samples_read += encoded.num_samples
             summary.truncated += encoded.num_truncated
+            summary.split += encoded.num_split
+            ends |= encoded.ends
             summary.skipped.merge(encoded.skipped)
             summary.train.add(encoded.train)
             train.append(encoded.train)
@@ -180,12 +195,20 @@ def prepare(options: PrepareOptions) -> Summary:
                 summary.valid.add(encoded.valid)
                 valid.append(encoded.valid)
         _check_enough(summary, encode)
+    summary.prompt_form = with_ends(encoder.form, ends, encoder.tokenizer).as_dict()
     summary.seconds = time.perf_counter() - began
     if valid is None:
         for ending in ("idx", "bin"):  # of an earlier run that --overwrite replaces
             Path(f"{valid_name}.{ending}").unlink(missing_ok=True)
     _write_summary(options, encode, summary)
     return summary
+
+
+def with_ends(form: PromptForm, ends: set[str], tokenizer: Tokenizer) -> PromptForm:
+    """Return the form with every token that an answer of these data ends with; calls of tools may end otherwise than words."""
+    known = {end.text for end in form.ends}
+    more = tuple(NamedToken(text, tokenizer.encode_rendered(text)[0]) for text in sorted(ends - known))
+    return replace(form, ends=form.ends + more)
 
 
 def _check_enough(summary: Summary, encode: EncodeOptions) -> None:

@@ -1,0 +1,99 @@
+"""Pieces of conversations to ids: those that the whole text has, cut where a model is asked and where it answers.
+
+In use a model is asked with the ids of the text up to its answer. So the ids of a document have to be the ids of its prompt, then
+those of the answer as the whole text has them. Where the tokenizer joins the end of a prompt and the beginning of an answer into one
+token, or cuts the prompt otherwise because of what follows, there is no such border, and the document is left out.
+
+Texts are not read again and again: behind a control token a tokenizer begins anew, so that what stands before the last one does not
+matter; and in most vocabularies no token goes on behind a line break, so that an answer can be read without its prompt.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from megatron_sorted.errors import DataError
+from megatron_sorted.text.conversation import Piece
+from megatron_sorted.text.tokenizer import Tokenizer
+
+BREAKS = ("\n", "\u010a")
+"""A line break, as text and as byte-level vocabularies write it."""
+BLANKS = frozenset(" \t\r\n\u2581\u0120\u0109\u010a\u010d")
+PROBES = ("Hi", "hello there", "1 + 1", "(a)", "\u00e9t\u00e9", "\u732b", "\U0001f600", "<b>", "s", "...", "A", "'tis", "###", "-1", "\u0434\u0430")
+
+TrainedIds = tuple[list[int], bool]
+"""Ids, and whether they are trained on."""
+
+
+class PieceEncoder:
+    """Turns documents of pieces into sequences of ids.
+
+    Args:
+        tokenizer: Of the pieces.
+        ends: Control tokens that answers may end with and a probe is to be made of.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ends: Iterable[str] = ()):
+        self.tokenizer = tokenizer
+        self.breaks_words = _breaks_words(tokenizer)
+        self.known: dict[str, list[int]] = {"": []}
+        for text in ("\n", *ends):
+            self.known[text] = tokenizer.encode_rendered(text)
+
+    def encode(self, documents: Sequence[Sequence[Piece]]) -> list[list[TrainedIds] | None]:
+        """Return the sequences of each document; None for one in which a token stands across the border of a turn."""
+        plans = [self._plan(document) for document in documents]
+        texts = list(dict.fromkeys(text for plan in plans for _, before, whole in plan for text in (before, whole)
+                                   if text not in self.known))
+        ids = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True)) | self.known
+        return [self._joined(plan, ids) for plan in plans]
+
+    def _plan(self, document: Sequence[Piece]) -> list[tuple[Piece, str, str]]:
+        """Return for each piece a text before it and that text with the piece: the ids of the piece are those that it adds."""
+        plan, context = [], ""
+        for piece in document:
+            before = context
+            if piece.is_response and self.breaks_words and _is_clean(context, piece.text):
+                before = "\n"
+            plan.append((piece, before, before + piece.text))
+            context = piece.end or context + piece.text
+        return plan
+
+    @staticmethod
+    def _joined(plan: Sequence[tuple[Piece, str, str]], ids: dict[str, list[int]]) -> list[TrainedIds] | None:
+        found: list[TrainedIds] = []
+        for piece, before, whole in plan:
+            start, every = ids[before], ids[whole]
+            if every[: len(start)] != start:
+                return None
+            if len(every) > len(start):
+                found.append((every[len(start):], piece.is_response))
+        return found
+
+
+def _is_clean(context: str, answer: str) -> bool:
+    """Return whether a line break alone stands between two words."""
+    return len(context) > 1 and context[-1] == "\n" and not context[-2].isspace() and not answer[:1].isspace()
+
+
+def _breaks_words(tokenizer: Tokenizer) -> bool:
+    """Return whether every text can be cut behind a line break that stands between two words.
+
+    So it is where no token of the vocabulary holds a line break with a letter behind it; that the tokenizer's rules for cutting and
+    rewriting texts keep to it is tried.
+    """
+    for token in tokenizer.vocabulary():
+        for sign in BREAKS:
+            place = token.find(sign)
+            while place >= 0:
+                if place + 1 < len(token) and token[place + 1] not in BLANKS:
+                    return False
+                place = token.find(sign, place + 1)
+    alone = tokenizer.encode_rendered("\n")
+    for before in PROBES:
+        for after in PROBES:
+            try:
+                start, rest, whole = tokenizer.encode_batch([f"{before}\n", f"\n{after}", f"{before}\n{after}"])
+            except DataError:  # a tokenizer of numbers alone
+                return False
+            if rest[: len(alone)] != alone or whole != start + rest[len(alone):]:
+                return False
+    return True
