@@ -34,7 +34,7 @@ def test_every_combination_of_flags_equals_megatrons_rule(tmp_path, flags, writt
     for number, sample in enumerate(samples):
         tokens = torch.tensor(stream[number * S : (number + 1) * S])
         labels = stream[number * S + 1 : (number + 1) * S + 1]
-        document, position, mask = find_documents(tokens)
+        _, position, mask = find_documents(tokens)
         batch, count = collate([sample]), len(labels)
         assert batch.tokens_bs[0, :count].tolist() == tokens.tolist()[:count] and batch.labels_bs[0, :count].tolist() == labels
         assert batch.loss_mask_bs[0, :count].tolist() == (mask if loss else torch.ones(S)).tolist()[:count]
