@@ -78,11 +78,11 @@ def repeat_to(samples: Sequence[dict], sizes: Sequence[int], num_tokens: int) ->
 
 def count_tokens(samples: Sequence[dict], tokenizer: Path) -> list[int]:
     """Returns how many tokens each sample has, with the bos before it; prompts of instructions are encoded apart and counted too."""
-    from megatron_sorted.data.templates import TEMPLATES, detect_format, parts_of
+    from megatron_sorted.data.templates import detect_format
     from megatron_sorted.evaluation.documents import Document, encode_documents
     from megatron_sorted.exported.tokenizer import open_tokenizer
 
-    documents = [Document(tuple(parts_of(sample, detect_format(sample), TEMPLATES["plain"]))) for sample in samples]
+    documents = [Document(sample, detect_format(sample)) for sample in samples]
     return [len(document.ids) for document in encode_documents(documents, open_tokenizer(tokenizer))]
 
 

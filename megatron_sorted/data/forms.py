@@ -45,22 +45,32 @@ class SampleReader:
     """
 
     def __init__(self, data_format: str, label: str, tokenizer: Tokenizer, append_eod: bool = True):
-        self.data_format, self.tokenizer = data_format, tokenizer
-        self._chat: Conversations | None = None
-        self._read: Callable[[Any], Sample]
         if data_format == "text":
-            self.form, self._read = text_form(tokenizer, append_eod), self._text
+            self._set(text_form(tokenizer, append_eod), data_format)
             return
         name, template = parse_label(resolved_label(label, data_format, tokenizer))
         if name == CHAT:
             if not append_eod:
                 raise DataError("--no-append-eod: the chat template itself writes what ends an answer. Leave the option out, or use "
                                 "--prompt-template plain.")
-            self.form, self._chat = chat_form(tokenizer, template)
-            self._read = self._conversation
+            form, conversations = chat_form(tokenizer, template)
+            self._set(form, data_format, conversations)
         else:
-            self._opens = name == ALPACA and data_format == "instruction"
-            self.form, self._read = written_form(name, tokenizer, self._opens, append_eod), self._written
+            self._set(written_form(name, tokenizer, name == ALPACA and data_format == "instruction", append_eod), data_format)
+
+    @classmethod
+    def of_form(cls, form: PromptForm, data_format: str, tokenizer: Tokenizer) -> "SampleReader":
+        """Return a reader for a form that came with a model; errors as for a new one."""
+        reader = cls.__new__(cls)
+        conversations = Conversations(form.template, form.label, tokenizer) if form.name == CHAT and data_format != "text" else None
+        reader._set(form, data_format, conversations)
+        return reader
+
+    def _set(self, form: PromptForm, data_format: str, conversations: Conversations | None = None) -> None:
+        self.form, self.data_format, self._chat = form, data_format, conversations
+        self._opens = form.name == ALPACA and data_format == "instruction"
+        self._read: Callable[[Any], Sample] = (
+            self._text if data_format == "text" else self._conversation if conversations is not None else self._written)
 
     def read(self, record: Any) -> Sample:
         """Return the documents of a record.

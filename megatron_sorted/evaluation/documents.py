@@ -1,26 +1,47 @@
 """Texts to measure on: plain files cut at a separator, or JSON lines of texts, instructions and messages."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_sorted.data.forms import SampleReader
 from megatron_sorted.data.jsonl import read_blocks, records
-from megatron_sorted.data.templates import TEMPLATES, BrokenSampleError, Part, detect_format, parts_of
+from megatron_sorted.data.templates import BrokenSampleError, conversation_of, detect_format, text_of, turns_of
 from megatron_sorted.errors import DataError
 from megatron_sorted.exported.tokenizer import encode_texts, prefix_id
+from megatron_sorted.text.conversation import LeftOutError
+from megatron_sorted.text.piece_ids import PieceEncoder
+from megatron_sorted.text.prompt_form import PromptForm
 from megatron_sorted.text.tokenizer import Tokenizer
+from megatron_sorted.text.written_forms import write_plain
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text: parts that are counted (of an instruction the response) and parts that are only read."""
+    """One text, instruction or conversation; of the last two the answers are counted.
 
-    parts: tuple[Part, ...]
+    Attributes:
+        record: As a line of JSON has it.
+        kind: text, instruction or messages.
+    """
+
+    record: dict[str, Any]
+    kind: str
+
+    @property
+    def counted_texts(self) -> list[str]:
+        """Return what is counted: the text, or the answers."""
+        if self.kind == "text":
+            return [self.record["text"]]
+        messages = conversation_of(self.record, self.kind).messages
+        return [message["content"] for message in messages if message["role"] == "assistant" and isinstance(message.get("content"), str)]
 
     @property
     def num_bytes(self) -> int:
-        """Returns the UTF-8 bytes of what is counted."""
-        return sum(len(part.text.encode()) for part in self.parts if part.is_response)
+        """Return the UTF-8 bytes of what is counted."""
+        return sum(len(text.encode()) for text in self.counted_texts)
 
 
 @dataclass(frozen=True)
@@ -36,8 +57,8 @@ class EncodedDocument:
     counted: list[bool]
 
 
-def read_documents(path: Path, separator: str | None = None, template: str = "plain", limit: int | None = None) -> list[Document]:
-    """Returns the documents of a file: ``.jsonl`` (or ``.jsonl.gz``) by lines, other files cut at ``separator``.
+def read_documents(path: Path, separator: str | None = None, limit: int | None = None) -> list[Document]:
+    """Return the documents of a file: ``.jsonl`` (or ``.jsonl.gz``) by lines, other files cut at ``separator``.
 
     Blanks around a cut-out text are dropped, and texts of nothing else.
 
@@ -45,7 +66,7 @@ def read_documents(path: Path, separator: str | None = None, template: str = "pl
         DataError: The file is missing, is no text, has a line that cannot be used, or nothing in it.
     """
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        documents = _json_documents(path, template, limit)
+        documents = _json_documents(path, limit)
     else:
         try:
             text = path.read_text(encoding="utf-8")
@@ -54,37 +75,84 @@ def read_documents(path: Path, separator: str | None = None, template: str = "pl
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 at byte {error.start}. Give a text file.") from error
         texts = [piece.strip() for piece in text.split(separator)] if separator else [text]
-        documents = [Document((Part(piece, True),)) for piece in texts if piece.strip()][:limit]
+        documents = [Document({"text": piece}, "text") for piece in texts if piece.strip()][:limit]
     if not documents:
         raise DataError(f"{path}: no text in it. Give a file with text to measure on.")
     return documents
 
 
-def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer, append_eos: bool = False) -> list[EncodedDocument]:
-    """Returns every document as tokens; prompts and responses are encoded apart, as in data preparation.
+def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer, append_eos: bool = False,
+                     form: PromptForm | None = None) -> list[EncodedDocument]:
+    """Return every document as tokens, conversations as training has them.
 
     Args:
-        append_eos: Each counted part ends with eos, which is counted too (it has no bytes).
+        documents: Texts, instructions, conversations.
+        tokenizer: Of the model.
+        append_eos: Each counted part ends with its end token, which is counted too (it has no bytes).
+        form: Of conversations; None: plain with prompts and answers encoded apart, as before version 0.7.
 
     Raises:
-        DataError: The tokenizer has no token to begin with, or none to end with.
+        DataError: The tokenizer has no token to begin with, or none to end with, or a conversation cannot be written in the form.
     """
     first, last = prefix_id(tokenizer), tokenizer.eos_id
     if append_eos and last is None:
         raise DataError("--append-eos: the tokenizer has no eos. Leave the option out.")
-    encoded = iter(encode_texts(tokenizer, [part.text for document in documents for part in document.parts]))
-    sequences = []
+    whole = [document for document in documents if form is not None and document.kind != "text"]
+    formed = _by_form(whole, tokenizer, append_eos, form) if form is not None and whole else iter(())
+    parts = {id(document): _parts(document) for document in documents if form is None or document.kind == "text"}
+    encoded = iter(encode_texts(tokenizer, [text for found in parts.values() for text, _ in found]))
+    sequences: list[EncodedDocument] = []
     for document in documents:
+        if id(document) not in parts:
+            sequences += next(formed)
+            continue
         ids, counted = [first], [False]
-        for part in document.parts:
-            tokens = next(encoded) + ([last] if append_eos and part.is_response else [])
+        for _, is_response in parts[id(document)]:
+            tokens = next(encoded) + ([last] if append_eos and is_response else [])
             ids += tokens
-            counted += [part.is_response] * len(tokens)
+            counted += [is_response] * len(tokens)
         sequences.append(EncodedDocument(ids, counted))
     return sequences
 
 
-def _json_documents(path: Path, template: str, limit: int | None) -> list[Document]:
+def _parts(document: Document) -> list[tuple[str, bool]]:
+    """Return the texts of a document that are encoded apart, and which are counted."""
+    if document.kind == "text":
+        return [(document.record["text"], True)]
+    parts: list[tuple[str, bool]] = []
+    prompt = ""
+    for turn in turns_of(document.record, document.kind):
+        if turn.role != "assistant":
+            prompt += write_plain(turn, False)
+            continue
+        parts += [*([(prompt, False)] if prompt else []), (turn.content, True)]
+        prompt = ""
+    return parts
+
+
+def _by_form(documents: Sequence[Document], tokenizer: Tokenizer, append_eos: bool, form: PromptForm) -> Iterator[list[EncodedDocument]]:
+    """Yield what each instruction or conversation becomes: one document, or several where a template rewrites earlier turns."""
+    ends = set(form.end_ids)
+    readers = {kind: SampleReader.of_form(form, kind, tokenizer) for kind in {document.kind for document in documents}}
+    pieces = PieceEncoder(tokenizer, [end.text for end in form.ends])
+    for document in documents:
+        try:
+            sample = readers[document.kind].read(document.record)
+        except (BrokenSampleError, LeftOutError) as error:
+            words = ": ".join(filter(None, error.args))
+            raise DataError(f"{str(document.record)[:60]}: cannot be written in the form {form.label} ({words}). Leave it out, or give "
+                            "--prompt-template.") from error
+        found = []
+        for sequences in pieces.encode(sample.documents):
+            if sequences is None:
+                raise DataError(f"{str(document.record)[:60]}: a token stands across the border of two turns. Leave it out.")
+            ids = [token for part, _ in sequences for token in part]
+            counted = [is_response and (append_eos or token not in ends) for part, is_response in sequences for token in part]
+            found.append(EncodedDocument(ids, [False, *counted[1:]]))
+        yield found
+
+
+def _json_documents(path: Path, limit: int | None) -> list[Document]:
     if not path.is_file():
         raise DataError(f"{path}: no such file. Give a text file that exists.")
     documents: list[Document] = []
@@ -93,11 +161,13 @@ def _json_documents(path: Path, template: str, limit: int | None) -> list[Docume
             try:
                 if reason is not None or (kind := detect_format(record)) is None:
                     raise BrokenSampleError(reason or "needs a field 'text', 'instruction' or 'messages'")
-                parts = parts_of(record, kind, TEMPLATES[template])
-                for part in parts:
-                    part.text.encode()  # JSON can spell half a surrogate pair, which is no text
+                if kind == "text":
+                    text_of(record)
+                elif not any(message["role"] == "assistant" for message in conversation_of(record, kind).messages):
+                    raise BrokenSampleError("no_assistant_turn")
+                json.dumps(record, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair, which is no text
             except (BrokenSampleError, UnicodeEncodeError) as error:
                 reason = "invalid_unicode" if isinstance(error, UnicodeEncodeError) else error
                 raise DataError(f"{path}:{number}: {reason}. Mend or remove the line.") from error
-            documents.append(Document(tuple(parts)))
+            documents.append(Document(record, kind))
     return documents
