@@ -1,6 +1,5 @@
 """Everything that is measured of several models, one after the other, as one object that can be written as JSON."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,19 +7,19 @@ from pathlib import Path
 import torch
 
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.evaluation.closed_book import Answered, answer_questions, encode_prompts
+from megatron_sorted.evaluation.closed_book import Answered, Decoding, answer_questions, encode_in_form, encode_prompts
 from megatron_sorted.evaluation.costs import count_parameters, forward_flops_per_token
 from megatron_sorted.evaluation.documents import Document, encode_documents
 from megatron_sorted.evaluation.harness import Harness
 from megatron_sorted.evaluation.held_out import HeldOut, measure_held_out
 from megatron_sorted.evaluation.nested_model import NestedModel, load_nested_model
-from megatron_sorted.evaluation.questions import Question
+from megatron_sorted.evaluation.prepared import PreparedData, measure_prepared, open_prepared
+from megatron_sorted.evaluation.questions import TEMPLATE, Question, as_messages, write_prompts
 from megatron_sorted.evaluation.save_heads import save_with_heads
 from megatron_sorted.evaluation.train_heads import HeadTraining, TrainedHeads, train_heads
 from megatron_sorted.exported.tokenizer import open_tokenizer
+from megatron_sorted.text.prompt_form import PromptForm, read_form
 from megatron_sorted.text.tokenizer import Tokenizer
-
-SCORES = ("exact_match", "f1", "exact_match_with_case")
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions with their prompts as text."""
+    """Questions, and the worked examples of each."""
 
     questions: list[Question]
-    prompts: list[str]
+    examples: list[list[Question]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,9 @@ class Measures:
 
     Attributes:
         texts, questions: By name, in the order of the tables.
+        prepared: Prepared data, read as a run's evaluation reads them; or none.
+        question_template: How questions are asked; None: in the form stored with a model, where there is one, else by ``TEMPLATE``.
+        shows_examples: Whether worked examples are shown to models that are asked in their form too.
         harness: Tasks of lm-evaluation-harness, or none.
         head_documents: What heads are trained on; needed where a subject asks for it.
     """
@@ -55,6 +57,9 @@ class Measures:
     questions: dict[str, QuestionSet]
     seq_length: int
     stride: int
+    prepared: PreparedData | None = None
+    question_template: str | None = None
+    shows_examples: bool = True
     depths: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float32
     tokenizer: Path | None = None
@@ -82,7 +87,10 @@ class Found:
     texts: dict[str, dict[int, HeldOut]] = field(default_factory=dict)
     unknown_tokens: dict[str, int] = field(default_factory=dict)
     questions: dict[str, dict[int, Answered]] = field(default_factory=dict)
+    prepared: dict[str, dict[int, HeldOut]] = field(default_factory=dict)
+    prompts: dict[str, list[str]] = field(default_factory=dict)
     cut_prompts: dict[str, int] = field(default_factory=dict)
+    form: str = ""
     tasks: dict[int, dict[str, dict]] = field(default_factory=dict)
 
 
@@ -97,11 +105,10 @@ def evaluate(subjects: Sequence[Subject], measures: Measures) -> list[Found]:
 
 def _evaluate(subject: Subject, measures: Measures) -> list[Found]:
     model = load_nested_model(subject.directory, measures.depths, measures.dtype, subject.name)
-    tokenizer = open_tokenizer(subject.directory, measures.tokenizer)
-    largest, vocab_size = max(tokenizer.get_vocab().values(), default=0), model.model.config.vocab_size
-    if largest >= vocab_size:
-        raise SettingsError(f"{subject.name}: the tokenizer has ids up to {largest}, the model a vocabulary of {vocab_size}. "
-                            "Give the model's own with --tokenizer.")
+    tokenizer, vocab_size = open_tokenizer(subject.directory, measures.tokenizer), model.model.config.vocab_size
+    if tokenizer.text_size > vocab_size:
+        raise SettingsError(f"{subject.name}: the tokenizer has ids up to {tokenizer.text_size - 1}, the model a vocabulary of "
+                            f"{vocab_size}. Give the model's own with --tokenizer.")
     found = [_measure(model, subject, tokenizer, measures, None)]
     if subject.with_heads:
         documents = encode_documents(measures.head_documents or [], tokenizer, measures.append_eos)
@@ -124,11 +131,12 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measure
         encoded = encode_documents(documents, tokenizer, measures.append_eos)
         found.texts[name] = measure_held_out(model, encoded, measures.seq_length, measures.stride, measures.batch_tokens, title(name))
         found.unknown_tokens[name] = sum(token == tokenizer.unk_id for document in encoded for token in document.ids[1:])
+    if measures.prepared is not None:
+        sets = open_prepared(measures.prepared, model.model.config.vocab_size, tokenizer)
+        found.prepared = {name: measure_prepared(model, samples, measures.prepared.limit, measures.batch_tokens, title(name))
+                          for name, samples in sets.items()}
     for name, asked in measures.questions.items():
-        prompts, found.cut_prompts[name] = encode_prompts(asked.prompts, tokenizer, model.max_positions - measures.max_new_tokens)
-        found.questions[name] = {
-            depth: answer_questions(model, depth, asked.questions, prompts, tokenizer, measures.max_new_tokens, measures.batch_size,
-                                    title(f"{name}, depth {depth}")) for depth in model.depths}
+        _ask(name, asked, model, subject, tokenizer, measures, found)
     if measures.harness is not None:
         for depth in model.depths:
             if measures.bars:
@@ -136,6 +144,43 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measure
             found.tasks[depth] = measures.harness.run(model.sub_model(depth), tokenizer, measures.batch_size, measures.task_shots,
                                                       measures.task_limit)
     return found
+
+
+def _ask(name: str, asked: QuestionSet, model: NestedModel, subject: Subject, tokenizer: Tokenizer, measures: Measures,
+         found: Found) -> None:
+    """Ask every exit the questions ``name``, in the form the model was trained in, and add what was found."""
+    room = model.max_positions - measures.max_new_tokens
+    form = _question_form(subject, tokenizer, measures)
+    found.prompts[name] = write_prompts(asked.questions, asked.examples, measures.question_template or TEMPLATE)
+    if form is None:
+        prompts, found.cut_prompts[name], ends = *encode_prompts(found.prompts[name], tokenizer, room), None
+    else:
+        examples = asked.examples if measures.shows_examples else [[] for _ in asked.questions]
+        messages = [as_messages(question, shown) for question, shown in zip(asked.questions, examples, strict=True)]
+        prompts, found.cut_prompts[name] = encode_in_form(messages, form, tokenizer, room)
+        found.prompts[name] = [form.render(one) for one in messages]
+        ends = tuple(sorted({*form.end_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])}))
+    found.form = "" if form is None else form.label
+    if found.cut_prompts[name]:
+        print(cut_line(f"{model.name}, {name}", found.cut_prompts[name], len(prompts), room), flush=True)
+    for depth in model.depths:
+        title = f"{model.name}: {name}, depth {depth}" if measures.bars else None
+        decoding = Decoding(measures.max_new_tokens, measures.batch_size, ends, title)
+        found.questions.setdefault(name, {})[depth] = answer_questions(model, depth, asked.questions, prompts, tokenizer, decoding)
+
+
+def cut_line(name: str, num_cut: int, num_prompts: int, room: int) -> str:
+    """Return the line that says how many prompts lost their beginning; it stands before the numbers that come of it."""
+    return (f"{name}: {num_cut:,} of {num_prompts:,} prompts are longer than the {room:,} tokens that the context leaves for them and lost "
+            "their beginning: fewer --shots or --max-new-tokens cut less")
+
+
+def _question_form(subject: Subject, tokenizer: Tokenizer, measures: Measures) -> PromptForm | None:
+    """Return the form in which a model is asked; None where --question-template is."""
+    if measures.question_template is not None:
+        return None
+    form = read_form(subject.directory)
+    return form if form is not None and form.is_conversation else None
 
 
 def _facts(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measures: Measures,
@@ -153,48 +198,3 @@ def _facts(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measures:
             "lr": trained.lr, "num_steps": trained.num_steps, "num_tokens": trained.num_tokens,
             "num_new_parameters": trained.num_new_parameters, "base_sha256_before_and_after": trained.base_sha256, "losses": trained.losses}
     return facts
-
-
-def results_of(found: Sequence[Found], measures: Measures) -> dict:
-    """Returns the numbers of all models as plain objects: ``models``, ``texts``, ``questions`` and ``tasks``, each by name."""
-    baselines = [one for one in found if one.is_baseline]
-    texts = {name: {"documents": len(documents), "bytes": sum(document.num_bytes for document in documents),
-                    "models": {one.name: _text_numbers(one, name, sum(d.num_bytes for d in documents), baselines) for one in found}}
-             for name, documents in measures.texts.items()}
-    questions = {name: {"questions": len(asked.questions),
-                        "models": {one.name: _question_numbers(one, name, baselines) for one in found}}
-                 for name, asked in measures.questions.items()}
-    names = {task: None for one in found for tasks in one.tasks.values() for task in tasks}
-    tasks = {task: {"models": {one.name: {"exits": {depth: numbers[task] for depth, numbers in one.tasks.items()}} for one in found}}
-             for task in names}
-    return {"models": {one.name: one.facts for one in found}, "texts": texts, "questions": questions, "tasks": tasks}
-
-
-def _text_numbers(one: Found, name: str, num_bytes: int, baselines: Sequence[Found]) -> dict:
-    exits = {}
-    for depth, held in one.texts[name].items():
-        exits[depth] = {"loss": held.loss, "loss_standard_error": held.loss_standard_error, "bits_per_byte": held.bits_per_byte(num_bytes),
-                        "perplexity": math.exp(min(held.loss, 700.0)), "agreement": held.agreement}
-        for other in baselines:
-            theirs = other.texts[name].get(depth)
-            # losses per token can only be compared when the tokens are the same
-            if other is not one and theirs is not None and torch.equal(theirs.tokens_d, held.tokens_d):
-                difference = HeldOut(held.nats_d - theirs.nats_d, held.agreed_d, held.tokens_d)
-                exits[depth].setdefault("loss_minus", {})[other.name] = {"value": difference.loss,
-                                                                         "standard_error": difference.loss_standard_error}
-    last = one.texts[name][max(one.texts[name])]
-    return {"tokens": int(last.tokens_d.sum()), "unknown_tokens": one.unknown_tokens[name], "exits": exits}
-
-
-def _question_numbers(one: Found, name: str, baselines: Sequence[Found]) -> dict:
-    exits = {}
-    for depth, answered in one.questions[name].items():
-        exits[depth] = {score: answered.mean(score) for score in SCORES}
-        exits[depth] |= {f"{score}_standard_error": answered.standard_error(score) for score in SCORES}
-        for other in baselines:
-            if other is not one and (theirs := other.questions[name].get(depth)) is not None:
-                pairs = zip(answered.scores["exact_match"], theirs.scores["exact_match"], strict=True)
-                difference = Answered([], {"exact_match": [mine - their for mine, their in pairs]})
-                exits[depth].setdefault("exact_match_minus", {})[other.name] = {"value": difference.mean("exact_match"),
-                                                                                "standard_error": difference.standard_error("exact_match")}
-    return {"cut_prompts": one.cut_prompts[name], "exits": exits}

@@ -66,18 +66,17 @@ def check_template(template: str) -> str:
     return template
 
 
-def write_prompts(questions: Sequence[Question], shots: int, examples: Sequence[Question] | None = None, template: str = TEMPLATE,
-                  seed: int = 0) -> list[str]:
-    """Returns a prompt for each question: ``shots`` worked examples, then the question without its answer.
+def draw_examples(questions: Sequence[Question], shots: int, pool: Sequence[Question] | None = None,
+                  seed: int = 0) -> list[list[Question]]:
+    """Return the worked examples of each question.
 
-    Examples are drawn anew for each question, from ``examples`` or from the other questions; never one with the same text. They do not
+    They are drawn anew for each question, from ``pool`` or from the other questions; never one with the same text. They do not
     depend on which other questions are asked before.
 
     Raises:
         DataError: There are fewer examples than shots.
     """
-    pool = list(questions if examples is None else examples)
-    prompts = []
+    pool, found = list(questions if pool is None else pool), []
     for place, question in enumerate(questions):
         # a few more than needed are drawn, so that a question's own text can be passed over
         drawn = random.Random(f"{seed}/{place}").sample(pool, len(pool) if len(pool) <= 4 * shots + 8 else 4 * shots + 8) if shots else []
@@ -85,9 +84,22 @@ def write_prompts(questions: Sequence[Question], shots: int, examples: Sequence[
         if len(chosen) < shots:
             raise DataError(f"--shots: {shots} examples are wanted, {len(chosen)} other questions are there. Use fewer --shots or "
                             "give --shots-from FILE.")
-        prompts.append("\n\n".join([*(_join(_ask(example.text, template), example.answer) for example in chosen),
-                                    _ask(question.text, template)]))
-    return prompts
+        found.append(chosen)
+    return found
+
+
+def write_prompts(questions: Sequence[Question], examples: Sequence[Sequence[Question]], template: str = TEMPLATE) -> list[str]:
+    """Return a prompt for each question: its worked examples, then the question without its answer."""
+    return ["\n\n".join([*(_join(_ask(example.text, template), example.answer) for example in chosen), _ask(question.text, template)])
+            for question, chosen in zip(questions, examples, strict=True)]
+
+
+def as_messages(question: Question, examples: Sequence[Question]) -> list[dict[str, str]]:
+    """Return a question as the last turn of a conversation, its worked examples as the turns before."""
+    turns = [("user", question.text)]
+    for example in reversed(examples):
+        turns[:0] = [("user", example.text), ("assistant", example.answer)]
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def _ask(text: str, template: str) -> str:
