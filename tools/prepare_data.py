@@ -77,6 +77,8 @@ def main() -> int:
     except SortedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    for line in summary.notes:
+        print(f"note: {line}", file=sys.stderr)
     print("\n".join(summary.lines()))
     return 0
 

@@ -17,6 +17,7 @@ from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.settings.derived import data_blend, data_prefixes, document_masks, samples_per_step, split_ranges
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.text.tokenizer_fit import fitting_pad, surplus_line
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,16 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def _vocabulary(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) -> tuple[int, int]:
     """Returns the model's vocabulary and the padding token."""
     given = tokenizer_or_vocab if isinstance(tokenizer_or_vocab, int | None) else tokenizer_or_vocab.vocab_size
-    pad_id = 0 if isinstance(tokenizer_or_vocab, int | None) else tokenizer_or_vocab.pad_id
     vocab_size = settings.vocab_size or given
     if not vocab_size:
         raise SettingsError("--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size.")
+    if isinstance(tokenizer_or_vocab, Tokenizer):
+        surplus_line(tokenizer_or_vocab, vocab_size, "--vocab-size")
+        return vocab_size, fitting_pad(tokenizer_or_vocab, vocab_size)
     if given is not None and given > vocab_size:
         raise DataError(f"--vocab-size {vocab_size}: the tokenizer has {given} tokens, which do not fit. "
                         f"Leave --vocab-size out or give at least {given}.")
-    return vocab_size, pad_id
+    return vocab_size, 0
 
 
 def make_document_masks(settings: Settings, tokenizer: Tokenizer | None) -> DocumentMasks:

@@ -70,6 +70,7 @@ class Summary:
     seconds: float = 0.0
     split: int = 0
     prompt_form: dict = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """Returns a small table."""
@@ -175,7 +176,7 @@ def prepare(options: PrepareOptions) -> Summary:
     encoder = Encoder(encode)  # here too, so that a damaged tokenizer stops us before any process starts
     encode = replace(encode, prompt_template=encoder.form.label)
     summary = Summary(tokenizer={"type": encode.tokenizer_type, "name": encoder.tokenizer.name, "sha256": encoder.tokenizer.sha256,
-                                 "vocab_size": encoder.tokenizer.vocab_size})
+                                 "vocab_size": encoder.tokenizer.vocab_size}, notes=encoder.tokenizer.notes)
     ends: set[str] = set()
     train_name, valid_name = output_names(options.output_prefix)
     with_modes = encode.data_format != "text"

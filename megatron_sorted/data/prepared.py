@@ -52,6 +52,6 @@ def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer, owner: s
         except (KeyError, TypeError) as error:
             raise DataError(f"{path}: not readable as the summary of prepared data ({type(error).__name__}: {error}). "
                             "Prepare the data again, or take this file away.") from error
-        if sha256 not in {tokenizer.sha256, *tokenizer.hashes}:
+        if sha256 not in tokenizer.hashes:
             raise DataError(f"{prefix}: prepared with tokenizer {name} (sha256 {sha256[:16]}), but {owner} {tokenizer.name} "
                             f"(sha256 {tokenizer.sha256[:16]}). Give the tokenizer the data was prepared with, or prepare it again.")

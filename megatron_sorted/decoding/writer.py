@@ -14,6 +14,7 @@ from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.exported.model_directory import open_model_directory
 from megatron_sorted.exported.tokenizer import encode_texts, for_transformers, open_tokenizer
 from megatron_sorted.text.tokenizer import Tokenizer
+from megatron_sorted.text.tokenizer_fit import surplus_line
 
 BROKEN = "\ufffd"
 """What a tokenizer writes for bytes that are no character yet."""
@@ -69,7 +70,7 @@ class Writer:
         draft: Another model that drafts, if any.
 
     Raises:
-        DataError: The model's end tokens are no numbers.
+        DataError: The model's end tokens are no numbers, or its tokenizer belongs to another model.
     """
 
     def __init__(self, network: Network, tokenizer: Tokenizer, draft: Network | None = None):
@@ -77,6 +78,8 @@ class Writer:
         ends = getattr(network.model.generation_config, "eos_token_id", None)
         ends = tokenizer.eos_id if ends is None else ends
         self.end_ids = frozenset([] if ends is None else ends if isinstance(ends, list | tuple) else [ends])
+        line = surplus_line(tokenizer, network.vocab_size, "--tokenizer")
+        self.notes = tokenizer.notes if line is None else (*tokenizer.notes, line)
         if not all(isinstance(token, int) for token in self.end_ids):
             raise DataError(f"eos_token_id: {ends!r} of generation_config.json or the tokenizer is not a token. Give an intact directory.")
 

@@ -1,12 +1,12 @@
 """Everything that is measured of several models, one after the other, as one object that can be written as JSON."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.closed_book import Answered, Decoding, answer_questions, encode_in_form, encode_prompts
 from megatron_sorted.evaluation.costs import count_parameters, forward_flops_per_token
 from megatron_sorted.evaluation.documents import Document, encode_documents
@@ -20,6 +20,7 @@ from megatron_sorted.evaluation.train_heads import HeadTraining, TrainedHeads, t
 from megatron_sorted.exported.tokenizer import open_tokenizer
 from megatron_sorted.text.prompt_form import PromptForm, read_form
 from megatron_sorted.text.tokenizer import Tokenizer
+from megatron_sorted.text.tokenizer_fit import check_ids, surplus_line
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,9 @@ def evaluate(subjects: Sequence[Subject], measures: Measures) -> list[Found]:
 
 def _evaluate(subject: Subject, measures: Measures) -> list[Found]:
     model = load_nested_model(subject.directory, measures.depths, measures.dtype, subject.name)
-    tokenizer, vocab_size = open_tokenizer(subject.directory, measures.tokenizer), model.model.config.vocab_size
-    if tokenizer.text_size > vocab_size:
-        raise SettingsError(f"{subject.name}: the tokenizer has ids up to {tokenizer.text_size - 1}, the model a vocabulary of "
-                            f"{vocab_size}. Give the model's own with --tokenizer.")
+    tokenizer = open_tokenizer(subject.directory, measures.tokenizer)
+    if line := surplus_line(tokenizer, model.model.config.vocab_size, subject.name):
+        print(f"note: {line}", file=sys.stderr)
     found = [_measure(model, subject, tokenizer, measures, None)]
     if subject.with_heads:
         documents = encode_documents(measures.head_documents or [], tokenizer, measures.append_eos)
@@ -129,6 +129,7 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measure
 
     for name, documents in measures.texts.items():
         encoded = encode_documents(documents, tokenizer, measures.append_eos)
+        check_ids((document.ids for document in encoded), tokenizer, model.model.config.vocab_size, name)
         found.texts[name] = measure_held_out(model, encoded, measures.seq_length, measures.stride, measures.batch_tokens, title(name))
         found.unknown_tokens[name] = sum(token == tokenizer.unk_id for document in encoded for token in document.ids[1:])
     if measures.prepared is not None:
@@ -160,6 +161,7 @@ def _ask(name: str, asked: QuestionSet, model: NestedModel, subject: Subject, to
         prompts, found.cut_prompts[name] = encode_in_form(messages, form, tokenizer, room)
         found.prompts[name] = [form.render(one) for one in messages]
         ends = tuple(sorted({*form.end_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])}))
+    check_ids(prompts, tokenizer, model.model.config.vocab_size, name)
     found.form = "" if form is None else form.label
     if found.cut_prompts[name]:
         print(cut_line(f"{model.name}, {name}", found.cut_prompts[name], len(prompts), room), flush=True)

@@ -89,7 +89,7 @@ class NullTokenizer(Tokenizer):
         self.vocab_size = self.text_size = vocab_size
         self.bos_id, self.eos_id, self.pad_id = None, vocab_size - 1, vocab_size - 1
         self.adds_bos = False
-        self.name, self.sha256 = f"null-{vocab_size}", ""
+        self.name, self.sha256, self.hashes = f"null-{vocab_size}", "", frozenset(("",))
         self.special_tokens, self.chat_templates, self.files = {}, {}, {}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

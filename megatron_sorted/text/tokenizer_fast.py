@@ -1,27 +1,34 @@
 """Files of the library ``tokenizers``, read as they stand, with the tokens that settings add."""
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sorted.errors import DataError
 from megatron_sorted.text.tokenizer import Span, Tokenizer
 from megatron_sorted.text.tokenizer_classes import CLASSES, build_pipeline, class_of
+from megatron_sorted.text.tokenizer_compare import PROBES, first_difference, rebuilt_difference
 from megatron_sorted.text.tokenizer_files import (
     FLAGS,
+    JSON,
     MERGES,
     NAMED_TOKENS,
+    PIECES,
     VOCABULARY,
     NamedToken,
     TokenizerFiles,
     read_bounded,
     read_object,
 )
-from megatron_sorted.text.tokenizer_pieces import check_place
+from megatron_sorted.text.tokenizer_pieces import SentencePieceTokenizer, check_place
 
 if TYPE_CHECKING:
     import tokenizers
+
+MADE_OF = "made_of_sha256"
+"""Entry of a tokenizer_config.json: hashes of the files from which our export made its own."""
 
 
 class FastTokenizer(Tokenizer):
@@ -30,21 +37,28 @@ class FastTokenizer(Tokenizer):
     def __init__(self, files: TokenizerFiles):
         data = read_bounded(files.main)
         self.fast = _pairs_of_bytes(files) if files.main.name == VOCABULARY else _parse(files, data)
-        # Files made for training or for padded batches carry settings that cut or vary texts.
-        self.fast.no_truncation()
-        self.fast.no_padding()
-        if getattr(self.fast.model, "dropout", None):
-            self.fast.model.dropout = None
         self.name = f"{files.main.parent.name}/{files.main.name}"
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.hashes = frozenset((self.sha256,))
         self.files, self.notes = files.used, files.notes
         self.chat_templates = files.chat_templates
+        self.differs_from_auto = False
+        self._switch_off(files)
         self._class = class_of(files.class_name, files.model_type)
         _add_tokens(self.fast, files)
         self._set_special_tokens(files)
         self._set_sizes()
         self._set_ends(files)
+        self._compare(files, data)
+
+    def _switch_off(self, files: TokenizerFiles) -> None:
+        """Switch off what cuts, fills or varies texts: of use in training alone, or in batches."""
+        self.fast.no_truncation()
+        self.fast.no_padding()
+        if getattr(self.fast.model, "dropout", None):
+            self.notes += (f"{files.main.parent.name}: model.dropout is "
+                           f"{self.fast.model.dropout:g} in {files.main.name}; it is switched off",)
+            self.fast.model.dropout, self.differs_from_auto = None, True
 
     def _set_special_tokens(self, files: TokenizerFiles) -> None:
         defaults = CLASSES[self._class].defaults if self._class in CLASSES else {}
@@ -63,14 +77,19 @@ class FastTokenizer(Tokenizer):
         added = self.fast.get_added_tokens_decoder()
         whole = self.fast.get_vocab(with_added_tokens=True)
         self.vocab_size = max(whole.values(), default=-1) + 1
-        # what a text can hold that names none of the added tokens
-        if self.vocab_size - 1 in added:
-            names = {token.content for token in added.values()}
-            self.text_size = max((i for text, i in whole.items() if text not in names),
-                                 default=-1) + 1
-        else:
-            self.text_size = self.vocab_size
+        self.text_size = self._largest_of_texts(whole, added.keys()) + 1
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+
+    def _largest_of_texts(self, whole: dict[str, int], added: Collection[int]) -> int:
+        """Return the largest id that texts can have which name no added token; -1 for none."""
+        def is_reached(text: str, number: int) -> bool:
+            return [token.id for token in self.fast.model.tokenize(text)] == [number]
+
+        largest = max(whole, key=whole.get, default="")
+        if whole.get(largest) not in (None, *added) and is_reached(largest, whole[largest]):
+            return whole[largest]
+        falling = sorted(whole.items(), key=lambda pair: -pair[1])
+        return next((i for text, i in falling if i not in added and is_reached(text, i)), -1)
 
     def _set_ends(self, files: TokenizerFiles) -> None:
         """Find out whether texts begin with bos and end with eos.
@@ -89,6 +108,12 @@ class FastTokenizer(Tokenizer):
             files.config.get("add_eos_token") is True
             or (ends and not (len(around) == 1 and self.bos_id == self.eos_id)))
         where = files.main.parent.name
+        if self.adds_bos and not starts:
+            self.differs_from_auto = True
+            self.notes += (
+                f"{where}: texts begin with bos ({self.special_tokens['bos_token']!r}), as "
+                f"{'add_bos_token says' if 'add_bos_token' in files.config else 'its class does'}; "
+                "transformers 5 puts none",)
         if starts and self.adds_bos and files.config.get("add_bos_token") is False:
             self.notes += (
                 f"{where}: add_bos_token is false, but {files.main.name} puts bos before texts; "
@@ -98,6 +123,35 @@ class FastTokenizer(Tokenizer):
             self.notes += (
                 f"{where}: {files.main.name} puts {self.token_text(others[0])!r} around texts, "
                 "which is neither bos nor eos; it is left out, in training as in use",)
+
+    def _compare(self, files: TokenizerFiles, data: bytes) -> None:
+        """Note where this reading is not that of others, and which other files are the same."""
+        where = files.main.parent.name
+        if found := rebuilt_difference(self.fast, files, data):
+            self.differs_from_auto = True
+            self.notes += (
+                f"{where}: {files.main.name} is read as it stands; AutoTokenizer of transformers "
+                f"5 rebuilds it as {found[0]}, which cuts {found[1]} into other tokens",)
+        made_of = files.config.get(MADE_OF)
+        if isinstance(made_of, list):
+            self.hashes |= {one for one in made_of if isinstance(one, str)}
+        path = files.main.parent / PIECES
+        if files.main.name == JSON and path.is_file():
+            self._compare_pieces(files, path)
+
+    def _compare_pieces(self, files: TokenizerFiles, path: Path) -> None:
+        where = path.parent.name
+        try:
+            pieces = SentencePieceTokenizer(replace(files, main=path, added={}, named={}, extra=()))
+        except DataError:
+            self.notes += (f"{where}: {JSON} is read; {PIECES} is no sentencepiece file",)
+            return
+        text = first_difference(self, pieces, list(PROBES))
+        if text is None:
+            self.hashes |= pieces.hashes
+        else:
+            self.notes += (f"{where}: {JSON} is read; {PIECES} beside it cuts {text!r} into other "
+                           "tokens",)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, without bos and eos."""
@@ -204,10 +258,3 @@ def _added_token(token: NamedToken, is_special: bool) -> "tokenizers.AddedToken"
 def _state(token: "tokenizers.AddedToken") -> tuple:
     return tuple(getattr(token, name) for name in FLAGS)
 
-
-def without_vocabulary(data: bytes) -> dict[str, Any]:
-    """Return what a tokenizer.json says beside its vocabulary and added tokens."""
-    content = json.loads(data)
-    model = {name: value for name, value in content.get("model", {}).items()
-             if name not in ("vocab", "merges")}
-    return {**content, "model": model, "added_tokens": []}

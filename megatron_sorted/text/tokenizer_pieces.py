@@ -40,13 +40,19 @@ class SentencePieceTokenizer(Tokenizer):
             self._pieces = self._behind = _processor(self._data_behind)
         else:
             self._behind = None if self._data_behind != self._data else self._pieces
-        size = self._pieces.vocab_size()
+        size = self._size = self._pieces.vocab_size()
         self._words = self._named_pieces(size) | self._added_tokens(files, size)
         self._names = {number: text for text, (number, _) in self._words.items()}
         self._set_special_tokens(files)
         self.vocab_size = max([size - 1, *self._names]) + 1
-        self.text_size = size
+        self.text_size = 1 + max(
+            (i for i in range(size) if not (self._pieces.is_control(i) or self._pieces.is_unused(i))),
+            default=-1)
         self._find = _finder(list(self._words))
+        if files.place.is_dir() and (files.class_name or files.model_type):
+            self.notes += (
+                f"{files.place.name}: {path.name} is read by sentencepiece itself; AutoTokenizer of "
+                "transformers 5 rebuilds it, and may cut texts into other tokens",)
 
     def _open(self, path):
         try:
@@ -155,7 +161,7 @@ class SentencePieceTokenizer(Tokenizer):
         text, run, reader = "", [], self._pieces
         for token in map(int, ids):
             if token not in self._names:
-                run += [token] if token < self.text_size else []
+                run += [token] if token < self._size else []
                 continue
             if run:  # behind a first text no blank was put, so none is taken away
                 text, run, reader = text + reader.decode(run), [], self._processor_at(None)
@@ -167,11 +173,11 @@ class SentencePieceTokenizer(Tokenizer):
         """Return the piece, or the added token."""
         if token in self._names:
             return self._names[token]
-        return self._pieces.id_to_piece(token) if 0 <= token < self.text_size else ""
+        return self._pieces.id_to_piece(token) if 0 <= token < self._size else ""
 
     def vocabulary(self) -> dict[str, int]:
         """Return {piece or added token: id}."""
-        pieces = {self._pieces.id_to_piece(i): i for i in range(self.text_size)}
+        pieces = {self._pieces.id_to_piece(i): i for i in range(self._size)}
         return pieces | {text: number for text, (number, _) in self._words.items()}
 
 

@@ -20,6 +20,7 @@ from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.settings.check_exit_distillation import check_top_k
 from megatron_sorted.settings.derived import data_prefixes
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.text.tokenizer_fit import surplus_line
 from megatron_sorted.training.describe import replace_vocab
 from megatron_sorted.training.hugging_face import check_export, hugging_face_candidate
 from megatron_sorted.training.resume import check_can_continue, settle_document_masks
@@ -39,6 +40,7 @@ class Inputs:
         samples: To train on; None with ``skip_train``.
         eval_sets: By name, evaluated on the way and at the end.
         test_sets: By name, evaluated at the end only.
+        notes: Lines for the log.
     """
 
     settings: Settings
@@ -49,6 +51,7 @@ class Inputs:
     samples: SampleSource | None
     eval_sets: dict[str, EvaluationSet]
     test_sets: dict[str, EvaluationSet]
+    notes: tuple[str, ...] = ()
 
 
 def open_inputs(settings: Settings) -> Inputs:
@@ -58,6 +61,7 @@ def open_inputs(settings: Settings) -> Inputs:
         SortedError: Something is missing, damaged or does not fit.
     """
     tokenizer = open_tokenizer(settings)
+    notes = notes_on_tokenizer(tokenizer, settings)
     vocab_size = settings.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     if not vocab_size:
         raise SettingsError("--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size.")
@@ -80,7 +84,7 @@ def open_inputs(settings: Settings) -> Inputs:
         check_writable("--save", Path(settings.save))
     if settings.metrics_file:
         check_writable("--metrics-file", Path(settings.metrics_file).parent)
-    return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets, test_sets)
+    return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets, test_sets, notes)
 
 
 def check_context_parallel(settings: Settings, sources: Sequence[SampleSource | None]) -> None:
@@ -101,16 +105,24 @@ def open_tokenizer(settings: Settings) -> Tokenizer | None:
     """Returns the tokenizer the settings name, or None where none is needed.
 
     Raises:
-        SettingsError: The model's vocabulary is smaller than the tokenizer's.
         DataError: The tokenizer is missing or damaged.
     """
     if settings.tokenizer_model is None:
         return None
-    tokenizer = load_tokenizer(settings.tokenizer_type, settings.tokenizer_model, settings.vocab_size)
-    if settings.vocab_size is not None and tokenizer.vocab_size > settings.vocab_size:
-        raise SettingsError(f"--vocab-size: {settings.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} "
-                            f"({settings.tokenizer_model}). Leave it out, or give at least {tokenizer.vocab_size}.")
-    return tokenizer
+    return load_tokenizer(settings.tokenizer_type, settings.tokenizer_model, settings.vocab_size)
+
+
+def notes_on_tokenizer(tokenizer: Tokenizer | None, settings: Settings) -> tuple[str, ...]:
+    """Return lines about how the tokenizer is read, and tokens of it that the model has no row for.
+
+    Raises:
+        DataError: Texts can have ids that the model has no row for.
+    """
+    if tokenizer is None:
+        return ()
+    rows = settings.vocab_size
+    line = None if rows is None else surplus_line(tokenizer, rows, "--tokenizer-model")
+    return tokenizer.notes if line is None else (*tokenizer.notes, line)
 
 
 def start_from_pretrained(settings: Settings) -> Settings:

@@ -68,7 +68,8 @@ class Run:
         self.place: Place = start_process_groups(settings, self.platform)
         hang_minutes = settings.hang_timeout_minutes or 0.9 * settings.distributed_timeout_minutes
         self.watchdog = Watchdog(60 * hang_minutes, report_and_exit)
-        self.say(*opening_lines(settings, self.platform, self.place, self.vocab_size))
+        self.say(*opening_lines(settings, self.platform, self.place, self.vocab_size),
+                 *(f"note: {line}" for line in self.inputs.notes))
         if self.inputs.samples is not None:
             self.say(f"training data: {self.inputs.samples.describe()}")
         self.model: Model = build_model(settings, self.platform, self.place, self.vocab_size)

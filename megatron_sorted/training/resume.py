@@ -96,7 +96,7 @@ def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Toke
     check_same_shape(directory, described, settings, network_shape(settings, settings.vocab_size))
     check_same_adapters(candidate, settings, takes_weights_only(candidate, settings))
     saved_tokenizer = manifest.get("tokenizer")
-    is_other = tokenizer is not None and saved_tokenizer and tokenizer.sha256 not in tokenizer_hashes(saved_tokenizer)
+    is_other = tokenizer is not None and saved_tokenizer and tokenizer.hashes.isdisjoint(tokenizer_hashes(saved_tokenizer))
     if is_other and not settings.allow_changed_data:
         raise CheckpointError(
             f"--tokenizer-model: {tokenizer.name} (sha256 {tokenizer.sha256[:12]}), but {directory} was made with "

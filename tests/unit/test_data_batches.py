@@ -141,7 +141,7 @@ def test_mistakes(settings, change, error, message):
 
 
 def test_tokenizer_must_fit_the_model(settings):
-    with pytest.raises(DataError, match="--vocab-size 64: the tokenizer has 65 tokens"):
+    with pytest.raises(DataError, match="--vocab-size: the model has a vocabulary of 64, but texts of tokenizer null-65"):
         make_train_batches(settings, load_tokenizer("NullTokenizer", None, 65), 0, 1)
     assert next(make_train_batches(settings, load_tokenizer("NullTokenizer", None, 64), 0, 1)).num_tokens == 6
 

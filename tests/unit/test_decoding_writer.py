@@ -18,6 +18,7 @@ class Letters:
     """A tokenizer of 100 tokens: the words above, then single bytes of UTF-8, of which several make a character."""
 
     bos_id, eos_id, adds_bos, chat_templates, special_ids = 1, None, True, {}, frozenset((1,))
+    vocab_size, notes = 100, ()
 
     def __init__(self):
         euro = "€ä".encode()

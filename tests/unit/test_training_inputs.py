@@ -97,10 +97,12 @@ def test_samples_longer_than_the_sequence(folder):
 
 def test_vocabulary_and_tokenizer(folder):
     name = str(folder / "mine_tokenizer.model")
-    assert refused(SettingsError, settings(folder, vocab_size=289)) == (
-        "--vocab-size: 289 is smaller than the tokenizer's 290 (mine_tokenizer.model). Leave it out, or give at least 290.")
+    assert refused(DataError, settings(folder, vocab_size=289)) == (
+        "--tokenizer-model: the model has a vocabulary of 289, but texts of tokenizer mine_tokenizer.model have ids up to 289, so the two "
+        "do not belong together. Give the model's own tokenizer, or for a new model a --vocab-size of at least 290.")
     assert refused(DataError, settings(folder, tokenizer_model=name + "x")) == (
-        "--tokenizer-model: cannot read mine_tokenizer.modelx (No such file or directory). Give a tokenizer that exists.")
+        "--tokenizer-model: mine_tokenizer.modelx: no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt). Give a "
+        "directory or a sentencepiece file that exists.")
 
 
 def test_data_of_another_tokenizer(folder):

@@ -1,6 +1,7 @@
 """Options of all decoding tools: model, way, sampling; saved choices stand beside the model."""
 
 import argparse
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -101,7 +102,10 @@ def writer_of(values: argparse.Namespace) -> Writer:
     if values.threads:
         torch.set_num_threads(values.threads)
     check_device(values.device)
-    return open_writer(values.model, values.draft, values.depths, values.tokenizer, DTYPES[values.dtype], values.device)
+    writer = open_writer(values.model, values.draft, values.depths, values.tokenizer, DTYPES[values.dtype], values.device)
+    for line in writer.notes:
+        print(f"note: {line}", file=sys.stderr)
+    return writer
 
 
 def way_of(values: argparse.Namespace, network: Network, draft: Network | None = None) -> Way:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -127,7 +128,8 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
         raise SettingsError("nothing to measure. Give --text, --data-path, --questions or --tasks.")
     for subject in subjects:
         plan_exits(subject.directory, values.depths)
-        open_tokenizer(subject.directory, values.tokenizer)
+        for line in open_tokenizer(subject.directory, values.tokenizer).notes:
+            print(f"note: {line}", file=sys.stderr)
     allowed = {subject.name: max_length_of_config(read_config(subject.directory)) for subject in subjects}
     prepared = _read_prepared(values, min(DEFAULT_SEQ_LENGTH, *allowed.values()))
     seq_length = values.seq_length or (prepared.settings.seq_length if prepared else min(DEFAULT_SEQ_LENGTH, *allowed.values()))
