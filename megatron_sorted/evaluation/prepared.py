@@ -107,7 +107,7 @@ def _measure_batch(model: NestedModel, batch: Batch, by_document: bool) -> Itera
     """Yield (depth, sums over the documents of a batch [4, d]: nats, agreed, counted, right)."""
     size, length = batch.tokens_bs.shape
     segments_bs = torch.zeros_like(batch.tokens_bs) if batch.segments_bs is None else batch.segments_bs.long()
-    place_bs = torch.arange(size)[:, None] * (length + 1) + (segments_bs if by_document else 0)
+    place_bs = torch.arange(size)[:, None] * (length + 1) + (segments_bs if by_document else torch.zeros_like(segments_bs))
     counted_bs = batch.loss_mask_bs != 0
     place_n, labels_n = place_bs[counted_bs], batch.labels_bs[counted_bs]
     masks = attention_masks(model.model.config, batch.segments_bs)
