@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     groups = [CONVERSATION, *GROUPS.values()]
     chosen = [question for group in groups for question in spread([one for one in questions if one.group == group], values.per_group)]
     sampling, writer = sampling_of(values), writer_of(values)
+    print(writer.form.line, flush=True)
     network, contestants, ways = writer.network, [], {}
     for name in dict.fromkeys([FULL, *values.ways]):
         draft = writer.draft_for(WAYS[name])
@@ -122,7 +123,8 @@ def more_sections(values: argparse.Namespace, writer: Writer, questions: Sequenc
         lines += [*sweep_lines(grid), "![Speed-up over draft depth and length](sweep.png)", ""]
     if values.text and len(writer.network.depths) > 1:
         texts = [one for path in values.text for one in read_documents(path, values.text_separator, limit=values.num_texts)]
-        documents = encode_documents(texts, writer.tokenizer, append_eos=True)
+        form = writer.form.prompt_form if writer.form.is_stored else None
+        documents = encode_documents(texts, writer.tokenizer, append_eos=True, form=form)
         lossless = {name: way for name, way in ways.items() if isinstance(way, SPECULATIVE)}
         tuned = {"early_exit as tuned": ways["early_exit"]} if "early_exit" in ways else {}
         points = quality_curve(writer, documents, prompts, values.max_new_tokens, lossless, tuned)

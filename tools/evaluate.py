@@ -24,7 +24,7 @@ from evaluation.table import write_tables
 
 from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.errors import DataError, SortedError
-from megatron_sorted.evaluation.evaluate import Found, Measures, evaluate
+from megatron_sorted.evaluation.evaluate import Measures, evaluate
 from megatron_sorted.evaluation.results import results_of
 from megatron_sorted.settings.derived import document_masks
 
@@ -43,9 +43,8 @@ def describe(values: argparse.Namespace, measures: Measures) -> dict:
     return {"format": 1, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": shlex.join(["python", *sys.argv]), "versions": versions, "settings": {
                 "dtype": values.dtype, "seq_length": measures.seq_length, "stride": measures.stride, "counted": counted,
-                "shots": max((len(shown) for asked in measures.questions.values() for shown in asked.examples), default=0),
-                "data": _describe_data(measures),
-                "question_template": measures.question_template, "max_new_tokens": values.max_new_tokens, "seed": values.seed,
+                "shots": values.shots, "data": _describe_data(measures),
+                "question_template": values.question_template, "max_new_tokens": values.max_new_tokens, "seed": values.seed,
                 "separator": values.separator, "texts": [str(path) for path in values.text],
                 "questions": [str(path) for path in values.questions], "train_heads": values.train_heads and str(values.train_heads),
                 "task_shots": values.task_shots, "task_limit": values.task_limit}}
@@ -74,9 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n" + write_tables(results))
     write_text_atomically(values.output / "evaluation.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     for name, asked in measures.questions.items():
-        lines = [json.dumps({"question": question.text, "right": question.right, "prompt": _prompt(found, name, place), "answers": {
+        lines = [json.dumps({"question": question.text, "right": question.right, "prompt": prompt, "answers": {
             one.name: {depth: answered.answers[place] for depth, answered in one.questions[name].items()} for one in found}},
-            ensure_ascii=False) for place, question in enumerate(asked.questions)]
+            ensure_ascii=False) for place, (question, prompt) in enumerate(zip(asked.questions, asked.prompts, strict=True))]
         write_text_atomically(values.output / f"answers_{name}.jsonl", "\n".join(lines) + "\n")
     written = [values.output / "evaluation.json"]
     picture = values.output / "evaluation.png"
@@ -87,12 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         picture.unlink(missing_ok=True)  # of an earlier evaluation, which these numbers are not
         print(f"\nno picture: {len(found)} models are more than the {MAX_MODELS} that one can tell apart; the tables have them all")
     print(f"\nwritten: {', '.join(map(str, [*written, *[values.save_heads] * bool(values.save_heads)]))}")
-
-
-def _prompt(found: Sequence[Found], name: str, place: int) -> str | dict[str, str]:
-    """Return the prompt of a question, or {model: prompt} where models were asked in different forms."""
-    prompts = {one.name: one.prompts[name][place] for one in found}
-    return next(iter(prompts.values())) if len(set(prompts.values())) == 1 else prompts
 
 
 if __name__ == "__main__":

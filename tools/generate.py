@@ -14,13 +14,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from decoding.options import add_model_options, add_sampling_options, add_way_options, check_positive, sampling_of, way_of, writer_of
+from decoding.options import (
+    add_generation_config,
+    add_model_options,
+    add_sampling_options,
+    add_way_options,
+    check_positive,
+    sampling_of,
+    usual_sampling,
+    way_of,
+    writer_of,
+)
 
 from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import Way
 from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import DataError, SettingsError, SortedError
+from megatron_sorted.text.prompt_form import ALPACA, PLAIN
 
+DEFAULT_TOKENS = 128
 COLOURS = (208, 214, 220, 148, 78, 44, 39, 33, 99)
 """Of terminals with 256 colours, shallow to deep."""
 
@@ -29,14 +41,17 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     """Returns the command line's values."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
-    parser.add_argument("--prompt", action="append", default=[], help="a text to go on with; several are written at once, as a batch")
+    parser.add_argument("--prompt", action="append", default=[],
+                        help="a text to go on with; several are written at once, as a batch; with --prompt-template a question that is "
+                             "asked in this form")
     parser.add_argument("--prompt-file", metavar="FILE", help="a file whose lines are prompts; - for standard input")
     parser.add_argument("--chat", action="store_true", help="a conversation; an empty line ends it")
     parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto",
                         help="colours show where tokens left (%(default)s: in terminals)")
     add_way_options(parser)
     add_sampling_options(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="at most so many (%(default)s)")
+    add_generation_config(parser)
+    parser.add_argument("--max-new-tokens", type=int, help=f"at most so many (default: {DEFAULT_TOKENS}, or what the context leaves)")
     parser.add_argument("--stop", nargs="+", default=[], help="words after which a text is over")
     return parser.parse_args(arguments)
 
@@ -61,13 +76,25 @@ class Page:
         return "exits: " + " ".join(self.shown(f"@{depth}", depth) for depth in self.depths) if self.in_colour else ""
 
 
+def new_tokens(writer: Writer, ids: list[list[int]], asked: int | None) -> int:
+    """Return how many tokens are written at most; the default is cut to what the context leaves, with a word about it."""
+    if asked is not None:
+        return asked
+    room = writer.network.max_positions - max(map(len, ids))
+    if 1 <= room < DEFAULT_TOKENS:
+        print(f"[the context of {writer.network.max_positions} tokens leaves room for {room} new ones, not {DEFAULT_TOKENS}]",
+              file=sys.stderr, flush=True)
+        return room
+    return DEFAULT_TOKENS
+
+
 def write(writer: Writer, prompts: list[str], ids: list[list[int]], way: Way, sampling: Sampling, values: argparse.Namespace,
           page: Page) -> list[str]:
     """Returns what was added to each prompt, after showing it and what it took."""
     began, texts, shown = time.perf_counter(), [""] * len(ids), [""] * len(ids)
     tokens = steps = drafted = accepted = 0
     by_depth: dict[int, int] = {}
-    for piece in writer.write(ids, way, sampling, values.max_new_tokens, values.stop):
+    for piece in writer.write(ids, way, sampling, new_tokens(writer, ids, values.max_new_tokens), values.stop):
         texts[piece.row] += piece.text
         new = "".join(page.shown(*part) for part in piece.parts)
         shown[piece.row] += new
@@ -105,7 +132,8 @@ def chat(writer: Writer, way: Way, sampling: Sampling, values: argparse.Namespac
             print(f"error: {error} The conversation begins anew.", file=sys.stderr)
             messages.clear()
             continue
-        messages.append({"role": "assistant", "content": answer.lstrip(" ")})
+        form = writer.form.prompt_form  # a template puts its own blanks around an answer
+        messages.append({"role": "assistant", "content": answer if form and form.name in (PLAIN, ALPACA) else answer.strip(" ")})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,8 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prompts += [line for line in text.splitlines() if line]
     if bool(prompts) == values.chat:
         raise SettingsError("Give --prompt, --prompt-file or --chat" + (", not both" if prompts else "") + ".")
-    sampling = sampling_of(values)
+    sampling_of(values)  # a wrong number is told before the model is read
     writer = writer_of(values)
+    sampling = sampling_of(values, usual_sampling(values, writer, 0.0))
     way = way_of(values, writer.network, writer.draft)
     depths = sorted({*writer.network.depths, *(writer.draft.depths if writer.draft else ())})
     page = Page(depths, values.colour == "always" or (values.colour == "auto" and sys.stdout.isatty()))
@@ -132,10 +161,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
              else "" if writer.draft else "no exits before the last layer, so only 'full' can be had (or --depths); ")
           + (f"drafts by {values.draft}; " if writer.draft else "") + f"way: {way.name}] {page.legend()}",
           file=sys.stderr, flush=True)
+    asks = values.chat or values.prompt_template is not None
+    form = writer.form.prompt_form
+    if asks:
+        print(f"[{writer.form.line}]", file=sys.stderr, flush=True)
+    elif form is not None and form.is_conversation and writer.form.is_stored:
+        print(f"[prompts are texts to go on with; --chat, or --prompt-template {form.label}, asks in the form that was trained]",
+              file=sys.stderr, flush=True)
     if values.chat:
         chat(writer, way, sampling, values, page)
-    else:
-        write(writer, prompts, [writer.encode(prompt) for prompt in prompts], way, sampling, values, page)
+        return
+    ids = [writer.encode_chat([{"role": "user", "content": prompt}]) if asks else writer.encode(prompt) for prompt in prompts]
+    write(writer, prompts, ids, way, sampling, values, page)
 
 
 if __name__ == "__main__":

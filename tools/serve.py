@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from decoding.adaptation import LEARNED, check_adapt, open_adaptation
-from decoding.options import add_model_options, add_way_options, named_way, way_of, writer_of
+from decoding.options import add_generation_config, add_model_options, add_way_options, named_way, usual_sampling, way_of, writer_of
 
 from megatron_sorted.decoding.ways import Way
 from megatron_sorted.errors import SettingsError, SortedError
@@ -29,6 +29,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
     add_way_options(parser)
+    add_generation_config(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     group.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         raise SettingsError(f"serve: {error.name} is not installed. pip install 'megatron_sorted[serve]'.") from error
     writer = writer_of(values)
+    usual = usual_sampling(values, writer, 1.0)
+    print(f"[{writer.form.line}]", flush=True)
     adaptation = open_adaptation(values, writer) if values.adapt else None
     own = None if adaptation else way_of(values, writer.network, writer.draft)
 
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     way = own.name if own else f"the fastest of {', '.join(way.name for way in adaptation.ways)}"
     print(f"[{name}: exits at {', '.join(map(str, writer.network.depths))}; way: {way}; http://{values.host}:{values.port}/v1]",
           flush=True)
-    uvicorn.run(make_app(Worker(writer, adaptation), name, way_for), host=values.host, port=values.port, log_level="warning")
+    uvicorn.run(make_app(Worker(writer, adaptation), name, way_for, usual), host=values.host, port=values.port, log_level="warning")
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = values.output or values.model / CHOICES
     read_choices(path)  # what is damaged is told before anything is measured
     writer = writer_of(values)
+    print(writer.form.line, flush=True)
     draft, depths = writer.draft, depths_to_try(writer)
     prompts = read_prompts(values, writer)
     limits = Limits(values.max_new_tokens, writer.end_ids)

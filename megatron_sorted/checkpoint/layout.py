@@ -22,6 +22,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "tokenizer.model.v*",
     "spiece.model", "sentencepiece.bpe.model", "tekken.json", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "generation_config.json",
+    "prompt_form.json",
 )
 LEFT_OVER = re.compile(r"\.iter_\d{7,}\.(writing|removing)")
 

@@ -20,6 +20,7 @@ from megatron_sorted.conversion.checkpoint_files import WeightsWriter
 from megatron_sorted.conversion.families import CONFIG, EXITS, config_of_settings
 from megatron_sorted.conversion.nested_card import nested_files
 from megatron_sorted.conversion.open_model import FAST, SLOW, OpenModel, open_model
+from megatron_sorted.conversion.prompt_form_files import form_of, trained_ends, write_form, write_generation_config
 from megatron_sorted.conversion.safetensors_files import SafetensorsWriter
 from megatron_sorted.conversion.tensor_source import Renamed, TensorInfo
 from megatron_sorted.conversion.tensor_table import Pair, tensor_table
@@ -236,6 +237,8 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
     stored = model.dtype_of(model.pairs[0])
     config = config_of_settings(settings, dtype or str(stored).removeprefix("torch."), model.config)
     _add_token_ids(config, model)
+    form = form_of(model)
+    ends = trained_ends(model, form)
     main, own = ({name: TensorInfo(shape, cast or model.dtype_of(origins[pair.ours])) for pair in pairs if pair.is_own_exit == is_own
                   for name, shape in zip(pair.theirs, pair.shapes, strict=True)} for is_own in (False, True))
     total = sum(info.num_bytes for info in (*main.values(), *own.values()))
@@ -254,6 +257,9 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
         write_small_files(aside, model.files, config)
         if (note := add_fast_tokenizer(aside)) is not None and notes is not None:
             notes.append(note)
+        if form is not None:
+            write_form(aside, form, notes)
+            write_generation_config(aside, config, ends)
         for name, text in more_files.items():
             (aside / name).write_text(text, encoding="utf-8")
         comparison = None
@@ -269,15 +275,14 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def write_small_files(directory: Path, files: Mapping[str, Path], config: Mapping[str, Any]) -> None:
-    """Writes tokenizer, chat template and generation config into a Hugging Face directory."""
+    """Write tokenizer, chat template and generation config into a Hugging Face directory."""
     for name, path in files.items():
         short = name.split("/", 1)[1]
         if short != CONFIG:
+            (directory / short).parent.mkdir(exist_ok=True)
             (directory / short).write_bytes(path.read_bytes())
-    generation = directory / "generation_config.json"
-    if not generation.exists():
-        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None}
-        generation.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+    if not (directory / "generation_config.json").exists():
+        write_generation_config(directory, config, ())
 
 
 def _add_token_ids(config: dict[str, Any], model: OpenModel) -> None:

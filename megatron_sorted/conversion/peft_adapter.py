@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_sorted.checkpoint.layout import TOKENIZER
 from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.conversion.merged_lora import AdapterOf, MergedLora
 from megatron_sorted.conversion.open_model import OpenModel
+from megatron_sorted.conversion.prompt_form_files import form_of, trained_ends, write_form, write_generation_config
 from megatron_sorted.conversion.safetensors_files import SafetensorsWriter
 from megatron_sorted.conversion.tensor_source import TensorInfo
 from megatron_sorted.conversion.tensor_table import Pair
@@ -50,6 +52,8 @@ def export_adapter(model: OpenModel, destination: Path, base: str, overwrite: bo
     if own := [pair.ours for pair in model.pairs if pair.is_own_exit]:
         raise CheckpointError(f"{model.directory}: {own[0]} was trained beside the adapters, and peft has no place for it. Use export, "
                               "which merges the adapters and keeps what exits own.")
+    form = form_of(model)
+    ends = trained_ends(model, form)
     halves: list[tuple[str, Pair, int, bool]] = []  # name of theirs, our matrix, part of it, whether A
     tensors: dict[str, TensorInfo] = {}
     pairs = [pair for pair in model.pairs if source.is_adapted(pair.ours)]
@@ -69,5 +73,13 @@ def export_adapter(model: OpenModel, destination: Path, base: str, overwrite: bo
             half = a_rc if is_a else pair.operation.split(b_or)[part]
             writer.write(theirs, half.to(tensors[theirs].dtype))
         writer.close()
+        for name, path in model.files.items():
+            folder, short = name.split("/", 1)
+            if folder == TOKENIZER:  # as with peft: who loads the adapter also finds how the model is asked
+                (aside / short).parent.mkdir(exist_ok=True)
+                (aside / short).write_bytes(path.read_bytes())
+        if form is not None:
+            write_form(aside, form, None)
+            write_generation_config(aside, {}, ends)
         (aside / CONFIG).write_text(json.dumps(_config(source.adapters, targets, base), indent=2) + "\n", encoding="utf-8")
     return len(tensors), total

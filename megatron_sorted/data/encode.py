@@ -89,7 +89,7 @@ class Encoded:
     """One block's documents, for training and for validation, and what was counted.
 
     Attributes:
-        num_split: Samples that became several documents, since the template rewrites earlier turns.
+        num_split: Samples that became several documents, since the template or the tokenizer rewrites earlier turns.
         ends: Tokens that answers end with.
     """
 
@@ -142,16 +142,17 @@ class Encoder:
         encoded = self._ids(samples)
         for number, sample in samples:
             to = valid if self._is_valid(sample.key) else train
+            documents = [document for _ in sample.documents for document in next(encoded)]
             kept, reason = 0, None
-            for pieces in sample.documents:
-                document = next(encoded)
-                reason = reason or self._take(pieces, document, to, counts)
+            for document in documents:
+                reason = reason or self._take(document, to, counts)
                 kept += reason is None
             if reason is not None:
                 to.forget(kept)
                 self._leave_out(block, counts, number, reason, "")
-            else:
-                counts.num_split += len(sample.documents) > 1
+                continue
+            counts.num_split += len(documents) > 1
+            counts.ends.update(piece.end for pieces in sample.documents for piece in pieces if piece.end)
         counts.train, counts.valid = train.finish(), valid.finish()
         return counts
 
@@ -178,20 +179,18 @@ class Encoder:
             raise DataError(f"{block.path}:{number}: {reason}{words}. Mend the line, or leave --strict out to skip and count such lines.")
         counts.skipped.add(reason, [f"{Path(block.path).name}:{number}{words}"])
 
-    def _ids(self, samples: list[tuple[int, Sample]]) -> Iterator[list[TrainedIds] | None]:
-        """Yield the sequences of every document of the samples, in order."""
+    def _ids(self, samples: list[tuple[int, Sample]]) -> Iterator[list[list[TrainedIds]]]:
+        """Yield, for every document of the samples in order, the sequences of what it becomes."""
         documents = [pieces for _, sample in samples for pieces in sample.documents]
         if self.options.data_format != "text":
             yield from self.pieces.encode(documents)
             return
         begin = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
         for ids in self.tokenizer.encode_batch([pieces[0].text for pieces in documents]):
-            yield [([*begin, *ids, *self.form.end_ids], True)]
+            yield [[([*begin, *ids, *self.form.end_ids], True)]]
 
-    def _take(self, pieces: list[Piece], document: list[TrainedIds] | None, to: _Collector, counts: Encoded) -> str | None:
+    def _take(self, document: list[TrainedIds], to: _Collector, counts: Encoded) -> str | None:
         """Add a document to those collected; return why it cannot be used, if so."""
-        if document is None:
-            return "token_across_turns"
         if not document:
             return "nothing_to_predict"
         if self.options.data_format != "text" and self._names_controls(document):
@@ -199,7 +198,6 @@ class Encoder:
         shortened, reason = self._fit(document)
         if reason is None:
             counts.num_truncated += shortened
-            counts.ends.update(piece.end for piece in pieces if piece.end)
             to.add(document)
         return reason
 

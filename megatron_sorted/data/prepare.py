@@ -80,7 +80,7 @@ class Summary:
             rows += [("valid documents", f"{self.valid.documents:,}"), ("valid tokens", f"{self.valid.tokens:,}")]
         rows.append(("truncated", f"{self.truncated:,}"))
         if self.split:
-            rows.append(("in several documents", f"{self.split:,}  the template rewrites earlier turns"))
+            rows.append(("in several documents", f"{self.split:,}  earlier turns are written otherwise once there are later ones"))
         rows += [(f"skipped: {reason}", f"{count:,}  first at {', '.join(self.skipped.where[reason])}")
                  for reason, count in sorted(self.skipped.count.items())]
         ends = " ".join(end["text"] for end in self.prompt_form["ends"]) or "nothing"

@@ -1,11 +1,13 @@
 """What tools/prepare_data.py left beside the data: ``P.json``, for ``P_text_document`` and ``P_valid_text_document``."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import DataError
+from megatron_sorted.text.prompt_form import NO_FORM, PromptForm, form_from_dict
 
 ENDINGS = ("_valid_text_document", "_text_document")
 
@@ -55,3 +57,62 @@ def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer, owner: s
         if sha256 not in tokenizer.hashes:
             raise DataError(f"{prefix}: prepared with tokenizer {name} (sha256 {sha256[:16]}), but {owner} {tokenizer.name} "
                             f"(sha256 {tokenizer.sha256[:16]}). Give the tokenizer the data was prepared with, or prepare it again.")
+
+
+def read_prompt_form(prefix: str) -> PromptForm | None:
+    """Return the form in which data were prepared; None where their summary says none, or is not there.
+
+    Raises:
+        DataError: The summary is damaged.
+    """
+    path = summary_path(prefix)
+    if path is None:
+        return None
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")).get("prompt_form")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as the summary of prepared data ({type(error).__name__}: {error}). "
+                        "Prepare the data again, or take this file away.") from error
+    return form_from_dict(said, f"{path}: prompt_form") if said else None
+
+
+def form_of_data(sources: Sequence[tuple[float, str]]) -> tuple[PromptForm | None, list[str]]:
+    """Return the form of conversation that data teach, and lines about it; of several, that of most weight.
+
+    Args:
+        sources: (weight, prefix) of all training data.
+
+    Raises:
+        DataError: A summary is damaged.
+    """
+    weights: dict[PromptForm, float] = {}
+    first: dict[PromptForm, str] = {}
+    lines, without = [], []
+    for weight, prefix in sources:
+        form = read_prompt_form(prefix)
+        if form is None:
+            without.append(prefix)
+            continue
+        known = next((one for one in weights if _same(one, form)), form)
+        first.setdefault(known, prefix)
+        weights[known] = weights.get(known, 0.0) + weight
+    if without:
+        lines.append(f"note: {', '.join(without[:3])} {NO_FORM}; nothing is known of how its prompts are written")
+    talks = [form for form in weights if form.is_conversation] or list(weights)
+    if not talks:
+        return None, lines
+    chosen = max(talks, key=lambda form: weights[form])
+    alike = [form for form in talks if form.template == chosen.template]
+    ends = {end.id: end for form in alike for end in form.ends}
+    if len(talks) > len(alike):
+        said = ", ".join(f"{form.label} ({first[form]})" for form in talks)
+        lines.append(f"note: the training data are written in several forms: {said}. The model will be asked in that of most weight, "
+                     f"{chosen.label} ({first[chosen]}); --prompt-template of generate, serve and evaluate takes another")
+    found = dataclasses.replace(chosen, ends=tuple(ends.values()))
+    words = " ".join(end.text for end in found.ends) or "nothing"
+    lines.append(f"prompt form: {found.label}; {'answers' if found.is_conversation else 'documents'} end with {words}")
+    return found, lines
+
+
+def _same(one: PromptForm, other: PromptForm) -> bool:
+    return one.as_dict() == other.as_dict()

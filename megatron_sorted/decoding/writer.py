@@ -1,8 +1,9 @@
 """Text in, text out: a network with its tokenizer, texts that end at stop words, pieces as they come."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,8 +12,9 @@ from megatron_sorted.decoding.network import Network, load_network
 from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import SPECULATIVE, Way
 from megatron_sorted.errors import DataError, SettingsError
+from megatron_sorted.exported.form import ModelForm, form_of_model
 from megatron_sorted.exported.model_directory import open_model_directory
-from megatron_sorted.exported.tokenizer import encode_texts, for_transformers, open_tokenizer
+from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer
 from megatron_sorted.text.tokenizer import Tokenizer
 from megatron_sorted.text.tokenizer_fit import surplus_line
 
@@ -68,20 +70,18 @@ class Writer:
         network: The model.
         tokenizer: Its own.
         draft: Another model that drafts, if any.
+        form: In which conversations are written; by default contents one below the other, as before version 0.7.
 
     Raises:
-        DataError: The model's end tokens are no numbers, or its tokenizer belongs to another model.
+        DataError: The model's end tokens are no tokens of it, or its tokenizer belongs to another model.
     """
 
-    def __init__(self, network: Network, tokenizer: Tokenizer, draft: Network | None = None):
+    def __init__(self, network: Network, tokenizer: Tokenizer, draft: Network | None = None, form: ModelForm | None = None):
         self.network, self.tokenizer, self.draft = network, tokenizer, draft
-        ends = getattr(network.model.generation_config, "eos_token_id", None)
-        ends = tokenizer.eos_id if ends is None else ends
-        self.end_ids = frozenset([] if ends is None else ends if isinstance(ends, list | tuple) else [ends])
         line = surplus_line(tokenizer, network.vocab_size, "--tokenizer")
         self.notes = tokenizer.notes if line is None else (*tokenizer.notes, line)
-        if not all(isinstance(token, int) for token in self.end_ids):
-            raise DataError(f"eos_token_id: {ends!r} of generation_config.json or the tokenizer is not a token. Give an intact directory.")
+        self.form = form = form or ModelForm()
+        self.end_ids = form.end_ids_of(network.model, tokenizer)
 
     def draft_for(self, way: Way | type[Way] | None) -> Network | None:
         """Returns the other model that drafts; None for ways, or kinds of them, that draft nothing."""
@@ -101,22 +101,16 @@ class Writer:
             raise DataError("prompt: it is empty, and the tokenizer puts nothing before a text. Write something.")
         return ids
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Returns the tokens of a conversation [{"role": ..., "content": ...}] up to where the assistant answers.
-
-        By the tokenizer's own template; without one, the contents one below the other.
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
+        """Return the tokens of a conversation [{"role": ..., "content": ...}] up to where the assistant answers.
 
         Raises:
-            DataError: The template does not take these messages.
+            DataError: The form does not take these messages.
         """
-        if not self.tokenizer.chat_templates:
+        form = self.form.prompt_form
+        if form is None or not form.is_conversation:
             return self.encode("".join(f"{message['content']}\n" for message in messages))
-        try:
-            text = for_transformers(self.tokenizer).apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=False)
-            return self.tokenizer.encode_rendered(text)
-        except Exception as error:  # templates raise what they like
-            raise DataError(f"messages: the model's chat template does not take them ({error}). Change roles or order.") from error
+        return self.tokenizer.encode_rendered(form.render(messages, tools))
 
     def write(self, prompts: Sequence[Sequence[int]], way: Way | None = None, sampling: Sampling | None = None, max_new_tokens: int = 128,
               stop: Sequence[str] = ()) -> Iterator[Piece]:
@@ -180,8 +174,8 @@ class Writer:
 
 
 def open_writer(directory: Path, draft: Path | None = None, depths: Sequence[int] | None = None, tokenizer: Path | None = None,
-                dtype: torch.dtype = torch.float32, device: str = "cpu") -> Writer:
-    """Returns the model of a Hugging Face directory, or of a checkpoint, ready to write.
+                dtype: torch.dtype = torch.float32, device: str = "cpu", prompt_template: str | None = None) -> Writer:
+    """Return the model of a Hugging Face directory, or of a checkpoint, ready to write.
 
     Args:
         directory: The model's.
@@ -190,14 +184,18 @@ def open_writer(directory: Path, draft: Path | None = None, depths: Sequence[int
         tokenizer: A directory or sentencepiece file, where the model has none.
         dtype: Kind of numbers.
         device: Where to.
+        prompt_template: Form of conversations, instead of the one the model was trained in.
 
     Raises:
-        CheckpointError, SettingsError, DataError: A directory or tokenizer cannot be used.
+        CheckpointError, SettingsError, DataError: A directory, tokenizer or form cannot be used.
     """
     place = open_model_directory(directory)
-    network = load_network(place, depths, dtype, device)
     words = open_tokenizer(place, tokenizer)
-    return Writer(network, words, None if draft is None else open_draft(open_model_directory(draft), network, words, tokenizer))
+    form = form_of_model(place, words, prompt_template)
+    network = load_network(place, depths, dtype, device)
+    form.check_rows(network.vocab_size)
+    other = None if draft is None else open_draft(open_model_directory(draft), network, words, tokenizer)
+    return Writer(network, words, other, form)
 
 
 def open_draft(directory: Path, network: Network, tokenizer: Tokenizer, option: Path | None = None) -> Network:

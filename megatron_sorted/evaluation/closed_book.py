@@ -1,7 +1,7 @@
 """Answers of every exit to closed-book questions: greedy decoding in batches, and how many are right."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -36,69 +36,50 @@ class Answered:
         return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are decoded.
-
-    Attributes:
-        max_new_tokens: Of an answer.
-        batch_size: Prompts at a time.
-        ends: Tokens after which an answer is over; None: eos, and every token with a line break in it.
-        title: Of the progress bar; None for no bar.
-    """
-
-    max_new_tokens: int = 32
-    batch_size: int = 16
-    ends: tuple[int, ...] | None = None
-    title: str | None = None
-
-
-def encode_in_form(conversations: Sequence[list[dict[str, str]]], form: PromptForm, tokenizer: Tokenizer,
-                   room: int) -> tuple[list[list[int]], int]:
-    """Return conversations as tokens, as the model was trained to be asked, and how many were cut at the left to ``room``.
-
-    Raises:
-        SettingsError: There is no room for a prompt.
-        DataError: The form does not take a conversation.
-    """
-    _check_room(room)
-    encoded = [tokenizer.encode_rendered(form.render(messages)) for messages in conversations]
-    return [ids[-room:] for ids in encoded], sum(len(ids) > room for ids in encoded)
-
-
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, room: int) -> tuple[list[list[int]], int]:
     """Returns the prompts as tokens that begin with bos where the tokenizer's texts do, and how many were cut at the left to ``room``.
 
     Raises:
         SettingsError: There is no room for a prompt.
     """
-    _check_room(room)
+    if room < 2:
+        raise SettingsError(f"--max-new-tokens leaves {room} tokens for a prompt. Use fewer.")
     begin = [tokenizer.bos_id] if tokenizer.adds_bos else []
     encoded = encode_texts(tokenizer, list(prompts))
     keep = room - len(begin)
     return [begin + ids[-keep:] for ids in encoded], sum(len(ids) > keep for ids in encoded)
 
 
-def _check_room(room: int) -> None:
+def encode_conversations(conversations: Sequence[Sequence[Mapping[str, str]]], form: PromptForm, tokenizer: Tokenizer,
+                         room: int) -> tuple[list[list[int]], int]:
+    """Return conversations as the tokens a model is asked with, and how many were cut at the left to ``room``.
+
+    Raises:
+        SettingsError: There is no room for a prompt.
+        DataError: The form does not take a conversation.
+    """
     if room < 2:
         raise SettingsError(f"--max-new-tokens leaves {room} tokens for a prompt. Use fewer.")
+    encoded = tokenizer.encode_batch([form.render(messages) for messages in conversations])
+    return [ids[-room:] for ids in encoded], sum(len(ids) > room for ids in encoded)
 
 
-def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """Returns the tokens after which an answer is over: eos, and every token with a line break in it."""
+def stop_ids(tokenizer: Tokenizer, ends: Sequence[int] = ()) -> list[int]:
+    """Return the tokens after which an answer is over: eos, ``ends``, and every token with a line break in it."""
     breaks = [token for token in range(tokenizer.vocab_size) if "\n" in tokenizer.decode([token])]
-    return sorted({*breaks, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])})
+    return sorted({*breaks, *ends, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])})
 
 
 @torch.inference_mode()
-def decode_greedily(sub_model: nn.Module, prompts: Sequence[list[int]], tokenizer: Tokenizer, decoding: Decoding) -> list[str]:
-    """Return what the model adds to each prompt, up to a token that ends it or ``max_new_tokens``.
+def decode_greedily(sub_model: nn.Module, prompts: Sequence[list[int]], tokenizer: Tokenizer, max_new_tokens: int,
+                    batch_size: int = 16, title: str | None = None, ends: Sequence[int] = ()) -> list[str]:
+    """Returns what the model adds to each prompt, up to eos, a line break or ``max_new_tokens``.
 
     Prompts of similar length go together; shorter ones are filled at the left and masked there.
     """
-    ends = stop_ids(tokenizer) if decoding.ends is None else list(decoding.ends)
-    filling, batch_size, title = tokenizer.pad_id, decoding.batch_size, decoding.title
-    config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=decoding.max_new_tokens, eos_token_id=ends, pad_token_id=filling)
+    ends = stop_ids(tokenizer, ends)
+    filling = tokenizer.pad_id
+    config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=filling)
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     texts = [""] * len(prompts)
     with tqdm(total=len(prompts), desc=title, unit="question", disable=title is None) as bar:
@@ -116,11 +97,10 @@ def decode_greedily(sub_model: nn.Module, prompts: Sequence[list[int]], tokenize
 
 
 def answer_questions(model: NestedModel, depth: int, questions: Sequence[Question], prompts: Sequence[list[int]],
-                     tokenizer: Tokenizer, decoding: Decoding) -> Answered:
-    """Return the answers of one exit with their scores."""
-    texts = decode_greedily(model.sub_model(depth), prompts, tokenizer, decoding)
-    if decoding.ends is not None:  # a line break does not end an answer; one before it is not the answer
-        texts = [text.strip() for text in texts]
+                     tokenizer: Tokenizer, max_new_tokens: int = 32, batch_size: int = 16,
+                     title: str | None = None, ends: Sequence[int] = ()) -> Answered:
+    """Returns the answers of one exit with their scores."""
+    texts = decode_greedily(model.sub_model(depth), prompts, tokenizer, max_new_tokens, batch_size, title, ends)
     answers = [first_line(text) for text in texts]
     scores = {"exact_match": [float(exact_match(a, q.right)) for a, q in zip(answers, questions, strict=True)],
               "f1": [f1(a, q.right) for a, q in zip(answers, questions, strict=True)],

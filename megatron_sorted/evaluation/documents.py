@@ -143,9 +143,7 @@ def _by_form(documents: Sequence[Document], tokenizer: Tokenizer, append_eos: bo
             raise DataError(f"{str(document.record)[:60]}: cannot be written in the form {form.label} ({words}). Leave it out, or give "
                             "--prompt-template.") from error
         found = []
-        for sequences in pieces.encode(sample.documents):
-            if sequences is None:
-                raise DataError(f"{str(document.record)[:60]}: a token stands across the border of two turns. Leave it out.")
+        for sequences in (one for some in pieces.encode(sample.documents) for one in some):
             ids = [token for part, _ in sequences for token in part]
             counted = [is_response and (append_eos or token not in ends) for part, is_response in sequences for token in part]
             found.append(EncodedDocument(ids, [False, *counted[1:]]))

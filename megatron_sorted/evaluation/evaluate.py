@@ -7,20 +7,24 @@ from pathlib import Path
 
 import torch
 
-from megatron_sorted.evaluation.closed_book import Answered, Decoding, answer_questions, encode_in_form, encode_prompts
+from megatron_sorted.evaluation.closed_book import Answered, answer_questions, encode_conversations, encode_prompts
 from megatron_sorted.evaluation.costs import count_parameters, forward_flops_per_token
 from megatron_sorted.evaluation.documents import Document, encode_documents
 from megatron_sorted.evaluation.harness import Harness
 from megatron_sorted.evaluation.held_out import HeldOut, measure_held_out
 from megatron_sorted.evaluation.nested_model import NestedModel, load_nested_model
 from megatron_sorted.evaluation.prepared import PreparedData, measure_prepared, open_prepared
-from megatron_sorted.evaluation.questions import TEMPLATE, Question, as_messages, write_prompts
+from megatron_sorted.evaluation.questions import Question
 from megatron_sorted.evaluation.save_heads import save_with_heads
 from megatron_sorted.evaluation.train_heads import HeadTraining, TrainedHeads, train_heads
+from megatron_sorted.exported.form import form_of_model
 from megatron_sorted.exported.tokenizer import open_tokenizer
-from megatron_sorted.text.prompt_form import PromptForm, read_form
+from megatron_sorted.text.prompt_form import NO_FORM, PromptForm
 from megatron_sorted.text.tokenizer import Tokenizer
 from megatron_sorted.text.tokenizer_fit import check_ids, surplus_line
+
+UNFORMED = (f"note: it {NO_FORM}; instructions are read as plain text, prompts and answers encoded apart, and questions are asked in "
+            "--question-template")
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions, and the worked examples of each."""
+    """Questions with their prompts.
+
+    Attributes:
+        questions: That are asked.
+        prompts: As text, for models that were trained in no form of conversation, or where a template of questions was given.
+        conversations: As turns, for models that were; empty where only texts are wanted.
+    """
 
     questions: list[Question]
-    examples: list[list[Question]]
+    prompts: list[str]
+    conversations: list[list[dict[str, str]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -48,8 +59,7 @@ class Measures:
     Attributes:
         texts, questions: By name, in the order of the tables.
         prepared: Prepared data, read as a run's evaluation reads them; or none.
-        question_template: How questions are asked; None: in the form stored with a model, where there is one, else by ``TEMPLATE``.
-        shows_examples: Whether worked examples are shown to models that are asked in their form too.
+        prompt_template: Form of conversations, instead of the one that a model was trained in.
         harness: Tasks of lm-evaluation-harness, or none.
         head_documents: What heads are trained on; needed where a subject asks for it.
     """
@@ -59,11 +69,10 @@ class Measures:
     seq_length: int
     stride: int
     prepared: PreparedData | None = None
-    question_template: str | None = None
-    shows_examples: bool = True
     depths: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float32
     tokenizer: Path | None = None
+    prompt_template: str | None = None
     append_eos: bool = False
     batch_tokens: int = 8192
     batch_size: int = 16
@@ -78,6 +87,12 @@ class Measures:
     bars: bool = True
 
 
+    @property
+    def asks(self) -> bool:
+        """Return whether anything is read as instructions, conversations or questions."""
+        return bool(self.questions) or any(document.kind != "text" for texts in self.texts.values() for document in texts)
+
+
 @dataclass
 class Found:
     """What was measured of one model, still by document and by question, so that models can be compared pairwise."""
@@ -87,11 +102,9 @@ class Found:
     facts: dict
     texts: dict[str, dict[int, HeldOut]] = field(default_factory=dict)
     unknown_tokens: dict[str, int] = field(default_factory=dict)
-    questions: dict[str, dict[int, Answered]] = field(default_factory=dict)
     prepared: dict[str, dict[int, HeldOut]] = field(default_factory=dict)
-    prompts: dict[str, list[str]] = field(default_factory=dict)
+    questions: dict[str, dict[int, Answered]] = field(default_factory=dict)
     cut_prompts: dict[str, int] = field(default_factory=dict)
-    form: str = ""
     tasks: dict[int, dict[str, dict]] = field(default_factory=dict)
 
 
@@ -109,26 +122,30 @@ def _evaluate(subject: Subject, measures: Measures) -> list[Found]:
     tokenizer = open_tokenizer(subject.directory, measures.tokenizer)
     if line := surplus_line(tokenizer, model.model.config.vocab_size, subject.name):
         print(f"note: {line}", file=sys.stderr)
-    found = [_measure(model, subject, tokenizer, measures, None)]
+    form = form_of_model(subject.directory, tokenizer, measures.prompt_template)
+    asked = form.prompt_form if form.is_stored or measures.prompt_template is not None else None
+    if measures.bars and measures.asks:
+        print(f"{subject.name}: {form.line if asked else UNFORMED}", flush=True)
+    found = [_measure(model, subject, tokenizer, measures, None, asked)]
     if subject.with_heads:
-        documents = encode_documents(measures.head_documents or [], tokenizer, measures.append_eos)
+        documents = encode_documents(measures.head_documents or [], tokenizer, measures.append_eos, asked)
         trained = train_heads(model.without_parts(), documents, measures.seq_length, measures.head_training,
                               f"{subject.name}: training heads" if measures.bars else None)
         if measures.save_heads is not None:
             save_with_heads(trained.model, subject.directory, measures.save_heads, measures.overwrite)
-        found.append(_measure(trained.model, subject, tokenizer, measures, trained))
+        found.append(_measure(trained.model, subject, tokenizer, measures, trained, asked))
     return found
 
 
 def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measures: Measures,
-             trained: TrainedHeads | None) -> Found:
+             trained: TrainedHeads | None, form: PromptForm | None) -> Found:
     found = Found(model.name, subject.is_baseline or trained is not None, _facts(model, subject, tokenizer, measures, trained))
 
     def title(what: str) -> str | None:
         return f"{model.name}: {what}" if measures.bars else None
 
     for name, documents in measures.texts.items():
-        encoded = encode_documents(documents, tokenizer, measures.append_eos)
+        encoded = encode_documents(documents, tokenizer, measures.append_eos, form)
         check_ids((document.ids for document in encoded), tokenizer, model.model.config.vocab_size, name)
         found.texts[name] = measure_held_out(model, encoded, measures.seq_length, measures.stride, measures.batch_tokens, title(name))
         found.unknown_tokens[name] = sum(token == tokenizer.unk_id for document in encoded for token in document.ids[1:])
@@ -137,7 +154,18 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measure
         found.prepared = {name: measure_prepared(model, samples, measures.prepared.limit, measures.batch_tokens, title(name))
                           for name, samples in sets.items()}
     for name, asked in measures.questions.items():
-        _ask(name, asked, model, subject, tokenizer, measures, found)
+        room, ends = model.max_positions - measures.max_new_tokens, ()
+        if form is not None and form.is_conversation and asked.conversations:
+            prompts, found.cut_prompts[name] = encode_conversations(asked.conversations, form, tokenizer, room)
+            ends = form.end_ids
+        else:
+            prompts, found.cut_prompts[name] = encode_prompts(asked.prompts, tokenizer, room)
+        check_ids(prompts, tokenizer, model.model.config.vocab_size, name)
+        if found.cut_prompts[name]:
+            print(cut_line(f"{model.name}, {name}", found.cut_prompts[name], len(prompts), room), flush=True)
+        found.questions[name] = {
+            depth: answer_questions(model, depth, asked.questions, prompts, tokenizer, measures.max_new_tokens, measures.batch_size,
+                                    title(f"{name}, depth {depth}"), ends) for depth in model.depths}
     if measures.harness is not None:
         for depth in model.depths:
             if measures.bars:
@@ -147,42 +175,10 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measure
     return found
 
 
-def _ask(name: str, asked: QuestionSet, model: NestedModel, subject: Subject, tokenizer: Tokenizer, measures: Measures,
-         found: Found) -> None:
-    """Ask every exit the questions ``name``, in the form the model was trained in, and add what was found."""
-    room = model.max_positions - measures.max_new_tokens
-    form = _question_form(subject, tokenizer, measures)
-    found.prompts[name] = write_prompts(asked.questions, asked.examples, measures.question_template or TEMPLATE)
-    if form is None:
-        prompts, found.cut_prompts[name], ends = *encode_prompts(found.prompts[name], tokenizer, room), None
-    else:
-        examples = asked.examples if measures.shows_examples else [[] for _ in asked.questions]
-        messages = [as_messages(question, shown) for question, shown in zip(asked.questions, examples, strict=True)]
-        prompts, found.cut_prompts[name] = encode_in_form(messages, form, tokenizer, room)
-        found.prompts[name] = [form.render(one) for one in messages]
-        ends = tuple(sorted({*form.end_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])}))
-    check_ids(prompts, tokenizer, model.model.config.vocab_size, name)
-    found.form = "" if form is None else form.label
-    if found.cut_prompts[name]:
-        print(cut_line(f"{model.name}, {name}", found.cut_prompts[name], len(prompts), room), flush=True)
-    for depth in model.depths:
-        title = f"{model.name}: {name}, depth {depth}" if measures.bars else None
-        decoding = Decoding(measures.max_new_tokens, measures.batch_size, ends, title)
-        found.questions.setdefault(name, {})[depth] = answer_questions(model, depth, asked.questions, prompts, tokenizer, decoding)
-
-
 def cut_line(name: str, num_cut: int, num_prompts: int, room: int) -> str:
     """Return the line that says how many prompts lost their beginning; it stands before the numbers that come of it."""
     return (f"{name}: {num_cut:,} of {num_prompts:,} prompts are longer than the {room:,} tokens that the context leaves for them and lost "
-            "their beginning: fewer --shots or --max-new-tokens cut less")
-
-
-def _question_form(subject: Subject, tokenizer: Tokenizer, measures: Measures) -> PromptForm | None:
-    """Return the form in which a model is asked; None where --question-template is."""
-    if measures.question_template is not None:
-        return None
-    form = read_form(subject.directory)
-    return form if form is not None and form.is_conversation else None
+            "their beginning; fewer --shots or --max-new-tokens cut less")
 
 
 def _facts(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measures: Measures,

@@ -66,17 +66,18 @@ def check_template(template: str) -> str:
     return template
 
 
-def draw_examples(questions: Sequence[Question], shots: int, pool: Sequence[Question] | None = None,
-                  seed: int = 0) -> list[list[Question]]:
-    """Return the worked examples of each question.
+def choose_examples(questions: Sequence[Question], shots: int, examples: Sequence[Question] | None = None,
+                    seed: int = 0) -> list[list[Question]]:
+    """Return ``shots`` worked examples for each question.
 
-    They are drawn anew for each question, from ``pool`` or from the other questions; never one with the same text. They do not
+    Examples are drawn anew for each question, from ``examples`` or from the other questions; never one with the same text. They do not
     depend on which other questions are asked before.
 
     Raises:
         DataError: There are fewer examples than shots.
     """
-    pool, found = list(questions if pool is None else pool), []
+    pool = list(questions if examples is None else examples)
+    found = []
     for place, question in enumerate(questions):
         # a few more than needed are drawn, so that a question's own text can be passed over
         drawn = random.Random(f"{seed}/{place}").sample(pool, len(pool) if len(pool) <= 4 * shots + 8 else 4 * shots + 8) if shots else []
@@ -88,18 +89,23 @@ def draw_examples(questions: Sequence[Question], shots: int, pool: Sequence[Ques
     return found
 
 
-def write_prompts(questions: Sequence[Question], examples: Sequence[Sequence[Question]], template: str = TEMPLATE) -> list[str]:
-    """Return a prompt for each question: its worked examples, then the question without its answer."""
-    return ["\n\n".join([*(_join(_ask(example.text, template), example.answer) for example in chosen), _ask(question.text, template)])
-            for question, chosen in zip(questions, examples, strict=True)]
+def write_prompts(questions: Sequence[Question], shots: int, examples: Sequence[Question] | None = None, template: str = TEMPLATE,
+                  seed: int = 0) -> list[str]:
+    """Return a prompt for each question: ``shots`` worked examples, then the question without its answer.
+
+    Raises:
+        DataError: There are fewer examples than shots.
+    """
+    chosen = choose_examples(questions, shots, examples, seed)
+    return ["\n\n".join([*(_join(_ask(example.text, template), example.answer) for example in some), _ask(question.text, template)])
+            for question, some in zip(questions, chosen, strict=True)]
 
 
-def as_messages(question: Question, examples: Sequence[Question]) -> list[dict[str, str]]:
-    """Return a question as the last turn of a conversation, its worked examples as the turns before."""
-    turns = [("user", question.text)]
-    for example in reversed(examples):
-        turns[:0] = [("user", example.text), ("assistant", example.answer)]
-    return [{"role": role, "content": content} for role, content in turns]
+def as_conversation(question: Question, examples: Sequence[Question]) -> list[dict[str, str]]:
+    """Return a question behind its examples, each a turn of its own."""
+    turns = [turn for example in examples for turn in ({"role": "user", "content": example.text},
+                                                       {"role": "assistant", "content": example.answer})]
+    return [*turns, {"role": "user", "content": question.text}]
 
 
 def _ask(text: str, template: str) -> str:

@@ -70,4 +70,4 @@ def _question_numbers(one: Found, name: str, baselines: Sequence[Found]) -> dict
                 difference = Answered([], {"exact_match": [mine - their for mine, their in pairs]})
                 exits[depth].setdefault("exact_match_minus", {})[other.name] = {"value": difference.mean("exact_match"),
                                                                                 "standard_error": difference.standard_error("exact_match")}
-    return {"cut_prompts": one.cut_prompts[name], "form": one.form, "exits": exits}
+    return {"cut_prompts": one.cut_prompts[name], "exits": exits}

@@ -249,7 +249,8 @@ class ChatTemplate:
         try:
             self._template = self._environment.from_string(text)
         except (TemplateError, RecursionError, ValueError, SyntaxError, MemoryError) as error:
-            raise DataError(f"{where}: not a template that jinja can read ({_short(error)}). Mend it, or use --prompt-template plain.") from error
+            raise DataError(f"{where}: not a template that jinja can read ({_short(error)}). Mend it, or use --prompt-template "
+                            "plain.") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str], add_generation_prompt: bool = False,
                tools: Sequence[Any] | None = None, documents: Sequence[Any] | None = None) -> str:

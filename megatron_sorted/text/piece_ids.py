@@ -2,7 +2,8 @@
 
 In use a model is asked with the ids of the text up to its answer. So the ids of a document have to be the ids of its prompt, then
 those of the answer as the whole text has them. Where the tokenizer joins the end of a prompt and the beginning of an answer into one
-token, or cuts the prompt otherwise because of what follows, there is no such border, and the document is left out.
+token, or cuts the prompt otherwise because of what follows, there is no such border. Then every answer gets a document of its own,
+behind the very ids that a model is asked with.
 
 Texts are not read again and again: behind a control token a tokenizer begins anew, so that what stands before the last one does not
 matter; and in most vocabularies no token goes on behind a line break, so that an answer can be read without its prompt.
@@ -17,7 +18,7 @@ from megatron_sorted.text.tokenizer import Tokenizer
 BREAKS = ("\n", "\u010a")
 """A line break, as text and as byte-level vocabularies write it."""
 BLANKS = frozenset(" \t\r\n\u2581\u0120\u0109\u010a\u010d")
-PROBES = ("Hi", "hello there", "1 + 1", "(a)", "\u00e9t\u00e9", "\u732b", "\U0001f600", "<b>", "s", "...", "A", "'tis", "###", "-1", "\u0434\u0430")
+PROBES = ("Hi", "hello there", "1 + 1", "(a)", "\u00e9t\u00e9", "\u732b", "\U0001f600", "<b>", "s", "...", "A", "'tis", "###", "-1")
 
 TrainedIds = tuple[list[int], bool]
 """Ids, and whether they are trained on."""
@@ -38,13 +39,28 @@ class PieceEncoder:
         for text in ("\n", *ends):
             self.known[text] = tokenizer.encode_rendered(text)
 
-    def encode(self, documents: Sequence[Sequence[Piece]]) -> list[list[TrainedIds] | None]:
-        """Return the sequences of each document; None for one in which a token stands across the border of a turn."""
+    def encode(self, documents: Sequence[Sequence[Piece]]) -> list[list[list[TrainedIds]]]:
+        """Return for each document its sequences; where a token stands across the border of a turn, those of one document an answer."""
         plans = [self._plan(document) for document in documents]
         texts = list(dict.fromkeys(text for plan in plans for _, before, whole in plan for text in (before, whole)
                                    if text not in self.known))
         ids = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True)) | self.known
-        return [self._joined(plan, ids) for plan in plans]
+        found = []
+        for document, plan in zip(documents, plans, strict=True):
+            joined = self._joined(plan, ids)
+            found.append(self._apart(document) if joined is None else [joined])
+        return found
+
+    def _apart(self, document: Sequence[Piece]) -> list[list[TrainedIds]]:
+        """Return a document for each answer: the ids of all before it, and those of the answer, read as behind a control token."""
+        found, before = [], ""
+        for piece in document:
+            if piece.is_response:
+                prompt, answer, anchor = self.tokenizer.encode_batch([before, piece.end + piece.text, piece.end])
+                sequences: list[TrainedIds] = [(prompt, False), (answer[len(anchor):], True)]
+                found.append([sequence for sequence in sequences if sequence[0]])
+            before += piece.text
+        return found
 
     def _plan(self, document: Sequence[Piece]) -> list[tuple[Piece, str, str]]:
         """Return for each piece a text before it and that text with the piece: the ids of the piece are those that it adds."""

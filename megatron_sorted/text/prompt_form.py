@@ -17,6 +17,7 @@ FORMAT = 1
 PLAIN, ALPACA, CHAT, TEXT = "plain", "alpaca", "chat", "text"
 FORMS = (PLAIN, ALPACA, CHAT)
 MOST_FILE_BYTES = 4 << 20
+REMEDY = "Restore it, or remove it and say --prompt-template."
 NO_FORM = "carries no prompt form (it was made by megatron_sorted 0.6.0 or before, or by another tool)"
 
 
@@ -28,7 +29,7 @@ class NamedToken:
     id: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptForm:
     """A form of conversation.
 
@@ -72,7 +73,8 @@ class PromptForm:
         try:
             return compiled(self.template, f"chat template ({self.label})").render(messages, self.special_tokens, True, tools)
         except TemplateRefusal as error:
-            raise DataError(f"messages: the chat template ({self.label}) does not take them ({error}). Change roles, order or fields.") from error
+            raise DataError(f"messages: the chat template ({self.label}) does not take them ({error}). "
+                            "Change roles, order or fields.") from error
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form as plain data."""
@@ -106,8 +108,7 @@ def form_from_dict(said: Any, where: str) -> PromptForm:
             raise ValueError("larger than any sensible form")
         return form
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{where}: not a prompt form as megatron_sorted writes it ({error}). Restore it, or remove it and say "
-                        "--prompt-template.") from error
+        raise DataError(f"{where}: not a prompt form as megatron_sorted writes it ({error}). {REMEDY}") from error
 
 
 def _token(said: Mapping[str, Any]) -> NamedToken:
@@ -129,10 +130,23 @@ def read_form(directory: Path) -> PromptForm | None:
     try:
         if (size := path.stat().st_size) > MOST_FILE_BYTES:
             raise ValueError(f"{size:,} bytes")
-        said = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as a prompt form ({error}). Restore it, or remove it and say --prompt-template.") from error
-    return form_from_dict(said, str(path))
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as a prompt form ({error}). {REMEDY}") from error
+    return form_from_bytes(content, str(path))
+
+
+def form_from_bytes(content: bytes, where: str) -> PromptForm:
+    """Return the form in a file's content.
+
+    Raises:
+        DataError: It is none.
+    """
+    try:
+        said = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not readable as a prompt form ({error}). {REMEDY}") from error
+    return form_from_dict(said, where)
 
 
 def parse_label(label: str) -> tuple[str, str | None]:

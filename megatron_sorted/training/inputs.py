@@ -13,13 +13,14 @@ from megatron_sorted.conversion.network import is_hugging_face
 from megatron_sorted.data.batches import make_document_masks, make_eval_sets, make_test_sets, open_train_samples
 from megatron_sorted.data.dataset import EvaluationSet
 from megatron_sorted.data.identity import data_identity
-from megatron_sorted.data.prepared import check_same_tokenizer
+from megatron_sorted.data.prepared import check_same_tokenizer, form_of_data
 from megatron_sorted.data.sample import SampleSource
 from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.settings.check_exit_distillation import check_top_k
-from megatron_sorted.settings.derived import data_prefixes
+from megatron_sorted.settings.derived import data_blend, data_prefixes
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.text.prompt_form import PromptForm, check_rows, check_tokens
 from megatron_sorted.text.tokenizer_fit import surplus_line
 from megatron_sorted.training.describe import replace_vocab
 from megatron_sorted.training.hugging_face import check_export, hugging_face_candidate
@@ -40,6 +41,7 @@ class Inputs:
         samples: To train on; None with ``skip_train``.
         eval_sets: By name, evaluated on the way and at the end.
         test_sets: By name, evaluated at the end only.
+        form: In which the training data's conversations are written; None where they do not say.
         notes: Lines for the log.
     """
 
@@ -51,6 +53,7 @@ class Inputs:
     samples: SampleSource | None
     eval_sets: dict[str, EvaluationSet]
     test_sets: dict[str, EvaluationSet]
+    form: PromptForm | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -84,7 +87,8 @@ def open_inputs(settings: Settings) -> Inputs:
         check_writable("--save", Path(settings.save))
     if settings.metrics_file:
         check_writable("--metrics-file", Path(settings.metrics_file).parent)
-    return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets, test_sets, notes)
+    form, form_notes = open_form(settings, tokenizer, vocab_size)
+    return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets, test_sets, form, (*notes, *form_notes))
 
 
 def check_context_parallel(settings: Settings, sources: Sequence[SampleSource | None]) -> None:
@@ -99,6 +103,23 @@ def check_context_parallel(settings: Settings, sources: Sequence[SampleSource | 
            else "the data are packed instructions")
     raise SettingsError(f"--context-parallel-size: {settings.context_parallel_size}, but {why}, and attention across context parallel "
                         "processes knows no documents. Use 1, or train on text with --no-reset-attention-mask.")
+
+
+def open_form(settings: Settings, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[PromptForm | None, list[str]]:
+    """Return the form that the training data teach, and lines about it.
+
+    Raises:
+        DataError: A summary of data is damaged, or the model or the tokenizer cannot write the form's tokens.
+    """
+    if settings.skip_train:
+        return None, []
+    form, notes = form_of_data(data_blend(settings) or [(1.0, prefix) for prefix in settings.data_path])
+    if form is not None:
+        where = f"--data-path {' '.join(settings.data_path)}"
+        check_rows(form, vocab_size, where)
+        if tokenizer is not None:
+            check_tokens(form, tokenizer, where)
+    return form, notes
 
 
 def open_tokenizer(settings: Settings) -> Tokenizer | None:

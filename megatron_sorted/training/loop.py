@@ -42,7 +42,7 @@ from megatron_sorted.training.signals import stop_request
 from megatron_sorted.training.step import StepResult, train_step
 from megatron_sorted.training.stops import Stops, leave_word, take_word_back
 from megatron_sorted.training.timers import PhaseTimers
-from megatron_sorted.training.travelling import tokenizer_files
+from megatron_sorted.training.travelling import own_files
 from megatron_sorted.training.watchdog import Watchdog
 
 
@@ -71,14 +71,15 @@ class Run:
         self.say(*opening_lines(settings, self.platform, self.place, self.vocab_size),
                  *(f"note: {line}" for line in self.inputs.notes))
         if self.inputs.samples is not None:
-            self.say(f"training data: {self.inputs.samples.describe()}")
+            self.say(f"training data: {self.inputs.samples.describe()}", *self.inputs.notes)
         self.model: Model = build_model(settings, self.platform, self.place, self.vocab_size)
         build_optimizer(self.model, settings, self.place.world_size)
         self.forward_step = ForwardStep(settings, self.model, self.platform)
         self.stops = Stops(settings, self.platform, self.started)
         self.checkpoints = Checkpoints(settings, self.platform, self.place, self.model, self.rule, self.say)
         if settings.save and not settings.skip_train:
-            self.checkpoints.open_for_saving(tokenizer_files(settings) if self.place.rank == 0 else {}, self.watchdog.alive)
+            files = own_files(settings, self.inputs.form) if self.place.rank == 0 else {}
+            self.checkpoints.open_for_saving(files, self.watchdog.alive)
         self._continue_or_start()
         self.writers = None
         if self.place.rank == 0:

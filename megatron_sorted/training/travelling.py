@@ -4,6 +4,7 @@ They make every checkpoint complete: whoever exports one needs its directory alo
 they came from may be deleted while the run goes on.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,10 @@ from megatron_sorted.checkpoint.candidates import Candidate
 from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, tokenizer_files_in
 from megatron_sorted.errors import CheckpointError, DataError
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.text.prompt_form import FILE, PromptForm, form_from_bytes
 from megatron_sorted.training.resume import tokenizer_hashes
+
+FORM = f"{TOKENIZER}/{FILE}"
 
 
 def tokenizer_files(settings: Settings) -> dict[str, bytes]:
@@ -35,6 +39,15 @@ def tokenizer_files(settings: Settings) -> dict[str, bytes]:
     except OSError as error:
         raise DataError(f"--tokenizer-model: cannot read {error.filename} ({error.strerror}), which is to go into every checkpoint. "
                         "Make it readable.") from error
+
+
+def own_files(settings: Settings, form: PromptForm | None) -> dict[str, bytes]:
+    """Return the files that a run itself puts into its checkpoints: its tokenizer's, and the form of its data.
+
+    Raises:
+        DataError: One cannot be read.
+    """
+    return tokenizer_files(settings) | ({FORM: form.as_json().encode()} if form is not None else {})
 
 
 def files_of_checkpoint(candidate: Candidate) -> dict[str, bytes]:
@@ -63,8 +76,18 @@ def carry_files(carried: Mapping[str, bytes], own: Mapping[str, bytes], saved_to
         saved_tokenizer: What the checkpoint's manifest says of its tokenizer.
     """
     hashes = set() if saved_tokenizer is None else tokenizer_hashes(saved_tokenizer)
+    reads = [name for name in own if name != FORM]
     same = not hashes.isdisjoint(hashlib.sha256(content).hexdigest() for content in own.values())
     mine = set(own.values())
     kept = {name: content for name, content in carried.items()
-            if name.startswith(f"{HUGGING_FACE}/") or not own or (same and content not in mine)}
+            if name.startswith(f"{HUGGING_FACE}/") or not reads or (same and content not in mine) or (name == FORM and same)}
+    if FORM in kept and FORM in own and not form_from_bytes(own[FORM], FORM).is_conversation:
+        own = {**own, FORM: _with_ends(kept[FORM], own[FORM])}  # text does not change how a model is asked
     return {**kept, **own}
+
+
+def _with_ends(carried: bytes, own: bytes) -> bytes:
+    """Return the carried form with the end tokens of both."""
+    form, other = form_from_bytes(carried, FORM), form_from_bytes(own, FORM)
+    ends = {end.id: end for end in (*form.ends, *other.ends)}
+    return dataclasses.replace(form, ends=tuple(ends.values())).as_json().encode()

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sorted.data.encode import EncodeOptions, Encoder, Skipped
 from megatron_sorted.data.jsonl import Block, read_blocks, records
-from megatron_sorted.data.templates import TEMPLATES, Part, detect_format, parts_of
+from megatron_sorted.data.templates import detect_format
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import DataError
 
@@ -19,6 +19,7 @@ class Letters(Tokenizer):
     """One id per character: its code point; 1 is bos, 2 eos."""
 
     vocab_size, bos_id, eos_id, pad_id, adds_bos, name, sha256 = 1 << 16, BOS, EOS, EOS, True, "letters", ""
+    special_tokens, special_ids, chat_templates = {"bos_token": chr(BOS), "eos_token": chr(EOS)}, frozenset((BOS, EOS)), {}
 
     def encode_batch(self, texts):
         return [[ord(letter) for letter in text] for text in texts]
@@ -76,14 +77,16 @@ def test_text_is_one_sequence_and_never_cut():
     assert listed(run([{"text": "a"}], data_format="text", append_eod=False).train) == [[("^a", 1)]]
 
 
-def test_alpaca_template():
-    with_input = TEMPLATES["alpaca"].instruction("Add", "1 2")
-    assert with_input.startswith("Below is an instruction that describes a task, paired with an input")
+def test_alpaca():
+    opening, with_input = (prompt for document in listed(run(
+        [{"instruction": "Hi", "output": "A"}, {"instruction": "Add", "input": "1 2", "output": "3"}], prompt_template="alpaca").train)
+        for prompt, mode in document if not mode)
+    assert with_input.startswith("^Below is an instruction that describes a task, paired with an input")
     assert with_input.endswith(".\n\n### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n")
-    assert TEMPLATES["alpaca"].instruction("Hi", "").endswith("request.\n\n### Instruction:\nHi\n\n### Response:\n")
+    assert opening.endswith("request.\n\n### Instruction:\nHi\n\n### Response:\n")
     messages = [{"role": role, "content": content} for role, content in (("system", "S"), ("user", "Q"), ("assistant", "A"))]
-    parts = parts_of({"messages": messages}, "messages", TEMPLATES["alpaca"])
-    assert parts == [Part("S\n\n### Instruction:\nQ\n\n### Response:\n", False), Part("A", True)]
+    found = listed(run([{"messages": messages}], data_format="messages", prompt_template="alpaca").train)
+    assert found == [[("^S\n\n### Instruction:\nQ\n\n### Response:\n", 0), ("A$", 1)]]
 
 
 def test_broken_lines_are_counted_with_their_numbers():

@@ -5,8 +5,12 @@ import json
 
 import pytest
 
+from megatron_sorted.data.encode import EncodeOptions, Encoder
+from megatron_sorted.data.forms import SampleReader
+from megatron_sorted.data.jsonl import Block
 from megatron_sorted.errors import DataError
-from megatron_sorted.evaluation.documents import encode_documents, read_documents
+from megatron_sorted.evaluation.documents import Document, encode_documents, read_documents
+from megatron_sorted.exported.form import form_of_label
 from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer
 from tests.support.evaluated import write_tokenizer
 
@@ -15,11 +19,11 @@ def test_plain_text(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("One größer.\n<|endoftext|>\nTwo.\n<|endoftext|>\n \n<|endoftext|>", encoding="utf-8")
     documents = read_documents(path, "<|endoftext|>")
-    assert [document.parts[0].text for document in documents] == ["One größer.", "Two."]
+    assert [document.record["text"] for document in documents] == ["One größer.", "Two."]
     assert [document.num_bytes for document in documents] == [13, 4]
     assert len(read_documents(path, "<|endoftext|>", limit=1)) == 1
     whole = read_documents(path)
-    assert len(whole) == 1 and whole[0].parts[0].text == path.read_text(encoding="utf-8")  # nothing dropped, blanks neither
+    assert len(whole) == 1 and whole[0].record["text"] == path.read_text(encoding="utf-8")  # nothing dropped, blanks neither
 
 
 def test_responses_alone_are_counted(tmp_path):
@@ -40,6 +44,20 @@ def test_responses_alone_are_counted(tmp_path):
     ended = encode_documents(documents, tokenizer, append_eos=True)
     assert ended[0].ids == [*first.ids, 2] and ended[0].counted == [*first.counted, True]
     assert sum(ended[2].counted) == sum(third.counted) + 2
+
+
+def test_conversations_are_read_in_the_form_that_was_trained(tmp_path):
+    tokenizer = open_tokenizer(write_tokenizer(tmp_path))
+    record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    document = Document(record, "messages")
+    for label in ("plain", "alpaca"):
+        form = form_of_label(label, tokenizer)
+        options = EncodeOptions("SentencePieceTokenizer", str(tmp_path), None, "messages", label, None, "truncate", True, 0.0, True)
+        data = Encoder(options).encode(Block("d", 1, json.dumps(record).encode())).train
+        [found] = encode_documents([document], tokenizer, append_eos=True, form=SampleReader("messages", label, tokenizer).form)
+        assert found.ids == data.tokens.tolist() and sum(found.counted) == data.lengths[1] and found.counted[-data.lengths[1]:]
+        [without] = encode_documents([document], tokenizer, form=form)
+        assert sum(without.counted) == sum(found.counted) - 1
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [

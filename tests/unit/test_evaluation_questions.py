@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_sorted.errors import DataError, SettingsError
-from megatron_sorted.evaluation.questions import TEMPLATE, Question, check_template, draw_examples, read_questions, write_prompts
+from megatron_sorted.evaluation.questions import Question, check_template, read_questions, write_prompts
 
 
 def lines(path, *records):
@@ -47,20 +47,17 @@ def test_no_questions(tmp_path):
 
 def test_prompts():
     asked = [Question(f"q{i}", f"a{i}", (f"a{i}",)) for i in range(4)]
-    def prompts_of(questions, shots, pool=None, template=TEMPLATE, seed=0):
-        return write_prompts(questions, draw_examples(questions, shots, pool, seed), template)
-
-    assert prompts_of(asked[:1], 0, asked) == ["Question: q0\nAnswer:"]
+    assert write_prompts(asked[:1], 0, asked) == ["Question: q0\nAnswer:"]
     only = [Question("q9", "a9", ("a9",))]
-    assert prompts_of(asked[:1], 1, only, "{question}\n") == ["q9\na9\n\nq0\n"]
-    assert prompts_of(asked[:1], 1, only) == ["Question: q9\nAnswer: a9\n\nQuestion: q0\nAnswer:"]
-    prompts = prompts_of(asked, 3)
+    assert write_prompts(asked[:1], 1, only, "{question}\n") == ["q9\na9\n\nq0\n"]
+    assert write_prompts(asked[:1], 1, only) == ["Question: q9\nAnswer: a9\n\nQuestion: q0\nAnswer:"]
+    prompts = write_prompts(asked, 3)
     for i, prompt in enumerate(prompts):
         *examples, last = prompt.split("\n\n")
         assert last == f"Question: q{i}\nAnswer:"
         assert sorted(examples) == [f"Question: q{j}\nAnswer: a{j}" for j in range(4) if j != i]  # never the question itself
     many = [Question(f"q{i}", f"a{i}", ()) for i in range(100)]
-    assert prompts_of(many, 2)[:5] == prompts_of(many[:5], 2, many)  # a limit changes no prompt
-    assert prompts_of(many, 2, seed=1) != prompts_of(many, 2)
+    assert write_prompts(many, 2)[:5] == write_prompts(many[:5], 2, many)  # a limit changes no prompt
+    assert write_prompts(many, 2, seed=1) != write_prompts(many, 2)
     with pytest.raises(DataError, match="4 examples are wanted, 3 other questions"):
-        prompts_of(asked, 4)
+        write_prompts(asked, 4)

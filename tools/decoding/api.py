@@ -1,6 +1,7 @@
 """OpenAI's completions and chat endpoints over a worker, for clients that exist."""
 
 import asyncio
+import dataclasses
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from .requests import ChatRequest, CompletionRequest, Turn
 from .worker import BusyError, Job, Worker
 
 DEFAULT_TOKENS = 256
+USUAL = Sampling(temperature=1.0)
 
 
 def field_of(place: Sequence[str | int]) -> str | None:
@@ -33,13 +35,14 @@ def field_of(place: Sequence[str | int]) -> str | None:
     return ".".join(str(part) for part in [*names[:1], *(p for p in names[1:] if isinstance(p, int) or p in Turn.model_fields)]) or None
 
 
-def make_app(worker: Worker, name: str, way_of: Callable[[str | None], Way | None]) -> FastAPI:
+def make_app(worker: Worker, name: str, way_of: Callable[[str | None], Way | None], usual: Sampling = USUAL) -> FastAPI:
     """Returns the application; when it ends, the worker does.
 
     Args:
         worker: Owns the model.
         name: Of the model, as clients call it.
         way_of: The way for what a request asks, the server's own for None; None where the worker is to choose.
+        usual: How tokens are chosen where a request does not say.
     """
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -115,7 +118,8 @@ def make_app(worker: Worker, name: str, way_of: Callable[[str | None], Way | Non
             return refuse(f"{field}: {max(map(len, prompts))} tokens fill the model's context of {writer.network.max_positions}.", field)
         seed = body.seed if body.seed is not None else uuid.uuid4().int % (1 << 31)
         try:
-            sampling = Sampling(body.temperature, body.top_k, body.top_p, body.repetition_penalty, seed)
+            asked = {name: getattr(body, name) for name in body.model_fields_set & {"temperature", "top_k", "top_p", "repetition_penalty"}}
+            sampling = dataclasses.replace(usual, **asked, seed=seed)
             most = min(body.max_tokens or DEFAULT_TOKENS, room)
             job = Job(prompts, way_of(body.way), sampling, most, body.stops, body.task)
             pieces = pieces_of(job)

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -53,6 +53,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft", type=Path, metavar="MODEL", help="another model of the same vocabulary that drafts")
     parser.add_argument("--depths", nargs="+", type=int, help="exits to use (default: those that config.json names)")
     parser.add_argument("--tokenizer", type=Path, help="directory or sentencepiece file (default: the model's directory)")
+    parser.add_argument("--prompt-template", metavar="FORM",
+                        help="form of conversations: plain, alpaca, chat (the tokenizer's own template) or chat:NAME (default: the form "
+                             "the model was trained in)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="kind of numbers (%(default)s)")
     parser.add_argument("--device", default=own_device(), help="cpu, or an accelerator as torch calls it (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
@@ -74,22 +77,49 @@ def add_way_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what says which token is taken."""
+    """Add what says which token is taken."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (%(default)s)")
+    group.add_argument("--temperature", type=float, help="0 takes the most likely token (default: the model's, else 0)")
     group.add_argument("--top-k", type=int, help="only so many most likely tokens")
     group.add_argument("--top-p", type=float, help="only the fewest tokens whose probabilities sum to this")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: tokens of the text so far are less likely")
+    group.add_argument("--repetition-penalty", type=float, help="above 1: tokens of the text so far are less likely (default: 1)")
     group.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
 
 
-def sampling_of(values: argparse.Namespace) -> Sampling:
-    """Returns how tokens are chosen.
+def add_generation_config(parser: argparse.ArgumentParser) -> None:
+    """Add whether a model's own sampling settings are taken."""
+    parser.add_argument("--generation-config", choices=("auto", "none"), default="auto",
+                        help="auto: sampling that is not asked for is as the model's generation_config.json says; none: it is not; "
+                             "its stop tokens are always taken (%(default)s)")
+
+
+def usual_sampling(values: argparse.Namespace, writer: Writer, temperature: float) -> Sampling:
+    """Return how tokens are chosen where nobody asks otherwise.
+
+    Args:
+        values: With ``generation_config``.
+        writer: The model.
+        temperature: Where the model's files say none.
+
+    Raises:
+        DataError: generation_config.json holds a number that means nothing.
+    """
+    found = writer.form.sampling_defaults() if values.generation_config == "auto" else {}
+    try:
+        return Sampling(**{"temperature": temperature, **found})
+    except SettingsError as error:
+        raise DataError(f"{writer.form.where}/generation_config.json: {error} --generation-config none does without it.") from error
+
+
+def sampling_of(values: argparse.Namespace, usual: Sampling | None = None) -> Sampling:
+    """Return how tokens are chosen: as the command line says, else as usual, else the most likely ones.
 
     Raises:
         SettingsError: A number that means nothing.
     """
-    return Sampling(values.temperature, values.top_k, values.top_p, values.repetition_penalty, values.seed)
+    asked = {name: value for name in ("temperature", "top_k", "top_p", "repetition_penalty")
+             if (value := getattr(values, name)) is not None}
+    return replace(usual or Sampling(), **asked, seed=values.seed)
 
 
 def writer_of(values: argparse.Namespace) -> Writer:
@@ -102,7 +132,8 @@ def writer_of(values: argparse.Namespace) -> Writer:
     if values.threads:
         torch.set_num_threads(values.threads)
     check_device(values.device)
-    writer = open_writer(values.model, values.draft, values.depths, values.tokenizer, DTYPES[values.dtype], values.device)
+    writer = open_writer(values.model, values.draft, values.depths, values.tokenizer, DTYPES[values.dtype], values.device,
+                         values.prompt_template)
     for line in writer.notes:
         print(f"note: {line}", file=sys.stderr)
     return writer

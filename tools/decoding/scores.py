@@ -14,6 +14,7 @@ from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.decoding.writer import Writer
 
 from .contest import Answer, Score, score
+from .options import sampling_of
 from .peer import HUGGING_FACE
 from .questions import Question
 from .trials import FULL
@@ -51,9 +52,11 @@ def write_page(path: Path, title: str, values: argparse.Namespace, writer: Write
         sections: Lines of what else was measured.
     """
     network = writer.network
-    chosen = "greedy" if values.temperature == 0 else f"temperature {values.temperature:g}, top-k {values.top_k}, top-p {values.top_p}"
-    if values.repetition_penalty != 1:
-        chosen += f", repetition penalty {values.repetition_penalty:g}"
+    sampling = sampling_of(values)
+    chosen = "greedy" if sampling.temperature == 0 else (
+        f"temperature {sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p}")
+    if sampling.repetition_penalty != 1:
+        chosen += f", repetition penalty {sampling.repetition_penalty:g}"
     lines = [f"# {title}: ways to decode", "",
              f"{network.num_layers} layers, exits at {', '.join(map(str, network.depths))}; {values.dtype} on {values.device}, "
              f"{torch.get_num_threads()} threads; {chosen}; {len(questions)} questions, at most {values.max_new_tokens} tokens a turn.", "",

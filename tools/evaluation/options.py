@@ -14,16 +14,15 @@ from megatron_sorted.evaluation.documents import read_documents
 from megatron_sorted.evaluation.evaluate import Measures, QuestionSet, Subject
 from megatron_sorted.evaluation.harness import Harness
 from megatron_sorted.evaluation.prepared import MASKS, PreparedData, sequence_length, settings_of_checkpoint
-from megatron_sorted.evaluation.questions import TEMPLATE, check_template, draw_examples, read_questions
+from megatron_sorted.evaluation.questions import TEMPLATE, as_conversation, check_template, choose_examples, read_questions, write_prompts
 from megatron_sorted.evaluation.train_heads import HeadTraining
+from megatron_sorted.exported.form import form_of_model
 from megatron_sorted.exported.model_directory import open_model_directory, plan_exits
 from megatron_sorted.exported.tokenizer import open_tokenizer
 from megatron_sorted.settings.derived import split_ranges
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.text.prompt_form import read_form
 
 DEFAULT_SEQ_LENGTH = 2048
-DEFAULT_SHOTS = 5
 
 
 def _positive(text: str) -> int:
@@ -57,14 +56,15 @@ def read_arguments(arguments: Sequence[str] | None, description: str | None) -> 
     text = parser.add_argument_group("held-out text")
     text.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="plain text, or JSON lines (.jsonl, .jsonl.gz)")
     text.add_argument("--separator", help="cuts plain text into documents, as '<|endoftext|>' does; default: a file is one document")
-    text.add_argument("--prompt-template", metavar="FORM", help="of instructions, messages and questions: plain, alpaca or chat; default: "
-                      "the form stored with the model")
+    parser.add_argument("--prompt-template", metavar="FORM",
+                        help="form of instructions, conversations and questions: plain, alpaca, chat (the tokenizer's own template) or "
+                             "chat:NAME (default: the form that each model was trained in)")
     text.add_argument("--seq-length", type=_positive, help=f"tokens of a window; default: what models allow, up to {DEFAULT_SEQ_LENGTH}")
     text.add_argument("--stride", type=_positive, help="windows start this many tokens apart; default: --seq-length, no overlap")
     text.add_argument("--append-eos", action="store_true", help="count the eos at the end of texts and responses too")
     text.add_argument("--limit", type=_positive, help="only the first documents of each text, samples of each --data-path")
     text.add_argument("--batch-tokens", type=_positive, default=8192, help="tokens of one forward pass (%(default)s)")
-    data = parser.add_argument_group("prepared data: samples, windows and masks of a run's own evaluation")
+    data = parser.add_argument_group("prepared data: the samples, windows and masks of a run's own evaluation")
     data.add_argument("--data-path", nargs="+", default=[], metavar="PREFIX", help="PREFIX.bin and PREFIX.idx of tools/prepare_data.py")
     data.add_argument("--split", metavar="SHARES", help="as the run's, such as 98,2: its validation share; default: the whole files")
     for name in MASKS:
@@ -72,11 +72,11 @@ def read_arguments(arguments: Sequence[str] | None, description: str | None) -> 
                           help="as the run's; default: as the checkpoint was trained, else the default of training")
     asked = parser.add_argument_group("closed-book questions")
     asked.add_argument("--questions", nargs="+", type=Path, default=[], metavar="FILE", help="JSON lines: question, answer, aliases")
-    asked.add_argument("--shots", type=_count, help=f"worked examples before each question (default: {DEFAULT_SHOTS}; for models that "
-                       "are asked in the form they were trained in none)")
+    asked.add_argument("--shots", type=_count, help="worked examples before each question (default: 0 where all models are asked in the "
+                                                    "form they were trained in, else 5)")
     asked.add_argument("--shots-from", type=Path, metavar="FILE", help="file of the examples; default: other questions of the same file")
-    asked.add_argument("--question-template", help="\\n is a line break (default: the form stored with the model; without one "
-                       f"{TEMPLATE!r})")
+    asked.add_argument("--question-template", help="ask in this text, whatever form a model was trained in; \\n is a line break "
+                                                   f"(default, for models of no form: {TEMPLATE!r})")
     asked.add_argument("--num-questions", type=_positive, help="only the first questions of each file")
     asked.add_argument("--max-new-tokens", type=_positive, default=32, help="of an answer (%(default)s)")
     asked.add_argument("--batch-size", type=_positive, default=16, help="questions, or requests of a task, at a time (%(default)s)")
@@ -126,13 +126,20 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
     """
     if not (values.text or values.data_path or values.questions or values.tasks):
         raise SettingsError("nothing to measure. Give --text, --data-path, --questions or --tasks.")
+    forms = []
     for subject in subjects:
         plan_exits(subject.directory, values.depths)
-        for line in open_tokenizer(subject.directory, values.tokenizer).notes:
+        tokenizer = open_tokenizer(subject.directory, values.tokenizer)
+        for line in tokenizer.notes:
             print(f"note: {line}", file=sys.stderr)
+        forms.append(form_of_model(subject.directory, tokenizer, values.prompt_template))
+    in_forms = values.question_template is None and all(form.is_stored or values.prompt_template for form in forms)
+    if values.shots is None:
+        values.shots = 0 if in_forms else 5
     allowed = {subject.name: max_length_of_config(read_config(subject.directory)) for subject in subjects}
-    prepared = _read_prepared(values, min(DEFAULT_SEQ_LENGTH, *allowed.values()))
-    seq_length = values.seq_length or (prepared.settings.seq_length if prepared else min(DEFAULT_SEQ_LENGTH, *allowed.values()))
+    longest = min(DEFAULT_SEQ_LENGTH, *allowed.values())
+    prepared = _read_prepared(values, longest)
+    seq_length = values.seq_length or (prepared.settings.seq_length if prepared else longest)
     for name, length in allowed.items():
         if seq_length > length:
             raise SettingsError(f"--seq-length: {seq_length} is more than the {length} positions of {name}. Use at most {length}.")
@@ -140,30 +147,26 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
         raise SettingsError(f"--stride: {values.stride} is more than --seq-length {seq_length}, so tokens would be left out. Use less.")
     if values.save_heads:
         check_destination(values.save_heads, values.overwrite, 0)
-    template = values.question_template and check_template(values.question_template.replace("\\n", "\n"))
-    shots = values.shots
-    if shots is None:
-        shots = 0 if template is None and all(_has_form(subject) for subject in subjects) else DEFAULT_SHOTS
+    as_turns = values.question_template is None
+    values.question_template = (values.question_template or TEMPLATE).replace("\\n", "\n")
+    template = check_template(values.question_template)
     examples = read_questions(values.shots_from) if values.shots_from else None
     questions = {}
     for name, path in _by_name(values.questions).items():
         found = read_questions(path)
         asked = found[:values.num_questions]
-        questions[name] = QuestionSet(asked, draw_examples(asked, shots, examples or found, values.seed))
+        some = choose_examples(asked, values.shots, examples or found, values.seed)
+        questions[name] = QuestionSet(asked, write_prompts(asked, values.shots, examples or found, template, values.seed),
+                                      [as_conversation(*pair) for pair in zip(asked, some, strict=True)] if as_turns else [])
     texts = {name: read_documents(path, values.separator, values.limit) for name, path in _by_name(values.text).items()}
     heads = read_documents(values.train_heads, values.separator) if values.train_heads else None
     training = HeadTraining(values.train_heads_epochs, values.train_heads_lr, values.train_heads_batch_size, seed=values.seed)
     return Measures(
-        texts, questions, seq_length, values.stride or seq_length, prepared, template, values.shots is not None,
+        texts, questions, seq_length, values.stride or seq_length, prepared,
         tuple(values.depths) if values.depths else None, KINDS[values.dtype],
-        values.tokenizer, values.append_eos, values.batch_tokens, values.batch_size, values.max_new_tokens,
+        values.tokenizer, values.prompt_template, values.append_eos, values.batch_tokens, values.batch_size, values.max_new_tokens,
         Harness(values.tasks, values.tasks_path) if values.tasks else None, values.task_shots, values.task_limit, heads, training,
         values.save_heads, values.overwrite)
-
-
-def _has_form(subject: Subject) -> bool:
-    form = read_form(subject.directory)
-    return form is not None and form.is_conversation
 
 
 def _read_prepared(values: argparse.Namespace, default_length: int) -> PreparedData | None:

@@ -40,11 +40,7 @@ def write_tables(results: dict) -> str:
         notes = [EXACT, F1, CASE, *[MINUS_EXACT] * _has(asked, "exact_match_minus"), cost]
         cut = [f"{numbers['cut_prompts']:,} of {asked['questions']:,} prompts of {model} were too long and lost their beginning"
                for model, numbers in asked["models"].items() if numbers["cut_prompts"]]
-        asked_in = {model: numbers.get("form") or "the question template" for model, numbers in asked["models"].items()}
-        same = len(set(asked_in.values())) == 1
-        how = next(iter(asked_in.values())) if same else ", ".join(f"{form} ({model})" for model, form in asked_in.items())
-        title = f"{name}: {asked['questions']:,} questions, asked in {how}"
-        title += f", {results['settings']['shots']} examples each" if results["settings"]["shots"] else ""
+        title = f"{name}: {asked['questions']:,} questions, {results['settings']['shots']} examples each"
         parts.append(_table("\n".join([title, *cut]), asked, results, columns, notes))
     for name, task in results["tasks"].items():
         metrics = {metric: None for model in task["models"].values() for numbers in model["exits"].values() for metric in numbers

@@ -1,0 +1,167 @@
+"""From `messages` to a model that answers them: in transformers, `generate` and `serve`, in the tokens it was trained on, to its end."""
+
+import json
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
+from megatron_sorted.data.indexed import open_indexed
+from megatron_sorted.data.tokenizer import train_sentencepiece
+from megatron_sorted.text.prompt_form import read_form
+from megatron_sorted.text.tokenizer import open_tokenizer
+from tests.support.chat_templates import CHATML, HEADERS, INST, THINKS, as_written, write_fast_tokenizer
+from tests.support.commands import run_command, start_command
+
+ANSWERS = {"say hi": "hi there", "name a pet": "a dog", "two plus two": "four", "who reads": "the cat reads", "what is red": "an apple",
+           "name a tree": "oak", "is it late": "no", "count": "one two three"}
+LONGEST = 40
+FAMILIES, KINDS, FORMS = ("llama", "mistral", "qwen2", "qwen3"), ("sentencepiece", "tokenizer.json", "both"), ("own", "none", "alpaca")
+OWN = {("llama", "tokenizer.json"): "headers", ("qwen2", ""): "chatml", ("qwen3", ""): "thinks"}
+TEMPLATES = {"inst": INST, "headers": HEADERS, "chatml": CHATML, "thinks": THINKS}
+ADDED = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+# every pair of family, kind of tokenizer and form; the other rows are marked long
+ROWS = [pytest.param(family, kind, form, id=f"{family}-{kind}-{form}", marks=[] if (f + k - t) % 3 == 0 else [pytest.mark.long])
+        for f, family in enumerate(FAMILIES) for k, kind in enumerate(KINDS) for t, form in enumerate(FORMS)]
+
+
+def own_template(family: str, kind: str) -> str:
+    """Return which template a family's tokenizer brings."""
+    return OWN.get((family, kind), OWN.get((family, ""), "inst"))
+
+
+def write_tokenizer(directory: Path, kind: str, template: str | None) -> None:
+    """Write a tokenizer of a kind with a template."""
+    if kind == "tokenizer.json":
+        write_fast_tokenizer(directory, template)
+        return
+    directory.mkdir()
+    train_sentencepiece(lambda: [*ANSWERS, *ANSWERS.values(), "user assistant system INST"], str(directory / "tokenizer.model"), 320)
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if template is not None and "im_start" in template:
+        config["added_tokens_decoder"] = {str(320 + place): {"content": word, "special": word.startswith("<|")}
+                                          for place, word in enumerate(ADDED)}
+    if template is not None:
+        config["chat_template"] = template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    if kind == "both":
+        assert "the same ids" in add_fast_tokenizer(directory)
+
+
+def write_model(directory: Path, family: str) -> None:
+    """Write a small random model beside its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    words = {"vocab_size": open_tokenizer(directory).vocab_size, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.05,
+             "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True} | ({"head_dim": 16} if family == "qwen3" else {})
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **words)).save_pretrained(directory)
+
+
+def done(*words, cwd: Path, **more) -> subprocess.CompletedProcess:
+    """Run a command that has to go well."""
+    found = run_command(*words, cwd=cwd, **more)
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    return found
+
+
+def trained(prefix: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the ids of prompts and of answers, in order."""
+    data = open_indexed(str(prefix))
+    ids = [data.document(number).tolist() for number in range(data.num_documents)]
+    masks = [data.trained(number).tolist() for number in range(data.num_documents)]
+    begins = [mask.index(True) for mask in masks]
+    return ([one[:begin] for one, begin in zip(ids, begins, strict=True)],
+            [[token for token, is_answer in zip(one, mask, strict=True) if is_answer] for one, mask in zip(ids, masks, strict=True)])
+
+
+def of_transformers(directory: Path, is_rebuilt: bool) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the prompts that plain transformers asks an exported model in, and what it writes."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = (PreTrainedTokenizerFast if is_rebuilt else AutoTokenizer).from_pretrained(directory)
+    model, prompts, texts = AutoModelForCausalLM.from_pretrained(directory), [], []
+    for question in ANSWERS:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False)
+        with torch.inference_mode():
+            text = model.generate(torch.tensor([ids]), max_new_tokens=LONGEST, do_sample=False)[0, len(ids):].tolist()
+        prompts.append(ids)
+        texts.append(text)
+    return prompts, texts
+
+
+def of_server(cwd: Path) -> list[dict]:
+    """Return what the server answers to every question."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with start_command("tools/serve.py", "hf", "--port", port, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            return [_asked(port, {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": LONGEST})
+                    for question in ANSWERS]
+        finally:
+            server.send_signal(signal.SIGTERM)
+            try:
+                server.wait(60)
+            finally:
+                server.kill()
+
+
+def _asked(port: int, body: dict) -> dict:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
+                                     {"content-type": "application/json"})
+    until = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError:
+            raise
+        except urllib.error.URLError:  # not listening yet
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("family", "kind", "form"), ROWS)
+def test_answers_as_trained_and_stops_by_itself(tmp_path, family, kind, form):
+    own = own_template(family, kind)
+    write_tokenizer(tmp_path / "m", kind, None if form == "none" else TEMPLATES[own])
+    write_model(tmp_path / "m", family)
+    talks = [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+             for question, answer in ANSWERS.items()]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    more = ("--prompt-template", "alpaca") if form == "alpaca" else ()
+    done("tools/prepare_data.py", "--input", "d.jsonl", "--output-prefix", "d", "--tokenizer-type", "HuggingFaceTokenizer",
+         "--tokenizer-model", "m", *more, cwd=tmp_path)
+    ran = done("pretrain_sorted.py", "--load", "m", "--exit-layer-nums", 2, "--seq-length", 128, "--data-path", "d_text_document",
+               "--split", 1, "--micro-batch-size", 4, "--global-batch-size", 4, "--train-iters", 60, "--lr", 5e-3,
+               "--lr-decay-style", "constant", "--log-interval", 60, "--save", "run", "--save-hf", "hf", cwd=tmp_path)
+    label = {"own": "chat", "none": "plain", "alpaca": "alpaca"}[form]
+    assert f"prompt form: {label}; answers end with" in ran.stdout
+    assert read_form(tmp_path / "hf").as_dict() == json.loads((tmp_path / "d.json").read_text())["prompt_form"]
+
+    prompts, answers = trained(tmp_path / "d_text_document")
+    asked, written = of_transformers(tmp_path / "hf", family == "qwen2" and kind != "tokenizer.json")
+    assert asked == prompts and written == answers
+    texts = [as_written(own, {"content": answer}).removesuffix("<|im_end|>").removesuffix("<|eot_id|>").removesuffix("</s>").strip()
+             if form == "own" else answer for answer in ANSWERS.values()]
+    shown = done("tools/generate.py", "hf", *(word for question in ANSWERS for word in ("--prompt", question)), "--way", "full",
+                 "--prompt-template", label, "--max-new-tokens", LONGEST, cwd=tmp_path).stdout
+    found = dict(zip(ANSWERS, [""] * len(ANSWERS), strict=True))
+    for part in shown.split("--- prompt ")[1:]:
+        head, _, text = part.partition("\n")
+        found[list(ANSWERS)[int(head.split(":")[0])]] = text.strip()
+    assert list(found.values()) == texts
+    for reply, prompt, text, ids in zip(of_server(tmp_path), prompts, texts, answers, strict=True):
+        assert reply["choices"][0]["message"]["content"].strip() == text and reply["choices"][0]["finish_reason"] == "stop"
+        assert reply["usage"]["prompt_tokens"] == len(prompt) and reply["usage"]["completion_tokens"] == len(ids)
