@@ -74,7 +74,7 @@ def test_a_checkpoint_keeps_what_was_decided(tmp_path):
 
 def test_context_parallel_processes_know_no_documents():
     given = dataclasses.replace(tiny(context_parallel_size=2, reset_attention_mask=True))
-    with pytest.raises(SettingsError, match="--reset-attention-mask: beside --context-parallel-size 2.* Use 1, or leave the flag out"):
+    with pytest.raises(SettingsError, match=r"--reset-attention-mask: beside --context-parallel-size 2.* Use 1, or leave the flag out"):
         check_files(given)
 
     class Packed:
