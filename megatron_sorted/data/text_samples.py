@@ -86,17 +86,29 @@ class TextSamples(SampleSource):
         sample = empty_sample(self.seq_length, self.pad_id)
         count = len(text) - 1
         sample.tokens_s[:count], sample.labels_s[:count], sample.loss_mask_s[:count] = text[:-1], text[1:], 1
-        documents = self._documents(text, [len(part) for part in parts])
-        if self.masks.eod_mask_loss:
+        sample.segments_s[count:] = 1
+        if not (self.masks.reset_attention_mask or self.masks.reset_position_ids or self.masks.eod_mask_loss):
+            return Sample(sample.tokens_s, sample.labels_s, sample.loss_mask_s, sample.segments_s, 1)
+        return self._mask(sample, count, self._documents(text, [len(part) for part in parts]))
+
+    def _mask(self, sample: Sample, count: int, documents: np.ndarray) -> Sample:
+        """Return a window whose documents are kept apart as the masks say.
+
+        Args:
+            sample: The window without masks; its arrays are filled.
+            count: Positions that hold tokens.
+            documents: Number of the document of each of them and of the last label (count + 1,).
+        """
+        masks, positions = self.masks, np.arange(self.seq_length)
+        if masks.eod_mask_loss:
             sample.loss_mask_s[:count] = documents[:-1] == documents[1:]
-        positions = np.arange(self.seq_length)
-        if self.masks.reset_position_ids:
+        if masks.reset_position_ids:
             starts = np.flatnonzero(np.diff(documents[:-1], prepend=-1))
             positions[:count] -= np.repeat(starts, np.diff(starts, append=count))
         pieces = 1
-        if self.masks.reset_attention_mask:
+        if masks.reset_attention_mask:
             sample.segments_s[:count], pieces = documents[:-1], int(documents[-2]) + 1
-        sample.segments_s[count:] = pieces
+            sample.segments_s[count:] = pieces
         return Sample(sample.tokens_s, sample.labels_s, sample.loss_mask_s, sample.segments_s, pieces, positions)
 
     def _documents(self, text: np.ndarray, lengths: list[int]) -> np.ndarray:
