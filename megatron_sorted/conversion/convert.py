@@ -1,7 +1,6 @@
 """The two directions: a model into one of our checkpoints, and a model into a Hugging Face directory. Verified before it gets its name."""
 
 import dataclasses
-import hashlib
 import json
 import platform
 import uuid
@@ -19,12 +18,12 @@ from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.conversion.checkpoint_files import WeightsWriter
 from megatron_sorted.conversion.families import CONFIG, EXITS, config_of_settings
 from megatron_sorted.conversion.nested_card import nested_files
-from megatron_sorted.conversion.open_model import FAST, SLOW, OpenModel, open_model
+from megatron_sorted.conversion.open_model import OpenModel, open_model
 from megatron_sorted.conversion.prompt_form_files import form_of, trained_ends, write_form, write_generation_config
 from megatron_sorted.conversion.safetensors_files import SafetensorsWriter
 from megatron_sorted.conversion.tensor_source import Renamed, TensorInfo
 from megatron_sorted.conversion.tensor_table import Pair, tensor_table
-from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
+from megatron_sorted.conversion.tokenizer_export import write_for_transformers
 from megatron_sorted.conversion.transformers_states import require_transformers
 from megatron_sorted.conversion.verify import TOLERANCE, Comparison, compare, require_same
 from megatron_sorted.errors import CheckpointError
@@ -175,7 +174,7 @@ def origin_of(name: str, model: OpenModel, settings: Settings) -> Pair | None:
     return own[name]
 
 
-def tokenizer_description(model: OpenModel) -> dict[str, str] | None:
+def tokenizer_description(model: OpenModel) -> dict[str, Any] | None:
     """Returns what a manifest says of a model's tokenizer; None if it has none.
 
     Raises:
@@ -185,9 +184,7 @@ def tokenizer_description(model: OpenModel) -> dict[str, str] | None:
     if found is None:
         return model.manifest["tokenizer"] if model.manifest else None
     said = {"type": type(found).__name__, "name": found.name, "sha256": found.sha256}
-    if FAST in model.files and SLOW in model.files:  # two forms of one tokenizer; a run may name either
-        said["sentencepiece_sha256"] = hashlib.sha256(model.files[SLOW].read_bytes()).hexdigest()
-    return said
+    return said | ({"hashes": sorted(found.hashes)} if len(found.hashes) > 1 else {})  # several forms of one tokenizer
 
 
 def _description(model: OpenModel, settings: Settings) -> dict[str, Any]:
@@ -255,8 +252,9 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
             writer.close()
         write_config(aside, config)
         write_small_files(aside, model.files, config)
-        if (note := add_fast_tokenizer(aside)) is not None and notes is not None:
-            notes.append(note)
+        lines = write_for_transformers(aside)
+        if notes is not None:
+            notes += lines
         if form is not None:
             write_form(aside, form, notes)
             write_generation_config(aside, config, ends)

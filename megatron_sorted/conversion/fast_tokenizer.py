@@ -21,12 +21,13 @@ BLANK = "\u2581"  # sentencepiece writes a blank as this sign
 INSIDE = "\ufdd0"  # a sign that Unicode keeps free for a program's own use
 
 
-def rebuild(said: SentencePieceFile, data: bytes) -> "Tokenizer | str":
+def rebuild(said: SentencePieceFile, data: bytes, blank_before: str = "always") -> "Tokenizer | str":
     """Returns a fast tokenizer with the vocabulary and the rules of a sentencepiece file, without special tokens; or why there is none.
 
     Args:
         said: What the file says.
         data: The file.
+        blank_before: Of a file that puts a blank before texts: "always" behind the names of tokens too, or only "first" of all.
     """
     from tokenizers import Regex, Tokenizer, pre_tokenizers
 
@@ -38,9 +39,13 @@ def rebuild(said: SentencePieceFile, data: bytes) -> "Tokenizer | str":
     if unknown is None or len({piece.text for piece in said.pieces}) < len(said.pieces):
         return "it has no unknown piece, or one piece twice"
     fast = Tokenizer(_model(said, unknown))
-    fast.normalizer = _normalizer(said, data)
+    is_first = said.adds_blank and blank_before == "first"
+    fast.normalizer = _normalizer(said, data, said.adds_blank and not is_first)
+    steps = _blank_of_the_first() if is_first else []
     if said.algorithm != UNIGRAM and (symbols := user_symbols(said)):
-        fast.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(_literal, symbols))), "isolated")
+        steps.append(pre_tokenizers.Split(Regex("|".join(map(_literal, symbols))), "isolated"))
+    if steps:
+        fast.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
     fast.decoder = _decoder(said, said.pieces[unknown].text)
     return fast
 
@@ -82,7 +87,19 @@ def _model(said: SentencePieceFile, unknown: int) -> Any:
     return models.Unigram([(piece.text, score) for piece, score in zip(said.pieces, scores, strict=True)], unknown, said.byte_fallback)
 
 
-def _normalizer(said: SentencePieceFile, data: bytes) -> Any:
+def _blank_of_the_first() -> list[Any]:
+    """Return steps that put a blank before a text, but not behind the names of tokens in it.
+
+    Metaspace puts none before a text that begins with its own sign, which sentencepiece does. So
+    the first step's sign is a blank, with which no text begins here; the second makes it U+2581.
+    """
+    from tokenizers import pre_tokenizers
+
+    return [pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False),
+            pre_tokenizers.Metaspace(BLANK, prepend_scheme="never", split=False)]
+
+
+def _normalizer(said: SentencePieceFile, data: bytes, adds_blank: bool) -> Any:
     from sentencepiece import SentencePieceNormalizer
     from tokenizers import Regex, normalizers
 
@@ -92,7 +109,7 @@ def _normalizer(said: SentencePieceFile, data: bytes) -> Any:
         steps = charsmap_steps(said.charsmap, own)
     if said.removes_blanks:
         steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    steps += [normalizers.Prepend(BLANK)] if said.adds_blank else []
+    steps += [normalizers.Prepend(BLANK)] if adds_blank else []
     steps.append(normalizers.Replace(" ", BLANK))
     if said.removes_blanks:
         steps.append(normalizers.Replace(Regex(BLANK + r"+\z"), ""))

@@ -53,7 +53,8 @@ def network_to_start_from(given: Mapping[str, Any]) -> dict[str, Any]:
 def _tokenizer_fields(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("tokenizer_model") is not None or given.get("tokenizer_type") is not None:
         return {}
-    for name, kind in (("tokenizer.json", "HuggingFaceTokenizer"), ("tokenizer.model", "SentencePieceTokenizer")):
+    for name, kind in (("tokenizer.json", "HuggingFaceTokenizer"), ("tokenizer.model", "SentencePieceTokenizer"),
+                       ("merges.txt", "HuggingFaceTokenizer")):
         if (path / name).is_file():
             return {"tokenizer_type": kind, "tokenizer_model": str(path)}
     return {}

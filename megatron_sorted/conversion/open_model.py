@@ -22,12 +22,12 @@ from megatron_sorted.conversion.safetensors_files import HuggingFaceFiles, Safet
 from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
 from megatron_sorted.conversion.tensor_table import EMBEDDING, HEAD, Pair, check_ours, check_theirs, tensor_table
 from megatron_sorted.conversion.torch_dist_files import TorchDistFiles
-from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.text.tokenizer import Tokenizer, open_tokenizer
 
 SHARDS = ".distcp"
-FAST, SLOW = "tokenizer/tokenizer.json", "tokenizer/tokenizer.model"
+FAST, SLOW, VOCABULARY = (f"{TOKENIZER}/{name}" for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 CARRIED_FILES = ("config.json", "generation_config.json")
 
 
@@ -71,9 +71,11 @@ class OpenModel:
         Raises:
             DataError: It cannot be read.
         """
-        if FAST in self.files:
-            return load_tokenizer("HuggingFaceTokenizer", str(self.files[FAST].parent))
-        return load_tokenizer("SentencePieceTokenizer", str(self.files[SLOW])) if SLOW in self.files else None
+        for name in (FAST, SLOW, VOCABULARY):
+            if name in self.files:
+                path = self.files[name]
+                return open_tokenizer(path if name == SLOW else path.parent, None)
+        return None
 
     def read_ours(self, pair: Pair) -> torch.Tensor:
         """Returns a tensor under our name and in our form, from either kind; without padding of the vocabulary."""

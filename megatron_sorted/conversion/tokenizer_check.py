@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from megatron_sorted.conversion.charsmap import composed_characters
 from megatron_sorted.conversion.fast_tokenizer import BLANK, user_symbols
 from megatron_sorted.conversion.sentencepiece_file import NORMAL, UNIGRAM, USER_DEFINED, SentencePieceFile
+from megatron_sorted.text.tokenizer_compare import probes
+from megatron_sorted.text.tokenizer_pieces import SentencePieceTokenizer
 
 if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
 
 NUM_MIXTURES = 3000
@@ -51,7 +52,7 @@ def check_texts(said: SentencePieceFile) -> list[str]:
     return texts
 
 
-def compare_tokenizers(said: SentencePieceFile, own: "SentencePieceProcessor", fast: "Tokenizer", num_ties: list[int]) -> str | None:
+def compare_tokenizers(said: SentencePieceFile, own: SentencePieceTokenizer, fast: "Tokenizer", num_ties: list[int]) -> str | None:
     """Returns the first text that the two cut or put together differently, as a sentence; None if there is none.
 
     Unigram pieces can be put together in several ways of the same score, up to the rounding of sentencepiece's sums. Which one is taken
@@ -59,19 +60,22 @@ def compare_tokenizers(said: SentencePieceFile, own: "SentencePieceProcessor", f
 
     Args:
         said: The file.
-        own: Sentencepiece.
+        own: Our reading of it: sentencepiece's own, and the names of control and added tokens.
         fast: The tokenizer that is to equal it.
         num_ties: Gets the number of texts, and of those with two ways.
     """
-    special = [token.content for token in fast.get_added_tokens_decoder().values()]
+    special = list(own.named_tokens)
     texts = [text for text in check_texts(said) if not any(token in text for token in special)]
-    ties = 0
-    wanted, got = own.encode(texts), [found.ids for found in fast.encode_batch_fast(texts, add_special_tokens=False)]
-    decoded = fast.decode_batch(wanted, skip_special_tokens=False)
+    num_plain, ties = len(texts), 0
+    texts += [text for text in probes(special) if any(token in text for token in special)]
+    wanted, got = own.encode_batch(texts), [found.ids for found in fast.encode_batch_fast(texts, add_special_tokens=False)]
+    decoded = fast.decode_batch(wanted[:num_plain], skip_special_tokens=False)
+    decoded += [own.decode(ids) for ids in wanted[num_plain:]]  # joined by rules of each library behind a token
     for text, right, ids, read in zip(texts, wanted, got, decoded, strict=True):
         if ids != right:
             if not (said.algorithm == UNIGRAM and _is_tie(said, own, right, ids)):
-                return f"{text[:60]!r} is cut into {fast.decode_batch([[i] for i in ids[:12]])}, not {own.id_to_piece(right[:12])}"
+                cut, right_cut = fast.decode_batch([[i] for i in ids[:12]]), [own.token_text(i) for i in right[:12]]
+                return f"{text[:60]!r} is cut into {cut}, not {right_cut}"
             ties += 1
         if read != own.decode(right):
             return f"{text[:60]!r} is read back as {read[:60]!r}, not {own.decode(right)[:60]!r}"
@@ -79,7 +83,7 @@ def compare_tokenizers(said: SentencePieceFile, own: "SentencePieceProcessor", f
     return None
 
 
-def _is_tie(said: SentencePieceFile, own: "SentencePieceProcessor", first: list[int], second: list[int]) -> bool:
+def _is_tie(said: SentencePieceFile, own: SentencePieceTokenizer, first: list[int], second: list[int]) -> bool:
     score, other = (sum(said.pieces[i].score for i in ids) for ids in (first, second))
     same_text = own.decode(first) == own.decode(second)
     return same_text and abs(score - other) <= ROUNDING * max(1.0, abs(score))

@@ -97,7 +97,7 @@ def form_of_data(sources: Sequence[tuple[float, str]]) -> tuple[PromptForm | Non
         first.setdefault(known, prefix)
         weights[known] = weights.get(known, 0.0) + weight
     if without:
-        lines.append(f"note: {', '.join(without[:3])} {NO_FORM}; nothing is known of how its prompts are written")
+        lines.append(f"{', '.join(without[:3])} {NO_FORM}; nothing is known of how its prompts are written")
     talks = [form for form in weights if form.is_conversation] or list(weights)
     if not talks:
         return None, lines
@@ -106,7 +106,7 @@ def form_of_data(sources: Sequence[tuple[float, str]]) -> tuple[PromptForm | Non
     ends = {end.id: end for form in alike for end in form.ends}
     if len(talks) > len(alike):
         said = ", ".join(f"{form.label} ({first[form]})" for form in talks)
-        lines.append(f"note: the training data are written in several forms: {said}. The model will be asked in that of most weight, "
+        lines.append(f"the training data are written in several forms: {said}. The model will be asked in that of most weight, "
                      f"{chosen.label} ({first[chosen]}); --prompt-template of generate, serve and evaluate takes another")
     found = dataclasses.replace(chosen, ends=tuple(ends.values()))
     words = " ".join(end.text for end in found.ends) or "nothing"

@@ -78,10 +78,10 @@ class Writer:
 
     def __init__(self, network: Network, tokenizer: Tokenizer, draft: Network | None = None, form: ModelForm | None = None):
         self.network, self.tokenizer, self.draft = network, tokenizer, draft
-        line = surplus_line(tokenizer, network.vocab_size, "--tokenizer")
-        self.notes = tokenizer.notes if line is None else (*tokenizer.notes, line)
         self.form = form = form or ModelForm()
         self.end_ids = form.end_ids_of(network.model, tokenizer)
+        line = surplus_line(tokenizer, network.vocab_size, "--tokenizer")
+        self.notes = tokenizer.notes if line is None else (*tokenizer.notes, line)
 
     def draft_for(self, way: Way | type[Way] | None) -> Network | None:
         """Returns the other model that drafts; None for ways, or kinds of them, that draft nothing."""

@@ -8,7 +8,7 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from megatron_sorted.errors import DataError
 from megatron_sorted.text import tokenizer as text_tokenizer
 from megatron_sorted.text.tokenizer import Tokenizer
-from megatron_sorted.text.tokenizer_fast import FastTokenizer
+from megatron_sorted.text.tokenizer_fast import HuggingFaceTokenizer
 
 
 def open_tokenizer(directory: Path, option: Path | None = None) -> Tokenizer:
@@ -79,7 +79,7 @@ def for_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     templates = tokenizer.chat_templates
     words |= {"clean_up_tokenization_spaces": False, "padding_side": "left",
               "chat_template": templates.get("default") if set(templates) <= {"default"} else templates}
-    if isinstance(tokenizer, FastTokenizer):
+    if isinstance(tokenizer, HuggingFaceTokenizer):
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer.fast, add_bos_token=tokenizer.adds_bos, **words)
     pattern = "bos" if tokenizer.adds_bos else "none"
     return SentencePieceForTransformers(

@@ -146,14 +146,14 @@ def open_tokenizer(path: Path | str, flag: str | None = "--tokenizer-model") -> 
     Raises:
         DataError: It is missing, damaged, larger than reason, or contradicts itself.
     """
-    from megatron_sorted.text.tokenizer_fast import FastTokenizer
+    from megatron_sorted.text.tokenizer_fast import HuggingFaceTokenizer
     from megatron_sorted.text.tokenizer_files import JSON, VOCABULARY, read_tokenizer_files
     from megatron_sorted.text.tokenizer_pieces import SentencePieceTokenizer
 
     try:
         files = read_tokenizer_files(Path(path))
         is_fast = files.main.name in (JSON, VOCABULARY)
-        return FastTokenizer(files) if is_fast else SentencePieceTokenizer(files)
+        return HuggingFaceTokenizer(files) if is_fast else SentencePieceTokenizer(files)
     except DataError as error:
         raise DataError(f"{flag}: {error}" if flag else f"{error} Another one is given with "
                         "--tokenizer DIRECTORY or FILE.") from error

@@ -53,16 +53,19 @@ def class_of(name: str | None, model_type: str | None) -> str | None:
     return name or CLASS_OF_TYPE.get(model_type or "")
 
 
-def rebuilding_class(name: str | None, model_type: str | None, is_byte_level: bool) -> str | None:
+def rebuilding_class(
+    name: str | None, model_type: str | None, is_byte_level: bool, has_map: bool = False,
+) -> str | None:
     """Return the class with which AutoTokenizer rebuilds a tokenizer.json; None where it does not.
 
     Args:
         name: The class that tokenizer_config.json names.
         model_type: Of config.json.
         is_byte_level: Whether the file cuts bytes, for which AutoTokenizer passes over Llama's.
+        has_map: Whether tokenizer_config.json has an ``auto_map`` for AutoTokenizer.
     """
     if model_type in ALWAYS_OF_TYPE:
-        return ALWAYS_OF_TYPE[model_type]
+        return None if has_map and name in AS_WRITTEN else ALWAYS_OF_TYPE[model_type]
     found = class_of(name, model_type)
     if found is None or found in AS_WRITTEN or model_type in NEVER_OF_TYPE:
         return None

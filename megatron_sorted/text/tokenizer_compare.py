@@ -51,6 +51,13 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
         texts, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
 
 
+def rebuilding_class_of(files: TokenizerFiles, data: bytes) -> str | None:
+    """Return the class with which AutoTokenizer rebuilds a directory; None where it does not."""
+    mapped = files.config.get("auto_map")
+    has_map = isinstance(mapped, list) or (isinstance(mapped, dict) and "AutoTokenizer" in mapped)
+    return rebuilding_class(files.class_name, files.model_type, b'"ByteLevel"' in data, has_map)
+
+
 def rebuilt_difference(
     fast: "tokenizers.Tokenizer", files: TokenizerFiles, data: bytes,
 ) -> tuple[str, str] | None:
@@ -63,7 +70,7 @@ def rebuilt_difference(
     """
     if files.main.name != JSON:
         return None
-    name = rebuilding_class(files.class_name, files.model_type, b'"ByteLevel"' in data)
+    name = rebuilding_class_of(files, data)
     if name is None or name in AS_WRITTEN:
         return None
     names = [token.content for token in fast.get_added_tokens_decoder().values()]

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 from megatron_sorted.errors import DataError
 from megatron_sorted.text.tokenizer import Span, Tokenizer
 from megatron_sorted.text.tokenizer_classes import CLASSES, build_pipeline, class_of
-from megatron_sorted.text.tokenizer_compare import PROBES, first_difference, rebuilt_difference
+from megatron_sorted.text.tokenizer_compare import (
+    PROBES,
+    first_difference,
+    rebuilding_class_of,
+    rebuilt_difference,
+)
 from megatron_sorted.text.tokenizer_files import (
     FLAGS,
     JSON,
@@ -31,7 +36,7 @@ MADE_OF = "made_of_sha256"
 """Entry of a tokenizer_config.json: hashes of the files from which our export made its own."""
 
 
-class FastTokenizer(Tokenizer):
+class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json, or vocab.json with merges.txt read by the rules of its class."""
 
     def __init__(self, files: TokenizerFiles):
@@ -46,7 +51,7 @@ class FastTokenizer(Tokenizer):
         self._switch_off(files)
         self._class = class_of(files.class_name, files.model_type)
         _add_tokens(self.fast, files)
-        self._set_special_tokens(files)
+        self._set_special_tokens(files, data)
         self._set_sizes()
         self._set_ends(files)
         self._compare(files, data)
@@ -60,13 +65,15 @@ class FastTokenizer(Tokenizer):
                            f"{self.fast.model.dropout:g} in {files.main.name}; it is switched off",)
             self.fast.model.dropout, self.differs_from_auto = None, True
 
-    def _set_special_tokens(self, files: TokenizerFiles) -> None:
+    def _set_special_tokens(self, files: TokenizerFiles, data: bytes) -> None:
         defaults = CLASSES[self._class].defaults if self._class in CLASSES else {}
         self.special_tokens = {name: token for name, token in defaults.items()
                                if self.fast.token_to_id(token) is not None}
         for name in NAMED_TOKENS:  # null in the settings: there is none, whatever the class has
             if name in files.config and files.config[name] is None:
                 self.special_tokens.pop(name, None)
+        if not files.named.keys() >= self.special_tokens.keys():
+            self.differs_from_auto |= rebuilding_class_of(files, data) != self._class
         self.special_tokens |= {name: token.content for name, token in files.named.items()}
         ids = {name: self.fast.token_to_id(text) for name, text in self.special_tokens.items()}
         self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")

@@ -3,8 +3,9 @@
 import hashlib
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from typing import Any
 
 from megatron_sorted.errors import DataError
 from megatron_sorted.text.tokenizer import Span, Tokenizer
@@ -19,7 +20,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     Text between the names of such tokens is cut by sentencepiece. It puts a blank before the first
     word of a text; behind a token there is none, as in LlamaTokenizer of transformers, unless
-    tokenizer_config.json says ``"legacy": true``.
+    tokenizer_config.json says ``"legacy": true`` or the file removes blanks.
     """
 
     def __init__(self, files: TokenizerFiles):
@@ -32,14 +33,14 @@ class SentencePieceTokenizer(Tokenizer):
         self.notes = files.notes
         self.chat_templates = files.chat_templates
         self.files = {PIECES if file == path else name: file for name, file in files.used.items()}
-        config = files.config
-        prefixes = config.get("add_prefix_space", True) is not False
-        self._data_behind = self._data + NO_PREFIX if not config.get("legacy") else self._data
-        if not prefixes:
-            self._data_behind = self._data + NO_PREFIX
-            self._pieces = self._behind = _processor(self._data_behind)
-        else:
-            self._behind = None if self._data_behind != self._data else self._pieces
+        removes_blanks = self._pieces.encode("  a") == self._pieces.encode("a")
+        self.blank_before = blank_before(files.config, removes_blanks)
+        behind = self._data if self.blank_before == "always" else self._data + NO_PREFIX
+        if self.blank_before == "never":
+            self._data = behind
+            self._pieces = _processor(behind)
+        self._data_behind = behind
+        self._behind = self._pieces if behind == self._data else None
         size = self._size = self._pieces.vocab_size()
         self._words = self._named_pieces(size) | self._added_tokens(files, size)
         self._names = {number: text for text, (number, _) in self._words.items()}
@@ -53,6 +54,11 @@ class SentencePieceTokenizer(Tokenizer):
             self.notes += (
                 f"{files.place.name}: {path.name} is read by sentencepiece itself; AutoTokenizer of "
                 "transformers 5 rebuilds it, and may cut texts into other tokens",)
+
+    @property
+    def named_tokens(self) -> dict[str, tuple[int, bool]]:
+        """Return {text: (id, whether it is special)} of the tokens that a text can name."""
+        return dict(self._words)
 
     def _open(self, path):
         try:
@@ -107,19 +113,38 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text; in one thread, since callers run several processes."""
-        if not any(map(self._find.search, texts)):
-            return self._pieces.encode(texts, out_type=int, num_threads=1)
-        return [self._encode(text) if self._find.search(text) else
-                self._pieces.encode(text, out_type=int) for text in texts]
+        first: list[str] = []
+        behind: list[str] = []
+        plans = [self._plan(text, first, behind) for text in texts]
+        starts = iter(self._pieces.encode(first, out_type=int, num_threads=1))
+        others = iter(self._processor_at(1).encode(behind, out_type=int, num_threads=1)
+                      if behind else ())
+        found = []
+        for plan in plans:
+            ids: list[int] = []
+            for part in plan:
+                if part is None:
+                    ids += next(starts)
+                elif part < 0:
+                    ids += next(others)
+                else:
+                    ids.append(part)
+            found.append(ids)
+        return found
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = []
+    def _plan(self, text: str, first: list[str], behind: list[str]) -> list[int | None]:
+        """Return the ids of named tokens, None for a first text and -1 for others, which are listed."""
+        plan: list[int | None] = []
         for begin, part in self._parts(text):
-            if part in self._words and begin is None:
-                ids.append(self._words[part][0])
+            if begin is None:
+                plan.append(self._words[part][0])
+            elif begin:
+                plan.append(-1)
+                behind.append(part)
             else:
-                ids += self._processor_at(begin).encode(part, out_type=int)
-        return ids
+                plan.append(None)
+                first.append(part)
+        return plan
 
     def _parts(self, text: str) -> Iterator[tuple[int | None, str]]:
         """Yield (place, text between tokens) and (None, name of a token), in order."""
@@ -179,6 +204,18 @@ class SentencePieceTokenizer(Tokenizer):
         """Return {piece or added token: id}."""
         pieces = {self._pieces.id_to_piece(i): i for i in range(self._size)}
         return pieces | {text: number for text, (number, _) in self._words.items()}
+
+
+def blank_before(config: Mapping[str, Any], removes_blanks: bool) -> str:
+    """Return before which texts a blank is put: "first" of all, "always" behind tokens too, "never".
+
+    Where a file removes blanks, a word behind a token can only keep its own by getting one.
+
+    Source: ``legacy`` and ``add_prefix_space`` of LlamaTokenizer in transformers.
+    """
+    if config.get("add_prefix_space", True) is False:
+        return "never"
+    return "always" if config.get("legacy") or removes_blanks else "first"
 
 
 def check_place(

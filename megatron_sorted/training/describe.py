@@ -50,7 +50,9 @@ def description(settings: Settings, vocab_size: int, run_id: str, place: Place, 
                    "data": place.data_size, "chunks": num_virtual_chunks(settings),
                    "random_place": [place.num_stages, settings.tensor_model_parallel_size]},
         "samples_a_step": global_batch_size(settings, place.world_size),
-        "tokenizer": None if tokenizer is None else {"type": settings.tokenizer_type, "name": tokenizer.name, "sha256": tokenizer.sha256},
+        "tokenizer": None if tokenizer is None else {
+            "type": settings.tokenizer_type, "name": tokenizer.name, "sha256": tokenizer.sha256,
+            **({"hashes": sorted(tokenizer.hashes)} if len(tokenizer.hashes) > 1 else {})},
         "data": data,
     }
 

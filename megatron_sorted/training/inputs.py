@@ -41,8 +41,8 @@ class Inputs:
         samples: To train on; None with ``skip_train``.
         eval_sets: By name, evaluated on the way and at the end.
         test_sets: By name, evaluated at the end only.
-        form: In which the training data's conversations are written; None where they do not say.
         notes: Lines for the log.
+        form: In which the training data's conversations are written; None where they do not say.
     """
 
     settings: Settings
@@ -53,8 +53,8 @@ class Inputs:
     samples: SampleSource | None
     eval_sets: dict[str, EvaluationSet]
     test_sets: dict[str, EvaluationSet]
-    form: PromptForm | None = None
     notes: tuple[str, ...] = ()
+    form: PromptForm | None = None
 
 
 def open_inputs(settings: Settings) -> Inputs:
@@ -87,8 +87,8 @@ def open_inputs(settings: Settings) -> Inputs:
         check_writable("--save", Path(settings.save))
     if settings.metrics_file:
         check_writable("--metrics-file", Path(settings.metrics_file).parent)
-    form, form_notes = open_form(settings, tokenizer, vocab_size)
-    return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets, test_sets, form, (*notes, *form_notes))
+    form, lines = open_form(settings, tokenizer, vocab_size)
+    return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets, test_sets, (*notes, *lines), form)
 
 
 def check_context_parallel(settings: Settings, sources: Sequence[SampleSource | None]) -> None:

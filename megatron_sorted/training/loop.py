@@ -71,7 +71,7 @@ class Run:
         self.say(*opening_lines(settings, self.platform, self.place, self.vocab_size),
                  *(f"note: {line}" for line in self.inputs.notes))
         if self.inputs.samples is not None:
-            self.say(f"training data: {self.inputs.samples.describe()}", *self.inputs.notes)
+            self.say(f"training data: {self.inputs.samples.describe()}")
         self.model: Model = build_model(settings, self.platform, self.place, self.vocab_size)
         build_optimizer(self.model, settings, self.place.world_size)
         self.forward_step = ForwardStep(settings, self.model, self.platform)

@@ -119,8 +119,8 @@ def check_can_continue(candidate: Candidate, settings: Settings, tokenizer: Toke
 
 
 def tokenizer_hashes(said: Mapping[str, Any]) -> set[str]:
-    """Returns the hashes of the files that are the tokenizer a manifest names: one, or its two forms."""
-    return {said["sha256"], said.get("sentencepiece_sha256", said["sha256"])}
+    """Returns the hashes of the files that are the tokenizer a manifest names: one, or several forms of one."""
+    return {said["sha256"], said.get("sentencepiece_sha256", said["sha256"]), *said.get("hashes", ())}
 
 
 def set_schedule(schedule, saved: Mapping[str, Any], saved_samples_a_step: int, samples_a_step: int) -> None:

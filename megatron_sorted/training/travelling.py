@@ -15,6 +15,7 @@ from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, tokenizer
 from megatron_sorted.errors import CheckpointError, DataError
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.text.prompt_form import FILE, PromptForm, form_from_bytes
+from megatron_sorted.text.tokenizer_files import read_tokenizer_files
 from megatron_sorted.training.resume import tokenizer_hashes
 
 FORM = f"{TOKENIZER}/{FILE}"
@@ -33,7 +34,11 @@ def tokenizer_files(settings: Settings) -> dict[str, bytes]:
         path = path.parent  # the directory is the tokenizer
     # whatever a sentencepiece file is called here, a Hugging Face directory made of the checkpoint is searched for tokenizer.model
     name = "tokenizer.model" if settings.tokenizer_type == "SentencePieceTokenizer" else path.name
-    found = {f"{TOKENIZER}/{name}": path} if path.is_file() else tokenizer_files_in(path)
+    if path.is_file():  # with the settings beside it, by which it is read
+        used = read_tokenizer_files(path).used
+        found = {f"{TOKENIZER}/{name if file == path else inside}": file for inside, file in used.items()}
+    else:
+        found = tokenizer_files_in(path)
     try:
         return {name: file.read_bytes() for name, file in found.items()}
     except OSError as error:

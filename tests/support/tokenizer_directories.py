@@ -24,7 +24,8 @@ LINES = (
     "once there was a small dog who liked to read under the tree", "Say hi to the cat.",
     "two plus two is four, and 12 times 12 is 144", "the library opens at nine in 2026",
     "Größe, naïve façade, œuvre, señor", "漢字かな交じり文 한국어 문장", "def f(x):\n\treturn x  # why?",
-    "the old dog and the young cat sat on the mat together", "hello there, hello again!") * 4
+    "the old dog and the young cat sat on the mat together", "hello there, hello again!",
+    "<b>0x1A</b> | {A} [B] & C _ # 1234567890 ABCDEF <0> </x>") * 4
 SPECIAL = ("<unk>", "<s>", "</s>")
 BLANK = "\u2581"
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"

@@ -4,7 +4,8 @@ import json
 import sys
 
 import pytest
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+from transformers import AutoTokenizer
 
 from megatron_sorted.conversion import tokenizer_json
 from megatron_sorted.conversion.sentencepiece_file import read_sentencepiece
@@ -29,8 +30,11 @@ def directory(tmp_path):
 def test_names_of_control_pieces_are_these_pieces_and_split_no_text_wrongly(directory):
     add_fast_tokenizer(directory)
     fast, pieces = open_tokenizer(directory), SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-    ids = fast("<s>one two</s><s> three", add_special_tokens=False).input_ids
-    assert ids == [1, *pieces.encode("one two"), 2, 1, *pieces.encode(" three")]
+    ids = AutoTokenizer.from_pretrained(directory)("<s>one two</s><s> three\none", add_special_tokens=False).input_ids
+    proto = sentencepiece_model_pb2.ModelProto.FromString((directory / "tokenizer.model").read_bytes())
+    proto.normalizer_spec.add_dummy_prefix = False
+    bare = SentencePieceProcessor(model_proto=proto.SerializeToString())
+    assert ids == [1, *bare.encode("one two"), 2, 1, *bare.encode(" three\none")] == fast.encode("<s>one two</s><s> three\none")
     assert fast.decode([1, *pieces.encode("one two"), 2], skip_special_tokens=True) == "one two"
 
 
@@ -41,9 +45,12 @@ def test_what_a_tokenizer_config_says_stays_in_force(directory):
     (directory / "tokenizer_config.json").write_text(json.dumps(said))
     assert add_fast_tokenizer(directory)
     written = json.loads((directory / "tokenizer_config.json").read_text())
-    assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and not {"legacy", "auto_map"} & written.keys()
-    fast, pieces = open_tokenizer(directory), SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-    assert fast("a b<extra>").input_ids == [*pieces.encode("a b"), 701, 2]
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and "auto_map" not in written
+    fast, pieces = AutoTokenizer.from_pretrained(directory), SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    assert fast("a b<extra>c").input_ids == [*pieces.encode("a b"), 701, *pieces.encode("c"), 2]
+    ours = open_tokenizer(directory)
+    assert ours.encode("a b<extra>c") == [*pieces.encode("a b"), 701, *pieces.encode("c")]
+    assert (ours.adds_bos, ours.adds_eos, ours.pad_id, ours.chat_templates) == (False, True, 700, {"default": "{{ x }}"})
     assert (fast.chat_template, fast.model_max_length, fast.pad_token_id, fast.bos_token_id) == ("{{ x }}", 5, 700, 1)
 
 
@@ -58,10 +65,10 @@ def test_nothing_to_do(directory):
 def test_what_differs_is_refused(directory, monkeypatch):
     rebuild = tokenizer_json.rebuild
 
-    def wrong(said, data):
+    def wrong(said, data, blank_before):
         from tokenizers import normalizers
 
-        fast = rebuild(said, data)
+        fast = rebuild(said, data, "always")
         fast.normalizer = normalizers.Replace(" ", "\u2581")  # as transformers does: no blank before the text
         return fast
 
@@ -93,10 +100,11 @@ def test_damaged_files(directory, content):
 
 def test_added_tokens_that_leave_a_gap_are_refused(directory):
     (directory / "added_tokens.json").write_text('{"<pad>": 705}')
-    assert "'<pad>' is to be token 705, but the file and the tokens before it end at 700" in add_fast_tokenizer(directory)
+    assert "'<pad>' is to be token 705, but the vocabulary of tokenizer.model and the tokens before it make it 700" in add_fast_tokenizer(
+        directory)
     (directory / "added_tokens.json").write_text('{"<pad>": 700}')
     assert "the same ids" in add_fast_tokenizer(directory)
-    assert open_tokenizer(directory).convert_tokens_to_ids("<pad>") == 700
+    assert open_tokenizer(directory).encode("<pad>") == [700]
 
 
 def test_without_the_library(directory, monkeypatch):
@@ -106,8 +114,6 @@ def test_without_the_library(directory, monkeypatch):
 
 
 def test_the_file_is_read_as_protobuf_reads_it():
-    from sentencepiece import sentencepiece_model_pb2
-
     for algorithm, name in (("bpe", "nmt_nfkc"), ("unigram", "symbols"), ("char", "special_tokens")):
         data = train(algorithm, **SETTINGS[name])
         said, theirs = read_sentencepiece(data), sentencepiece_model_pb2.ModelProto.FromString(data)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
 from megatron_sorted.data.tokenizer import load_tokenizer, train_sentencepiece
@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def directory(tmp_path):
     """Returns a Hugging Face directory with three words and two special tokens."""
-    fast = FastTokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "?": 2, "one": 3, "two": 4, "three": 5}, unk_token="?"))
+    fast = HuggingFaceTokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "?": 2, "one": 3, "two": 4, "three": 5}, unk_token="?"))
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
     fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     fast.enable_truncation(max_length=2)
