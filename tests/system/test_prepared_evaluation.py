@@ -40,7 +40,7 @@ def write_model(directory, name: str) -> None:
     make_directory(name, directory)
     torch.manual_seed(3)
     LlamaForCausalLM(LlamaConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=64, initializer_range=0.2)).save_pretrained(directory)
 
 
