@@ -40,7 +40,13 @@ HOW_TO_READ = """How to read the table: a row is one sub-model, that is, the fir
   exact     share of questions where every token of the answer is the most likely one, higher is better
 These facts need few layers, so the ordinary model's longer prefixes are good as well. More on that: docs/demo.md"""
 
-NEXT = """What to try next
+AFTERWARDS = """What to do with the model (each line runs as it is)
+{commands}
+The question above was trained; its answer is {answer!r}. `--chat` in place of the prompt begins a conversation.
+A running server is asked with
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d {request}
+
+What to try next
   your own data      {python} tools/prepare_data.py --help
   other exits        change exit-layer-nums in examples/demo_nested.yaml (say [1, 3]); then {python} tools/demo.py
   more questions     {python} tools/make_cldr_questions.py --output runs/questions --num-samples 200000
@@ -171,6 +177,42 @@ def in_short(folder: Path) -> str:
             f"{right(nested, last)} and {right(plain, last)}.")
 
 
+def trained_question(folder: Path) -> tuple[str, str]:
+    """Return a question of the training data, as it stands there, and its answer."""
+    with open(folder / "data" / "train.jsonl", encoding="utf-8") as lines:
+        sample = json.loads(next(lines))
+    return sample["instruction"], sample["output"]
+
+
+def use_commands(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Return what can be done with the nested model: for each purpose the command, which runs in the project's folder as it is."""
+    shown = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    python, model, data = os.path.relpath(sys.executable, ROOT), str(shown / "nested_hf"), shown / "data"
+    question, _ = trained_question(folder)
+    return {
+        "export it": (python, "tools/convert.py", "export", str(shown / "nested"), model, "--overwrite"),
+        "ask it": (python, "tools/generate.py", model, "--prompt-template", "plain", "--prompt", question),
+        "question it": (python, "tools/evaluate.py", model, "--questions", str(data / "phrasing.jsonl"), "--num-questions", "200",
+                        "--output", str(shown / "evaluation")),
+        "measure it": (python, "tools/evaluate.py", model, "--data-path", str(data / "phrasing_text_document"),
+                       "--output", str(shown / "measured")),
+        "serve it": (python, "tools/serve.py", model, "--port", "8000"),
+    }
+
+
+def request_of(question: str) -> str:
+    """Return what a client sends to the server: the question as a conversation of one turn."""
+    return json.dumps({"messages": [{"role": "user", "content": question}], "max_tokens": 32}, ensure_ascii=False)
+
+
+def afterwards(folder: Path) -> str:
+    """Return the demo's last words: from the model it made to its use."""
+    question, answer = trained_question(folder)
+    commands = "\n".join(f"  {purpose:<12} {shlex.join(command)}" for purpose, command in use_commands(folder).items())
+    return AFTERWARDS.format(commands=commands, answer=answer, request=shlex.quote(request_of(question)),
+                             python=os.path.relpath(sys.executable, ROOT))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code of the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -192,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     if code == 0:
         words = "With --quick nothing was learned: the numbers mean nothing." if values.quick else in_short(folder)
-        print(f"\n{HOW_TO_READ}\n\n{words}\n\nThe picture: {folder / 'exits.png'}\n\n{NEXT.format(python=os.path.relpath(sys.executable))}")
+        print(f"\n{HOW_TO_READ}\n\n{words}\n\nThe picture: {folder / 'exits.png'}\n\n{afterwards(folder)}")
     return code if code >= 0 else 128 - code
 
 

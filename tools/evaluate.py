@@ -19,12 +19,14 @@ from pathlib import Path
 
 import torch
 from evaluation.options import name_subjects, read_arguments, read_measures
-from evaluation.picture import draw
+from evaluation.picture import MAX_MODELS, draw
 from evaluation.table import write_tables
 
 from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.errors import DataError, SortedError
-from megatron_sorted.evaluation.evaluate import Measures, evaluate, results_of
+from megatron_sorted.evaluation.evaluate import Measures, evaluate
+from megatron_sorted.evaluation.results import results_of
+from megatron_sorted.settings.derived import document_masks
 
 
 def describe(values: argparse.Namespace, measures: Measures) -> dict:
@@ -41,11 +43,20 @@ def describe(values: argparse.Namespace, measures: Measures) -> dict:
     return {"format": 1, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": shlex.join(["python", *sys.argv]), "versions": versions, "settings": {
                 "dtype": values.dtype, "seq_length": measures.seq_length, "stride": measures.stride, "counted": counted,
-                "shots": values.shots,
+                "shots": values.shots, "data": _describe_data(measures),
                 "question_template": values.question_template, "max_new_tokens": values.max_new_tokens, "seed": values.seed,
                 "separator": values.separator, "texts": [str(path) for path in values.text],
                 "questions": [str(path) for path in values.questions], "train_heads": values.train_heads and str(values.train_heads),
                 "task_shots": values.task_shots, "task_limit": values.task_limit}}
+
+
+def _describe_data(measures: Measures) -> dict | None:
+    """Return how prepared data were read."""
+    if measures.prepared is None:
+        return None
+    settings = measures.prepared.settings
+    return {"prefixes": list(measures.prepared.prefixes), "seq_length": settings.seq_length, "limit": measures.prepared.limit,
+            "split": settings.split if settings.data_path else None, **document_masks(settings)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,9 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             one.name: {depth: answered.answers[place] for depth, answered in one.questions[name].items()} for one in found}},
             ensure_ascii=False) for place, (question, prompt) in enumerate(zip(asked.questions, asked.prompts, strict=True))]
         write_text_atomically(values.output / f"answers_{name}.jsonl", "\n".join(lines) + "\n")
-    draw(results, values.output / "evaluation.png")
-    print(f"\nwritten: {values.output / 'evaluation.json'}, {values.output / 'evaluation.png'}"
-          + (f", {values.save_heads}" if values.save_heads else ""))
+    written = [values.output / "evaluation.json"]
+    picture = values.output / "evaluation.png"
+    if len(found) <= MAX_MODELS:
+        draw(results, picture)
+        written.append(picture)
+    else:
+        picture.unlink(missing_ok=True)  # of an earlier evaluation, which these numbers are not
+        print(f"\nno picture: {len(found)} models are more than the {MAX_MODELS} that one can tell apart; the tables have them all")
+    print(f"\nwritten: {', '.join(map(str, [*written, *[values.save_heads] * bool(values.save_heads)]))}")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ import torch
 
 from megatron_sorted.data.blend import BlendedSamples, BlendPart
 from megatron_sorted.data.corpus import Corpus
-from megatron_sorted.data.dataset import EVALUATION_SEED, EvaluationSet, MockSamples, Sample, SampleSource, empty_sample, open_samples
+from megatron_sorted.data.dataset import EVALUATION_SEED, EvaluationSet, MockSamples, open_samples
+from megatron_sorted.data.sample import Sample, SampleSource, empty_sample
+from megatron_sorted.data.text_samples import DocumentMasks
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import DataError, SettingsError
-from megatron_sorted.settings.derived import data_blend, data_prefixes, samples_per_step, split_ranges
+from megatron_sorted.settings.derived import data_blend, data_prefixes, document_masks, samples_per_step, split_ranges
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.text.tokenizer_fit import fitting_pad, surplus_line
 
@@ -29,7 +31,7 @@ class Batch:
     Shapes:
         tokens_bs, labels_bs: (micro batch, seq_length) int64.
         loss_mask_bs: the same, float32.
-        positions_bs: the same, int64; starts again at 0 with each piece.
+        positions_bs: the same, int64; starts again at 0 with each piece, or as its sample says.
         segments_bs: the same, int32; number of the piece, padding has a number of its own. None where plain causal attention is
             right: no sample holds more than one piece.
 
@@ -61,22 +63,27 @@ def _checksum(sample: Sample) -> int:
     return crc32(labels, crc32(tokens))
 
 
+def _positions(sample: Sample, packed: bool) -> np.ndarray:
+    """Return the positions of a sample; ``packed``: they start again with each piece, unless the sample has its own."""
+    if sample.positions_s is not None:
+        return sample.positions_s
+    positions = np.arange(len(sample.segments_s))
+    if packed:
+        starts = np.flatnonzero(np.diff(sample.segments_s, prepend=-1))
+        positions -= np.repeat(starts, np.diff(starts, append=len(positions)))
+    return positions
+
+
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Returns samples stacked into one batch."""
-    segments = np.stack([sample.segments_s for sample in samples])
-    positions = np.broadcast_to(np.arange(segments.shape[1]), segments.shape).copy()
+    """Return samples stacked into one batch."""
     # One document followed by padding needs no segments: causal attention never looks at what comes after.
     packed = any(sample.num_pieces > 1 for sample in samples)
-    if packed:
-        starts = np.zeros_like(positions)
-        starts[:, 1:] = np.where(segments[:, 1:] != segments[:, :-1], positions[:, 1:], 0)
-        positions -= np.maximum.accumulate(starts, axis=1)
     return Batch(
         tokens_bs=torch.from_numpy(np.stack([sample.tokens_s for sample in samples])),
         labels_bs=torch.from_numpy(np.stack([sample.labels_s for sample in samples])),
         loss_mask_bs=torch.from_numpy(np.stack([sample.loss_mask_s for sample in samples])),
-        segments_bs=torch.from_numpy(segments) if packed else None,
-        positions_bs=torch.from_numpy(positions),
+        segments_bs=torch.from_numpy(np.stack([sample.segments_s for sample in samples])) if packed else None,
+        positions_bs=torch.from_numpy(np.stack([_positions(sample, packed) for sample in samples])),
         checksum=sum(map(_checksum, samples)))
 
 
@@ -95,11 +102,23 @@ def _vocabulary(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) 
     return vocab_size, 0
 
 
-def open_train_samples(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) -> SampleSource:
-    """Returns the training samples that the settings name: of each file the first share of ``--split``, without --valid-data-path.
+def make_document_masks(settings: Settings, tokenizer: Tokenizer | None) -> DocumentMasks:
+    """Return how documents of text share a sample; without a tokenizer they end where the indexed file says, and nowhere else."""
+    return DocumentMasks(**document_masks(settings), eod_id=None if tokenizer is None else tokenizer.eos_id)
+
+
+def open_train_samples(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None,
+                       masks: DocumentMasks | None = None) -> SampleSource:
+    """Return the training samples that the settings name: of each file the first share of ``--split``, without --valid-data-path.
 
     Files without weights are one set of documents, each seen once an epoch. In a blend each file is packed and shuffled by itself.
+
+    Args:
+        settings: The run.
+        tokenizer_or_vocab: Of the data, or the number of tokens.
+        masks: How documents of text share a sample; None: as the settings say, ends of documents from the files alone.
     """
+    masks = masks or make_document_masks(settings, None)
     vocab_size, pad_id = _vocabulary(settings, tokenizer_or_vocab)
     if settings.mock_data:
         return MockSamples(settings.seq_length, vocab_size, settings.seed, samples_per_epoch=1 << 40)
@@ -108,7 +127,7 @@ def open_train_samples(settings: Settings, tokenizer_or_vocab: Tokenizer | int |
     share = split_ranges(settings)[0]
 
     def opened(*prefixes: str) -> SampleSource:
-        return open_samples(Corpus(prefixes, share), settings.seq_length, vocab_size, pad_id, settings.seed)
+        return open_samples(Corpus(prefixes, share), settings.seq_length, vocab_size, pad_id, settings.seed, masks=masks)
 
     blend = data_blend(settings)
     if blend is None:
@@ -147,23 +166,27 @@ def make_train_batches(settings: Settings, tokenizer_or_vocab: Tokenizer | int |
     return _batches((source.sample(index) for index in indices), settings)
 
 
-def make_eval_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) -> dict[str, EvaluationSet]:
-    """Returns the evaluation sets by name: each --valid-data-path, or the second share of --split (none if that is 0)."""
+def make_eval_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None,
+                   masks: DocumentMasks | None = None) -> dict[str, EvaluationSet]:
+    """Return the evaluation sets by name: each --valid-data-path, or the second share of --split (none if that is 0)."""
     if settings.mock_data:
         vocab_size, _ = _vocabulary(settings, tokenizer_or_vocab)
         count = settings.eval_iters * samples_per_step(settings, 1)
         return {"mock": EvaluationSet(MockSamples(settings.seq_length, vocab_size, EVALUATION_SEED, count))}
-    return _held_out_sets(settings, tokenizer_or_vocab, "--valid-data-path", settings.valid_data_path, 1)
+    return _held_out_sets(settings, tokenizer_or_vocab, masks, 1)
 
 
-def make_test_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) -> dict[str, EvaluationSet]:
-    """Returns the sets for the end of the run by name: each --test-data-path, or the third share of --split (none if that is 0)."""
-    return {} if settings.mock_data else _held_out_sets(settings, tokenizer_or_vocab, "--test-data-path", settings.test_data_path, 2)
+def make_test_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None,
+                   masks: DocumentMasks | None = None) -> dict[str, EvaluationSet]:
+    """Return the sets for the end of the run by name: each --test-data-path, or the third share of --split (none if that is 0)."""
+    return {} if settings.mock_data else _held_out_sets(settings, tokenizer_or_vocab, masks, 2)
 
 
-def _held_out_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None, flag: str, given: tuple[str, ...],
+def _held_out_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None, masks: DocumentMasks | None,
                    share: int) -> dict[str, EvaluationSet]:
-    """Returns a set of each given prefix, or, if none is given, of that share of each training file, where it holds documents."""
+    """Return a set of each given prefix, or, if none is given, of that share of each training file, where it holds documents."""
+    flag, given = (("--valid-data-path", settings.valid_data_path), ("--test-data-path", settings.test_data_path))[share - 1]
+    masks = masks or make_document_masks(settings, None)
     vocab_size, pad_id = _vocabulary(settings, tokenizer_or_vocab)
     part = (0.0, 1.0) if given else split_ranges(settings)[share]
     sets: dict[str, EvaluationSet] = {}
@@ -174,7 +197,7 @@ def _held_out_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | Non
         name = Path(prefix).name.removesuffix("_text_document")
         if name in sets:
             raise SettingsError(f"{flag}: two sets are called {name!r} and could not be told apart in reports. Rename one.")
-        sets[name] = EvaluationSet(open_samples(corpus, settings.seq_length, vocab_size, pad_id, settings.seed, evaluation=True))
+        sets[name] = EvaluationSet(open_samples(corpus, settings.seq_length, vocab_size, pad_id, settings.seed, True, masks))
     return sets
 
 

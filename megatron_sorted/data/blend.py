@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sorted.data.blend_order import BlendOrder
-from megatron_sorted.data.dataset import Sample, SampleSource
+from megatron_sorted.data.sample import Sample, SampleSource
 
 
 @dataclass(frozen=True)

@@ -21,24 +21,41 @@ def summary_path(prefix: str) -> Path | None:
     return None
 
 
-def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:
-    """Returns nothing if no summary names another tokenizer than ``tokenizer``.
+def stored_options(prefix: str) -> dict:
+    """Return what the summary of the data at ``prefix`` says, or nothing where there is none.
 
     Raises:
-        DataError: One does, or it cannot be read. Its tokens would mean other words, and training would go on as if nothing were wrong.
+        DataError: It cannot be read.
+    """
+    path = summary_path(prefix)
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as the summary of prepared data ({type(error).__name__}: {error}). "
+                        "Prepare the data again, or take this file away.") from error
+    return found if isinstance(found, dict) else {}
+
+
+def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer, owner: str = "--tokenizer-model is") -> None:
+    """Check that no summary names another tokenizer than ``tokenizer``, in whatever form of its vocabulary.
+
+    Raises:
+        DataError: One does, or it cannot be read. Its tokens would mean other words, and nothing else would tell.
     """
     for prefix in prefixes:
         path = summary_path(prefix)
         if path is None:
             continue
         try:
-            made_with = json.loads(path.read_text(encoding="utf-8"))["tokenizer"]
+            made_with = stored_options(prefix)["tokenizer"]
             name, sha256 = made_with["name"], made_with["sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise DataError(f"{path}: not readable as the summary of prepared data ({type(error).__name__}: {error}). "
                             "Prepare the data again, or take this file away.") from error
         if sha256 not in tokenizer.hashes:
-            raise DataError(f"{prefix}: prepared with tokenizer {name} (sha256 {sha256[:16]}), but --tokenizer-model is {tokenizer.name} "
+            raise DataError(f"{prefix}: prepared with tokenizer {name} (sha256 {sha256[:16]}), but {owner} {tokenizer.name} "
                             f"(sha256 {tokenizer.sha256[:16]}). Give the tokenizer the data was prepared with, or prepare it again.")
 
 

@@ -1,6 +1,5 @@
 """Everything that is measured of several models, one after the other, as one object that can be written as JSON."""
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from megatron_sorted.evaluation.documents import Document, encode_documents
 from megatron_sorted.evaluation.harness import Harness
 from megatron_sorted.evaluation.held_out import HeldOut, measure_held_out
 from megatron_sorted.evaluation.nested_model import NestedModel, load_nested_model
+from megatron_sorted.evaluation.prepared import PreparedData, measure_prepared, open_prepared
 from megatron_sorted.evaluation.questions import Question
 from megatron_sorted.evaluation.save_heads import save_with_heads
 from megatron_sorted.evaluation.train_heads import HeadTraining, TrainedHeads, train_heads
@@ -25,7 +25,6 @@ from megatron_sorted.text.tokenizer_fit import check_ids, surplus_line
 
 UNFORMED = (f"note: it {NO_FORM}; instructions are read as plain text, prompts and answers encoded apart, and questions are asked in "
             "--question-template")
-SCORES = ("exact_match", "f1", "exact_match_with_case")
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ class Measures:
 
     Attributes:
         texts, questions: By name, in the order of the tables.
+        prepared: Prepared data, read as a run's evaluation reads them; or none.
         prompt_template: Form of conversations, instead of the one that a model was trained in.
         harness: Tasks of lm-evaluation-harness, or none.
         head_documents: What heads are trained on; needed where a subject asks for it.
@@ -68,6 +68,7 @@ class Measures:
     questions: dict[str, QuestionSet]
     seq_length: int
     stride: int
+    prepared: PreparedData | None = None
     depths: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float32
     tokenizer: Path | None = None
@@ -101,6 +102,7 @@ class Found:
     facts: dict
     texts: dict[str, dict[int, HeldOut]] = field(default_factory=dict)
     unknown_tokens: dict[str, int] = field(default_factory=dict)
+    prepared: dict[str, dict[int, HeldOut]] = field(default_factory=dict)
     questions: dict[str, dict[int, Answered]] = field(default_factory=dict)
     cut_prompts: dict[str, int] = field(default_factory=dict)
     tasks: dict[int, dict[str, dict]] = field(default_factory=dict)
@@ -147,6 +149,10 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measure
         check_ids((document.ids for document in encoded), tokenizer, model.model.config.vocab_size, name)
         found.texts[name] = measure_held_out(model, encoded, measures.seq_length, measures.stride, measures.batch_tokens, title(name))
         found.unknown_tokens[name] = sum(token == tokenizer.unk_id for document in encoded for token in document.ids[1:])
+    if measures.prepared is not None:
+        sets = open_prepared(measures.prepared, model.model.config.vocab_size, tokenizer)
+        found.prepared = {name: measure_prepared(model, samples, measures.prepared.limit, measures.batch_tokens, title(name))
+                          for name, samples in sets.items()}
     for name, asked in measures.questions.items():
         room, ends = model.max_positions - measures.max_new_tokens, ()
         if form is not None and form.is_conversation and asked.conversations:
@@ -155,6 +161,8 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measure
         else:
             prompts, found.cut_prompts[name] = encode_prompts(asked.prompts, tokenizer, room)
         check_ids(prompts, tokenizer, model.model.config.vocab_size, name)
+        if found.cut_prompts[name]:
+            print(cut_line(f"{model.name}, {name}", found.cut_prompts[name], len(prompts), room), flush=True)
         found.questions[name] = {
             depth: answer_questions(model, depth, asked.questions, prompts, tokenizer, measures.max_new_tokens, measures.batch_size,
                                     title(f"{name}, depth {depth}"), ends) for depth in model.depths}
@@ -165,6 +173,12 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measure
             found.tasks[depth] = measures.harness.run(model.sub_model(depth), tokenizer, measures.batch_size, measures.task_shots,
                                                       measures.task_limit)
     return found
+
+
+def cut_line(name: str, num_cut: int, num_prompts: int, room: int) -> str:
+    """Return the line that says how many prompts lost their beginning; it stands before the numbers that come of it."""
+    return (f"{name}: {num_cut:,} of {num_prompts:,} prompts are longer than the {room:,} tokens that the context leaves for them and lost "
+            "their beginning; fewer --shots or --max-new-tokens cut less")
 
 
 def _facts(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measures: Measures,
@@ -182,48 +196,3 @@ def _facts(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measures:
             "lr": trained.lr, "num_steps": trained.num_steps, "num_tokens": trained.num_tokens,
             "num_new_parameters": trained.num_new_parameters, "base_sha256_before_and_after": trained.base_sha256, "losses": trained.losses}
     return facts
-
-
-def results_of(found: Sequence[Found], measures: Measures) -> dict:
-    """Returns the numbers of all models as plain objects: ``models``, ``texts``, ``questions`` and ``tasks``, each by name."""
-    baselines = [one for one in found if one.is_baseline]
-    texts = {name: {"documents": len(documents), "bytes": sum(document.num_bytes for document in documents),
-                    "models": {one.name: _text_numbers(one, name, sum(d.num_bytes for d in documents), baselines) for one in found}}
-             for name, documents in measures.texts.items()}
-    questions = {name: {"questions": len(asked.questions),
-                        "models": {one.name: _question_numbers(one, name, baselines) for one in found}}
-                 for name, asked in measures.questions.items()}
-    names = {task: None for one in found for tasks in one.tasks.values() for task in tasks}
-    tasks = {task: {"models": {one.name: {"exits": {depth: numbers[task] for depth, numbers in one.tasks.items()}} for one in found}}
-             for task in names}
-    return {"models": {one.name: one.facts for one in found}, "texts": texts, "questions": questions, "tasks": tasks}
-
-
-def _text_numbers(one: Found, name: str, num_bytes: int, baselines: Sequence[Found]) -> dict:
-    exits = {}
-    for depth, held in one.texts[name].items():
-        exits[depth] = {"loss": held.loss, "loss_standard_error": held.loss_standard_error, "bits_per_byte": held.bits_per_byte(num_bytes),
-                        "perplexity": math.exp(min(held.loss, 700.0)), "agreement": held.agreement}
-        for other in baselines:
-            theirs = other.texts[name].get(depth)
-            # losses per token can only be compared when the tokens are the same
-            if other is not one and theirs is not None and torch.equal(theirs.tokens_d, held.tokens_d):
-                difference = HeldOut(held.nats_d - theirs.nats_d, held.agreed_d, held.tokens_d)
-                exits[depth].setdefault("loss_minus", {})[other.name] = {"value": difference.loss,
-                                                                         "standard_error": difference.loss_standard_error}
-    last = one.texts[name][max(one.texts[name])]
-    return {"tokens": int(last.tokens_d.sum()), "unknown_tokens": one.unknown_tokens[name], "exits": exits}
-
-
-def _question_numbers(one: Found, name: str, baselines: Sequence[Found]) -> dict:
-    exits = {}
-    for depth, answered in one.questions[name].items():
-        exits[depth] = {score: answered.mean(score) for score in SCORES}
-        exits[depth] |= {f"{score}_standard_error": answered.standard_error(score) for score in SCORES}
-        for other in baselines:
-            if other is not one and (theirs := other.questions[name].get(depth)) is not None:
-                pairs = zip(answered.scores["exact_match"], theirs.scores["exact_match"], strict=True)
-                difference = Answered([], {"exact_match": [mine - their for mine, their in pairs]})
-                exits[depth].setdefault("exact_match_minus", {})[other.name] = {"value": difference.mean("exact_match"),
-                                                                                "standard_error": difference.standard_error("exact_match")}
-    return {"cut_prompts": one.cut_prompts[name], "exits": exits}

@@ -25,11 +25,18 @@ class HeldOut:
         nats_d: Sum of the losses of the document's counted tokens, float64.
         agreed_d: For how many of them exit and last exit find the same token most likely (of equally likely ones the lowest id).
         tokens_d: How many there are.
+        right_d: For how many of them the right token is the most likely one; None where documents are not counted one by one.
     """
 
     nats_d: Tensor
     agreed_d: Tensor
     tokens_d: Tensor
+    right_d: Tensor | None = None
+
+    @property
+    def exact_match(self) -> float | None:
+        """Return the share of documents of which every counted token is the most likely one, as a run's evaluation has it."""
+        return None if self.right_d is None else float((self.right_d == self.tokens_d).double().mean())
 
     @property
     def loss(self) -> float:
@@ -91,6 +98,18 @@ def measure_batch(model: NestedModel, documents: Sequence[EncodedDocument],
                   batch: Sequence[Window]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Yields (depth, document_n, nats_n, agrees_n) of chunks of the batch's counted tokens, for every exit."""
     place_n, labels_n, hidden = read_batch(model, documents, batch)
+    for depth, part, nats_n, agrees_n, _ in score_exits(model, hidden, labels_n):
+        yield depth, place_n[part], nats_n, agrees_n
+
+
+def score_exits(model: NestedModel, hidden: dict[int, Tensor], labels_n: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
+    """Yield (depth, which tokens, nats_n, agrees_n, right_n) of chunks of tokens, for every exit.
+
+    Args:
+        model: The model.
+        hidden: {depth: hidden_nh} of the tokens that are counted.
+        labels_n: What follows each of them.
+    """
     chunk = max(1, LOGIT_BYTES // (4 * model.model.config.vocab_size))
     for begin in range(0, len(labels_n), chunk):
         part = slice(begin, begin + chunk)
@@ -99,7 +118,7 @@ def measure_batch(model: NestedModel, documents: Sequence[EncodedDocument],
             logits_nv = model.logits(depth, hidden[depth][part]).float()
             best_n = logits_nv.argmax(dim=-1)
             last_n = best_n if last_n is None else last_n
-            yield depth, place_n[part], cross_entropy(logits_nv, labels_n[part], reduction="none"), best_n == last_n
+            yield depth, part, cross_entropy(logits_nv, labels_n[part], reduction="none"), best_n == last_n, best_n == labels_n[part]
 
 
 def read_batch(model: NestedModel, documents: Sequence[EncodedDocument],

@@ -42,11 +42,17 @@ class NestedModel:
         """Returns the longest sequence that the model's config allows."""
         return self.model.config.max_position_embeddings
 
-    def hidden_states(self, input_ids_bs: Tensor, attention_mask_bs: Tensor | None = None) -> dict[int, Tensor]:
+    def hidden_states(self, input_ids_bs: Tensor, attention_mask: Tensor | dict[str, Tensor] | None = None,
+                      position_ids_bs: Tensor | None = None) -> dict[int, Tensor]:
         """Returns {depth: hidden_bsh} before the exit's norm, after its block where it has one, of one forward pass.
 
         Taken by hooks: the last of transformers' own ``hidden_states`` has already been through the final norm. A block gets the mask and
         positions that the layer before it got.
+
+        Args:
+            input_ids_bs: Tokens.
+            attention_mask: As the model takes it: [b, s] where some tokens only fill up, [b, 1, s, s], or one of these by kind of layer.
+            position_ids_bs: Positions; None: from 0.
         """
         found: dict[int, Tensor] = {}
 
@@ -60,7 +66,7 @@ class NestedModel:
 
         hooks = [self.model.model.layers[depth - 1].register_forward_hook(keep(depth), with_kwargs=True) for depth in self.depths]
         try:
-            self.model.model(input_ids=input_ids_bs, attention_mask=attention_mask_bs, use_cache=False)
+            self.model.model(input_ids=input_ids_bs, attention_mask=attention_mask, position_ids=position_ids_bs, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()

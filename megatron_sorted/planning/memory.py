@@ -1,7 +1,7 @@
 """Memory of one rank of every stage, part by part. Unit: bytes.
 
 What autograd keeps of a layer was read off with saved-tensor hooks: Megatron's local layer with torch's attention, torch 2.13. Dropout and
-masks of packed documents are not counted.
+masks of documents that share a sample are not counted: micro batch x length^2 numbers, kept for each micro-batch in flight.
 """
 
 from dataclasses import dataclass

@@ -63,6 +63,11 @@ def _check_data(settings: Settings) -> None:
     for name, prefixes in (("--valid-data-path", settings.valid_data_path), ("--test-data-path", settings.test_data_path)):
         weight = next((word for word in prefixes if NUMBER.fullmatch(word)), None)
         require(weight is None, f"{name}: {weight} is a number, but each set is evaluated by itself, without weights. Give prefixes alone.")
+    require(
+        not settings.reset_attention_mask or settings.context_parallel_size == 1,
+        f"--reset-attention-mask: beside --context-parallel-size {settings.context_parallel_size}, and attention across context parallel "
+        "processes knows no documents. Use 1, or leave the flag out.",
+    )
     data_blend(settings)
     if settings.data_path:
         split_ranges(settings)

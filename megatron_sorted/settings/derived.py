@@ -191,6 +191,16 @@ def data_prefixes(settings: Settings) -> tuple[str, ...]:
     return settings.data_path if blend is None else tuple(prefix for _, prefix in blend)
 
 
+def document_masks(settings: Settings) -> dict[str, bool]:
+    """Return how documents of text share a sample, by the names of Megatron-LM's flags, defaults resolved.
+
+    The default was chosen by a measurement (docs/data.md). Attention across context parallel processes knows no documents.
+    """
+    apart = settings.context_parallel_size == 1 if settings.reset_attention_mask is None else settings.reset_attention_mask
+    others = {name: getattr(settings, name) for name in ("reset_position_ids", "eod_mask_loss")}
+    return {"reset_attention_mask": apart, **{name: apart if value is None else value for name, value in others.items()}}
+
+
 def split_ranges(settings: Settings) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
     """Returns which part of each file of ``--data-path`` is for training, validation and test: (begin, end) as fractions of its documents.
 

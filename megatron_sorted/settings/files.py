@@ -18,6 +18,15 @@ class FileSettings:
     split: str = setting("98,2", "Shares of --data-path for training, validation and test, where no data of their own are given.")
     allow_changed_data: bool = setting(
         False, "Continue a checkpoint although data files, their weights or their order are not those it was trained on.")
+    reset_attention_mask: bool | None = setting(
+        None, "Text: tokens attend to their own document only. By default so, except with context parallelism; a run that continues a "
+        "checkpoint goes on as it was trained. Packed instructions are always kept apart.")
+    reset_position_ids: bool | None = setting(
+        None, "Text: positions start again with each document (rotary ones are relative, so this changes learned ones only). By default "
+        "as --reset-attention-mask.")
+    eod_mask_loss: bool | None = setting(
+        None, "Text: no loss where the last token of a document would predict the first one of the next. By default as "
+        "--reset-attention-mask.")
     mock_data: bool = setting(False, "Train on made-up tokens (needs --vocab-size), to try a layout without data.")
     tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"] = setting(
         "SentencePieceTokenizer", "Kind of tokenizer.")

@@ -66,7 +66,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     # argparse reads % as formatting
     text = f"{field.metadata['help']} (default: {default or 'empty'})".replace("%", "%%")
     words: dict[str, Any] = {"dest": field.name, "help": text}
-    if kind is bool:
+    if bool in (kind, *inner):
         opposite = field.name.removeprefix("no_") if field.name.startswith("no_") else f"no_{field.name}"
         group.add_argument(flag_of(field.name), flag_of(opposite), action=_Switch, nargs=0, **words)
         return

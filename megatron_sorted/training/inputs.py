@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from megatron_sorted.checkpoint.candidates import Candidates, find_candidates
 from megatron_sorted.checkpoint.layout import saved_steps
 from megatron_sorted.conversion.network import is_hugging_face
-from megatron_sorted.data.batches import make_eval_sets, make_test_sets, open_train_samples
-from megatron_sorted.data.dataset import EvaluationSet, SampleSource
+from megatron_sorted.data.batches import make_document_masks, make_eval_sets, make_test_sets, open_train_samples
+from megatron_sorted.data.dataset import EvaluationSet
 from megatron_sorted.data.identity import data_identity
 from megatron_sorted.data.prepared import check_same_tokenizer, form_of_data
+from megatron_sorted.data.sample import SampleSource
 from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.settings.check_exit_distillation import check_top_k
@@ -22,7 +24,7 @@ from megatron_sorted.text.prompt_form import PromptForm, check_rows, check_token
 from megatron_sorted.text.tokenizer_fit import surplus_line
 from megatron_sorted.training.describe import replace_vocab
 from megatron_sorted.training.hugging_face import check_export, hugging_face_candidate
-from megatron_sorted.training.resume import check_can_continue
+from megatron_sorted.training.resume import check_can_continue, settle_document_masks
 from megatron_sorted.training.teacher import check_teacher
 
 
@@ -71,13 +73,12 @@ def open_inputs(settings: Settings) -> Inputs:
     check_teacher(settings)
     if tokenizer is not None:
         check_same_tokenizer((*data_prefixes(settings), *settings.valid_data_path, *settings.test_data_path), tokenizer)
-    samples = None if settings.skip_train else open_train_samples(settings, vocab_size)
-    if settings.context_parallel_size > 1 and samples is not None and samples.packs:
-        raise SettingsError(
-            f"--context-parallel-size: {settings.context_parallel_size}, but the training data are packed documents, and attention across "
-            "context parallel processes knows no documents. Use 1, or train on plain text.")
-    eval_sets = make_eval_sets(settings, vocab_size)
-    test_sets = make_test_sets(settings, vocab_size)
+    settings = settle_document_masks(settings)
+    masks = make_document_masks(settings, tokenizer)
+    samples = None if settings.skip_train else open_train_samples(settings, vocab_size, masks)
+    eval_sets = make_eval_sets(settings, vocab_size, masks)
+    test_sets = make_test_sets(settings, vocab_size, masks)
+    check_context_parallel(settings, [samples, *(one.source for one in (*eval_sets.values(), *test_sets.values()))])
     first = int(os.environ.get("RANK", 0)) == 0
     data = data_identity(settings) if first and (settings.save or settings.load) and not settings.skip_train else None
     checkpoints = find_checkpoints(settings, tokenizer, data)
@@ -88,6 +89,20 @@ def open_inputs(settings: Settings) -> Inputs:
         check_writable("--metrics-file", Path(settings.metrics_file).parent)
     form, lines = open_form(settings, tokenizer, vocab_size)
     return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets, test_sets, (*notes, *lines), form)
+
+
+def check_context_parallel(settings: Settings, sources: Sequence[SampleSource | None]) -> None:
+    """Check that no sample holds documents that must be kept apart where attention runs across processes.
+
+    Raises:
+        SettingsError: One does.
+    """
+    if settings.context_parallel_size == 1 or not any(source is not None and source.packs for source in sources):
+        return
+    why = ("documents are to be kept apart (--reset-attention-mask, or the checkpoint was trained so)" if settings.reset_attention_mask
+           else "the data are packed instructions")
+    raise SettingsError(f"--context-parallel-size: {settings.context_parallel_size}, but {why}, and attention across context parallel "
+                        "processes knows no documents. Use 1, or train on text with --no-reset-attention-mask.")
 
 
 def open_form(settings: Settings, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[PromptForm | None, list[str]]:

@@ -3,7 +3,7 @@
 import statistics
 import time
 
-from megatron_sorted.data.dataset import SampleSource
+from megatron_sorted.data.sample import SampleSource
 from megatron_sorted.loss.ledger import Ledger
 from megatron_sorted.monitoring.report import StepReport
 from megatron_sorted.platform.contract import Platform

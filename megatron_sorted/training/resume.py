@@ -1,13 +1,17 @@
 """Continuing a run: what may have changed since its checkpoint, what may not, and the line that says so."""
 
+import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from megatron_sorted.checkpoint.candidates import Candidate
+from megatron_sorted.checkpoint.candidates import Candidate, find_candidates
 from megatron_sorted.checkpoint.manifest import check_same_shape, network_shape, with_new_parts
+from megatron_sorted.conversion.network import is_hugging_face
 from megatron_sorted.data.identity import describe_changes
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.settings.derived import document_masks
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.adapters import check_same_adapters
@@ -21,18 +25,40 @@ SILENT = frozenset((
     "pretrained_checkpoint", "use_checkpoint_args", "save_hf", "device_peak_tflops", "distributed_timeout_minutes", "hang_timeout_minutes",
 ))
 SILENT_PREFIXES = ("wandb_", "profile")
+# What a version that did not have a setting did: checkpoints of 0.6.0 and before.
+BEFORE = {"reset_attention_mask": False, "reset_position_ids": False, "eod_mask_loss": False}
 # The optimizer's state is kept in a form that depends on these.
 FORM_OF_STATE = ("optimizer", "bf16", "fp16", "use_distributed_optimizer", "tune_exit")
 
 
 def changed_settings(saved: Mapping[str, Any], settings: Settings) -> list[str]:
     """Returns every setting that changed since the checkpoint and bears on training, as "train-iters 100 -> 200"."""
-    return [f"{name.replace('_', '-')} {_word(saved.get(name))} -> {_word(value)}" for name, value in settings_as_dict(settings).items()
-            if name not in SILENT and not name.startswith(SILENT_PREFIXES) and saved.get(name) != value]
+    before = {**BEFORE, **saved}
+    return [f"{name.replace('_', '-')} {_word(before.get(name))} -> {_word(value)}" for name, value in settings_as_dict(settings).items()
+            if name not in SILENT and not name.startswith(SILENT_PREFIXES) and before.get(name) != value]
 
 
 def _word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def settle_document_masks(settings: Settings) -> Settings:
+    """Return the settings with --reset-attention-mask, --reset-position-ids and --eod-mask-loss decided where they were not given.
+
+    A run that continues a checkpoint, or evaluates one, goes on as it was trained; checkpoints of 0.6.0 and before were trained
+    without them. All other runs take the defaults of ``settings.derived.document_masks``.
+
+    Raises:
+        CheckpointError: The checkpoint that --ckpt-step names is missing or unusable.
+    """
+    root, saved = settings.load and Path(settings.load), {}
+    if root and root.is_dir() and not settings.finetune and not is_hugging_face(root):
+        usable = find_candidates(root, settings.ckpt_step).usable
+        if usable and not usable[0].weights_only:
+            saved = {**BEFORE, **usable[0].manifest["settings"]}
+    kept = {name: saved[name] for name in BEFORE if saved.get(name) is not None and getattr(settings, name) is None}
+    settings = dataclasses.replace(settings, **kept)
+    return dataclasses.replace(settings, **document_masks(settings))
 
 
 def takes_weights_only(candidate: Candidate, settings: Settings) -> bool:

@@ -158,3 +158,18 @@ LAYOUTS = {
 def test_layout_equals_reference(name):
     world_size, changes = LAYOUTS[name]
     compare(world_size, tiny(**changes), 1e-5)
+
+
+# Text whose documents are kept apart, read from an indexed file by the reader of training data.
+TEXT = {
+    "one process": (1, {}),
+    "tp2 sequence parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2 chunks2 blocks": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, "use_exit_block": True}),
+    "fsdp2 full recompute": (2, {"data_parallel": "fsdp", "recompute_granularity": "full"}),
+}
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_with_documents_kept_apart(name):
+    world_size, changes = TEXT[name]
+    compare(world_size, tiny(**changes), 1e-5, packed="text")

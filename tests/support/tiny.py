@@ -6,8 +6,10 @@ import os
 import torch
 
 from megatron_sorted.data.batches import Batch
-from megatron_sorted.data.dataset import InstructionSamples, Sample
+from megatron_sorted.data.dataset import InstructionSamples
+from megatron_sorted.data.sample import Sample
 from megatron_sorted.settings.run import Settings
+from tests.support.text_stream import stream_batches, stream_samples
 
 VOCABULARY = 100
 
@@ -24,9 +26,12 @@ def tiny(**changes) -> Settings:
     return dataclasses.replace(TINY, **changes)
 
 
-def make_samples(num_samples: int, seq_length: int, seed: int, unequal: bool = False, packed: bool = False) -> dict[str, torch.Tensor]:
+def make_samples(num_samples: int, seq_length: int, seed: int, unequal: bool = False,
+                 packed: bool | str = False) -> dict[str, torch.Tensor]:
     """Returns samples [n, s]: tokens, labels, loss mask and segments. ``unequal``: very different numbers of trained tokens;
-    ``packed``: several documents in each sample."""
+    ``packed``: several documents in each sample; "text": windows of a stream of documents (``tests.support.text_stream``)."""
+    if packed == "text":
+        return stream_samples(num_samples, seq_length, VOCABULARY, seed)
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(0, VOCABULARY, (num_samples, seq_length + 1), generator=generator)
     mask = torch.ones(num_samples, seq_length)
@@ -42,8 +47,10 @@ def make_samples(num_samples: int, seq_length: int, seed: int, unequal: bool = F
 
 
 def micro_batches(samples: dict[str, torch.Tensor], settings: Settings, data_rank: int, data_size: int,
-                  packed: bool = False) -> list[Batch]:
+                  packed: bool | str = False) -> list[Batch]:
     """Returns a rank's micro-batches of one global batch, in Megatron's order."""
+    if packed == "text":
+        return stream_batches(samples, settings, data_rank, data_size)
     size, batches = settings.micro_batch_size, []
     for start in range(0, samples["tokens"].size(0), size * data_size):
         rows = slice(start + data_rank * size, start + (data_rank + 1) * size)

@@ -16,8 +16,8 @@ from megatron_sorted.data.batches import (
     make_train_batches,
     num_eval_batches,
 )
-from megatron_sorted.data.dataset import Sample
 from megatron_sorted.data.indexed import Documents, IndexedWriter
+from megatron_sorted.data.sample import Sample
 from megatron_sorted.data.tokenizer import load_tokenizer
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.settings.run import Settings

@@ -30,7 +30,10 @@ def run_of(*words, **changes):
 def test_samples_are_the_sources_own_in_order(files):
     blend = open_train_samples(run_of("1", files["i"], "2", files["t"]), None)
     alone = {name: open_train_samples(run_of(prefix), None) for name, prefix in files.items()}
-    assert isinstance(blend, BlendedSamples) and blend.packs and not alone["t"].packs
+    assert isinstance(blend, BlendedSamples) and blend.packs
+    apart = {"t": True, "without resets": False, "i": True}
+    assert apart == {"t": alone["t"].packs, "i": alone["i"].packs,
+                     "without resets": open_train_samples(run_of(files["t"], reset_attention_mask=False), None).packs}
     seen = {"i": 0, "t": 0}
     for index in range(60):
         sample = blend.sample(index)
@@ -55,7 +58,8 @@ def test_description_names_every_source(files):
     assert blend.describe().splitlines() == [
         "blend of 2 sources, 100.0 % filled; one pass is about 8 samples",
         f"  25 % {files['i']} (weight 0.5): 10 documents in 5 samples of 8 positions, 100.0 % filled",
-        f"  75 % {files['t']} (weight 1.5): 1 documents, 41 tokens in 5 samples of 8 positions"]
+        f"  75 % {files['t']} (weight 1.5): 1 documents, 41 tokens in 5 samples of 8 positions; "
+        "documents of a sample are kept apart"]
     half = open_train_samples(run_of("1", files["i"], "1", files["t"], seq_length=7), None)
     assert half.fill == (40 / 70 + 1) / 2  # one document of 4 positions a window of 7
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from megatron_sorted.data.corpus import Corpus
-from megatron_sorted.data.dataset import EvaluationSet, InstructionSamples, MockSamples, TextSamples, open_samples
+from megatron_sorted.data.dataset import EvaluationSet, InstructionSamples, MockSamples, open_samples
 from megatron_sorted.data.indexed import Documents, IndexedWriter
+from megatron_sorted.data.text_samples import TextSamples
 from megatron_sorted.errors import DataError
 
 

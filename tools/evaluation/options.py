@@ -1,6 +1,7 @@
 """The options of tools/evaluate.py, and what they name: models, texts, questions, tasks; all is checked before a model is loaded."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +13,14 @@ from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.documents import read_documents
 from megatron_sorted.evaluation.evaluate import Measures, QuestionSet, Subject
 from megatron_sorted.evaluation.harness import Harness
+from megatron_sorted.evaluation.prepared import MASKS, PreparedData, sequence_length, settings_of_checkpoint
 from megatron_sorted.evaluation.questions import TEMPLATE, as_conversation, check_template, choose_examples, read_questions, write_prompts
 from megatron_sorted.evaluation.train_heads import HeadTraining
 from megatron_sorted.exported.form import form_of_model
 from megatron_sorted.exported.model_directory import open_model_directory, plan_exits
 from megatron_sorted.exported.tokenizer import open_tokenizer
-
-from .picture import MAX_MODELS
+from megatron_sorted.settings.derived import split_ranges
+from megatron_sorted.settings.run import Settings
 
 DEFAULT_SEQ_LENGTH = 2048
 
@@ -60,8 +62,14 @@ def read_arguments(arguments: Sequence[str] | None, description: str | None) -> 
     text.add_argument("--seq-length", type=_positive, help=f"tokens of a window; default: what models allow, up to {DEFAULT_SEQ_LENGTH}")
     text.add_argument("--stride", type=_positive, help="windows start this many tokens apart; default: --seq-length, no overlap")
     text.add_argument("--append-eos", action="store_true", help="count the eos at the end of texts and responses too")
-    text.add_argument("--limit", type=_positive, help="only the first documents of each text")
+    text.add_argument("--limit", type=_positive, help="only the first documents of each text, samples of each --data-path")
     text.add_argument("--batch-tokens", type=_positive, default=8192, help="tokens of one forward pass (%(default)s)")
+    data = parser.add_argument_group("prepared data: the samples, windows and masks of a run's own evaluation")
+    data.add_argument("--data-path", nargs="+", default=[], metavar="PREFIX", help="PREFIX.bin and PREFIX.idx of tools/prepare_data.py")
+    data.add_argument("--split", metavar="SHARES", help="as the run's, such as 98,2: its validation share; default: the whole files")
+    for name in MASKS:
+        data.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, default=None,
+                          help="as the run's; default: as the checkpoint was trained, else the default of training")
     asked = parser.add_argument_group("closed-book questions")
     asked.add_argument("--questions", nargs="+", type=Path, default=[], metavar="FILE", help="JSON lines: question, answer, aliases")
     asked.add_argument("--shots", type=_count, help="worked examples before each question (default: 0 where all models are asked in the "
@@ -91,7 +99,7 @@ def name_subjects(values: argparse.Namespace) -> list[Subject]:
     """Returns the models to evaluate, each with a name of its own.
 
     Raises:
-        SettingsError: Two models have one name, or there are too many for one picture.
+        SettingsError: Two models have one name.
         CheckpointError: A directory is no model.
     """
     subjects = []
@@ -105,8 +113,6 @@ def name_subjects(values: argparse.Namespace) -> list[Subject]:
     for name in names:
         if names.count(name) > 1:
             raise SettingsError(f"two models are called {name}. Give one another name: NAME=DIRECTORY.")
-    if len(names) > MAX_MODELS:
-        raise SettingsError(f"{len(names)} models are more than one picture can tell apart. Give at most {MAX_MODELS}.")
     if values.save_heads and sum(subject.with_heads for subject in subjects) != 1:
         raise SettingsError("--save-heads writes one directory, of one model with --train-heads. Train heads of one model at a time.")
     return subjects
@@ -118,8 +124,8 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
     Raises:
         SortedError: An option or a file cannot be used.
     """
-    if not (values.text or values.questions or values.tasks):
-        raise SettingsError("nothing to measure. Give --text, --questions or --tasks.")
+    if not (values.text or values.data_path or values.questions or values.tasks):
+        raise SettingsError("nothing to measure. Give --text, --data-path, --questions or --tasks.")
     forms = []
     for subject in subjects:
         plan_exits(subject.directory, values.depths)
@@ -131,7 +137,9 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
     if values.shots is None:
         values.shots = 0 if in_forms else 5
     allowed = {subject.name: max_length_of_config(read_config(subject.directory)) for subject in subjects}
-    seq_length = values.seq_length or min(DEFAULT_SEQ_LENGTH, *allowed.values())
+    longest = min(DEFAULT_SEQ_LENGTH, *allowed.values())
+    prepared = _read_prepared(values, longest)
+    seq_length = values.seq_length or (prepared.settings.seq_length if prepared else longest)
     for name, length in allowed.items():
         if seq_length > length:
             raise SettingsError(f"--seq-length: {seq_length} is more than the {length} positions of {name}. Use at most {length}.")
@@ -154,10 +162,34 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
     heads = read_documents(values.train_heads, values.separator) if values.train_heads else None
     training = HeadTraining(values.train_heads_epochs, values.train_heads_lr, values.train_heads_batch_size, seed=values.seed)
     return Measures(
-        texts, questions, seq_length, values.stride or seq_length, tuple(values.depths) if values.depths else None, KINDS[values.dtype],
+        texts, questions, seq_length, values.stride or seq_length, prepared,
+        tuple(values.depths) if values.depths else None, KINDS[values.dtype],
         values.tokenizer, values.prompt_template, values.append_eos, values.batch_tokens, values.batch_size, values.max_new_tokens,
         Harness(values.tasks, values.tasks_path) if values.tasks else None, values.task_shots, values.task_limit, heads, training,
         values.save_heads, values.overwrite)
+
+
+def _read_prepared(values: argparse.Namespace, default_length: int) -> PreparedData | None:
+    """Return the prepared data with the settings of the run whose evaluation is done; None where none are named.
+
+    What was not given comes from the first of the models that is a directory of checkpoints, then from the summary of the data.
+
+    Raises:
+        SettingsError: --split or a mask is given without --data-path, or --split is no list of shares.
+    """
+    given = {name: getattr(values, name) for name in ("split", *MASKS) if getattr(values, name) is not None}
+    if not values.data_path:
+        if given:
+            raise SettingsError(f"--{next(iter(given)).replace('_', '-')}: says how prepared data are read. Give --data-path as well, or "
+                                "leave it out.")
+        return None
+    of_run = next(filter(None, (settings_of_checkpoint(Path(text.partition("=")[2] or text)) for text in values.models)), {})
+    length = values.seq_length or of_run.get("seq_length") or sequence_length(values.data_path) or default_length
+    settings = Settings(**{**of_run, **{name: given[name] for name in given if name != "split"}, "seq_length": length})
+    files = {"data_path": tuple(values.data_path), "split": values.split} if values.split else {"valid_data_path": tuple(values.data_path)}
+    settings = dataclasses.replace(settings, **files)
+    split_ranges(settings)
+    return PreparedData(tuple(values.data_path), settings, values.limit)
 
 
 def _by_name(paths: Sequence[Path]) -> dict[str, Path]:

@@ -39,6 +39,9 @@ def rows_of(results: dict) -> list[Row]:
     for name, text in results["texts"].items():
         rows.append(Row(f"Held-out loss, {name} (lower is better)", "nats per token",
                         _lines(results, text, lambda numbers: (numbers["loss"], numbers["loss_standard_error"])), False))
+    for name, data in results.get("data", {}).items():
+        rows.append(Row(f"Loss, {name}, prepared (lower is better)", "nats per token",
+                        _lines(results, data, lambda numbers: (numbers["loss"], numbers["loss_standard_error"])), False))
     for name, asked in results["questions"].items():
         rows.append(Row(f"Exact match, {name} (higher is better)", "questions answered right",
                         _lines(results, asked, lambda numbers: (numbers["exact_match"], numbers["exact_match_standard_error"])), True))

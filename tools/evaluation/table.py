@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from textwrap import fill
 
+from megatron_sorted.evaluation.prepared import MASKS
+
 LOSS = "loss: nats per counted token, total over all documents; ± one standard error over documents (ratio estimator)"
 BITS = "bits/byte: total nats / ln 2 / UTF-8 bytes of the counted text; comparable between tokenizers"
 PERPLEXITY = "perplexity: e^loss, per token"
 AGREES = "agrees: share of counted tokens for which the exit and the last exit find the same token most likely"
 EXACT = "exact: answers equal to a right one after TriviaQA's normalisation (case, punctuation, articles, underscores); ± over questions"
+EXACT_TOKENS = "exact: documents of which every trained token is the most likely one after the right ones before it"
 F1 = "F1: overlap of words with the best right answer, same normalisation"
 CASE = "case: answers that are letter by letter a right one (Sorted LLaMA's measure)"
 MINUS = "- NAME: difference to that baseline's exit at the same depth, ± of the paired difference; below 0 is better for a loss"
@@ -29,14 +32,16 @@ def write_tables(results: dict) -> str:
         notes += [f"note: {numbers['unknown_tokens']:,} unknown tokens of {model}: its bits/byte leave out what these stand for"
                   for model, numbers in text["models"].items() if numbers["unknown_tokens"]]
         parts.append(_table(f"{name}: {text['documents']:,} documents, {text['bytes']:,} bytes, {counted}", text, results, columns, notes))
+    for name, measured in results.get("data", {}).items():
+        parts.append(_data_table(name, measured, results, cost))
     for name, asked in results["questions"].items():
         columns = {"exact": _percent_with_error("exact_match"), "F1": _percent("f1"), "case": _percent("exact_match_with_case")}
         columns |= _minus(asked, "exact_match_minus", lambda value: f"{100 * value:+.1f}")
         notes = [EXACT, F1, CASE, *[MINUS_EXACT] * _has(asked, "exact_match_minus"), cost]
-        notes += [f"note: {numbers['cut_prompts']:,} prompts of {model} were too long and lost their beginning"
-                  for model, numbers in asked["models"].items() if numbers["cut_prompts"]]
-        parts.append(_table(f"{name}: {asked['questions']:,} questions, {results['settings']['shots']} examples each", asked, results,
-                            columns, notes))
+        cut = [f"{numbers['cut_prompts']:,} of {asked['questions']:,} prompts of {model} were too long and lost their beginning"
+               for model, numbers in asked["models"].items() if numbers["cut_prompts"]]
+        title = f"{name}: {asked['questions']:,} questions, {results['settings']['shots']} examples each"
+        parts.append(_table("\n".join([title, *cut]), asked, results, columns, notes))
     for name, task in results["tasks"].items():
         metrics = {metric: None for model in task["models"].values() for numbers in model["exits"].values() for metric in numbers
                    if metric != "samples"}
@@ -44,6 +49,23 @@ def write_tables(results: dict) -> str:
         notes = ["metrics: as the task defines them; ± lm-evaluation-harness's own standard error", cost]
         parts.append(_table(f"{name} (lm-evaluation-harness)", task, results, columns, notes))
     return "\n\n".join(parts)
+
+
+def _data_table(name: str, measured: dict, results: dict, cost: str) -> str:
+    """Return the table of one file of prepared data."""
+    first = next(iter(measured["models"].values()))
+    data, of_instructions = results["settings"]["data"], next(iter(first["exits"].values()))["exact_match"] is not None
+    columns = {"loss": _with_error("loss", 4), "perplexity": _perplexity, "agrees": _percent("agreement")}
+    columns |= {"exact": _percent("exact_match")} if of_instructions else {}
+    columns |= _minus(measured, "loss_minus", lambda value: f"{value:+.4f}")
+    unit = "documents" if of_instructions else "samples"
+    flags = [f"{flag.replace('_', '-')} {'on' if data[flag] else 'off'}" for flag in MASKS]
+    masks = "packed documents are kept apart" if of_instructions else ", ".join(flags)
+    notes = [f"loss: nats per trained token, as a run's own evaluation of these data; ± one standard error over {unit}", PERPLEXITY, AGREES,
+             *[EXACT_TOKENS] * of_instructions, *[MINUS] * _has(measured, "loss_minus"), cost,
+             f"samples: {data['seq_length']} positions, cut and packed as in training; {masks}"]
+    title = f"{name}: {first['units']:,} {unit}, {first['tokens']:,} trained tokens (prepared data)"
+    return _table(title, measured, results, columns, notes)
 
 
 def _table(title: str, measured: dict, results: dict, columns: dict[str, Callable[[dict], str]], notes: list[str]) -> str:
