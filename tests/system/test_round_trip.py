@@ -104,9 +104,10 @@ def of_server(cwd: Path) -> list[dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with start_command("tools/serve.py", "hf", "--port", port, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    with (open(cwd / "serve.log", "w") as log,
+          start_command("tools/serve.py", "hf", "--port", port, cwd=cwd, stdout=log, stderr=subprocess.STDOUT) as server):
         try:
-            return [_asked(port, {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": LONGEST})
+            return [_asked(server, port, {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": LONGEST})
                     for question in ANSWERS]
         finally:
             server.send_signal(signal.SIGTERM)
@@ -116,10 +117,10 @@ def of_server(cwd: Path) -> list[dict]:
                 server.kill()
 
 
-def _asked(port: int, body: dict) -> dict:
+def _asked(server: subprocess.Popen, port: int, body: dict) -> dict:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
                                      {"content-type": "application/json"})
-    until = time.monotonic() + 120
+    until = time.monotonic() + 240
     while True:
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
@@ -127,7 +128,7 @@ def _asked(port: int, body: dict) -> dict:
         except urllib.error.HTTPError:
             raise
         except urllib.error.URLError:  # not listening yet
-            if time.monotonic() > until:
+            if server.poll() is not None or time.monotonic() > until:
                 raise
             time.sleep(0.05)
 
