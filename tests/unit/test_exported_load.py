@@ -59,5 +59,5 @@ def test_words_beside_a_sentencepiece_file(directory, written):
 @pytest.mark.parametrize("ends", ["x", [1, None]])
 def test_end_tokens_that_are_none(directory, ends):
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    with pytest.raises(DataError, match=r"eos_token_id: .* is not a token"):
+    with pytest.raises(DataError, match=r"generation_config\.json: eos_token_id .* is not one of the model's 0\.\.299\. Mend"):
         open_writer(directory)

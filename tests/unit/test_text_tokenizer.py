@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 from megatron_sorted.conversion.tokenizer_export import write_for_transformers
 from megatron_sorted.data.encode import EncodeOptions, Encoder
 from megatron_sorted.data.jsonl import Block
-from megatron_sorted.data.templates import Part
 from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.evaluation.documents import Document, encode_documents
 from megatron_sorted.exported.tokenizer import for_transformers
@@ -70,7 +69,7 @@ def test_every_command_reads_the_same_ids(made, name):
     prepared = open_tokenizer(directory)
     texts = [text for text in [*PROBES, *named(prepared)] if text.strip()]
     wanted = [prepared.encode_prompt(text) for text in texts]
-    options = EncodeOptions("HuggingFaceTokenizer", str(directory), None, "text", "plain", None, "skip", False, 0.0, True)
+    options = EncodeOptions("HuggingFaceTokenizer", str(directory), None, "text", "plain", None, "skip", False, 0.0, False)
     lines = b"\n".join(json.dumps({"text": text}).encode() for text in texts)
     encoder = Encoder(replace(options, append_eod=False))
     tokens = np.split(*_documents(encoder.encode(Block("x.jsonl", 1, lines))))
@@ -78,7 +77,7 @@ def test_every_command_reads_the_same_ids(made, name):
     assert [ids.tolist() for ids in tokens] == kept
     run = open_of_run(Settings(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(directory)))
     exported = open_exported(directory)
-    evaluated = encode_documents([Document((Part(text, True),)) for text in texts], exported) if (
+    evaluated = encode_documents([Document({"text": text}, "text") for text in texts], exported) if (
         exported.bos_id is not None or exported.eos_id is not None) else []
     assert [document.ids[1:] for document in evaluated] == [ids[prepared.adds_bos:] for ids in wanted]
     writer = Writer(_network(), exported)
@@ -94,7 +93,7 @@ def _documents(encoded):
 
 def _network():
     """Return what a writer asks of a network before it writes."""
-    return SimpleNamespace(vocab_size=1024, model=SimpleNamespace(generation_config=None))
+    return SimpleNamespace(vocab_size=1024, model=SimpleNamespace(generation_config=None, config=SimpleNamespace(vocab_size=1024)))
 
 
 @pytest.mark.parametrize("shift", [0, *(pytest.param(shift, marks=pytest.mark.long) for shift in (1, 2, 3))])
