@@ -22,9 +22,9 @@ from evaluation.options import name_subjects, read_arguments, read_measures
 from evaluation.picture import draw
 from evaluation.table import write_tables
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.errors import DataError, SortedError
 from megatron_sorted.evaluation.evaluate import Measures, evaluate, results_of
+from megatron_sorted.files import write_text_atomically
 
 
 def describe(values: argparse.Namespace, measures: Measures) -> dict:

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.errors import DataError, SortedError
+from megatron_sorted.files import write_text_atomically
 
 
 def read_samples(path: Path, separator: str | None) -> list[dict]:

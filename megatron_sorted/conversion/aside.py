@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_sorted.checkpoint.layout import sync_directory
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.files import sync_directory
 
 SLACK_BYTES = 16 << 20  # descriptions, tokenizer and what a file system takes for itself
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_sorted import __version__
-from megatron_sorted.checkpoint.layout import TRACKER, iteration_directory, write_text_atomically
+from megatron_sorted.checkpoint.layout import TRACKER, iteration_directory
 from megatron_sorted.checkpoint.manifest import MANIFEST, WEIGHTS_ONLY, Progress, exits_description, manifest_text, network_shape
 from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.conversion.checkpoint_files import WeightsWriter
@@ -27,6 +27,7 @@ from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
 from megatron_sorted.conversion.transformers_states import require_transformers
 from megatron_sorted.conversion.verify import TOLERANCE, Comparison, compare, require_same
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.files import write_text_atomically
 from megatron_sorted.settings.check_exit_parts import check_exit_parts
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.checkpoint.candidates import Candidates, find_candidates
+from megatron_sorted.checkpoint.candidates import Candidate, Candidates, find_candidates
 from megatron_sorted.checkpoint.layout import saved_steps
 from megatron_sorted.conversion.network import is_hugging_face
 from megatron_sorted.data.batches import make_eval_sets, make_test_sets, open_train_samples
@@ -15,12 +15,14 @@ from megatron_sorted.data.identity import data_identity
 from megatron_sorted.data.prepared import check_same_tokenizer
 from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import CheckpointError, SettingsError
+from megatron_sorted.files import same_path
 from megatron_sorted.settings.check_exit_distillation import check_top_k
 from megatron_sorted.settings.derived import data_prefixes
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.describe import replace_vocab
 from megatron_sorted.training.hugging_face import check_export, hugging_face_candidate
 from megatron_sorted.training.resume import check_can_continue
+from megatron_sorted.training.same_run import go_on_in_save
 from megatron_sorted.training.teacher import check_teacher
 
 
@@ -37,6 +39,7 @@ class Inputs:
         samples: To train on; None with ``skip_train``.
         eval_sets: By name, evaluated on the way and at the end.
         test_sets: By name, evaluated at the end only.
+        notes: What the user is to be told of what was found.
     """
 
     settings: Settings
@@ -47,6 +50,7 @@ class Inputs:
     samples: SampleSource | None
     eval_sets: dict[str, EvaluationSet]
     test_sets: dict[str, EvaluationSet]
+    notes: list[str]
 
 
 def open_inputs(settings: Settings) -> Inputs:
@@ -74,12 +78,15 @@ def open_inputs(settings: Settings) -> Inputs:
     first = int(os.environ.get("RANK", 0)) == 0
     data = data_identity(settings) if first and (settings.save or settings.load) and not settings.skip_train else None
     checkpoints = find_checkpoints(settings, tokenizer, data)
+    resumed, notes = go_on_in_save(settings, newest_of(checkpoints), tokenizer, data)
+    if resumed is not settings:
+        settings, checkpoints = resumed, find_checkpoints(resumed, tokenizer, data)
     check_export(settings)
     if settings.save:
         check_writable("--save", Path(settings.save))
     if settings.metrics_file:
         check_writable("--metrics-file", Path(settings.metrics_file).parent)
-    return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets, test_sets)
+    return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets, test_sets, notes)
 
 
 def open_tokenizer(settings: Settings) -> Tokenizer | None:
@@ -105,6 +112,11 @@ def start_from_pretrained(settings: Settings) -> Settings:
     return dataclasses.replace(settings, load=settings.pretrained_checkpoint, finetune=True)
 
 
+def newest_of(checkpoints: Candidates | None) -> Candidate | None:
+    """Return the checkpoint that a run would take if all its files are sound; None to start afresh."""
+    return checkpoints.usable[0] if checkpoints is not None and checkpoints.usable else None
+
+
 def find_checkpoints(settings: Settings, tokenizer: Tokenizer | None, data: dict[str, Any] | None) -> Candidates | None:
     """Returns the checkpoints the run may continue from, best first; None to start afresh.
 
@@ -114,9 +126,9 @@ def find_checkpoints(settings: Settings, tokenizer: Tokenizer | None, data: dict
     if settings.load is None:
         return None
     root = Path(settings.load)
-    flag = "--pretrained-checkpoint" if settings.load == settings.pretrained_checkpoint else "--load"
+    flag = "--pretrained-checkpoint" if same_path(settings.load, settings.pretrained_checkpoint) else "--load"
     # where --load and --save are the same, a job script can be submitted again and again, the first time too
-    same_as_save = settings.save is not None and root.resolve() == Path(settings.save).resolve()
+    same_as_save = same_path(root, settings.save)
     try:
         if not root.is_dir() and not same_as_save:
             raise CheckpointError(f"{flag}: {root} is not a directory. Give the directory that --save of another run wrote to.")
