@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,11 @@ def open_inputs(settings: Settings) -> Inputs:
     if tokenizer is not None:
         check_same_tokenizer((*data_prefixes(settings), *settings.valid_data_path, *settings.test_data_path), tokenizer)
     samples = None if settings.skip_train else open_train_samples(settings, vocab_size)
-    if settings.context_parallel_size > 1 and samples is not None and samples.packs:
-        raise SettingsError(
-            f"--context-parallel-size: {settings.context_parallel_size}, but the training data are packed documents, and attention across "
-            "context parallel processes knows no documents. Use 1, or train on plain text.")
     eval_sets = make_eval_sets(settings, vocab_size)
     test_sets = make_test_sets(settings, vocab_size)
+    if settings.context_parallel_size > 1:
+        _refuse_packed({"the training data": samples, **{f"set {name!r}": one.source for name, one in (eval_sets | test_sets).items()}},
+                       settings)
     first = int(os.environ.get("RANK", 0)) == 0
     data = data_identity(settings) if first and (settings.save or settings.load) and not settings.skip_train else None
     checkpoints = find_checkpoints(settings, tokenizer, data)
@@ -87,6 +87,19 @@ def open_inputs(settings: Settings) -> Inputs:
     if settings.metrics_file:
         check_writable("--metrics-file", Path(settings.metrics_file).parent)
     return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets, test_sets, notes)
+
+
+def _refuse_packed(sources: Mapping[str, SampleSource | None], settings: Settings) -> None:
+    """Check that no source packs several documents into a sample.
+
+    Raises:
+        SettingsError: One does; its documents would see each other.
+    """
+    for name, source in sources.items():
+        if source is not None and source.packs:
+            raise SettingsError(
+                f"--context-parallel-size: {settings.context_parallel_size}, but {name} are packed documents, and attention across "
+                "context parallel processes knows no documents. Use 1, or train and evaluate on plain text.")
 
 
 def open_tokenizer(settings: Settings) -> Tokenizer | None:
