@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from evaluation.options import name_subjects, read_arguments, read_measures
 from evaluation.picture import draw
+from evaluation.record import Record
 from evaluation.table import write_tables
 
 from megatron_sorted.errors import DataError, SortedError
-from megatron_sorted.evaluation.evaluate import Measures, evaluate, results_of
-from megatron_sorted.files import write_text_atomically
+from megatron_sorted.evaluation.evaluate import Found, Measures, evaluate, results_of
 
 
 def describe(values: argparse.Namespace, measures: Measures) -> dict:
@@ -48,6 +48,19 @@ def describe(values: argparse.Namespace, measures: Measures) -> dict:
                 "task_shots": values.task_shots, "task_limit": values.task_limit}}
 
 
+def answers_of(found: list[Found], measures: Measures) -> dict[str, str]:
+    """Return {set of questions: what every model answered, one JSON object a question} of the sets that were asked."""
+    written = {}
+    for name, asked in measures.questions.items():
+        answered = [one for one in found if name in one.questions]
+        lines = [json.dumps({"question": question.text, "right": question.right, "prompt": prompt, "answers": {
+            one.name: {depth: answers.answers[place] for depth, answers in one.questions[name].items()} for one in answered}},
+            ensure_ascii=False) for place, (question, prompt) in enumerate(zip(asked.questions, asked.prompts, strict=True))]
+        if answered:
+            written[name] = "\n".join(lines) + "\n"
+    return written
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the tables, writes JSON, answers and picture."""
     values = read_arguments(arguments, __doc__)
@@ -57,15 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         values.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"--output: {values.output} cannot be written ({error.strerror}). Give another folder.") from error
-    found = evaluate(subjects, measures)
-    results = describe(values, measures) | results_of(found, measures)
+    described, record = describe(values, measures), Record(values.output)
+    try:
+        found = evaluate(subjects, measures, lambda so_far: record.keep(described | results_of(so_far, measures),
+                                                                        answers_of(so_far, measures)))
+    except SortedError as error:
+        if record.kept is None:
+            raise
+        raise type(error)(f"{error} What was measured before is in {record.kept}.") from error
+    results = described | results_of(found, measures)
     print("\n" + write_tables(results))
-    write_text_atomically(values.output / "evaluation.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    for name, asked in measures.questions.items():
-        lines = [json.dumps({"question": question.text, "right": question.right, "prompt": prompt, "answers": {
-            one.name: {depth: answered.answers[place] for depth, answered in one.questions[name].items()} for one in found}},
-            ensure_ascii=False) for place, (question, prompt) in enumerate(zip(asked.questions, asked.prompts, strict=True))]
-        write_text_atomically(values.output / f"answers_{name}.jsonl", "\n".join(lines) + "\n")
+    record.finish(results, answers_of(found, measures))
     draw(results, values.output / "evaluation.png")
     print(f"\nwritten: {values.output / 'evaluation.json'}, {values.output / 'evaluation.png'}"
           + (f", {values.save_heads}" if values.save_heads else ""))

@@ -1,7 +1,7 @@
 """Everything that is measured of several models, one after the other, as one object that can be written as JSON."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -86,36 +86,48 @@ class Found:
     tasks: dict[int, dict[str, dict]] = field(default_factory=dict)
 
 
-def evaluate(subjects: Sequence[Subject], measures: Measures) -> list[Found]:
-    """Returns what was measured of every model, in order; one model is in memory at a time.
+Keep = Callable[[list[Found]], None]
+
+
+def evaluate(subjects: Sequence[Subject], measures: Measures, keep: Keep = lambda found: None) -> list[Found]:
+    """Return what was measured of every model, in order; one model is in memory at a time.
+
+    Args:
+        subjects: The models.
+        measures: What is measured.
+        keep: Called with all that was found so far after every text, set of questions, and depth of the tasks.
 
     Raises:
-        SortedError: as the parts do.
+        SortedError: as the parts do; what was measured before was kept.
     """
-    return [found for subject in subjects for found in _evaluate(subject, measures)]
+    found: list[Found] = []
+    for subject in subjects:
+        _evaluate(subject, measures, found, keep)
+    return found
 
 
-def _evaluate(subject: Subject, measures: Measures) -> list[Found]:
+def _evaluate(subject: Subject, measures: Measures, found: list[Found], keep: Keep) -> None:
     model = load_nested_model(subject.directory, measures.depths, measures.dtype, subject.name)
     tokenizer = open_tokenizer(subject.directory, measures.tokenizer)
     largest, vocab_size = max(tokenizer.get_vocab().values(), default=0), model.model.config.vocab_size
     if largest >= vocab_size:
         raise SettingsError(f"{subject.name}: the tokenizer has ids up to {largest}, the model a vocabulary of {vocab_size}. "
                             "Give the model's own with --tokenizer.")
-    found = [_measure(model, subject, tokenizer, measures, None)]
+    found.append(Found(model.name, subject.is_baseline, _facts(model, subject, tokenizer, measures, None)))
+    _measure(model, tokenizer, measures, found[-1], lambda: keep(found))
     if subject.with_heads:
         documents = encode_documents(measures.head_documents or [], tokenizer, measures.append_eos)
         trained = train_heads(model.without_parts(), documents, measures.seq_length, measures.head_training,
                               f"{subject.name}: training heads" if measures.bars else None)
         if measures.save_heads is not None:
             save_with_heads(trained.model, subject.directory, measures.save_heads, measures.overwrite)
-        found.append(_measure(trained.model, subject, tokenizer, measures, trained))
-    return found
+        found.append(Found(trained.model.name, True, _facts(trained.model, subject, tokenizer, measures, trained)))
+        _measure(trained.model, tokenizer, measures, found[-1], lambda: keep(found))
 
 
-def _measure(model: NestedModel, subject: Subject, tokenizer: PreTrainedTokenizerBase, measures: Measures,
-             trained: TrainedHeads | None) -> Found:
-    found = Found(model.name, subject.is_baseline or trained is not None, _facts(model, subject, tokenizer, measures, trained))
+def _measure(model: NestedModel, tokenizer: PreTrainedTokenizerBase, measures: Measures, found: Found,
+             keep: Callable[[], None]) -> None:
+    """Fill in what is measured of a model, part by part, and call ``keep`` after each."""
 
     def title(what: str) -> str | None:
         return f"{model.name}: {what}" if measures.bars else None
@@ -124,18 +136,20 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: PreTrainedTokenize
         encoded = encode_documents(documents, tokenizer, measures.append_eos)
         found.texts[name] = measure_held_out(model, encoded, measures.seq_length, measures.stride, measures.batch_tokens, title(name))
         found.unknown_tokens[name] = sum(token == tokenizer.unk_token_id for document in encoded for token in document.ids[1:])
+        keep()
     for name, asked in measures.questions.items():
         prompts, found.cut_prompts[name] = encode_prompts(asked.prompts, tokenizer, model.max_positions - measures.max_new_tokens)
         found.questions[name] = {
             depth: answer_questions(model, depth, asked.questions, prompts, tokenizer, measures.max_new_tokens, measures.batch_size,
                                     title(f"{name}, depth {depth}")) for depth in model.depths}
+        keep()
     if measures.harness is not None:
         for depth in model.depths:
             if measures.bars:
                 print(f"{model.name}: {', '.join(measures.harness.tasks)}, depth {depth}", flush=True)
             found.tasks[depth] = measures.harness.run(model.sub_model(depth), tokenizer, measures.batch_size, measures.task_shots,
                                                       measures.task_limit)
-    return found
+            keep()
 
 
 def _facts(model: NestedModel, subject: Subject, tokenizer: PreTrainedTokenizerBase, measures: Measures,
@@ -156,16 +170,21 @@ def _facts(model: NestedModel, subject: Subject, tokenizer: PreTrainedTokenizerB
 
 
 def results_of(found: Sequence[Found], measures: Measures) -> dict:
-    """Returns the numbers of all models as plain objects: ``models``, ``texts``, ``questions`` and ``tasks``, each by name."""
+    """Return the numbers of all models as plain objects: ``models``, ``texts``, ``questions`` and ``tasks``, each by name.
+
+    What was not measured yet is left out.
+    """
     baselines = [one for one in found if one.is_baseline]
     texts = {name: {"documents": len(documents), "bytes": sum(document.num_bytes for document in documents),
-                    "models": {one.name: _text_numbers(one, name, sum(d.num_bytes for d in documents), baselines) for one in found}}
+                    "models": {one.name: _text_numbers(one, name, sum(d.num_bytes for d in documents), baselines)
+                               for one in found if name in one.texts}}
              for name, documents in measures.texts.items()}
     questions = {name: {"questions": len(asked.questions),
-                        "models": {one.name: _question_numbers(one, name, baselines) for one in found}}
+                        "models": {one.name: _question_numbers(one, name, baselines) for one in found if name in one.questions}}
                  for name, asked in measures.questions.items()}
     names = {task: None for one in found for tasks in one.tasks.values() for task in tasks}
-    tasks = {task: {"models": {one.name: {"exits": {depth: numbers[task] for depth, numbers in one.tasks.items()}} for one in found}}
+    tasks = {task: {"models": {one.name: {"exits": {depth: numbers[task] for depth, numbers in one.tasks.items()}}
+                               for one in found if one.tasks}}
              for task in names}
     return {"models": {one.name: one.facts for one in found}, "texts": texts, "questions": questions, "tasks": tasks}
 
@@ -176,7 +195,7 @@ def _text_numbers(one: Found, name: str, num_bytes: int, baselines: Sequence[Fou
         exits[depth] = {"loss": held.loss, "loss_standard_error": held.loss_standard_error, "bits_per_byte": held.bits_per_byte(num_bytes),
                         "perplexity": math.exp(min(held.loss, 700.0)), "agreement": held.agreement}
         for other in baselines:
-            theirs = other.texts[name].get(depth)
+            theirs = other.texts.get(name, {}).get(depth)
             # losses per token can only be compared when the tokens are the same
             if other is not one and theirs is not None and torch.equal(theirs.tokens_d, held.tokens_d):
                 difference = HeldOut(held.nats_d - theirs.nats_d, held.agreed_d, held.tokens_d)
@@ -192,7 +211,7 @@ def _question_numbers(one: Found, name: str, baselines: Sequence[Found]) -> dict
         exits[depth] = {score: answered.mean(score) for score in SCORES}
         exits[depth] |= {f"{score}_standard_error": answered.standard_error(score) for score in SCORES}
         for other in baselines:
-            if other is not one and (theirs := other.questions[name].get(depth)) is not None:
+            if other is not one and (theirs := other.questions.get(name, {}).get(depth)) is not None:
                 pairs = zip(answered.scores["exact_match"], theirs.scores["exact_match"], strict=True)
                 difference = Answered([], {"exact_match": [mine - their for mine, their in pairs]})
                 exits[depth].setdefault("exact_match_minus", {})[other.name] = {"value": difference.mean("exact_match"),
