@@ -103,7 +103,7 @@ def import_model(model: OpenModel, destination: Path, exits: Exits, overwrite: b
                               "the model makes new adapters (--exit-adapter-rank).")
     tensors = {pair.ours: TensorInfo(pair.shape, model.dtype_of(origins[pair.ours])) for pair in pairs}
     total = sum(info.num_bytes for info in tensors.values())
-    with written_aside(destination, overwrite, total) as aside:
+    with written_aside(destination, overwrite, total, model.directory) as aside:
         directory = iteration_directory(aside, 0)
         directory.mkdir()
         writer, count = WeightsWriter(directory, tensors, settings.num_layers), watch("converting", total)
@@ -240,7 +240,7 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
     main, own = ({name: TensorInfo(shape, cast or model.dtype_of(origins[pair.ours])) for pair in pairs if pair.is_own_exit == is_own
                   for name, shape in zip(pair.theirs, pair.shapes, strict=True)} for is_own in (False, True))
     total = sum(info.num_bytes for info in (*main.values(), *own.values()))
-    with written_aside(destination, overwrite, total) as aside:
+    with written_aside(destination, overwrite, total, model.directory) as aside:
         writers = {False: SafetensorsWriter(aside, main, shard_bytes)}
         if own:
             writers[True] = SafetensorsWriter(aside, own, total + 1, EXITS)
