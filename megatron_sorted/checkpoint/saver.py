@@ -27,21 +27,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-from megatron_sorted.checkpoint.candidates import steps_of_run
-from megatron_sorted.checkpoint.layout import (
-    TRACKER,
-    iteration_directory,
-    publish_checkpoint,
-    remove_checkpoint,
-    remove_left_overs,
-    steps_to_remove,
-    writing_directory,
-)
-from megatron_sorted.checkpoint.manifest import MANIFEST, FileRecord, Progress, manifest_text, record_file
+from megatron_sorted.checkpoint.layout import iteration_directory, writing_directory
+from megatron_sorted.checkpoint.manifest import FileRecord, Progress, manifest_text, record_file
+from megatron_sorted.checkpoint.publishing import Retention, publish, remove_left_overs
 from megatron_sorted.checkpoint.staging import Stage
 from megatron_sorted.checkpoint.writer import HashingWriter
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.files import sync_directory, write_text_atomically
 from megatron_sorted.platform.contract import Platform
 
 
@@ -103,7 +94,7 @@ class Saver:
         Collective: creates a process group of all ranks; every process must make a saver.
         """
         self.root, self.background, self.verify = Path(root), background, verify
-        self.retain, self.retain_interval = retain, retain_interval
+        self.keep = Retention(retain, retain_interval)
         self.extra_files, self.progress_mark = dict(extra_files or {}), progress_mark
         self.group = dist.new_group(backend=platform.host_backend)
         self.stage = Stage(platform)
@@ -173,7 +164,7 @@ class Saver:
             error, records = self._agree(lambda: self._write_rest(job, writer, aside))
         files = {name: record for of_rank in records if of_rank for name, record in of_rank.items()}
         if not error:
-            error, notes = self._agree(lambda: self._publish(job, files, aside))
+            error, notes = self._agree(lambda: self._publish(job, files))
         if error and dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
         job.outcome = SaveOutcome(step, None if error else final, error, sum(record.num_bytes for record in files.values()),
@@ -223,28 +214,12 @@ class Saver:
             writer.fs.verify()
         return {str(path.relative_to(aside)): record for path, record in writer.fs.records.items()}
 
-    def _publish(self, job: _Job, files: dict[str, FileRecord], aside: Path) -> list[str]:
-        """Add the manifest, name the checkpoint, then name it in the tracker, then remove old ones; rank 0 only.
-
-        Returns notes for the user. From the moment the checkpoint has its name nothing makes the save fail.
-        """
+    def _publish(self, job: _Job, files: dict[str, FileRecord]) -> list[str]:
+        """Make a checkpoint of what all ranks wrote, on rank 0; return notes for the user."""
         if dist.get_rank() != 0:
             return []
-        write_text_atomically(aside / MANIFEST, manifest_text(job.description, job.progress, files))
-        sync_directory(aside)
-        step = job.progress.step
-        notes = [publish_checkpoint(self.root, step)]
-        try:
-            write_text_atomically(self.root / TRACKER, str(step))
-        except OSError as error:  # a resume finds the checkpoint without it
-            return [*filter(None, notes), f"{self.root / TRACKER}: could not be written ({error.strerror or error})"]
-        own = steps_of_run(self.root, job.description.get("run_id"))
-        for old in steps_to_remove(own, step, self.retain, self.retain_interval):
-            try:
-                notes.append(remove_checkpoint(self.root, old))
-            except OSError as error:  # it is complete, and the next save tries again
-                notes.append(f"the checkpoint of step {old} could not be removed ({error.strerror or error})")
-        return [note for note in notes if note]
+        text = manifest_text(job.description, job.progress, files)
+        return publish(self.root, job.progress.step, text, job.description.get("run_id"), self.keep)
 
 
 def _cause(error: BaseException) -> str:

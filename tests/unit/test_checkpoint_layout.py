@@ -7,12 +7,11 @@ import pytest
 from megatron_sorted.checkpoint.layout import (
     TRACKER,
     iteration_directory,
-    remove_checkpoint,
-    remove_left_overs,
     saved_steps,
     steps_to_remove,
     writing_directory,
 )
+from megatron_sorted.checkpoint.publishing import remove_checkpoint, remove_left_overs
 from megatron_sorted.files import write_text_atomically
 
 
