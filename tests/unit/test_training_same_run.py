@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, manifest_text, read_manifest, record_file
+from megatron_sorted.conversion.network import network_to_start_from
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.hugging_face import check_export_of_run
 from megatron_sorted.training.inputs import newest_of, open_inputs
 from megatron_sorted.training.same_run import START, start_of
 from tests.unit.test_training_inputs import folder, prepared, settings, write_checkpoint
@@ -111,3 +113,26 @@ def test_a_run_that_goes_on_elsewhere_takes_the_newer_of_both(run, folder):
 def test_where_nothing_is_saved_nothing_is_looked_at(run):
     save(run, 3, "weights of run others")
     assert open_inputs(dataclasses.replace(run, skip_train=True)).settings.load == run.load
+
+
+def test_a_checkpoint_brings_the_tokenizer_that_lies_in_it(run):
+    directory = save(run, 3, None, tokenizer={"type": "SentencePieceTokenizer", "name": "t.model", "sha256": "0"})
+    asked = {"load": run.save, "use_checkpoint_args": True}
+    assert "tokenizer_model" not in network_to_start_from(asked)  # none lies there
+    (directory / "tokenizer").mkdir()
+    (directory / "tokenizer" / "tokenizer.model").write_bytes(b"")
+    found = network_to_start_from(asked)
+    assert found["tokenizer_model"] == str(directory / "tokenizer" / "tokenizer.model")
+    assert found["tokenizer_type"] == "SentencePieceTokenizer" and found["num_layers"] == 4
+    assert "tokenizer_model" not in network_to_start_from({**asked, "tokenizer_model": "mine"})
+
+
+def test_an_export_of_another_run_is_not_replaced(tmp_path):
+    export = dataclasses.replace(Settings(), save_hf=str(tmp_path))
+    check_export_of_run(export, "mine")
+    (tmp_path / "export.json").write_text('{"run_id": "mine", "step": 3}')
+    check_export_of_run(export, "mine")
+    for text in ('{"run_id": "other"}', "[]", "[" * 100_000):
+        (tmp_path / "export.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"--save-hf: .* holds the export of run (other|unknown), this one is run mine"):
+            check_export_of_run(export, "mine")
