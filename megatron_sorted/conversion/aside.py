@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_sorted.checkpoint.layout import TRACKER, saved_steps
+from megatron_sorted.checkpoint.layout import saved_steps
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.files import discard_tree, exchange, is_inside, sync_directory
 
-OURS = {"config.json", "adapter_config.json", TRACKER}  # what a directory that may be replaced holds, or safetensors
 SLACK_BYTES = 16 << 20  # descriptions, tokenizer and what a file system takes for itself
 
 
@@ -43,19 +42,15 @@ def check_destination(destination: Path, overwrite: bool, num_bytes: int, source
 
 
 def _check_replaceable(destination: Path, source: Path | None) -> None:
-    """Check that a directory that is to be replaced is a model, and neither the source nor a run's.
+    """Check that a directory that is to be replaced is neither what the new one is made of nor a run's.
 
     Raises:
-        CheckpointError: It is something else.
+        CheckpointError: It is one of them.
     """
     if source is not None and is_inside(source, destination):
         raise CheckpointError(f"{destination}: --overwrite would replace {source}, of which it is made. Give another directory.")
     if step := max(saved_steps(destination), default=0):
         raise CheckpointError(f"{destination}: holds checkpoints of a run up to step {step}, which --overwrite does not replace. "
-                              "Give another directory, or remove it yourself.")
-    names = sorted(entry.name for entry in destination.iterdir())
-    if not any(name in OURS or name.endswith(".safetensors") for name in names):
-        raise CheckpointError(f"{destination}: holds {', '.join(names[:3])} and no model, so --overwrite does not replace it. "
                               "Give another directory, or remove it yourself.")
 
 
@@ -86,7 +81,7 @@ def written_aside(destination: Path, overwrite: bool, num_bytes: int, source: Pa
         discard_tree(old)
     except OSError as error:
         full = " The disk is full: make room, or give a directory on another one." if error.errno == errno.ENOSPC else ""
-        was = "what was there is as it was" if destination.exists() else "nothing was left there"
+        was = "nothing was left there" + (", and what was there before is as it was" if destination.exists() else "")
         raise CheckpointError(f"{named}: could not be written ({error.strerror or error}); {was}.{full}") from error
     finally:
         discard_tree(aside)
