@@ -82,6 +82,7 @@ def _check_devices(settings: Any, site: Site) -> list[Finding]:
 
 
 def _check_files(settings: Any) -> list[Finding]:
+    from megatron_sorted.files import same_path
     from megatron_sorted.settings.derived import data_prefixes
 
     found, seen = [], 0
@@ -95,7 +96,7 @@ def _check_files(settings: Any) -> list[Finding]:
         path = Path(settings.tokenizer_model)
         found += [] if path.is_dir() else _check_file("--tokenizer-model", path)
         seen += 1
-    if settings.load is not None and not Path(settings.load).is_dir() and settings.load != settings.save:
+    if settings.load is not None and not Path(settings.load).is_dir() and not same_path(settings.load, settings.save):
         found.append(broken("--load", f"{settings.load} is not a folder on this host", "Give one that holds a checkpoint."))
     return found or [fine("data and tokenizer", f"{seen} files there" if seen else "no files needed")]
 
