@@ -88,7 +88,7 @@ def choose_checkpoint(candidates: Candidates, settings: Settings, tokenizer: Tok
     candidates, data = box
     taken = None
     for candidate in candidates.usable:
-        problems = find_damage_together(candidate.directory, candidate.manifest) if settings.verify_checkpoint else []
+        problems = find_damage_together(candidate.directory, candidate.manifest, shards_too=settings.verify_checkpoint)
         if not problems:
             taken = candidate
             break
