@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 # What make test-megatron runs; its -k takes rows (MEGATRON_TESTS='tests/ranks/test_layouts.py -k pp2').
 MEGATRON_TESTS ?= tests/unit tests/ranks/test_layouts.py tests/ranks/test_precision.py tests/ranks/test_checkpoint.py tests/ranks/test_fsdp.py tests/ranks/test_lora.py
-# more words for pytest in check, test, test-all and test-launch, such as --no-skips
+# more words for pytest in check, test, test-all, test-faults and test-launch, such as --no-skips
 PYTEST_OPTIONS ?=
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
@@ -15,13 +15,14 @@ TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_OPTIONS)
 NPU_VENV  := .venv-npu
 NPU_READY := $(NPU_VENV)/.ready
 
-.PHONY: help setup demo check test test-all test-gpu test-launch test-npu accept-npu test-megatron bench clean
+.PHONY: help setup demo check test test-all test-faults test-gpu test-launch test-npu accept-npu test-megatron bench clean
 
 help:
 	@echo "make demo      train a small nested model and see every exit (3 minutes on 2 CPU cores)"
 	@echo "make check     style, imports, words, unit tests (about five minutes)"
 	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs"
 	@echo "make test-all  the same with every row of the long tables"
+	@echo "make test-faults  kills at random moments and damaged input, in great numbers"
 	@echo "make test-launch  job scripts with a real SLURM and sshd on this machine, as root (.ci/install brings what is missing)"
 	@echo "make test-gpu  the same bodies on an NVIDIA GPU"
 	@echo "make test-megatron VERSION=0.15.3  layouts and checkpoints under another megatron-core"
@@ -52,13 +53,16 @@ demo: $(READY)
 # two workers, each file's tests in one of them; WORKERS=0 runs all tests in one process
 check: $(READY)
 	@$(BIN)/ruff check .
-	@$(TESTS) -m "not long" tests/rules tests/unit
+	@$(TESTS) -m "not long and not faults" tests/rules tests/unit
 
 test: check
-	@$(TESTS) -m "not long" -rs tests/ranks tests/system tests/launch
+	@$(TESTS) -m "not long and not faults" -rs tests/ranks tests/system tests/launch
 
 test-all: check
-	@$(TESTS) -rs tests/unit tests/ranks tests/system tests/launch
+	@$(TESTS) -m "not faults" -rs tests/unit tests/ranks tests/system tests/launch
+
+test-faults: $(READY)
+	@$(TESTS) -m faults -rs tests/faults tests/unit tests/ranks tests/system
 
 # Installs nothing: what is missing is named, and its tests are reported as not run.
 test-launch: $(READY)

@@ -10,6 +10,7 @@ import os
 
 from megatron_sorted.conversion.network import network_to_start_from
 from megatron_sorted.platform.before_torch import keep_device_packages_out
+from megatron_sorted.platform.processes import read_world_of_training
 from megatron_sorted.platform.quiet import silence_library_warnings
 from megatron_sorted.platform.versions import check_megatron_version
 from megatron_sorted.settings.check import check_settings
@@ -26,7 +27,7 @@ def main(words: list[str] | None = None) -> int:
     """
     keep_device_packages_out()
     settings = load_settings(words, network_to_start_from)
-    check_settings(settings, int(os.environ.get("WORLD_SIZE", 1)))
+    check_settings(settings, read_world_of_training(os.environ).size)
     check_megatron_version()
     silence_library_warnings()
     if settings.exit_signal_handler:

@@ -110,7 +110,7 @@ check_nodes() { # HOSTS...
     rm -f "$said" "${FACT[save]:-$PWD}/.launch_token"
     export SORTED_TIMEOUT_SECONDS=${FACT[timeout_seconds]}
     [ -z "${FACT[save]}" ] || [ "${FACT[resumes]}" = yes ] ||
-        echo "note: --load is not --save, so a run that is stopped will not be requeued: started again it would begin anew."
+        echo "note: --finetune takes the weights of --save itself, so a run that is stopped will not be requeued: it could not begin again."
 }
 
 train() {

@@ -17,8 +17,8 @@ from results.tables import table
 from results.tool import run_tool
 from tqdm import tqdm
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.decoding.network import Network, load_network
+from megatron_sorted.files import write_text_atomically
 
 BATCHES = (1, 8)
 

@@ -21,6 +21,7 @@ from planning.cases import BALANCE, FOUR_EXITS, FOUR_STAGES, MEMORY, MEMORY_CASE
 from planning.measured import Layout
 from results.tables import table
 
+from megatron_sorted.files import write_text_atomically
 from megatron_sorted.planning.devices import Device, device_named
 from megatron_sorted.planning.estimate import make_plan
 from megatron_sorted.planning.split import balanced_split, weights_of_layers, with_split
@@ -153,9 +154,9 @@ def main() -> None:
         balance = time_rows(balance_cases(), device, options.rounds)
     _tell("")
     text = page(memory, times, balance, device, options.rounds)
-    options.output.write_text(text, encoding="utf-8")
-    options.output.with_suffix(".json").write_text(
-        json.dumps({"memory": memory, "times": times, "balance": balance}, indent=1) + "\n", encoding="utf-8")
+    write_text_atomically(options.output, text)
+    numbers = json.dumps({"memory": memory, "times": times, "balance": balance}, indent=1) + "\n"
+    write_text_atomically(options.output.with_suffix(".json"), numbers)
     print(text)
 
 

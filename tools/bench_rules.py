@@ -20,6 +20,7 @@ from benchmark.run_facts import bullets, rounded, write_numbers
 from benchmark.worker import returning_freed_memory
 from results.tables import table
 
+from megatron_sorted.files import write_text_atomically
 from megatron_sorted.platform.select import PLATFORMS, choose_platform
 
 SAME_FLOPS_BOUND, MORE_FLOPS_BOUND = 1.02, 1.05
@@ -136,7 +137,7 @@ def main() -> None:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     name = "rules" + ("" if device == "cpu" else f"_{device}") + ("_bf16" if options.bf16 else "")
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    write_text_atomically(folder / f"{name}.md", text)
     write_numbers(folder / f"{name}.json", rounded({**facts, "targets": verdicts(rows), "table": rows}))
     print(text)
 

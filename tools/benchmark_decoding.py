@@ -25,11 +25,11 @@ from decoding.trials import FULL
 from results.tool import run_tool
 from tqdm import tqdm
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.decoding.ways import SPECULATIVE, WAYS, Way
 from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.documents import encode_documents, read_documents
+from megatron_sorted.files import write_text_atomically
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

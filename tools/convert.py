@@ -29,6 +29,7 @@ from megatron_sorted.conversion.open_model import OpenModel, open_model
 from megatron_sorted.conversion.peft_adapter import export_adapter
 from megatron_sorted.conversion.verify import TOLERANCE, Comparison, compare
 from megatron_sorted.errors import SettingsError, SortedError
+from megatron_sorted.files import write_text_atomically
 from megatron_sorted.settings.derived import exit_depths
 
 OPEN_BARS: list[tqdm] = []
@@ -82,7 +83,7 @@ def write_report(path: Path, comparison: Comparison) -> None:
     rows = [{**asdict(row), "dtype": str(row.dtype)} for row in comparison.tensors]
     content = {"computed_by": comparison.computed_by, "tolerance": comparison.tolerance, "problems": comparison.problems,
                "exits": [asdict(row) for row in comparison.exits], "tensors": rows}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

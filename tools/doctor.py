@@ -25,7 +25,9 @@ from doctor.devices.names import DEVICES  # noqa: E402
 from doctor.finding import FAIL, Finding, worst  # noqa: E402
 from doctor.local import Question, look_around  # noqa: E402
 from doctor.table import as_data, as_text  # noqa: E402
-from doctor.world import World, read_world  # noqa: E402
+
+from megatron_sorted.errors import PlatformError  # noqa: E402
+from megatron_sorted.platform.processes import World, read_world  # noqa: E402
 
 NARROWEST, WIDEST = 80, 160
 
@@ -44,7 +46,7 @@ def read_arguments(arguments: Sequence[str] | None, environment: Mapping[str, st
     values = parser.parse_args(arguments)
     try:
         world = read_world(environment)
-    except ValueError as error:
+    except PlatformError as error:
         parser.error(f"the environment of this job: {error}")
     if values.run is not None and not values.run.is_file():
         parser.error(f"{values.run}: no such file. Give the YAML file of a run.")

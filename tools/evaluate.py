@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from evaluation.options import name_subjects, read_arguments, read_measures
 from evaluation.picture import MAX_MODELS, draw
+from evaluation.record import Record
 from evaluation.table import write_tables
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.errors import DataError, SortedError
-from megatron_sorted.evaluation.evaluate import Measures, evaluate
+from megatron_sorted.evaluation.evaluate import Found, Measures, evaluate
 from megatron_sorted.evaluation.results import results_of
 from megatron_sorted.settings.derived import document_masks
 
@@ -59,6 +59,19 @@ def _describe_data(measures: Measures) -> dict | None:
             "split": settings.split if settings.data_path else None, **document_masks(settings)}
 
 
+def answers_of(found: list[Found], measures: Measures) -> dict[str, str]:
+    """Return {set of questions: what every model answered, one JSON object a question} of the sets that were asked."""
+    written = {}
+    for name, asked in measures.questions.items():
+        answered = [one for one in found if name in one.questions]
+        lines = [json.dumps({"question": question.text, "right": question.right, "prompt": prompt, "answers": {
+            one.name: {depth: answers.answers[place] for depth, answers in one.questions[name].items()} for one in answered}},
+            ensure_ascii=False) for place, (question, prompt) in enumerate(zip(asked.questions, asked.prompts, strict=True))]
+        if answered:
+            written[name] = "\n".join(lines) + "\n"
+    return written
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the tables, writes JSON, answers and picture."""
     values = read_arguments(arguments, __doc__)
@@ -68,15 +81,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         values.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"--output: {values.output} cannot be written ({error.strerror}). Give another folder.") from error
-    found = evaluate(subjects, measures)
-    results = describe(values, measures) | results_of(found, measures)
+    described, record = describe(values, measures), Record(values.output)
+    try:
+        found = evaluate(subjects, measures, lambda so_far: record.keep(described | results_of(so_far, measures),
+                                                                        answers_of(so_far, measures)))
+    except SortedError as error:
+        if record.kept is None:
+            raise
+        raise type(error)(f"{error} What was measured before is in {record.kept}.") from error
+    results = described | results_of(found, measures)
     print("\n" + write_tables(results))
-    write_text_atomically(values.output / "evaluation.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    for name, asked in measures.questions.items():
-        lines = [json.dumps({"question": question.text, "right": question.right, "prompt": prompt, "answers": {
-            one.name: {depth: answered.answers[place] for depth, answered in one.questions[name].items()} for one in found}},
-            ensure_ascii=False) for place, (question, prompt) in enumerate(zip(asked.questions, asked.prompts, strict=True))]
-        write_text_atomically(values.output / f"answers_{name}.jsonl", "\n".join(lines) + "\n")
+    record.finish(results, answers_of(found, measures))
     written = [values.output / "evaluation.json"]
     picture = values.output / "evaluation.png"
     if len(found) <= MAX_MODELS:

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     places = {depth: values.destination / f"depth_{depth:0{width}d}" if values.all else values.destination for depth in depths}
     parts = {depth: cut_submodel(model, depth) for depth in depths}
     for place in places.values():  # before the first is written
-        check_destination(place, values.overwrite, 0)
+        check_destination(place, values.overwrite, 0, model.directory)
     step = model.manifest["progress"]["step"] if model.manifest and model.manifest["progress"]["step"] else None
     origin = (model.manifest.get("origin") or {}).get("name") or values.model.absolute().name
     for depth, place in places.items():

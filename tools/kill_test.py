@@ -20,6 +20,7 @@ from reliability.compare import differing_reports, differing_tensors
 from reliability.killer import Killer
 from reliability.task import RunningJob, write_task
 
+from megatron_sorted.files import write_text_atomically
 from megatron_sorted.platform.quiet import silence_library_warnings
 
 
@@ -60,7 +61,7 @@ def kill_test(folder: Path, given: argparse.Namespace) -> int:
     for difference in (different + unlike)[:10]:
         print(f"  differs: {difference}")
     if given.result:
-        given.result.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_text_atomically(given.result, json.dumps(figures, indent=1) + "\n")
     failed = bool(different or unlike or not tensors)
     print("FAILED: the runs differ" if failed else "equal: weights, optimizer state, losses and data order, bit for bit")
     return int(failed)

@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_sorted.checkpoint.lock import DirectoryLock
 from megatron_sorted.conversion.network import network_to_start_from
 from megatron_sorted.errors import CheckpointError, SortedError
+from megatron_sorted.files import same_path
 from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.load import load_settings
 
@@ -31,8 +32,10 @@ def facts_of_run(words: list[str], world_size: int) -> dict[str, str]:
     """
     settings = load_settings(words, network_to_start_from)
     check_settings(settings, world_size)
-    save, load = (os.path.abspath(path) if path else "" for path in (settings.save, settings.load))
-    return {"device": settings.device, "save": save, "resumes": "yes" if save and save == load else "no",
+    save = os.path.abspath(settings.save) if settings.save else ""
+    # started again, a run goes on from what it saved, unless it is told to begin anew each time
+    resumes = bool(save) and not (settings.finetune and same_path(settings.load, save))
+    return {"device": settings.device, "save": save, "resumes": "yes" if resumes else "no",
             "timeout_seconds": str(60 * settings.distributed_timeout_minutes)}
 
 

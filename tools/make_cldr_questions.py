@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_sorted.errors import DataError, SortedError
+from megatron_sorted.files import write_text_atomically
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,8 +44,7 @@ def write_samples(path: Path, samples: Iterable, total: int, order: random.Rando
     if order is not None:
         order.shuffle(written)
     assert len({(sample.instruction, sample.input) for sample in written}) == len(written), "one question was made twice"
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(sample.as_dict(), ensure_ascii=False) + "\n" for sample in written)
+    write_text_atomically(path, "".join(json.dumps(sample.as_dict(), ensure_ascii=False) + "\n" for sample in written))
     return written
 
 

@@ -10,21 +10,22 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
 
-from megatron_sorted.errors import SettingsError
+from megatron_sorted.errors import SettingsError, SortedError
 from megatron_sorted.planning.devices import DEVICES, Device, device_named
 from megatron_sorted.planning.estimate import Plan, make_plan
 from megatron_sorted.planning.search import search
 from megatron_sorted.planning.split import balanced_split, weights_of_layers, with_split
+from megatron_sorted.planning.work import without_uncounted
 from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.derived import layers_of_chunks, num_virtual_chunks
 from megatron_sorted.settings.launch import USUAL, launch_line
 from megatron_sorted.settings.load import load_settings
 from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.run_head import said_in_head
 
 CHUNK_TOKENS = {True: 2048, False: 256}
 """Tokens whose logits exist at one time unless the settings say: on accelerators, on cores."""
@@ -46,13 +47,6 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="measure this machine's cores and write a --device-file")
     return parser.parse_known_args()
-
-
-def _said_in_head(path: str, name: str) -> str | None:
-    """Returns what the comment at a file's head says in a line `# name: value`."""
-    head = Path(path).read_text(encoding="utf-8").split("\n\n")[0]
-    found = re.search(rf"^# {name}: (\S+)$", head, re.MULTILINE)
-    return found.group(1) if found else None
 
 
 def _positive(text: str, source: str, kind: type) -> int | float:
@@ -88,9 +82,33 @@ def _ranks(words: list[str], settings: Settings, world_size: int) -> list[int] |
     return [int(word) for word in words]
 
 
-def _device_name(options: argparse.Namespace, settings: Settings) -> str:
-    """Returns the device that is planned for: as asked, as the file says, else the usual one of the run's kind."""
-    return options.planned_device or _said_in_head(options.run, "planned-device") or USUAL[settings.device]
+def _device_name(options: argparse.Namespace, settings: Settings) -> tuple[str, list[str]]:
+    """Return the device that is planned for, and a note where nobody said which: the usual one of the run's kind."""
+    name = options.planned_device or said_in_head(options.run, "planned-device")
+    if name is not None:
+        return name, []
+    usual = USUAL[settings.device]
+    if settings.device == "cpu":
+        return usual, []
+    return usual, [f"note: planned for {usual}, since neither --planned-device nor a line '# planned-device:' in the head of "
+                   f"{options.run} says what --device {settings.device} is"]
+
+
+def _vocabulary(settings: Settings) -> int:
+    """Return the number of tokens: as said, or of the tokenizer if it is there.
+
+    Raises:
+        SettingsError: Neither is.
+    """
+    if settings.vocab_size is not None:
+        return settings.vocab_size
+    path = settings.tokenizer_model
+    if path is None or not os.path.exists(path):
+        where = f"the tokenizer {path} is not there to be asked" if path else "no tokenizer is named"
+        raise SettingsError(f"--vocab-size: not said, and {where}. Give the number of its tokens: --vocab-size N.")
+    from megatron_sorted.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(settings.tokenizer_type, path, None).vocab_size
 
 
 def _launch(options: argparse.Namespace, settings: Settings, changes: list[str], world_size: int, per_host: int) -> str:
@@ -98,7 +116,7 @@ def _launch(options: argparse.Namespace, settings: Settings, changes: list[str],
     if world_size > per_host and world_size % per_host and settings.device != "cpu":
         return (f"no line to start it: {world_size} processes do not fill hosts of {per_host} devices. Change --world-size, or per_host in "
                 "--device-file.")
-    line, said = launch_line(settings, options.run, changes, world_size, per_host), _said_in_head(options.run, "world-size")
+    line, said = launch_line(settings, options.run, changes, world_size, per_host), said_in_head(options.run, "world-size")
     if line.startswith("slurm/") and said not in (None, str(world_size)):
         return f"with '# world-size: {world_size}' in the head of {options.run}, which says {said}: {line}"
     return line
@@ -122,7 +140,7 @@ def _better_split(settings: Settings, plan: Plan, device: Device, chunk_tokens: 
     except SettingsError:
         return None
     other = make_plan(moved, settings.vocab_size, plan.world_size, device, chunk_tokens)
-    fits = other.peak_bytes <= max(device.memory_bytes, plan.peak_bytes)
+    fits = other.needed_bytes <= max(device.memory_bytes, plan.needed_bytes)
     return lengths if fits and other.seconds < plan.seconds else None
 
 
@@ -138,14 +156,14 @@ def _as_json(thing) -> object:
 def plan_run(options: argparse.Namespace, changes: list[str]) -> int:
     """Returns the exit status: 0 if the run fits, and is what was planned where that was tried."""
     settings = load_settings(["--config", options.run, *changes])
-    said, around = _said_in_head(options.run, "world-size"), os.environ.get("WORLD_SIZE", "1")
+    said, around = said_in_head(options.run, "world-size"), os.environ.get("WORLD_SIZE", "1")
     sources = {"--world-size": options.world_size, f"# world-size in {options.run}": said, "WORLD_SIZE": around}
     source, text = next((source, text) for source, text in sources.items() if text is not None)
     world_size = _positive(text, source, int)
     check_settings(settings, world_size)
-    if settings.vocab_size is None:
-        raise SettingsError("--vocab-size: not said, and a plan does not open the tokenizer. Give the number of its tokens.")
-    name, shown = _device_name(options, settings), _positive(options.show, "--show", int)
+    settings, notes = without_uncounted(dataclasses.replace(settings, vocab_size=_vocabulary(settings)))
+    (name, said_device), shown = _device_name(options, settings), _positive(options.show, "--show", int)
+    notes += said_device
     device = device_named(name, options.device_file)
     limit = device.memory_bytes if options.memory_gb is None else int(_positive(options.memory_gb, "--memory-gb", float) * GB)
     ranks = _ranks(options.dry_run, settings, world_size) if options.dry_run else None
@@ -163,7 +181,8 @@ def plan_run(options: argparse.Namespace, changes: list[str]) -> int:
         _tell("")
     launch = _launch(options, settings, changes, world_size, device.per_host)
     if options.json:
-        result = {"settings": changes, "device": name, "plan": _as_json(plan), "fits": plan.peak_bytes <= limit, "launch": launch}
+        result = {"settings": changes, "device": name, "plan": _as_json(plan), "fits": plan.peak_bytes <= limit,
+                  "fits_surely": plan.needed_bytes <= limit, "notes": notes, "launch": launch}
         if options.search:
             result["proposals"] = [{"layout": {field.name: getattr(p.settings, field.name) for field in dataclasses.fields(settings)
                                                if getattr(p.settings, field.name) != getattr(settings, field.name)},
@@ -174,7 +193,7 @@ def plan_run(options: argparse.Namespace, changes: list[str]) -> int:
     else:
         from planning.page import dry_run_lines, plan_lines, search_lines
 
-        lines = plan_lines(settings, plan, name, limit, launch, _better_split(settings, plan, device, chunk_tokens))
+        lines = [*notes, *plan_lines(settings, plan, name, limit, launch, _better_split(settings, plan, device, chunk_tokens))]
         lines += ["", *search_lines(settings, proposals, tried, least, limit, shown)] if options.search else []
         lines += ["", *dry_run_lines(run)] if run else []
         print("\n".join(lines))
@@ -194,7 +213,7 @@ def main() -> None:
             raise SettingsError("no run. Give its YAML file: python tools/plan.py RUN.yaml")
         start = time.monotonic()
         status = plan_run(options, changes)
-    except SettingsError as error:
+    except SortedError as error:
         sys.exit(f"error: {error}")
     if options.search or options.dry_run:
         print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)

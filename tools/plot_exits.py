@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_sorted.errors import DataError, SortedError
+from megatron_sorted.files import replaced_file
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: told apart by colour-blind readers
 MARKERS = "osD^vP"
@@ -66,9 +67,15 @@ def table(runs: Sequence[Run]) -> str:
             cells = [f"{run.name:<{width}}", f"{depth:>5}", f"{cost['parameters']:>13,}", f"{cost['flops_per_token']:>11.2e}"]
             for name in sets:
                 scores = run.sets[name][depth]
-                cells += [f"{scores['loss']:>{len(name) + 5}.3f}", f"{100 * scores['exact_match']:>{len(name) + 5}.1f}%"]
+                width_of_cell = len(name) + 5
+                cells += [_cell(scores["loss"], ".3f", width_of_cell), _cell(scores["exact_match"], ".1%", width_of_cell + 1)]
             lines.append("  ".join(cells))
     return "\n".join(lines)
+
+
+def _cell(value: float | None, form: str, width: int) -> str:
+    """Return a number at the right of its column; "none" for what was not measured."""
+    return f"{'none' if value is None else format(value, form):>{width}}"
 
 
 def draw(runs: Sequence[Run], output: Path) -> None:
@@ -92,7 +99,7 @@ def draw(runs: Sequence[Run], output: Path) -> None:
         left.set_title(f"Loss of every sub-model (lower is better)\nset: {first}", pad=16, linespacing=1.5)
         lines = f"solid: {first}" + (f", dotted: {', '.join(others)}" if others else "")
         right.set_title(f"Exact match of every sub-model (higher is better)\n{lines}", pad=16, linespacing=1.5)
-        left.set_ylim(0, 1.08 * max(score for run in runs for score in _scores(run, first, "loss")))
+        left.set_ylim(0, 1.08 * max([score for run in runs for score in _scores(run, first, "loss") if score == score], default=1))
         right.set_ylim(0, 1.02)
         right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         for axes in (left, right):
@@ -101,7 +108,8 @@ def draw(runs: Sequence[Run], output: Path) -> None:
             axes.grid(axis="y", color="#dddddd")
             axes.set_axisbelow(True)
             axes.margins(x=0.08)
-        figure.savefig(output)
+        with replaced_file(output) as aside:
+            figure.savefig(aside)
         pyplot.close(figure)
 
 
@@ -111,8 +119,9 @@ def _millions(parameters: float) -> str:
 
 
 def _scores(run: Run, name: str, score: str) -> list[float]:
-    """Returns one score of one set, by increasing depth."""
-    return [run.sets[name][depth][score] for depth in run.depths]
+    """Return one score of one set, by increasing depth; NaN, at which a line has a gap, for what was not measured."""
+    scores = (run.sets[name][depth][score] for depth in run.depths)
+    return [float("nan") if score is None else score for score in scores]
 
 
 def _label_lines(axes, runs: Sequence[Run], name: str, score: str) -> None:

@@ -22,10 +22,10 @@ from results.origin import facts
 from results.tables import table
 from results.tool import run_tool
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import Full, SelfSpeculative, SortedSpeculative, Tree
 from megatron_sorted.errors import SettingsError
+from megatron_sorted.files import write_text_atomically
 
 HALVES = ("bfloat16", "float16")
 LEAST_P = 0.001

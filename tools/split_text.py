@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.errors import DataError, SortedError
+from megatron_sorted.files import same_path, write_text_atomically
 
 
 def read_samples(path: Path, separator: str | None) -> list[dict]:
@@ -108,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         facts |= {f"{name}_tokens": sum(size) for name, size in sizes.items()}
         sets |= {f"train_{number}": repeat_to(sets["train"], sizes["train"], number) for number in values.num_tokens}
     values.output.mkdir(parents=True, exist_ok=True)
+    if any(same_path(values.input, values.output / f"{name}.jsonl") for name in sets):
+        raise DataError(f"--output: {values.input} would be replaced by a part of itself. Give another folder.")
     for name, chosen in sets.items():
         if chosen:
             lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in chosen)

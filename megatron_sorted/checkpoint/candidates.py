@@ -1,14 +1,17 @@
 """Which checkpoint a run continues from: the newest complete one of the same run, and what was passed over and why."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.checkpoint.layout import TRACKER, iteration_directory, saved_steps
-from megatron_sorted.checkpoint.manifest import WEIGHTS_ONLY, check_sizes, read_manifest
+from megatron_sorted.checkpoint.layout import TRACKER, checkpoint_directory, iteration_directory, saved_steps
+from megatron_sorted.checkpoint.manifest import WEIGHTS_ONLY, check_name, check_sizes, read_manifest
 from megatron_sorted.errors import CheckpointError
 
 NEWEST = 1 << 62  # sorts what concerns no single checkpoint before all others
+TRACKER_BYTES = 4096  # a tracker holds a number; what is longer is none
+STEP = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,42 @@ def tracked_step(root: str | Path) -> int | None:
     """
     tracker = Path(root) / TRACKER
     try:
-        word = tracker.read_text(encoding="utf-8").strip()
+        with open(tracker, "rb") as file:
+            content = file.read(TRACKER_BYTES)
+        word = content.decode("utf-8").strip()
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{tracker}: not readable ({error})") from error
-    if not word.isdigit():
+    if not STEP.fullmatch(word):
         raise CheckpointError(f"{tracker}: {word[:40]!r} is not an iteration number")
     return int(word)
 
 
-def _open(directory: Path) -> Candidate:
+def _open(root: str | Path, step: int) -> Candidate:
+    directory = checkpoint_directory(root, step)
     manifest = read_manifest(directory)
+    check_name(directory, manifest)
+    if not {"run_id", "saved_at"} <= manifest.keys():
+        raise CheckpointError(f"{directory}: its manifest names no run or no time, so no version of ours wrote it.")
     check_sizes(directory, manifest)
     return Candidate(directory, manifest)
+
+
+def steps_of_run(root: str | Path, run_id: str) -> list[int]:
+    """Return the steps of the complete checkpoints that a run has saved in ``root``, newest first.
+
+    What is damaged, copied under another name, imported, or another run's is not among them.
+    """
+    found = []
+    for step in saved_steps(root):
+        try:
+            candidate = _open(root, step)
+        except CheckpointError:
+            continue
+        if not candidate.weights_only and candidate.manifest["run_id"] == run_id:
+            found.append(step)
+    return found
 
 
 def find_candidates(root: str | Path, step: int | None = None) -> Candidates:
@@ -87,11 +112,10 @@ def find_candidates(root: str | Path, step: int | None = None) -> Candidates:
     """
     found = Candidates()
     if step is not None:
-        directory = iteration_directory(root, step)
-        if not directory.is_dir():
+        if not checkpoint_directory(root, step).is_dir():
             there = ", ".join(map(str, saved_steps(root))) or "none"
             raise CheckpointError(f"--ckpt-step: {root} holds no checkpoint of step {step}; there are: {there}. Give one of these.")
-        found.usable.append(_open(directory))
+        found.usable.append(_open(root, step))
         return found
     try:
         tracked = tracked_step(root)
@@ -99,12 +123,11 @@ def find_candidates(root: str | Path, step: int | None = None) -> Candidates:
         tracked = None
         found.skipped.append((NEWEST, f"{error}; taking the newest complete checkpoint."))
     for number in saved_steps(root):
-        directory = iteration_directory(root, number)
         try:
-            found.usable.append(_open(directory))
+            found.usable.append(_open(root, number))
         except CheckpointError as error:
             found.skipped.append((number, str(error)))
-    if tracked is not None and not iteration_directory(root, tracked).is_dir():
+    if tracked is not None and not checkpoint_directory(root, tracked).is_dir():
         found.skipped.append((tracked, f"{iteration_directory(root, tracked)}: missing, although {TRACKER} names it."))
     if found.usable:
         _keep_those_of_one_run(found, tracked)

@@ -7,16 +7,17 @@
     SAVE/iter_0000100/huggingface/            config.json and generation_config.json of the model that was imported, if one was
     SAVE/iter_0000000/                        an imported model: weights only, with which a run starts
     SAVE/.iter_0000200.writing/               a checkpoint that is not complete; removed by the next run
-    SAVE/.iter_0000050.removing/              one that --save-retain is deleting; removed by the next run
+    SAVE/.iter_0000200.complete/              a complete one about to replace another of its step, where names cannot be swapped
+    SAVE/.iter_0000050.removing/              one that is being deleted; removed by the next run
 """
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
-ITERATION = re.compile(r"iter_(\d{7,})")
+ITERATION = re.compile(r"iter_([0-9]{7}|[1-9][0-9]{7,17})")
+COMPLETE = re.compile(r"\.iter_([0-9]{7}|[1-9][0-9]{7,17})\.complete")
 TOKENIZER, HUGGING_FACE = "tokenizer", "huggingface"  # directories whose files travel from checkpoint to checkpoint
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "tokenizer.model.v*",
@@ -24,7 +25,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "generation_config.json",
     "prompt_form.json",
 )
-LEFT_OVER = re.compile(r"\.iter_\d{7,}\.(writing|removing)")
+LEFT_OVER = re.compile(r"\.iter_[0-9]{7,}\.(writing|removing[0-9]*)|\.(latest_checkpointed_iteration|run|stopped|evaluation)"
+                       r"\.[0-9]+\.(txt|json)")
 
 
 def iteration_directory(root: str | Path, step: int) -> Path:
@@ -37,13 +39,19 @@ def writing_directory(root: str | Path, step: int) -> Path:
     return Path(root) / f".iter_{step:07d}.writing"
 
 
+def complete_directory(root: str | Path, step: int) -> Path:
+    """Return the directory of a complete checkpoint of ``step`` that does not have its name yet."""
+    return Path(root) / f".iter_{step:07d}.complete"
+
+
 def saved_steps(root: str | Path) -> list[int]:
     """Returns the steps of the checkpoints in ``root``, newest first."""
     try:
         names = os.listdir(root)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted((int(match[1]) for match in map(ITERATION.fullmatch, names) if match), reverse=True)
+    matches = (pattern.fullmatch(name) for name in names for pattern in (ITERATION, COMPLETE))
+    return sorted({int(match[1]) for match in matches if match}, reverse=True)
 
 
 def tokenizer_files_in(directory: Path) -> dict[str, Path]:
@@ -52,48 +60,10 @@ def tokenizer_files_in(directory: Path) -> dict[str, Path]:
     return {f"{TOKENIZER}/{path.relative_to(directory).as_posix()}": path for path in sorted(found)}
 
 
-def remove_left_overs(root: str | Path) -> None:
-    """Deletes what a run that was killed while it saved or deleted has left. Only the run that holds the directory may call it."""
-    for path in Path(root).iterdir():
-        if LEFT_OVER.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def remove_checkpoint(root: str | Path, step: int) -> None:
-    """Deletes a checkpoint; killed in the middle, it never leaves one that looks complete."""
-    directory = iteration_directory(root, step)
-    aside = directory.with_name(f".{directory.name}.removing")
-    shutil.rmtree(aside, ignore_errors=True)
-    directory.rename(aside)
-    shutil.rmtree(aside)
-
-
-def sync_directory(path: Path) -> None:
-    """Waits until the names in a directory are on disk, where the file system knows such a thing."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # some network file systems refuse; they order names themselves
-    finally:
-        os.close(handle)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old or the new one, never half of it, also after a loss of power."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+def checkpoint_directory(root: str | Path, step: int) -> Path:
+    """Return where the checkpoint of ``step`` is, which a kill may have left under another name."""
+    complete = complete_directory(root, step)
+    return complete if complete.is_dir() else iteration_directory(root, step)
 
 
 def steps_to_remove(steps: list[int], newest: int, retain: int | None, interval: int | None) -> list[int]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from megatron_sorted.settings.weighting import base_rule
 MANIFEST = "manifest.json"
 FORMAT = 2
 BLOCK_BYTES = 1 << 20
+MOST_BYTES = 256 << 20  # of a manifest; 100,000 files take 15 MB
+NAMED_FOR_STEP = re.compile(r"\.?iter_([0-9]{7,18})(?:\.complete)?")
 # What must agree between a checkpoint and the run that loads it: what the network computes of its weights.
 SHAPE_FIELDS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "group_query_attention", "num_query_groups",
@@ -86,25 +89,66 @@ def manifest_text(description: Mapping[str, Any], progress: Progress, files: Map
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Returns the manifest of a checkpoint.
+    """Return the manifest of a checkpoint, its form checked.
 
     Raises:
         CheckpointError: It is missing, damaged, or of another format.
     """
     path = directory / MANIFEST
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"larger than {MOST_BYTES >> 20} MB")
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{directory}: {MANIFEST} is missing, so this is no complete checkpoint of ours.") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: not readable (nested too deeply).") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable ({error}).") from error
     number = manifest.get("format") if isinstance(manifest, dict) else None
-    if number != FORMAT:
-        remedy = "A newer megatron_sorted wrote it: update." if isinstance(number, int) and number > FORMAT else "It is not one of ours."
-        raise CheckpointError(f"{path}: format {number}, but this version reads format {FORMAT}. {remedy}")
+    if number != FORMAT or isinstance(number, (bool, float)):
+        newer = isinstance(number, int) and number > FORMAT
+        remedy = "A newer megatron_sorted wrote it: update." if newer else "It is not one of ours."
+        raise CheckpointError(f"{path}: format {str(number)[:40]}, but this version reads format {FORMAT}. {remedy}")
     if manifest.get("sha256") != _own_hash(manifest):
         raise CheckpointError(f"{path}: its content does not match its own hash; the file was damaged or edited.")
+    if wrong := _wrong_entry(manifest):
+        raise CheckpointError(f"{path}: {wrong} is missing or not of its kind; no version of ours wrote it.")
     return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _wrong_entry(manifest: Mapping[str, Any]) -> str | None:
+    """Return the name of an entry that readers rely on and that is not of its kind; None where all are."""
+    kinds = {"progress": dict, "files": dict, "settings": dict, "shape": dict, "layout": dict,
+             "tokenizer": (dict, type(None)), "run_id": str, "saved_at": str}
+    for name, kind in kinds.items():
+        if name in manifest and not isinstance(manifest[name], kind):
+            return name
+    for name in ("step", "samples"):
+        if not _is_count(manifest.get("progress", {}).get(name)):
+            return f"progress.{name}"
+    for name, said in manifest.get("files", {}).items():
+        inside = name and "\0" not in name and not name.startswith("/") and ".." not in name.split("/")
+        whole = isinstance(said, dict) and _is_count(said.get("bytes")) and isinstance(said.get("sha256"), str)
+        if not inside or not whole:
+            return f"files.{name[:40]!r}"
+    return None
+
+
+def check_name(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Check that the folder of a checkpoint is named for the step that its manifest says.
+
+    Raises:
+        CheckpointError: It was copied or renamed, and would be taken for a checkpoint of another step.
+    """
+    named, step = NAMED_FOR_STEP.fullmatch(directory.name), manifest["progress"]["step"]
+    if named and int(named[1]) != step:
+        raise CheckpointError(
+            f"{directory}: its manifest says step {step}, so it is a copy under another name. Take it away, or name it iter_{step:07d}.")
 
 
 def check_sizes(directory: Path, manifest: Mapping[str, Any]) -> None:

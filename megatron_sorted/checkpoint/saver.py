@@ -6,7 +6,6 @@ tracker. Torch lets other threads run while it writes, so the main thread goes o
 checkpoint does not exist for anybody; a save that fails, at whatever point and on whatever rank, leaves what was there before.
 """
 
-import contextlib
 import io
 import shutil
 import threading
@@ -28,18 +27,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-from megatron_sorted.checkpoint.layout import (
-    TRACKER,
-    iteration_directory,
-    remove_checkpoint,
-    remove_left_overs,
-    saved_steps,
-    steps_to_remove,
-    sync_directory,
-    write_text_atomically,
-    writing_directory,
-)
-from megatron_sorted.checkpoint.manifest import MANIFEST, FileRecord, Progress, manifest_text, record_file
+from megatron_sorted.checkpoint.layout import iteration_directory, writing_directory
+from megatron_sorted.checkpoint.manifest import FileRecord, Progress, manifest_text, record_file
+from megatron_sorted.checkpoint.publishing import Retention, publish, remove_left_overs
 from megatron_sorted.checkpoint.staging import Stage
 from megatron_sorted.checkpoint.writer import HashingWriter
 from megatron_sorted.errors import CheckpointError
@@ -57,6 +47,7 @@ class SaveOutcome:
         num_bytes: Size of the checkpoint.
         stall_seconds: How long training was held up: by the end of the save before, a look at the weights, describing and copying.
         seconds: How long the whole save took.
+        notes: What else the user should know; of the first rank.
     """
 
     step: int
@@ -65,6 +56,7 @@ class SaveOutcome:
     num_bytes: int
     stall_seconds: float
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -102,7 +94,7 @@ class Saver:
         Collective: creates a process group of all ranks; every process must make a saver.
         """
         self.root, self.background, self.verify = Path(root), background, verify
-        self.retain, self.retain_interval = retain, retain_interval
+        self.keep = Retention(retain, retain_interval)
         self.extra_files, self.progress_mark = dict(extra_files or {}), progress_mark
         self.group = dist.new_group(backend=platform.host_backend)
         self.stage = Stage(platform)
@@ -164,6 +156,7 @@ class Saver:
         aside, final = writing_directory(self.root, step), iteration_directory(self.root, step)
         writer = HashingWriter(aside, self.progress_mark)
         records: list[dict[str, FileRecord]] = []
+        notes: list[list[str]] = []
         error, _ = self._agree(lambda: self._make_directory(aside))
         if not error:
             error, _ = self._agree(lambda: self._write_shards(job, writer))
@@ -171,11 +164,11 @@ class Saver:
             error, records = self._agree(lambda: self._write_rest(job, writer, aside))
         files = {name: record for of_rank in records if of_rank for name, record in of_rank.items()}
         if not error:
-            error, _ = self._agree(lambda: self._publish(job, files, aside, final))
+            error, notes = self._agree(lambda: self._publish(job, files))
         if error and dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
         job.outcome = SaveOutcome(step, None if error else final, error, sum(record.num_bytes for record in files.values()),
-                                  job.stall_seconds, time.monotonic() - job.started)
+                                  job.stall_seconds, time.monotonic() - job.started, tuple(notes[0]) if notes else ())
 
     def _agree(self, work: Callable[[], Any]) -> tuple[str | None, list[Any]]:
         """Returns (None, what ``work`` returned on every rank), or (what went wrong and on which rank, []).
@@ -221,22 +214,12 @@ class Saver:
             writer.fs.verify()
         return {str(path.relative_to(aside)): record for path, record in writer.fs.records.items()}
 
-    def _publish(self, job: _Job, files: dict[str, FileRecord], aside: Path, final: Path) -> None:
-        """Adds the manifest, then gives the checkpoint its name, then names it in the tracker, then removes old ones; rank 0 only."""
+    def _publish(self, job: _Job, files: dict[str, FileRecord]) -> list[str]:
+        """Make a checkpoint of what all ranks wrote, on rank 0; return notes for the user."""
         if dist.get_rank() != 0:
-            return
-        write_text_atomically(aside / MANIFEST, manifest_text(job.description, job.progress, files))
-        sync_directory(aside)
-        step = job.progress.step
-        if final.exists():  # the same step saved again, by a run continued from an earlier checkpoint
-            remove_checkpoint(self.root, step)
-        aside.rename(final)
-        sync_directory(self.root)
-        write_text_atomically(self.root / TRACKER, str(step))
-        own = [saved for saved in saved_steps(self.root) if saved]  # at step 0 lies what was imported, never a checkpoint of a run
-        for old in steps_to_remove(own, step, self.retain, self.retain_interval):
-            with contextlib.suppress(OSError):  # it is complete or gone, and the next save tries again
-                remove_checkpoint(self.root, old)
+            return []
+        text = manifest_text(job.description, job.progress, files)
+        return publish(self.root, job.progress.step, text, job.description.get("run_id"), self.keep)
 
 
 def _cause(error: BaseException) -> str:

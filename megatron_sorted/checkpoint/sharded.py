@@ -181,14 +181,20 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
     return {"more": loaded.get("more", {}), "opt_param_scheduler": loaded.get("opt_param_scheduler", {}), "random_state": same_place}
 
 
-def find_damage_together(directory: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Returns what is wrong with a checkpoint's files, the same on all ranks; each rank reads its share of the bytes.
+def find_damage_together(directory: Path, manifest: Mapping[str, Any], shards_too: bool = True) -> list[str]:
+    """Return what is wrong with a checkpoint's files, the same on all ranks; each rank reads its share of the bytes.
 
     Collective: one all-gather of sentences over all ranks.
+
+    Args:
+        directory: The checkpoint.
+        manifest: Its manifest.
+        shards_too: Whether weights and moments are read as well, or the small files alone.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     load, mine = [0] * world_size, []
-    for name, said in sorted(manifest["files"].items(), key=lambda item: -item[1]["bytes"]):
+    files = {name: said for name, said in manifest["files"].items() if shards_too or not name.endswith(".distcp")}
+    for name, said in sorted(files.items(), key=lambda item: -item[1]["bytes"]):
         lightest = load.index(min(load))
         load[lightest] += said["bytes"]
         if lightest == rank:

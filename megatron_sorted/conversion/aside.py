@@ -7,22 +7,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_sorted.checkpoint.layout import sync_directory
+from megatron_sorted.checkpoint.layout import saved_steps
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.files import discard_tree, exchange, is_inside, sync_directory
 
 SLACK_BYTES = 16 << 20  # descriptions, tokenizer and what a file system takes for itself
 
 
-def check_destination(destination: Path, overwrite: bool, num_bytes: int) -> None:
-    """Returns nothing if ``num_bytes`` can be written to a new directory.
+def check_destination(destination: Path, overwrite: bool, num_bytes: int, source: Path | None = None) -> None:
+    """Check that ``num_bytes`` can be written to a new directory, and that nothing of another kind is lost by it.
+
+    Args:
+        destination: The directory.
+        overwrite: Whether one that is there may be replaced.
+        num_bytes: What is written.
+        source: What it is made of.
 
     Raises:
-        CheckpointError: The directory exists and is not empty, or the disk has too little space.
+        CheckpointError: The directory exists and is not empty, or what is in it may not be replaced, or the disk has too little space.
     """
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination}: is a file. Give a directory.")
-    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
-        raise CheckpointError(f"{destination}: exists and is not empty. Give another directory, or --overwrite to replace it.")
+    if destination.is_dir() and any(destination.iterdir()):
+        if not overwrite:
+            raise CheckpointError(f"{destination}: exists and is not empty. Give another directory, or --overwrite to replace it.")
+        _check_replaceable(destination, source)
     parent = next(path for path in destination.absolute().parents if path.is_dir())
     if not os.access(parent, os.W_OK):
         raise CheckpointError(f"{destination}: {parent} cannot be written. Give another directory.")
@@ -32,32 +41,64 @@ def check_destination(destination: Path, overwrite: bool, num_bytes: int) -> Non
                               f"the disk of {parent}. Make room, or give a directory on another disk.")
 
 
+def _check_replaceable(destination: Path, source: Path | None) -> None:
+    """Check that a directory that is to be replaced is neither what the new one is made of nor a run's.
+
+    Raises:
+        CheckpointError: It is one of them.
+    """
+    if source is not None and is_inside(source, destination):
+        raise CheckpointError(f"{destination}: --overwrite would replace {source}, of which it is made. Give another directory.")
+    if step := max(saved_steps(destination), default=0):
+        raise CheckpointError(f"{destination}: holds checkpoints of a run up to step {step}, which --overwrite does not replace. "
+                              "Give another directory, or remove it yourself.")
+
+
 @contextmanager
-def written_aside(destination: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
-    """Yields a directory beside ``destination`` that takes its name when the block ends well, and is removed when it does not.
+def written_aside(destination: Path, overwrite: bool, num_bytes: int, source: Path | None = None) -> Iterator[Path]:
+    """Yield a directory beside ``destination`` that takes its name when the block ends well, and is removed when it does not.
+
+    A directory that is replaced keeps its name until the new one is complete. Of a link, what it
+    points to is replaced.
 
     Raises:
         CheckpointError: As `check_destination`; or the disk filled up or failed meanwhile.
     """
-    destination = destination.absolute()
+    named, destination = destination, Path(os.path.realpath(destination))
     aside, old = (destination.with_name(f".{destination.name}.{state}") for state in ("writing", "removing"))
-    if old.is_dir() and not destination.exists():  # killed between the two renames below
+    if old.is_dir() and not destination.exists():  # killed between two renames, where names cannot be swapped
         old.rename(destination)
-    check_destination(destination, overwrite, num_bytes)
+    check_destination(named, overwrite, num_bytes, source)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)  # of a conversion that was killed
-    shutil.rmtree(old, ignore_errors=True)
+    discard_tree(aside)  # of a conversion that was killed
+    discard_tree(old)
     try:
         aside.mkdir()
         yield aside
         sync_directory(aside)
-        if destination.exists():
-            destination.rename(old)
-        aside.rename(destination)
+        replace_directory(aside, destination, old)
         sync_directory(destination.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        discard_tree(old)
     except OSError as error:
         full = " The disk is full: make room, or give a directory on another one." if error.errno == errno.ENOSPC else ""
-        raise CheckpointError(f"{destination}: could not be written ({error.strerror or error}); nothing was left there.{full}") from error
+        was = "nothing was left there" + (", and what was there before is as it was" if destination.exists() else "")
+        raise CheckpointError(f"{named}: could not be written ({error.strerror or error}); {was}.{full}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        discard_tree(aside)
+
+
+def replace_directory(aside: Path, destination: Path, old: Path) -> None:
+    """Rename ``aside`` to ``destination``; one that was there is then called ``aside`` or ``old``.
+
+    Raises:
+        OSError: It cannot be renamed; the one that was there is as it was.
+    """
+    if not os.path.lexists(destination):
+        os.rename(aside, destination)
+    elif not exchange(aside, destination):
+        os.rename(destination, old)
+        try:
+            os.rename(aside, destination)
+        except OSError:
+            os.rename(old, destination)
+            raise

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_sorted import __version__
-from megatron_sorted.checkpoint.layout import TRACKER, iteration_directory, write_text_atomically
+from megatron_sorted.checkpoint.layout import TRACKER, iteration_directory
 from megatron_sorted.checkpoint.manifest import MANIFEST, WEIGHTS_ONLY, Progress, exits_description, manifest_text, network_shape
 from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.conversion.checkpoint_files import WeightsWriter
@@ -27,6 +27,7 @@ from megatron_sorted.conversion.tokenizer_export import write_for_transformers
 from megatron_sorted.conversion.transformers_states import require_transformers
 from megatron_sorted.conversion.verify import TOLERANCE, Comparison, compare, require_same
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.files import write_text_atomically
 from megatron_sorted.settings.check_exit_parts import check_exit_parts
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
@@ -102,7 +103,7 @@ def import_model(model: OpenModel, destination: Path, exits: Exits, overwrite: b
                               "the model makes new adapters (--exit-adapter-rank).")
     tensors = {pair.ours: TensorInfo(pair.shape, model.dtype_of(origins[pair.ours])) for pair in pairs}
     total = sum(info.num_bytes for info in tensors.values())
-    with written_aside(destination, overwrite, total) as aside:
+    with written_aside(destination, overwrite, total, model.directory) as aside:
         directory = iteration_directory(aside, 0)
         directory.mkdir()
         writer, count = WeightsWriter(directory, tensors, settings.num_layers), watch("converting", total)
@@ -239,7 +240,7 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
     main, own = ({name: TensorInfo(shape, cast or model.dtype_of(origins[pair.ours])) for pair in pairs if pair.is_own_exit == is_own
                   for name, shape in zip(pair.theirs, pair.shapes, strict=True)} for is_own in (False, True))
     total = sum(info.num_bytes for info in (*main.values(), *own.values()))
-    with written_aside(destination, overwrite, total) as aside:
+    with written_aside(destination, overwrite, total, model.directory) as aside:
         writers = {False: SafetensorsWriter(aside, main, shard_bytes)}
         if own:
             writers[True] = SafetensorsWriter(aside, own, total + 1, EXITS)

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.checkpoint.candidates import find_candidates
+from megatron_sorted.checkpoint.candidates import Candidate, find_candidates
+from megatron_sorted.checkpoint.layout import TOKENIZER
 from megatron_sorted.checkpoint.manifest import MANIFEST, OWN_PART_FIELDS, settings_of_manifest
 from megatron_sorted.conversion.families import CONFIG, read_config, settings_of_config
 from megatron_sorted.settings.model import ModelSettings
@@ -31,7 +32,7 @@ def network_fields(settings: Settings) -> dict[str, Any]:
 def network_to_start_from(given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that the model a run starts from brings, for those that the user did not give.
 
-    A Hugging Face directory always brings its network and its tokenizer; a checkpoint brings its network with --use-checkpoint-args.
+    A Hugging Face directory always brings its network and its tokenizer; a checkpoint does with --use-checkpoint-args.
 
     Args:
         given: Settings that the user gave, by field name.
@@ -46,8 +47,20 @@ def network_to_start_from(given: Mapping[str, Any]) -> dict[str, Any]:
             config = read_config(Path(path))
             return {**network_fields(settings_of_config(config, str(Path(path) / CONFIG))), **_tokenizer_fields(Path(path), given)}
         if given.get("use_checkpoint_args") and (found := find_candidates(path, given.get("ckpt_step"))).usable:
-            return network_fields(settings_of_manifest(found.usable[0].manifest, str(path)))
+            newest = found.usable[0]
+            return {**network_fields(settings_of_manifest(newest.manifest, str(path))), **_saved_tokenizer(newest, given)}
     return {}
+
+
+def _saved_tokenizer(candidate: Candidate, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the tokenizer that lies in a checkpoint, where the user gave none."""
+    kind, folder = candidate.manifest["settings"].get("tokenizer_type"), candidate.directory / TOKENIZER
+    if candidate.manifest.get("tokenizer") is None or kind is None or not folder.is_dir():
+        return {}
+    if given.get("tokenizer_model") is not None or given.get("tokenizer_type") is not None:
+        return {}
+    named = folder / "tokenizer.model"
+    return {"tokenizer_type": kind, "tokenizer_model": str(named if kind == "SentencePieceTokenizer" and named.is_file() else folder)}
 
 
 def _tokenizer_fields(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:

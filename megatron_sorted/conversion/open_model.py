@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from megatron_sorted.checkpoint.candidates import find_candidates
-from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, TRACKER, iteration_directory, saved_steps, tokenizer_files_in
-from megatron_sorted.checkpoint.manifest import MANIFEST, check_sizes, find_damage, read_manifest, settings_of_manifest
+from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, TRACKER, checkpoint_directory, saved_steps, tokenizer_files_in
+from megatron_sorted.checkpoint.manifest import MANIFEST, check_name, check_sizes, find_damage, read_manifest, settings_of_manifest
 from megatron_sorted.conversion.families import CONFIG, EXITS, read_config, settings_of_config
 from megatron_sorted.conversion.legacy_files import EMBEDDING as EMBEDDING_OURS
 from megatron_sorted.conversion.megatron_directory import open_megatron
@@ -135,8 +135,10 @@ def _open(path: Path, ckpt_step: int | None, vocab_size: int | None, rank_used: 
     if is_hugging_face(path):
         return _open_hugging_face(path)
     if (path / MANIFEST).is_file():
-        return _open_ours(path, read_manifest(path), rank_used)
-    if saved_steps(path) and any((iteration_directory(path, step) / MANIFEST).is_file() for step in saved_steps(path)):
+        manifest = read_manifest(path)
+        check_name(path.absolute(), manifest)
+        return _open_ours(path, manifest, rank_used)
+    if any((checkpoint_directory(path, step) / MANIFEST).is_file() for step in saved_steps(path)):
         found = find_candidates(path, ckpt_step)
         if not found.usable:
             raise CheckpointError(f"{path}: holds no complete checkpoint: {' '.join(found.passed_over(None))}")

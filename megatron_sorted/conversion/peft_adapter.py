@@ -66,7 +66,7 @@ def export_adapter(model: OpenModel, destination: Path, base: str, overwrite: bo
                 halves.append((theirs, pair, part, letter == "A"))
     targets = sorted({name.split(".")[-2] for pair in pairs for name in pair.theirs})
     total = sum(info.num_bytes for info in tensors.values())
-    with written_aside(destination, overwrite, total) as aside:
+    with written_aside(destination, overwrite, total, model.directory) as aside:
         writer = SafetensorsWriter(aside, tensors, total + 1, WEIGHTS)
         for theirs, pair, part, is_a in halves:
             a_rc, b_or = source.pair(pair.ours)

@@ -8,7 +8,6 @@ is left to read otherwise: tokenizer.json says everything, and the class takes i
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.conversion.tokenizer_json import (
     FAST,
     OF_THE_OLD_CLASS,
@@ -18,6 +17,7 @@ from megatron_sorted.conversion.tokenizer_json import (
     write_settings,
 )
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.files import write_text_atomically
 from megatron_sorted.text.tokenizer import Tokenizer, open_tokenizer
 from megatron_sorted.text.tokenizer_fast import MADE_OF, HuggingFaceTokenizer
 from megatron_sorted.text.tokenizer_files import find_tokenizer, read_object

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.conversion.fast_tokenizer import rebuild
 from megatron_sorted.conversion.sentencepiece_file import read_sentencepiece
 from megatron_sorted.conversion.tokenizer_check import compare_tokenizers
 from megatron_sorted.errors import DataError
+from megatron_sorted.files import write_text_atomically
 from megatron_sorted.text.tokenizer_classes import ALWAYS_OF_TYPE
 from megatron_sorted.text.tokenizer_files import (
     FLAGS,

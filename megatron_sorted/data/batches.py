@@ -127,7 +127,9 @@ def open_train_samples(settings: Settings, tokenizer_or_vocab: Tokenizer | int |
     share = split_ranges(settings)[0]
 
     def opened(*prefixes: str) -> SampleSource:
-        return open_samples(Corpus(prefixes, share), settings.seq_length, vocab_size, pad_id, settings.seed, masks=masks)
+        corpus = Corpus(prefixes, share)
+        corpus.require_trained_tokens()
+        return open_samples(corpus, settings.seq_length, vocab_size, pad_id, settings.seed, masks=masks)
 
     blend = data_blend(settings)
     if blend is None:

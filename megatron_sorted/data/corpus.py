@@ -43,6 +43,16 @@ class Corpus:
         file, inside = self._locate(number)
         return file.trained(inside)
 
+    def require_trained_tokens(self) -> None:
+        """Check that some token is trained on: of a document, one after its first.
+
+        Raises:
+            DataError: None is; the model would learn nothing from these data.
+        """
+        if self.has_modes and not any(self.trained(number)[1:].any() for number in range(self.num_documents)):
+            raise DataError(f"{', '.join(self.prefixes)}: none of the {self.num_documents} documents in this share has a token that is "
+                            "trained on (their responses are empty). Check the file they were prepared from.")
+
     def name_of(self, number: int) -> str:
         """Returns where a document stands, for messages."""
         file, inside = self._locate(number)

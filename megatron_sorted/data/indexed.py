@@ -10,7 +10,6 @@ A document of an instruction file alternates sequences of mode 0 (prompt, read b
 A file without modes is plain text: one sequence per document, all of it trained on.
 """
 
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from types import TracebackType
 
 import numpy as np
 
+from megatron_sorted.data import replacing
 from megatron_sorted.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -88,6 +88,7 @@ def check_indexed(prefix: str) -> IndexHeader:
         DataError: says which file, what was expected and found, and the remedy.
     """
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    replacing.finish_interrupted(prefix)
     for path in (idx_path, bin_path):
         if not path.is_file():
             raise DataError(f"{path}: no such file; indexed data needs PREFIX.bin and PREFIX.idx. Give the prefix without an ending, "
@@ -170,10 +171,16 @@ class IndexedWriter:
     """Context manager that appends documents and gives the files their names only when all is written.
 
     After an error inside the ``with`` block nothing remains and files of that name from before are untouched.
+
+    Args:
+        prefix: Of the files.
+        dtype: Of tokens.
+        with_modes: Whether documents have prompts and responses.
+        publishes: Whether the files get their names at the end of the block; otherwise they wait for ``replacing.publish``.
     """
 
-    def __init__(self, prefix: str, dtype: np.dtype, with_modes: bool):
-        self.prefix, self.dtype, self.with_modes = prefix, np.dtype(dtype), with_modes
+    def __init__(self, prefix: str, dtype: np.dtype, with_modes: bool, publishes: bool = True):
+        self.prefix, self.dtype, self.with_modes, self.publishes = prefix, np.dtype(dtype), with_modes, publishes
         self.num_tokens = 0
         self._lengths: list[np.ndarray] = []
         self._modes: list[np.ndarray] = []
@@ -182,6 +189,7 @@ class IndexedWriter:
     def __enter__(self) -> "IndexedWriter":
         """Returns itself with the unnamed .bin open."""
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        replacing.remove_left_overs(self.prefix)
         self._bin = open(self._partial("bin"), "wb")  # closed in __exit__
         return self
 
@@ -214,15 +222,15 @@ class IndexedWriter:
                 stream.write(np.concatenate([np.zeros(0, "i1"), *self._modes]).astype("i1").tobytes())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Names both files, or removes what was written if the block failed."""
+        """Name both files, or remove what was written if the block failed."""
         self._bin.close()
+        waits = False
         try:
             if kind is None:
                 self._write_index()
-                # An index of another run must never stand beside the new .bin, not even if we are killed between the renames.
-                Path(f"{self.prefix}.idx").unlink(missing_ok=True)
-                os.replace(self._partial("bin"), f"{self.prefix}.bin")
-                os.replace(self._partial("idx"), f"{self.prefix}.idx")
+                waits = not self.publishes
+                if self.publishes:
+                    replacing.publish([self.prefix])
         finally:
-            for ending in ("bin", "idx"):
-                Path(self._partial(ending)).unlink(missing_ok=True)
+            if not waits:
+                replacing.remove_partial(self.prefix)

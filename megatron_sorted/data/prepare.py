@@ -18,9 +18,11 @@ from megatron_sorted.data.encode import Encoded, EncodeOptions, Encoder, Skipped
 from megatron_sorted.data.forms import SampleReader
 from megatron_sorted.data.indexed import RESPONSE, Documents, IndexedWriter
 from megatron_sorted.data.jsonl import Block, read_blocks, records, total_bytes
+from megatron_sorted.data.replacing import publish, remove_partial
 from megatron_sorted.data.templates import detect_format
 from megatron_sorted.data.tokenizer import train_sentencepiece
 from megatron_sorted.errors import DataError
+from megatron_sorted.files import discard_tree, same_path, write_text_atomically
 from megatron_sorted.text.prompt_form import NamedToken, PromptForm
 from megatron_sorted.text.tokenizer import NullTokenizer, Tokenizer
 
@@ -122,11 +124,19 @@ def _check_outputs(options: PrepareOptions) -> None:
     existing = [name for name in names if Path(name).exists()]
     if existing and not options.overwrite:
         raise DataError(f"--output-prefix: {', '.join(existing)} exist already. Choose another prefix, or give --overwrite.")
+    read = [*options.inputs, *([options.encode.tokenizer_model] if options.encode.tokenizer_model else [])]
+    if taken := [name for name in existing if any(same_path(name, one) for one in read)]:
+        raise DataError(f"--output-prefix: {taken[0]} is read, and would be replaced by what is written. Choose another prefix.")
+
+
+def _tokenizer_aside(prefix: str) -> Path:
+    path = Path(f"{prefix}_tokenizer.model")
+    return path.parent / f".{path.stem}.training" / path.name
 
 
 def _train_tokenizer(options: PrepareOptions, data_format: str) -> str:
-    """Returns the path of a tokenizer trained on the texts of the input."""
-    path = f"{options.output_prefix}_tokenizer.model"
+    """Return the path of a tokenizer trained on the texts of the input; it gets its name with the data that it encoded."""
+    path = str(_tokenizer_aside(options.output_prefix))
 
     reader = SampleReader(data_format, options.encode.prompt_template, NullTokenizer(1), append_eod=False)
 
@@ -164,10 +174,18 @@ def prepare(options: PrepareOptions) -> Summary:
     Raises:
         DataError: for missing or damaged input, outputs that exist, or nothing usable; then no file is written.
     """
-    began = time.perf_counter()
     size = total_bytes(options.inputs)
     _check_outputs(options)
-    encode = options.encode
+    try:
+        return _prepare(options, size)
+    finally:
+        for name in output_names(options.output_prefix):  # of what failed; what was published has other names
+            remove_partial(name)
+        discard_tree(_tokenizer_aside(options.output_prefix).parent)
+
+
+def _prepare(options: PrepareOptions, size: int) -> Summary:
+    began, encode = time.perf_counter(), options.encode
     if encode.data_format == "auto":
         encode = replace(encode, data_format=find_format(options.inputs))
     if options.train_tokenizer:
@@ -182,8 +200,10 @@ def prepare(options: PrepareOptions) -> Summary:
     with_modes = encode.data_format != "text"
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=size, unit="B", unit_scale=True, disable=None, desc="prepare"))
-        train = stack.enter_context(IndexedWriter(train_name, encoder.dtype, with_modes))
-        valid = stack.enter_context(IndexedWriter(valid_name, encoder.dtype, with_modes)) if encode.valid_fraction else None
+        train = stack.enter_context(IndexedWriter(train_name, encoder.dtype, with_modes, publishes=False))
+        valid = None
+        if encode.valid_fraction:
+            valid = stack.enter_context(IndexedWriter(valid_name, encoder.dtype, with_modes, publishes=False))
         for encoded in _encode_all(read_blocks(options.inputs, options.limit, bar.update), encode, options.workers):
             summary.samples_read += encoded.num_samples
             summary.truncated += encoded.num_truncated
@@ -198,6 +218,7 @@ def prepare(options: PrepareOptions) -> Summary:
         _check_enough(summary, encode)
     summary.prompt_form = with_ends(encoder.form, ends, encoder.tokenizer).as_dict()
     summary.seconds = time.perf_counter() - began
+    _publish(options, [train_name] if valid is None else [train_name, valid_name])
     if valid is None:
         for ending in ("idx", "bin"):  # of an earlier run that --overwrite replaces
             Path(f"{valid_name}.{ending}").unlink(missing_ok=True)
@@ -210,6 +231,18 @@ def with_ends(form: PromptForm, ends: set[str], tokenizer: Tokenizer) -> PromptF
     known = {end.text for end in form.ends}
     more = tuple(NamedToken(text, tokenizer.encode_rendered(text)[0]) for text in sorted(ends - known))
     return replace(form, ends=form.ends + more)
+
+
+def _publish(options: PrepareOptions, names: list[str]) -> None:
+    """Give what was written its names, in place of what was there.
+
+    Until the new summary is written the one that is there names no tokenizer, so that a run refuses
+    data that are perhaps another tokenizer's.
+    """
+    write_text_atomically(f"{options.output_prefix}.json", json.dumps({"unfinished": True}) + "\n")
+    if options.train_tokenizer:
+        os.replace(_tokenizer_aside(options.output_prefix), f"{options.output_prefix}_tokenizer.model")
+    publish(names)
 
 
 def _check_enough(summary: Summary, encode: EncodeOptions) -> None:
@@ -225,6 +258,4 @@ def _write_summary(options: PrepareOptions, encode: EncodeOptions, summary: Summ
     report = {**asdict(summary), "samples_per_second": summary.samples_read / max(summary.seconds, 1e-9),
               "inputs": [Path(path).name for path in options.inputs], "workers": options.workers,
               **{name: value for name, value in asdict(encode).items() if not name.startswith("tokenizer") and name != "vocab_size"}}
-    path = f"{options.output_prefix}.json"
-    Path(f"{path}.partial").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(f"{path}.partial", path)
+    write_text_atomically(f"{options.output_prefix}.json", json.dumps(report, indent=1) + "\n")

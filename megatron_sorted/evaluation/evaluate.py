@@ -1,7 +1,7 @@
 """Everything that is measured of several models, one after the other, as one object that can be written as JSON."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -86,7 +86,6 @@ class Measures:
     overwrite: bool = False
     bars: bool = True
 
-
     @property
     def asks(self) -> bool:
         """Return whether anything is read as instructions, conversations or questions."""
@@ -108,16 +107,28 @@ class Found:
     tasks: dict[int, dict[str, dict]] = field(default_factory=dict)
 
 
-def evaluate(subjects: Sequence[Subject], measures: Measures) -> list[Found]:
-    """Returns what was measured of every model, in order; one model is in memory at a time.
+Keep = Callable[[list[Found]], None]
+
+
+def evaluate(subjects: Sequence[Subject], measures: Measures, keep: Keep = lambda found: None) -> list[Found]:
+    """Return what was measured of every model, in order; one model is in memory at a time.
+
+    Args:
+        subjects: The models.
+        measures: What is measured.
+        keep: Called with all that was found so far after every text, the prepared data, every set of questions, and
+            every depth of the tasks.
 
     Raises:
-        SortedError: as the parts do.
+        SortedError: as the parts do; what was measured before was kept.
     """
-    return [found for subject in subjects for found in _evaluate(subject, measures)]
+    found: list[Found] = []
+    for subject in subjects:
+        _evaluate(subject, measures, found, keep)
+    return found
 
 
-def _evaluate(subject: Subject, measures: Measures) -> list[Found]:
+def _evaluate(subject: Subject, measures: Measures, found: list[Found], keep: Keep) -> None:
     model = load_nested_model(subject.directory, measures.depths, measures.dtype, subject.name)
     tokenizer = open_tokenizer(subject.directory, measures.tokenizer)
     if line := surplus_line(tokenizer, model.model.config.vocab_size, subject.name):
@@ -126,20 +137,21 @@ def _evaluate(subject: Subject, measures: Measures) -> list[Found]:
     asked = form.prompt_form if form.is_stored or measures.prompt_template is not None else None
     if measures.bars and measures.asks:
         print(f"{subject.name}: {form.line if asked else UNFORMED}", flush=True)
-    found = [_measure(model, subject, tokenizer, measures, None, asked)]
+    found.append(Found(model.name, subject.is_baseline, _facts(model, subject, tokenizer, measures, None)))
+    _measure(model, tokenizer, measures, asked, found[-1], lambda: keep(found))
     if subject.with_heads:
         documents = encode_documents(measures.head_documents or [], tokenizer, measures.append_eos, asked)
         trained = train_heads(model.without_parts(), documents, measures.seq_length, measures.head_training,
                               f"{subject.name}: training heads" if measures.bars else None)
         if measures.save_heads is not None:
             save_with_heads(trained.model, subject.directory, measures.save_heads, measures.overwrite)
-        found.append(_measure(trained.model, subject, tokenizer, measures, trained, asked))
-    return found
+        found.append(Found(trained.model.name, True, _facts(trained.model, subject, tokenizer, measures, trained)))
+        _measure(trained.model, tokenizer, measures, asked, found[-1], lambda: keep(found))
 
 
-def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measures: Measures,
-             trained: TrainedHeads | None, form: PromptForm | None) -> Found:
-    found = Found(model.name, subject.is_baseline or trained is not None, _facts(model, subject, tokenizer, measures, trained))
+def _measure(model: NestedModel, tokenizer: Tokenizer, measures: Measures, form: PromptForm | None, found: Found,
+             keep: Callable[[], None]) -> None:
+    """Fill in what is measured of a model, part by part, and call ``keep`` after each."""
 
     def title(what: str) -> str | None:
         return f"{model.name}: {what}" if measures.bars else None
@@ -149,10 +161,12 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measure
         check_ids((document.ids for document in encoded), tokenizer, model.model.config.vocab_size, name)
         found.texts[name] = measure_held_out(model, encoded, measures.seq_length, measures.stride, measures.batch_tokens, title(name))
         found.unknown_tokens[name] = sum(token == tokenizer.unk_id for document in encoded for token in document.ids[1:])
+        keep()
     if measures.prepared is not None:
         sets = open_prepared(measures.prepared, model.model.config.vocab_size, tokenizer)
         found.prepared = {name: measure_prepared(model, samples, measures.prepared.limit, measures.batch_tokens, title(name))
                           for name, samples in sets.items()}
+        keep()
     for name, asked in measures.questions.items():
         room, ends = model.max_positions - measures.max_new_tokens, ()
         if form is not None and form.is_conversation and asked.conversations:
@@ -166,13 +180,14 @@ def _measure(model: NestedModel, subject: Subject, tokenizer: Tokenizer, measure
         found.questions[name] = {
             depth: answer_questions(model, depth, asked.questions, prompts, tokenizer, measures.max_new_tokens, measures.batch_size,
                                     title(f"{name}, depth {depth}"), ends) for depth in model.depths}
+        keep()
     if measures.harness is not None:
         for depth in model.depths:
             if measures.bars:
                 print(f"{model.name}: {', '.join(measures.harness.tasks)}, depth {depth}", flush=True)
             found.tasks[depth] = measures.harness.run(model.sub_model(depth), tokenizer, measures.batch_size, measures.task_shots,
                                                       measures.task_limit)
-    return found
+            keep()
 
 
 def cut_line(name: str, num_cut: int, num_prompts: int, room: int) -> str:

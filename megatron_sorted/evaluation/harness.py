@@ -1,13 +1,16 @@
 """Tasks of lm-evaluation-harness for a sub-model, through the harness's own API. The only file that knows it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from megatron_sorted.errors import DataError, PlatformError
 from megatron_sorted.exported.tokenizer import for_transformers
 from megatron_sorted.text.tokenizer import Tokenizer
+
+USUAL_NEW_TOKENS = 256  # of a task that does not say; HFLM.max_gen_toks
 
 
 class Harness:
@@ -44,6 +47,30 @@ class Harness:
                                 + (f", neither in {tasks_path} nor of its own. " if include else ". ")
                                 + "Give its name, and --tasks-path DIRECTORY for tasks in local YAML files.")
 
+    def check(self, positions: Mapping[str, int]) -> None:
+        """Open the tasks' data and check that what they generate fits the models, before anything is measured.
+
+        Args:
+            positions: {name of a model: longest text it takes}.
+
+        Raises:
+            DataError: A task's data cannot be read, or it asks for more new tokens than a model has positions.
+        """
+        from lm_eval.tasks import get_task_dict
+
+        try:
+            opened = get_task_dict(list(self.tasks), self._manager)
+        except Exception as error:  # whatever the files of a task lead to
+            raise _stopped(error) from error
+        for task in _leaves(opened):
+            if task.config.output_type != "generate_until":
+                continue
+            asked = (task.config.generation_kwargs or {}).get("max_gen_toks", USUAL_NEW_TOKENS)
+            for name, length in positions.items():
+                if isinstance(asked, int) and asked >= length:
+                    raise DataError(f"--tasks: {task.config.task} asks for up to {asked} new tokens, and {name} has {length} positions for "
+                                    f"prompt and answer. Set max_gen_toks in the task's generation_kwargs below {length}.")
+
     def run(self, sub_model: nn.Module, tokenizer: Tokenizer, batch_size: int = 16, num_fewshot: int | None = None,
             limit: int | None = None) -> dict[str, dict]:
         """Returns {task: {"samples": number, metric: {"value", "standard_error"}}} for one model.
@@ -61,12 +88,26 @@ class Harness:
         try:
             found = simple_evaluate(model=model, tasks=list(self.tasks), task_manager=self._manager, num_fewshot=num_fewshot, limit=limit,
                                     log_samples=False, bootstrap_iters=1000, verbosity="ERROR")
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise DataError(f"--tasks: lm-evaluation-harness stopped: {type(error).__name__}: {reason}. Mend the task's files; data must "
-                            "lie on this machine (or set HF_HUB_OFFLINE=0).") from error
+        except Exception as error:  # whatever the code of a task leads to
+            raise _stopped(error) from error
         return {task: {"samples": found.get("n-samples", {}).get(task, {}).get("effective"), **_metrics(numbers)}
                 for task, numbers in {**found["results"], **found.get("groups", {})}.items()}
+
+
+def _stopped(error: Exception) -> DataError:
+    """Return an error of the harness as one of ours, in a sentence."""
+    reason = (str(error).strip() or "no reason given").split("\n")[0]
+    return DataError(f"--tasks: lm-evaluation-harness stopped: {type(error).__name__}: {reason.rstrip('.')}. Mend the task's files; data "
+                     "must lie on this machine (or set HF_HUB_OFFLINE=0).")
+
+
+def _leaves(tasks: dict) -> Iterator[Any]:
+    """Yield the tasks of groups of tasks."""
+    for task in tasks.values():
+        if isinstance(task, dict):
+            yield from _leaves(task)
+        elif task is not None:
+            yield task
 
 
 def _metrics(numbers: dict) -> dict[str, dict]:

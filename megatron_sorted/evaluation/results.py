@@ -13,23 +13,29 @@ SCORES = ("exact_match", "f1", "exact_match_with_case")
 
 
 def results_of(found: Sequence[Found], measures: Measures) -> dict:
-    """Return the numbers of all models as plain objects: ``models``, ``texts``, ``data``, ``questions`` and ``tasks``, each by name."""
+    """Return the numbers of all models as plain objects: ``models``, ``texts``, ``data``, ``questions`` and ``tasks``, each by name.
+
+    What was not measured yet is left out.
+    """
     baselines = [one for one in found if one.is_baseline]
     texts = {name: {"documents": len(documents), "bytes": sum(document.num_bytes for document in documents),
-                    "models": {one.name: _text_numbers(one, name, sum(d.num_bytes for d in documents), baselines) for one in found}}
+                    "models": {one.name: _text_numbers(one, name, sum(d.num_bytes for d in documents), baselines)
+                               for one in found if name in one.texts}}
              for name, documents in measures.texts.items()}
-    data = {name: {"models": {one.name: _data_numbers(one, name, baselines) for one in found}} for name in found[0].prepared}
+    data = {name: {"models": {one.name: _data_numbers(one, name, baselines) for one in found if name in one.prepared}}
+            for name in found[0].prepared}
     questions = {name: {"questions": len(asked.questions),
-                        "models": {one.name: _question_numbers(one, name, baselines) for one in found}}
+                        "models": {one.name: _question_numbers(one, name, baselines) for one in found if name in one.questions}}
                  for name, asked in measures.questions.items()}
     names = {task: None for one in found for tasks in one.tasks.values() for task in tasks}
-    tasks = {task: {"models": {one.name: {"exits": {depth: numbers[task] for depth, numbers in one.tasks.items()}} for one in found}}
+    tasks = {task: {"models": {one.name: {"exits": {depth: numbers[task] for depth, numbers in one.tasks.items()}}
+                               for one in found if one.tasks}}
              for task in names}
     return {"models": {one.name: one.facts for one in found}, "texts": texts, "data": data, "questions": questions, "tasks": tasks}
 
 
 def _text_numbers(one: Found, name: str, num_bytes: int, baselines: Sequence[Found]) -> dict:
-    exits = _losses(one.texts[name], {other.name: other.texts[name] for other in baselines if other is not one})
+    exits = _losses(one.texts[name], {other.name: other.texts.get(name, {}) for other in baselines if other is not one})
     for depth, held in one.texts[name].items():
         exits[depth]["bits_per_byte"] = held.bits_per_byte(num_bytes)
     last = one.texts[name][max(one.texts[name])]
@@ -37,7 +43,7 @@ def _text_numbers(one: Found, name: str, num_bytes: int, baselines: Sequence[Fou
 
 
 def _data_numbers(one: Found, name: str, baselines: Sequence[Found]) -> dict:
-    exits = _losses(one.prepared[name], {other.name: other.prepared[name] for other in baselines if other is not one})
+    exits = _losses(one.prepared[name], {other.name: other.prepared.get(name, {}) for other in baselines if other is not one})
     for depth, held in one.prepared[name].items():
         exits[depth]["exact_match"] = held.exact_match
     last = one.prepared[name][max(one.prepared[name])]
@@ -65,7 +71,7 @@ def _question_numbers(one: Found, name: str, baselines: Sequence[Found]) -> dict
         exits[depth] = {score: answered.mean(score) for score in SCORES}
         exits[depth] |= {f"{score}_standard_error": answered.standard_error(score) for score in SCORES}
         for other in baselines:
-            if other is not one and (theirs := other.questions[name].get(depth)) is not None:
+            if other is not one and (theirs := other.questions.get(name, {}).get(depth)) is not None:
                 pairs = zip(answered.scores["exact_match"], theirs.scores["exact_match"], strict=True)
                 difference = Answered([], {"exact_match": [mine - their for mine, their in pairs]})
                 exits[depth].setdefault("exact_match_minus", {})[other.name] = {"value": difference.mean("exact_match"),

@@ -25,7 +25,7 @@ def save_with_heads(model: NestedModel, source: Path, destination: Path, overwri
     tensors = {f"exits.{depth}.{part}.weight": modules[depth].weight.detach().contiguous()
                for depth in model.depths[:-1] for part, modules in (("norm", model.norms), ("lm_head", model.heads))}
     num_bytes = sum(path.stat().st_size for path in files) + sum(tensor.nbytes for tensor in tensors.values())
-    with written_aside(destination, overwrite, num_bytes) as aside:
+    with written_aside(destination, overwrite, num_bytes, source) as aside:
         for path in files:
             shutil.copyfile(path, aside / path.name)
         write_config(aside, {**without_exits(read_config(source)), **keys_of_exits(model.depths, own_norms=True, own_heads=True)})

@@ -8,7 +8,7 @@ from megatron_sorted.loss.gradient_rules import token_products
 from megatron_sorted.loss.linear_cross_entropy import ExitLoss
 
 COLUMNS = (
-    "loss", "correct", "tokens", "mean_loss", "micro_batches", "pieces", "exact_pieces", "gradient_square", "steps",
+    "loss", "correct", "tokens", "mean_loss", "micro_batches", "calls", "pieces", "exact_pieces", "gradient_square", "steps",
     "kl", "mean_kl", "taught_batches", "met_product", "met_own", "met_deeper",
 )  # fmt: skip
 MET = ("met_product", "met_own", "met_deeper")
@@ -31,10 +31,11 @@ class Ledger:
 
     Attributes:
         sums: Per depth a float64 tensor with the sums named in ``COLUMNS``: loss x mask, labels that were the most likely token,
-            tokens, micro-batch means of the loss, micro-batches, pieces (documents), pieces with every label right, squared norm
-            of the gradient that the exit's own loss sends down (of finished steps), and finished steps in which the exit trained;
-            then KL to the teacher x mask, micro-batch means of it, and micro-batches with a teacher; then, of finished steps that
-            measured it, the product of the exit's own gradient with that of the deeper exits, and the squared norms of both.
+            tokens, micro-batch means of the loss, micro-batches that have trained tokens, all micro-batches, pieces (documents),
+            pieces with every label right, squared norm of the gradient that the exit's own loss sends down (of finished steps),
+            and finished steps in which the exit trained; then KL to the teacher x mask, micro-batch means of it, and micro-batches
+            with a teacher and trained tokens; then, of finished steps that measured it, the product of the exit's own gradient
+            with that of the deeper exits, and the squared norms of both.
         drafts: Per depth what ``agreement.draft_counts`` counted [2, k], float64.
         open_squares: Per depth the squared norm of the unfinished step's gradient, still multiplied by what the step divides by.
         open_meetings: Per depth what ``add_meeting`` was given in the unfinished step, multiplied likewise; [3].
@@ -46,8 +47,8 @@ class Ledger:
     open_meetings: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def add(self, depth: int, losses: ExitLoss, loss_mask_n: torch.Tensor, piece_n: torch.Tensor | None = None,
-            num_pieces: int = 0) -> None:
-        """Adds one micro-batch of the exit at ``depth``.
+            num_pieces: int = 0, whole: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        """Add one micro-batch of the exit at ``depth``; one without trained tokens counts in no mean.
 
         Args:
             depth: The exit.
@@ -55,6 +56,7 @@ class Ledger:
             loss_mask_n: The tokens' weights.
             piece_n: Number of the document of each token, to count the exact ones; shape [n].
             num_pieces: A number above every one in ``piece_n``, known to the host: reading it off the device would wait for it.
+            whole: Sum of the loss and tokens of the whole micro-batch, where this rank sees a part of its sequences.
         """
         loss = (losses.loss_n * loss_mask_n).sum()
         tokens = loss_mask_n.sum()
@@ -66,10 +68,13 @@ class Ledger:
             right = loss_mask_n.new_zeros(num_pieces).index_add_(0, piece_n, losses.correct_n.float())
             pieces = (members > 0).sum().float()
             exact = ((members > 0) & (members == right)).sum().float()
-        kl, taught = (none, none) if losses.kl_n is None else ((losses.kl_n * loss_mask_n).sum(), torch.ones_like(loss))
-        some = tokens.clamp(min=1)
-        row = torch.stack((loss, correct, tokens, loss / some, torch.ones_like(loss), pieces, exact, none, none, kl, kl / some, taught,
-                           none, none, none))
+        whole_loss, whole_tokens = whole or (loss, tokens)
+        counts = (whole_tokens > 0).to(loss.dtype)
+        some = whole_tokens.clamp(min=1)
+        kl = none if losses.kl_n is None else (losses.kl_n * loss_mask_n).sum()
+        taught = none if losses.kl_n is None else counts
+        row = torch.stack((loss, correct, tokens, whole_loss / some, counts, torch.ones_like(loss), pieces, exact, none, none, kl,
+                           kl / some, taught, none, none, none))
         _add(self.sums, depth, row.double())
 
     def add_gradient(self, depth: int, gradient: torch.Tensor) -> None:

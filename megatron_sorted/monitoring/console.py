@@ -1,6 +1,6 @@
 """Reports as lines for people."""
 
-from megatron_sorted.monitoring.report import EvaluationReport, StepReport
+from megatron_sorted.monitoring.report import EvaluationReport, ExitNumbers, StepReport
 
 
 def duration(seconds: float) -> str:
@@ -16,7 +16,7 @@ def duration(seconds: float) -> str:
 def step_line(report: StepReport) -> str:
     """Returns one line: progress, loss of every trained exit (exit@depth), rate and time left; then what is known of the device's use."""
     width = len(str(report.total_steps))
-    losses = "  ".join(f"@{depth} {exit_.loss:.3f}" for depth, exit_ in sorted(report.exits.items()))
+    losses = "  ".join(f"@{depth} {_loss(exit_)}" for depth, exit_ in sorted(report.exits.items()))
     scale = f"  scale {report.loss_scale:g}" if report.loss_scale != 1 else ""
     skipped = f"  {report.skipped} skipped" if report.skipped else ""
     skipped += f" ({report.nonfinite} not finite)" if report.nonfinite else ""
@@ -36,11 +36,15 @@ def evaluation_lines(report: EvaluationReport) -> str:
     rows = [f"evaluation of {report.name!r} at step {report.step}: {report.num_tokens:,} tokens, {duration(report.seconds)}",
             "   exit    loss  tokens right  exact match" + "  agreement" * agreement + "  accept length" * drafts]
     for depth, exit_ in exits:
-        row = f"  {depth:5d}  {exit_.loss:6.3f}  {100 * exit_.token_accuracy:10.1f} %  {_percent(exit_.exact_match):>11}"
+        row = f"  {depth:5d}  {_loss(exit_):>6}  {_percent(exit_.token_accuracy):>12}  {_percent(exit_.exact_match):>11}"
         row += f"  {_percent(exit_.agreement):>9}" if agreement else ""
         row += f"  {'-' if exit_.accept_length is None else format(exit_.accept_length, '.2f'):>13}" if drafts else ""
         rows.append(row)
     return "\n".join(rows)
+
+
+def _loss(exit_: ExitNumbers) -> str:
+    return "none" if exit_.loss is None else f"{exit_.loss:.3f}"
 
 
 def _percent(share: float | None) -> str:

@@ -9,8 +9,8 @@ class ExitNumbers:
     """One exit; None stands for what was not measured.
 
     Attributes:
-        loss: Mean, in nats a token.
-        token_accuracy: Share of trained tokens predicted right.
+        loss: Mean, in nats a token; None where no token was trained.
+        token_accuracy: Share of trained tokens predicted right; None likewise.
         coefficient: Of its loss; None in evaluation.
         exact_match: Share of documents with every trained token predicted right.
         grad_norm: Norm of the gradient that the exit's own loss sends into the layers below it.
@@ -21,8 +21,8 @@ class ExitNumbers:
         gradient_ratio: Norm of the first over that of the second.
     """
 
-    loss: float
-    token_accuracy: float
+    loss: float | None
+    token_accuracy: float | None
     coefficient: float | None = None
     exact_match: float | None = None
     grad_norm: float | None = None
@@ -33,8 +33,10 @@ class ExitNumbers:
     gradient_ratio: float | None = None
 
     @property
-    def perplexity(self) -> float:
-        """Returns exp(loss); infinity where that overflows."""
+    def perplexity(self) -> float | None:
+        """Return exp(loss); infinity where that overflows, None without a loss."""
+        if self.loss is None:
+            return None
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 

@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 
 from megatron_sorted.parallel.rendezvous import has_shared_store, meet
 from megatron_sorted.platform.contract import Platform
+from megatron_sorted.platform.processes import read_world_of_training
 from megatron_sorted.settings.derived import num_virtual_chunks
 from megatron_sorted.settings.run import Settings
 
@@ -26,11 +27,6 @@ class Place:
     tensor_rank: int
 
 
-def world_from_environment() -> tuple[int, int, int]:
-    """Returns rank, world size and local rank as a launcher such as torchrun sets them; one process if it sets nothing."""
-    return tuple(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-
-
 def start_process_groups(settings: Settings, platform: Platform, init_method: str | None = None) -> Place:
     """Returns this process's place after joining the others.
 
@@ -41,8 +37,9 @@ def start_process_groups(settings: Settings, platform: Platform, init_method: st
         platform: Where it runs.
         init_method: How processes find each other; by default the launcher's environment.
     """
-    rank, world_size, local_rank = world_from_environment()
-    platform.select_device(local_rank)
+    world = read_world_of_training(os.environ)
+    rank, world_size = world.rank, world.size
+    platform.select_device(world.local_rank)
     backend = platform.backend if settings.distributed_backend == "auto" else settings.distributed_backend
     if init_method is None and "MASTER_ADDR" not in os.environ:
         # a single process started without a launcher: any free port of this host

@@ -16,6 +16,8 @@ TRAFFIC = 2.5
 """Bytes that a layer's kernels other than matrix products move in forward, for each byte that is kept; backward moves twice that."""
 LOGIT_BYTES = 20
 """Moved for each logit: written, its maximum found, exponentiated and summed in fp32, made a gradient, read by two products."""
+LOWEST_RATIO = 0.93
+"""Least ratio of a planned peak of memory to the measured one (docs/results/plan.md); what is proposed must fit with this to spare."""
 EXPOSED = 0.2
 """Share of an overlapped collective over data parallel ranks that is waited for."""
 
@@ -76,6 +78,11 @@ class Plan:
     def peak_bytes(self) -> int:
         """Returns the memory of the rank that needs most."""
         return max(stage.memory.total for stage in self.stages)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Return the memory that a rank must have for the run to fit although the plan may be too low."""
+        return round(self.peak_bytes / LOWEST_RATIO)
 
 
 def peak_rate(settings: Settings, device: Device) -> float:

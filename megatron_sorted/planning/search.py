@@ -87,13 +87,16 @@ def _allowed(settings: Settings, world_size: int) -> bool:
 
 def search(settings: Settings, vocab_size: int, world_size: int, device: Device, chunk_tokens: int, memory_bytes: int,
            progress: Callable[[int], None] = lambda tried: None) -> tuple[list[Proposal], int, int]:
-    """Returns the layouts that fit into ``memory_bytes`` a rank, the fastest first; how many were tried; the least memory any needs."""
+    """Return the layouts that fit into ``memory_bytes`` a rank, the fastest first; how many were tried; the least memory any needs.
+
+    A layout fits if it does although its plan may be as much too low as plans were measured to be (``Plan.needed_bytes``).
+    """
     found, tried, least = [], 0, 0
     for tried, candidate in enumerate(candidates(settings, vocab_size, world_size, device), 1):
         progress(tried)
         plan = make_plan(candidate, vocab_size, world_size, device, chunk_tokens)
-        least = min(least or plan.peak_bytes, plan.peak_bytes)
-        if plan.peak_bytes <= memory_bytes:
+        least = min(least or plan.needed_bytes, plan.needed_bytes)
+        if plan.needed_bytes <= memory_bytes:
             found.append(Proposal(candidate, plan))
     found.sort(key=lambda proposal: (proposal.plan.seconds, proposal.plan.peak_bytes))
     return found, tried, least

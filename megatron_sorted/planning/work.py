@@ -1,6 +1,6 @@
 """What every chunk holds, and how many parameters that is on one rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exits.placement import place_exits
@@ -42,9 +42,26 @@ class ChunkWork:
     owns_head: bool
 
 
+LEFT_OUT = {
+    "exit_kd_weight": "the plan is that of the same run without teachers, which sends and keeps less",
+    "tune_exit": "the plan is that of training the whole network, which takes more",
+}
+"""{setting: what the plan is then of}."""
+
+
 def element_bytes(settings: Settings) -> int:
     """Returns the size of a parameter and of an element of a hidden state."""
     return 2 if settings.bf16 or settings.fp16 else 4
+
+
+def without_uncounted(settings: Settings) -> tuple[Settings, list[str]]:
+    """Return the settings without what a plan leaves out, and a note for each setting that was left out."""
+    plain, notes = Settings(), []
+    for name, meaning in LEFT_OUT.items():
+        if (value := getattr(settings, name)) != getattr(plain, name):
+            notes.append(f"note: --{name.replace('_', '-')} {value} is not counted: {meaning}")
+            settings = replace(settings, **{name: getattr(plain, name)})
+    return settings, notes
 
 
 def check_plannable(settings: Settings) -> None:
@@ -54,7 +71,7 @@ def check_plannable(settings: Settings) -> None:
         SettingsError: Something is not.
     """
     plain = Settings()
-    for name in ("num_experts", "lora_rank", "exit_kd_weight", "context_parallel_size", "tune_exit", "exit_adapter_rank"):
+    for name in ("num_experts", "lora_rank", *LEFT_OUT, "context_parallel_size", "exit_adapter_rank"):
         value = getattr(settings, name)
         if value != getattr(plain, name):
             raise SettingsError(f"--{name.replace('_', '-')}: {value} is not counted by a plan. Leave it out to plan the rest of the run.")

@@ -57,6 +57,11 @@ def check_megatron_version(version: str | None = None) -> None:
                             f"Install one of them: pip install 'megatron-core=={newest}.*'.")
 
 
+def can_do_all(version: str) -> bool:
+    """Return whether everything that this program does works with that version of megatron-core."""
+    return _numbers(version) >= ALL
+
+
 def check_megatron_can(*asked: tuple[str, bool], version: str | None = None) -> None:
     """Returns nothing if megatron-core can do what is asked for, of what only 0.15 and later can.
 
@@ -73,7 +78,7 @@ def check_megatron_can(*asked: tuple[str, bool], version: str | None = None) -> 
     version = version or megatron_version()
     least = ".".join(map(str, ALL))
     for flag, given in asked:
-        if given and _numbers(version) < ALL:
+        if given and not can_do_all(version):
             raise PlatformError(f"{flag}: needs megatron-core {least} or later, and {version} is here. Install one, or leave it out.")
 
 

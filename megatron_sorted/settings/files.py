@@ -49,7 +49,8 @@ class FileSettings:
     save_failure: Literal["continue", "stop"] = setting(
         "continue", "What a checkpoint that could not be written does to training (the last one always ends in an error).")
     ckpt_step: int | None = setting(None, "Step of the checkpoint to load; by default the newest complete one.")
-    verify_checkpoint: bool = setting(True, "Compare every file of a checkpoint with its hash, after writing and before loading.")
+    verify_checkpoint: bool = setting(True, "Compare every file of a checkpoint with its hash, after writing and before loading; "
+                                    "without it, before loading only the small ones.")
     finetune: bool = setting(False, "Take only the weights from --load; start at step 0.")
     no_load_optim: bool = setting(False, "Do not load optimizer state.")
     no_load_rng: bool = setting(False, "Do not load random state.")

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sorted.checkpoint.candidates import Candidate, Candidates
-from megatron_sorted.checkpoint.layout import saved_steps, write_text_atomically
+from megatron_sorted.checkpoint.layout import saved_steps
 from megatron_sorted.checkpoint.lock import DirectoryLock
 from megatron_sorted.checkpoint.manifest import Progress
 from megatron_sorted.checkpoint.saver import SaveOutcome, Saver, require_saved
@@ -18,6 +18,7 @@ from megatron_sorted.checkpoint.sharded import find_damage_together, load_sharde
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.exits.coefficients import CoefficientRule
+from megatron_sorted.files import same_path, write_text_atomically
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.state import seed_everything
@@ -27,6 +28,7 @@ from megatron_sorted.training.build import Model
 from megatron_sorted.training.hugging_face import is_hugging_face_candidate, load_by_name, travelling_files_of
 from megatron_sorted.training.nonfinite import check_finite_weights
 from megatron_sorted.training.resume import check_can_continue, gives_new_parts, loaded_line, set_schedule, takes_weights_only
+from megatron_sorted.training.same_run import START
 from megatron_sorted.training.travelling import carry_files, files_of_checkpoint
 
 RUN = "run.json"
@@ -35,36 +37,41 @@ SEEDS_A_STEP = 100_003
 Say = Callable[..., None]
 
 
-def agree_on_run_id(settings: Settings, continued: Candidate | None) -> str:
-    """Returns the name of this run, the same on all ranks and after every resume.
+def agree_on_run(settings: Settings, continued: Candidate | None, start: str) -> tuple[str, str | None]:
+    """Return the name of this run and what it started from, the same on all ranks and after every resume.
 
-    It is kept in every manifest. Before the first checkpoint a file in --save keeps it, so that a run that is killed early and started
-    again is still one run.
+    Both are kept in every manifest. Before the first checkpoint a file in --save keeps them, so that
+    a run that is killed early and started again is still one run.
 
     Collective: one broadcast from rank 0.
+
+    Args:
+        settings: The run.
+        continued: The checkpoint it goes on from, or takes weights of.
+        start: What it starts from, where it does not go on.
     """
-    box = [None]
+    box: list[Any] = [None]
     if dist.get_rank() == 0:
-        box = [_run_id(settings, continued)]
+        box = [_name_of_run(settings, continued, start)]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def _run_id(settings: Settings, continued: Candidate | None) -> str:
+def _name_of_run(settings: Settings, continued: Candidate | None, start: str) -> tuple[str, str | None]:
     if continued is not None and not takes_weights_only(continued, settings):
-        return continued.manifest["run_id"]
+        return continued.manifest["run_id"], continued.manifest.get(START)
     if not settings.save or settings.skip_train:
-        return uuid.uuid4().hex[:8]
+        return uuid.uuid4().hex[:8], start
     path = Path(settings.save) / RUN
-    restarted = settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
-    if (restarted and not settings.finetune) or settings.pretrained_checkpoint is not None:
-        try:
-            return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept[START] == start:
+            return str(kept["run_id"]), start
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
     run_id = uuid.uuid4().hex[:8]
-    write_text_atomically(path, json.dumps({"run_id": run_id}) + "\n")
-    return run_id
+    write_text_atomically(path, json.dumps({"run_id": run_id, START: start}) + "\n")
+    return run_id, start
 
 
 def choose_checkpoint(candidates: Candidates, settings: Settings, tokenizer: Tokenizer | None, data: dict[str, Any] | None,
@@ -81,7 +88,7 @@ def choose_checkpoint(candidates: Candidates, settings: Settings, tokenizer: Tok
     candidates, data = box
     taken = None
     for candidate in candidates.usable:
-        problems = find_damage_together(candidate.directory, candidate.manifest) if settings.verify_checkpoint else []
+        problems = find_damage_together(candidate.directory, candidate.manifest, shards_too=settings.verify_checkpoint)
         if not problems:
             taken = candidate
             break
@@ -165,7 +172,7 @@ class Checkpoints:
             set_schedule(model.schedule, state["opt_param_scheduler"], candidate.manifest["samples_a_step"], now)
             if not state["random_state"]:
                 seed_everything(settings.seed + SEEDS_A_STEP * progress.step)  # or dropout would repeat that of the first steps
-            self.saved_step = progress.step if settings.load == settings.save else None
+            self.saved_step = progress.step if same_path(settings.load, settings.save) else None
         self.say(loaded_line(candidate, settings, model.optimizer.param_groups[0]["lr"]))
         return progress
 
@@ -213,6 +220,8 @@ class Checkpoints:
             return
         held_up = f", training held up for {outcome.stall_seconds:.2f} s" if self.saver.background else ""
         self.say(f"saved {outcome.directory} in {outcome.seconds:.1f} s ({outcome.num_bytes / 1e6:,.1f} MB{held_up})")
+        for note in outcome.notes:
+            self.say(f"note: {note}")
 
     def close(self) -> None:
         """Gives the directory up."""

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_sorted.data.batches import Batch, make_eval_batches, num_eval_batches
 from megatron_sorted.data.dataset import EvaluationSet, InstructionSamples
@@ -32,11 +34,24 @@ def pieces_of(batch: Batch) -> tuple[torch.Tensor, int]:
     return numbered[batch.loss_mask_bs.t().reshape(-1) != 0], size * stride
 
 
+def _whole_sums(settings: Settings, losses: ExitLoss, targets: Targets) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return loss and tokens of the whole micro-batch, for its mean; None where this rank sees all of it, or no mean is asked for.
+
+    Collective: with context parallelism and without per-token loss, one all-reduce of two numbers over its group.
+    """
+    if settings.context_parallel_size == 1 or settings.calculate_per_token_loss:
+        return None
+    sums = torch.stack(((losses.loss_n * targets.loss_mask_n).sum(), targets.loss_mask_n.sum()))
+    dist.all_reduce(sums, group=parallel_state.get_context_parallel_group())
+    return sums[0], sums[1]
+
+
 def evaluate(model: Model, settings: Settings, forward_step: ForwardStep, place: Place, name: str, samples: EvaluationSet, step: int,
              progress: Callable[[int, int], None]) -> EvaluationReport:
     """Returns loss, token accuracy, exact match, agreement with the last exit and accept length of every exit on one set.
 
-    Collective: for each global batch the schedule's and that of ``Choices.compare``; then one small all-reduce over all ranks.
+    Collective: for each global batch the schedule's and that of ``Choices.compare``, for each exit of a micro-batch that of
+    ``_whole_sums``; then one small all-reduce over all ranks.
 
     Args:
         model: The model.
@@ -56,7 +71,7 @@ def evaluate(model: Model, settings: Settings, forward_step: ForwardStep, place:
 
     def observe(depth: int, losses: ExitLoss, targets: Targets, batch: Batch) -> None:
         if not count_pieces:
-            ledger.add(depth, losses, targets.loss_mask_n)
+            ledger.add(depth, losses, targets.loss_mask_n, whole=_whole_sums(settings, losses, targets))
             return
         pieces, num_pieces = pieces_of(batch)
         ledger.add(depth, losses, targets.loss_mask_n, forward_step.platform.to_device(pieces), num_pieces)

@@ -1,5 +1,6 @@
 """A run that starts from a Hugging Face directory, or ends in one."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_sorted.checkpoint.manifest import WEIGHTS_ONLY, network_shape, wit
 from megatron_sorted.checkpoint.sharded import weights_in_place
 from megatron_sorted.conversion.aside import check_destination
 from megatron_sorted.conversion.convert import export_model, origin_of, tokenizer_description
-from megatron_sorted.conversion.families import family_of_settings
+from megatron_sorted.conversion.families import CONFIG, family_of_settings
 from megatron_sorted.conversion.open_model import files_beside, open_model
 from megatron_sorted.conversion.transformers_states import require_transformers
 from megatron_sorted.errors import CheckpointError, SettingsError
@@ -35,10 +36,16 @@ def hugging_face_candidate(root: Path, settings: Settings) -> Candidate:
     model = open_model(root)
     shape = network_shape(model.settings, model.settings.vocab_size)
     manifest = {
-        "contents": WEIGHTS_ONLY, "kind": KIND, "run_id": "", "saved_at": "", "shape": shape, "files": {},
+        "contents": WEIGHTS_ONLY, "kind": KIND, "run_id": "", "saved_at": "", "shape": shape, "files": {}, "sha256": _identity(root),
         "settings": settings_as_dict(model.settings), "progress": {"step": 0, "samples": 0}, "tokenizer": tokenizer_description(model),
     }
     return Candidate(root, with_new_parts(manifest, settings))
+
+
+def _identity(root: Path) -> str:
+    """Return a hash by which a Hugging Face directory is known again: its config.json, and names and sizes of its weight files."""
+    weights = sorted((path.name, path.stat().st_size) for path in root.glob("*.safetensors"))
+    return hashlib.sha256(json.dumps(weights).encode() + (root / CONFIG).read_bytes()).hexdigest()
 
 
 def is_hugging_face_candidate(candidate: Candidate) -> bool:
@@ -110,6 +117,24 @@ def check_export(settings: Settings) -> None:
         check_destination(destination, (destination / EXPORT).is_file(), 0)
     except CheckpointError as error:
         raise SettingsError(f"--save-hf: {error}") from error
+
+
+def check_export_of_run(settings: Settings, run_id: str) -> None:
+    """Check that --save-hf names no export of another run, which this one would replace.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    path = Path(settings.save_hf) / EXPORT
+    try:
+        other = json.loads(path.read_text(encoding="utf-8"))["run_id"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        other = "unknown"
+    if other != run_id:
+        raise CheckpointError(f"--save-hf: {settings.save_hf} holds the export of run {other}, this one is run {run_id}. "
+                              "Give another directory.")
 
 
 def export_last(settings: Settings, step: int, run_id: str, say: Callable[..., None]) -> None:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.checkpoint.candidates import Candidates, find_candidates
+from megatron_sorted.checkpoint.candidates import Candidate, Candidates, find_candidates
 from megatron_sorted.checkpoint.layout import saved_steps
 from megatron_sorted.conversion.network import is_hugging_face
 from megatron_sorted.data.batches import make_document_masks, make_eval_sets, make_test_sets, open_train_samples
@@ -17,6 +17,7 @@ from megatron_sorted.data.prepared import check_same_tokenizer, form_of_data
 from megatron_sorted.data.sample import SampleSource
 from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import CheckpointError, SettingsError
+from megatron_sorted.files import same_path
 from megatron_sorted.settings.check_exit_distillation import check_top_k
 from megatron_sorted.settings.derived import data_blend, data_prefixes
 from megatron_sorted.settings.run import Settings
@@ -25,6 +26,7 @@ from megatron_sorted.text.tokenizer_fit import surplus_line
 from megatron_sorted.training.describe import replace_vocab
 from megatron_sorted.training.hugging_face import check_export, hugging_face_candidate
 from megatron_sorted.training.resume import check_can_continue, settle_document_masks
+from megatron_sorted.training.same_run import go_on_in_save
 from megatron_sorted.training.teacher import check_teacher
 
 
@@ -42,6 +44,7 @@ class Inputs:
         eval_sets: By name, evaluated on the way and at the end.
         test_sets: By name, evaluated at the end only.
         notes: Lines for the log.
+        going_on: Lines that say from which checkpoints in --save the run goes on, where --load does not name them.
         form: In which the training data's conversations are written; None where they do not say.
     """
 
@@ -54,6 +57,7 @@ class Inputs:
     eval_sets: dict[str, EvaluationSet]
     test_sets: dict[str, EvaluationSet]
     notes: tuple[str, ...] = ()
+    going_on: tuple[str, ...] = ()
     form: PromptForm | None = None
 
 
@@ -78,29 +82,35 @@ def open_inputs(settings: Settings) -> Inputs:
     samples = None if settings.skip_train else open_train_samples(settings, vocab_size, masks)
     eval_sets = make_eval_sets(settings, vocab_size, masks)
     test_sets = make_test_sets(settings, vocab_size, masks)
-    check_context_parallel(settings, [samples, *(one.source for one in (*eval_sets.values(), *test_sets.values()))])
+    check_context_parallel(settings, {"the training data": samples,
+                                      **{f"set {name!r}": one.source for name, one in (eval_sets | test_sets).items()}})
     first = int(os.environ.get("RANK", 0)) == 0
     data = data_identity(settings) if first and (settings.save or settings.load) and not settings.skip_train else None
     checkpoints = find_checkpoints(settings, tokenizer, data)
+    resumed, going_on = go_on_in_save(settings, newest_of(checkpoints), tokenizer, data)
+    if resumed is not settings:
+        settings, checkpoints = resumed, find_checkpoints(resumed, tokenizer, data)
     check_export(settings)
     if settings.save:
         check_writable("--save", Path(settings.save))
     if settings.metrics_file:
         check_writable("--metrics-file", Path(settings.metrics_file).parent)
     form, lines = open_form(settings, tokenizer, vocab_size)
-    return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets, test_sets, (*notes, *lines), form)
+    return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets, test_sets, (*notes, *lines),
+                  tuple(going_on), form)
 
 
-def check_context_parallel(settings: Settings, sources: Sequence[SampleSource | None]) -> None:
+def check_context_parallel(settings: Settings, sources: Mapping[str, SampleSource | None]) -> None:
     """Check that no sample holds documents that must be kept apart where attention runs across processes.
 
     Raises:
         SettingsError: One does.
     """
-    if settings.context_parallel_size == 1 or not any(source is not None and source.packs for source in sources):
+    packed = [name for name, source in sources.items() if source is not None and source.packs]
+    if settings.context_parallel_size == 1 or not packed:
         return
-    why = ("documents are to be kept apart (--reset-attention-mask, or the checkpoint was trained so)" if settings.reset_attention_mask
-           else "the data are packed instructions")
+    why = (f"documents of {packed[0]} are to be kept apart (--reset-attention-mask, or the checkpoint was trained so)"
+           if settings.reset_attention_mask else f"{packed[0]} are packed instructions")
     raise SettingsError(f"--context-parallel-size: {settings.context_parallel_size}, but {why}, and attention across context parallel "
                         "processes knows no documents. Use 1, or train on text with --no-reset-attention-mask.")
 
@@ -153,6 +163,11 @@ def start_from_pretrained(settings: Settings) -> Settings:
     return dataclasses.replace(settings, load=settings.pretrained_checkpoint, finetune=True)
 
 
+def newest_of(checkpoints: Candidates | None) -> Candidate | None:
+    """Return the checkpoint that a run would take if all its files are sound; None to start afresh."""
+    return checkpoints.usable[0] if checkpoints is not None and checkpoints.usable else None
+
+
 def find_checkpoints(settings: Settings, tokenizer: Tokenizer | None, data: dict[str, Any] | None) -> Candidates | None:
     """Returns the checkpoints the run may continue from, best first; None to start afresh.
 
@@ -162,9 +177,9 @@ def find_checkpoints(settings: Settings, tokenizer: Tokenizer | None, data: dict
     if settings.load is None:
         return None
     root = Path(settings.load)
-    flag = "--pretrained-checkpoint" if settings.load == settings.pretrained_checkpoint else "--load"
+    flag = "--pretrained-checkpoint" if same_path(settings.load, settings.pretrained_checkpoint) else "--load"
     # where --load and --save are the same, a job script can be submitted again and again, the first time too
-    same_as_save = settings.save is not None and root.resolve() == Path(settings.save).resolve()
+    same_as_save = same_path(root, settings.save)
     try:
         if not root.is_dir() and not same_as_save:
             raise CheckpointError(f"{flag}: {root} is not a directory. Give the directory that --save of another run wrote to.")

@@ -10,11 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_sorted.checkpoint.candidates import Candidates
-from megatron_sorted.checkpoint.layout import saved_steps, write_text_atomically
 from megatron_sorted.checkpoint.manifest import Progress
 from megatron_sorted.data.batches import make_train_batches
 from megatron_sorted.errors import TrainingError
+from megatron_sorted.files import write_text_atomically
 from megatron_sorted.model.config import check_platform
 from megatron_sorted.monitoring.console import evaluation_lines, step_line
 from megatron_sorted.monitoring.json_lines import finite_or_none
@@ -28,16 +30,17 @@ from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.weighting import coefficient_rule
 from megatron_sorted.training.adapters import use_ranks
 from megatron_sorted.training.build import Model, build_model, build_optimizer
-from megatron_sorted.training.checkpoints import Checkpoints, agree_on_run_id, choose_checkpoint
+from megatron_sorted.training.checkpoints import Checkpoints, agree_on_run, choose_checkpoint
 from megatron_sorted.training.describe import description, evaluation_results, opening_lines
 from megatron_sorted.training.evaluate import evaluate
 from megatron_sorted.training.failure import report_and_exit
 from megatron_sorted.training.forward_step import ForwardStep
-from megatron_sorted.training.hugging_face import export_last
-from megatron_sorted.training.inputs import find_checkpoints, open_inputs
+from megatron_sorted.training.hugging_face import check_export_of_run, export_last
+from megatron_sorted.training.inputs import find_checkpoints, newest_of, open_inputs
 from megatron_sorted.training.nonfinite import NonfiniteSteps
 from megatron_sorted.training.profile import Profiler
 from megatron_sorted.training.reporting import Interval
+from megatron_sorted.training.same_run import START, go_on_in_save, start_of
 from megatron_sorted.training.signals import stop_request
 from megatron_sorted.training.step import StepResult, train_step
 from megatron_sorted.training.stops import Stops, leave_word, take_word_back
@@ -89,25 +92,38 @@ class Run:
         self.watchdog.start()
 
     def _continue_or_start(self) -> None:
-        """Loads the newest sound checkpoint, if the run is to continue one.
+        """Load the newest sound checkpoint, if the run is to continue one.
 
         Collective: every process must call it.
         """
-        settings, inputs = self.settings, self.inputs
-        candidate = None
+        inputs, candidate = self.inputs, None
+        box: list[Any] = [None]
+        if self.place.rank == 0:  # again, now that the directory is ours: the run before may have saved since
+            box = [self._look_again()]
+        dist.broadcast_object_list(box, src=0)
+        self.settings, found, start, notes = box[0]
+        self.checkpoints.settings = settings = self.settings
+        for note in notes:
+            self.say(note)
         if settings.load is not None:
-            found = inputs.checkpoints
-            if self.place.rank == 0:  # again, now that the directory is ours: the run before may have saved since
-                found = find_checkpoints(settings, inputs.tokenizer, inputs.data)
             candidate = choose_checkpoint(found or Candidates(), settings, inputs.tokenizer, inputs.data, self.say)
             if candidate is None:
                 self.say(f"--load {settings.load} holds no checkpoint: starting afresh")
-        self.run_id = agree_on_run_id(settings, candidate)
+        self.run_id, self.run_start = agree_on_run(settings, candidate, start)
+        if self.place.rank == 0 and settings.save_hf:
+            check_export_of_run(settings, self.run_id)
         if candidate is not None:
             self.progress = self.checkpoints.load(candidate)
-        if settings.save and settings.save != settings.load and not settings.skip_train and (older := saved_steps(settings.save)):
-            self.say(f"note: --save {settings.save} holds checkpoints up to step {older[0]} of an earlier run; this one goes on from step "
-                     f"{self.progress.step} and replaces those it reaches")
+
+    def _look_again(self) -> tuple[Settings, Candidates | None, str, list[str]]:
+        """Return settings, checkpoints to load, what the run starts from and what to say, as the disk is now; on rank 0."""
+        settings, inputs = self.settings, self.inputs
+        found = find_checkpoints(settings, inputs.tokenizer, inputs.data)
+        start = start_of(settings, newest_of(found))
+        resumed, notes = go_on_in_save(settings, newest_of(found), inputs.tokenizer, inputs.data)
+        if resumed is not settings:
+            found = find_checkpoints(resumed, inputs.tokenizer, inputs.data)
+        return resumed, found, start, [*inputs.going_on, *notes]
 
     def say(self, *lines: str) -> None:
         """Prints on the first process."""
@@ -222,7 +238,8 @@ class Run:
         return progress
 
     def _description(self) -> dict[str, Any]:
-        return description(self.settings, self.vocab_size, self.run_id, self.place, self.inputs.tokenizer, self.inputs.data)
+        said = description(self.settings, self.vocab_size, self.run_id, self.place, self.inputs.tokenizer, self.inputs.data)
+        return said | ({START: self.run_start} if self.run_start else {})
 
     def save(self) -> None:
         """Starts a checkpoint; where the run saves in the foreground, writes it.

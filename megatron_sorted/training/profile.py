@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch.profiler import profile, supported_activities
 
+from megatron_sorted.files import write_text_atomically
 from megatron_sorted.settings.run import Settings
 
 TABLE_ROWS = 40
@@ -68,7 +69,7 @@ class Profiler:
         averages = recording.key_averages()
         key = "self_device_time_total" if any(event.self_device_time_total for event in averages) else "self_cpu_time_total"
         table = averages.table(sort_by=key, row_limit=TABLE_ROWS, max_name_column_width=80)
-        (self._directory / f"{name}.txt").write_text(f"torch {torch.__version__}\n{table}\n", encoding="utf-8")
+        write_text_atomically(self._directory / f"{name}.txt", f"torch {torch.__version__}\n{table}\n")
         self._say(f"profile: wrote {self._directory / name}.json.gz (open in ui.perfetto.dev) and {name}.txt")
 
     def _give_up(self, error: Exception) -> None:

@@ -24,8 +24,9 @@ class ExitReport:
     """One exit over the tokens counted.
 
     Attributes:
-        loss: Mean loss, in nats a token.
-        token_accuracy: Share of tokens predicted right.
+        loss: Mean loss, in nats a token: over all trained tokens, or with --no-calculate-per-token-loss over the means of
+            micro-batches that have trained tokens. None where none was trained.
+        token_accuracy: Share of tokens predicted right; None where none was trained.
         exact_match: Share of documents with every trained token predicted right, which is what greedy decoding from the prompt
             would reproduce; None where documents were not counted.
         num_tokens: Trained tokens.
@@ -40,8 +41,8 @@ class ExitReport:
         gradient_ratio: Norm of the first over that of the second.
     """
 
-    loss: float
-    token_accuracy: float
+    loss: float | None
+    token_accuracy: float | None
     exact_match: float | None
     num_tokens: float
     grad_norm: float | None = None
@@ -136,7 +137,7 @@ def _reduce_sums(ledger: Ledger, settings: Settings, checksum: int) -> tuple[dic
     for row, depth in enumerate(depths):
         numbers = dict(zip(COLUMNS, table[row].tolist(), strict=False))
         seen, agreed = (table[row, len(COLUMNS) :] / tp).view(2, drafted).tolist()
-        if numbers["micro_batches"]:
+        if numbers["calls"]:
             reports[depth] = _exit_report(numbers, settings, tp, whole_gradient, ranks_a_stage, seen, agreed, depth == settings.num_layers)
     return reports, int(table[-1, 0]) % CHECKSUM_RANGE
 
@@ -144,23 +145,25 @@ def _reduce_sums(ledger: Ledger, settings: Settings, checksum: int) -> tuple[dic
 def _exit_report(numbers: dict[str, float], settings: Settings, tp: int, whole_gradient: int, ranks_a_stage: int, seen: list[float],
                  agreed: list[float], is_last: bool) -> ExitReport:
     tokens = numbers["tokens"] / tp
-    some = max(tokens, 1)
-    loss = numbers["loss"] / tp / some if settings.calculate_per_token_loss else numbers["mean_loss"] / numbers["micro_batches"]
+    loss = accuracy = None  # there is no mean of nothing
+    if tokens:
+        loss = numbers["loss"] / tp / tokens if settings.calculate_per_token_loss else numbers["mean_loss"] / numbers["micro_batches"]
+        accuracy = numbers["correct"] / tp / tokens
     grad_norm = None
     if numbers["steps"]:
         grad_norm = math.sqrt(numbers["gradient_square"] / whole_gradient / (numbers["steps"] / ranks_a_stage))
     agreement = length = None
     if seen[0]:
         agreement, length = agreed[0] / seen[0], 1.0 if is_last else accept_length(seen, agreed)
-    return ExitReport(loss, numbers["correct"] / tp / some, numbers["exact_pieces"] / numbers["pieces"] if numbers["pieces"] else None,
-                      tokens, grad_norm, agreement, length, _mean_kd(numbers, settings, tp, some), *_meeting(numbers))
+    return ExitReport(loss, accuracy, numbers["exact_pieces"] / numbers["pieces"] if numbers["pieces"] else None,
+                      tokens, grad_norm, agreement, length, _mean_kd(numbers, settings, tp, tokens), *_meeting(numbers))
 
 
-def _mean_kd(numbers: dict[str, float], settings: Settings, tp: int, some_tokens: float) -> float | None:
+def _mean_kd(numbers: dict[str, float], settings: Settings, tp: int, tokens: float) -> float | None:
     """Returns the mean divergence from the teacher, by the rule that the loss is averaged by."""
     if not numbers["taught_batches"]:
         return None
-    return numbers["kl"] / tp / some_tokens if settings.calculate_per_token_loss else numbers["mean_kl"] / numbers["taught_batches"]
+    return numbers["kl"] / tp / tokens if settings.calculate_per_token_loss else numbers["mean_kl"] / numbers["taught_batches"]
 
 
 def _meeting(numbers: dict[str, float]) -> tuple[float | None, float | None]:

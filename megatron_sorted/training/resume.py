@@ -11,6 +11,7 @@ from megatron_sorted.conversion.network import is_hugging_face
 from megatron_sorted.data.identity import describe_changes
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.files import same_path
 from megatron_sorted.settings.derived import document_masks
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
@@ -45,20 +46,28 @@ def _word(value: Any) -> str:
 def settle_document_masks(settings: Settings) -> Settings:
     """Return the settings with --reset-attention-mask, --reset-position-ids and --eod-mask-loss decided where they were not given.
 
-    A run that continues a checkpoint, or evaluates one, goes on as it was trained; checkpoints of 0.6.0 and before were trained
-    without them. All other runs take the defaults of ``settings.derived.document_masks``.
+    A run that continues a checkpoint (of --load, or in --save the same command's), or evaluates one, goes on as it was trained;
+    checkpoints of 0.6.0 and before were trained without them. All other runs take the defaults of ``settings.derived.document_masks``.
 
     Raises:
         CheckpointError: The checkpoint that --ckpt-step names is missing or unusable.
     """
-    root, saved = settings.load and Path(settings.load), {}
-    if root and root.is_dir() and not settings.finetune and not is_hugging_face(root):
-        usable = find_candidates(root, settings.ckpt_step).usable
-        if usable and not usable[0].weights_only:
-            saved = {**BEFORE, **usable[0].manifest["settings"]}
+    found = None
+    if settings.load and not settings.finetune:
+        found = _newest_to_continue(Path(settings.load), settings.ckpt_step)
+    if settings.save and not settings.skip_train and not (found and same_path(settings.load, settings.save)):
+        found = _newest_to_continue(Path(settings.save)) or found  # with which same_run.go_on_in_save will go on
+    saved = {**BEFORE, **found.manifest["settings"]} if found else {}
     kept = {name: saved[name] for name in BEFORE if saved.get(name) is not None and getattr(settings, name) is None}
     settings = dataclasses.replace(settings, **kept)
     return dataclasses.replace(settings, **document_masks(settings))
+
+
+def _newest_to_continue(root: Path, step: int | None = None) -> Candidate | None:
+    if not root.is_dir() or is_hugging_face(root):
+        return None
+    usable = find_candidates(root, step).usable
+    return usable[0] if usable and not usable[0].weights_only else None
 
 
 def takes_weights_only(candidate: Candidate, settings: Settings) -> bool:

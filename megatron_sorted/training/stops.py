@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
+from megatron_sorted.files import write_text_atomically
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.control import Control, Flags

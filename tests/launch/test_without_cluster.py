@@ -183,7 +183,8 @@ def test_the_port_of_a_job_is_none_that_the_kernel_gives_away(folder, place, num
         ("SIGUSR1", (), "", -9, "requeue 17"),
         ("SIGUSR1", (), "yes", 75, "job 17 cannot be requeued. Submit the same command again"),
         ("--exit-interval 5", (), "", 0, "stopped early, not requeued"),
-        ("SIGUSR1", ("--load", "none"), "", 0, "stopped early, not requeued"),
+        ("SIGUSR1", ("--finetune",), "", 0, "stopped early, not requeued"),
+        ("SIGUSR1", ("--load", "none"), "", -9, "requeue 17"),  # started again it goes on from --save
     ],
 )
 def test_what_becomes_of_a_job_that_stopped(folder, place, reason, words, fails, status, said):

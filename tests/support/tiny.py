@@ -71,6 +71,7 @@ def instruction_samples(num_samples: int = 11) -> dict[str, torch.Tensor]:
     samples = make_samples(num_samples, TINY.seq_length, 77, packed=True)
     generator = torch.Generator().manual_seed(78)
     samples["mask"] = (torch.rand(samples["tokens"].shape, generator=generator) < 0.15).float()
+    samples["mask"][4] = 0  # one without a trained token: it is in no mean
     samples["labels"] = torch.where(torch.rand(samples["tokens"].shape, generator=generator) < 0.5, 7, samples["labels"])
     return samples
 

@@ -89,6 +89,18 @@ def test_a_job_that_is_started_again_goes_on_from_its_own_checkpoints(folder):
     assert {"huggingface/config.json", "huggingface/generation_config.json", "tokenizer/chat_template.jinja"} <= set(manifest["files"])
 
 
+def test_the_same_line_twice_goes_on_from_what_it_saved(folder):
+    words = (*RUN, "--load", "llama3", "--exit-layer-nums", 1, "--save", "run")
+    assert "loaded llama3: weights only (it holds nothing else), starting at step 0" in pretrain(1, folder, *words, "--exit-interval", 1)
+    lines = pretrain(1, folder, *words)
+    assert "--save run holds checkpoints of this run up to step 1: going on from them, not from llama3" in lines
+    assert any(line.startswith("loaded run/iter_0000001: step 1") for line in lines)
+    first, second = (read_manifest(folder / "run" / f"iter_000000{step}") for step in (1, 2))
+    assert first["run_id"] == second["run_id"] and first["start"] == second["start"]
+    with pytest.raises(AssertionError, match=r"up to step 2 of another run: it started from the Hugging Face"):
+        pretrain(1, folder, *RUN, "--load", "qwen3", "--exit-layer-nums", 1, "--save", "run")
+
+
 def test_new_norms_and_heads_begin_as_the_last_exits(folder):
     shared, own = (*RUN, "--exit-layer-nums", 1, 3), ("--use-exit-norm", "--untie-exit-output-weights")
     pretrain(1, folder, *shared, "--load", "llama3", "--save", "shared")

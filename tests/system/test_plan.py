@@ -15,7 +15,8 @@ from tests.support.planned_run import RUN
 RUN_ON_CPU = RUN + "device: cpu\n"
 LAYOUTS = {
     "tp2 pp2 dp2": (
-        8, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --global-batch-size 16 --use-distributed-optimizer"),
+        8, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --global-batch-size 16 --use-distributed-optimizer "
+        "--bf16 --overlap-grad-reduce --overlap-param-gather"),
     "unequal chunks, sandwich": (
         8, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-layout "
         "Et|t*3|tt|ttL --use-sandwich-norm --untie-embeddings-and-output-weights --recompute-granularity full --global-batch-size 16"),
@@ -49,6 +50,13 @@ def test_every_rank_built_and_stepped_dry_is_as_planned(name, tmp_path):
     dry = json.loads(done.stdout)["dry_run"]
     assert dry["ranks"] == world_size and dry["problems"] == []
     assert (dry["messages"] > 0) == ("pipeline" in words)
+
+
+@pytest.mark.parametrize("ranks", ["0", pytest.param("all", marks=pytest.mark.long)])
+def test_the_flagship_is_stepped_dry_as_planned(ranks):
+    """38 billion parameters on 128 NPUs, whose parameters are gathered while forward goes on."""
+    done = run_command("tools/plan.py", "examples/pangu_38b_16x8.yaml", "--dry-run", ranks, cwd=ROOT, seconds=3000)
+    assert done.returncode == 0 and "everything as planned" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_a_plan_that_is_wrong_is_found_out(tmp_path):

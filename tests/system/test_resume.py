@@ -157,3 +157,8 @@ def test_a_run_goes_on_after_its_first_checkpoint_was_not_named_yet(folder):
     assert any(line.startswith("loaded save/iter_0000004: step 4") for line in lines)
 
 
+def test_damaged_small_files_are_found_also_where_shards_are_not_read(folder):
+    flip(folder / "save" / "iter_0000004" / ".metadata")
+    lines = pretrain(1, folder, *RUN, "--pipeline-model-parallel-size", 1, "--load", "save", "--train-iters", 5, "--no-verify-checkpoint")
+    assert any(line.startswith("passed over save/iter_0000004/.metadata: damaged (sha256 ") for line in lines)
+    assert any(line.startswith("loaded save/iter_0000002: step 2") for line in lines)

@@ -1,6 +1,10 @@
 """Which checkpoint a resume takes, and what it says of the others."""
 
+import contextlib
+import hashlib
+import json
 import re
+import shutil
 
 import pytest
 
@@ -144,3 +148,58 @@ def test_weights_imported_anew_go_before_an_older_run(tmp_path):
     write(tmp_path, 5, run_id="b", saved_at="2026-01-03T00:00")
     found = find_candidates(tmp_path)
     assert steps(found) == [5]
+
+
+def test_a_copy_under_another_name_is_passed_over_by_name(tmp_path):
+    for step in (4, 8):
+        write(tmp_path, step)
+    shutil.copytree(tmp_path / "iter_0000004", tmp_path / "iter_0000099")
+    found = find_candidates(tmp_path)
+    assert steps(found) == [8, 4]
+    assert found.passed_over(found.usable[0]) == [
+        f"{tmp_path}/iter_0000099: its manifest says step 4, so it is a copy under another name. Take it away, or name it iter_0000004."]
+    with pytest.raises(CheckpointError, match="its manifest says step 4"):
+        find_candidates(tmp_path, 99)
+
+
+@pytest.mark.parametrize("name", ["iter_00000012", "iter_٠٠٠٠٠١٢", "iter_0000012 ", "iter_" + "9" * 5000])
+def test_other_spellings_of_a_step_are_no_checkpoints(tmp_path, name):
+    write(tmp_path, 10)
+    with contextlib.suppress(OSError):  # some names are too long for a file system
+        shutil.copytree(tmp_path / "iter_0000010", tmp_path / name)
+    assert steps(find_candidates(tmp_path)) == [10]
+
+
+@pytest.mark.parametrize("content", [b"9" * 5000, "²".encode(), b"\xff\xfe", b"\0" * 40, b"-0", b"[" * 100_000])
+def test_a_tracker_of_any_bytes_is_said_and_done_without(tmp_path, content):
+    write(tmp_path, 10)
+    (tmp_path / TRACKER).write_bytes(content)
+    found = find_candidates(tmp_path)
+    assert steps(found) == [10] and len(found.passed_over(found.usable[0])) == 1
+    with pytest.raises(CheckpointError):
+        tracked_step(tmp_path)
+
+
+def whole(**entries) -> str:
+    """Return a manifest whose own hash is right, with other entries."""
+    manifest = json.loads(manifest_text({"run_id": "a", "saved_at": "2026"}, Progress(20, 1), {}))
+    manifest = {key: value for key, value in {**manifest, **entries}.items() if value is not None and key != "sha256"}
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest})
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 100_000, '{"a":' * 100_000, '{"format": ' + "9" * 5000 + "}", "\0", "null", '{"format": 2.0}', '{"format": true}',
+    whole(progress=None), whole(progress=[]), whole(progress={"step": "20", "samples": 1}), whole(progress={"step": -1, "samples": 1}),
+    whole(progress={"step": True, "samples": 1}), whole(files=[]), whole(files={"x": None}), whole(files={"x": {"bytes": 0}}),
+    whole(files={"../../etc/passwd": {"bytes": 1, "sha256": ""}}), whole(files={"/etc/passwd": {"bytes": 1, "sha256": ""}}),
+    whole(run_id=None), whole(run_id=7), whole(saved_at=None), whole(settings="x"), whole(shape=[]), whole(tokenizer="x"),
+])  # fmt: skip
+def test_a_manifest_of_any_content_is_passed_over(tmp_path, text):
+    write(tmp_path, 10)
+    directory = write(tmp_path, 20)
+    (directory / MANIFEST).write_text(text)
+    found = find_candidates(tmp_path)
+    assert steps(found) == [10]
+    [said] = found.passed_over(found.usable[0])
+    assert "\n" not in said and len(said) < 400

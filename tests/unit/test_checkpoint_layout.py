@@ -7,13 +7,12 @@ import pytest
 from megatron_sorted.checkpoint.layout import (
     TRACKER,
     iteration_directory,
-    remove_checkpoint,
-    remove_left_overs,
     saved_steps,
     steps_to_remove,
-    write_text_atomically,
     writing_directory,
 )
+from megatron_sorted.checkpoint.publishing import remove_checkpoint, remove_left_overs
+from megatron_sorted.files import write_text_atomically
 
 
 def test_names_sort_by_step_and_take_long_runs(tmp_path):

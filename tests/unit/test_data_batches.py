@@ -15,6 +15,7 @@ from megatron_sorted.data.batches import (
     make_test_sets,
     make_train_batches,
     num_eval_batches,
+    open_train_samples,
 )
 from megatron_sorted.data.indexed import Documents, IndexedWriter
 from megatron_sorted.data.sample import Sample
@@ -156,3 +157,15 @@ def test_mock_data():
     batch = next(make_train_batches(settings, None, 1, 2))
     assert batch.tokens_bs.shape == (2, 4) and batch.num_tokens == 8 and batch.segments_bs is None
     assert len(make_eval_sets(settings, None)["mock"]) == 12 and make_test_sets(settings, None) == {}
+
+
+def test_training_data_without_a_trained_token_are_refused(tmp_path, settings):
+    """Prompts alone, and a response that is a document's first token, which nothing predicts."""
+    prefix = str(tmp_path / "prompts_text_document")
+    with IndexedWriter(prefix, np.uint16, with_modes=True) as writer:
+        writer.append(Documents(np.arange(7), np.array([3, 1, 3]), np.array([0, 1, 0]), np.array([1, 2])))
+    for given in ((prefix,), ("1", settings.data_path[0], "2", prefix)):
+        with pytest.raises(DataError, match="none of the 2 documents in this share has a token that is trained on"):
+            open_train_samples(replace(settings, data_path=given, split="100,0"), 64)
+    # to evaluate on them is no error: their loss is reported as none
+    assert make_eval_sets(replace(settings, valid_data_path=(prefix,)), 64)

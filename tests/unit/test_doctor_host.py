@@ -15,7 +15,9 @@ from doctor.finding import FAIL, OK, WARN, worst
 from doctor.interfaces import Interface
 from doctor.limits import Container
 from doctor.probes import Probe, probe
-from doctor.world import World, read_world
+
+from megatron_sorted.errors import PlatformError
+from megatron_sorted.platform.processes import World, read_world, read_world_of_training
 
 GIB = 2**30
 TORCH = {"version": "2.13.0", "file": "/x/torch/__init__.py", "distributed": True, "gloo": True}
@@ -66,12 +68,13 @@ def test_copies_on_the_path_and_editable_ones(tmp_path):
 
 
 @pytest.mark.parametrize(("versions", "verdict", "words"), [
-    ([], FAIL, "not found"), (["0.16.1"], OK, "0.16.1 in /a0"), (["0.16.0"], WARN, "0.16.0"), (["0.12.1"], FAIL, "0.12.1"),
-    (["0.16.1", "0.12.1"], WARN, "2 copies; taken: 0.16.1 in /a0; also: 0.12.1 in /a1"), (["0.12.1", "0.16.1"], FAIL, "taken: 0.12.1"),
+    ([], FAIL, "not found"), (["0.16.1"], OK, "0.16.1 in /a0"), (["0.15.3"], OK, "0.15.3"), (["0.12.1"], WARN, "0.12.1"),
+    (["0.12.0"], FAIL, "0.12.0"), (["0.17.0"], FAIL, "0.17.0"), (["unknown"], FAIL, "unknown"),
+    (["0.16.1", "0.11.0"], WARN, "2 copies; taken: 0.16.1 in /a0; also: 0.11.0 in /a1"), (["0.11.0", "0.16.1"], FAIL, "taken: 0.11.0"),
 ])  # fmt: skip
 def test_copies_are_judged_by_the_one_that_is_taken(versions, verdict, words):
     copies = [packages.Copy(f"/a{number}", version) for number, version in enumerate(versions)]
-    found = only(packages.check_copies("megatron-core", copies, "0.16.1"))
+    found = only(packages.check_megatron_copies(copies))
     assert found.verdict == verdict and words in found.value and bool(found.remedy) == (verdict != OK)
 
 
@@ -332,8 +335,8 @@ def test_the_size_of_a_checkpoint(tmp_path):
 def test_processes_a_run_is_checked_for(tmp_path):
     settings = settings_of(tmp_path)
     wanted = run_file.wanted_processes
-    assert (wanted(settings, 16, 4, 8), wanted(settings, None, 4, 8)) == (16, 4)
-    assert (wanted(settings, None, None, 8), wanted(settings, None, None, 0), wanted(settings, None, None, 3)) == (8, 2, 2)
+    assert (wanted(settings, 16, 4, 128, 8), wanted(settings, None, 4, 128, 8), wanted(settings, None, None, 128, 8)) == (16, 4, 128)
+    assert [wanted(settings, None, None, None, devices) for devices in (8, 0, 3)] == [8, 2, 2]
 
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
@@ -353,5 +356,30 @@ def test_worlds(environment, world, num_nodes):
     ({**TORCHRUN, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"), ({**SRUN, "SLURM_NODEID": ""}, "SLURM_NODEID is ''"),
 ])  # fmt: skip
 def test_a_world_that_cannot_be(environment, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(PlatformError, match=words):
         read_world(environment)
+
+
+@pytest.mark.parametrize(("environment", "launcher"), [
+    ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "srun"),
+    ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "srun"), ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "mpirun"),
+    ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "mpiexec"),
+])  # fmt: skip
+def test_tasks_that_would_each_be_a_run_of_their_own_are_refused(environment, launcher):
+    with pytest.raises(PlatformError, match=f"{launcher} started 2 tasks .* torchrun, on several hosts with slurm/gpu.sbatch"):
+        read_world_of_training(environment)
+    # torchrun below it is what is asked for
+    assert read_world_of_training({**environment, **TORCHRUN}) == World(5, 8, 1, 4, 1)
+
+
+@pytest.mark.parametrize("environment", [
+    {}, {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+    {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"},  # the shell of a batch job
+])  # fmt: skip
+def test_one_task_is_one_process(environment):
+    assert read_world_of_training(environment) == World()
+
+
+def test_a_size_without_a_rank_is_refused():
+    with pytest.raises(PlatformError, match="WORLD_SIZE is 4 and RANK is unset"):
+        read_world_of_training({"WORLD_SIZE": "4"})

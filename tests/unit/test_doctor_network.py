@@ -19,7 +19,8 @@ from doctor.network.pairs import ACROSS, WITHIN, pair_rounds, ring_rounds
 from doctor.network.trial import judge
 from doctor.network.watch import explain
 from doctor.table import as_data, as_text, merge_hosts
-from doctor.world import World
+
+from megatron_sorted.platform.processes import World
 
 NAMES = {rank: f"rank {rank} on n{rank // 2}" for rank in range(8)}
 

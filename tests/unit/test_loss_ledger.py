@@ -20,11 +20,20 @@ def test_sums_by_hand():
     ledger.add(2, *one_token(3.0))
     ledger.add(4, ExitLoss(torch.empty(0), torch.empty(0, dtype=torch.bool)), torch.empty(0))
     # loss 1 + 2 + 2 + 3; correct 1 + 0.5; tokens 2.5 + 1; means 5 / 2.5 + 3; two micro-batches; no pieces, gradients or steps given
-    assert ledger.sums[2].tolist() == [8.0, 1.5, 3.5, 5.0, 2.0, *[0.0] * 10] and ledger.sums[2].dtype == torch.float64
-    assert ledger.sums[4].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0, *[0.0] * 10]
-    assert len(COLUMNS) == 15
+    assert ledger.sums[2].tolist() == [8.0, 1.5, 3.5, 5.0, 2.0, 2.0, *[0.0] * 10] and ledger.sums[2].dtype == torch.float64
+    # a micro-batch without a trained token was called, but is in no mean
+    assert ledger.sums[4].tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, *[0.0] * 10]
+    assert len(COLUMNS) == 16
     ledger.clear()
     assert ledger == Ledger()
+
+
+def test_a_part_of_a_micro_batch_takes_the_mean_of_the_whole():
+    ledger = Ledger()
+    ledger.add(1, *one_token(3.0), whole=(torch.tensor(10.0), torch.tensor(4.0)))
+    ledger.add(1, ExitLoss(torch.empty(0), torch.empty(0, dtype=torch.bool)), torch.empty(0), whole=(torch.tensor(10.0), torch.tensor(4.0)))
+    sums = dict(zip(COLUMNS, ledger.sums[1].tolist(), strict=True))
+    assert (sums["loss"], sums["tokens"], sums["mean_loss"], sums["micro_batches"]) == (3.0, 1.0, 5.0, 2.0)
 
 
 def test_pieces_with_every_label_right():
@@ -67,7 +76,7 @@ def test_a_merged_ledger_can_go_on_by_itself():
     one.add_gradient(3, torch.tensor([7.0]))
     one.finish_step(torch.tensor(1.0))
     one.add_drafts(3, torch.tensor([[4, 2], [3, 1]]))
-    assert interval.sums[3].tolist() == [1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, *[0.0] * 6]
+    assert interval.sums[3].tolist() == [1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, *[0.0] * 6]
     assert interval.drafts[3].tolist() == [[4, 2], [3, 1]]
     interval.merge(one)
     assert interval.drafts[3].tolist() == [[12, 6], [9, 3]]

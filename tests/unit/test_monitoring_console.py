@@ -45,6 +45,13 @@ def test_evaluation_table():
     assert evaluation_lines(text).splitlines()[-1] == "      2   1.000        50.0 %            -"
 
 
+def test_what_has_no_trained_token_has_no_loss():
+    nothing = ExitNumbers(None, None)
+    assert "loss @2 none  @8 2.346" in step_line(dataclasses.replace(STEP, exits={2: nothing, 8: STEP.exits[8]}))
+    rows = evaluation_lines(dataclasses.replace(EVALUATION, num_tokens=0, exits={2: nothing})).splitlines()
+    assert rows[-1] == "      2    none             -            -"
+
+
 def test_device_numbers_follow_where_they_are_known():
     report = dataclasses.replace(STEP, skipped=3, nonfinite=2, tflops_per_device=312.44, mfu=0.3159, memory_bytes=61 * 2**30 + 2**29)
     assert step_line(report) == (

@@ -57,6 +57,11 @@ def test_numbers_that_json_does_not_know_are_null(tmp_path):
     assert line["exits"]["8"]["loss"] == 800.0 and line["exits"]["8"]["perplexity"] is None  # e^800 is above every double
 
 
+def test_no_trained_token_is_null_and_not_a_loss_of_0():
+    exits = json.loads(json.dumps(json_line(dataclasses.replace(STEP, exits={2: ExitNumbers(None, None)}))))["exits"]
+    assert exits["2"]["loss"] is None and exits["2"]["perplexity"] is None and exits["2"]["token_accuracy"] is None
+
+
 @pytest.mark.parametrize("before", [0, 1, 3])
 @pytest.mark.parametrize("torn", [b"{", b'{"kind": "train", "step": 5', b'{"x": "' + b"y" * 200_000])
 def test_a_torn_line_is_moved_away(tmp_path, torn, before):

@@ -88,7 +88,7 @@ def test_fully_sharded_runs_are_planned(plan):
 
 def test_limits_no_layout_keeps_and_the_numbers_for_programs(plan):
     status, said = plan(8, "--device", "cpu", "--memory-gb", "0.001", "--search")
-    assert status == 1 and "layouts fits into 0.0 GB a rank; the smallest needs" in said
+    assert status == 1 and "layouts surely fits into 0.0 GB a rank; the smallest needs" in said
     status, said = plan(8, "--device", "cpu", "--memory-gb", "0.001", "--json")
     assert status == 1 and json.loads(said)["fits"] is False
     assert json.loads(said)["launch"].startswith("torchrun --nproc-per-node 8 ")
@@ -100,3 +100,45 @@ def test_a_split_that_the_rules_refuse_is_not_proposed(plan):
              "--recompute-granularity", "full", "--vocab-size", "20000", "--device", "cpu"]
     assert "--pipeline-model-parallel-layout" in plan(2, *words)[1]
     assert "--pipeline-model-parallel-layout" not in plan(2, *words, "--recompute-num-layers", "4")[1]
+
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+ASKED = {"demo_nested.yaml", "nested_52m.yaml"}  # their tokenizers are made by a user
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_is_planned_or_what_is_missing_is_asked_for(path, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)  # no data and no models lie here
+    words = []
+    if path.name in ASKED:
+        monkeypatch.setattr(sys, "argv", ["plan.py", str(path)])
+        with pytest.raises(SystemExit, match=r"--vocab-size: not said, .* Give the number of its tokens: --vocab-size N"):
+            TOOL.main()
+        words = ["--vocab-size", "4096"]
+    monkeypatch.setattr(sys, "argv", ["plan.py", str(path), *words])
+    with pytest.raises(SystemExit) as ended:
+        TOOL.main()
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "memory: " in said
+    text = path.read_text()
+    assert ("note: planned for" in said) == ("# planned-device:" not in text and "device: cpu" not in text)
+    for name in ("exit-kd-weight", "tune-exit"):
+        assert (f"note: --{name} " in said) == (f"{name}:" in text)
+
+
+def test_what_is_proposed_fits_with_the_error_of_plans_to_spare(plan):
+    words = ("--device", "cpu", "--search", "--json", "--show", "1000")
+    proposed = json.loads(plan(8, *words)[1])["proposals"]
+    least, largest = (choose(one["peak_bytes"] for one in proposed) for choose in (min, max))
+    limit = (least + largest) / 2
+    found = json.loads(plan(8, *words, "--memory-gb", f"{limit / 1e9:.9f}")[1])["proposals"]
+    assert {one["peak_bytes"] for one in found} == {
+        one["peak_bytes"] for one in proposed if one["peak_bytes"] <= 0.93 * limit}
+    assert any(0.93 * limit < one["peak_bytes"] <= limit for one in proposed), "none shows the margin"
+
+
+def test_a_plan_close_to_the_limit_says_so(plan):
+    peak = max(stage["memory"]["total"] for stage in json.loads(plan(8, "--device", "cpu", "--json")[1])["plan"]["stages"])
+    for share, words in ((0.99, "DOES NOT FIT"), (1.03, "MAY NOT FIT: plans were measured up to 7.5% too low"), (1.08, ": fits, with")):
+        status, said = plan(8, "--device", "cpu", "--memory-gb", f"{share * peak / 1e9:.9f}")
+        assert words in said and status == (share < 1)

@@ -80,8 +80,8 @@ def test_context_parallel_processes_know_no_documents():
     class Packed:
         packs = True
 
-    with pytest.raises(SettingsError, match="documents are to be kept apart"):
-        check_context_parallel(given, [None, Packed()])
-    with pytest.raises(SettingsError, match="the data are packed instructions"):
-        check_context_parallel(settle_document_masks(tiny(context_parallel_size=2)), [Packed()])
-    check_context_parallel(settle_document_masks(tiny()), [Packed()])
+    with pytest.raises(SettingsError, match="documents of set 'later' are to be kept apart"):
+        check_context_parallel(given, {"the training data": None, "set 'later'": Packed()})
+    with pytest.raises(SettingsError, match="the training data are packed instructions"):
+        check_context_parallel(settle_document_masks(tiny(context_parallel_size=2)), {"the training data": Packed()})
+    check_context_parallel(settle_document_masks(tiny()), {"the training data": Packed()})

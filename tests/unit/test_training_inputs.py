@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,16 +24,29 @@ from megatron_sorted.training.inputs import find_checkpoints, open_inputs
 from megatron_sorted.training.loop import Run
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """Returns a folder with prepared data and its tokenizer, and another tokenizer."""
+def prepare_data(folder: Path) -> None:
+    """Write prepared data and its tokenizer, and another tokenizer."""
     options = EncodeOptions(tokenizer_type="SentencePieceTokenizer", tokenizer_model=None, vocab_size=None, data_format="auto",
                             prompt_template="plain", seq_length=64, too_long="truncate", append_eod=True, valid_fraction=0.0, strict=False)
     for name, word in (("mine", "Count"), ("other", "Sum")):
         lines = [json.dumps({"instruction": f"{word} all the numbers up to {i}, please",
                              "output": "Here they are: " + " ".join(map(str, range(i % 9 + 1)))}) for i in range(40)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-        prepare(PrepareOptions((str(tmp_path / f"{name}.jsonl"),), str(tmp_path / name), options, train_tokenizer=290))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        prepare(PrepareOptions((str(folder / f"{name}.jsonl"),), str(folder / name), options, train_tokenizer=290))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """Return a folder with prepared data, which tests copy: to train tokenizers takes longer than all they do."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare_data(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(prepared, tmp_path) -> Path:
+    """Return a folder with prepared data and its tokenizer, and another tokenizer."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 

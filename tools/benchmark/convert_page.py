@@ -7,6 +7,7 @@ from typing import Any
 from results.tables import table
 
 from benchmark.run_facts import bullets, rounded, write_numbers
+from megatron_sorted.files import write_text_atomically
 
 TIME_BOUND = 1.5
 MEMORY_BOUND_BYTES = 600_000_000
@@ -76,6 +77,6 @@ def write_convert_page(models: dict[str, dict[str, Any]], folder: Path, facts: d
         WORDS]
     text = "\n".join(lines)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "convert.md").write_text(text, encoding="utf-8")
+    write_text_atomically(folder / "convert.md", text)
     write_numbers(folder / "convert.json", {**facts, "holds": held, "rows": rounded(rows), "runs": rounded(models)})
     return text

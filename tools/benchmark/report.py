@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmark.cases import KINDS, VOCABULARY, case_settings
 from benchmark.flops import step_attention_flops, step_flops
 from benchmark.measure import ShapeResult
+from megatron_sorted.files import write_text_atomically
 from megatron_sorted.platform.select import choose_platform
 
 TIME_BOUND = 1.10
@@ -118,7 +119,7 @@ def write_report(shape: str, result: ShapeResult, options: argparse.Namespace, c
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     name = f"step_{shape}" + ("" if facts["device"] == "cpu" else f"_{facts['device']}") + ("_bf16" if options.bf16 else "")
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    write_text_atomically(folder / f"{name}.md", text)
     numbers = {**facts, "table": rows, "targets": verdicts(rows), "rounds": [asdict(row) for row in result.rows]}
-    (folder / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    write_text_atomically(folder / f"{name}.json", json.dumps(numbers, indent=1) + "\n")
     return text

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmark.report import PACKAGES, commit, machine
 from benchmark.run_jobs import CaseResult
+from megatron_sorted.files import write_text_atomically
 
 
 def file_system_of(path: Path) -> str:
@@ -42,7 +43,7 @@ def write_page(folder: Path, name: str, lines: list[str], numbers: dict[str, Any
     text = "\n".join(lines)
     raw = [{"case": result.case.as_dict(), "load": [result.load_before, result.load_after], "seconds": round(result.seconds, 1),
             "ranks": rounded(result.ranks)} for result in results]
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    write_text_atomically(folder / f"{name}.md", text)
     write_numbers(folder / f"{name}.json", {**rounded(numbers), "runs": raw})
     return text
 
@@ -50,7 +51,7 @@ def write_page(folder: Path, name: str, lines: list[str], numbers: dict[str, Any
 def write_numbers(path: Path, numbers: dict[str, Any]) -> None:
     """Writes plain data as JSON, one line for each key."""
     body = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in numbers.items())
-    path.write_text(f"{{\n{body}\n}}\n", encoding="utf-8")
+    write_text_atomically(path, f"{{\n{body}\n}}\n")
 
 
 def rounded(value: Any) -> Any:

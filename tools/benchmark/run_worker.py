@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_sorted.platform.processes import read_world_of_training
 from megatron_sorted.platform.quiet import silence_library_warnings
 from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.load import load_settings
@@ -21,7 +22,7 @@ def measure(job: dict[str, Any]) -> Any:
         job: "kind", "words" (the run's command line), "folder", "rounds", "leg_steps", "intervals".
     """
     settings = load_settings(job["words"])
-    check_settings(settings, int(os.environ.get("WORLD_SIZE", 1)))
+    check_settings(settings, read_world_of_training(os.environ).size)
     silence_library_warnings()
     logging.disable(logging.WARNING)  # of Megatron, on CPU: one random state serves where it expects two
     from megatron_sorted.training.loop import Run

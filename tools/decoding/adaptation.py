@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.decoding.tuning import Bandit
 from megatron_sorted.decoding.ways import SPECULATIVE, Full, Way
 from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import DataError, SettingsError
+from megatron_sorted.files import write_text_atomically
 
 from .choices import CHOICES, draft_key, read_choices
 from .options import WAY_OPTIONS, named_way

@@ -5,11 +5,11 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.conversion.families import CONFIG
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.ways import WAYS
 from megatron_sorted.errors import DataError
+from megatron_sorted.files import write_text_atomically
 
 CHOICES = "decoding.json"
 """File beside the model in which tools/tune_decoding.py keeps what it chose."""

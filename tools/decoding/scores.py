@@ -10,8 +10,8 @@ from results.drawing import drawing
 from results.origin import facts
 from results.tables import table
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.files import write_text_atomically
 
 from .contest import Answer, Score, score
 from .options import sampling_of

@@ -18,7 +18,7 @@ from doctor.devices.names import OPTIONAL
 from doctor.devices.variables import check_adapters, interfaces_named
 from doctor.finding import Finding, broken, doubtful
 from doctor.probes import Probe, probe_all
-from doctor.world import World
+from megatron_sorted.platform.processes import World
 
 BACKLOGS = ("net/ipv4/tcp_max_syn_backlog", "net/core/netdev_max_backlog")
 IMPORT_SECONDS, DISK_SECONDS = 180.0, 30.0
@@ -122,9 +122,9 @@ def check_torch(probes: Mapping[str, Probe]) -> list[Finding]:
 
 
 def check_megatron(probes: Mapping[str, Probe], path: list[str]) -> list[Finding]:
-    """Returns whether one megatron-core of the tested version can be imported."""
+    """Return whether one megatron-core can be imported, of a version that training runs on."""
     copies = packages.copies_of("megatron/core", "megatron-core", path)
-    found = packages.check_copies("megatron-core", copies, packages.TESTED_MEGATRON)
+    found = packages.check_megatron_copies(copies)
     if copies and probes["megatron"].facts is None and probes["torch"].facts is not None:
         found.append(broken("import megatron.core", probes["megatron"].error,
                             "Mend what it names; Apex and Transformer Engine have lines of their own."))
@@ -162,7 +162,8 @@ def check_run_file(question: Question, devices: DevicesHere, environment: Mappin
         return found
     device = devices.chosen(device_of(question))
     num_devices = devices.count(device, environment)
-    size = run_file.wanted_processes(settings, question.world_size, world.size if world.size > 1 else None, num_devices)
+    of_job = world.size if world.size > 1 else None
+    size = run_file.wanted_processes(settings, question.world_size, of_job, run_file.said_processes(question.run), num_devices)
     site = run_file.Site(device, num_devices, devices.has_bf16(device), size, world.local_size if world.size > 1 else None)
     found = run_file.check_run(settings, site) + devices.check_waits(device, environment, 60 * settings.distributed_timeout_minutes)
     needed: Any = run_file.checkpoint_bytes(settings) if settings.save else None

@@ -9,9 +9,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from doctor.finding import Finding, broken, doubtful, fine
+from megatron_sorted.errors import PlatformError
+from megatron_sorted.platform import versions
 
 OLDEST_PYTHON = (3, 10)
-TESTED_MEGATRON = "0.16.1"
 # what training imports, and the oldest version that will do
 REQUIRED = {"numpy": (), "pydantic": (2,), "PyYAML": (), "sentencepiece": (), "safetensors": (), "psutil": ()}
 WHY = {"psutil": "; without it megatron's checkpoint writer hangs for ever"}
@@ -108,29 +109,27 @@ def copies_of(package: str, distribution: str, path: Sequence[str]) -> list[Copy
     return list(folders.values())
 
 
-def check_copies(name: str, copies: Sequence[Copy], wanted: str | None) -> list[Finding]:
-    """Returns whether there is one copy of a package, and the right one.
+def check_megatron_copies(copies: Sequence[Copy]) -> list[Finding]:
+    """Return whether there is one copy of megatron-core, of a version that training accepts.
 
     Args:
-        name: Of the package.
         copies: The one Python takes first.
-        wanted: Version it must have; None: any.
     """
+    name, wanted = "megatron-core", f"'megatron-core=={'.'.join(map(str, versions.NEWEST))}.*'"
     if not copies:
-        return [broken(name, "not found", f"pip install {name}" + (f"=={wanted}" if wanted else ""))]
+        return [broken(name, "not found", f"pip install {wanted}")]
     first, *others = copies
     remedy = f"Take {first.folder} out of PYTHONPATH, or pip uninstall what put it on the path"
-    same_kind = wanted is None or numbers_of(first.version)[:2] == numbers_of(wanted)[:2]
+    shown = f"{len(copies)} copies; taken: {first}; also: {'; '.join(map(str, others))}" if others else str(first)
+    try:
+        versions.check_megatron_version(first.version)
+    except PlatformError:
+        return [broken(name, shown, f"pip install {wanted}; {remedy}, if it is a checkout.")]
     if others:
-        shown = f"{len(copies)} copies; taken: {first}; also: {'; '.join(map(str, others))}"
-        if not same_kind:
-            return [broken(name, shown, f"{remedy}: {wanted} is needed.")]
         return [doubtful(name, shown, f"Keep one: which is taken depends on the folder and way a program is started. {remedy} "
                                       f"or remove {others[0].folder}.")]
-    if not same_kind:
-        return [broken(name, str(first), f"pip install {name}=={wanted}; {remedy}, if it is a checkout.")]
-    if wanted is not None and first.version != wanted:
-        return [doubtful(name, str(first), f"Tested with {wanted}: pip install {name}=={wanted}.")]
+    if not versions.can_do_all(first.version):
+        return [doubtful(name, shown, f"Training runs on it, without what needs {'.'.join(map(str, versions.ALL))}: pip install {wanted}.")]
     return [fine(name, first)]
 
 

@@ -82,6 +82,7 @@ def _check_devices(settings: Any, site: Site) -> list[Finding]:
 
 
 def _check_files(settings: Any) -> list[Finding]:
+    from megatron_sorted.files import same_path
     from megatron_sorted.settings.derived import data_prefixes
 
     found, seen = [], 0
@@ -95,7 +96,7 @@ def _check_files(settings: Any) -> list[Finding]:
         path = Path(settings.tokenizer_model)
         found += [] if path.is_dir() else _check_file("--tokenizer-model", path)
         seen += 1
-    if settings.load is not None and not Path(settings.load).is_dir() and settings.load != settings.save:
+    if settings.load is not None and not Path(settings.load).is_dir() and not same_path(settings.load, settings.save):
         found.append(broken("--load", f"{settings.load} is not a folder on this host", "Give one that holds a checkpoint."))
     return found or [fine("data and tokenizer", f"{seen} files there" if seen else "no files needed")]
 
@@ -131,9 +132,20 @@ def checkpoint_bytes(settings: Any) -> int | None:
     return parameters * (weights + optimizer)
 
 
-def wanted_processes(settings: Any, given: int | None, of_job: int | None, num_devices: int) -> int:
-    """Returns how many processes a run is checked for: as given, those of this job, this host's devices, else the fewest that can be."""
-    if given or of_job:
-        return given or of_job
+def said_processes(path: Path) -> int | None:
+    """Return the number of processes that a run file's head says it is meant for, as the plan and the launchers read it."""
+    from megatron_sorted.settings.run_head import said_in_head
+
+    said = said_in_head(path, "world-size")
+    return int(said) if said is not None and said.isdecimal() and int(said) else None
+
+
+def wanted_processes(settings: Any, given: int | None, of_job: int | None, said: int | None, num_devices: int) -> int:
+    """Return how many processes a run is checked for.
+
+    As given, those of this job, those that its file says, this host's devices, else the fewest that can be.
+    """
+    if given or of_job or said:
+        return given or of_job or said
     fewest = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size * settings.context_parallel_size
     return num_devices if num_devices and num_devices % fewest == 0 else fewest

@@ -159,13 +159,16 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
         questions[name] = QuestionSet(asked, write_prompts(asked, values.shots, examples or found, template, values.seed),
                                       [as_conversation(*pair) for pair in zip(asked, some, strict=True)] if as_turns else [])
     texts = {name: read_documents(path, values.separator, values.limit) for name, path in _by_name(values.text).items()}
+    harness = Harness(values.tasks, values.tasks_path) if values.tasks else None
+    if harness is not None:
+        harness.check(allowed)
     heads = read_documents(values.train_heads, values.separator) if values.train_heads else None
     training = HeadTraining(values.train_heads_epochs, values.train_heads_lr, values.train_heads_batch_size, seed=values.seed)
     return Measures(
         texts, questions, seq_length, values.stride or seq_length, prepared,
         tuple(values.depths) if values.depths else None, KINDS[values.dtype],
         values.tokenizer, values.prompt_template, values.append_eos, values.batch_tokens, values.batch_size, values.max_new_tokens,
-        Harness(values.tasks, values.tasks_path) if values.tasks else None, values.task_shots, values.task_limit, heads, training,
+        harness, values.task_shots, values.task_limit, heads, training,
         values.save_heads, values.overwrite)
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from megatron_sorted.files import replaced_file
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: told apart by colour-blind readers
 MARKERS = "osD^vP"
 MAX_MODELS = len(COLOURS)
@@ -76,10 +78,9 @@ def draw(results: dict, output: Path) -> None:
         for row, (left, right) in zip(rows, grid, strict=True):
             _label(left, row, lambda line: line.depths)
             _label(right, row, lambda line: line.flops)
-        aside = output.with_name(f".{output.name}.writing")
-        figure.savefig(aside, format="png")
+        with replaced_file(output) as aside:
+            figure.savefig(aside, format="png")
         pyplot.close(figure)
-    aside.replace(output)
 
 
 def _lines(results: dict, measured: dict, number: Callable[[dict], tuple[float, float | None]]) -> list[Line]:

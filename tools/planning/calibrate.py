@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_sorted.errors import SettingsError
+from megatron_sorted.files import write_text_atomically
 
 SIZE, BYTES, REPEATS = 768, 64 << 20, 5
 
@@ -40,5 +41,5 @@ def calibrate(path: Path, cores: int) -> dict[str, float]:
     out = torch.empty_like(numbers)
     rates["memory_rate"] = 2 * BYTES / _best_seconds(lambda: torch.mul(numbers, 1.5, out=out))
     rates["per_host"] = cores
-    path.write_text(json.dumps(rates, indent=1) + "\n", encoding="utf-8")
+    write_text_atomically(path, json.dumps(rates, indent=1) + "\n")
     return rates

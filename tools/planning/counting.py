@@ -31,7 +31,8 @@ class Counter(TorchDispatchMode):
     Attributes:
         flops: Operations, a multiply-add counting 2.
         sent, received: {rank: messages, in order}.
-        collective_bytes: {ranks of the group: bytes that a rank sends if the group is a ring}.
+        collective_bytes: {(ranks of the group, whether tensors were gathered, not summed): bytes that a rank sends if the group is a
+            ring}.
     """
 
     def __init__(self):
@@ -39,7 +40,7 @@ class Counter(TorchDispatchMode):
         self.flops = 0
         self.sent: dict[int, list[Message]] = defaultdict(list)
         self.received: dict[int, list[Message]] = defaultdict(list)
-        self.collective_bytes: dict[tuple[int, ...], float] = defaultdict(float)
+        self.collective_bytes: dict[tuple[tuple[int, ...], bool], float] = defaultdict(float)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """Returns what the operation returns, counted."""
@@ -67,7 +68,7 @@ class Counter(TorchDispatchMode):
             (self.sent if name == "send" else self.received)[peer].append(Message(tuple(tensor.shape), tensor.dtype))
         elif name in SHARES and len(ranks) > 1:
             largest = max(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
-            self.collective_bytes[ranks] += SHARES[name] * largest * (len(ranks) - 1) / len(ranks)
+            self.collective_bytes[ranks, "gather" in name] += SHARES[name] * largest * (len(ranks) - 1) / len(ranks)
 
 
 def _tensors(arg) -> list[torch.Tensor]:

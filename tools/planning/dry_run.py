@@ -86,14 +86,19 @@ def _step(settings: Settings, model: Model, platform: MetaPlatform, micro_batche
     return counter
 
 
-def by_kind_of_group(settings: Settings, world_size: int, collective_bytes: dict[tuple[int, ...], float]) -> dict[str, float]:
-    """Returns the bytes of a counter's collectives by what its groups share: layers ("tensor"), stages ("gradients"), or copies of norms
-    and heads on several stages ("copies")."""
+def by_kind_of_group(settings: Settings, world_size: int,
+                     collective_bytes: dict[tuple[tuple[int, ...], bool], float]) -> dict[str, float]:
+    """Return the bytes of a counter's collectives by what its groups share.
+
+    That is layers ("tensor"), copies of norms and heads on several stages ("copies"), or a stage,
+    whose data parallel ranks sum "gradients" and gather the "parameters" that each has updated.
+    """
     tensor, stage = settings.tensor_model_parallel_size, world_size // settings.pipeline_model_parallel_size
-    kinds = {"tensor": 0.0, "gradients": 0.0, "copies": 0.0}
-    for ranks, size in collective_bytes.items():
+    kinds = {"tensor": 0.0, "gradients": 0.0, "parameters": 0.0, "copies": 0.0}
+    for (ranks, gathered), size in collective_bytes.items():
         one_copy, one_stage = (len({rank // width for rank in ranks}) == 1 for width in (tensor, stage))
-        kinds["tensor" if one_copy else "gradients" if one_stage else "copies"] += size
+        of_stage = "parameters" if gathered else "gradients"
+        kinds["tensor" if one_copy else of_stage if one_stage else "copies"] += size
     return kinds
 
 
@@ -119,6 +124,8 @@ def visit(settings: Settings, vocab_size: int, rank: int, world_size: int, plan:
             planned = messages_of_stage(replace(settings, global_batch_size=samples), work_of_chunks(settings), place.stage, vocab_size,
                                         world_size)
             found.planned_collectives = {kind: getattr(planned, kind) for kind in found.collectives}
+            if not settings.overlap_param_gather:  # the optimizer gathers them, which a dry run has none of
+                found.planned_collectives["parameters"] = 0
         stop_process_groups()
     return found
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from megatron_sorted.planning.estimate import Plan, StagePlan
+from megatron_sorted.planning.estimate import LOWEST_RATIO, Plan, StagePlan
 from megatron_sorted.planning.search import Proposal
 from megatron_sorted.planning.split import layout_of
 from megatron_sorted.settings.derived import exit_depths, layers_of_chunks
@@ -72,7 +72,9 @@ def work_lines(plan: Plan) -> list[str]:
 
 def plan_lines(settings: Settings, plan: Plan, device: str, memory_bytes: int, launch: str, better: list[int] | None) -> list[str]:
     """Returns a plan as lines of text; ``better`` is a split of layers that weighs exits against layers, if it is another one."""
-    fits = "fits" if plan.peak_bytes <= memory_bytes else "DOES NOT FIT"
+    error = f"{1 / LOWEST_RATIO - 1:.1%}"
+    fits = (f"fits, with the {error} to spare by which plans were measured too low" if plan.needed_bytes <= memory_bytes else
+            f"MAY NOT FIT: plans were measured up to {error} too low" if plan.peak_bytes <= memory_bytes else "DOES NOT FIT")
     chunks = f" x {plan.num_chunks} chunks" if plan.num_chunks > 1 else ""
     after = ", ".join(f"{name} {seconds:.3g}" for name, seconds in plan.phases.items())
     lines = [
@@ -114,7 +116,8 @@ def layout_flags(settings: Settings, given: Settings) -> str:
 def search_lines(given: Settings, proposals: list[Proposal], tried: int, least: int, memory_bytes: int, shown: int) -> list[str]:
     """Returns the best layouts of the run ``given`` as lines of text."""
     if not proposals:
-        return [f"none of {tried} layouts fits into {memory_bytes / GB:.1f} GB a rank; the smallest needs {least / GB:.1f} GB. Use more "
+        return [f"none of {tried} layouts surely fits into {memory_bytes / GB:.1f} GB a rank; the smallest needs {least / GB:.1f} GB, with "
+                f"{1 / LOWEST_RATIO - 1:.1%} for the plan's error. Use more "
                 "processes, or a device with more memory."]
     rows = []
     for proposal in proposals[:shown]:
@@ -127,7 +130,8 @@ def search_lines(given: Settings, proposals: list[Proposal], tried: int, least: 
                      f"{plan.data_size}{' sharded' * (settings.data_parallel == 'fsdp')}",
                      str(settings.micro_batch_size), recompute, spread])
     head = ["s/step", "MFU", "GB", "bubble", "imbalance", "tp", "pp", "chunks", "dp", "micro", "recompute", "layers of a chunk"]
-    return [f"{len(proposals)} of {tried} layouts fit into {memory_bytes / GB:.1f} GB a rank; the fastest:", *_columns(head, rows), "",
+    return [f"{len(proposals)} of {tried} layouts fit into {memory_bytes / GB:.1f} GB a rank, with {1 / LOWEST_RATIO - 1:.1%} to spare for "
+            "the plan's error; the fastest:", *_columns(head, rows), "",
             f"the first: {layout_flags(proposals[0].settings, given)}"]
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_sorted.files import replaced_file
+
 
 @contextmanager
 def drawing(path: Path, title: str, width: float, height: float, columns: int = 1, **more) -> Iterator[tuple]:
@@ -26,7 +28,6 @@ def drawing(path: Path, title: str, width: float, height: float, columns: int = 
         figure.suptitle(title, x=0.01, ha="left", weight="bold")
         yield figure, axes
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.writing")
-        figure.savefig(aside, format="png")
+        with replaced_file(path) as aside:
+            figure.savefig(aside, format="png")
         pyplot.close(figure)
-    aside.replace(path)

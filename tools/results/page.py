@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
+from megatron_sorted.files import write_text_atomically
 
 from .measured import NAMES, Numbers, read_json, read_numbers
 from .origin import facts, shown

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from megatron_sorted.files import replaced_file
+
 from .measured import NAMES, Number, Numbers
 from .recipe import HEADS
 
@@ -52,10 +54,9 @@ def draw(numbers: Numbers, panels: Sequence[Panel], output: Path) -> None:
         for axes, panel in zip(row, panels, strict=True):
             _name_lines(axes, panel, numbers)
         output.parent.mkdir(parents=True, exist_ok=True)
-        aside = output.with_name(f".{output.name}.writing")
-        figure.savefig(aside, format="png")
+        with replaced_file(output) as aside:
+            figure.savefig(aside, format="png")
         pyplot.close(figure)
-    aside.replace(output)
 
 
 def place_name(line: Sequence[tuple[float, float]], size: tuple[float, float], obstacles: Sequence[tuple[float, float]],

@@ -14,8 +14,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
 from megatron_sorted.errors import SortedError
+from megatron_sorted.files import write_text_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = "python"

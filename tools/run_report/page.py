@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megatron_sorted.files import write_text_atomically
+
 from .read import Run
 
 COLUMNS = {
@@ -104,7 +106,7 @@ def write_page(runs: Sequence[Run], picture: Path, output: Path) -> None:
     title = " and ".join(run.name for run in runs)
     image = base64.b64encode(picture.read_bytes()).decode("ascii")
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    output.write_text(f"""<!doctype html>
+    write_text_atomically(output, f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{STYLE}</style></head>
 <body><h1>{escape(title)}</h1>
@@ -112,4 +114,4 @@ def write_page(runs: Sequence[Run], picture: Path, output: Path) -> None:
 <img alt="Curves of the runs; the last numbers are in the tables below" src="data:image/png;base64,{image}">
 {"".join(_section(run) for run in runs)}
 </body></html>
-""", encoding="utf-8")
+""")

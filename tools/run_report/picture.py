@@ -6,6 +6,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 
+from megatron_sorted.files import replaced_file
+
 from .read import Curve, Run
 
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: told apart by colour-blind readers
@@ -105,7 +107,8 @@ def draw(runs: Sequence[Run], output: Path) -> None:
             axes.set_title(panel.title, pad=10)
             axes.grid(color="#e4e4e4", linewidth=0.8)
             axes.set_axisbelow(True)
-        figure.savefig(output)
+        with replaced_file(output) as aside:
+            figure.savefig(aside)
         pyplot.close(figure)
 
 

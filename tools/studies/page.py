@@ -8,7 +8,7 @@ from results.origin import facts, shown
 from results.steps import Step
 from results.tables import table
 
-from megatron_sorted.checkpoint.layout import write_text_atomically
+from megatron_sorted.files import write_text_atomically
 
 from .outcomes import Outcomes, beyond, front, meets_goal
 from .picture import draw

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_sorted.files import replaced_file
+
 from .outcomes import Outcomes, front
 from .variants import FAMILIES, VARIANTS
 
@@ -58,10 +60,9 @@ def draw(outcomes: Outcomes, title: str, output: Path) -> None:
         figure.draw_without_rendering()  # the layout is known only then
         _name_points(axes, points, noise)
         output.parent.mkdir(parents=True, exist_ok=True)
-        aside = output.with_name(f".{output.name}.writing")
-        figure.savefig(aside, format="png")
+        with replaced_file(output) as aside:
+            figure.savefig(aside, format="png")
         pyplot.close(figure)
-    aside.replace(output)
 
 
 def in_view(points: Mapping[str, Point], uniform: str, noise: Point) -> tuple[dict[str, Point], dict[str, Point]]:

@@ -16,7 +16,7 @@ from doctor.devices.names import OPTIONAL, library_versions
 from doctor.devices.variables import SHOWN
 from doctor.finding import FAIL, Finding, broken, doubtful, fine
 from doctor.packages import copies_of, installed_versions
-from doctor.world import World
+from megatron_sorted.platform.processes import World
 
 # these differ between nodes for good reasons
 OF_ONE_NODE = re.compile(r".*(_SOCKET_IFNAME|_IF_IP|_VISIBLE_DEVICES|_HCA)$")

@@ -32,9 +32,9 @@ from doctor.network.meeting import (
 from doctor.network.task import Task
 from doctor.network.trial import Trial, judge
 from doctor.network.watch import Heart, Watch
-from doctor.world import World
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform.contract import Platform
+from megatron_sorted.platform.processes import World
 from megatron_sorted.platform.select import choose_platform
 
 # of a node's own examination: imports are tried twice where torch fails

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from doctor.network.cards import Card
-from doctor.world import World
+from megatron_sorted.platform.processes import World
 
 POLL_SECONDS = 0.1
 # the others wait longer than rank 0, which has something to say

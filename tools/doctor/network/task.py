@@ -7,7 +7,7 @@ from typing import Any
 
 from doctor.finding import Finding
 from doctor.local import Question, look_around
-from doctor.world import World
+from megatron_sorted.platform.processes import World
 
 Show = Callable[[Mapping[str, Sequence[Finding]], Sequence[Mapping[str, Any]]], int]
 

@@ -1,7 +1,13 @@
-"""The job a process is part of, as torchrun or srun says it."""
+"""The job a process is part of, as torchrun or srun says it. The trainer and the doctor read it here; the standard library will do."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from megatron_sorted.errors import PlatformError
+
+OTHER_LAUNCHERS = {"srun": ("SLURM_PROCID", "SLURM_NTASKS"), "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+                   "mpiexec": ("PMI_RANK", "PMI_SIZE")}
+"""{launcher: the variables in which a task finds its number and how many there are}."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ def read_world(environment: Mapping[str, str]) -> World:
     """Returns the job of this process; one process if no launcher set anything.
 
     Raises:
-        ValueError: A variable is not a number, or they contradict each other.
+        PlatformError: A variable is not a number, or they contradict each other.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         names = {"rank": "RANK", "size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_size": "LOCAL_WORLD_SIZE"}
@@ -47,12 +53,32 @@ def read_world(environment: Mapping[str, str]) -> World:
     node = next((_number(environment, name, least=0) for name in ("GROUP_RANK", "SLURM_NODEID") if name in environment), None)
     world = World(**given, node=node if node is not None else given.get("rank", 0) // given["local_size"])
     if not 0 <= world.rank < world.size:
-        raise ValueError(f"RANK: {world.rank} is not below WORLD_SIZE {world.size}.")
+        raise PlatformError(f"RANK: {world.rank} is not below WORLD_SIZE {world.size}.")
     return world
+
+
+def read_world_of_training(environment: Mapping[str, str]) -> World:
+    """Return the processes that train together, of which this is one: those of torchrun, or this one alone.
+
+    Raises:
+        PlatformError: Another launcher started several, each of which would be a run of its own.
+    """
+    if "RANK" in environment:
+        return read_world(environment)
+    if read_world(environment).size > 1 and "WORLD_SIZE" in environment:
+        raise PlatformError(f"WORLD_SIZE is {environment['WORLD_SIZE']} and RANK is unset. Start the run with torchrun, which sets both.")
+    for launcher, (rank, size) in OTHER_LAUNCHERS.items():
+        # the shell of a batch job has SLURM_NTASKS as well, and is one process outside any step
+        in_step = launcher != "srun" or "SLURM_STEP_ID" in environment or environment.get(rank, "0") != "0"
+        if rank in environment and in_step and environment.get(size, "1") != "1":
+            raise PlatformError(
+                f"{launcher} started {environment[size]} tasks of this program, and each would be a run of its own with one process. "
+                "Start it with torchrun, on several hosts with slurm/gpu.sbatch, slurm/npu.sbatch or slurm/launch_hosts.sh.")
+    return World()
 
 
 def _number(environment: Mapping[str, str], name: str, least: int) -> int:
     value = environment[name]
     if not value.isdecimal() or int(value) < least:
-        raise ValueError(f"{name} is {value!r}, which is not a whole number of {least} or more. It is the launcher's to set: unset it.")
+        raise PlatformError(f"{name} is {value!r}, which is not a whole number of {least} or more. It is the launcher's to set: unset it.")
     return int(value)

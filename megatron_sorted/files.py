@@ -1,0 +1,122 @@
+"""Replacing and removing files so that a kill at any instruction loses nothing.
+
+What is new is complete and on disk before it takes the name of what is old. Where the system can
+swap two names in one step (Linux, local file systems), that step is the replacement.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+UNKNOWN_CALL = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+def same_path(one: str | Path | None, other: str | Path | None) -> bool:
+    """Return whether two spellings name one place: relative, through links, with a slash at the end."""
+    if one is None or other is None:
+        return False
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def is_inside(inner: str | Path, outer: str | Path) -> bool:
+    """Return whether ``inner`` is ``outer`` or lies below it."""
+    return Path(os.path.realpath(inner)).is_relative_to(os.path.realpath(outer))
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on disk, where the file system knows such a thing."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # some network file systems refuse; they order names themselves
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: str | Path) -> None:
+    """Wait until a file's content is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replaced_file(path: str | Path) -> Iterator[Path]:
+    """Yield a name to write to, whose file then takes the name ``path``.
+
+    A reader sees the old or the new file, never half of one, also after a loss of power. If the
+    block fails, the old one stays. Of a link, the file it points to is replaced.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        sync_file(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def write_text_atomically(path: str | Path, text: str) -> None:
+    """Write a file as ``replaced_file`` does.
+
+    Raises:
+        OSError: It cannot be written; the old file is as it was.
+    """
+    with replaced_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; return False where the system or the file system cannot.
+
+    Source: renameat2(2).
+
+    Raises:
+        OSError: One of them is missing or cannot be renamed; both are as they were.
+    """
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in UNKNOWN_CALL:
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory, a file or a link; what a link points to stays.
+
+    Raises:
+        OSError: Something cannot be deleted.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
+
+
+def discard_tree(path: Path) -> None:
+    """Delete as much of ``path`` as can be deleted."""
+    with contextlib.suppress(OSError):
+        remove_tree(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)

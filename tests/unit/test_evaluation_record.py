@@ -1,0 +1,56 @@
+"""Results of an evaluation are there as they come, and older ones until then."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.faults import interrupted
+from tools.evaluation.record import Record
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Return a folder in memory, where there is such a file system."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+def results(folder: Path, ending: str = "") -> dict:
+    return json.loads((folder / f"evaluation{ending}.json").read_text())
+
+
+def measured(folder: Path, number: int) -> None:
+    """Measure a text and a set of questions."""
+    record = Record(folder)
+    record.keep({"run": number, "texts": 1}, {})
+    record.keep({"run": number, "texts": 1, "questions": 1}, {"asked": f"{number}\n"})
+    record.finish({"run": number, "texts": 1, "questions": 1}, {"asked": f"{number}\n"})
+
+
+def test_what_was_measured_is_there_when_the_rest_fails(tmp_path):
+    record = Record(tmp_path)
+    assert record.kept is None
+    record.keep({"texts": 1}, {})
+    assert results(tmp_path) == {"unfinished": True, "texts": 1} and record.kept == tmp_path / "evaluation.json"
+    again = Record(tmp_path)  # over unfinished results nothing is kept aside
+    again.keep({"texts": 2}, {"asked": "x\n"})
+    again.finish({"texts": 2}, {"asked": "x\n"})
+    assert results(tmp_path) == {"texts": 2} and sorted(os.listdir(tmp_path)) == ["answers_asked.jsonl", "evaluation.json"]
+
+
+def test_finished_results_stay_until_the_new_ones_are_finished(tmp_path):
+    def before() -> None:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        measured(tmp_path, 1)
+
+    seen = set()
+    for _ in interrupted(lambda: measured(tmp_path, 2), before):
+        found = results(tmp_path)
+        seen.add(found["run"])
+        assert "unfinished" not in found
+    assert seen == {1, 2} and sorted(os.listdir(tmp_path)) == ["answers_asked.jsonl", "evaluation.json"]

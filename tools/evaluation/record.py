@@ -1,0 +1,55 @@
+"""The files of an evaluation, written as results come, so that a failure later on loses nothing."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_sorted.files import write_text_atomically
+
+NAME, UNFINISHED = "evaluation", ".unfinished"
+
+
+class Record:
+    """Writes ``evaluation.json`` and ``answers_NAME.jsonl``.
+
+    As long as something is missing the file says ``"unfinished": true``. Results of an earlier
+    evaluation in the same folder stay until this one is finished; until then its files have
+    ``.unfinished`` in their names.
+
+    Attributes:
+        kept: The file that holds what was measured so far; None before anything was.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._ending = UNFINISHED if _is_finished(self._path("")) else ""
+        self.kept: Path | None = None
+
+    def _path(self, ending: str) -> Path:
+        return self._folder / f"{NAME}{ending}.json"
+
+    def keep(self, results: dict, answers: Mapping[str, str]) -> None:
+        """Write what was measured so far."""
+        self._write({"unfinished": True, **results}, answers, self._ending)
+        self.kept = self._path(self._ending)
+
+    def finish(self, results: dict, answers: Mapping[str, str]) -> None:
+        """Write the whole, and remove what was written on the way under other names."""
+        self._write(results, answers, "")
+        for path in (self._path(UNFINISHED), *(self._folder / f"answers_{name}{UNFINISHED}.jsonl" for name in answers)):
+            path.unlink(missing_ok=True)
+
+    def _write(self, results: dict, answers: Mapping[str, str], ending: str) -> None:
+        for name, lines in answers.items():
+            write_text_atomically(self._folder / f"answers_{name}{ending}.jsonl", lines)
+        write_text_atomically(self._path(ending), json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def _is_finished(path: Path) -> bool:
+    """Return whether a file is there that is not known to be unfinished."""
+    try:
+        return not json.loads(path.read_text(encoding="utf-8")).get("unfinished", False)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return True
