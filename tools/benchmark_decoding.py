@@ -7,6 +7,11 @@ Spec-Bench's form, a page of scores by group, and a picture; with --batches, --s
 more of both. Options of ways are those of decoding.json beside the model (tools/tune_decoding.py), else usual ones.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import dataclasses
 import json
@@ -22,7 +27,6 @@ from decoding.questions import CONVERSATION, GROUPS, Question, read_questions, s
 from decoding.scores import draw, scores_of, write_page
 from decoding.sweep import draw_sweep, sweep, sweep_lines
 from decoding.trials import FULL
-from results.tool import run_tool
 from tqdm import tqdm
 
 from megatron_sorted.checkpoint.layout import write_text_atomically
@@ -134,4 +138,4 @@ def more_sections(values: argparse.Namespace, writer: Writer, questions: Sequenc
 
 
 if __name__ == "__main__":
-    run_tool(main, "Nothing was written.")
+    run_main(main, "Nothing was written.")

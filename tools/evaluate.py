@@ -8,6 +8,11 @@ MODEL is a Hugging Face directory (llama, mistral, qwen2, qwen3), ordinary or ne
 evaluation.json and evaluation.png into --output. docs/evaluation.md says how every number is defined.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import json
 import platform
@@ -23,7 +28,7 @@ from evaluation.picture import draw
 from evaluation.table import write_tables
 
 from megatron_sorted.checkpoint.layout import write_text_atomically
-from megatron_sorted.errors import DataError, SortedError
+from megatron_sorted.errors import DataError
 from megatron_sorted.evaluation.evaluate import Measures, evaluate, results_of
 
 
@@ -74,7 +79,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     # Tasks of lm-evaluation-harness import Hugging Face's package `evaluate`; with this folder on the path they would find this file.
     sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-    try:
-        main()
-    except SortedError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

@@ -8,6 +8,11 @@ The ways full, self_speculative, sorted_speculative and tree write the same text
 says how they work.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import sys
 import time
@@ -19,7 +24,7 @@ from decoding.options import add_model_options, add_sampling_options, add_way_op
 from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import Way
 from megatron_sorted.decoding.writer import Writer
-from megatron_sorted.errors import DataError, SettingsError, SortedError
+from megatron_sorted.errors import DataError, SettingsError
 
 COLOURS = (208, 214, 220, 148, 78, 44, 39, 33, 99)
 """Of terminals with 256 colours, shallow to deep."""
@@ -139,9 +144,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SortedError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)

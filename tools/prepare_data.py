@@ -3,13 +3,16 @@
 Example: ``python tools/prepare_data.py --input train.jsonl.gz --output-prefix out/train --tokenizer-model tokenizer.model --workers 2``
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
-import sys
 
 from megatron_sorted.data.encode import EncodeOptions
 from megatron_sorted.data.prepare import PrepareOptions, prepare
 from megatron_sorted.data.templates import FORMATS, TEMPLATES
-from megatron_sorted.errors import SortedError
 
 
 def _positive(text: str) -> int:
@@ -58,16 +61,10 @@ def read_arguments(arguments: list[str] | None = None) -> PrepareOptions:
     return PrepareOptions(tuple(args.input), args.output_prefix, encode, args.train_tokenizer, args.workers, args.limit, args.overwrite)
 
 
-def main() -> int:
-    """Returns the exit status."""
-    try:
-        summary = prepare(read_arguments())
-    except SortedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print("\n".join(summary.lines()))
-    return 0
+def main() -> None:
+    """Write the files and print what was counted."""
+    print("\n".join(prepare(read_arguments()).lines()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -11,9 +11,13 @@ With --adapt the server finds out which way is fastest, for each task apart: of 
 turn and soon mostly the best. All of them write the same text. /v1/adaptation tells what was learned; decoding_bandit.json keeps it.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +25,7 @@ from decoding.adaptation import LEARNED, check_adapt, open_adaptation
 from decoding.options import add_model_options, add_way_options, named_way, way_of, writer_of
 
 from megatron_sorted.decoding.ways import Way
-from megatron_sorted.errors import SettingsError, SortedError
+from megatron_sorted.errors import SettingsError
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -65,7 +69,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SortedError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)
