@@ -57,8 +57,7 @@ def parse_body(body: bytes, content_type: str) -> dict:
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise RefusedError(f"content-type: {kind[:80]!r} is not JSON. Send the header 'content-type: application/json'.")
     if body.count(b",") > MOST_ELEMENTS or body.count(b"{") + body.count(b"[") > MOST_CONTAINERS:
-        raise RefusedError(f"the body has more than {MOST_ELEMENTS} elements, or more than {MOST_CONTAINERS} lists and objects. Send less.",
-                           status=413)
+        raise RefusedError(f"the body has more than {MOST_ELEMENTS} elements, or more than {MOST_CONTAINERS} lists and objects. Send less.")
     try:
         values = json.loads(body, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:

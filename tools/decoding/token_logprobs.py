@@ -60,22 +60,25 @@ def logprobs_of(network: Network, tokens: Sequence[int], first: int, num_top: in
 
 
 class TokenTexts:
-    """Texts of single tokens, by which a client's dictionary of likely tokens is keyed; half characters and bytes keep their names apart.
+    """Texts of single tokens, no two the same: a client's dictionary of likely tokens is keyed by them.
+
+    Half characters, and a token whose text another has already, go by their names in the vocabulary.
 
     Args:
         tokenizer: The model's.
     """
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.known = tokenizer, {}
+        self.tokenizer, self.known, self.owners = tokenizer, {}, {}
         self.anchor = encode_texts(tokenizer, [ANCHOR])[0]  # behind it no space before a word is left out
         self.before = len(tokenizer.decode(self.anchor))
 
     def __getitem__(self, token: int) -> str:
-        """Return a token's text; its name in the vocabulary where it is no whole character."""
+        """Return a token's text or name."""
         if token not in self.known:
             text, name = self.tokenizer.decode([*self.anchor, token])[self.before :], str(self.tokenizer.convert_ids_to_tokens(token))
-            self.known[token] = text if text and BROKEN not in text and not BYTE.fullmatch(name) else name
+            is_whole = text and BROKEN not in text and not BYTE.fullmatch(name)
+            self.known[token] = text if is_whole and self.owners.setdefault(text, token) == token else name
         return self.known[token]
 
 
