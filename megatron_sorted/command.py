@@ -28,6 +28,8 @@ def start_command() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks is shown as \xe9, not fatal
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="strict")  # in the C locale Python would let bytes through that are no text
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored, as after nohup
         signal.signal(signal.SIGINT, _stop_at_once)
     if sys.argv[1:] == ["--version"]:
@@ -58,7 +60,7 @@ def sentence_of(error: BaseException) -> str | None:
     """Return what a user reads of an error they can mend, in one line; None for a fault of the program."""
     if isinstance(error, SortedError):
         return str(error)
-    if isinstance(error, UnicodeEncodeError) and any("\ud800" <= letter <= "\udfff" for letter in error.object):
+    if isinstance(error, UnicodeEncodeError) and has_half_pairs(error.object):
         return f"{error.object[:80]!r} is not text: it holds bytes that are not UTF-8. Correct it."
     if isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in FULL):
         names = " -> ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike))
@@ -71,6 +73,7 @@ def sentence_of(error: BaseException) -> str | None:
 def _status_of(main: Callable[[], int | None], stopped: str, clean_up: Callable[[], None],
                report: Callable[[Exception], NoReturn] | None) -> int:
     try:
+        _check_words(sys.argv[1:])
         return main() or 0
     except SystemExit as end:  # argparse's
         if isinstance(end.code, str):
@@ -92,6 +95,22 @@ def _status_of(main: Callable[[], int | None], stopped: str, clean_up: Callable[
             raise
         _say(f"error: {sentence}")
         return 1
+
+
+def _check_words(words: list[str]) -> None:
+    """Check that words of the command line are text, unless they name a file: files may have any bytes in their names.
+
+    Raises:
+        SortedError: One is not.
+    """
+    for word in words:
+        if has_half_pairs(word) and not any(map(os.path.lexists, (word, word.partition("=")[2]))):
+            raise SortedError(f"{word[:80]!r} on the command line is not UTF-8, and no file has this name. Write it in UTF-8.")
+
+
+def has_half_pairs(text: str) -> bool:
+    """Return whether a text holds surrogates: bytes that were not UTF-8, or half of a UTF-16 pair; no encoding has them."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _flush(status: int | None) -> int | None:

@@ -23,7 +23,7 @@ from decoding.contest import Answer, hold, ours, theirs
 from decoding.curve import curve_lines, draw_curve, quality_curve
 from decoding.options import add_model_options, add_sampling_options, add_way_options, check_positive, sampling_of, way_of, writer_of
 from decoding.peer import HUGGING_FACE
-from decoding.questions import CONVERSATION, GROUPS, Question, read_questions, spread
+from decoding.questions import GROUPS, Question, read_questions, spread
 from decoding.scores import draw, scores_of, write_page
 from decoding.sweep import draw_sweep, sweep, sweep_lines
 from decoding.trials import FULL
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Asks, measures and writes."""
     values = read_arguments(arguments)
     questions = read_questions(values.questions)
-    groups = [CONVERSATION, *GROUPS.values()]
+    groups = dict.fromkeys([*GROUPS.values(), *(question.group for question in questions)])
     chosen = [question for group in groups for question in spread([one for one in questions if one.group == group], values.per_group)]
     sampling, writer = sampling_of(values), writer_of(values)
     network, contestants, ways = writer.network, [], {}

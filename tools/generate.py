@@ -101,6 +101,8 @@ def chat(writer: Writer, way: Way, sampling: Sampling, values: argparse.Namespac
             said = input("you> ").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input: {error}. Write in UTF-8.") from error
         if not said:
             return
         messages.append({"role": "user", "content": said})
