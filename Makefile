@@ -11,13 +11,14 @@ export OMP_NUM_THREADS ?= 1
 NPU_VENV  := .venv-npu
 NPU_READY := $(NPU_VENV)/.ready
 
-.PHONY: help setup demo check test test-all test-gpu test-launch test-npu accept-npu test-megatron bench clean
+.PHONY: help setup demo check test test-all test-faults test-gpu test-launch test-npu accept-npu test-megatron bench clean
 
 help:
 	@echo "make demo      train a small nested model and see every exit (3 minutes on 2 CPU cores)"
 	@echo "make check     style, imports, words, unit tests (about five minutes)"
 	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs"
 	@echo "make test-all  the same with every row of the long tables"
+	@echo "make test-faults  kills, faults and other people's clients again and again"
 	@echo "make test-launch  job scripts with a real SLURM and sshd on this machine, as root (apt-get install slurm-wlm munge openssh-server pdsh shellcheck)"
 	@echo "make test-gpu  the same bodies on an NVIDIA GPU"
 	@echo "make test-megatron VERSION=0.15.3  layouts and checkpoints under another megatron-core"
@@ -47,13 +48,17 @@ demo: $(READY)
 
 check: $(READY)
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest tests/rules tests/unit
+	@$(BIN)/python -m pytest -m "not faults" tests/rules tests/unit
 
 test: check
-	@$(BIN)/python -m pytest -m "not long" -rs tests/ranks tests/system tests/launch
+	@$(BIN)/python -m pytest -m "not long and not faults" -rs tests/ranks tests/system tests/launch
 
 test-all: check
-	@$(BIN)/python -m pytest -rs tests/ranks tests/system tests/launch
+	@$(BIN)/python -m pytest -m "not faults" -rs tests/ranks tests/system tests/launch
+
+# Clients of other people, where they are installed: pip install openai litellm langchain-openai.
+test-faults: $(READY)
+	@$(BIN)/python -m pytest -m faults -rs tests/unit tests/ranks tests/system
 
 # Installs nothing: what is missing is named, and its tests are reported as not run.
 test-launch: $(READY)
