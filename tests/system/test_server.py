@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,8 @@ def serving(model: Path, *words: object) -> Iterator[tuple[subprocess.Popen, int
     try:
         line = ""
         while "http://127.0.0.1:" not in line:  # it is printed when clients can connect
-            assert (line := process.stdout.readline()), "the server ended"
+            line = process.stdout.readline()
+            assert line, "the server ended"
         yield process, int(line.partition("http://127.0.0.1:")[2].partition("/")[0])
     finally:
         process.kill()
@@ -90,7 +92,7 @@ def test_clients_that_lock_nobody_out(model):
         bombs = [b'{"prompt": [' + b"-1," * 1_000_000 + b"-1]}", b'{"prompt": "' + b"a " * (4 << 20) + b'"}',
                  b'{"prompt": [' + b"-1," * 100_000 + b"-1]}", b'{"prompt": "' + b"a " * 450_000 + b'"}']
         for bomb in bombs:
-            with pytest.raises(urllib.request.HTTPError) as refused:
+            with pytest.raises(urllib.error.HTTPError) as refused:
                 request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", bomb, {"content-type": "application/json"})
                 urllib.request.urlopen(request, timeout=PATIENCE)
             assert refused.value.code in (400, 413) and len(refused.value.read()) < 500
@@ -103,7 +105,8 @@ def test_clients_that_lock_nobody_out(model):
             client.close()
 
 
-@pytest.mark.parametrize(("signals", "status"), [([signal.SIGTERM], 0), ([signal.SIGINT, signal.SIGINT], 130)], ids=["SIGTERM", "Ctrl-C twice"])
+@pytest.mark.parametrize(("signals", "status"), [([signal.SIGTERM], 0), ([signal.SIGINT, signal.SIGINT], 130)],
+                         ids=["SIGTERM", "Ctrl-C twice"])
 def test_a_server_under_load_stops_in_time_with_a_word_to_its_clients(model, signals, status):
     with serving(model, "--shutdown-timeout", 6) as (process, port):
         long = {"prompt": ["a"] * 16, "n": 4, "max_tokens": 480, "temperature": 1}
@@ -133,7 +136,7 @@ def test_clients_that_other_people_wrote_work_as_they_come(model):
         client = openai.OpenAI(**place)
         assert client.models.retrieve(name).id == client.models.list().data[0].id == name
         assert client.chat.completions.create(model=name, messages=user).usage.completion_tokens
-        assert [chunk for chunk in client.chat.completions.create(model=name, messages=user, stream=True)]
+        assert list(client.chat.completions.create(model=name, messages=user, stream=True))
         scored = client.completions.create(model=name, prompt="hi", logprobs=2, echo=True, max_tokens=2).choices[0].logprobs
         assert len(scored.tokens) == len(scored.token_logprobs) and scored.token_logprobs[-1] < 0
         theirs = {"api_base": place["base_url"], "api_key": "none"}
