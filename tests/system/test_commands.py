@@ -33,15 +33,14 @@ def test_a_missing_file_is_one_line_in_any_encoding(script, tmp_path):
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
-@pytest.mark.parametrize("script", ["tools/plan.py", "tools/doctor.py"])
-def test_nobody_reads_the_output(script, tmp_path):
+def test_nobody_reads_the_output(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
-    words = [ROOT / "examples" / "quickstart.yaml"]
-    process = start_command(script, *words, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    run = ROOT / "examples" / "quickstart.yaml"
+    process = start_command("tools/plan.py", run, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     _, said = process.communicate(timeout=120)
-    assert "Traceback" not in said and "Exception ignored" not in said and process.returncode in (1, 141), said
+    assert (process.returncode, said) == (141, "")
 
 
 def test_ctrl_c_while_a_command_starts_or_waits_is_one_line(tmp_path):
