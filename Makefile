@@ -22,7 +22,7 @@ help:
 	@echo "make check     style, imports, words, unit tests (about five minutes)"
 	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs"
 	@echo "make test-all  the same with every row of the long tables"
-	@echo "make test-faults  kills at random moments and damaged input, in great numbers"
+	@echo "make test-faults  kills at random moments, damaged input, other people's clients, in great numbers"
 	@echo "make test-launch  job scripts with a real SLURM and sshd on this machine, as root (.ci/install brings what is missing)"
 	@echo "make test-gpu  the same bodies on an NVIDIA GPU"
 	@echo "make test-megatron VERSION=0.15.3  layouts and checkpoints under another megatron-core"
@@ -61,6 +61,7 @@ test: check
 test-all: check
 	@$(TESTS) -m "not faults" -rs tests/unit tests/ranks tests/system tests/launch
 
+# Clients of other people, where they are installed: pip install openai litellm langchain-openai.
 test-faults: $(READY)
 	@$(TESTS) -m faults -rs tests/faults tests/unit tests/ranks tests/system
 

@@ -3,7 +3,13 @@
     torchrun --nproc-per-node 8 pretrain_sorted.py --config examples/llama2_7b_8gpu.yaml --data-path my_text_document ...
     python pretrain_sorted.py --config examples/quickstart.yaml        one process
     python pretrain_sorted.py --help                                   every setting
+    python pretrain_sorted.py --version                                megatron_sorted's; every command of tools/ has it too
 """
+
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
 
 import faulthandler
 import os
@@ -43,10 +49,4 @@ def main(words: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     faulthandler.enable()
-    try:
-        status = main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except Exception as error:
-        report_and_exit(error)
-    raise SystemExit(status)
+    run_main(main, report=report_and_exit)

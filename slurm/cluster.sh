@@ -99,6 +99,11 @@ nearest_names() { # NAME: names of which it may be a slip, else those that are n
     fi
 }
 
+show_help() { # prints the head of the script
+    sed -n '/^set -euo/q; s/^# //p' "$0"
+    exit 0
+}
+
 read_arguments() { # OPTIONS-ALLOWED WORDS...: sets PRINT, RUN, RUN_WORDS and OPTION[--name]
     local allowed=$1 word
     shift
@@ -115,6 +120,7 @@ read_arguments() { # OPTIONS-ALLOWED WORDS...: sets PRINT, RUN, RUN_WORDS and OP
         esac
         case $1 in
             --print) PRINT=yes ;;
+            -h | --help) show_help ;;
             -*) refuse "$1: options before the run file are --print $allowed. Settings of the run come after it." ;;
             *) break ;;
         esac

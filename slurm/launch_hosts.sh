@@ -1,6 +1,6 @@
 #!/bin/bash
 # Trains on hosts that are reached by ssh, without a scheduler: one command, from one of them or from elsewhere.   docs/clusters.md
-#   slurm/launch_hosts.sh gpu|npu --hosts FILE|A,B,C [--print] [--site FILE] [--logs DIR] RUN.yaml [settings that override it]
+#   slurm/launch_hosts.sh [--print] gpu|npu --hosts FILE|A,B,C [--site FILE] [--logs DIR] RUN.yaml [settings that override it]
 # A log per host in DIR. The first failure ends all, so do Ctrl-C and the end of this script, however it comes: what runs on a host lives
 # as long as the standard input of its ssh, which this script alone holds open.
 set -euo pipefail
@@ -156,10 +156,11 @@ tell_end() { # STATUS-OF-AWAIT
 }
 
 main() { # a function, so that a change of this file does not reach a script that runs
-    local name host address console line ended=0
-    case ${1:-} in gpu | npu) KIND=$1 ;; *) refuse "'${1:-}': the first word is gpu or npu, what the hosts have." ;; esac
+    local name host address console line ended=0 before=()
+    while [ "${1:-}" = --print ]; do before=(--print) && shift; done
+    case ${1:-} in gpu | npu) KIND=$1 ;; -h | --help) show_help ;; *) refuse "'${1:-}': the first word is gpu or npu, what the hosts have." ;; esac
     shift
-    read_arguments "--site --hosts --logs" "$@"
+    read_arguments "--site --hosts --logs" ${before[@]+"${before[@]}"} "$@"
     read_site "${OPTION[--site]}"
     read_hosts "${OPTION[--hosts]:-}"
     settle_shape ${#HOSTS[@]} "$HOSTS_FROM"

@@ -20,6 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT))  # the project may not be installed here
+
+from megatron_sorted.command import run_main, start_command  # noqa: E402
+
+if __name__ == "__main__":
+    start_command()
+
 SIMULATED = bool(os.environ.get("SIMULATED_NPUS"))
 NO_FALLBACK = {"TORCH_NPU_FALLBACK_CPU_DISABLE": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 MODEL = [
@@ -151,4 +158,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -4,6 +4,11 @@ Writes docs/benchmarks/step_<shape>.md and .json. Each case runs in processes of
 each case a round, because only ratios mean something on a machine that others use too.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import sys
 import time
@@ -40,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

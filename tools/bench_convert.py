@@ -7,6 +7,11 @@ Writes docs/benchmarks/convert.md with the numbers behind it as convert.json. Th
 of what is measured.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import datetime
 import json
@@ -104,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -6,6 +6,11 @@
 All take turns in every round; figures are medians of ratios within a round. Writes docs/benchmarks/decoding.md.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import statistics
 from pathlib import Path
@@ -14,7 +19,6 @@ import torch
 from decoding.overhead import WIDTHS, alternate, full_and_theirs, made_network, passes, ratio, weight_bytes
 from results.origin import facts
 from results.tables import table
-from results.tool import run_tool
 from tqdm import tqdm
 
 from megatron_sorted.decoding.network import Network, load_network
@@ -76,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main, "Nothing was written.")
+    run_main(main, "Nothing was written.")

@@ -4,6 +4,11 @@ Writes docs/results/plan_measured.md. Memory is resident memory beyond what a pr
 step of each layout a round, and the least of each layout's counts: whatever else the machine does only makes a step longer.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import datetime
 import json
@@ -161,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

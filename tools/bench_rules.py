@@ -4,6 +4,11 @@ Writes docs/benchmarks/rules.md and .json. Steps are taken in turns, one of each
 What is measured stands in tools/benchmark/rule_cases.py: a row there is a row of the page.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import datetime
 import os
@@ -143,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

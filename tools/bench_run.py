@@ -7,6 +7,11 @@ Writes docs/benchmarks/run_loop.md and run_checkpoint.md with the numbers behind
 file system is what is measured.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import shutil
 import sys
@@ -64,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

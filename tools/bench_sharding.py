@@ -4,6 +4,11 @@ Every form runs in fresh processes: two steps, then the peak of a third. What th
 taken off. On a CPU memory is resident memory, with an allocator that gives freed blocks back.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import datetime
 import json
@@ -117,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

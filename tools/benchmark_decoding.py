@@ -7,6 +7,11 @@ Spec-Bench's form, a page of scores by group, and a picture; with --batches, --s
 more of both. Options of ways are those of decoding.json beside the model (tools/tune_decoding.py), else usual ones.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import dataclasses
 import json
@@ -18,11 +23,10 @@ from decoding.contest import Answer, hold, ours, theirs
 from decoding.curve import curve_lines, draw_curve, quality_curve
 from decoding.options import add_model_options, add_sampling_options, add_way_options, check_positive, sampling_of, way_of, writer_of
 from decoding.peer import HUGGING_FACE
-from decoding.questions import CONVERSATION, GROUPS, Question, read_questions, spread
+from decoding.questions import GROUPS, Question, read_questions, spread
 from decoding.scores import draw, scores_of, write_page
 from decoding.sweep import draw_sweep, sweep, sweep_lines
 from decoding.trials import FULL
-from results.tool import run_tool
 from tqdm import tqdm
 
 from megatron_sorted.decoding.ways import SPECULATIVE, WAYS, Way
@@ -72,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Asks, measures and writes."""
     values = read_arguments(arguments)
     questions = read_questions(values.questions)
-    groups = [CONVERSATION, *GROUPS.values()]
+    groups = dict.fromkeys([*GROUPS.values(), *(question.group for question in questions)])
     chosen = [question for group in groups for question in spread([one for one in questions if one.group == group], values.per_group)]
     sampling, writer = sampling_of(values), writer_of(values)
     print(writer.form.line, flush=True)
@@ -136,4 +140,4 @@ def more_sections(values: argparse.Namespace, writer: Writer, questions: Sequenc
 
 
 if __name__ == "__main__":
-    run_tool(main, "Nothing was written.")
+    run_main(main, "Nothing was written.")

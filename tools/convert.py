@@ -11,10 +11,14 @@ transformers. What does not match is not written. Llama 1, 2 and 3, Mistral, Qwe
 of a checkpoint are merged into its matrices.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -177,8 +181,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SortedError as error:
-        close_bars()
-        sys.exit(f"error: {error}")
+    run_main(main, clean_up=close_bars)

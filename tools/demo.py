@@ -6,6 +6,11 @@
 Steps that are finished are not done again; --fresh starts anew.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import json
 import os
@@ -239,4 +244,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

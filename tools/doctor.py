@@ -21,6 +21,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))  # the checkout's own package, whether or not one is installed; as for a script in ROOT
 
+from megatron_sorted.command import run_main, start_command  # noqa: E402
+
+if __name__ == "__main__":
+    start_command()
+
 from doctor.devices.names import DEVICES  # noqa: E402
 from doctor.finding import FAIL, Finding, worst  # noqa: E402
 from doctor.local import Question, look_around  # noqa: E402
@@ -89,4 +94,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -8,6 +8,11 @@ MODEL is a Hugging Face directory (llama, mistral, qwen2, qwen3), ordinary or ne
 evaluation.json and evaluation.png into --output. docs/evaluation.md says how every number is defined.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import json
 import platform
@@ -106,7 +111,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     # Tasks of lm-evaluation-harness import Hugging Face's package `evaluate`; with this folder on the path they would find this file.
     sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-    try:
-        main()
-    except SortedError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

@@ -8,8 +8,12 @@ becomes one layer more; an exit with a low-rank adapter of its own is no ordinar
 card (README.md); --evaluation takes the figures for it from an evaluation.json of tools/evaluate.py or of the training run.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +25,6 @@ from megatron_sorted.conversion.families import DTYPES
 from megatron_sorted.conversion.model_card import Quality, model_card, read_quality
 from megatron_sorted.conversion.open_model import OpenModel, open_model
 from megatron_sorted.conversion.submodel import cut_submodel
-from megatron_sorted.errors import SortedError
 from megatron_sorted.settings.costs import sub_model_parameters
 from megatron_sorted.settings.derived import exit_depths
 
@@ -81,8 +84,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SortedError as error:
-        close_bars()
-        sys.exit(f"error: {error}")
+    run_main(main, clean_up=close_bars)

@@ -9,6 +9,11 @@ makes its data and its ordinary model itself, as tools/demo.py does. Writes a pa
 Every step is a command that is shown; finished steps are not done again. With --quick: the same steps with next to no training.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +23,7 @@ from results.page import write_page
 from results.rates import chosen_rate
 from results.recipe import METHODS, Recipe, evaluate_step, final_step, head_sweep_steps, sweep_steps
 from results.steps import Runner, Step
-from results.tool import add_folder_options, open_folders, run_tool, show_page
+from results.tool import add_folder_options, open_folders, show_page
 
 from megatron_sorted.errors import SettingsError
 
@@ -75,4 +80,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_main(main, "The same command again goes on from what is unfinished.")

@@ -8,6 +8,11 @@ The ways full, self_speculative, sorted_speculative and tree write the same text
 says how they work.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import sys
 import time
@@ -29,7 +34,7 @@ from decoding.options import (
 from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import Way
 from megatron_sorted.decoding.writer import Writer
-from megatron_sorted.errors import DataError, SettingsError, SortedError
+from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.text.prompt_form import ALPACA, PLAIN
 
 DEFAULT_TOKENS = 128
@@ -123,6 +128,8 @@ def chat(writer: Writer, way: Way, sampling: Sampling, values: argparse.Namespac
             said = input("you> ").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input: {error}. Write in UTF-8.") from error
         if not said:
             return
         messages.append({"role": "user", "content": said})
@@ -176,9 +183,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SortedError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)

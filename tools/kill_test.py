@@ -9,6 +9,11 @@ In the end every tensor of the last checkpoints, weights and optimizer state, ev
 step must be equal, bit for bit.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import json
 import random
@@ -68,4 +73,4 @@ def kill_test(folder: Path, given: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -6,17 +6,21 @@ A mistake in the settings is one line on stderr and status 1, as in training, bu
 is imported.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import hashlib
 import os
 import platform
-import sys
 from importlib import metadata
 from pathlib import Path
 
 from megatron_sorted.checkpoint.lock import DirectoryLock
 from megatron_sorted.conversion.network import network_to_start_from
-from megatron_sorted.errors import CheckpointError, SortedError
+from megatron_sorted.errors import CheckpointError
 from megatron_sorted.files import same_path
 from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.load import load_settings
@@ -81,15 +85,12 @@ def main() -> None:
     parser.add_argument("--check-lock", action="store_true", help="fail where another run saves into the same directory")
     parser.add_argument("run", nargs="+", help="after --: the words for pretrain_sorted.py")
     arguments = parser.parse_args()
-    try:
-        facts = facts_of_run(arguments.run, arguments.world_size)
-        if arguments.check_lock:
-            check_that_nobody_saves_into(facts["save"])
-    except SortedError as error:
-        sys.exit(f"error: {error}")
+    facts = facts_of_run(arguments.run, arguments.world_size)
+    if arguments.check_lock:
+        check_that_nobody_saves_into(facts["save"])
     for name, value in {**facts, **facts_of_host([package for package in arguments.packages.split(",") if package])}.items():
         print(f"{name}\t{value}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -6,16 +6,20 @@ phrasing.jsonl asks trained facts in phrasings that are never trained; unseen.js
 its score is what guessing earns.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import json
 import random
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_sorted.errors import DataError, SortedError
+from megatron_sorted.errors import DataError
 from megatron_sorted.files import write_text_atomically
 
 
@@ -88,7 +92,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SortedError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

@@ -6,6 +6,11 @@
     python tools/plan.py --calibrate cpu.json                      measure this machine, for --device-file
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import dataclasses
 import json
@@ -14,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_sorted.errors import SettingsError, SortedError
+from megatron_sorted.errors import SettingsError
 from megatron_sorted.planning.devices import DEVICES, Device, device_named
 from megatron_sorted.planning.estimate import Plan, make_plan
 from megatron_sorted.planning.search import search
@@ -200,25 +205,22 @@ def plan_run(options: argparse.Namespace, changes: list[str]) -> int:
     return int(plan.peak_bytes > limit or bool(run and run.problems))
 
 
-def main() -> None:
-    """Prints the plan."""
+def main() -> int:
+    """Print the plan and return the exit status."""
     options, changes = parse_arguments()
-    try:
-        if options.calibrate:
-            from planning.calibrate import calibrate
+    if options.calibrate:
+        from planning.calibrate import calibrate
 
-            print(calibrate(options.calibrate, len(os.sched_getaffinity(0))))
-            return
-        if options.run is None:
-            raise SettingsError("no run. Give its YAML file: python tools/plan.py RUN.yaml")
-        start = time.monotonic()
-        status = plan_run(options, changes)
-    except SortedError as error:
-        sys.exit(f"error: {error}")
+        print(calibrate(options.calibrate, len(os.sched_getaffinity(0))))
+        return 0
+    if options.run is None:
+        raise SettingsError("no run. Give its YAML file: python tools/plan.py RUN.yaml")
+    start = time.monotonic()
+    status = plan_run(options, changes)
     if options.search or options.dry_run:
         print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
-    sys.exit(status)
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -3,15 +3,19 @@
     python tools/plot_exits.py runs/demo/nested/evaluation.json runs/demo/plain/evaluation.json --output runs/demo/exits.png
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_sorted.errors import DataError, SortedError
+from megatron_sorted.errors import DataError
 from megatron_sorted.files import replaced_file
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: told apart by colour-blind readers
@@ -161,7 +165,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SortedError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

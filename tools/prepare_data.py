@@ -3,6 +3,11 @@
 Example: ``python tools/prepare_data.py --input train.jsonl.gz --output-prefix out/train --tokenizer-model tokenizer.model --workers 2``
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import sys
 
@@ -70,18 +75,13 @@ def read_arguments(arguments: list[str] | None = None) -> PrepareOptions:
     return PrepareOptions(tuple(args.input), args.output_prefix, encode, args.train_tokenizer, args.workers, args.limit, args.overwrite)
 
 
-def main() -> int:
-    """Returns the exit status."""
-    try:
-        summary = prepare(read_arguments())
-    except SortedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main() -> None:
+    """Write the files and print what was counted."""
+    summary = prepare(read_arguments())
     for line in summary.notes:
         print(f"note: {line}", file=sys.stderr)
     print("\n".join(summary.lines()))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

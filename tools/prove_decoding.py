@@ -9,6 +9,11 @@ model gives them. Then the first part again in bf16 and fp16, where rounding may
 often, and how close they were. Writes a page. Ends with an error if fp32 differs anywhere, or a distribution does not fit (p < 0.001).
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -20,7 +25,6 @@ from decoding.proof import Comparison, compare, fit, greedy_draft_pairs, pairs_e
 from decoding.questions import add_prompt_options, read_prompts
 from results.origin import facts
 from results.tables import table
-from results.tool import run_tool
 
 from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import Full, SelfSpeculative, SortedSpeculative, Tree
@@ -110,4 +114,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main, "Nothing was written.")
+    run_main(main, "Nothing was written.")

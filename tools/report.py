@@ -6,8 +6,12 @@
 Works while a run goes on, and after kills and resumes: steps that were repeated count once.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from run_report.page import write_page
 from run_report.picture import MAX_RUNS, draw
 from run_report.read import read_run
 
-from megatron_sorted.errors import DataError, SortedError
+from megatron_sorted.errors import DataError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,7 +40,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SortedError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

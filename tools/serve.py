@@ -11,9 +11,13 @@ With --adapt the server finds out which way is fastest, for each task apart: of 
 turn and soon mostly the best. All of them write the same text. /v1/adaptation tells what was learned; decoding_bandit.json keeps it.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +25,9 @@ from decoding.adaptation import LEARNED, check_adapt, open_adaptation
 from decoding.options import add_generation_config, add_model_options, add_way_options, named_way, usual_sampling, way_of, writer_of
 
 from megatron_sorted.decoding.ways import Way
-from megatron_sorted.errors import SettingsError, SortedError
+from megatron_sorted.errors import SettingsError
+
+MOST_SHUTDOWN_SECONDS = 86400
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,7 +38,10 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     add_generation_config(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    group.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
+    group.add_argument("--port", type=int, default=8000, help="port to listen on; 0 for any that is free (%(default)s)")
+    group.add_argument("--shutdown-timeout", type=float, default=10.0, metavar="SECONDS",
+                       help="SIGTERM and Ctrl-C end the server within this time; texts that are not over by then are ended with an error "
+                            "(%(default)s)")
     group.add_argument("--served-name", help="what clients call the model (default: its directory's name)")
     group.add_argument("--adapt", action="store_true", help="learn which way is fastest, instead of --way")
     group.add_argument("--adapt-file", type=Path, metavar="FILE",
@@ -44,12 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Serves until it is stopped."""
     values = read_arguments(arguments)
     check_adapt(values)
+    if not 0 <= values.shutdown_timeout <= MOST_SHUTDOWN_SECONDS:
+        raise SettingsError(f"--shutdown-timeout: {values.shutdown_timeout} is not in 0..{MOST_SHUTDOWN_SECONDS} seconds. Change it.")
     try:
-        import uvicorn
         from decoding.api import make_app, served_name
+        from decoding.listening import bind, serve
         from decoding.worker import Worker
     except ModuleNotFoundError as error:
         raise SettingsError(f"serve: {error.name} is not installed. pip install 'megatron_sorted[serve]'.") from error
+    bound = bind(values.host, values.port)  # before the model is read, which may take minutes
     writer = writer_of(values)
     usual = usual_sampling(values, writer, 1.0)
     print(f"[{writer.form.line}]", flush=True)
@@ -62,13 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     name = served_name(writer, values.served_name or values.model.resolve().name)
     way = own.name if own else f"the fastest of {', '.join(way.name for way in adaptation.ways)}"
-    print(f"[{name}: exits at {', '.join(map(str, writer.network.depths))}; way: {way}; http://{values.host}:{values.port}/v1]",
-          flush=True)
-    uvicorn.run(make_app(Worker(writer, adaptation), name, way_for, usual), host=values.host, port=values.port, log_level="warning")
+    host, port = values.host, bound.getsockname()[1]
+
+    def announce() -> None:
+        print(f"[{name}: exits at {', '.join(map(str, writer.network.depths))}; way: {way}; "
+              f"http://{f'[{host}]' if ':' in host else host}:{port}/v1]", flush=True)
+
+    worker = Worker(writer, adaptation)
+    serve(make_app(worker, name, way_for, usual), worker, bound, values.shutdown_timeout, announce)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SortedError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

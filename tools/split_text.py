@@ -9,13 +9,17 @@ order, from the beginning again when they are used up, until they hold that many
 model was trained on.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sorted.errors import DataError, SortedError
+from megatron_sorted.errors import DataError
 from megatron_sorted.files import same_path, write_text_atomically
 
 
@@ -119,7 +123,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SortedError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

@@ -10,12 +10,17 @@ front that static weights trace. Finished trainings are not done again: the same
 ways can be added. With --quick: next to no training.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from results.steps import Runner
-from results.tool import add_folder_options, open_folders, run_tool, show_page
+from results.tool import add_folder_options, open_folders, show_page
 from studies.data_sets import plan_cldr, plan_instructions, plan_stories
 from studies.page import chosen, write_page
 from studies.plan import Plan
@@ -86,4 +91,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_main(main, "The same command again goes on from what is unfinished.")

@@ -11,6 +11,11 @@ With --draft the exits are the other model's, its last layer among them; what is
 without, or with others, and counts where the same --draft is given.
 """
 
+from megatron_sorted.command import run_main, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import dataclasses
 import platform
@@ -23,7 +28,6 @@ import torch
 from decoding.choices import CHOICES, config_sha256, draft_key, read_choices, write_choices
 from decoding.options import add_model_options, check_positive, writer_of
 from decoding.questions import add_prompt_options, read_prompts
-from results.tool import run_tool
 from tqdm import tqdm
 
 from megatron_sorted.decoding.costs import measure_costs
@@ -131,4 +135,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main, "Nothing was written.")
+    run_main(main, "Nothing was written.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -112,8 +113,11 @@ def find_format(paths: tuple[str, ...]) -> str:
             if found:
                 return found
             fields = fields or (sorted(record) if isinstance(record, dict) else [])
+    if not fields:
+        raise DataError(f"--input: {paths[0]} holds no JSON lines. Of a plain text, python tools/split_text.py --input {paths[0]} "
+                        "--separator ... --output DIRECTORY makes them: DIRECTORY/train.jsonl.")
     raise DataError(f"--format auto: no line among the first {FORMAT_LINES} of {paths[0]} has a field 'messages', 'instruction' or 'text' "
-                    f"(found: {', '.join(fields) or 'no JSON objects'}). Name the fields so, or check the file.")
+                    f"(found: {', '.join(fields)}). Name the fields so, or check the file.")
 
 
 def _check_outputs(options: PrepareOptions) -> None:
@@ -157,7 +161,7 @@ def _encode_all(blocks: Iterator[Block], encode: EncodeOptions, workers: int) ->
     waiting: deque[Future[Encoded]] = deque()
     try:
         for block in blocks:
-            waiting.append(pool.submit(encode_in_worker, block))
+            waiting.append(_submit(pool, block))
             if len(waiting) > BLOCKS_AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -166,6 +170,15 @@ def _encode_all(blocks: Iterator[Block], encode: EncodeOptions, workers: int) ->
         raise DataError(f"--workers {workers}: a worker process died (out of memory?). Use fewer workers.") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, block: Block) -> Future[Encoded]:
+    """Return the future of a block. A process that is started for it never hears Ctrl-C: this one ends it, in good order."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(encode_in_worker, block)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def prepare(options: PrepareOptions) -> Summary:

@@ -133,11 +133,12 @@ def check_prompts(prompts: Sequence[Sequence[int]], network: Network, max_new_to
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise DataError(f"prompt {row}: it is empty. Give at least one token, such as the tokenizer's bos.")
-        if not all(0 <= token < network.vocab_size for token in prompt):
-            raise DataError(f"prompt {row}: a token is not in 0..{network.vocab_size - 1}. Use the model's own tokenizer.")
+        # before its tokens are looked at: there may be millions
         if len(prompt) + max_new_tokens > network.max_positions:
             raise DataError(f"prompt {row}: {len(prompt)} tokens and {max_new_tokens} new ones are more than the model's context of "
                             f"{network.max_positions}. Shorten it, or ask for at most {max(network.max_positions - len(prompt), 0)}.")
+        if min(prompt) < 0 or max(prompt) >= network.vocab_size:
+            raise DataError(f"prompt {row}: a token is not in 0..{network.vocab_size - 1}. Use the model's own tokenizer.")
 
 
 def make_step(way: Way, batch: Batch) -> OneToken | Chain | TreeStep:

@@ -10,6 +10,7 @@ import time
 import traceback
 from typing import NoReturn
 
+from megatron_sorted.command import sentence_of
 from megatron_sorted.errors import SortedError
 from megatron_sorted.training.signals import stop_request
 
@@ -35,8 +36,8 @@ def seconds_to_wait(error: BaseException, local_rank: int) -> float:
 
 def message_of(error: BaseException) -> str:
     """Returns what the user reads: one line for a mistake of theirs, a traceback for anything else."""
-    if isinstance(error, SortedError):
-        return f"error: {error}"
+    if (sentence := sentence_of(error)) is not None:
+        return f"error: {sentence}"
     return "".join(traceback.format_exception(error)).rstrip()
 
 

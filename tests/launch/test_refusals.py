@@ -190,3 +190,20 @@ def test_shellcheck():
     assert len(scripts) >= 8
     done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("launcher", ["gpu.sbatch", "npu.sbatch", "launch_hosts.sh"])
+def test_help(folder, launcher):
+    done = run(folder, launcher, "--help")
+    assert done.returncode == 0 and done.stderr == "" and f"slurm/{launcher} [--print]" in done.stdout and "RUN.yaml" in done.stdout
+
+
+def test_print_before_the_kind_of_hosts_is_print_after_it(folder):
+    words = ("--hosts", "a,b", "--site", "site", "run.yaml")
+    before, after = run(folder, "launch_hosts.sh", "--print", "gpu", *words), run(folder, "launch_hosts.sh", "gpu", "--print", *words)
+    assert (before.returncode, before.stderr) == (after.returncode, after.stderr)
+
+    def settled(text: str) -> str:
+        return re.sub(r"SORTED_LAUNCH=\S+|[\w.-]+\.\d+\.\d{9,}", "", text)
+
+    assert settled(before.stdout) == settled(after.stdout)

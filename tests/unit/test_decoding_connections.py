@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("fastapi", reason="serving is an extra")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-from decoding import connections
+from decoding import body
 from decoding.api import make_app
-from decoding.worker import Job, Worker
+from decoding.worker import MOST_WAITING, Job, Worker
 from fastapi.testclient import TestClient
 
 from megatron_sorted.decoding.generate import Added
@@ -23,7 +23,7 @@ from megatron_sorted.decoding.ways import Full
 from megatron_sorted.decoding.writer import Piece, Writer
 from megatron_sorted.errors import MemoryExhaustedError
 from tests.support.decoding import plain_network
-from tests.unit.test_decoding_writer import Letters
+from tests.unit.test_decoding_server import NamedLetters as Letters
 
 PATIENCE = 60
 """Seconds after which a test says that something never came."""
@@ -60,7 +60,7 @@ class Client:
 
     def __init__(self, app, **body):
         self.gone, self.texts, self.status = asyncio.Event(), "", None
-        self.body, self.begun = json.dumps({"max_tokens": 5, **body}).encode(), False
+        self.body, self.begun, self.headers = json.dumps({"max_tokens": 5, **body}).encode(), False, {}
         self.task = asyncio.create_task(app({
             "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "root_path": "",
             "headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0", "spec_version": "2.3"}, "scheme": "http",
@@ -75,6 +75,7 @@ class Client:
 
     async def send(self, message: dict) -> None:
         self.status = message.get("status", self.status)
+        self.headers |= dict(message.get("headers", []))
         self.texts += message.get("body", b"").decode()
 
 
@@ -89,7 +90,7 @@ async def busy(worker) -> tuple:
     """Returns a server whose worker has taken up the request of a first client, and that client."""
     app = make_app(worker, "tiny", lambda name: Full())
     first = Client(app, prompt="a")
-    await until(lambda: worker.line.empty() and first.begun)
+    await until(lambda: not worker.line and worker.running and first.begun)
     return app, first
 
 
@@ -103,7 +104,7 @@ def test_a_text_streams_while_more_wait_than_there_are_threads(gated):
         gate.turns.release()
         await until(lambda: "<0>" in first.texts)
         others = [Client(app, prompt="bc") for _ in range(8)]
-        await until(lambda: worker.line.qsize() == 8)
+        await until(lambda: len(worker.line) == 8)
         for number in range(1, 5):
             gate.turns.release()
             await until(lambda number=number: f"<{number}>" in first.texts)
@@ -114,20 +115,25 @@ def test_a_text_streams_while_more_wait_than_there_are_threads(gated):
     asyncio.run(scene())
 
 
-def test_a_client_that_leaves_while_it_waits_is_not_written_for(gated):
+def test_clients_that_leave_while_they_wait_make_room_at_once_and_are_not_written_for(gated):
     worker, gate = gated
 
     async def scene() -> None:
         app, first = await busy(worker)
-        waiting = [Client(app, prompt="bcd", stream=stream) for stream in (False, True)]
-        await until(lambda: worker.line.qsize() == 2)
-        jobs = list(worker.line.queue)
+        waiting = [Client(app, prompt="bcd", stream=bool(number % 2)) for number in range(MOST_WAITING)]
+        await until(lambda: len(worker.line) == MOST_WAITING)
+        late = Client(app, prompt="bcd")
+        await until(lambda: late.status)
+        assert late.status == 503 and "64 requests wait already" in late.texts
+        assert 1 <= int(late.headers[b"retry-after"]) <= 60
         for client in waiting:
             client.gone.set()
-        await until(lambda: all(job.gone.is_set() for job in jobs))
-        gate.turns.release(5)
-        await asyncio.wait_for(asyncio.gather(first.task, *(client.task for client in waiting)), PATIENCE)
-        assert "<4>" in first.texts and gate.written == [2] * 5, "only the first was written for"
+        await until(lambda: not worker.line)
+        await asyncio.wait_for(asyncio.gather(*(client.task for client in waiting)), PATIENCE)
+        new = Client(app, prompt="bc")
+        gate.turns.release(10)
+        await asyncio.wait_for(asyncio.gather(first.task, new.task), PATIENCE)
+        assert "<4>" in first.texts and new.status == 200 and gate.written == [2] * 5 + [3] * 5, "of those that waited none was written for"
 
     asyncio.run(scene())
 
@@ -139,12 +145,31 @@ def test_a_client_that_is_gone_before_its_stream_begins_ends_its_job(gated):
         app, first = await busy(worker)
         client = Client(app, prompt="bcd", stream=True)
         client.gone.set()  # the answer finds nobody
-        await until(lambda: worker.line.qsize() == 1)
-        job = worker.line.queue[0]
-        await until(job.gone.is_set)
+        await asyncio.wait_for(client.task, PATIENCE)
+        await until(lambda: not worker.line)
         first.task.cancel()
 
     asyncio.run(scene())
+
+
+def test_a_worker_that_is_stopped_tells_those_that_are_written_for_and_those_that_wait(gated):
+    worker, gate = gated
+
+    async def scene() -> None:
+        app, first = await busy(worker)
+        stream, whole = Client(app, prompt="bc", stream=True), Client(app, prompt="bc")
+        await until(lambda: len(worker.line) == 2)
+        worker.stop()
+        await asyncio.wait_for(asyncio.gather(first.task, stream.task, whole.task), PATIENCE)
+        assert [first.status, stream.status, whole.status] == [503, 200, 503]
+        assert all("the server is stopping" in client.texts for client in (first, stream, whole))
+        refused = Client(app, prompt="bc")
+        await asyncio.wait_for(refused.task, PATIENCE)
+        assert refused.status == 503 and b"retry-after" in refused.headers
+
+    asyncio.run(scene())
+    gate.turns.release(5)
+    assert worker.close(PATIENCE) and gate.written == [2], "the text ended at its next piece"
 
 
 def test_a_worker_outlives_the_loop_of_its_clients(gated):
@@ -152,7 +177,7 @@ def test_a_worker_outlives_the_loop_of_its_clients(gated):
 
     async def scene() -> None:
         Client(make_app(worker, "tiny", lambda name: Full()), prompt="a", stream=True)
-        await until(lambda: worker.line.empty() and worker.thread.is_alive())
+        await until(lambda: worker.running and worker.thread.is_alive())
 
     asyncio.run(scene())
     gate.turns.release(5)
@@ -161,10 +186,11 @@ def test_a_worker_outlives_the_loop_of_its_clients(gated):
     assert len(list(behind.results())) == 5
 
 
-def test_a_body_that_is_too_large_is_refused_while_it_comes(gated, monkeypatch):
+def test_a_body_that_is_too_large_is_read_to_its_end_but_not_kept(gated, monkeypatch):
     worker, gate = gated
     gate.turns.release(5)
-    monkeypatch.setattr(connections, "MOST_BODY_BYTES", 1000)
+    monkeypatch.setattr(body, "LEAST_BODY_BYTES", 1000)
+    monkeypatch.setattr(body, "BYTES_PER_TOKEN", 0)
     with TestClient(make_app(worker, "tiny", lambda name: Full())) as client:
         kind = {"content-type": "application/json"}
         whole = json.dumps({"prompt": "a" * 2000}).encode()

@@ -1,6 +1,7 @@
 """The server answers as OpenAI's does: texts, streams, conversations; every malformed request is refused by its field; it lives on."""
 
 import json
+import math
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from fastapi.testclient import TestClient
 from megatron_sorted.decoding import generate as generate_module
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.sampling import Sampling
-from megatron_sorted.decoding.ways import Full, SelfSpeculative, check_way
+from megatron_sorted.decoding.ways import Fixed, Full, SelfSpeculative, check_way
 from megatron_sorted.decoding.writer import Writer
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_writer import Letters
@@ -28,10 +29,18 @@ from tests.unit.test_decoding_writer import Letters
 WAYS = {None: SelfSpeculative(2, 4), "full": Full(), "self_speculative": SelfSpeculative(1, 2), "fixed": SelfSpeculative(9, 2)}
 
 
+class NamedLetters(Letters):
+    """The same, with names for tokens that are no whole character."""
+
+    @staticmethod
+    def token_text(token: int) -> str:
+        return f"token {token}"
+
+
 @pytest.fixture
 def served():
     _, network = plain_network("llama")
-    writer = Writer(network, Letters())
+    writer = Writer(network, NamedLetters())
     worker = Worker(writer)
 
     def way_of(name):
@@ -111,7 +120,7 @@ def test_a_stream_has_no_ends_of_lines_within_lines(served, monkeypatch):
 
 
 BAD = [
-    ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens"), ({"prompt": "a", "temperature": -1}, 400, "temperature"),
+    ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens"), ({"prompt": "a", "temperature": -1}, 400, "temperature"),
     ({"prompt": "a", "temperature": "hot"}, 400, "temperature"), ({"prompt": "a", "top_p": 2}, 400, "top_p"),
     ({"prompt": "a", "stop": ""}, 400, "stop"), ({"prompt": "a", "n": 99}, 400, "n"), ({"prompt": []}, 400, "prompt"), ({}, 400, "prompt"),
     ({"prompt": "a", "colour": "red"}, 400, "colour"), ({"prompt": "a", "model": "other"}, 404, "model"),
@@ -119,9 +128,10 @@ BAD = [
     ({"prompt": "a", "way": "fixed"}, 400, "way"), ({"prompt": {"a": 1}}, 400, "prompt"),
     ({"prompt": "a", "task": ""}, 400, "task"), ({"prompt": "a", "task": "a" * 65}, 400, "task"), ({"prompt": "a", "task": 3}, 400, "task"),
     ({"prompt": [5000], "echo": True}, 400, "prompt"), ({"prompt": [5000], "stream": True}, 400, "prompt"),
-    ({"prompt": "a", "stream_options": {"include_usage": True}}, 400, None),
-    ({"prompt": "a", "stream": True, "stream_options": {"usage": True}}, 400, "stream_options"),
-    ({"prompt": "a", "task": None}, 400, "task"), ({"prompt": "a", "task": "\ud800"}, 400, "task"),
+    ({"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options"),
+    ({"prompt": "a", "stream": True, "stream_options": {"usage": True}}, 400, "stream_options.usage"),
+    ({"prompt": "a", "stream": True, "stream_options": {"include_usage": "maybe"}}, 400, "stream_options.include_usage"),
+    ({"prompt": "a", "task": "\ud800"}, 400, "task"),
 ]
 
 
@@ -203,3 +213,116 @@ def test_requests_that_come_at_once_are_answered_one_after_another(served):
     for thread in threads:
         thread.join(max(0, until - time.monotonic()))
     assert answers == {number: expected(writer, writer.encode("a" * number), 8) for number in range(1, 7)}
+
+
+def log_softmax_of(case, ids: list[int]) -> torch.Tensor:
+    """Returns what plain transformers says of the tokens after each of these [s, v]."""
+    return case.logits(4, torch.tensor([ids]))[0].double().log_softmax(-1)
+
+
+def test_logprobs_of_prompts_and_texts_are_those_of_transformers(served):
+    client, writer, _ = served
+    case, _ = plain_network("llama")
+    prompts = [[5, 6, 7, 8], [11, 3]]
+    ask = {"prompt": prompts, "max_tokens": 6, "temperature": 0.9, "seed": 3, "logprobs": 3, "echo": True}
+    for more in ({}, {"way": "full"}):  # its own way is speculative
+        choices = client.post("/v1/completions", json={**ask, **more}).json()["choices"]
+        for prompt, choice in zip(prompts, choices, strict=True):
+            found = choice["logprobs"]
+            texts = generate(writer.network, prompts, Full(), Sampling(0.9, seed=3), Limits(6, writer.end_ids))
+            ids = [*prompt, *texts[prompts.index(prompt)].tokens]
+            expected_sv = log_softmax_of(case, ids[:-1])
+            assert len(found["tokens"]) == len(found["token_logprobs"]) == len(found["text_offset"]) == len(ids)
+            assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+            for place in range(1, len(ids)):
+                row = expected_sv[place - 1]
+                assert math.isclose(found["token_logprobs"][place], row[ids[place]], abs_tol=1e-5)
+                best = sorted(found["top_logprobs"][place].values(), reverse=True)[:3]
+                assert torch.allclose(torch.tensor(best, dtype=torch.double), row.topk(len(best)).values, atol=1e-5)
+    bare = client.post("/v1/completions", json={**ask, "echo": False, "max_tokens": 2, "logprobs": 0}).json()["choices"][0]["logprobs"]
+    assert len(bare["tokens"]) == 2 and bare["top_logprobs"] == [{}, {}] and bare["text_offset"][0] == 0
+
+
+def test_logprobs_of_likelihoods_need_no_new_token(served):
+    client, *_ = served
+    case, _ = plain_network("llama")
+    ids = [5, 6, 7, 8, 9]
+    for count in (0, 1):
+        [choice] = client.post("/v1/completions", json={"prompt": [ids], "max_tokens": count, "temperature": 0, "logprobs": 1,
+                                                        "echo": True, "seed": 1234}).json()["choices"]
+        found = choice["logprobs"]["token_logprobs"]
+        assert choice["finish_reason"] == "length" and len(found) == 5 + count
+        expected_sv = log_softmax_of(case, ids)
+        assert all(math.isclose(found[place], expected_sv[place - 1, ids[place]], abs_tol=1e-5) for place in range(1, 5))
+        is_greedy = [one == max(top.values()) for one, top in zip(found[1:], choice["logprobs"]["top_logprobs"][1:], strict=True)]
+        assert is_greedy[:4] == [int(expected_sv[place - 1].argmax()) == ids[place] for place in range(1, 5)]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_logprobs_in_streams_are_those_of_whole_answers(served, path):
+    client, *_ = served
+    ask = {"max_tokens": 7, "temperature": 0.5, "seed": 2}
+    if "chat" in path:
+        ask |= {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2}
+        join = lambda parts: [one for part in parts for one in part["content"]]  # noqa: E731
+    else:
+        ask |= {"prompt": "hi", "logprobs": 2, "echo": True}
+        join = lambda parts: [one for part in parts for one in zip(part["tokens"], part["token_logprobs"],  # noqa: E731
+                                                                   part["text_offset"], strict=True)]
+    whole = client.post(path, json=ask).json()["choices"][0]["logprobs"]
+    with client.stream("POST", path, json={**ask, "stream": True}) as answer:
+        chunks = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line and "[DONE]" not in line]
+    parts = [choice["logprobs"] for chunk in chunks for choice in chunk["choices"] if choice.get("logprobs")]
+    assert join(parts) == join([whole]) and len(join([whole])) == 7 + 3 * ("chat" not in path)
+    if "chat" in path:
+        assert all(len(one["top_logprobs"]) == 2 and bytes(one["bytes"]).decode() == one["token"] for one in whole["content"])
+
+
+def test_ways_that_write_other_texts_have_no_logprobs(served, monkeypatch):
+    client, *_ = served
+    monkeypatch.setitem(WAYS, "fixed", Fixed(2))
+    answer = client.post("/v1/completions", json={"prompt": "a", "way": "fixed", "logprobs": 1})
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("logprobs: ")
+
+
+def test_a_text_of_no_new_tokens(served):
+    client, *_ = served
+    whole = client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 0, "echo": True}).json()
+    assert whole["choices"][0]["text"] == "abc" and whole["choices"][0]["finish_reason"] == "length"
+    with client.stream("POST", "/v1/completions", json={"prompt": "abc", "max_tokens": 0, "stream": True}) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length" and lines[-1] == "data: [DONE]"
+
+
+def test_models_by_name(served):
+    client, *_ = served
+    [listed] = client.get("/v1/models").json()["data"]
+    assert client.get("/v1/models/tiny").json() == listed
+    missing = client.get("/v1/models/an/other")
+    assert missing.status_code == 404 and missing.json()["error"]["param"] == "model"
+
+
+def test_half_a_pair_is_refused_wherever_it_stands(served):
+    client, *_ = served
+    for path, body, field in (("completions", '{"prompt":"a\\ud83d"}', "prompt"), ("completions", '{"prompt":"a","\\ud83d":1}', "\ud83d"),
+                              ("chat/completions", '{"messages":[{"role":"user","content":"\\ud83d"}]}', "messages")):
+        answer = client.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == field
+
+
+def test_of_a_long_text_no_more_than_its_beginning_is_encoded(served, monkeypatch):
+    client, writer, _ = served
+    lengths = []
+    encode = writer.encode
+
+    def counted(text: str) -> list[int]:
+        lengths.append(len(text))
+        return encode(text)
+
+    monkeypatch.setattr(writer, "encode", counted)
+    for path, body in (("completions", {"prompt": "a" * 500_000}), ("completions", {"prompt": ["b", "a" * 500_000]}),
+                       ("chat/completions", {"messages": [{"role": "user", "content": "a" * 500_000}]})):
+        answer = client.post(f"/v1/{path}", json=body)
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and "500000 characters" in error["message"] and error["param"] in ("prompt", "messages")
+    assert max(lengths) < 10_000

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from megatron_sorted.errors import SettingsError
 from tests.rules.sources import ROOT
 from tests.support.planned_run import RUN
 
@@ -25,9 +26,11 @@ def plan(tmp_path, monkeypatch, capsys):
         path = tmp_path / "run.yaml"
         path.write_text("# A run.\n" + RUN.format(world_size=world_size))
         monkeypatch.setattr(sys, "argv", ["plan.py", str(path), *words])
-        with pytest.raises(SystemExit) as ended:
-            TOOL.main()
-        return ended.value.code, capsys.readouterr().out
+        try:
+            status = TOOL.main()
+        except SettingsError as error:
+            status = f"error: {error}"
+        return status, capsys.readouterr().out
 
     return run
 
@@ -63,7 +66,7 @@ def test_a_head_that_says_no_number_is_told(plan):
 
 def test_a_file_that_is_not_there_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["plan.py", str(tmp_path / "none.yaml")])
-    with pytest.raises(SystemExit, match=r"none\.yaml cannot be read"):
+    with pytest.raises(SettingsError, match=r"none\.yaml cannot be read"):
         TOOL.main()
 
 

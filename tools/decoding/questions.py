@@ -9,8 +9,10 @@ from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import DataError, SettingsError
 
 CONVERSATION = "multi-turn conversation"
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 GROUPS = {"translation": "translation", "summarization": "summarization", "qa": "question answering",
           "math_reasoning": "mathematical reasoning", "rag": "retrieval-augmented generation"}
+GROUPS = dict.fromkeys(MT_BENCH, CONVERSATION) | GROUPS
 """Spec-Bench's category -> its group; MT-Bench's eight categories are conversations (Xia et al., arXiv 2401.07851, section 5)."""
 
 
@@ -30,8 +32,8 @@ class Question:
 
     @property
     def group(self) -> str:
-        """Returns Spec-Bench's group."""
-        return GROUPS.get(self.category, CONVERSATION)
+        """Return Spec-Bench's group; a category that is none of its own is a group of that name."""
+        return GROUPS.get(self.category, self.category)
 
 
 def read_questions(path: Path) -> list[Question]:

@@ -1,12 +1,8 @@
-"""What tools that train, measure and write a page have in common: their folders, their end, and being stopped."""
+"""What tools that train, measure and write a page have in common: their folders and their page."""
 
 import argparse
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
-
-from megatron_sorted.errors import SortedError
 
 from .steps import ROOT
 
@@ -44,14 +40,3 @@ def show_page(page: Path, picture: Path, quick: bool) -> None:
     """Prints the page and where it is."""
     print(page.read_text(encoding="utf-8"))
     print(f"written: {page}, {picture}" + (" (--quick: nothing was learned, the numbers mean nothing)" if quick else ""))
-
-
-def run_tool(main: Callable[[], None], stopped: str = "The same command again goes on from what is unfinished.") -> None:
-    """Runs ``main``; a mistake of the user's or Ctrl-C ends the process with one line, which says what ``stopped`` means."""
-    try:
-        main()
-    except SortedError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print(f"\nStopped. {stopped}", file=sys.stderr)
-        sys.exit(130)
