@@ -72,6 +72,15 @@ def test_a_checkpoint_keeps_what_was_decided(tmp_path):
     assert masks_of(settle_document_masks(tiny(load=str(tmp_path / "nothing")))) == (True, True, True)
 
 
+def test_the_same_command_again_goes_on_as_its_checkpoints_were_trained(tmp_path):
+    write_checkpoint(tmp_path / "old", tiny(), without=MASKS)
+    saved = str(tmp_path / "old")
+    assert masks_of(settle_document_masks(tiny(save=saved))) == (False, False, False)
+    assert masks_of(settle_document_masks(tiny(save=saved, load=str(tmp_path / "theirs"), finetune=True))) == (False, False, False)
+    assert masks_of(settle_document_masks(tiny(save=saved, eod_mask_loss=True))) == (False, False, True)
+    assert masks_of(settle_document_masks(tiny(save=saved, skip_train=True))) == (True, True, True), "nothing is saved there"
+
+
 def test_context_parallel_processes_know_no_documents():
     given = dataclasses.replace(tiny(context_parallel_size=2, reset_attention_mask=True))
     with pytest.raises(SettingsError, match=r"--reset-attention-mask: beside --context-parallel-size 2.* Use 1, or leave the flag out"):
