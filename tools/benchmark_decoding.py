@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     groups = dict.fromkeys([*GROUPS.values(), *(question.group for question in questions)])
     chosen = [question for group in groups for question in spread([one for one in questions if one.group == group], values.per_group)]
     sampling, writer = sampling_of(values), writer_of(values)
-    print(writer.form.line, flush=True)
+    print(writer.form.line, file=sys.stderr, flush=True)
     network, contestants, ways = writer.network, [], {}
     for name in dict.fromkeys([FULL, *values.ways]):
         draft = writer.draft_for(WAYS[name])

@@ -108,7 +108,7 @@ def test_limit_overwrite_and_stale_files(folder, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--input", "absent.jsonl"], "cannot read absent.jsonl"),
-    (["--input", "empty.jsonl"], "no line among the first"),
+    (["--input", "empty.jsonl"], "empty.jsonl holds no JSON lines"),
     (["--input", "empty.jsonl", "--format", "text"], "none of 0 samples can be used"),
     (["--input", "other.jsonl"], "found: prompt, reply"),
     (["--input", "good.jsonl", "--valid-fraction", "0.0001"], "--valid-fraction 0.0001: none of 1 documents"),
