@@ -82,9 +82,9 @@ def test_a_torch_npu_without_cann_is_named_with_its_library(tmp_path):
 
 
 def test_a_second_megatron_on_the_path_is_found_in_the_place_that_counts(tmp_path):
-    status, found, _ = examine(tmp_path, env=with_path(write_megatron(tmp_path / "checkout", (0, 12, 1))))
+    status, found, _ = examine(tmp_path, env=with_path(write_megatron(tmp_path / "checkout", (0, 11, 0))))
     assert status == 1 and found["megatron-core"]["verdict"] == "FAIL"
-    assert f"taken: 0.12.1 in {tmp_path / 'checkout'}; also: 0.16." in found["megatron-core"]["value"]
+    assert f"taken: 0.11.0 in {tmp_path / 'checkout'}; also: 0.16." in found["megatron-core"]["value"]
     assert f"Take {tmp_path / 'checkout'} out of PYTHONPATH" in found["megatron-core"]["remedy"]
 
 
