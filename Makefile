@@ -19,8 +19,8 @@ NPU_READY := $(NPU_VENV)/.ready
 
 help:
 	@echo "make demo      train a small nested model and see every exit (3 minutes on 2 CPU cores)"
-	@echo "make check     style, imports, words, unit tests (about five minutes)"
-	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs"
+	@echo "make check     style, imports, words, unit tests (two minutes on 2 cores)"
+	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs (a quarter of an hour)"
 	@echo "make test-all  the same with every row of the long tables"
 	@echo "make test-launch  job scripts with a real SLURM and sshd on this machine, as root (.ci/install brings what is missing)"
 	@echo "make test-gpu  the same bodies on an NVIDIA GPU"
