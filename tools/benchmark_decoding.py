@@ -10,6 +10,7 @@ more of both. Options of ways are those of decoding.json beside the model (tools
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     groups = [CONVERSATION, *GROUPS.values()]
     chosen = [question for group in groups for question in spread([one for one in questions if one.group == group], values.per_group)]
     sampling, writer = sampling_of(values), writer_of(values)
-    print(writer.form.line, flush=True)
+    print(writer.form.line, file=sys.stderr, flush=True)
     network, contestants, ways = writer.network, [], {}
     for name in dict.fromkeys([FULL, *values.ways]):
         draft = writer.draft_for(WAYS[name])
