@@ -10,6 +10,8 @@ MEGATRON_TESTS ?= tests/unit tests/ranks/test_layouts.py tests/ranks/test_precis
 PYTEST_OPTIONS ?=
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
+# one process: launchers end process groups, and with them workers
+LAUNCH = $(BIN)/python -m pytest -rs $(PYTEST_OPTIONS) tests/launch
 TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_OPTIONS)
 
 NPU_VENV  := .venv-npu
@@ -55,14 +57,16 @@ check: $(READY)
 	@$(TESTS) -m "not long" tests/rules tests/unit
 
 test: check
-	@$(TESTS) -m "not long" -rs tests/ranks tests/system tests/launch
+	@$(TESTS) -m "not long" -rs tests/ranks tests/system
+	@$(LAUNCH) -m "not long"
 
 test-all: check
-	@$(TESTS) -rs tests/unit tests/ranks tests/system tests/launch
+	@$(TESTS) -rs tests/unit tests/ranks tests/system
+	@$(LAUNCH)
 
 # Installs nothing: what is missing is named, and its tests are reported as not run.
 test-launch: $(READY)
-	@$(BIN)/python -m pytest -rs $(PYTEST_OPTIONS) tests/launch
+	@$(LAUNCH)
 
 test-gpu: $(READY)
 	@$(BIN)/python -m pytest -m gpu tests/device
