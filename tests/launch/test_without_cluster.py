@@ -132,7 +132,7 @@ def test_a_launcher_that_waits_starts_no_program(folder, place, way):
     launcher = start(folder, place, "n0,n1")
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     wait_for("what shows the first host's log, the last to start",
-             lambda: any(Path(f"/proc/{pid}/comm").read_text() == "tail\n" for pid in children.read_text().split()), 60, folder)
+             lambda: any(Path(f"/proc/{pid}/comm").read_text() == "tail\n" for pid in children.read_text().split()), 30, folder)
     seen = set()
     for _ in range(300):
         seen.add(children.read_text())

@@ -30,6 +30,7 @@ def until_it_answers(server: subprocess.Popen, port: int, path: str, body: bytes
 
     Raises:
         AssertionError: The server has ended.
+        HTTPError: The server refuses the request.
         URLError: There was no answer within ``seconds``.
     """
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"content-type": "application/json"})
@@ -38,7 +39,9 @@ def until_it_answers(server: subprocess.Popen, port: int, path: str, body: bytes
         try:
             with urllib.request.urlopen(request, timeout=seconds) as answer:
                 return json.load(answer)
-        except urllib.error.URLError:
+        except urllib.error.HTTPError:
+            raise
+        except urllib.error.URLError:  # not listening yet
             assert server.poll() is None, f"the server has ended with {server.returncode}"
             if time.monotonic() > until:
                 raise

@@ -3,13 +3,11 @@
 import json
 import os
 import shlex
-import socket
-import time
-import urllib.request
 
 import pytest
 
 from tests.support.commands import ROOT, run_command, start_command
+from tests.support.ports import free_port, until_it_answers
 from tools.demo import afterwards, demo_steps, request_of, trained_question, use_commands
 
 
@@ -59,31 +57,15 @@ def test_the_server_answers_the_printed_request(folder):
     if not model.is_dir():
         assert run_command(*words_of(use_commands(folder)["export it"]), cwd=ROOT).returncode == 0
     script, *words = words_of(use_commands(folder)["serve it"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port, body = free_port(), request_of(trained_question(folder)[0]).encode()
     with open(folder / "server.log", "w", encoding="utf-8") as log:
         server = start_command(script, *words[:words.index("--port")], "--port", port, cwd=ROOT, stdout=log, stderr=log)
         try:
-            answered = json.loads(ask(f"http://127.0.0.1:{port}/v1/chat/completions", request_of(trained_question(folder)[0]), server))
+            answered = until_it_answers(server, port, "/v1/chat/completions", body, seconds=240)
         finally:
             server.terminate()
             server.wait(60)
     assert answered["choices"][0]["message"]["role"] == "assistant", (folder / "server.log").read_text()
-
-
-def ask(address: str, body: str, server) -> bytes:
-    """Return what the server answers, once it does."""
-    request = urllib.request.Request(address, body.encode(), {"Content-Type": "application/json"})
-    end = time.monotonic() + 240
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return response.read()
-        except OSError:
-            if time.monotonic() > end or server.poll() is not None:
-                raise
-            time.sleep(0.2)
 
 
 def test_paths_in_the_project_are_short():

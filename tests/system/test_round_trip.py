@@ -2,11 +2,7 @@
 
 import json
 import signal
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,6 +14,7 @@ from megatron_sorted.text.prompt_form import read_form
 from megatron_sorted.text.tokenizer import open_tokenizer
 from tests.support.chat_templates import CHATML, HEADERS, INST, THINKS, as_written, write_fast_tokenizer
 from tests.support.commands import run_command, start_command
+from tests.support.ports import free_port, until_it_answers
 
 ANSWERS = {"say hi": "hi there", "name a pet": "a dog", "two plus two": "four", "who reads": "the cat reads", "what is red": "an apple",
            "name a tree": "oak", "is it late": "no", "count": "one two three"}
@@ -101,36 +98,19 @@ def of_transformers(directory: Path) -> tuple[list[list[int]], list[list[int]]]:
 
 def of_server(cwd: Path) -> list[dict]:
     """Return what the server answers to every question."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with (open(cwd / "serve.log", "w") as log,
           start_command("tools/serve.py", "hf", "--port", port, cwd=cwd, stdout=log, stderr=subprocess.STDOUT) as server):
         try:
-            return [_asked(server, port, {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": LONGEST})
-                    for question in ANSWERS]
+            bodies = [json.dumps({"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": LONGEST})
+                      for question in ANSWERS]
+            return [until_it_answers(server, port, "/v1/chat/completions", body.encode(), seconds=240) for body in bodies]
         finally:
             server.send_signal(signal.SIGTERM)
             try:
                 server.wait(60)
             finally:
                 server.kill()
-
-
-def _asked(server: subprocess.Popen, port: int, body: dict) -> dict:
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
-                                     {"content-type": "application/json"})
-    until = time.monotonic() + 240
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError:
-            raise
-        except urllib.error.URLError:  # not listening yet
-            if server.poll() is not None or time.monotonic() > until:
-                raise
-            time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("family", "kind", "form"), ROWS)
