@@ -120,7 +120,8 @@ def evaluate(subjects: Sequence[Subject], measures: Measures) -> list[Found]:
 def _evaluate(subject: Subject, measures: Measures) -> list[Found]:
     model = load_nested_model(subject.directory, measures.depths, measures.dtype, subject.name)
     tokenizer = open_tokenizer(subject.directory, measures.tokenizer)
-    if line := surplus_line(tokenizer, model.model.config.vocab_size, subject.name):
+    surplus = surplus_line(tokenizer, model.model.config.vocab_size, subject.name)
+    for line in (*tokenizer.notes, *([surplus] if surplus else [])):
         print(f"note: {line}", file=sys.stderr)
     form = form_of_model(subject.directory, tokenizer, measures.prompt_template)
     asked = form.prompt_form if form.is_stored or measures.prompt_template is not None else None
