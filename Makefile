@@ -10,6 +10,8 @@ MEGATRON_TESTS ?= tests/unit tests/ranks/test_layouts.py tests/ranks/test_precis
 PYTEST_OPTIONS ?=
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
+# one process: launchers end process groups, and with them workers
+LAUNCH = $(BIN)/python -m pytest -rs $(PYTEST_OPTIONS) tests/launch
 TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_OPTIONS)
 
 NPU_VENV  := .venv-npu
@@ -19,8 +21,8 @@ NPU_READY := $(NPU_VENV)/.ready
 
 help:
 	@echo "make demo      train a small nested model and see every exit (3 minutes on 2 CPU cores)"
-	@echo "make check     style, imports, words, unit tests (about five minutes)"
-	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs"
+	@echo "make check     style, imports, words, unit tests (two minutes on 2 cores)"
+	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs (a quarter of an hour)"
 	@echo "make test-all  the same with every row of the long tables"
 	@echo "make test-faults  kills at random moments, damaged input, other people's clients, in great numbers"
 	@echo "make test-launch  job scripts with a real SLURM and sshd on this machine, as root (.ci/install brings what is missing)"
@@ -56,10 +58,12 @@ check: $(READY)
 	@$(TESTS) -m "not long and not faults" tests/rules tests/unit
 
 test: check
-	@$(TESTS) -m "not long and not faults" -rs tests/ranks tests/system tests/launch
+	@$(TESTS) -m "not long and not faults" -rs tests/ranks tests/system
+	@$(LAUNCH) -m "not long"
 
 test-all: check
-	@$(TESTS) -m "not faults" -rs tests/unit tests/ranks tests/system tests/launch
+	@$(TESTS) -m "not faults" -rs tests/unit tests/ranks tests/system
+	@$(LAUNCH)
 
 # Clients of other people, where they are installed: pip install openai litellm langchain-openai.
 test-faults: $(READY)
@@ -67,7 +71,7 @@ test-faults: $(READY)
 
 # Installs nothing: what is missing is named, and its tests are reported as not run.
 test-launch: $(READY)
-	@$(BIN)/python -m pytest -rs $(PYTEST_OPTIONS) tests/launch
+	@$(LAUNCH)
 
 test-gpu: $(READY)
 	@$(BIN)/python -m pytest -m gpu tests/device

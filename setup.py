@@ -8,9 +8,9 @@ from setuptools import find_packages, setup
 PACKAGE = (Path(__file__).parent / "megatron_sorted" / "__init__.py").read_text(encoding="utf-8")
 
 # psutil: megatron's checkpoint writer needs it
-TRAIN = ["torch>=2.6", "megatron-core>=0.12.1,<0.17", "numpy", "psutil", "sentencepiece", "safetensors"]
+TRAIN = ["torch>=2.6", "megatron-core>=0.12.1,<0.17", "numpy", "psutil", "sentencepiece", "safetensors", "jinja2"]
 MONITORING = ["wandb", "tensorboard"]
-CONVERT = ["torch>=2.6", "numpy", "safetensors", "transformers>=5", "tokenizers", "sentencepiece"]
+CONVERT = ["torch>=2.6", "numpy", "safetensors", "transformers>=5", "tokenizers", "sentencepiece", "jinja2"]
 EVALUATE = [*CONVERT, "lm-eval", "accelerate", "datasets", "matplotlib"]  # lm-eval's models of transformers need accelerate
 SERVE = [*CONVERT, "fastapi", "uvicorn"]
 DEMO = ["Babel", "matplotlib"]

@@ -32,10 +32,16 @@ def stored_options(prefix: str) -> dict:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as the summary of prepared data ({type(error).__name__}: {error}). "
-                        "Prepare the data again, or take this file away.") from error
-    return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            raise TypeError("not an object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+    return found
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: not readable as the summary of prepared data ({type(error).__name__}: {error}). "
+                     "Prepare the data again, or take this file away.")
 
 
 def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer, owner: str = "--tokenizer-model is") -> None:
@@ -52,8 +58,7 @@ def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer, owner: s
             made_with = stored_options(prefix)["tokenizer"]
             name, sha256 = made_with["name"], made_with["sha256"]
         except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: not readable as the summary of prepared data ({type(error).__name__}: {error}). "
-                            "Prepare the data again, or take this file away.") from error
+            raise _unreadable(path, error) from error
         if sha256 not in tokenizer.hashes:
             raise DataError(f"{prefix}: prepared with tokenizer {name} (sha256 {sha256[:16]}), but {owner} {tokenizer.name} "
                             f"(sha256 {tokenizer.sha256[:16]}). Give the tokenizer the data was prepared with, or prepare it again.")
@@ -65,15 +70,8 @@ def read_prompt_form(prefix: str) -> PromptForm | None:
     Raises:
         DataError: The summary is damaged.
     """
-    path = summary_path(prefix)
-    if path is None:
-        return None
-    try:
-        said = json.loads(path.read_text(encoding="utf-8")).get("prompt_form")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as the summary of prepared data ({type(error).__name__}: {error}). "
-                        "Prepare the data again, or take this file away.") from error
-    return form_from_dict(said, f"{path}: prompt_form") if said else None
+    said = stored_options(prefix).get("prompt_form")
+    return form_from_dict(said, f"{summary_path(prefix)}: prompt_form") if said else None
 
 
 def form_of_data(sources: Sequence[tuple[float, str]]) -> tuple[PromptForm | None, list[str]]:

@@ -131,7 +131,8 @@ def evaluate(subjects: Sequence[Subject], measures: Measures, keep: Keep = lambd
 def _evaluate(subject: Subject, measures: Measures, found: list[Found], keep: Keep) -> None:
     model = load_nested_model(subject.directory, measures.depths, measures.dtype, subject.name)
     tokenizer = open_tokenizer(subject.directory, measures.tokenizer)
-    if line := surplus_line(tokenizer, model.model.config.vocab_size, subject.name):
+    surplus = surplus_line(tokenizer, model.model.config.vocab_size, subject.name)
+    for line in (*tokenizer.notes, *([surplus] if surplus else [])):
         print(f"note: {line}", file=sys.stderr)
     form = form_of_model(subject.directory, tokenizer, measures.prompt_template)
     asked = form.prompt_form if form.is_stored or measures.prompt_template is not None else None

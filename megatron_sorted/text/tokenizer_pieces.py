@@ -34,7 +34,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.chat_templates = files.chat_templates
         self.files = {PIECES if file == path else name: file for name, file in files.used.items()}
         removes_blanks = self._pieces.encode("  a") == self._pieces.encode("a")
-        self.blank_before = blank_before(files.config, removes_blanks)
+        composes = self._pieces.encode("\ufb01") == self._pieces.encode("fi")
+        self.blank_before = blank_before(files.config, removes_blanks or composes)
         behind = self._data if self.blank_before == "always" else self._data + NO_PREFIX
         if self.blank_before == "never":
             self._data = behind
@@ -182,10 +183,13 @@ class SentencePieceTokenizer(Tokenizer):
         return ids, spans
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        """Return the text of ids; names of control tokens, for which sentencepiece has no text."""
+        """Return the text of ids; names of control tokens, for which sentencepiece has no text.
+
+        An unknown piece is what sentencepiece writes for it, as in the tokenizer.json of an export.
+        """
         text, run, reader = "", [], self._pieces
         for token in map(int, ids):
-            if token not in self._names:
+            if token not in self._names or (token < self._size and self._pieces.is_unknown(token)):
                 run += [token] if token < self._size else []
                 continue
             if run:  # behind a first text no blank was put, so none is taken away
@@ -206,16 +210,17 @@ class SentencePieceTokenizer(Tokenizer):
         return pieces | {text: number for text, (number, _) in self._words.items()}
 
 
-def blank_before(config: Mapping[str, Any], removes_blanks: bool) -> str:
+def blank_before(config: Mapping[str, Any], rewrites: bool) -> str:
     """Return before which texts a blank is put: "first" of all, "always" behind tokens too, "never".
 
-    Where a file removes blanks, a word behind a token can only keep its own by getting one.
+    Where a file removes blanks, a word behind a token can only keep its own by getting one; where
+    it composes characters, a tokenizer.json cannot tell which text was the first.
 
     Source: ``legacy`` and ``add_prefix_space`` of LlamaTokenizer in transformers.
     """
     if config.get("add_prefix_space", True) is False:
         return "never"
-    return "always" if config.get("legacy") or removes_blanks else "first"
+    return "always" if config.get("legacy") or rewrites else "first"
 
 
 def check_place(

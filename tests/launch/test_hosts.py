@@ -68,7 +68,7 @@ def test_a_failure_on_one_host_ends_all(three, tiny):
     launcher = launch(three, "--train-iters", 100000, project=tiny)
     wait_for("three steps", lambda: last_step(three) >= 3, 240, three)
     workers(three)[1].kill()
-    assert launcher.wait(timeout=240) == 1
+    assert launcher.wait(timeout=60) == 1
     assert f"error: {ADDRESSES[1]} ended first, with status 1; all others were ended." in console(three), console(three)
     assert not processes_in(three)
 
@@ -79,7 +79,7 @@ def test_ctrl_c_saves_and_ends_all(three, hosts, way):
     launcher = launch(three, "--train-iters", 100000)
     wait_for("three steps", lambda: last_step(three) >= 3, 240, three)
     os.killpg(launcher.pid, signal.SIGINT)
-    assert launcher.wait(timeout=240) == 130, console(three)
+    assert launcher.wait(timeout=90) == 130, console(three)
     assert "stopped by SIGINT; nothing is left running" in console(three)
     assert not processes_in(three) and (three / "save" / "stopped.json").exists()
 
@@ -90,7 +90,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(three, tiny):
     wait_for("three steps", lambda: last_step(three) >= 3, 240, three)
     launcher.kill()
     launcher.wait()
-    wait_for("the end of all", lambda: not processes_in(three), 240, three)
+    wait_for("the end of all", lambda: not processes_in(three), 60, three)
 
 
 def test_a_host_that_cannot_be_reached_is_named(three):

@@ -24,7 +24,7 @@ def node(folder: Path, mode: str, rank: int = 0, **told: object) -> subprocess.C
     (folder / "set_env.sh").write_text("export ASCEND_TOOLKIT_HOME=/opt/cann-9.1.0 OF_SET_ENV=$NOT_SET\n")
     script = Path(said["SORTED_ROOT"]) / "slurm" / "node.sh"
     return subprocess.run([script, mode, str(rank), "--config", "run.yaml"], cwd=folder, env=clean_environment(**said),
-                          text=True, capture_output=True, check=False, timeout=240)
+                          text=True, capture_output=True, check=False, timeout=120)
 
 
 def problems(folder: Path, rank: int = 0, **told: object) -> str:

@@ -14,7 +14,7 @@ from tests.support.clean_environment import clean_environment
 
 def run(folder: Path, launcher: str, *words: object) -> subprocess.CompletedProcess:
     return subprocess.run([ROOT / "slurm" / launcher, *map(str, words)], cwd=folder, text=True, capture_output=True, check=False,
-                          timeout=240, env=clean_environment())
+                          timeout=60, env=clean_environment())
 
 
 def refusal(folder: Path, launcher: str, *words: object) -> str:

@@ -35,7 +35,7 @@ def launch(folder: Path, launcher: str, *words: object, **more: object) -> subpr
     """Returns the finished launcher, started in the only directory in ``folder`` that has a site file."""
     place = next(folder.glob("*/site")).parent
     return subprocess.run([ROOT / "slurm" / launcher, *map(str, words)], cwd=place, env=stand_ins(folder, **more), text=True,
-                          capture_output=True, check=False, timeout=240)
+                          capture_output=True, check=False, timeout=120)
 
 
 def over_ssh(folder: Path, hosts: str, *words: object, **more: object) -> subprocess.CompletedProcess:
@@ -110,7 +110,7 @@ def start(folder: Path, place: Path, hosts: str, project: Path = ROOT) -> subpro
     command = [project / "slurm" / "launch_hosts.sh", "gpu", "--hosts", hosts, "--site", "site", "--logs", "logs", "my run.yaml"]
     with open(folder / "console.out", "w") as console:
         launcher = subprocess.Popen(command, cwd=place, env=stand_ins(folder, STAYS="yes"), stdout=console, stderr=subprocess.STDOUT)
-    wait_for("torchrun", lambda: len(said_to_torchrun(folder)) == len({"n0", "n1"} & set(hosts.split(","))), 240, folder)
+    wait_for("torchrun", lambda: len(said_to_torchrun(folder)) == len({"n0", "n1"} & set(hosts.split(","))), 60, folder)
     return launcher
 
 
@@ -121,7 +121,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(folder, place, way):
     assert any("sleep 300" in name for name in processes_in(place))
     launcher.kill()
     launcher.wait()
-    wait_for("the end of all", lambda: not processes_in(place), 240, folder)
+    wait_for("the end of all", lambda: not processes_in(place), 30, folder)
 
 
 @pytest.mark.long
@@ -132,20 +132,20 @@ def test_a_launcher_that_waits_starts_no_program(folder, place, way):
     launcher = start(folder, place, "n0,n1")
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     wait_for("what shows the first host's log, the last to start",
-             lambda: any(Path(f"/proc/{pid}/comm").read_text() == "tail\n" for pid in children.read_text().split()), 240, folder)
+             lambda: any(Path(f"/proc/{pid}/comm").read_text() == "tail\n" for pid in children.read_text().split()), 30, folder)
     seen = set()
     for _ in range(300):
         seen.add(children.read_text())
         time.sleep(0.005)
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(timeout=240) == 130
+    assert launcher.wait(timeout=90) == 130
     assert len(seen) == 1, seen
 
 
 def test_a_host_that_does_not_end_is_named(folder, place, quick):
     launcher = start(folder, place, "n0,deaf", quick)
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(timeout=240) == 130
+    assert launcher.wait(timeout=90) == 130
     said = (folder / "console.out").read_text()
     assert "error: deaf did not answer within 3 s; look there" in said and "nothing is left running" not in said, said
     end_processes_in(folder, 0)  # the stand-in for an ssh to it still waits

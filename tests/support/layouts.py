@@ -62,6 +62,13 @@ def pairwise(rows: dict[str, tuple[int, dict]], *kept: str) -> list:
     return [name if name in chosen else pytest.param(name, marks=pytest.mark.long(reason=reason)) for name in rows]
 
 
+def all_but(rows: Iterable[str], reason: str, *long: str) -> list:
+    """Return the names of the rows as parameters of a test; those in ``long`` are for ``make test-all``, for that reason."""
+    rows = list(rows)
+    assert all(name in rows for name in long), f"{[name for name in long if name not in rows]}: no such rows"
+    return [pytest.param(name, marks=pytest.mark.long(reason=reason)) if name in long else name for name in rows]
+
+
 def thinned(rows: Iterable, *kept) -> list:
     """Returns the rows as parameters of a test; those that are not among ``kept`` are marked long, for ``make test-all``."""
     rows = list(rows)

@@ -30,7 +30,8 @@ def until_it_answers(server: subprocess.Popen, port: int, path: str, body: bytes
 
     Raises:
         AssertionError: The server has ended.
-        URLError: There was no answer within ``seconds``, or it was an error.
+        HTTPError: The server refuses the request.
+        URLError: There was no answer within ``seconds``.
     """
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"content-type": "application/json"})
     until = time.monotonic() + seconds
@@ -38,9 +39,9 @@ def until_it_answers(server: subprocess.Popen, port: int, path: str, body: bytes
         try:
             with urllib.request.urlopen(request, timeout=seconds) as answer:
                 return json.load(answer)
-        except urllib.error.HTTPError:  # an answer too
+        except urllib.error.HTTPError:
             raise
-        except urllib.error.URLError:
+        except urllib.error.URLError:  # not listening yet
             assert server.poll() is None, f"the server has ended with {server.returncode}"
             if time.monotonic() > until:
                 raise

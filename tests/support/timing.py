@@ -6,6 +6,7 @@ Prints a warning, and never fails, where a run took longer than is aimed at: mac
 import ast
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,7 @@ from tests.support.preloaded.session import spent_seconds
 
 SLOWEST = 10
 AIM_SECONDS = {"tests/rules": 20, "tests/unit": 120, "tests/ranks": 330, "tests/system": 330, "tests/launch": 180}
-"""CPU seconds of each folder on the machine that CI has, a tenth above what they took when this was written."""
-
-
+"""CPU seconds that each folder's everyday tests are aimed at: a quarter of an hour on 2 cores in all."""
 BEGAN = pytest.StashKey[tuple[float, float]]()
 
 
@@ -37,11 +36,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     return report
 
 
-def num_assertions(files: set[str]) -> int:
+def num_assertions(files: Iterable[Path]) -> int:
     """Return how many statements in these files assert something, `pytest.raises` included."""
     count = 0
     for file in files:
-        for node in ast.walk(ast.parse(Path(file).read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             count += isinstance(node, ast.Assert) or (isinstance(node, ast.Attribute) and node.attr == "raises")
     return count
 
@@ -61,7 +60,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         wall, cpu = (sum(column) for column in zip(*spent, strict=True))
         late = f"  warning: aimed at {AIM_SECONDS[folder]} CPU s" if cpu > AIM_SECONDS.get(folder, cpu) else ""
         write(f"{folder:16} {len(spent):6} {wall:8.0f} {cpu:8.0f}{late}")
-    files = {nodeid.split("::")[0] for nodeid in seconds}
+    files = {config.rootpath / nodeid.split("::")[0] for nodeid in seconds}
     write(f"{len(seconds)} tests in {len(files)} files with {num_assertions(files)} assertions; the slowest, in seconds:")
     for nodeid, (wall, cpu) in sorted(seconds.items(), key=lambda pair: -pair[1][0])[:SLOWEST]:
         write(f"  {wall:6.1f} wall {cpu:6.1f} CPU  {nodeid}")

@@ -57,12 +57,11 @@ def test_the_server_answers_the_printed_request(folder):
     if not model.is_dir():
         assert run_command(*words_of(use_commands(folder)["export it"]), cwd=ROOT).returncode == 0
     script, *words = words_of(use_commands(folder)["serve it"])
-    port = free_port()
+    port, body = free_port(), request_of(trained_question(folder)[0]).encode()
     with open(folder / "server.log", "w", encoding="utf-8") as log:
         server = start_command(script, *words[:words.index("--port")], "--port", port, cwd=ROOT, stdout=log, stderr=log)
         try:
-            request = request_of(trained_question(folder)[0]).encode()
-            answered = until_it_answers(server, port, "/v1/chat/completions", request, seconds=240)
+            answered = until_it_answers(server, port, "/v1/chat/completions", body, seconds=240)
         finally:
             server.terminate()
             server.wait(60)

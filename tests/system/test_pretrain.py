@@ -40,7 +40,7 @@ def test_console_says_each_thing_once(trained):
     patterns = [
         r"2 processes on cpu: tp 1 x pp 2 x dp 1, fp32, 4 samples of 64 tokens a step \(2 micro-batches of 2 on each data parallel rank\)",
         "4 layers, hidden 32, vocabulary 300; parameters of the sub-model at each exit: @1 26.1K, @2 42.5K, @3 59.0K, @4 75.4K",
-        "stage 0: layers 1-2, exits 1 2", "stage 1: layers 3-4, exits 3 4",
+        "stage 0: layers 1-2, exits 1 2", "stage 1: layers 3-4, exits 3 4", "note: prompt form: plain; answers end with </s>",
         r"training data: 200 documents in \d+ samples of 64 positions, \d\d\.\d % filled",
         STEP.format(1), STEP.format(2), *evaluations[2], STEP.format(3), STEP.format(4), *evaluations[4], "wrote whole/evaluation.json"]
     lines = [line for line in done.stdout.splitlines() if not line.startswith("saved")]

@@ -102,18 +102,15 @@ def of_server(cwd: Path) -> list[dict]:
     with (open(cwd / "serve.log", "w") as log,
           start_command("tools/serve.py", "hf", "--port", port, cwd=cwd, stdout=log, stderr=subprocess.STDOUT) as server):
         try:
-            return [_asked(server, port, {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": LONGEST})
-                    for question in ANSWERS]
+            bodies = [json.dumps({"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": LONGEST})
+                      for question in ANSWERS]
+            return [until_it_answers(server, port, "/v1/chat/completions", body.encode(), seconds=240) for body in bodies]
         finally:
             server.send_signal(signal.SIGTERM)
             try:
                 server.wait(60)
             finally:
                 server.kill()
-
-
-def _asked(server: subprocess.Popen, port: int, body: dict) -> dict:
-    return until_it_answers(server, port, "/v1/chat/completions", json.dumps(body).encode(), seconds=240)
 
 
 @pytest.mark.parametrize(("family", "kind", "form"), ROWS)

@@ -14,6 +14,7 @@ from tests.support.weights_only import strip_to_weights
 RUN = ("--config", "run.yaml", "--eval-interval", "none", "--valid-data-path", "--split", "100,0", "--pipeline-model-parallel-size", 1)
 FILES = {"huggingface/config.json": b'{"model_type": "llama"}', "huggingface/generation_config.json": b"{}",
          "tokenizer/chat_template.jinja": b"{{ messages }}"}
+FORM = "tokenizer/prompt_form.json"
 STARTED = "weights only (it holds nothing else), starting at step 0"
 
 
@@ -31,7 +32,12 @@ def folder(trained, tmp_path) -> Path:
 def travelling(directory: Path) -> dict[str, bytes]:
     """Returns the small files of a checkpoint that travel, as its manifest knows them."""
     names = [name for name in read_manifest(directory)["files"] if name.startswith(("huggingface/", "tokenizer/"))]
-    return {name: (directory / name).read_bytes() for name in names}
+    return {name: (directory / name).read_bytes() for name in names if name != FORM}
+
+
+def form_of(directory: Path) -> dict:
+    """Return the prompt form in a checkpoint, the one file that training writes itself."""
+    return json.loads((directory / FORM).read_bytes())
 
 
 def expected(folder: Path) -> dict[str, bytes]:
@@ -47,6 +53,7 @@ def test_a_run_starts_from_weights_and_goes_on_from_its_own_checkpoints(folder):
     assert sorted(path.name for path in (folder / "imported").glob("iter_*")) == ["iter_0000000", "iter_0000004"]
     own = folder / "imported" / "iter_0000004"
     assert travelling(own) == expected(folder) and "contents" not in read_manifest(own)
+    assert form_of(own) == json.loads((folder / "data" / "train.json").read_text())["prompt_form"]
     # the same command again, twice: its own checkpoints, and what travels is still there when the import is gone
     lines = pretrain(1, folder, *RUN, "--load", "imported", "--save", "imported", "--train-iters", 6)
     assert any(line.startswith("loaded imported/iter_0000004: step 4, 16 samples consumed") for line in lines)

@@ -30,9 +30,13 @@ def loaded(tmp_path, family="mistral", kind="block", record=True):
     return case, load_network(tmp_path), network
 
 
-@pytest.mark.parametrize("record", [False, True], ids=["anew", "replayed"])
-@pytest.mark.parametrize("kind", ["block", "adapter and mlp"])
-@pytest.mark.parametrize("family", FAMILIES)
+PAIRS = pytest.mark.long(reason="each pair of family, parts and replay stands in another row")
+
+
+@pytest.mark.parametrize(("family", "kind", "record"), [
+    pytest.param(family, kind, record, id=f"{family}-{kind}-{'replayed' if record else 'anew'}",
+                 marks=() if (number + (kind == "block") + record) % 2 else PAIRS)
+    for number, family in enumerate(FAMILIES) for kind in ("block", "adapter and mlp") for record in (False, True)])
 @torch.inference_mode()
 def test_every_exit_of_every_family(family, kind, record, tmp_path):
     case, _, network = loaded(tmp_path, family, kind, record)

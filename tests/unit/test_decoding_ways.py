@@ -51,9 +51,14 @@ def test_greedy_text_is_that_of_the_full_model_alone_and_in_a_batch(case, way):
         assert sum(text.counts.num_accepted for text in together) > 20, "drafts are never accepted: the test shows little"
 
 
-@pytest.mark.parametrize("way", SPECULATIVE, ids=name_of)
-@pytest.mark.parametrize("sampling", [Sampling(1.0, seed=3), Sampling(0.7, top_k=8, top_p=0.9, repetition_penalty=1.3, seed=4),
-                                      Sampling(0.0, repetition_penalty=1.5)], ids=["plain", "all", "greedy penalty"])
+SAMPLINGS = {"all": Sampling(0.7, top_k=8, top_p=0.9, repetition_penalty=1.3, seed=4), "plain": Sampling(1.0, seed=3),
+             "greedy penalty": Sampling(0.0, repetition_penalty=1.5)}
+OTHERWISE = pytest.mark.long(reason="every way samples with all rules, and every third way with each rule alone")
+
+
+@pytest.mark.parametrize(("way", "sampling"), [
+    pytest.param(way, sampling, id=f"{name}-{name_of(way)}", marks=() if name == "all" or number % 3 == place else OTHERWISE)
+    for place, (name, sampling) in enumerate(SAMPLINGS.items()) for number, way in enumerate(SPECULATIVE)])
 def test_sampled_text_is_that_of_the_full_model_with_the_same_seed(case, way, sampling):
     network, texts, _ = case
     wanted = [text.tokens for text in generate(network, texts, Full(), sampling, Limits(NUM_TOKENS))]

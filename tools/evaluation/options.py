@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,10 +128,7 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
     forms = []
     for subject in subjects:
         plan_exits(subject.directory, values.depths)
-        tokenizer = open_tokenizer(subject.directory, values.tokenizer)
-        for line in tokenizer.notes:
-            print(f"note: {line}", file=sys.stderr)
-        forms.append(form_of_model(subject.directory, tokenizer, values.prompt_template))
+        forms.append(form_of_model(subject.directory, open_tokenizer(subject.directory, values.tokenizer), values.prompt_template))
     in_forms = values.question_template is None and all(form.is_stored or values.prompt_template for form in forms)
     if values.shots is None:
         values.shots = 0 if in_forms else 5
