@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 # one process: launchers end process groups, and with them workers
 LAUNCH = $(BIN)/python -m pytest -rs $(PYTEST_OPTIONS) tests/launch
-TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_OPTIONS)
+TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
 
 NPU_VENV  := .venv-npu
 NPU_READY := $(NPU_VENV)/.ready

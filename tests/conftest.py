@@ -5,7 +5,7 @@ import os
 from tests.support.preloaded.session import close_session, open_session
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two workers with two threads each get in each other's way
-pytest_plugins = ["tests.support.skips", "tests.support.timing"]
+pytest_plugins = ["tests.support.order", "tests.support.skips", "tests.support.timing"]
 
 
 def pytest_configure() -> None:

@@ -1,6 +1,7 @@
 """Checkpoints as Megatron-LM writes them, of megatron-core's own GPTModel: the truth that readers of such files are held to."""
 
 import argparse
+import queue
 from pathlib import Path
 
 import torch
@@ -62,9 +63,17 @@ def _sharded(chunks: list, per_layer: bool) -> dict:
     return _named(chunks, lambda chunk: chunk.sharded_state_dict(metadata={"non_homogeneous_layers": per_layer}))
 
 
+def _save(state: dict, directory: str) -> None:
+    """Save as Megatron does, but for its queue between processes, which costs each rank a process that imports torch."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()  # the writer is in this process
+    dist_checkpointing.save(state, directory)
+
+
 def make_truth(settings: Settings, seed_directory: str) -> dict[str, torch.Tensor]:
     """Returns all weights of a model on one process, every one random, in GPTModel's own names; saves them for other layouts to load."""
-    from megatron.core import dist_checkpointing
 
     (model,) = _chunks(settings)
     generator = torch.Generator().manual_seed(17)
@@ -72,7 +81,7 @@ def make_truth(settings: Settings, seed_directory: str) -> dict[str, torch.Tenso
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     Path(seed_directory).mkdir()
-    dist_checkpointing.save(_sharded([model], False), seed_directory)
+    _save(_sharded([model], False), seed_directory)
     return {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
@@ -104,9 +113,9 @@ def save_as_megatron(settings: Settings, seed_directory: str, root: str, step: i
     models = _named(chunks, lambda chunk: chunk.state_dict_for_save_checkpoint())
     torch.save({**state, **models, **rest}, directories["legacy"] / name / "model_optim_rng.pt")
 
-    dist_checkpointing.save({**state, **_sharded(chunks, False)}, str(directories["stacked"]))
-    dist_checkpointing.save({**state, **_sharded(chunks, True)}, str(directories["per_layer"]))
+    _save({**state, **_sharded(chunks, False)}, str(directories["stacked"]))
+    _save({**state, **_sharded(chunks, True)}, str(directories["per_layer"]))
     for chunk in chunks:
         for layer in chunk.decoder.layers:
             layer.submodules_config.sharded_state_dict_keys_map = {}
-    dist_checkpointing.save({**state, **_sharded(chunks, False)}, str(directories["norms_by_module"]))
+    _save({**state, **_sharded(chunks, False)}, str(directories["norms_by_module"]))

@@ -7,22 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
 from megatron_sorted.data.indexed import open_indexed
-from megatron_sorted.data.tokenizer import train_sentencepiece
 from megatron_sorted.text.prompt_form import read_form
-from megatron_sorted.text.tokenizer import open_tokenizer
-from tests.support.chat_templates import CHATML, HEADERS, INST, THINKS, as_written, write_fast_tokenizer
-from tests.support.commands import run_command, start_command
+from tests.support.chat_models import ANSWERS, done, write_model, write_talks, write_tokenizer
+from tests.support.chat_templates import CHATML, HEADERS, INST, THINKS, as_written
+from tests.support.commands import start_command
 from tests.support.ports import free_port, until_it_answers
 
-ANSWERS = {"say hi": "hi there", "name a pet": "a dog", "two plus two": "four", "who reads": "the cat reads", "what is red": "an apple",
-           "name a tree": "oak", "is it late": "no", "count": "one two three"}
 LONGEST = 40
 FAMILIES, KINDS, FORMS = ("llama", "mistral", "qwen2", "qwen3"), ("sentencepiece", "tokenizer.json", "both"), ("own", "none", "alpaca")
 OWN = {("llama", "tokenizer.json"): "headers", ("qwen2", ""): "chatml", ("qwen3", ""): "thinks"}
 TEMPLATES = {"inst": INST, "headers": HEADERS, "chatml": CHATML, "thinks": THINKS}
-ADDED = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 # every pair of family, kind of tokenizer and form; the other rows are marked long
 ROWS = [pytest.param(family, kind, form, id=f"{family}-{kind}-{form}", marks=[] if (f + k - t) % 3 == 0 else [pytest.mark.long])
         for f, family in enumerate(FAMILIES) for k, kind in enumerate(KINDS) for t, form in enumerate(FORMS)]
@@ -31,43 +26,6 @@ ROWS = [pytest.param(family, kind, form, id=f"{family}-{kind}-{form}", marks=[] 
 def own_template(family: str, kind: str) -> str:
     """Return which template a family's tokenizer brings."""
     return OWN.get((family, kind), OWN.get((family, ""), "inst"))
-
-
-def write_tokenizer(directory: Path, kind: str, template: str | None) -> None:
-    """Write a tokenizer of a kind with a template."""
-    if kind == "tokenizer.json":
-        write_fast_tokenizer(directory, template)
-        return
-    directory.mkdir()
-    train_sentencepiece(lambda: [*ANSWERS, *ANSWERS.values(), "user assistant system INST"], str(directory / "tokenizer.model"), 320)
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    if template is not None and "im_start" in template:
-        config["added_tokens_decoder"] = {str(320 + place): {"content": word, "special": word.startswith("<|")}
-                                          for place, word in enumerate(ADDED)}
-    if template is not None:
-        config["chat_template"] = template
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    if kind == "both":
-        assert "the same ids" in add_fast_tokenizer(directory)
-
-
-def write_model(directory: Path, family: str) -> None:
-    """Write a small random model beside its tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    words = {"vocab_size": open_tokenizer(directory).vocab_size, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.05,
-             "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True} | ({"head_dim": 16} if family == "qwen3" else {})
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **words)).save_pretrained(directory)
-
-
-def done(*words, cwd: Path, **more) -> subprocess.CompletedProcess:
-    """Run a command that has to go well."""
-    found = run_command(*words, cwd=cwd, **more)
-    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
-    return found
 
 
 def trained(prefix: Path) -> tuple[list[list[int]], list[list[int]]]:
@@ -118,9 +76,7 @@ def test_answers_as_trained_and_stops_by_itself(tmp_path, family, kind, form):
     own = own_template(family, kind)
     write_tokenizer(tmp_path / "m", kind, None if form == "none" else TEMPLATES[own])
     write_model(tmp_path / "m", family)
-    talks = [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-             for question, answer in ANSWERS.items()]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    write_talks(tmp_path / "d.jsonl")
     more = ("--prompt-template", "alpaca") if form == "alpaca" else ()
     done("tools/prepare_data.py", "--input", "d.jsonl", "--output-prefix", "d", "--tokenizer-type", "HuggingFaceTokenizer",
          "--tokenizer-model", "m", *more, cwd=tmp_path)

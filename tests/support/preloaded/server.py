@@ -230,6 +230,8 @@ def run_function(request: dict, descriptors: list[int]) -> None:
         body = pickle.dumps(("failed", traceback.format_exc()))
     with open(descriptors[2], "wb") as result:
         result.write(body)
+    if "multiprocessing.util" in sys.modules:
+        sys.modules["multiprocessing.util"]._exit_function()  # ends the processes that the function started, such as Megatron's managers
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # taking a preloaded interpreter apart costs more than most tests do

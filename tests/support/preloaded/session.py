@@ -39,6 +39,10 @@ def open_session() -> None:
     stand_in.write_text(STAND_IN.format(python=sys.executable, here=str(HERE), root=str(ROOT), folder=str(folder)))
     stand_in.chmod(0o755)
     os.environ[FOLDER] = str(folder)
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # results of failed tests stay where they always are
+    (folder / "tmp").mkdir()
+    os.environ["TMPDIR"] = str(folder / "tmp")  # what killed programs leave behind goes with the session
+    tempfile.tempdir = None
 
 
 def close_session() -> None:
@@ -53,8 +57,9 @@ def close_session() -> None:
     until = time.monotonic() + END_SECONDS
     while any(Path(f"/proc/{server}/fd/0").exists() for server in servers) and time.monotonic() < until:
         time.sleep(0.02)
-    shutil.rmtree(folder)
-    del os.environ[FOLDER]
+    shutil.rmtree(folder, ignore_errors=True)
+    del os.environ[FOLDER], os.environ["TMPDIR"]
+    tempfile.tempdir = None
 
 
 def stand_in() -> str:
