@@ -17,7 +17,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from decoding.options import (
     add_generation_config,
@@ -35,6 +34,7 @@ from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import Way
 from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import DataError, SettingsError
+from megatron_sorted.reading.text_file import decoded, read_text, split_lines
 from megatron_sorted.text.prompt_form import ALPACA, PLAIN
 
 DEFAULT_TOKENS = 128
@@ -59,6 +59,15 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parser.add_argument("--max-new-tokens", type=int, help=f"at most so many (default: {DEFAULT_TOKENS}, or what the context leaves)")
     parser.add_argument("--stop", nargs="+", default=[], help="words after which a text is over")
     return parser.parse_args(arguments)
+
+
+def read_prompt_text(path: str) -> str:
+    """Return the text of a file of prompts, or of standard input for "-".
+
+    Raises:
+        DataError: It cannot be read, or is no UTF-8.
+    """
+    return decoded(sys.stdin.buffer.read(), "standard input") if path == "-" else read_text(path)
 
 
 def colour_of(depth: int, depths: Sequence[int]) -> int:
@@ -149,12 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = list(values.prompt)
     check_positive(values, "max_new_tokens")
     if values.prompt_file:
-        try:
-            text = sys.stdin.read() if values.prompt_file == "-" else Path(values.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"--prompt-file: {values.prompt_file}: {reason}. Give a file of text in UTF-8.") from error
-        prompts += [line for line in text.splitlines() if line]
+        prompts += [line for line in split_lines(read_prompt_text(values.prompt_file)) if line]
     if bool(prompts) == values.chat:
         raise SettingsError("Give --prompt, --prompt-file or --chat" + (", not both" if prompts else "") + ".")
     sampling_of(values)  # a wrong number is told before the model is read

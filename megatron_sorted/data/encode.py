@@ -11,10 +11,11 @@ import numpy as np
 
 from megatron_sorted.data.forms import Sample, SampleReader, resolved_label
 from megatron_sorted.data.indexed import PROMPT, RESPONSE, Documents, token_dtype
-from megatron_sorted.data.jsonl import Block, records
 from megatron_sorted.data.templates import BrokenSampleError
 from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_lines import Block, records
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.conversation import LeftOutError, Piece
 from megatron_sorted.text.piece_ids import PieceEncoder, TrainedIds
 from megatron_sorted.text.prompt_form import CHAT, PromptForm
@@ -174,10 +175,10 @@ class Encoder:
                 yield number, None, "invalid_unicode", ""
 
     def _leave_out(self, block: Block, counts: Encoded, number: int, reason: str, more: str) -> None:
-        words = f" ({more[:80]})" if more else ""
+        words = f" ({shown(more, 80)})" if more else ""
         if self.options.strict:
-            raise DataError(f"{block.path}:{number}: {reason}{words}. Mend the line, or leave --strict out to skip and count such lines.")
-        counts.skipped.add(reason, [f"{Path(block.path).name}:{number}{words}"])
+            raise DataError(f"{block.place(number)}: {reason}{words}. Mend the line, or leave --strict out to skip and count such lines.")
+        counts.skipped.add(reason, [f"{block.place(number, Path(block.path).name)}{words}"])
 
     def _ids(self, samples: list[tuple[int, Sample]]) -> Iterator[list[list[TrainedIds]]]:
         """Yield, for every document of the samples in order, the sequences of what it becomes."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sorted.data.templates import conversation_of, text_of, turns_of
+from megatron_sorted.data.templates import conversation_of, format_of_row, text_of, turns_of
 from megatron_sorted.errors import DataError
 from megatron_sorted.text.conversation import Conversations, Piece, chat_form
 from megatron_sorted.text.prompt_form import ALPACA, CHAT, PLAIN, PromptForm, parse_label
@@ -86,7 +86,8 @@ class SampleReader:
         return Sample([[Piece(text, True)]], text)
 
     def _written(self, record: Any) -> Sample:
-        pieces = written_pieces(self.form, turns_of(record, self.data_format), self._opens)
+        turns = turns_of(record, format_of_row(record, self.data_format))
+        pieces = written_pieces(self.form, turns, self._opens)
         begin, end = self.form.begin, self.form.ends[0].text if self.form.ends else ""
         texts = [piece.text.removesuffix(end) if piece.is_response else piece.text for piece in pieces]
         if begin is not None:
@@ -94,7 +95,7 @@ class SampleReader:
         return Sample([pieces], "\0".join(texts))
 
     def _conversation(self, record: Any) -> Sample:
-        found = conversation_of(record, self.data_format)
+        found = conversation_of(record, format_of_row(record, self.data_format))
         documents = self._chat.documents(found.messages, found.tools, found.documents)
         return Sample(documents, "".join(piece.text for piece in documents[-1]))
 

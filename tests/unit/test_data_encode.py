@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from megatron_sorted.data.encode import EncodeOptions, Encoder, Skipped
-from megatron_sorted.data.jsonl import Block, read_blocks, records
 from megatron_sorted.data.templates import detect_format
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_lines import Block, read_blocks, records
 
 BOS, EOS = 1, 2
 
@@ -96,9 +96,9 @@ def test_broken_lines_are_counted_with_their_numbers():
              {"instruction": "", "input": "", "output": "A"}, b'{"instruction": "\\ud800", "output": "A"}', b"[" * 100_000, good]
     encoded = run(lines, first_line=101)
     assert len(encoded.train.num_sequences) == 2 and encoded.num_samples == 14
-    assert encoded.skipped.count == {"not_json": 2, "not_utf8": 1, "not_an_object": 2, "missing_field": 2, "wrong_type": 2,
-                                     "empty_response": 1, "empty_instruction": 1, "invalid_unicode": 1}
-    assert encoded.skipped.where["not_json"] == ["some.jsonl:102", "some.jsonl:115"]
+    assert encoded.skipped.count == {"not_json": 1, "nested_too_deep": 1, "not_utf8": 1, "not_an_object": 2, "missing_field": 2,
+                                     "wrong_type": 2, "empty_response": 1, "empty_instruction": 1, "invalid_unicode": 1}
+    assert encoded.skipped.where["not_json"] == ["some.jsonl:102"] and encoded.skipped.where["nested_too_deep"] == ["some.jsonl:115"]
     assert encoded.skipped.where["empty_response"] == ["some.jsonl:112"]
 
 

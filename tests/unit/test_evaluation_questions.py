@@ -37,7 +37,7 @@ def test_the_line_of_a_bad_question_is_named(tmp_path, record, reason):
 
 
 def test_no_questions(tmp_path):
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="No such file"):
         read_questions(tmp_path / "q.jsonl")
     with pytest.raises(DataError, match=r"no question in it"):
         read_questions(lines(tmp_path / "q.jsonl", ""))
