@@ -1,6 +1,5 @@
 """From lines of JSON to documents: templates, formats, broken lines, cutting; with a tokenizer of one id per character."""
 
-import gzip
 import json
 
 import numpy as np
@@ -10,7 +9,7 @@ from megatron_sorted.data.encode import EncodeOptions, Encoder, Skipped
 from megatron_sorted.data.templates import detect_format
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import DataError
-from megatron_sorted.reading.json_lines import Block, read_blocks, records
+from megatron_sorted.reading.json_lines import Block
 
 BOS, EOS = 1, 2
 
@@ -182,29 +181,3 @@ def test_skipped_keeps_the_first_places_over_blocks():
 def test_detect_format():
     assert [detect_format(r) for r in ({"instruction": "", "text": ""}, {"messages": 1}, {"text": ""}, {"x": 1}, [1])] == [
         "instruction", "messages", "text", None, None]
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize("block_bytes", [1, 7, 30, 1 << 20])
-@pytest.mark.parametrize("limit", [None, 1, 4, 7, 100])
-def test_blocks_hold_every_line_once(tmp_path, zipped, block_bytes, limit):
-    texts = [b'{"a": 1}\n\n{"b": "\\u2028"}\n{"c": "line\xe2\x80\xa8separator"}\n', b"", b'[2]\n3']
-    paths = []
-    for i, text in enumerate(texts):
-        paths.append(str(tmp_path / str(i)))
-        (tmp_path / str(i)).write_bytes(gzip.compress(text) if zipped else text)
-    seen, read = [], []
-    for block in read_blocks(paths, limit, read.append, block_bytes):
-        seen += [(int(block.path[-1]), number, record) for number, record, _ in records(block)]
-    lines = [(0, 1, {"a": 1}), None, (0, 3, {"b": "\u2028"}), (0, 4, {"c": "line\u2028separator"}), (2, 1, [2]), (2, 2, 3)]
-    assert seen == [line for line in lines[:limit] if line]
-    if limit is None or limit > 6:
-        assert sum(read) == sum((tmp_path / str(i)).stat().st_size for i in (0, 2))
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[:-12], lambda data: data[:60] + b"\xff" * 8 + data[68:]])
-def test_damaged_gzip(tmp_path, damage):
-    path = tmp_path / "x.gz"
-    path.write_bytes(damage(gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(2000)))))
-    with pytest.raises(DataError, match=r"x\.gz: damaged gzip stream"):
-        list(read_blocks([str(path)]))

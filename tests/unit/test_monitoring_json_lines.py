@@ -119,7 +119,7 @@ def test_files_that_cannot_be_written_or_read(tmp_path):
     with pytest.raises(DataError, match="m:2: not_json"):
         read_json_lines(path)
     path.write_text("1\n")
-    with pytest.raises(DataError, match="m, line 1: not an object"):
+    with pytest.raises(DataError, match="m:1: not an object"):
         read_json_lines(path)
     path.write_text("")
     assert read_json_lines(path) == []
