@@ -49,8 +49,8 @@ class Skipped:
     def add(self, reason: str, places: list[str], count: int = 1) -> None:
         """Counts ``count`` samples, of which ``places`` are the first."""
         self.count[reason] = self.count.get(reason, 0) + count
-        shown = self.where.setdefault(reason, [])
-        shown += places[: SHOWN_LINES - len(shown)]
+        first = self.where.setdefault(reason, [])
+        first += places[: SHOWN_LINES - len(first)]
 
     def merge(self, other: "Skipped") -> None:
         """Counts the samples of a later block."""

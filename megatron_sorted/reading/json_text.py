@@ -19,7 +19,7 @@ REMEDY = "Give an intact file."
 
 
 def parse_json(data: bytes | str, where: str, remedy: str = REMEDY, error: type[SortedError] = DataError,
-               unique_names: bool = False) -> Any:
+               unique_names: bool = False, constants: bool = True) -> Any:
     """Return the value of a JSON text in UTF-8 (a byte order mark is passed over).
 
     Args:
@@ -28,6 +28,7 @@ def parse_json(data: bytes | str, where: str, remedy: str = REMEDY, error: type[
         remedy: The sentence that ends messages.
         error: What to raise.
         unique_names: Whether two equal names in an object are an error. Python keeps the last.
+        constants: Whether NaN, Infinity and -Infinity are read, which Python writes and JSON does not know.
 
     Raises:
         SortedError: Of class ``error``: it is not JSON, nested more than ``MOST_DEPTH`` deep, or has a number of more
@@ -43,7 +44,8 @@ def parse_json(data: bytes | str, where: str, remedy: str = REMEDY, error: type[
         refuse(f"it has more than {MOST_CONTAINERS:,} lists and objects, or more than {MOST_ELEMENTS:,} elements")
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
-        value = json.loads(text, parse_int=bounded_integer, object_pairs_hook=_unique if unique_names else None)
+        value = json.loads(text, parse_int=bounded_integer, object_pairs_hook=_unique if unique_names else None,
+                           parse_constant=None if constants else _refuse_constant)
     except UnicodeDecodeError as failure:
         refuse(f"byte {failure.start} is not UTF-8")
     except RecursionError:
@@ -141,6 +143,10 @@ def bounded_integer(word: str) -> int:
 
 
 _DECODER = json.JSONDecoder(parse_int=bounded_integer)
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
