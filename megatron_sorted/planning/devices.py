@@ -89,7 +89,7 @@ def device_named(name: str, changes: Path | None = None) -> Device:
         raise SettingsError(f"--planned-device: {name} is not in the table of devices. Use one of {', '.join(DEVICES)}.")
     if changes is None:
         return DEVICES[name]
-    values = read_json_object(changes, "Write a file of fields of a device with --calibrate.", SettingsError)
+    values = read_json_object(changes, "Give --device-file a file that --calibrate wrote.", SettingsError)
     try:
         known = {field.name for field in fields(Device)}
         if not set(values) <= known:

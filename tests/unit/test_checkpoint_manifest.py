@@ -53,7 +53,7 @@ def test_files_larger_than_a_block_are_hashed_whole(tmp_path):
     ("spoil", "message"),
     [
         (lambda path: path.unlink(), "manifest.json is missing"),
-        (lambda path: path.write_text(path.read_text()[:-40]), "not readable (Unterminated string"),
+        (lambda path: path.write_text(path.read_text()[:-40]), "not JSON (Unterminated string"),
         (lambda path: path.write_text("[]"), "format None, but this version reads format 2. It is not one of ours."),
         (lambda path: path.write_text(path.read_text().replace('"format": 2', '"format": 3')),
          "format 3, but this version reads format 2. A newer megatron_sorted wrote it: update."),
