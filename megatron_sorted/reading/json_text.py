@@ -131,15 +131,15 @@ def decode_json(line: bytes) -> Any:
     return value
 
 
-def bounded_integer(word: str) -> int:
-    """Return the number that a JSON integer means.
+def bounded_integer(word: str, base: int = 10) -> int:
+    """Return the whole number that a word means.
 
     Raises:
         ValueError: It has more than ``MOST_DIGITS`` digits.
     """
     if len(word) > MOST_DIGITS:
         raise ValueError(f"a number of {len(word):,} digits, more than {MOST_DIGITS}")
-    return int(word)
+    return int(word, base)
 
 
 _DECODER = json.JSONDecoder(parse_int=bounded_integer)
