@@ -137,7 +137,7 @@ def test_a_file_that_is_not_yaml_or_not_there_is_refused(run_file, tmp_path):
         load_settings(["--config", run_file("a: [1\n")])
     with pytest.raises(SettingsError, match=r"absent\.yaml: cannot be read"):
         load_settings(["--config", str(tmp_path / "absent.yaml")])
-    with pytest.raises(SettingsError, match="cannot be read .Is a directory"):
+    with pytest.raises(SettingsError, match="Is a directory"):
         load_settings(["--config", str(tmp_path)])
 
 
