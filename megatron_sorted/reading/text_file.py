@@ -12,6 +12,8 @@ from megatron_sorted.reading.shown import shown
 
 MOST_TEXT_BYTES = 1 << 30
 """Of a text that is held in memory as a whole."""
+READ_BYTES = 1 << 20
+"""At a time: asked for more, Python takes memory for all of it."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 REMEDY = "Give a text in UTF-8, plain or gzipped."
@@ -63,8 +65,12 @@ def read_text(path: str | Path, remedy: str = REMEDY, error: type[SortedError] =
         SortedError: Of class ``error``: it cannot be read, is no UTF-8, or has more than ``most_bytes``.
     """
     with opened(path, remedy, error) as (stream, _):
-        data = stream.read(most_bytes + 1)
-    if len(data) > most_bytes:
+        parts, size = [], 0
+        while size <= most_bytes and (part := stream.read(READ_BYTES)):
+            parts.append(part)
+            size += len(part)
+    data = b"".join(parts)
+    if size > most_bytes:
         raise error(f"{shown(path)}: more than {most_bytes:,} bytes, the most that is held of a text. Give a part of it.")
     return decoded(data, shown(path), remedy, error)
 
