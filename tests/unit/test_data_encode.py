@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_sorted.data.encode import EncodeOptions, Encoder, Skipped
-from megatron_sorted.data.templates import detect_format
+from megatron_sorted.data.indexed import open_indexed
+from megatron_sorted.data.prepare import PrepareOptions, prepare
+from megatron_sorted.data.templates import conversation_of, detect_format
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import DataError
 from megatron_sorted.reading.json_lines import Block
@@ -181,3 +183,63 @@ def test_skipped_keeps_the_first_places_over_blocks():
 def test_detect_format():
     assert [detect_format(r) for r in ({"instruction": "", "text": ""}, {"messages": 1}, {"text": ""}, {"x": 1}, [1])] == [
         "instruction", "messages", "text", None, None]
+
+
+TALK = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+def test_a_field_that_is_null_is_not_there():
+    nulls = {"messages": None, "instruction": None, "text": None, "input": None, "output": None, "tools": None, "documents": None}
+    for row in ({"text": "T"}, {"instruction": "I", "output": "O"}, {"messages": TALK}):
+        assert detect_format({**nulls, **row}) == detect_format(row) == next(iter(row))
+        for template in ("plain", "alpaca"):
+            options = {"data_format": detect_format(row), "prompt_template": template}
+            plain, other = (listed(run([one], **options).train) for one in (row, nulls | row))
+            assert plain == other and plain
+    assert detect_format(nulls) is None
+
+
+def test_messages_with_nulls():
+    padded = [{**message, "tool_calls": None, "name": None, "tool_call_id": None} for message in TALK]
+    assert listed(run([{"messages": padded}], data_format="messages").train) == [[("^Q\n", 0), ("A$", 1)]]
+    assert run([{"messages": [{"role": "user", "content": None}, TALK[1]]}], data_format="messages").skipped.count == {"missing_field": 1}
+    assert run([{"messages": [TALK[0], {"role": "assistant", "content": None, "tool_calls": None}]}],
+               data_format="messages").skipped.count == {"missing_field": 1}
+    call = {"id": None, "type": "function", "function": {"name": "f", "arguments": {"unit": None}, "strict": None}}
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    found = conversation_of({"messages": [TALK[0], called], "tools": None}, "messages")
+    assert found.messages == [TALK[0], {"role": "assistant", "content": "",
+                                        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"unit": None}}}]}]
+    assert found.tools is None
+
+
+def test_each_row_is_judged_by_what_it_has():
+    rows = [{"messages": TALK, "instruction": None}, {"messages": None, "instruction": "I", "output": "O"}, {"messages": None, "text": "T"}]
+    for data_format in ("messages", "instruction"):
+        encoded = run(rows, data_format=data_format)
+        assert listed(encoded.train) == [[("^Q\n", 0), ("A$", 1)], [("^I\n", 0), ("O$", 1)]]
+        assert encoded.skipped.count == {"missing_field": 1}
+    both = {"messages": TALK, "instruction": "I", "output": "O"}
+    assert listed(run([both], data_format="instruction").train) == [[("^I\n", 0), ("O$", 1)]]
+
+
+@pytest.mark.parametrize("data_format", ["auto", "text"])
+@pytest.mark.parametrize("name", ["book.txt", "book.jsonl"])
+def test_a_plain_text_is_refused_with_the_command_that_splits_it(tmp_path, data_format, name):
+    (tmp_path / name).write_text("It was a dark night.\nAnd stormy.\n")
+    encode = EncodeOptions("NullTokenizer", None, 10, data_format, "plain", None, "truncate", False, 0.0, False)
+    with pytest.raises(DataError, match=rf"Of a plain text, python tools/split_text\.py --input .*{name} --separator .* --output "):
+        prepare(PrepareOptions((str(tmp_path / name),), str(tmp_path / "out"), encode))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("write", [
+    lambda rows: "\n".join(map(json.dumps, rows)), lambda rows: json.dumps(rows), lambda rows: json.dumps(rows, indent=2),
+    lambda rows: "\ufeff" + "\r\n".join(map(json.dumps, rows))])
+def test_the_same_records_in_any_form_are_the_same_data(tmp_path, write):
+    rows = [{"text": f"1 {number}", "messages": None} for number in range(5, 9)]
+    (tmp_path / "x").write_text(write(rows), newline="")
+    encode = EncodeOptions("NullTokenizer", None, 10, "auto", "plain", None, "truncate", False, 0.0, False)
+    summary = prepare(PrepareOptions((str(tmp_path / "x"),), str(tmp_path / "out"), encode))
+    data = open_indexed(str(tmp_path / "out_text_document"))
+    assert [data.document(number).tolist() for number in range(4)] == [[1, 5], [1, 6], [1, 7], [1, 8]] and summary.samples_read == 4
