@@ -122,10 +122,12 @@ def _wrong_entry(manifest: Mapping[str, Any]) -> str | None:
     for name, kind in kinds.items():
         if name in manifest and not isinstance(manifest[name], kind):
             return name
+    if "files" not in manifest:
+        return "files"
     for name in ("step", "samples"):
         if not _is_count(manifest.get("progress", {}).get(name)):
             return f"progress.{name}"
-    for name, said in manifest.get("files", {}).items():
+    for name, said in manifest["files"].items():
         inside = name and "\0" not in name and not name.startswith("/") and ".." not in name.split("/")
         whole = isinstance(said, dict) and _is_count(said.get("bytes")) and isinstance(said.get("sha256"), str)
         if not inside or not whole:

@@ -152,15 +152,15 @@ def _token(value: object, where: str) -> NamedToken:
 def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, NamedToken]:
     """Return {id: token} as tokenizer_config.json says, or else added_tokens.json."""
     where = f"{directory / CONFIG}: added_tokens_decoder"
-    tokens = config.get("added_tokens_decoder")
-    if not tokens:
-        path = directory / ADDED_TOKENS
-        where, tokens = str(path), {
-            number: content for content, number in read_object(path).items()}
+    tokens = config.get("added_tokens_decoder") or {}
     if not isinstance(tokens, dict):
         raise DataError(f"{where}: not an object. Give an intact directory.")
+    pairs = list(tokens.items())
+    if not pairs:
+        path = directory / ADDED_TOKENS
+        where, pairs = str(path), [(number, name) for name, number in read_object(path).items()]
     found = {}
-    for number, token in tokens.items():
+    for number, token in pairs:
         place = int(number) if PLACE.fullmatch(str(number)) else -1
         if place < 0:
             raise DataError(f"{where}: {number!r:.40} is not an id. Give an intact directory.")

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_sorted.errors import DataError
 from megatron_sorted.reading.json_text import read_bounded
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.tokenizer import Span, Tokenizer
 from megatron_sorted.text.tokenizer_files import PIECES, REMEDY, NamedToken, TokenizerFiles
 
@@ -69,7 +70,7 @@ class SentencePieceTokenizer(Tokenizer):
                 raise ValueError("no pieces")
         except (RuntimeError, OSError, ValueError) as error:
             raise DataError(
-                f"{path}: not a sentencepiece model of {len(self._data)} bytes ({error}). Give an "
+                f"{path}: not a sentencepiece model of {len(self._data)} bytes ({shown(error)}). Give an "
                 "intact tokenizer.model, or train one with tools/prepare_data.py "
                 "--train-tokenizer.") from error
         return pieces

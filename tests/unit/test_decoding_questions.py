@@ -30,7 +30,8 @@ def test_lines_and_lists_are_read_alike(tmp_path, write):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"category": None}, "no category"), ({"turns": None}, "no turns"), ({"question_id": None}, "no question_id"), ({"turns": [1]}, "not a list"),
+    ({"category": None}, "no category"), ({"turns": None}, "no turns"), ({"question_id": None}, "no question_id"),
+    ({"turns": [1]}, "not a list"),
     ({"turns": "ab"}, "not a list of texts"), ({"turns": []}, "not a list"), ({"turns": ["\ud800"]}, "UTF-16"),
     ({"category": ["a"]}, "neither texts nor numbers")])
 def test_what_is_no_question_is_named_with_its_line(tmp_path, change, message):

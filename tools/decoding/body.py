@@ -7,6 +7,7 @@ from fastapi import Request
 
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.reading.json_text import parse_json
+from megatron_sorted.reading.shown import shown
 
 from .answers import RefusedError
 
@@ -76,5 +77,5 @@ def _check_text(values: dict) -> None:
         try:
             json.dumps([name, value], ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise RefusedError(f"{name[:80]}: it holds half of a UTF-16 pair, which is no character. Cut texts between characters.",
+            raise RefusedError(f"{shown(name, 80)}: it holds half of a UTF-16 pair, which is no character. Cut texts between characters.",
                                name[:80]) from None
