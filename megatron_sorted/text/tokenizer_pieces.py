@@ -68,6 +68,7 @@ class SentencePieceTokenizer(Tokenizer):
             pieces = _processor(self._data)
             if not pieces.vocab_size():
                 raise ValueError("no pieces")
+            pieces.id_to_piece(list(range(pieces.vocab_size())))  # fails where one is no UTF-8
         except (RuntimeError, OSError, ValueError) as error:
             raise DataError(
                 f"{path}: not a sentencepiece model of {len(self._data)} bytes ({shown(error)}). Give an "
