@@ -1,14 +1,15 @@
 """Categories of questions: Spec-Bench's groups, MT-Bench's eight as conversations, and a user's own as they are."""
 
+import gzip
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-import json
-
 import pytest
-from decoding.questions import CONVERSATION, Question, read_questions
+from decoding.questions import CONVERSATION, Question, read_prompts, read_questions
 
 from megatron_sorted.errors import DataError
 
@@ -38,3 +39,10 @@ def test_what_is_no_question_is_named_with_its_line(tmp_path, change, message):
     (tmp_path / "q").write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(GOOD | change)}\n")
     with pytest.raises(DataError, match=rf"--questions: .*q:3: .*{message}.* Give JSON lines with question_id"):
         read_questions(tmp_path / "q")
+
+
+def test_prompts_end_at_line_feeds(tmp_path):
+    (tmp_path / "p.gz").write_bytes(gzip.compress("\ufeffa\u2028b\r\n \nc\x0c\rd".encode()))
+    writer = SimpleNamespace(encode=list, network=SimpleNamespace(max_positions=100))
+    values = SimpleNamespace(prompt_file=tmp_path / "p.gz", questions=None, num_prompts=9, max_new_tokens=1)
+    assert ["".join(prompt) for prompt in read_prompts(values, writer)] == ["a\u2028b", "c\x0c\rd"]

@@ -76,3 +76,19 @@ def test_missing_texts(tmp_path):
     for name in ("t.txt", "t.jsonl"):
         with pytest.raises(DataError, match=r"cannot be read|no such file"):
             read_documents(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "write"), [
+    ("t.txt", lambda rows: "\n".join(map(json.dumps, rows)).encode()), ("t.json", lambda rows: json.dumps(rows, indent=1).encode()),
+    ("t.gz", lambda rows: gzip.compress(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode()))])
+def test_records_are_told_by_content(tmp_path, name, write):
+    rows = [{"messages": None, "text": "One\u2028more"}, {"instruction": "I", "input": None, "output": "O", "text": None}]
+    (tmp_path / name).write_bytes(write(rows))
+    assert [(document.kind, document.counted_texts) for document in read_documents(tmp_path / name, "###")] == [
+        ("text", ["One\u2028more"]), ("instruction", ["O"])]
+
+
+def test_texts_are_told_by_content(tmp_path):
+    for name, content in (("t", b'{"a": 1}\r\n###two'), ("t.gz", gzip.compress(b'{"a": 1}\n###two'))):
+        (tmp_path / name).write_bytes(content)
+        assert [document.record["text"] for document in read_documents(tmp_path / name, "###")] == ['{"a": 1}', "two"]

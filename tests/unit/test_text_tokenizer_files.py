@@ -110,3 +110,18 @@ def test_no_tokenizer(tmp_path):
     for path in (tmp_path, tmp_path / "absent", tmp_path / "absent.model"):
         with pytest.raises(DataError, match=r"--tokenizer-model: .*: no tokenizer \(tokenizer\.json, tokenizer\.model, or vocab\.json"):
             open_tokenizer(path)
+
+
+@pytest.mark.parametrize("number", [[1], {"a": 1}, True, "²", 1.0, "9" * 30])
+def test_ids_that_are_none(directory, number):
+    (directory / "added_tokens.json").write_text(json.dumps({"<b>": number}))
+    with pytest.raises(DataError, match=r"added_tokens\.json: .* is not an id"):
+        open_tokenizer(directory)
+
+
+def test_pieces_that_are_no_text(tmp_path):
+    directory = make_directory("pieces_bpe", tmp_path)
+    data = (directory / "tokenizer.model").read_bytes()
+    (directory / "tokenizer.model").write_bytes(data.replace(b"<unk>", b"\x80unk>", 1))
+    with pytest.raises(DataError, match=r"tokenizer\.model: not a sentencepiece model"):
+        open_tokenizer(directory)
