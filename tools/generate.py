@@ -40,6 +40,7 @@ from megatron_sorted.reading.text_file import decoded, read_text, split_lines
 from megatron_sorted.text.prompt_form import ALPACA, PLAIN
 
 DEFAULT_TOKENS = 128
+GIVE_PROMPTS = "Give --prompt-file a text in UTF-8, plain or gzipped."
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -67,7 +68,7 @@ def read_prompt_text(path: str) -> str:
     Raises:
         DataError: It cannot be read, or is no UTF-8.
     """
-    return decoded(sys.stdin.buffer.read(), "standard input") if path == "-" else read_text(path)
+    return decoded(sys.stdin.buffer.read(), "standard input") if path == "-" else read_text(path, GIVE_PROMPTS)
 
 
 def new_tokens(writer: Writer, ids: list[list[int]], asked: int | None) -> int:

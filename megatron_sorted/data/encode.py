@@ -25,7 +25,7 @@ SHOWN_LINES = 5
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How samples become documents; ``seq_length`` None: no limit."""
+    """How samples become documents; ``seq_length`` None: no limit; ``takes_both``: each row as messages or an instruction, as it is."""
 
     tokenizer_type: str
     tokenizer_model: str | None
@@ -37,6 +37,7 @@ class EncodeOptions:
     append_eod: bool
     valid_fraction: float
     strict: bool
+    takes_both: bool = False
 
 
 @dataclass
@@ -112,7 +113,8 @@ class Encoder:
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         if options.append_eod and self.tokenizer.eos_id is None and not self._has_own_ends():
             raise DataError(f"--append-eod: {self.tokenizer.name} has no end-of-text token. Use --no-append-eod.")
-        self.reader = SampleReader(options.data_format, options.prompt_template, self.tokenizer, options.append_eod)
+        self.reader = SampleReader(options.data_format, options.prompt_template, self.tokenizer, options.append_eod,
+                                   options.takes_both)
         self.pieces = PieceEncoder(self.tokenizer, [end.text for end in self.form.ends])
         self.specials = self.tokenizer.special_ids | set(self.form.end_ids)
 

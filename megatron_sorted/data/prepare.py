@@ -143,11 +143,11 @@ def _tokenizer_aside(prefix: str) -> Path:
     return path.parent / f".{path.stem}.training" / path.name
 
 
-def _train_tokenizer(options: PrepareOptions, data_format: str) -> str:
+def _train_tokenizer(options: PrepareOptions, encode: EncodeOptions) -> str:
     """Return the path of a tokenizer trained on the texts of the input; it gets its name with the data that it encoded."""
     path = str(_tokenizer_aside(options.output_prefix))
 
-    reader = SampleReader(data_format, options.encode.prompt_template, NullTokenizer(1), append_eod=False)
+    reader = SampleReader(encode.data_format, encode.prompt_template, NullTokenizer(1), append_eod=False, takes_both=encode.takes_both)
 
     def read_texts() -> Iterator[str]:
         return (piece.text for block in read_blocks(options.inputs, options.limit) for piece in usable_pieces(block, reader))
@@ -205,10 +205,10 @@ def prepare(options: PrepareOptions) -> Summary:
 def _prepare(options: PrepareOptions, size: int) -> Summary:
     began, encode = time.perf_counter(), options.encode
     if encode.data_format == "auto":
-        encode = replace(encode, data_format=find_format(options.inputs))
+        encode = replace(encode, data_format=find_format(options.inputs), takes_both=True)
     if options.train_tokenizer:
         encode = replace(encode, tokenizer_type="SentencePieceTokenizer",
-                         tokenizer_model=_train_tokenizer(options, encode.data_format))
+                         tokenizer_model=_train_tokenizer(options, encode))
     encoder = Encoder(encode)  # here too, so that a damaged tokenizer stops us before any process starts
     encode = replace(encode, prompt_template=encoder.form.label)
     summary = Summary(tokenizer={"type": encode.tokenizer_type, "name": encoder.tokenizer.name, "sha256": encoder.tokenizer.sha256,

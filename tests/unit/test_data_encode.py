@@ -216,11 +216,12 @@ def test_messages_with_nulls():
 def test_each_row_is_judged_by_what_it_has():
     rows = [{"messages": TALK, "instruction": None}, {"messages": None, "instruction": "I", "output": "O"}, {"messages": None, "text": "T"}]
     for data_format in ("messages", "instruction"):
-        encoded = run(rows, data_format=data_format)
+        assert run(rows, data_format=data_format).skipped.count == {"missing_field": 2}  # a format that is named is kept to
+        encoded = run(rows, data_format=data_format, takes_both=True)
         assert listed(encoded.train) == [[("^Q\n", 0), ("A$", 1)], [("^I\n", 0), ("O$", 1)]]
         assert encoded.skipped.count == {"missing_field": 1}
     both = {"messages": TALK, "instruction": "I", "output": "O"}
-    assert listed(run([both], data_format="instruction").train) == [[("^I\n", 0), ("O$", 1)]]
+    assert listed(run([both], data_format="instruction", takes_both=True).train) == [[("^I\n", 0), ("O$", 1)]]
 
 
 @pytest.mark.parametrize("data_format", ["auto", "text"])

@@ -99,7 +99,8 @@ def read_prompts(values: argparse.Namespace, writer: Writer) -> list[list[int]]:
         asked = spread(read_questions(values.questions), values.num_prompts)
         ids = [writer.encode_chat([{"role": "user", "content": question.turns[0]}]) for question in asked]
     else:
-        lines = [line for line in split_lines(read_text(values.prompt_file)) if line.strip()]
+        text = read_text(values.prompt_file, "Give --prompt-file a text in UTF-8, plain or gzipped.")
+        lines = [line for line in split_lines(text) if line.strip()]
         if not lines:
             raise DataError(f"--prompt-file: {shown(values.prompt_file)} is empty. Give texts, one a line.")
         ids = [writer.encode(line) for line in spread(lines, values.num_prompts)]
