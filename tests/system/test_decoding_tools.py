@@ -97,7 +97,7 @@ def test_what_is_tuned_with_a_draft_is_found_with_it(place):
     assert "measuring" not in refused.stdout and "recording" not in refused.stderr
     (place / "tiny" / "decoding.json").write_text("{")
     damaged = run_command("tools/tune_decoding.py", "tiny", "--draft", "small", *few, cwd=place)
-    assert damaged.returncode == 1 and "decoding.json: not JSON" in damaged.stderr and "tune again" in damaged.stderr and "recording" not in damaged.stderr
+    assert damaged.returncode == 1 and "decoding.json: not JSON" in damaged.stderr and "recording" not in damaged.stderr
 
 
 def test_a_server_adapts_and_keeps_what_it_learned_when_it_is_stopped(place):
