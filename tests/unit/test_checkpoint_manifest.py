@@ -126,3 +126,12 @@ def test_the_own_hash_is_that_of_plain_json(directory):
     manifest = json.loads((directory / MANIFEST).read_text())
     own = manifest.pop("sha256")
     assert own == hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def test_a_manifest_that_lists_no_files_is_none(directory):
+    said = json.loads((directory / MANIFEST).read_text())
+    del said["files"], said["sha256"]
+    said["sha256"] = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    (directory / MANIFEST).write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="files is missing or not of its kind"):
+        read_manifest(directory)
