@@ -14,7 +14,7 @@ CONVERT = ["torch>=2.6", "numpy", "safetensors", "transformers>=5", "tokenizers"
 EVALUATE = [*CONVERT, "lm-eval", "accelerate", "datasets", "matplotlib"]  # lm-eval's models of transformers need accelerate
 SERVE = [*CONVERT, "fastapi", "uvicorn"]
 DEMO = ["Babel", "matplotlib"]
-DEV = ["pytest", "pytest-xdist", "ruff", "import-linter", "httpx2"]  # httpx2: for tests of the server
+DEV = ["pytest", "pytest-xdist", "ruff", "import-linter", "httpx2", "hypothesis"]  # httpx2: for tests of the server
 
 setup(
     name="megatron_sorted",

@@ -3,6 +3,7 @@
 Standard library alone: a command starts with this, and imports what is slow afterwards.
 """
 
+import argparse
 import errno
 import os
 import signal
@@ -13,7 +14,9 @@ from typing import NoReturn
 
 from megatron_sorted import __version__
 from megatron_sorted.errors import SortedError
+from megatron_sorted.reading.shown import one_line, printable
 
+_ARGPARSE_ERROR = argparse.ArgumentParser.error
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells write it: 128 + SIGINT."""
 BROKEN_PIPE = 141
@@ -48,6 +51,7 @@ def run_main(main: Callable[[], int | None], stopped: str = "", clean_up: Callab
     """
     if signal.getsignal(signal.SIGINT) is _stop_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    argparse.ArgumentParser.error = _refuse_words  # its own repeats the words as they are
     status = None
     try:
         status = _status_of(main, stopped, clean_up, report)
@@ -57,7 +61,15 @@ def run_main(main: Callable[[], int | None], stopped: str = "", clean_up: Callab
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """Return what a user reads of an error they can mend, in one line; None for a fault of the program."""
+    """Return what a user reads of an error they can mend, in one line; None for a fault of the program.
+
+    Names of files and in files may hold anything; what a terminal would obey is written as escapes.
+    """
+    sentence = _sentence(error)
+    return None if sentence is None else one_line(sentence)
+
+
+def _sentence(error: BaseException) -> str | None:
     if isinstance(error, SortedError):
         return str(error)
     if isinstance(error, UnicodeEncodeError) and has_half_pairs(error.object):
@@ -77,7 +89,7 @@ def _status_of(main: Callable[[], int | None], stopped: str, clean_up: Callable[
         return main() or 0
     except SystemExit as end:  # argparse's
         if isinstance(end.code, str):
-            _say(end.code)
+            _say(printable(end.code))
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, _stop_at_once)
@@ -95,6 +107,10 @@ def _status_of(main: Callable[[], int | None], stopped: str, clean_up: Callable[
             raise
         _say(f"error: {sentence}")
         return 1
+
+
+def _refuse_words(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    _ARGPARSE_ERROR(parser, one_line(message))
 
 
 def _check_words(words: list[str]) -> None:

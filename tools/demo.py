@@ -23,7 +23,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
+from megatron_sorted.reading.json_lines import first_record
+from megatron_sorted.reading.json_text import read_json_object
+from megatron_sorted.settings.yaml_file import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "examples" / "demo_nested.yaml"
@@ -72,7 +74,7 @@ class Step:
 
 def exit_depths() -> list[int]:
     """Returns the depths at which the example's network is a model, the last layer included."""
-    example = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    example = {entry.key: entry.value for entry in read_yaml(str(CONFIG))}
     return [*example["exit-layer-nums"], example["num-layers"]]
 
 
@@ -170,7 +172,7 @@ def run_all(steps: Sequence[Step], records: Path) -> int:
 
 def in_short(folder: Path) -> str:
     """Returns the result in one sentence, from the evaluation files of both models."""
-    nested, plain = (json.loads((folder / name / "evaluation.json").read_text(encoding="utf-8")) for name in ("nested", "plain"))
+    nested, plain = (read_json_object(folder / name / "evaluation.json") for name in ("nested", "plain"))
     first, last = (str(exit_depths()[index]) for index in (0, -1))
     share = nested["exits"][first]["flops_per_token"] / nested["exits"][last]["flops_per_token"]
 
@@ -184,8 +186,7 @@ def in_short(folder: Path) -> str:
 
 def trained_question(folder: Path) -> tuple[str, str]:
     """Return a question of the training data, as it stands there, and its answer."""
-    with open(folder / "data" / "train.jsonl", encoding="utf-8") as lines:
-        sample = json.loads(next(lines))
+    sample = first_record(folder / "data" / "train.jsonl")
     return sample["instruction"], sample["output"]
 
 

@@ -17,7 +17,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from decoding.options import (
     add_generation_config,
@@ -30,16 +29,18 @@ from decoding.options import (
     way_of,
     writer_of,
 )
+from decoding.page import Page
 
 from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import Way
 from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import DataError, SettingsError
+from megatron_sorted.reading.shown import shown
+from megatron_sorted.reading.text_file import decoded, read_text, split_lines
 from megatron_sorted.text.prompt_form import ALPACA, PLAIN
 
 DEFAULT_TOKENS = 128
-COLOURS = (208, 214, 220, 148, 78, 44, 39, 33, 99)
-"""Of terminals with 256 colours, shallow to deep."""
+GIVE_PROMPTS = "Give --prompt-file a text in UTF-8, plain or gzipped."
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,24 +62,13 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     return parser.parse_args(arguments)
 
 
-def colour_of(depth: int, depths: Sequence[int]) -> int:
-    """Returns a terminal's colour for an exit."""
-    return COLOURS[round(depths.index(depth) / max(len(depths) - 1, 1) * (len(COLOURS) - 1))] if depth in depths else COLOURS[0]
+def read_prompt_text(path: str) -> str:
+    """Return the text of a file of prompts, or of standard input for "-".
 
-
-class Page:
-    """Shows texts as they come; of several at once each when it is over."""
-
-    def __init__(self, depths: Sequence[int], in_colour: bool):
-        self.depths, self.in_colour = depths, in_colour
-
-    def shown(self, text: str, depth: int) -> str:
-        """Returns a token's text in the colour of its exit."""
-        return f"\x1b[38;5;{colour_of(depth, self.depths)}m{text}\x1b[0m" if self.in_colour and text else text
-
-    def legend(self) -> str:
-        """Returns which colour is which exit."""
-        return "exits: " + " ".join(self.shown(f"@{depth}", depth) for depth in self.depths) if self.in_colour else ""
+    Raises:
+        DataError: It cannot be read, or is no UTF-8.
+    """
+    return decoded(sys.stdin.buffer.read(), "standard input") if path == "-" else read_text(path, GIVE_PROMPTS)
 
 
 def new_tokens(writer: Writer, ids: list[list[int]], asked: int | None) -> int:
@@ -149,12 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = list(values.prompt)
     check_positive(values, "max_new_tokens")
     if values.prompt_file:
-        try:
-            text = sys.stdin.read() if values.prompt_file == "-" else Path(values.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"--prompt-file: {values.prompt_file}: {reason}. Give a file of text in UTF-8.") from error
-        prompts += [line for line in text.splitlines() if line]
+        prompts += [line for line in split_lines(read_prompt_text(values.prompt_file)) if line]
     if bool(prompts) == values.chat:
         raise SettingsError("Give --prompt, --prompt-file or --chat" + (", not both" if prompts else "") + ".")
     sampling_of(values)  # a wrong number is told before the model is read
@@ -162,11 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sampling = sampling_of(values, usual_sampling(values, writer, 0.0))
     way = way_of(values, writer.network, writer.draft)
     depths = sorted({*writer.network.depths, *(writer.draft.depths if writer.draft else ())})
-    page = Page(depths, values.colour == "always" or (values.colour == "auto" and sys.stdout.isatty()))
-    print(f"[{values.model}: {writer.network.num_layers} layers, "
+    page = Page(depths, values.colour == "always" or (values.colour == "auto" and sys.stdout.isatty()), sys.stdout.isatty())
+    print(f"[{shown(values.model)}: {writer.network.num_layers} layers, "
           + (f"exits at {', '.join(map(str, writer.network.depths))}; " if len(writer.network.depths) > 1
              else "" if writer.draft else "no exits before the last layer, so only 'full' can be had (or --depths); ")
-          + (f"drafts by {values.draft}; " if writer.draft else "") + f"way: {way.name}] {page.legend()}",
+          + (f"drafts by {shown(values.draft)}; " if writer.draft else "") + f"way: {way.name}] {page.legend()}",
           file=sys.stderr, flush=True)
     asks = values.chat or values.prompt_template is not None
     form = writer.form.prompt_form

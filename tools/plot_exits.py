@@ -9,7 +9,6 @@ if __name__ == "__main__":
     start_command()
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +16,8 @@ from pathlib import Path
 
 from megatron_sorted.errors import DataError
 from megatron_sorted.files import replaced_file
+from megatron_sorted.reading.json_text import read_json_object
+from megatron_sorted.reading.shown import shown
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: told apart by colour-blind readers
 MARKERS = "osD^vP"
@@ -45,13 +46,14 @@ def read_run(path: Path) -> Run:
     if not path.is_file():
         raise DataError(f"{path}: no such file. Give the evaluation.json that a run writes into its --save directory.")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json_object(path, "Give one that the trainer wrote.")
         cost = {int(depth): values for depth, values in found["exits"].items()}
         sets = {name.removesuffix("_text_document"): {int(depth): values for depth, values in scores.items()}
                 for name, scores in found["sets"].items()}
         run = Run(found["run"], cost, sets)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{path}: not an evaluation file ({type(error).__name__}: {error}). Give one that the trainer wrote.") from error
+        raise DataError(f"{shown(path)}: not an evaluation file ({type(error).__name__}: {shown(error)}). "
+                        "Give one that the trainer wrote.") from error
     if not run.cost or not run.sets or any(set(scores) != set(run.cost) for scores in run.sets.values()):
         raise DataError(f"{path}: every set needs scores for each exit {run.depths}. Evaluate the run again.")
     return run

@@ -15,6 +15,7 @@ from megatron_sorted.data.encode import EncodeOptions
 from megatron_sorted.data.prepare import PrepareOptions, prepare
 from megatron_sorted.data.templates import FORMATS
 from megatron_sorted.errors import SortedError
+from megatron_sorted.reading.shown import printable
 from megatron_sorted.text.prompt_form import parse_label
 
 
@@ -79,8 +80,8 @@ def main() -> None:
     """Write the files and print what was counted."""
     summary = prepare(read_arguments())
     for line in summary.notes:
-        print(f"note: {line}", file=sys.stderr)
-    print("\n".join(summary.lines()))
+        print(f"note: {printable(line)}", file=sys.stderr)
+    print(printable("\n".join(summary.lines())))
 
 
 if __name__ == "__main__":

@@ -19,24 +19,25 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sorted.data.templates import holds_records
 from megatron_sorted.errors import DataError
 from megatron_sorted.files import same_path, write_text_atomically
+from megatron_sorted.reading.json_lines import read_records
+from megatron_sorted.reading.shown import shown
+from megatron_sorted.reading.text_file import read_text
 
 
 def read_samples(path: Path, separator: str | None) -> list[dict]:
-    """Returns the samples: lines of a .jsonl file, or texts between separators, without blanks around them.
+    """Return the samples: records of a file of JSON, or texts between separators, without blanks around them.
 
     Raises:
         DataError: The file cannot be read, or there is nothing to separate texts.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}). Give a UTF-8 text or JSON lines.") from error
+    if holds_records(path):
+        return [record for _, record in read_records(path)]
+    text = read_text(path)
     if not separator:
-        raise DataError(f"{path}: --separator is missing, so it would be a single text. Say what stands between two texts.")
+        raise DataError(f"{shown(path)}: --separator is missing, so it would be a single text. Say what stands between two texts.")
     return [{"text": piece.strip()} for piece in text.split(separator) if piece.strip()]
 
 
@@ -93,7 +94,7 @@ def count_tokens(samples: Sequence[dict], tokenizer: Path) -> list[int]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads, splits and writes; prints how many there are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, required=True, help="text, or .jsonl")
+    parser.add_argument("--input", type=Path, required=True, help="text, or JSON lines or records; plain or gzipped")
     parser.add_argument("--separator", help="what stands between two texts")
     parser.add_argument("--output", type=Path, required=True, help="folder")
     parser.add_argument("--num-held-out", type=int, default=0)

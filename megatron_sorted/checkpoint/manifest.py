@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.json_text import parse_json, read_json
 from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, num_query_groups, step_coefficients
 from megatron_sorted.settings.load import settings_from_dict
 from megatron_sorted.settings.run import Settings
@@ -85,7 +86,7 @@ def manifest_text(description: Mapping[str, Any], progress: Progress, files: Map
         "format": FORMAT, **description, "progress": {"step": progress.step, "samples": progress.samples},
         "files": {name: {"bytes": record.num_bytes, "sha256": record.sha256} for name, record in sorted(files.items())},
     }
-    return json.dumps({**manifest, "sha256": _own_hash(json.loads(json.dumps(manifest)))}, indent=1) + "\n"
+    return json.dumps({**manifest, "sha256": _own_hash(parse_json(json.dumps(manifest), "manifest"))}, indent=1) + "\n"
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -95,16 +96,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         CheckpointError: It is missing, damaged, or of another format.
     """
     path = directory / MANIFEST
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"larger than {MOST_BYTES >> 20} MB")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory}: {MANIFEST} is missing, so this is no complete checkpoint of ours.") from None
-    except RecursionError:
-        raise CheckpointError(f"{path}: not readable (nested too deeply).") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable ({error}).") from error
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: {MANIFEST} is missing, so this is no complete checkpoint of ours.")
+    manifest = read_json(path, "The file was damaged or edited.", CheckpointError, MOST_BYTES)
     number = manifest.get("format") if isinstance(manifest, dict) else None
     if number != FORMAT or isinstance(number, (bool, float)):
         newer = isinstance(number, int) and number > FORMAT
@@ -128,10 +122,12 @@ def _wrong_entry(manifest: Mapping[str, Any]) -> str | None:
     for name, kind in kinds.items():
         if name in manifest and not isinstance(manifest[name], kind):
             return name
+    if "files" not in manifest:
+        return "files"
     for name in ("step", "samples"):
         if not _is_count(manifest.get("progress", {}).get(name)):
             return f"progress.{name}"
-    for name, said in manifest.get("files", {}).items():
+    for name, said in manifest["files"].items():
         inside = name and "\0" not in name and not name.startswith("/") and ".." not in name.split("/")
         whole = isinstance(said, dict) and _is_count(said.get("bytes")) and isinstance(said.get("sha256"), str)
         if not inside or not whole:

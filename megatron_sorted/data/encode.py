@@ -11,10 +11,11 @@ import numpy as np
 
 from megatron_sorted.data.forms import Sample, SampleReader, resolved_label
 from megatron_sorted.data.indexed import PROMPT, RESPONSE, Documents, token_dtype
-from megatron_sorted.data.jsonl import Block, records
 from megatron_sorted.data.templates import BrokenSampleError
 from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_lines import Block, records
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.conversation import LeftOutError, Piece
 from megatron_sorted.text.piece_ids import PieceEncoder, TrainedIds
 from megatron_sorted.text.prompt_form import CHAT, PromptForm
@@ -24,7 +25,7 @@ SHOWN_LINES = 5
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How samples become documents; ``seq_length`` None: no limit."""
+    """How samples become documents; ``seq_length`` None: no limit; ``takes_both``: each row as messages or an instruction, as it is."""
 
     tokenizer_type: str
     tokenizer_model: str | None
@@ -36,6 +37,7 @@ class EncodeOptions:
     append_eod: bool
     valid_fraction: float
     strict: bool
+    takes_both: bool = False
 
 
 @dataclass
@@ -48,8 +50,8 @@ class Skipped:
     def add(self, reason: str, places: list[str], count: int = 1) -> None:
         """Counts ``count`` samples, of which ``places`` are the first."""
         self.count[reason] = self.count.get(reason, 0) + count
-        shown = self.where.setdefault(reason, [])
-        shown += places[: SHOWN_LINES - len(shown)]
+        first = self.where.setdefault(reason, [])
+        first += places[: SHOWN_LINES - len(first)]
 
     def merge(self, other: "Skipped") -> None:
         """Counts the samples of a later block."""
@@ -111,7 +113,8 @@ class Encoder:
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         if options.append_eod and self.tokenizer.eos_id is None and not self._has_own_ends():
             raise DataError(f"--append-eod: {self.tokenizer.name} has no end-of-text token. Use --no-append-eod.")
-        self.reader = SampleReader(options.data_format, options.prompt_template, self.tokenizer, options.append_eod)
+        self.reader = SampleReader(options.data_format, options.prompt_template, self.tokenizer, options.append_eod,
+                                   options.takes_both)
         self.pieces = PieceEncoder(self.tokenizer, [end.text for end in self.form.ends])
         self.specials = self.tokenizer.special_ids | set(self.form.end_ids)
 
@@ -174,10 +177,10 @@ class Encoder:
                 yield number, None, "invalid_unicode", ""
 
     def _leave_out(self, block: Block, counts: Encoded, number: int, reason: str, more: str) -> None:
-        words = f" ({more[:80]})" if more else ""
+        words = f" ({shown(more, 80)})" if more else ""
         if self.options.strict:
-            raise DataError(f"{block.path}:{number}: {reason}{words}. Mend the line, or leave --strict out to skip and count such lines.")
-        counts.skipped.add(reason, [f"{Path(block.path).name}:{number}{words}"])
+            raise DataError(f"{block.place(number)}: {reason}{words}. Mend the line, or leave --strict out to skip and count such lines.")
+        counts.skipped.add(reason, [f"{block.place(number, Path(block.path).name)}{words}"])
 
     def _ids(self, samples: list[tuple[int, Sample]]) -> Iterator[list[list[TrainedIds]]]:
         """Yield, for every document of the samples in order, the sequences of what it becomes."""

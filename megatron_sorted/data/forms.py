@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sorted.data.templates import conversation_of, text_of, turns_of
+from megatron_sorted.data.templates import conversation_of, format_of_row, text_of, turns_of
 from megatron_sorted.errors import DataError
 from megatron_sorted.text.conversation import Conversations, Piece, chat_form
 from megatron_sorted.text.prompt_form import ALPACA, CHAT, PLAIN, PromptForm, parse_label
@@ -36,6 +36,7 @@ class SampleReader:
         label: "plain", "alpaca", "chat", "chat:NAME" or "auto".
         tokenizer: Whose control tokens and templates are used.
         append_eod: Whether answers and texts end with eos.
+        takes_both: Whether a row that has only the other form of a conversation (messages, instruction) is read as that.
 
     Attributes:
         form: The form that was chosen.
@@ -44,7 +45,9 @@ class SampleReader:
         DataError: The tokenizer has no such template, or answers cannot be found in what it writes.
     """
 
-    def __init__(self, data_format: str, label: str, tokenizer: Tokenizer, append_eod: bool = True):
+    def __init__(self, data_format: str, label: str, tokenizer: Tokenizer, append_eod: bool = True,
+                 takes_both: bool = False):
+        self._takes_both = takes_both
         if data_format == "text":
             self._set(text_form(tokenizer, append_eod), data_format)
             return
@@ -62,6 +65,7 @@ class SampleReader:
     def of_form(cls, form: PromptForm, data_format: str, tokenizer: Tokenizer) -> "SampleReader":
         """Return a reader for a form that came with a model; errors as for a new one."""
         reader = cls.__new__(cls)
+        reader._takes_both = False
         conversations = Conversations(form.template, form.label, tokenizer) if form.name == CHAT and data_format != "text" else None
         reader._set(form, data_format, conversations)
         return reader
@@ -81,12 +85,16 @@ class SampleReader:
         """
         return self._read(record)
 
+    def _format_of(self, record: Any) -> str:
+        return format_of_row(record, self.data_format) if self._takes_both else self.data_format
+
     def _text(self, record: Any) -> Sample:
         text = text_of(record)
         return Sample([[Piece(text, True)]], text)
 
     def _written(self, record: Any) -> Sample:
-        pieces = written_pieces(self.form, turns_of(record, self.data_format), self._opens)
+        turns = turns_of(record, self._format_of(record))
+        pieces = written_pieces(self.form, turns, self._opens)
         begin, end = self.form.begin, self.form.ends[0].text if self.form.ends else ""
         texts = [piece.text.removesuffix(end) if piece.is_response else piece.text for piece in pieces]
         if begin is not None:
@@ -94,7 +102,7 @@ class SampleReader:
         return Sample([pieces], "\0".join(texts))
 
     def _conversation(self, record: Any) -> Sample:
-        found = conversation_of(record, self.data_format)
+        found = conversation_of(record, self._format_of(record))
         documents = self._chat.documents(found.messages, found.tools, found.documents)
         return Sample(documents, "".join(piece.text for piece in documents[-1]))
 

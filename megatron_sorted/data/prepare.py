@@ -18,12 +18,13 @@ from tqdm import tqdm
 from megatron_sorted.data.encode import Encoded, EncodeOptions, Encoder, Skipped, encode_in_worker, start_worker, usable_pieces
 from megatron_sorted.data.forms import SampleReader
 from megatron_sorted.data.indexed import RESPONSE, Documents, IndexedWriter
-from megatron_sorted.data.jsonl import Block, read_blocks, records, total_bytes
 from megatron_sorted.data.replacing import publish, remove_partial
 from megatron_sorted.data.templates import detect_format
 from megatron_sorted.data.tokenizer import train_sentencepiece
 from megatron_sorted.errors import DataError
 from megatron_sorted.files import discard_tree, same_path, write_text_atomically
+from megatron_sorted.reading.json_lines import Block, read_blocks, records, total_bytes
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.prompt_form import NamedToken, PromptForm
 from megatron_sorted.text.tokenizer import NullTokenizer, Tokenizer
 
@@ -114,10 +115,14 @@ def find_format(paths: tuple[str, ...]) -> str:
                 return found
             fields = fields or (sorted(record) if isinstance(record, dict) else [])
     if not fields:
-        raise DataError(f"--input: {paths[0]} holds no JSON lines. Of a plain text, python tools/split_text.py --input {paths[0]} "
-                        "--separator ... --output DIRECTORY makes them: DIRECTORY/train.jsonl.")
-    raise DataError(f"--format auto: no line among the first {FORMAT_LINES} of {paths[0]} has a field 'messages', 'instruction' or 'text' "
-                    f"(found: {', '.join(fields)}). Name the fields so, or check the file.")
+        raise DataError(f"--input: {shown(paths[0])} holds no JSON lines. {_of_plain_text(paths[0])}")
+    raise DataError(f"--format auto: no line among the first {FORMAT_LINES} of {shown(paths[0])} has a field 'messages', 'instruction' or "
+                    f"'text' (found: {shown(', '.join(fields))}). Name the fields so, or check the file.")
+
+
+def _of_plain_text(path: str) -> str:
+    return (f"Of a plain text, python tools/split_text.py --input {shown(path)} --separator ... --output DIRECTORY makes them: "
+            "DIRECTORY/train.jsonl.")
 
 
 def _check_outputs(options: PrepareOptions) -> None:
@@ -138,11 +143,11 @@ def _tokenizer_aside(prefix: str) -> Path:
     return path.parent / f".{path.stem}.training" / path.name
 
 
-def _train_tokenizer(options: PrepareOptions, data_format: str) -> str:
+def _train_tokenizer(options: PrepareOptions, encode: EncodeOptions) -> str:
     """Return the path of a tokenizer trained on the texts of the input; it gets its name with the data that it encoded."""
     path = str(_tokenizer_aside(options.output_prefix))
 
-    reader = SampleReader(data_format, options.encode.prompt_template, NullTokenizer(1), append_eod=False)
+    reader = SampleReader(encode.data_format, encode.prompt_template, NullTokenizer(1), append_eod=False, takes_both=encode.takes_both)
 
     def read_texts() -> Iterator[str]:
         return (piece.text for block in read_blocks(options.inputs, options.limit) for piece in usable_pieces(block, reader))
@@ -200,10 +205,10 @@ def prepare(options: PrepareOptions) -> Summary:
 def _prepare(options: PrepareOptions, size: int) -> Summary:
     began, encode = time.perf_counter(), options.encode
     if encode.data_format == "auto":
-        encode = replace(encode, data_format=find_format(options.inputs))
+        encode = replace(encode, data_format=find_format(options.inputs), takes_both=True)
     if options.train_tokenizer:
         encode = replace(encode, tokenizer_type="SentencePieceTokenizer",
-                         tokenizer_model=_train_tokenizer(options, encode.data_format))
+                         tokenizer_model=_train_tokenizer(options, encode))
     encoder = Encoder(encode)  # here too, so that a damaged tokenizer stops us before any process starts
     encode = replace(encode, prompt_template=encoder.form.label)
     summary = Summary(tokenizer={"type": encode.tokenizer_type, "name": encoder.tokenizer.name, "sha256": encoder.tokenizer.sha256,
@@ -228,7 +233,7 @@ def _prepare(options: PrepareOptions, size: int) -> Summary:
             if valid is not None:
                 summary.valid.add(encoded.valid)
                 valid.append(encoded.valid)
-        _check_enough(summary, encode)
+        _check_enough(summary, encode, options.inputs[0])
     summary.prompt_form = with_ends(encoder.form, ends, encoder.tokenizer).as_dict()
     summary.seconds = time.perf_counter() - began
     _publish(options, [train_name] if valid is None else [train_name, valid_name])
@@ -258,10 +263,13 @@ def _publish(options: PrepareOptions, names: list[str]) -> None:
     publish(names)
 
 
-def _check_enough(summary: Summary, encode: EncodeOptions) -> None:
+def _check_enough(summary: Summary, encode: EncodeOptions, path: str) -> None:
     if not summary.train.documents:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.count.items()) or "no lines"
-        raise DataError(f"--input: none of {summary.samples_read} samples can be used ({reasons}). Check the file and --format.")
+        remedy = "Check the file and --format."
+        if summary.skipped.count.keys() <= {"not_json"}:
+            remedy += f" {_of_plain_text(path)}"
+        raise DataError(f"--input: none of {summary.samples_read} samples can be used ({reasons}). {remedy}")
     if encode.valid_fraction and not summary.valid.documents:
         raise DataError(f"--valid-fraction {encode.valid_fraction}: none of {summary.train.documents} documents fell into it. "
                         "Raise it, or give more data.")

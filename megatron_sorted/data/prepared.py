@@ -1,14 +1,16 @@
 """What tools/prepare_data.py left beside the data: ``P.json``, for ``P_text_document`` and ``P_valid_text_document``."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_text import read_json_object
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.prompt_form import NO_FORM, PromptForm, form_from_dict
 
+REMEDY = "Prepare the data again, or take this file away."
 ENDINGS = ("_valid_text_document", "_text_document")
 
 
@@ -30,18 +32,11 @@ def stored_options(prefix: str) -> dict:
     path = summary_path(prefix)
     if path is None:
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError("not an object")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise _unreadable(path, error) from error
-    return found
+    return read_json_object(path, REMEDY)
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: not readable as the summary of prepared data ({type(error).__name__}: {error}). "
-                     "Prepare the data again, or take this file away.")
+    return DataError(f"{shown(path)}: not readable as the summary of prepared data ({type(error).__name__}: {shown(error)}). {REMEDY}")
 
 
 def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer, owner: str = "--tokenizer-model is") -> None:
@@ -56,7 +51,7 @@ def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer, owner: s
             continue
         try:
             made_with = stored_options(prefix)["tokenizer"]
-            name, sha256 = made_with["name"], made_with["sha256"]
+            name, sha256 = shown(made_with["name"]), shown(made_with["sha256"])
         except (KeyError, TypeError) as error:
             raise _unreadable(path, error) from error
         if sha256 not in tokenizer.hashes:

@@ -1,9 +1,11 @@
 """From one JSON record to a text, turns or messages."""
 
-import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from megatron_sorted.reading.json_lines import first_record, promises_json
+from megatron_sorted.reading.json_text import decode_json
 from megatron_sorted.text.written_forms import Turn
 
 FORMATS = ("messages", "instruction", "text")  # each also the name of the field that tells it, looked for in this order
@@ -47,7 +49,22 @@ def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
         raise BrokenSampleError("missing_field")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BrokenSampleError("wrong_type")
-    return messages
+    return [_without_nulls(message) for message in messages]
+
+
+def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message without fields that are null; the arguments of tools' calls are as they stand, since a null may be meant there."""
+    found = {name: value for name, value in message.items() if value is not None}
+    if isinstance(calls := found.get("tool_calls"), list):
+        found["tool_calls"] = [_without_nulls(call) | _function_of(call) if isinstance(call, dict) else call for call in calls]
+    return found
+
+
+def _function_of(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict):
+        return {}
+    return {"function": {name: value for name, value in function.items() if value is not None or name == "arguments"}}
 
 
 def turns_of(record: Any, data_format: str) -> list[Turn]:
@@ -62,7 +79,7 @@ def turns_of(record: Any, data_format: str) -> list[Turn]:
         return [Turn("user", instruction, given), Turn("assistant", response)]
     turns = []
     for message in _messages(record):
-        role, content = _text_field(message, "role"), _text_field(message, "content", "" if "tool_calls" in message else None)
+        role, content = _text_field(message, "role"), _text_field(message, "content", "" if message.get("tool_calls") else None)
         if role not in ("system", "user", "tool", "assistant"):
             raise BrokenSampleError("unknown_role")
         if message.get("tool_calls"):
@@ -96,6 +113,7 @@ def conversation_of(record: Any, data_format: str) -> Conversation:
             raise BrokenSampleError("empty_response")
         if content is None and role != "assistant":
             raise BrokenSampleError("missing_field")
+    messages = [message if "content" in message else {**message, "content": ""} for message in messages]
     return Conversation(messages, _listed(record, "tools"), _listed(record, "documents"))
 
 
@@ -104,8 +122,8 @@ def _listed(record: dict[str, Any], name: str) -> list[Any] | None:
     value = record.get(name)
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            value = decode_json(value.encode())
+        except ValueError as error:
             raise BrokenSampleError("wrong_type") from error
     if value and not isinstance(value, list):
         raise BrokenSampleError("wrong_type")
@@ -131,7 +149,20 @@ def text_of(record: Any) -> str:
 
 
 def detect_format(record: Any) -> str | None:
-    """Return the format a record has by its fields, or None."""
+    """Return the format a record has by its fields, or None. A field that is null is not there."""
     if not isinstance(record, dict):
         return None
-    return next((name for name in FORMATS if name in record), None)
+    return next((name for name in FORMATS if record.get(name) is not None), None)
+
+
+def format_of_row(record: Any, data_format: str) -> str:
+    """Return how one row of a file is read: as the file is, or as the other form of a conversation where it has that alone."""
+    if isinstance(record, dict) and record.get(data_format) is None and data_format != "text":
+        found = detect_format(record)
+        return data_format if found in (None, "text") else found
+    return data_format
+
+
+def holds_records(path: Path) -> bool:
+    """Return whether a file holds JSON lines or records, not plain text: by its name, or by the fields of its first record."""
+    return promises_json(path) or detect_format(first_record(path)) is not None

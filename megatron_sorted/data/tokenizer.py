@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.text_file import split_lines
 from megatron_sorted.text.tokenizer import NullTokenizer, Tokenizer, open_tokenizer
 
 TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
@@ -83,7 +84,7 @@ def train_sentencepiece(read_texts: Callable[[], Iterable[str]], path: str, voca
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     known = frequent_characters(read_texts(), vocab_size)
     texts = read_texts() if known is None else ("".join(one if one in known else "\n" for one in text) for text in read_texts())
-    lines = (line for text in texts for line in text.splitlines() if line)
+    lines = (line for text in texts for line in split_lines(text) if line)
     sentencepiece.set_random_generator_seed(0)
     try:
         with open(partial, "wb") as stream:

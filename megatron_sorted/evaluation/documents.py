@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.data.forms import SampleReader
-from megatron_sorted.data.jsonl import read_blocks, records
-from megatron_sorted.data.templates import BrokenSampleError, conversation_of, detect_format, text_of, turns_of
+from megatron_sorted.data.templates import BrokenSampleError, conversation_of, detect_format, holds_records, text_of, turns_of
 from megatron_sorted.errors import DataError
 from megatron_sorted.exported.tokenizer import encode_texts, prefix_id
+from megatron_sorted.reading.json_lines import read_records
+from megatron_sorted.reading.shown import shown
+from megatron_sorted.reading.text_file import read_text
 from megatron_sorted.text.conversation import LeftOutError
 from megatron_sorted.text.piece_ids import PieceEncoder
 from megatron_sorted.text.prompt_form import PromptForm
 from megatron_sorted.text.tokenizer import Tokenizer
 from megatron_sorted.text.written_forms import write_plain
+
+MEND = "Mend or remove the line."
 
 
 @dataclass(frozen=True)
@@ -58,26 +62,22 @@ class EncodedDocument:
 
 
 def read_documents(path: Path, separator: str | None = None, limit: int | None = None) -> list[Document]:
-    """Return the documents of a file: ``.jsonl`` (or ``.jsonl.gz``) by lines, other files cut at ``separator``.
+    """Return the documents of a file: those of JSON lines or records, or a text cut at ``separator``; plain or gzipped.
 
-    Blanks around a cut-out text are dropped, and texts of nothing else.
+    What it holds is told by its content; a name that promises JSON is kept to. Blanks around a cut-out
+    text are dropped, and texts of nothing else.
 
     Raises:
         DataError: The file is missing, is no text, has a line that cannot be used, or nothing in it.
     """
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
+    if holds_records(path):
         documents = _json_documents(path, limit)
     else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}). Give a text file that exists.") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 at byte {error.start}. Give a text file.") from error
+        text = read_text(path)
         texts = [piece.strip() for piece in text.split(separator)] if separator else [text]
         documents = [Document({"text": piece}, "text") for piece in texts if piece.strip()][:limit]
     if not documents:
-        raise DataError(f"{path}: no text in it. Give a file with text to measure on.")
+        raise DataError(f"{shown(path)}: no text in it. Give a file with text to measure on.")
     return documents
 
 
@@ -140,8 +140,8 @@ def _by_form(documents: Sequence[Document], tokenizer: Tokenizer, append_eos: bo
             sample = readers[document.kind].read(document.record)
         except (BrokenSampleError, LeftOutError) as error:
             words = ": ".join(filter(None, error.args))
-            raise DataError(f"{str(document.record)[:60]}: cannot be written in the form {form.label} ({words}). Leave it out, or give "
-                            "--prompt-template.") from error
+            raise DataError(f"{shown(document.record, 60)}: cannot be written in the form {form.label} ({shown(words)}). Leave it "
+                            "out, or give --prompt-template.") from error
         found = []
         for sequences in (one for some in pieces.encode(sample.documents) for one in some):
             ids = [token for part, _ in sequences for token in part]
@@ -151,21 +151,18 @@ def _by_form(documents: Sequence[Document], tokenizer: Tokenizer, append_eos: bo
 
 
 def _json_documents(path: Path, limit: int | None) -> list[Document]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Give a text file that exists.")
     documents: list[Document] = []
-    for block in read_blocks([str(path)], limit):
-        for number, record, reason in records(block):
-            try:
-                if reason is not None or (kind := detect_format(record)) is None:
-                    raise BrokenSampleError(reason or "needs a field 'text', 'instruction' or 'messages'")
-                if kind == "text":
-                    text_of(record)
-                elif not any(message["role"] == "assistant" for message in conversation_of(record, kind).messages):
-                    raise BrokenSampleError("no_assistant_turn")
-                json.dumps(record, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair, which is no text
-            except (BrokenSampleError, UnicodeEncodeError) as error:
-                reason = "invalid_unicode" if isinstance(error, UnicodeEncodeError) else error
-                raise DataError(f"{path}:{number}: {reason}. Mend or remove the line.") from error
-            documents.append(Document(record, kind))
+    for place, record in read_records(path, MEND, limit):
+        try:
+            if (kind := detect_format(record)) is None:
+                raise BrokenSampleError("needs a field 'text', 'instruction' or 'messages'")
+            if kind == "text":
+                text_of(record)
+            elif not any(message["role"] == "assistant" for message in conversation_of(record, kind).messages):
+                raise BrokenSampleError("no_assistant_turn")
+            json.dumps(record, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair, which is no text
+        except (BrokenSampleError, UnicodeEncodeError) as error:
+            reason = "invalid_unicode" if isinstance(error, UnicodeEncodeError) else error
+            raise DataError(f"{place}: {reason}. {MEND}") from error
+        documents.append(Document(record, kind))
     return documents

@@ -19,6 +19,7 @@ from megatron_sorted.evaluation.save_heads import save_with_heads
 from megatron_sorted.evaluation.train_heads import HeadTraining, TrainedHeads, train_heads
 from megatron_sorted.exported.form import form_of_model
 from megatron_sorted.exported.tokenizer import open_tokenizer
+from megatron_sorted.reading.shown import printable
 from megatron_sorted.text.prompt_form import NO_FORM, PromptForm
 from megatron_sorted.text.tokenizer import Tokenizer
 from megatron_sorted.text.tokenizer_fit import check_ids, surplus_line
@@ -133,7 +134,7 @@ def _evaluate(subject: Subject, measures: Measures, found: list[Found], keep: Ke
     tokenizer = open_tokenizer(subject.directory, measures.tokenizer)
     surplus = surplus_line(tokenizer, model.model.config.vocab_size, subject.name)
     for line in (*tokenizer.notes, *([surplus] if surplus else [])):
-        print(f"note: {line}", file=sys.stderr)
+        print(f"note: {printable(line)}", file=sys.stderr)
     form = form_of_model(subject.directory, tokenizer, measures.prompt_template)
     asked = form.prompt_form if form.is_stored or measures.prompt_template is not None else None
     if measures.bars and measures.asks:

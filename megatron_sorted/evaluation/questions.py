@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.data.jsonl import read_blocks, records
+from megatron_sorted.command import has_half_pairs
 from megatron_sorted.errors import DataError, SettingsError
+from megatron_sorted.reading.json_lines import read_records
+from megatron_sorted.reading.shown import shown
 
 TEMPLATE = "Question: {question}\nAnswer:"
 _WRITTEN_OUT = re.compile(r"Question:\s*(.*?)\s*\nAnswer:\s*", re.DOTALL)
@@ -30,7 +32,7 @@ class Question:
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """Returns the questions of a JSON lines file.
+    """Returns the questions of a file of JSON lines or records.
 
     A line has ``question`` (or ``context`` = "Question: ...\\nAnswer:", or ``instruction`` and perhaps ``input``) and ``answer`` (or
     ``output``): a text, a list of texts, or an object with ``value`` and ``aliases`` as in TriviaQA's own files; ``aliases`` may stand
@@ -39,19 +41,16 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     Raises:
         DataError: No such file, nothing in it, or a line without question or answer.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Give JSON lines with 'question' and 'answer'.")
     questions = []
-    for block in read_blocks([str(path)], limit):
-        for number, record, reason in records(block):
-            try:
-                if reason is not None or not isinstance(record, dict):
-                    raise ValueError(reason or "not an object")
-                questions.append(_question(record))
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: {error}. Mend or remove the line.") from error
+    for place, record in read_records(path, limit=limit):
+        try:
+            if not isinstance(record, dict):
+                raise ValueError("not an object")
+            questions.append(_question(record))
+        except ValueError as error:
+            raise DataError(f"{place}: {error}. Mend or remove the line.") from error
     if not questions:
-        raise DataError(f"{path}: no question in it. Give JSON lines with 'question' and 'answer'.")
+        raise DataError(f"{shown(path)}: no question in it. Give JSON lines with 'question' and 'answer'.")
     return questions
 
 
@@ -117,6 +116,7 @@ def _join(prompt: str, answer: str) -> str:
 
 
 def _question(record: dict[str, Any]) -> Question:
+    record = {name: value for name, value in record.items() if value is not None}  # as writers of a union of data sets leave them
     text = record.get("question", record.get("context"))
     if text is None and isinstance(record.get("instruction"), str):
         given = record.get("input") or ""
@@ -126,14 +126,24 @@ def _question(record: dict[str, Any]) -> Question:
     if "question" not in record and (written := _WRITTEN_OUT.fullmatch(text)):
         text = written.group(1)
     answer = record.get("answer", record.get("output"))
-    more = record.get("aliases") or []
+    more = _texts(record.get("aliases"), "aliases")
     if isinstance(answer, dict):
-        more = [*(answer.get("aliases") or []), *(answer.get("human_answers") or answer.get("HumanAnswers") or []), *more]
+        by_people = answer.get("human_answers") or answer.get("HumanAnswers")
+        more = [*_texts(answer.get("aliases"), "aliases"), *_texts(by_people, "human_answers"), *more]
         answer = answer.get("value")
-    if isinstance(answer, list) and answer:
-        more, answer = [*answer, *more], answer[0]
+    if isinstance(answer, list) and (said := _texts(answer, "answer")):
+        more, answer = [*said, *more], said[0]
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError("no answer (field 'answer' or 'output')")
-    if not isinstance(more, list) or not all(isinstance(alias, str) for alias in more):
-        raise ValueError("'aliases' is not a list of texts")
+    if has_half_pairs("".join([text, answer, *more])):
+        raise ValueError("invalid_unicode")
     return Question(text.strip(), answer.strip(), tuple(dict.fromkeys([answer, *more])))
+
+
+def _texts(value: Any, name: str) -> list[str]:
+    """Return a list of texts without those that are null; of null an empty one."""
+    value = [] if value is None else value
+    found = [one for one in value if one is not None] if isinstance(value, list) else None
+    if found is None or not all(isinstance(one, str) for one in found):
+        raise ValueError(f"'{name}' is not a list of texts")
+    return found

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.monitoring.report import StepReport
 from megatron_sorted.monitoring.writer import Report, Writer
+from megatron_sorted.reading.json_lines import read_blocks, records
 
 TAIL_BYTES = 1 << 16
 """Read at a time, from the end, to find the last line."""
@@ -104,22 +105,14 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         DataError: the file is missing, or a line that is not the last is not an object.
     """
-    path = Path(path)
-    try:
-        *lines, torn = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Give the metrics.jsonl that a run wrote.") from error
-    found = []
-    for number, line in enumerate([*lines, torn], 1):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            if number > len(lines):
+    found: list[dict[str, Any]] = []
+    for block in read_blocks([str(path)]):
+        for number, value, reason in records(block):
+            if reason is not None and number == block.last_line and not block.data.endswith(b"\n"):
                 break
-            raise DataError(f"{path}, line {number}: not JSON ({error}). Give the metrics.jsonl that a run wrote.") from error
-        if not isinstance(value, dict):
-            raise DataError(f"{path}, line {number}: not an object. Give the metrics.jsonl that a run wrote.")
-        found.append(value)
+            if reason is not None or not isinstance(value, dict):
+                raise DataError(f"{block.place(number)}: {reason or 'not an object'}. Give the metrics.jsonl that a run wrote.")
+            found.append(value)
     return found
 
 

@@ -1,10 +1,11 @@
 """Rates of devices, as far as a plan needs them."""
 
-import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from megatron_sorted.errors import SettingsError
+from megatron_sorted.reading.json_text import read_json_object
+from megatron_sorted.reading.shown import shown
 
 GB = 10**9
 TERA = 10**12
@@ -88,17 +89,17 @@ def device_named(name: str, changes: Path | None = None) -> Device:
         raise SettingsError(f"--planned-device: {name} is not in the table of devices. Use one of {', '.join(DEVICES)}.")
     if changes is None:
         return DEVICES[name]
+    values = read_json_object(changes, "Give --device-file a file that --calibrate wrote.", SettingsError)
     try:
-        values = json.loads(changes.read_text(encoding="utf-8"))
         known = {field.name for field in fields(Device)}
-        if not isinstance(values, dict) or not set(values) <= known:
+        if not set(values) <= known:
             raise ValueError(f"fields of a device are {', '.join(sorted(known))}")
         for field, value in values.items():
             if field == "fused" and not isinstance(value, bool):
-                raise ValueError(f"fused is {value!r} and not true or false")
+                raise ValueError(f"fused is {value!r:.40} and not true or false")
             if field != "fused" and (isinstance(value, bool) or not isinstance(value, int | float) or not _can_be(field, value)):
-                raise ValueError(f"{field} is {value!r} and not a number {'of at least' if field in CAN_BE_NOTHING else 'above'} 0")
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--device-file: {changes} is not a JSON object with fields of a device ({error}). "
+                raise ValueError(f"{field} is {value!r:.40} and not a number {'of at least' if field in CAN_BE_NOTHING else 'above'} 0")
+    except ValueError as error:
+        raise SettingsError(f"--device-file: {shown(changes)} is not a JSON object with fields of a device ({error}). "
                             "Write one with --calibrate.") from error
     return replace(DEVICES[name], **values)

@@ -19,7 +19,7 @@ REMEDY = "Give an intact file."
 
 
 def parse_json(data: bytes | str, where: str, remedy: str = REMEDY, error: type[SortedError] = DataError,
-               unique_names: bool = False) -> Any:
+               unique_names: bool = False, constants: bool = True) -> Any:
     """Return the value of a JSON text in UTF-8 (a byte order mark is passed over).
 
     Args:
@@ -28,6 +28,7 @@ def parse_json(data: bytes | str, where: str, remedy: str = REMEDY, error: type[
         remedy: The sentence that ends messages.
         error: What to raise.
         unique_names: Whether two equal names in an object are an error. Python keeps the last.
+        constants: Whether NaN, Infinity and -Infinity are read, which Python writes and JSON does not know.
 
     Raises:
         SortedError: Of class ``error``: it is not JSON, nested more than ``MOST_DEPTH`` deep, or has a number of more
@@ -43,7 +44,8 @@ def parse_json(data: bytes | str, where: str, remedy: str = REMEDY, error: type[
         refuse(f"it has more than {MOST_CONTAINERS:,} lists and objects, or more than {MOST_ELEMENTS:,} elements")
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
-        value = json.loads(text, parse_int=_integer, object_pairs_hook=_unique if unique_names else None)
+        value = json.loads(text, parse_int=bounded_integer, object_pairs_hook=_unique if unique_names else None,
+                           parse_constant=None if constants else _refuse_constant)
     except UnicodeDecodeError as failure:
         refuse(f"byte {failure.start} is not UTF-8")
     except RecursionError:
@@ -96,10 +98,55 @@ def read_bounded(path: Path, remedy: str = REMEDY, error: type[SortedError] = Da
     return data
 
 
-def _integer(word: str) -> int:
+class BrokenJsonError(ValueError):
+    """A line that is no JSON, or more of it than is reasonable; its only argument is the reason, a short name for counting."""
+
+    @property
+    def reason(self) -> str:
+        """Return "not_json", "not_utf8", "nested_too_deep", "number_too_long" or "too_many_elements"."""
+        return self.args[0]
+
+
+def decode_json(line: bytes) -> Any:
+    """Return the value of a line of JSON: as ``parse_json``, at less cost, for many lines.
+
+    Raises:
+        BrokenJsonError: It is none, or more than is reasonable.
+    """
+    containers = line.count(b"{") + line.count(b"[")
+    if len(line) > MOST_CONTAINERS and (containers > MOST_CONTAINERS or line.count(b",") > MOST_ELEMENTS):
+        raise BrokenJsonError("too_many_elements")
+    try:
+        value = _DECODER.decode(line.decode())
+    except UnicodeDecodeError:
+        raise BrokenJsonError("not_utf8") from None
+    except json.JSONDecodeError:
+        raise BrokenJsonError("not_json") from None
+    except RecursionError:
+        raise BrokenJsonError("nested_too_deep") from None
+    except ValueError:
+        raise BrokenJsonError("number_too_long") from None
+    if containers > MOST_DEPTH and _is_deep(value):
+        raise BrokenJsonError("nested_too_deep")
+    return value
+
+
+def bounded_integer(word: str, base: int = 10) -> int:
+    """Return the whole number that a word means.
+
+    Raises:
+        ValueError: It has more than ``MOST_DIGITS`` digits.
+    """
     if len(word) > MOST_DIGITS:
         raise ValueError(f"a number of {len(word):,} digits, more than {MOST_DIGITS}")
-    return int(word)
+    return int(word, base)
+
+
+_DECODER = json.JSONDecoder(parse_int=bounded_integer)
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -113,7 +160,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _is_deep(value: Any) -> bool:
     level = [value]
-    for _ in range(MOST_DEPTH + 1):
+    for _ in range(MOST_DEPTH):
         level = [child for one in level for child in _children(one) if isinstance(child, dict | list)]
         if not level:
             return False

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_sorted.errors import SettingsError
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.flags import SEE_HELP, field_groups, parse_flags
 from megatron_sorted.settings.nearest import nearest
 from megatron_sorted.settings.run import Settings
@@ -50,7 +51,7 @@ def _field_name(key: str, source: str) -> str:
     name = key.replace("-", "_")
     if name not in field_types():
         known = [field.replace("_", "-") for field in field_types()]
-        raise SettingsError(f"{source}: there is no such setting. {nearest(name.replace('_', '-'), known, SEE_HELP)}")
+        raise SettingsError(f"{shown(source)}: there is no such setting. {nearest(name.replace('_', '-')[:80], known, SEE_HELP)}")
     return name
 
 

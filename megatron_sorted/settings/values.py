@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sorted.errors import SettingsError
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.nearest import nearest
 from megatron_sorted.settings.run import Settings
 
@@ -73,11 +74,13 @@ def convert(name: str, value: Any, source: str, strict: bool) -> Any:
     try:
         result = _adapter(kind).validate_python(value, strict=strict)
     except ValidationError:
-        shown = list(value) if isinstance(value, tuple) else value
-        hint = nearest(str(shown), choices(kind))
-        raise SettingsError(f"{source}: {shown!r} is not what this setting takes. {hint}{' ' * bool(hint)}Give {describe(kind)}.") from None
+        given = list(value) if isinstance(value, tuple) else value
+        hint = nearest(str(given)[:80], choices(kind))
+        what = shown(repr(given), 120)
+        raise SettingsError(f"{shown(source)}: {what} is not what this setting takes. {hint}{' ' * bool(hint)}"
+                            f"Give {describe(kind)}.") from None
     numbers = result if isinstance(result, tuple) else (result,)
     for number in numbers:
         if isinstance(number, float) and not math.isfinite(number):
-            raise SettingsError(f"{source}: {number} is not a finite number. Give a finite one.")
+            raise SettingsError(f"{shown(source)}: {number} is not a finite number. Give a finite one.")
     return result

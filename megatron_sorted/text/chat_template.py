@@ -8,6 +8,7 @@ from typing import Any
 from jinja2.exceptions import SecurityError, TemplateError
 
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.sandbox import BEGIN, END, MOST_RENDERED_CHARACTERS, BoundedEnvironment
 
 MOST_TEMPLATE_CHARACTERS = 262_144
@@ -118,4 +119,4 @@ def compiled(text: str, where: str) -> ChatTemplate:
 
 def _short(error: BaseException) -> str:
     words = " ".join(str(error).split()) or type(error).__name__
-    return words[:200]
+    return shown(words, 200)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_text import parse_json, read_bounded
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.chat_template import MOST_TEMPLATE_CHARACTERS, TemplateRefusal, compiled
 from megatron_sorted.text.tokenizer import Tokenizer
 
@@ -97,7 +99,7 @@ def form_from_dict(said: Any, where: str) -> PromptForm:
     """
     try:
         if said["format"] != FORMAT:
-            raise ValueError(f"format {said['format']!r}, but this version reads {FORMAT}")
+            raise ValueError(f"format {said['format']!r:.40}, but this version reads {FORMAT}")
         begin, ends = said["begin"], said["ends"]
         form = PromptForm(said["name"], said["template"], dict(said["special_tokens"]), begin and _token(begin),
                           tuple(map(_token, ends)), said.get("template_name"))
@@ -108,7 +110,7 @@ def form_from_dict(said: Any, where: str) -> PromptForm:
             raise ValueError("larger than any sensible form")
         return form
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{where}: not a prompt form as megatron_sorted writes it ({error}). {REMEDY}") from error
+        raise DataError(f"{shown(where)}: not a prompt form as megatron_sorted writes it ({shown(error)}). {REMEDY}") from error
 
 
 def _token(said: Mapping[str, Any]) -> NamedToken:
@@ -127,13 +129,7 @@ def read_form(directory: Path) -> PromptForm | None:
     path = directory / FILE
     if not path.is_file():
         return None
-    try:
-        if (size := path.stat().st_size) > MOST_FILE_BYTES:
-            raise ValueError(f"{size:,} bytes")
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as a prompt form ({error}). {REMEDY}") from error
-    return form_from_bytes(content, str(path))
+    return form_from_bytes(read_bounded(path, REMEDY, most_bytes=MOST_FILE_BYTES), str(path))
 
 
 def form_from_bytes(content: bytes, where: str) -> PromptForm:
@@ -142,11 +138,7 @@ def form_from_bytes(content: bytes, where: str) -> PromptForm:
     Raises:
         DataError: It is none.
     """
-    try:
-        said = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not readable as a prompt form ({error}). {REMEDY}") from error
-    return form_from_dict(said, where)
+    return form_from_dict(parse_json(content, where, REMEDY), where)
 
 
 def parse_label(label: str) -> tuple[str, str | None]:

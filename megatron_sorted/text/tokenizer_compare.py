@@ -1,15 +1,15 @@
 """Whether AutoTokenizer of transformers 5 reads a tokenizer.json as it stands."""
 
-import json
 from typing import TYPE_CHECKING, Any
 
+from megatron_sorted.reading.json_text import parse_json
 from megatron_sorted.text.tokenizer_classes import (
     AS_WRITTEN,
     CLASSES,
     build_pipeline,
     rebuilding_class,
 )
-from megatron_sorted.text.tokenizer_files import JSON, TokenizerFiles
+from megatron_sorted.text.tokenizer_files import JSON, REMEDY, TokenizerFiles
 
 if TYPE_CHECKING:
     import tokenizers
@@ -89,7 +89,7 @@ def _by_class(
 ) -> "tokenizers.Tokenizer | None":
     """Return the class's tokenizer; None where its steps are the file's, which is quickly seen."""
     empty = build_pipeline(name, {}, [], files.config)
-    mine, theirs = json.loads(data), json.loads(empty.to_str())
+    mine, theirs = (parse_json(one, str(files.main), REMEDY) for one in (data, empty.to_str()))
     model, steps = mine["model"], ("normalizer", "pre_tokenizer")
     kinds = ("fuse_unk", "byte_fallback", "ignore_merges")
     if all(mine.get(step) == theirs.get(step) for step in steps) and all(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_text import MOST_BYTES, read_bounded
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.tokenizer import Span, Tokenizer
 from megatron_sorted.text.tokenizer_classes import CLASSES, build_pipeline, class_of
 from megatron_sorted.text.tokenizer_compare import (
@@ -21,10 +23,10 @@ from megatron_sorted.text.tokenizer_files import (
     MERGES,
     NAMED_TOKENS,
     PIECES,
+    REMEDY,
     VOCABULARY,
     NamedToken,
     TokenizerFiles,
-    read_bounded,
     read_object,
 )
 from megatron_sorted.text.tokenizer_pieces import SentencePieceTokenizer, check_place
@@ -40,7 +42,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json, or vocab.json with merges.txt read by the rules of its class."""
 
     def __init__(self, files: TokenizerFiles):
-        data = read_bounded(files.main)
+        data = read_bounded(files.main, REMEDY)
         self.fast = _pairs_of_bytes(files) if files.main.name == VOCABULARY else _parse(files, data)
         self.name = f"{files.main.parent.name}/{files.main.name}"
         self.sha256 = hashlib.sha256(data).hexdigest()
@@ -205,7 +207,7 @@ def _parse(files: TokenizerFiles, data: bytes) -> "tokenizers.Tokenizer":
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return shown(" ".join(str(error).split()), 200) or type(error).__name__
 
 
 def _pairs_of_bytes(files: TokenizerFiles) -> "tokenizers.Tokenizer":
@@ -218,11 +220,11 @@ def _pairs_of_bytes(files: TokenizerFiles) -> "tokenizers.Tokenizer":
             f"{directory}: {VOCABULARY} and {MERGES} do not say how texts are cut, and the class "
             f"{name or 'of the tokenizer'} is unknown. Name one of {known} as tokenizer_class in "
             "tokenizer_config.json, or save the tokenizer as tokenizer.json with transformers.")
-    vocabulary = read_object(files.main, most_bytes=256 << 20)
-    if not all(isinstance(i, int) and 0 <= i < 1 << 31 for i in vocabulary.values()):
+    vocabulary = read_object(files.main, MOST_BYTES)
+    if not all(type(i) is int and 0 <= i < 1 << 31 for i in vocabulary.values()):
         raise DataError(f"{files.main}: not {{token: id}}. Give an intact directory.")
     try:
-        lines = read_bounded(files.used[MERGES]).decode("utf-8").split("\n")
+        lines = read_bounded(files.used[MERGES], REMEDY).decode("utf-8").split("\n")
         merges = [tuple(line.split()) for line in map(str.strip, lines)
                   if line and not line.startswith("#version")]
         _library()

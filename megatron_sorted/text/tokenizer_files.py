@@ -1,12 +1,14 @@
 """The files of a tokenizer: found, bounded in size and parsed; nothing in them is executed."""
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_text import read_bounded, read_json_object
+from megatron_sorted.reading.shown import shown
 
 JSON, PIECES, VOCABULARY, MERGES = "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"
 CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -14,11 +16,12 @@ TEMPLATE, LEGACY_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "chat_templat
 BESIDE = (CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, TEMPLATE, LEGACY_TEMPLATE)
 NAMED_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-LARGEST_BYTES = 256 << 20
-"""Size limit of a vocabulary file; the largest that are published have about 40 MB."""
 LARGEST_SETTINGS_BYTES = 32 << 20
 LARGEST_TEMPLATE_BYTES = 1 << 20
 MOST_TEMPLATES = 64
+PLACE = re.compile(r"[0-9]{1,18}")
+"""An id as files write it; what is longer is none, and "²" neither."""
+REMEDY = "Give an intact directory."
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
@@ -128,44 +131,13 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
         added, named, _extra_tokens(directory, config), templates, tuple(notes))
 
 
-def read_bounded(path: Path, most_bytes: int = LARGEST_BYTES) -> bytes:
-    """Return the content of a file.
-
-    Raises:
-        DataError: It cannot be read, or has more than ``most_bytes``.
-    """
-    try:
-        size = path.stat().st_size
-        if size > most_bytes:
-            raise DataError(f"{path}: {size:,} bytes, but at most {most_bytes:,} are read of such "
-                            "a file. Give an intact tokenizer.")
-        with open(path, "rb") as stream:
-            data = stream.read(most_bytes + 1)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). "
-                        "Give a tokenizer that exists.") from error
-    if len(data) > most_bytes:
-        raise DataError(f"{path}: grows while it is read. Give an intact tokenizer.")
-    return data
-
-
 def read_object(path: Path, most_bytes: int = LARGEST_SETTINGS_BYTES) -> dict[str, Any]:
     """Return the object in a JSON file; empty where there is no such file.
 
     Raises:
         DataError: It is not a JSON object, or larger than ``most_bytes``.
     """
-    if not path.is_file():
-        return {}
-    data = read_bounded(path, most_bytes)
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
-        raise DataError(f"{path}: not JSON ({reason}). Give an intact directory.") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: not a JSON object. Give an intact directory.")
-    return value
+    return read_json_object(path, REMEDY, most_bytes=most_bytes) if path.is_file() else {}
 
 
 def _token(value: object, where: str) -> NamedToken:
@@ -180,19 +152,16 @@ def _token(value: object, where: str) -> NamedToken:
 def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, NamedToken]:
     """Return {id: token} as tokenizer_config.json says, or else added_tokens.json."""
     where = f"{directory / CONFIG}: added_tokens_decoder"
-    tokens = config.get("added_tokens_decoder")
-    if not tokens:
-        path = directory / ADDED_TOKENS
-        where, tokens = str(path), {
-            number: content for content, number in read_object(path).items()}
+    tokens = config.get("added_tokens_decoder") or {}
     if not isinstance(tokens, dict):
         raise DataError(f"{where}: not an object. Give an intact directory.")
+    pairs = list(tokens.items())
+    if not pairs:
+        path = directory / ADDED_TOKENS
+        where, pairs = str(path), [(number, name) for name, number in read_object(path).items()]
     found = {}
-    for number, token in tokens.items():
-        try:
-            place = int(number)
-        except (TypeError, ValueError):
-            place = -1
+    for number, token in pairs:
+        place = int(number) if PLACE.fullmatch(str(number)) else -1
         if place < 0:
             raise DataError(f"{where}: {number!r:.40} is not an id. Give an intact directory.")
         found[place] = _token(token, where)
@@ -249,7 +218,8 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
     paths |= {path.stem: path for path in _more_templates(directory)}
     for name, path in paths.items():
         if path.is_file():
-            found[name] = _template_text(read_bounded(path, LARGEST_TEMPLATE_BYTES), path)
+            data = read_bounded(path, "Give an intact chat template.", most_bytes=LARGEST_TEMPLATE_BYTES)
+            found[name] = _template_text(data, path)
     if found:
         return found
     for settings, name in ((config, CONFIG), (read_object(directory / LEGACY_TEMPLATE),
@@ -263,7 +233,7 @@ def _template_text(data: bytes, where: Path | str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start}. "
+        raise DataError(f"{shown(where)}: not UTF-8 at byte {error.start}. "
                         "Give an intact chat template.") from error
 
 

@@ -8,8 +8,10 @@ from itertools import accumulate
 from typing import Any
 
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_text import read_bounded
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.tokenizer import Span, Tokenizer
-from megatron_sorted.text.tokenizer_files import PIECES, NamedToken, TokenizerFiles, read_bounded
+from megatron_sorted.text.tokenizer_files import PIECES, REMEDY, NamedToken, TokenizerFiles
 
 NO_PREFIX = b"\x1a\x02\x18\x00"
 """ModelProto.normalizer_spec.add_dummy_prefix = false: a message that is appended is merged."""
@@ -25,7 +27,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, files: TokenizerFiles):
         path = files.main
-        self._data = read_bounded(path)
+        self._data = read_bounded(path, REMEDY)
         self._pieces = self._open(path)
         self.name = path.name
         self.sha256 = hashlib.sha256(self._data).hexdigest()
@@ -66,9 +68,10 @@ class SentencePieceTokenizer(Tokenizer):
             pieces = _processor(self._data)
             if not pieces.vocab_size():
                 raise ValueError("no pieces")
+            pieces.id_to_piece(list(range(pieces.vocab_size())))  # fails where one is no UTF-8
         except (RuntimeError, OSError, ValueError) as error:
             raise DataError(
-                f"{path}: not a sentencepiece model of {len(self._data)} bytes ({error}). Give an "
+                f"{path}: not a sentencepiece model of {len(self._data)} bytes ({shown(error)}). Give an "
                 "intact tokenizer.model, or train one with tools/prepare_data.py "
                 "--train-tokenizer.") from error
         return pieces

@@ -4,6 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron_sorted.files import same_path, write_text_atomically
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.state import seed_everything
+from megatron_sorted.reading.json_text import read_json_object
 from megatron_sorted.settings.derived import global_batch_size
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.build import Model
@@ -63,12 +65,10 @@ def _name_of_run(settings: Settings, continued: Candidate | None, start: str) ->
     if not settings.save or settings.skip_train:
         return uuid.uuid4().hex[:8], start
     path = Path(settings.save) / RUN
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+    with suppress(CheckpointError, KeyError):  # it is not there, or damaged
+        kept = read_json_object(path, error=CheckpointError)
         if kept[START] == start:
             return str(kept["run_id"]), start
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
     run_id = uuid.uuid4().hex[:8]
     write_text_atomically(path, json.dumps({"run_id": run_id, START: start}) + "\n")
     return run_id, start

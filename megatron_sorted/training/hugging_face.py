@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +21,8 @@ from megatron_sorted.conversion.families import CONFIG, family_of_settings
 from megatron_sorted.conversion.open_model import files_beside, open_model
 from megatron_sorted.conversion.transformers_states import require_transformers
 from megatron_sorted.errors import CheckpointError, SettingsError
+from megatron_sorted.reading.json_text import read_json_object
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.lora import is_adapter
 from megatron_sorted.settings.run import Settings
@@ -126,14 +130,13 @@ def check_export_of_run(settings: Settings, run_id: str) -> None:
         CheckpointError: It does.
     """
     path = Path(settings.save_hf) / EXPORT
-    try:
-        other = json.loads(path.read_text(encoding="utf-8"))["run_id"]
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        other = "unknown"
+    other = "unknown"
+    with suppress(CheckpointError):
+        other = str(read_json_object(path, error=CheckpointError).get("run_id", other))
     if other != run_id:
-        raise CheckpointError(f"--save-hf: {settings.save_hf} holds the export of run {other}, this one is run {run_id}. "
+        raise CheckpointError(f"--save-hf: {settings.save_hf} holds the export of run {shown(other)}, this one is run {run_id}. "
                               "Give another directory.")
 
 

@@ -25,6 +25,7 @@ from megatron_sorted.monitoring.writers import open_writers
 from megatron_sorted.parallel.groups import Place, start_process_groups, stop_process_groups
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.select import choose_platform
+from megatron_sorted.reading.shown import printable
 from megatron_sorted.settings.derived import global_batch_size, num_micro_batches, trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.weighting import coefficient_rule
@@ -128,7 +129,7 @@ class Run:
     def say(self, *lines: str) -> None:
         """Prints on the first process."""
         if self.place.rank == 0:
-            print("\n".join(lines), flush=True)
+            print(printable("\n".join(lines)), flush=True)
 
     def train(self) -> str | None:
         """Trains, reporting, evaluating and saving on the way; returns why it stopped early, or None after the last step.

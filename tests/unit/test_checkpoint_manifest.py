@@ -53,7 +53,7 @@ def test_files_larger_than_a_block_are_hashed_whole(tmp_path):
     ("spoil", "message"),
     [
         (lambda path: path.unlink(), "manifest.json is missing"),
-        (lambda path: path.write_text(path.read_text()[:-40]), "not readable (Unterminated string"),
+        (lambda path: path.write_text(path.read_text()[:-40]), "not JSON (Unterminated string"),
         (lambda path: path.write_text("[]"), "format None, but this version reads format 2. It is not one of ours."),
         (lambda path: path.write_text(path.read_text().replace('"format": 2', '"format": 3')),
          "format 3, but this version reads format 2. A newer megatron_sorted wrote it: update."),
@@ -126,3 +126,12 @@ def test_the_own_hash_is_that_of_plain_json(directory):
     manifest = json.loads((directory / MANIFEST).read_text())
     own = manifest.pop("sha256")
     assert own == hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def test_a_manifest_that_lists_no_files_is_none(directory):
+    said = json.loads((directory / MANIFEST).read_text())
+    del said["files"], said["sha256"]
+    said["sha256"] = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    (directory / MANIFEST).write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="files is missing or not of its kind"):
+        read_manifest(directory)

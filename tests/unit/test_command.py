@@ -62,6 +62,19 @@ def test_a_mistake_is_one_line(body, line):
     assert ended(started(body)) == (1, "", line + "\n")
 
 
+@pytest.mark.parametrize(("body", "line"), [
+    (r"from megatron_sorted.errors import DataError; raise DataError('a\x1b[2J\nerror: \u202eforged')",
+     r"error: a\x1b[2J\nerror: \u202eforged"),
+    (r"open('/nowhere\n/\x1b[2J')",
+     r"error: /nowhere\n/\x1b[2J: No such file or directory. Check the path, its permissions and the free space."),
+    (r"raise SystemExit('error: one\x1b[2J\nand a line of ours')", "error: one\\x1b[2J\nand a line of ours"),
+    (r"import argparse; argparse.ArgumentParser(usage='x').parse_args(['\x1b[2J\nerror: forged'])",
+     "usage: x\n-c: error: unrecognized arguments: \\x1b[2J\\nerror: forged")])
+def test_names_cannot_clear_the_screen_or_forge_a_line(body, line):
+    status, out, err = ended(started(body))
+    assert (status, out, err) == (2 if "usage" in line else 1, "", line + "\n")
+
+
 def test_a_fault_of_the_program_is_told_in_full():
     for body in ("raise ValueError('broken')", "raise ConnectionResetError(104, 'reset')", "raise BrokenPipeError(32, 'of a socket')"):
         status, _, err = ended(started(body))

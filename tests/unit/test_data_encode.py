@@ -1,16 +1,17 @@
 """From lines of JSON to documents: templates, formats, broken lines, cutting; with a tokenizer of one id per character."""
 
-import gzip
 import json
 
 import numpy as np
 import pytest
 
 from megatron_sorted.data.encode import EncodeOptions, Encoder, Skipped
-from megatron_sorted.data.jsonl import Block, read_blocks, records
-from megatron_sorted.data.templates import detect_format
+from megatron_sorted.data.indexed import open_indexed
+from megatron_sorted.data.prepare import PrepareOptions, prepare
+from megatron_sorted.data.templates import conversation_of, detect_format
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_lines import Block
 
 BOS, EOS = 1, 2
 
@@ -96,9 +97,9 @@ def test_broken_lines_are_counted_with_their_numbers():
              {"instruction": "", "input": "", "output": "A"}, b'{"instruction": "\\ud800", "output": "A"}', b"[" * 100_000, good]
     encoded = run(lines, first_line=101)
     assert len(encoded.train.num_sequences) == 2 and encoded.num_samples == 14
-    assert encoded.skipped.count == {"not_json": 2, "not_utf8": 1, "not_an_object": 2, "missing_field": 2, "wrong_type": 2,
-                                     "empty_response": 1, "empty_instruction": 1, "invalid_unicode": 1}
-    assert encoded.skipped.where["not_json"] == ["some.jsonl:102", "some.jsonl:115"]
+    assert encoded.skipped.count == {"not_json": 1, "nested_too_deep": 1, "not_utf8": 1, "not_an_object": 2, "missing_field": 2,
+                                     "wrong_type": 2, "empty_response": 1, "empty_instruction": 1, "invalid_unicode": 1}
+    assert encoded.skipped.where["not_json"] == ["some.jsonl:102"] and encoded.skipped.where["nested_too_deep"] == ["some.jsonl:115"]
     assert encoded.skipped.where["empty_response"] == ["some.jsonl:112"]
 
 
@@ -184,27 +185,62 @@ def test_detect_format():
         "instruction", "messages", "text", None, None]
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize("block_bytes", [1, 7, 30, 1 << 20])
-@pytest.mark.parametrize("limit", [None, 1, 4, 7, 100])
-def test_blocks_hold_every_line_once(tmp_path, zipped, block_bytes, limit):
-    texts = [b'{"a": 1}\n\n{"b": "\\u2028"}\n{"c": "line\xe2\x80\xa8separator"}\n', b"", b'[2]\n3']
-    paths = []
-    for i, text in enumerate(texts):
-        paths.append(str(tmp_path / str(i)))
-        (tmp_path / str(i)).write_bytes(gzip.compress(text) if zipped else text)
-    seen, read = [], []
-    for block in read_blocks(paths, limit, read.append, block_bytes):
-        seen += [(int(block.path[-1]), number, record) for number, record, _ in records(block)]
-    lines = [(0, 1, {"a": 1}), None, (0, 3, {"b": "\u2028"}), (0, 4, {"c": "line\u2028separator"}), (2, 1, [2]), (2, 2, 3)]
-    assert seen == [line for line in lines[:limit] if line]
-    if limit is None or limit > 6:
-        assert sum(read) == sum((tmp_path / str(i)).stat().st_size for i in (0, 2))
+TALK = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-12], lambda data: data[:60] + b"\xff" * 8 + data[68:]])
-def test_damaged_gzip(tmp_path, damage):
-    path = tmp_path / "x.gz"
-    path.write_bytes(damage(gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(2000)))))
-    with pytest.raises(DataError, match=r"x\.gz: damaged gzip stream"):
-        list(read_blocks([str(path)]))
+def test_a_field_that_is_null_is_not_there():
+    nulls = {"messages": None, "instruction": None, "text": None, "input": None, "output": None, "tools": None, "documents": None}
+    for row in ({"text": "T"}, {"instruction": "I", "output": "O"}, {"messages": TALK}):
+        assert detect_format({**nulls, **row}) == detect_format(row) == next(iter(row))
+        for template in ("plain", "alpaca"):
+            options = {"data_format": detect_format(row), "prompt_template": template}
+            plain, other = (listed(run([one], **options).train) for one in (row, nulls | row))
+            assert plain == other and plain
+    assert detect_format(nulls) is None
+
+
+def test_messages_with_nulls():
+    padded = [{**message, "tool_calls": None, "name": None, "tool_call_id": None} for message in TALK]
+    assert listed(run([{"messages": padded}], data_format="messages").train) == [[("^Q\n", 0), ("A$", 1)]]
+    assert run([{"messages": [{"role": "user", "content": None}, TALK[1]]}], data_format="messages").skipped.count == {"missing_field": 1}
+    assert run([{"messages": [TALK[0], {"role": "assistant", "content": None, "tool_calls": None}]}],
+               data_format="messages").skipped.count == {"missing_field": 1}
+    call = {"id": None, "type": "function", "function": {"name": "f", "arguments": {"unit": None}, "strict": None}}
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    found = conversation_of({"messages": [TALK[0], called], "tools": None}, "messages")
+    assert found.messages == [TALK[0], {"role": "assistant", "content": "",
+                                        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"unit": None}}}]}]
+    assert found.tools is None
+
+
+def test_each_row_is_judged_by_what_it_has():
+    rows = [{"messages": TALK, "instruction": None}, {"messages": None, "instruction": "I", "output": "O"}, {"messages": None, "text": "T"}]
+    for data_format in ("messages", "instruction"):
+        assert run(rows, data_format=data_format).skipped.count == {"missing_field": 2}  # a format that is named is kept to
+        encoded = run(rows, data_format=data_format, takes_both=True)
+        assert listed(encoded.train) == [[("^Q\n", 0), ("A$", 1)], [("^I\n", 0), ("O$", 1)]]
+        assert encoded.skipped.count == {"missing_field": 1}
+    both = {"messages": TALK, "instruction": "I", "output": "O"}
+    assert listed(run([both], data_format="instruction", takes_both=True).train) == [[("^I\n", 0), ("O$", 1)]]
+
+
+@pytest.mark.parametrize("data_format", ["auto", "text"])
+@pytest.mark.parametrize("name", ["book.txt", "book.jsonl"])
+def test_a_plain_text_is_refused_with_the_command_that_splits_it(tmp_path, data_format, name):
+    (tmp_path / name).write_text("It was a dark night.\nAnd stormy.\n")
+    encode = EncodeOptions("NullTokenizer", None, 10, data_format, "plain", None, "truncate", False, 0.0, False)
+    with pytest.raises(DataError, match=rf"Of a plain text, python tools/split_text\.py --input .*{name} --separator .* --output "):
+        prepare(PrepareOptions((str(tmp_path / name),), str(tmp_path / "out"), encode))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("write", [
+    lambda rows: "\n".join(map(json.dumps, rows)), lambda rows: json.dumps(rows), lambda rows: json.dumps(rows, indent=2),
+    lambda rows: "\ufeff" + "\r\n".join(map(json.dumps, rows))])
+def test_the_same_records_in_any_form_are_the_same_data(tmp_path, write):
+    rows = [{"text": f"1 {number}", "messages": None} for number in range(5, 9)]
+    (tmp_path / "x").write_text(write(rows), newline="")
+    encode = EncodeOptions("NullTokenizer", None, 10, "auto", "plain", None, "truncate", False, 0.0, False)
+    summary = prepare(PrepareOptions((str(tmp_path / "x"),), str(tmp_path / "out"), encode))
+    data = open_indexed(str(tmp_path / "out_text_document"))
+    assert [data.document(number).tolist() for number in range(4)] == [[1, 5], [1, 6], [1, 7], [1, 8]] and summary.samples_read == 4

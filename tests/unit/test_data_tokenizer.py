@@ -129,3 +129,10 @@ def test_damaged_directory(directory, name):
 def test_missing(kind, model, message):
     with pytest.raises(DataError, match=message):
         load_tokenizer(kind, model)
+
+
+def test_only_line_feeds_end_the_lines_that_are_trained_on(tmp_path):
+    texts = [f"{text}\u2028next\x0bone" for text in TEXTS]
+    tokenizer = train_sentencepiece(lambda: texts, str(tmp_path / "t.model"), 380)
+    assert {"\u2028", "\x0b"} <= {letter for piece in tokenizer.vocabulary() for letter in piece}  # not written as bytes
+    assert tokenizer.decode(tokenizer.encode(texts[0])) == texts[0]

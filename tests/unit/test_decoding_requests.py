@@ -117,10 +117,10 @@ def test_whole_pairs_are_text():
 
 
 @pytest.mark.parametrize(("body", "kind", "words"), [
-    (b'{"prompt":"a",', JSON, "not JSON: .* at line 1, column 15"), (b"[]", JSON, "it is a list"), (b'{"a": NaN}', JSON, "NaN is not JSON"),
+    (b'{"prompt":"a",', JSON, "not JSON .* at line 1, column 15"), (b"[]", JSON, "it is a list"), (b'{"a": NaN}', JSON, "NaN is not JSON"),
     (b'{"prompt":"a"}', "application/x-www-form-urlencoded", "Send the header 'content-type: application/json'"),
     (b'{"prompt":"a"}', "", "content-type: '' is not JSON"), (b'{"prompt":"\xff"}', JSON, "byte 11 is not UTF-8"),
-    (b"[" * 5000, JSON, "nested too deeply"), (b'{"a":' + b"1" * 5000 + b"}", JSON, "4300 digits")])
+    (b"[" * 5000, JSON, "nested more than 100 deep"), (b'{"a":' + b"1" * 5000 + b"}", JSON, "5,000 digits")])
 def test_what_is_no_json_says_what_is_wrong(body, kind, words):
     with pytest.raises(RefusedError, match=words):
         parse_body(body, kind)

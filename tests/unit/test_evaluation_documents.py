@@ -7,11 +7,11 @@ import pytest
 
 from megatron_sorted.data.encode import EncodeOptions, Encoder
 from megatron_sorted.data.forms import SampleReader
-from megatron_sorted.data.jsonl import Block
 from megatron_sorted.errors import DataError
 from megatron_sorted.evaluation.documents import Document, encode_documents, read_documents
 from megatron_sorted.exported.form import form_of_label
 from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer
+from megatron_sorted.reading.json_lines import Block
 from tests.support.evaluated import write_tokenizer
 
 
@@ -61,7 +61,8 @@ def test_conversations_are_read_in_the_form_that_was_trained(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("t.txt", b" \n", "no text in it"), ("t.txt", b"\xff\xfe", "not UTF-8 at byte 0"), ("t.jsonl", b"", "no text in it"),
+    ("t.txt", b" \n", "no text in it"), ("t.txt", b"a\nb\xff", "line 2: not UTF-8 at byte 3"),
+    ("t.txt", b"\xff\xfea\0", "it is UTF-16"), ("t.jsonl", b"", "no text in it"),
     ("t.jsonl", b'{"text": "a"}\n\n{"tex": "b"}', r"t\.jsonl:3: needs a field 'text'"), ("t.jsonl", b"nothing", r"t\.jsonl:1: not_json"),
     ("t.jsonl", b'{"instruction": "a", "output": " "}', r"t\.jsonl:1: empty_response"),
     ("t.jsonl", b'{"text": "\\ud800"}', r"t\.jsonl:1: invalid_unicode")])
@@ -75,3 +76,19 @@ def test_missing_texts(tmp_path):
     for name in ("t.txt", "t.jsonl"):
         with pytest.raises(DataError, match=r"cannot be read|no such file"):
             read_documents(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "write"), [
+    ("t.txt", lambda rows: "\n".join(map(json.dumps, rows)).encode()), ("t.json", lambda rows: json.dumps(rows, indent=1).encode()),
+    ("t.gz", lambda rows: gzip.compress(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode()))])
+def test_records_are_told_by_content(tmp_path, name, write):
+    rows = [{"messages": None, "text": "One\u2028more"}, {"instruction": "I", "input": None, "output": "O", "text": None}]
+    (tmp_path / name).write_bytes(write(rows))
+    assert [(document.kind, document.counted_texts) for document in read_documents(tmp_path / name, "###")] == [
+        ("text", ["One\u2028more"]), ("instruction", ["O"])]
+
+
+def test_texts_are_told_by_content(tmp_path):
+    for name, content in (("t", b'{"a": 1}\r\n###two'), ("t.gz", gzip.compress(b'{"a": 1}\n###two'))):
+        (tmp_path / name).write_bytes(content)
+        assert [document.record["text"] for document in read_documents(tmp_path / name, "###")] == ['{"a": 1}', "two"]

@@ -37,7 +37,7 @@ def test_the_line_of_a_bad_question_is_named(tmp_path, record, reason):
 
 
 def test_no_questions(tmp_path):
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="No such file"):
         read_questions(tmp_path / "q.jsonl")
     with pytest.raises(DataError, match=r"no question in it"):
         read_questions(lines(tmp_path / "q.jsonl", ""))
@@ -61,3 +61,18 @@ def test_prompts():
     assert write_prompts(many, 2, seed=1) != write_prompts(many, 2)
     with pytest.raises(DataError, match="4 examples are wanted, 3 other questions"):
         write_prompts(asked, 4)
+
+
+def test_a_field_that_is_null_is_not_there(tmp_path):
+    path = lines(tmp_path / "q.jsonl", {"question": None, "context": "Question: A?\nAnswer:", "answer": None, "output": "a"},
+                 {"question": "B?", "answer": [None, "b", None, "c"], "aliases": None},
+                 {"question": "C?", "answer": {"value": "c", "aliases": None, "human_answers": ["d", None]}, "aliases": [None, "e"]})
+    assert [(one.text, one.answer, one.right) for one in read_questions(path)] == [
+        ("A?", "a", ("a",)), ("B?", "b", ("b", "c")), ("C?", "c", ("c", "d", "e"))]
+
+
+@pytest.mark.parametrize("aliases", ["y", 5, {"a": 1}, [1], [["a"]]])
+@pytest.mark.parametrize("answer", ["x", ["x"], {"value": "x"}])
+def test_aliases_of_another_kind_are_refused(tmp_path, answer, aliases):
+    with pytest.raises(DataError, match=r"q\.jsonl:1: 'aliases' is not a list of texts"):
+        read_questions(lines(tmp_path / "q.jsonl", {"question": "q", "answer": answer, "aliases": aliases}))

@@ -196,3 +196,13 @@ def test_a_file_from_outside_counts_by_its_content_not_by_its_time(tmp_path):
         os.utime(text, (time, time))
         Runner(tmp_path, 1).run([step])
     assert made.read_text() == "xx"
+
+
+def test_samples_of_records_whatever_the_file_is_called(tmp_path):
+    rows = [{"text": "a\u2028b"}, {"text": "c", "messages": None}]
+    for name, content in (("a.txt", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)), ("a.json", json.dumps(rows))):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert read_samples(tmp_path / name, None) == rows
+    (tmp_path / "a.jsonl").write_text("no record")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: not_json"):
+        read_samples(tmp_path / "a.jsonl", "|")

@@ -116,10 +116,10 @@ def test_files_that_cannot_be_written_or_read(tmp_path):
         read_json_lines(tmp_path / "absent")
     path = tmp_path / "m"
     path.write_text('{"a": 1}\nnonsense\n{"b": 2}\n')
-    with pytest.raises(DataError, match="m, line 2: not JSON"):
+    with pytest.raises(DataError, match="m:2: not_json"):
         read_json_lines(path)
     path.write_text("1\n")
-    with pytest.raises(DataError, match="m, line 1: not an object"):
+    with pytest.raises(DataError, match="m:1: not an object"):
         read_json_lines(path)
     path.write_text("")
     assert read_json_lines(path) == []

@@ -66,7 +66,7 @@ def test_a_head_that_says_no_number_is_told(plan):
 
 def test_a_file_that_is_not_there_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["plan.py", str(tmp_path / "none.yaml")])
-    with pytest.raises(SettingsError, match=r"none\.yaml cannot be read"):
+    with pytest.raises(SettingsError, match=r"none\.yaml: cannot be read"):
         TOOL.main()
 
 

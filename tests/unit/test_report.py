@@ -124,7 +124,7 @@ def test_deeper_exits_are_darker():
     (None, "holds no metrics.jsonl. Give the --save directory of a run"),
     ("", "metrics.jsonl: no report yet"),
     ('{"kind": "tra', "metrics.jsonl: no report yet"),
-    ("a,b\n1,2\n", "line 1: not JSON"),
+    ("a,b\n1,2\n", "metrics.jsonl:1: not_json"),
     ('{"loss": 1.0}\n', "line 1: not a report of a run. Give"),
     ('{"kind": "train", "step": 1, "exits": {"a": {"loss": 1}}}\n', "line 1: not a report"),
     ('{"kind": "train", "step": 1, "exits": {"1": {}}}\n', "line 1: not a report"),

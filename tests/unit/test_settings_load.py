@@ -135,9 +135,9 @@ def test_a_wrong_file_is_refused_with_its_line(run_file, text, message):
 def test_a_file_that_is_not_yaml_or_not_there_is_refused(run_file, tmp_path):
     with pytest.raises(SettingsError, match=r"run\.yaml: this is not valid YAML .*line 2"):
         load_settings(["--config", run_file("a: [1\n")])
-    with pytest.raises(SettingsError, match=r"^--config: .*absent\.yaml cannot be read"):
+    with pytest.raises(SettingsError, match=r"absent\.yaml: cannot be read"):
         load_settings(["--config", str(tmp_path / "absent.yaml")])
-    with pytest.raises(SettingsError, match=r"^--config: .* cannot be read"):
+    with pytest.raises(SettingsError, match="Is a directory"):
         load_settings(["--config", str(tmp_path)])
 
 

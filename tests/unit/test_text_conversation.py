@@ -6,9 +6,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sorted.data.encode import EncodeOptions, Encoder
-from megatron_sorted.data.jsonl import Block
 from megatron_sorted.data.prepare import with_ends
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_lines import Block
 from megatron_sorted.text.conversation import chat_form
 from megatron_sorted.text.prompt_form import form_from_dict
 from megatron_sorted.text.tokenizer import open_tokenizer

@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 
 from megatron_sorted.conversion.tokenizer_export import write_for_transformers
 from megatron_sorted.data.encode import EncodeOptions, Encoder
-from megatron_sorted.data.jsonl import Block
 from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.evaluation.documents import Document, encode_documents
 from megatron_sorted.exported.tokenizer import for_transformers
 from megatron_sorted.exported.tokenizer import open_tokenizer as open_exported
+from megatron_sorted.reading.json_lines import Block
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.text.tokenizer import open_tokenizer
 from megatron_sorted.training.inputs import open_tokenizer as open_of_run

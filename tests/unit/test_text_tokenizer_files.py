@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading import json_text
 from megatron_sorted.text import tokenizer_files
 from megatron_sorted.text.tokenizer import open_tokenizer
 from tests.support.tokenizer_directories import PROBES, make_directory
@@ -51,13 +52,13 @@ def test_damaged_vocabularies(directory, content):
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"[" * 100_000])
 def test_damaged_settings(directory, name, content):
     (directory / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"{name}: not (JSON|a JSON object)"):
+    with pytest.raises(DataError, match=rf"{name}: (not JSON|not a JSON object|its lists .* nested more than 100 deep)"):
         open_tokenizer(directory)
 
 
 def test_files_larger_than_reason(directory, monkeypatch):
-    monkeypatch.setattr(tokenizer_files.read_bounded, "__defaults__", (100,))
-    with pytest.raises(DataError, match=r"tokenizer\.json: .* bytes, but at most 100 are read"):
+    monkeypatch.setattr(json_text.read_bounded, "__defaults__", (json_text.REMEDY, DataError, 100))
+    with pytest.raises(DataError, match=r"tokenizer\.json: more than 100 bytes, the most that is read"):
         open_tokenizer(directory)
 
 
@@ -66,7 +67,7 @@ def test_templates_that_are_no_text_or_too_large(directory):
     with pytest.raises(DataError, match=r"chat_template\.jinja: not UTF-8 at byte 0"):
         open_tokenizer(directory)
     (directory / "chat_template.jinja").write_bytes(b"x" * (tokenizer_files.LARGEST_TEMPLATE_BYTES + 1))
-    with pytest.raises(DataError, match=r"chat_template\.jinja: .* at most 1,048,576"):
+    with pytest.raises(DataError, match=r"chat_template\.jinja: more than 1,048,576 bytes"):
         open_tokenizer(directory)
 
 
@@ -109,3 +110,18 @@ def test_no_tokenizer(tmp_path):
     for path in (tmp_path, tmp_path / "absent", tmp_path / "absent.model"):
         with pytest.raises(DataError, match=r"--tokenizer-model: .*: no tokenizer \(tokenizer\.json, tokenizer\.model, or vocab\.json"):
             open_tokenizer(path)
+
+
+@pytest.mark.parametrize("number", [[1], {"a": 1}, True, "²", 1.0, "9" * 30])
+def test_ids_that_are_none(directory, number):
+    (directory / "added_tokens.json").write_text(json.dumps({"<b>": number}))
+    with pytest.raises(DataError, match=r"added_tokens\.json: .* is not an id"):
+        open_tokenizer(directory)
+
+
+def test_pieces_that_are_no_text(tmp_path):
+    directory = make_directory("pieces_bpe", tmp_path)
+    data = (directory / "tokenizer.model").read_bytes()
+    (directory / "tokenizer.model").write_bytes(data.replace(b"<unk>", b"\x80unk>", 1))
+    with pytest.raises(DataError, match=r"tokenizer\.model: not a sentencepiece model"):
+        open_tokenizer(directory)

@@ -131,7 +131,7 @@ def test_data_of_another_tokenizer(folder):
     run = settings(folder, valid_data_path=(str(folder / "other_valid_text_document"),))
     assert refused(DataError, run).startswith("other_valid_text_document: prepared with tokenizer other_tokenizer.model")
     (folder / "other.json").write_text("[]")
-    assert refused(DataError, run).startswith("other.json: not readable as the summary of prepared data (TypeError: ")
+    assert refused(DataError, run).startswith("other.json: not a JSON object. Prepare the data again")
     (folder / "other.json").unlink()
     assert list(open_inputs(run).eval_sets) == ["other_valid"]
 

@@ -15,6 +15,8 @@ from megatron_sorted.decoding.ways import SPECULATIVE, Full, Way
 from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.files import write_text_atomically
+from megatron_sorted.reading.json_text import parse_json, read_json_object
+from megatron_sorted.reading.shown import shown
 
 from .choices import CHOICES, draft_key, read_choices
 from .options import WAY_OPTIONS, named_way
@@ -50,7 +52,7 @@ class Adaptation:
     def __init__(self, ways: Sequence[Way], path: Path, origin: dict):
         self.ways, self.path, self.unsaved = list(ways), path, 0
         origin = {"format": FORMAT, **origin, "ways": [{"name": way.name, **asdict(way)} for way in ways]}
-        self.origin = json.loads(json.dumps(origin))  # lists, as in the file
+        self.origin = parse_json(json.dumps(origin), "origin")  # lists, as in the file
         try:
             self.bandit = Bandit(ways, self._read())
             self.bandit.begin(DEFAULT_TASK)
@@ -89,14 +91,14 @@ class Adaptation:
 
     def _read(self) -> dict:
         """Returns the file's tasks; a file of other ways, or of another machine or draft, gets another name."""
-        try:
-            kept = json.loads(self.path.read_text(encoding="utf-8"))
-            tasks = _checked(kept)
-        except FileNotFoundError:
+        if not self.path.exists():
             return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{self.path}: not written by tools/serve.py --adapt ({error}). Remove it, or name another with --adapt-file."
-                            ) from error
+        remedy = "Remove it, or name another with --adapt-file."
+        kept = read_json_object(self.path, remedy)
+        try:
+            tasks = _checked(kept)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{shown(self.path)}: not written by tools/serve.py --adapt ({shown(error)}). {remedy}") from error
         if {key: value for key, value in kept.items() if key != "tasks"} == self.origin:
             return tasks
         aside = next(path for number in itertools.count(1)

@@ -2,11 +2,12 @@
 
 import json
 import re
-from typing import NoReturn
 
 from fastapi import Request
 
 from megatron_sorted.decoding.network import Network
+from megatron_sorted.reading.json_text import parse_json
+from megatron_sorted.reading.shown import shown
 
 from .answers import RefusedError
 
@@ -58,16 +59,7 @@ def parse_body(body: bytes, content_type: str) -> dict:
         raise RefusedError(f"content-type: {kind[:80]!r} is not JSON. Send the header 'content-type: application/json'.")
     if body.count(b",") > MOST_ELEMENTS or body.count(b"{") + body.count(b"[") > MOST_CONTAINERS:
         raise RefusedError(f"the body has more than {MOST_ELEMENTS} elements, or more than {MOST_CONTAINERS} lists and objects. Send less.")
-    try:
-        values = json.loads(body, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise RefusedError(f"body: byte {error.start} is not UTF-8. Send JSON in UTF-8.") from None
-    except json.JSONDecodeError as error:
-        raise RefusedError(f"body: not JSON: {error.msg} at line {error.lineno}, column {error.colno}. Send one JSON object.") from None
-    except RecursionError:
-        raise RefusedError("body: its lists are nested too deeply. Send one flat JSON object.") from None
-    except ValueError as error:  # a number of more than 4,300 digits
-        raise RefusedError(f"body: {str(error).partition(';')[0]}. Send JSON with shorter numbers.") from None
+    values = parse_json(body, "body", "Send one JSON object.", RefusedError, constants=False)
     if not isinstance(values, dict):
         raise RefusedError(f"body: it is a {type(values).__name__}. Send one JSON object, such as {{\"prompt\": \"Once\"}}.")
     if HALF_PAIR.search(body):
@@ -85,9 +77,5 @@ def _check_text(values: dict) -> None:
         try:
             json.dumps([name, value], ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise RefusedError(f"{name[:80]}: it holds half of a UTF-16 pair, which is no character. Cut texts between characters.",
+            raise RefusedError(f"{shown(name, 80)}: it holds half of a UTF-16 pair, which is no character. Cut texts between characters.",
                                name[:80]) from None
-
-
-def _refuse_constant(word: str) -> NoReturn:
-    raise RefusedError(f"body: {word} is not JSON. Send a number.")

@@ -10,6 +10,8 @@ from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.ways import WAYS
 from megatron_sorted.errors import DataError
 from megatron_sorted.files import write_text_atomically
+from megatron_sorted.reading.json_text import read_json_object
+from megatron_sorted.reading.shown import shown
 
 CHOICES = "decoding.json"
 """File beside the model in which tools/tune_decoding.py keeps what it chose."""
@@ -51,9 +53,9 @@ def write_choices(path: Path, found: dict, key: str | None = None) -> None:
 def _read(path: Path) -> dict:
     if not path.is_file():
         return {}
+    whole = read_json_object(path, "Remove it and tune again.")
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(whole, dict) or whole.get("format") != FORMAT:
+        if whole.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         drafts = whole.get("drafts", {})
         parts = [*([whole] if "ways" in whole or not drafts else []), *drafts.values()]
@@ -66,5 +68,5 @@ def _read(path: Path) -> dict:
                 if unknown := options.keys() - {field.name for field in fields(WAYS[name])}:
                     raise ValueError(f"{name} has no {min(unknown)}")
         return whole
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path}: not written by tools/tune_decoding.py ({error}). Remove it and tune again.") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{shown(path)}: not written by tools/tune_decoding.py ({shown(error)}). Remove it and tune again.") from error

@@ -12,6 +12,7 @@ from megatron_sorted.decoding.sampling import Sampling
 from megatron_sorted.decoding.ways import WAYS, Way, check_way
 from megatron_sorted.decoding.writer import Writer, open_writer
 from megatron_sorted.errors import DataError, SettingsError
+from megatron_sorted.reading.shown import printable
 
 from .choices import CHOICES, draft_key, read_choices
 
@@ -135,7 +136,7 @@ def writer_of(values: argparse.Namespace) -> Writer:
     writer = open_writer(values.model, values.draft, values.depths, values.tokenizer, DTYPES[values.dtype], values.device,
                          values.prompt_template)
     for line in writer.notes:
-        print(f"note: {line}", file=sys.stderr)
+        print(f"note: {printable(line)}", file=sys.stderr)
     return writer
 
 

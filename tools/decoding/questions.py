@@ -1,12 +1,17 @@
 """Questions in Spec-Bench's form, and prompts of a file."""
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sorted.command import has_half_pairs
 from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import DataError, SettingsError
+from megatron_sorted.reading.json_lines import read_records
+from megatron_sorted.reading.shown import shown
+from megatron_sorted.reading.text_file import read_text, split_lines
+
+REMEDY = "Give JSON lines with question_id, category and turns."
 
 CONVERSATION = "multi-turn conversation"
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -37,30 +42,36 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Returns the questions of a file of JSON lines.
+    """Return the questions of a file of JSON lines or records.
 
     Raises:
-        DataError: A line is none.
+        DataError: One is none.
     """
     found = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--questions: {path}: {error}. Give JSON lines with question_id, category and turns.") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for place, entry in read_records(path, REMEDY):
         try:
-            entry = json.loads(line)
-            turns = tuple(entry["turns"])
-            if not turns or not all(isinstance(turn, str) and turn for turn in turns):
-                raise ValueError("turns is not a list of texts")
-            found.append(Question(entry["question_id"], str(entry["category"]), turns))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"--questions: {path}, line {number}: {error!r}. Give question_id, category and turns.") from error
+            found.append(_question(entry))
+        except ValueError as error:
+            raise DataError(f"--questions: {place}: {error}. {REMEDY}") from error
     if not found:
-        raise DataError(f"--questions: {path} is empty. Give JSON lines with question_id, category and turns.")
+        raise DataError(f"--questions: {shown(path)} is empty. {REMEDY}")
     return found
+
+
+def _question(entry: object) -> Question:
+    if not isinstance(entry, dict):
+        raise ValueError("not an object")
+    for name in ("question_id", "category", "turns"):
+        if entry.get(name) is None:
+            raise ValueError(f"no {name}")
+    number, category, turns = entry["question_id"], entry["category"], entry["turns"]
+    if not isinstance(number, int | str) or not isinstance(category, int | str):
+        raise ValueError("question_id and category are neither texts nor numbers")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
+        raise ValueError("turns is not a list of texts")
+    if has_half_pairs("".join([str(number), str(category), *turns])):
+        raise ValueError("half of a UTF-16 pair is no text")
+    return Question(number, str(category), tuple(turns))
 
 
 def spread(items: list, count: int) -> list:
@@ -88,12 +99,10 @@ def read_prompts(values: argparse.Namespace, writer: Writer) -> list[list[int]]:
         asked = spread(read_questions(values.questions), values.num_prompts)
         ids = [writer.encode_chat([{"role": "user", "content": question.turns[0]}]) for question in asked]
     else:
-        try:
-            lines = [line for line in values.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--prompt-file: {values.prompt_file}: {error}. Give a text file.") from error
+        text = read_text(values.prompt_file, "Give --prompt-file a text in UTF-8, plain or gzipped.")
+        lines = [line for line in split_lines(text) if line.strip()]
         if not lines:
-            raise DataError(f"--prompt-file: {values.prompt_file} is empty. Give texts, one a line.")
+            raise DataError(f"--prompt-file: {shown(values.prompt_file)} is empty. Give texts, one a line.")
         ids = [writer.encode(line) for line in spread(lines, values.num_prompts)]
     room = writer.network.max_positions - values.max_new_tokens
     if room < 1:

@@ -1,7 +1,8 @@
 """A conversation as clients of OpenAI's API send it: contents of text or of parts of text, calls of tools and what they gave."""
 
-import json
 from typing import Any
+
+from megatron_sorted.reading.json_text import decode_json
 
 from .answers import RefusedError
 from .requests import shown
@@ -73,8 +74,8 @@ def _calls(calls: object, field: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError):
+                arguments = decode_json((arguments or "{}").encode())
+            except ValueError:
                 raise RefusedError(f"{field}.{place}.function.arguments: not JSON. Give it as the model's answer had it.",
                                    f"{field}.{place}.function.arguments") from None
         read.append({**{name: call[name] for name in ("id", "type") if isinstance(call.get(name), str)},

@@ -1,5 +1,6 @@
 """The settings of a run, against the machine it is to run on."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def said_processes(path: Path) -> int | None:
     from megatron_sorted.settings.run_head import said_in_head
 
     said = said_in_head(path, "world-size")
-    return int(said) if said is not None and said.isdecimal() and int(said) else None
+    return int(said) if said is not None and re.fullmatch("0*[1-9][0-9]{0,8}", said) else None
 
 
 def wanted_processes(settings: Any, given: int | None, of_job: int | None, said: int | None, num_devices: int) -> int:

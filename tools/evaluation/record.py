@@ -1,10 +1,13 @@
 """The files of an evaluation, written as results come, so that a failure later on loses nothing."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_sorted.errors import DataError
 from megatron_sorted.files import write_text_atomically
+from megatron_sorted.reading.json_text import read_json_object
 
 NAME, UNFINISHED = "evaluation", ".unfinished"
 
@@ -47,9 +50,9 @@ class Record:
 
 def _is_finished(path: Path) -> bool:
     """Return whether a file is there that is not known to be unfinished."""
-    try:
-        return not json.loads(path.read_text(encoding="utf-8")).get("unfinished", False)
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return False
-    except (OSError, ValueError, AttributeError, RecursionError):
+    try:
+        return not read_json_object(path).get("unfinished", False)
+    except DataError:
         return True

@@ -1,11 +1,11 @@
 """The measured numbers of all seeds, by model and depth."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_text import read_json_object
 
 from .recipe import HEADS, Recipe, evaluation_folder
 
@@ -77,10 +77,7 @@ def read_json(path: Path) -> dict:
     Raises:
         DataError: It cannot be read.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}). Start again with --fresh.") from error
+    return read_json_object(path, "Start again with --fresh.")
 
 
 def _mean(pairs: list[tuple[float, float | None]]) -> Number:

@@ -1,11 +1,11 @@
 """Which learning rate each method gets: the one with the least loss on the samples kept for choosing, over the depths it trains."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_text import read_json_object
 
 from .recipe import HEADS, Recipe, sweep_folder
 
@@ -62,7 +62,4 @@ def chosen_rate(recipe: Recipe, method: str) -> str:
 
 
 def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}). Start again with --fresh.") from error
+    return read_json_object(path, "Start again with --fresh.")

@@ -1,13 +1,15 @@
 """The reports of one run, from its JSON lines and, where they are, its checkpoint and results."""
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_sorted.errors import DataError
 from megatron_sorted.monitoring.json_lines import latest_lines, read_json_lines
+from megatron_sorted.reading.json_text import read_json_object
 
+DEPTH = re.compile(r"[0-9]{1,9}")
 GIVE = "Give the --save directory of a run, or the metrics.jsonl in it."
 
 
@@ -99,18 +101,21 @@ def read_run(path: Path) -> Run:
 def _check(line: dict[str, Any], place: str) -> None:
     kind, exits = line.get("kind"), line.get("exits")
     right = kind in ("train", "evaluation") and isinstance(line.get("step"), int) and isinstance(exits, dict)
-    right = right and all(depth.isdecimal() and isinstance(numbers, dict) and "loss" in numbers for depth, numbers in exits.items())
+    right = right and all(DEPTH.fullmatch(depth) and _is_report(numbers) for depth, numbers in exits.items())
     if not right or (kind == "evaluation" and not isinstance(line.get("name"), str)):
         raise DataError(f"{place}: not a report of a run. {GIVE}")
+
+
+def _is_report(numbers: Any) -> bool:
+    return isinstance(numbers, dict) and "loss" in numbers and all(isinstance(one, int | float | None) for one in numbers.values())
 
 
 def _json(path: Path) -> dict[str, Any]:
     """Returns the object in a file that adds to the report if it is there and sound."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(path)
+    except DataError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _costs(folder: Path) -> dict[int, dict[str, float]]:
@@ -118,7 +123,7 @@ def _costs(folder: Path) -> dict[int, dict[str, float]]:
     if not isinstance(exits, dict):
         return {}
     return {int(depth): costs for depth, costs in exits.items()
-            if depth.isdecimal() and isinstance(costs, dict) and {"parameters", "flops_per_token"} <= set(costs)}
+            if DEPTH.fullmatch(depth) and isinstance(costs, dict) and {"parameters", "flops_per_token"} <= set(costs)}
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Losses of all trainings as gaps: how far each depth of a nested model is from a model of that depth trained by itself."""
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_text import read_json_object
 
 Losses = Mapping[int, float]
 """{depth: nats per token} of one trained model on the held-out samples."""
@@ -56,9 +56,9 @@ def read_losses(path: Path, name: str) -> dict[int, float]:
         DataError: It is no such file, or lacks the set.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["sets"][name]
+        found = read_json_object(path, "Start again with --fresh.")["sets"][name]
         return {int(depth): float(numbers["loss"]) for depth, numbers in found.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: no evaluation of {name!r} by the trainer ({error}). Start again with --fresh.") from error
 
 

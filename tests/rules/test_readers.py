@@ -1,0 +1,61 @@
+"""Bytes from outside are read in megatron_sorted/reading/ alone, where their cost is bounded and a line ends at a line feed."""
+
+import ast
+import re
+
+import pytest
+
+from tests.rules.sources import name_of, program_files
+
+OWN = "written by this project's own processes, in the same run"
+MACHINE = "facts of the machine: /proc, its mounts, its installed packages, what its programs print"
+WORDS = "the first line of a docstring, of a message or of a page of ours"
+JSON_LEFT = {
+    "megatron_sorted/monitoring/wandb_(writer|process).py": OWN, "megatron_sorted/training/watchdog.py": OWN,
+    "megatron_sorted/parallel/rendezvous.py": OWN,
+    "tools/doctor/network/meeting.py": OWN, "tools/doctor/probes.py": OWN, "tools/accept_npu.py": OWN, "tools/bench_convert.py": OWN,
+    "tools/bench_sharding.py": OWN, "tools/benchmark/.*": OWN, "tools/results/experiments.py": OWN,
+    "tools/doctor/packages.py": MACHINE, "tools/doctor/disks.py": MACHINE,
+    "megatron_sorted/(conversion|exported)/.*": "directories of models, whose opener checks them first"}
+LINES_LEFT = {
+    "megatron_sorted/platform/cpu.py": MACHINE, "megatron_sorted/decoding/room.py": MACHINE, "tools/doctor/.*": MACHINE,
+    "tools/benchmark/.*": MACHINE, "tools/results/origin.py": MACHINE, "tools/bench_sharding.py": OWN, "tools/accept_npu.py": OWN,
+    "tools/results/steps.py": OWN, "tools/results/page.py": WORDS, "tools/kill_test.py": WORDS, "tools/acceptance/devices.py": WORDS,
+    "megatron_sorted/settings/flags.py": WORDS, "megatron_sorted/checkpoint/(sharded|plain_objects).py": WORDS,
+    "megatron_sorted/conversion/.*": WORDS}
+"""Files that may read JSON, or cut lines, by Python's own means -> why."""
+
+READS = ("load", "loads", "safe_load", "full_load")
+
+
+def calls(source: str) -> set[str]:
+    """Return "json", "lines" and "yaml" for what a source calls of Python's own readers."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module in ("json", "yaml"):
+            found |= {node.module for name in node.names if name.name in READS}
+        if not isinstance(node, ast.Attribute):
+            continue
+        if isinstance(node.value, ast.Name) and node.value.id in ("json", "yaml") and node.attr in READS:
+            found.add(node.value.id)
+        if node.attr == "splitlines":
+            found.add("lines")
+    return found
+
+
+@pytest.mark.parametrize(("source", "expected"), [
+    ("import json\nx = json.loads(y)", {"json"}),
+    ("from json import load", {"json"}), ("x.splitlines()", {"lines"}), ("json.dumps(x)", set()),
+    ("rows = map(json.loads, lines)", {"json"}), ("yaml.safe_load(x)", {"yaml"}), ("map(str.splitlines, x)", {"lines"})])
+def test_calls_are_seen(source, expected):
+    assert calls(source) == expected
+
+
+@pytest.mark.parametrize(("kind", "left"), [("json", JSON_LEFT), ("lines", LINES_LEFT), ("yaml", {})])
+def test_outside_bytes_are_read_in_one_place(kind, left):
+    using = {name_of(path) for path in program_files() if kind in calls(path.read_text(encoding="utf-8"))}
+    using -= {name for name in using if name.startswith("megatron_sorted/reading/")}
+    unlisted = {name for name in using if not any(re.fullmatch(pattern, name) for pattern in left)}
+    assert not unlisted, "use megatron_sorted.reading: parse_json, read_json, read_records, split_lines; or settings.yaml_file"
+    unused = [pattern for pattern in left if "conversion" not in pattern and not any(re.fullmatch(pattern, name) for name in using)]
+    assert not unused, "delete them here"
