@@ -61,6 +61,7 @@ def serving(path: Path, seconds=None, ways=WAYS, origin=ORIGIN):
     by_name = {way.name: way for way in ways}
     with TestClient(make_app(worker, "tiny", by_name.get)) as client:
         yield client, writer, worker
+        assert worker.close(60)
 
 
 def ask(client, prompt: str = "hello", **more) -> str:
@@ -181,7 +182,7 @@ def test_jobs_that_fail_teach_nothing_and_those_of_clients_that_left_do(tmp_path
         worker.submit(job)
         gone = Job([writer.encode("a")], None, Sampling(), 200, [])
         gone.gone.set()
-        assert list(worker.submit(gone).results()) == []
+        assert list(worker.submit(gone).results()) == [] and len(list(job.results())) == 1
         assert writer.taken == ["self_speculative"], "full failed and waits, who was gone before the start took nothing"
         assert times_of(client) == [0, 1, 0, 0] and worker.adaptation.bandit.tasks["default"][1][1] < 200
 
