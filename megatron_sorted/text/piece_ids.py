@@ -78,10 +78,12 @@ class PieceEncoder:
         found: list[TrainedIds] = []
         for piece, before, whole in plan:
             start, every = ids[before], ids[whole]
-            if every[: len(start)] != start:
-                return None
-            if len(every) > len(start):
-                found.append((every[len(start):], piece.is_response))
+            if start:
+                if every[: len(start)] != start:
+                    return None
+                every = every[len(start):]
+            if every:
+                found.append((every, piece.is_response))
         return found
 
 

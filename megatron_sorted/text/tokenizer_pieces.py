@@ -53,6 +53,7 @@ class SentencePieceTokenizer(Tokenizer):
             (i for i in reversed(range(size))
              if not (self._pieces.is_control(i) or self._pieces.is_unused(i))), -1)
         self._find = _finder(list(self._words))
+        self._cut = re.compile(f"({self._find.pattern})").split
         if files.place.is_dir() and (files.class_name or files.model_type):
             self.notes += (
                 f"{files.place.name}: {path.name} is read by sentencepiece itself; AutoTokenizer of "
@@ -139,15 +140,12 @@ class SentencePieceTokenizer(Tokenizer):
     def _plan(self, text: str, first: list[str], behind: list[str]) -> list[int | None]:
         """Return the ids of named tokens, None for a first text and -1 for others, which are listed."""
         plan: list[int | None] = []
-        for begin, part in self._parts(text):
-            if begin is None:
+        for number, part in enumerate(self._cut(text)):  # texts and names of tokens in turn
+            if number % 2:
                 plan.append(self._words[part][0])
-            elif begin:
-                plan.append(-1)
-                behind.append(part)
-            else:
-                plan.append(None)
-                first.append(part)
+            elif part:
+                plan.append(-1 if number else None)
+                (behind if number else first).append(part)
         return plan
 
     def _parts(self, text: str) -> Iterator[tuple[int | None, str]]:
