@@ -110,8 +110,9 @@ def load_plain(source: Path | io.BufferedIOBase, told: str, **how: Any) -> Any:
                 source.seek(0)
             if foreign:
                 raise CheckpointError(
-                    f"{told}: refused: it asks for {shown(', '.join(sorted(foreign)))}. Only plain values, argparse.Namespace and Megatron's "
-                    "enumerations are read, since any other class may run a program. Load it once with the program that wrote it and save "
+                    f"{told}: refused: it asks for {shown(', '.join(sorted(foreign)))}. Only plain values, argparse.Namespace and "
+                    "Megatron's enumerations are read, since any other class may run a program. Load it once with the program that "
+                    "wrote it and save "
                     "it again without (in Megatron-LM: --no-save-optim --no-save-rng, and no objects of your own in args).")
             return torch.load(source, map_location=how.pop("map_location", "cpu"), weights_only=True, **how)
     except FileNotFoundError:

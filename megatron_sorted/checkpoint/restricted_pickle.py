@@ -178,9 +178,10 @@ def read_stored_names(directory: str | Path) -> StoredNames:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing, so this is no complete torch_dist checkpoint.") from None
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{shown(path)}: {shown(error)}. Either it is damaged, or it was made to run a program of somebody else's when it is read. "
+        raise CheckpointError(f"{shown(path)}: {shown(error)}. Either it is damaged, or it was made to run a program of somebody "
+                              "else's when it is read. "
                               "Take the checkpoint from a source you trust.") from error
     except Exception as error:  # a damaged pickle shows as anything from EOFError to MemoryError
-        raise CheckpointError(f"{shown(path)}: not readable ({type(error).__name__}: {shown(error)}). It is damaged, or no metadata of a torch_dist "
-                              "checkpoint.") from error
+        raise CheckpointError(f"{shown(path)}: not readable ({type(error).__name__}: {shown(error)}). It is damaged, or no metadata "
+                              "of a torch_dist checkpoint.") from error
     return StoredNames(tensors, objects)

@@ -80,6 +80,17 @@ def _backend(directory: Path) -> str | None:
     return said.get("sharded_backend") if isinstance(said, dict) else None
 
 
+def _settings(arguments: dict[str, Any] | None, keep_exits: bool, directory: Path) -> dict[str, Any] | None:
+    """Return the settings that a checkpoint's arguments describe; None where it holds none."""
+    if arguments is None:
+        return None
+    try:
+        return settings_of(arguments, keep_exits)
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise CheckpointError(f"{shown(directory)}: its arguments are not those of Megatron ({shown(error, 100)}). "
+                              "Copy it again.") from error
+
+
 def open_megatron(path: str | Path, keep_exits: bool = True) -> MegatronCheckpoint:
     """Returns weights, settings and step of a checkpoint of ours, Megatron-LM, MindSpeed or EE-LLM.
 
@@ -93,8 +104,8 @@ def open_megatron(path: str | Path, keep_exits: bool = True) -> MegatronCheckpoi
     if (directory / METADATA).exists() or (directory / MANIFEST).exists():
         backend = _backend(directory)
         if backend not in (None, "torch_dist"):
-            raise CheckpointError(f"{directory}: is stored as {shown(repr(backend), 60)}, which cannot be read. Load it in Megatron-LM and save it with "
-                                  "--ckpt-format torch_dist.")
+            raise CheckpointError(f"{directory}: is stored as {shown(repr(backend), 60)}, which cannot be read. Load it in Megatron-LM and "
+                                  "save it with --ckpt-format torch_dist.")
         source: TorchDistFiles | LegacyFiles = TorchDistFiles(directory)
         if (directory / MANIFEST).exists():
             manifest = read_manifest(directory)
@@ -104,11 +115,11 @@ def open_megatron(path: str | Path, keep_exits: bool = True) -> MegatronCheckpoi
         elif (directory / COMMON).exists():
             common = source.common()
             arguments, said = plain_arguments(common.get("args")), common.get("iteration")
-            settings = settings_of(arguments, keep_exits) if arguments is not None else None
+            settings = _settings(arguments, keep_exits, directory)
             step = said if isinstance(said, int) else step
     elif any(directory.glob("mp_rank_*")):
         source = LegacyFiles(directory)
-        settings = settings_of(source.arguments, keep_exits) if source.arguments is not None else None
+        settings = _settings(source.arguments, keep_exits, directory)
         step = source.step or step
     else:
         raise CheckpointError(f"{directory}: holds neither {METADATA} nor mp_rank_* directories, so it is none of {KINDS}.")

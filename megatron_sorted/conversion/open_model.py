@@ -20,7 +20,15 @@ from megatron_sorted.conversion.merged_lora import MergedLora, merge_adapters
 from megatron_sorted.conversion.network import is_hugging_face
 from megatron_sorted.conversion.safetensors_files import SafetensorsFile
 from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
-from megatron_sorted.conversion.tensor_table import Pair, check_num_layers, check_ours, check_theirs, check_tied, tensor_table
+from megatron_sorted.conversion.tensor_table import (
+    OUR_LAYER_NORM,
+    Pair,
+    check_num_layers,
+    check_ours,
+    check_theirs,
+    check_tied,
+    tensor_table,
+)
 from megatron_sorted.conversion.torch_dist_files import TorchDistFiles
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.shown import shown
@@ -185,9 +193,16 @@ def _open_ours(directory: Path, manifest: Mapping[str, Any], rank_used: int | No
     if len(pieces) == 1 and FAST not in files:  # a run keeps the name it was given; others look for the usual one
         files[SLOW] = files.pop(pieces[0])
     source, settings = merge_adapters(TorchDistFiles(directory), settings, rank_used, str(directory))
-    pairs = tensor_table(settings)
-    check_ours(pairs, source.tensors, str(directory))
+    pairs = _table(settings, source, directory)
     return OpenModel(directory, "megatron", settings, source, pairs, config, manifest, files)
+
+
+def _table(settings: Settings, source: TensorSource, directory: Path) -> list[Pair]:
+    """Return the pairs of a Megatron checkpoint, compared with the tensors that it holds."""
+    check_num_layers(settings.num_layers, source.tensors, shown(directory), "num_layers", OUR_LAYER_NORM)
+    pairs = tensor_table(settings)
+    check_ours(pairs, source.tensors, shown(directory))
+    return pairs
 
 
 def _open_foreign(path: Path, vocab_size: int | None) -> OpenModel:
@@ -200,6 +215,5 @@ def _open_foreign(path: Path, vocab_size: int | None) -> OpenModel:
         if not 1 <= vocab_size <= rows:
             raise CheckpointError(f"--vocab-size: {vocab_size}, but the embedding of {path} has {rows} rows. Give 1..{rows}.")
         settings = dataclasses.replace(settings, vocab_size=vocab_size)
-    pairs = tensor_table(settings)
-    check_ours(pairs, source.tensors, str(path))
+    pairs = _table(settings, source, path)
     return OpenModel(path, "megatron", settings, source, pairs)

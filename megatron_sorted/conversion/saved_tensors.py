@@ -135,8 +135,8 @@ class SavedFile:
         except FileNotFoundError:
             raise CheckpointError(f"{self._told}: is missing.") from None
         except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
-            raise CheckpointError(f"{self._told}: not readable ({shown(error)}). It is damaged or was cut off, or was written by torch before "
-                                  "1.6: then load it and save it again with a newer one.") from error
+            raise CheckpointError(f"{self._told}: not readable ({shown(error)}). It is damaged or was cut off, or was written by torch "
+                                  "before 1.6: then load it and save it again with a newer one.") from error
         except OSError as error:
             raise CheckpointError(f"{self._told}: cannot be read ({error.strerror or error}).") from error
 

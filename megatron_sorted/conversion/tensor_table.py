@@ -13,7 +13,7 @@ from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_ch
 from megatron_sorted.settings.run import Settings
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LAYER_NORM = "model.layers.{}.input_layernorm.weight"
+LAYER_NORM, OUR_LAYER_NORM = "model.layers.{}.input_layernorm.weight", "decoder.layers.{}.self_attention.linear_qkv.layer_norm_weight"
 MOST_NAME = 100
 # Older files store what is computed from config.json; nothing is lost without it.
 COMPUTED = ".rotary_emb.inv_freq"
@@ -123,15 +123,16 @@ def check_names(wanted: Iterable[str], found: Iterable[str], where: str) -> None
                               "tensor must be used exactly once: fetch the files again, or mend the configuration.")
 
 
-def check_num_layers(num_layers: int, tensors: Mapping[str, TensorInfo], where: str) -> None:
+def check_num_layers(num_layers: int, tensors: Mapping[str, TensorInfo], where: str, key: str = "num_hidden_layers",
+                     named: str = LAYER_NORM) -> None:
     """Check that a number of layers is one that so many tensors can make up, before anything is built for each.
 
     Raises:
         CheckpointError: There are fewer tensors than layers, naming the first that is missing.
     """
     if num_layers > len(tensors):
-        first = next(name for layer in range(num_layers) if (name := LAYER_NORM.format(layer)) not in tensors)
-        raise CheckpointError(f"{where}: num_hidden_layers is {num_layers:,}, but its weight files hold {len(tensors):,} tensors in all; "
+        first = next(name for layer in range(num_layers) if (name := named.format(layer)) not in tensors)
+        raise CheckpointError(f"{where}: {key} is {num_layers:,}, but its weight files hold {len(tensors):,} tensors in all; "
                               f"{first} is the first that is missing. Fetch the files again, or mend the number.")
 
 

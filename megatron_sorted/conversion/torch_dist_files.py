@@ -75,7 +75,8 @@ class TorchDistFiles(TensorSource):
             self._check_pieces(name, stored, sizes)
             for offered, place in self._offers(name, stored):
                 if offered in found:
-                    raise CheckpointError(f"{shown(self.directory)}: {shown(offered)} is there twice, as {found[offered][2].stored} and as {name}.")
+                    raise CheckpointError(f"{shown(self.directory)}: {shown(offered)} is there twice, as {shown(found[offered][2].stored)} "
+                                          f"and as {shown(name)}.")
                 shape = stored.shape if place.layer is None else stored.shape[1:]
                 parts = [chunk.piece for chunk in stored.chunks if _overlap(chunk, place.layer)]
                 if not parts:
@@ -104,21 +105,23 @@ class TorchDistFiles(TensorSource):
                                   f"has (layers: {MOST_LAYERS:,} at most). The metadata is damaged; copy the directory again.")
         for chunk in stored.chunks:
             if chunk.piece is None:
-                raise CheckpointError(f"{shown(self.directory)}: {shown(name)}: the metadata does not say where its part at {list(chunk.offsets)} lies.")
+                raise CheckpointError(f"{shown(self.directory)}: {shown(name)}: the metadata does not say where its part "
+                                      f"at {list(chunk.offsets)} lies.")
             file = chunk.piece.file
             if file not in sizes:
                 path = self.directory / file
                 sizes[file] = path.stat().st_size if path.is_file() else -1
             if sizes[file] < 0:
-                raise CheckpointError(f"{shown(self.directory)}: {shown(file)} is missing; it holds {shown(name)}. Copy the whole directory again.")
+                raise CheckpointError(f"{shown(self.directory)}: {shown(file)} is missing; it holds {shown(name)}. "
+                                      "Copy the whole directory again.")
             if math.prod(chunk.sizes) * stored.dtype.itemsize > chunk.piece.num_bytes:
                 raise CheckpointError(f"{shown(self.directory)}: {shown(name)} has a part of shape {shown(list(chunk.sizes), 60)} in "
                                       f"{chunk.piece.num_bytes} bytes, which do not hold it. The metadata is damaged; copy the directory "
                                       "again.")
             end = chunk.piece.offset + chunk.piece.num_bytes
             if sizes[file] < end:
-                raise CheckpointError(f"{shown(self.directory)}: {shown(file)} has {sizes[file]} bytes, but {shown(name)} lies up to byte {end}; it was cut "
-                                      "off. Copy it again.")
+                raise CheckpointError(f"{shown(self.directory)}: {shown(file)} has {sizes[file]} bytes, but {shown(name)} lies up "
+                                      f"to byte {end}; it was cut off. Copy it again.")
 
     def common(self) -> dict[str, Any]:
         """Returns what all ranks share (``common.pt``): arguments, step, and whatever else the program put there.

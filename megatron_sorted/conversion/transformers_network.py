@@ -56,7 +56,7 @@ def config_for_transformers(config: Mapping[str, Any], where: str) -> "PreTraine
 
 
 def network_of_config(config: Mapping[str, Any], where: str, dtype: torch.dtype, attention: str) -> nn.Module:
-    """Return a model whose parameters are on no device yet.
+    """Return a model whose parameters and rotary frequencies are on no device yet.
 
     Args:
         config: Of ``families.read_config``.
@@ -73,9 +73,17 @@ def network_of_config(config: Mapping[str, Any], where: str, dtype: torch.dtype,
     with _in_our_words(where), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=attention).eval()
-    with _in_our_words(where):
-        network.model.rotary_emb = type(network.model.rotary_emb)(made)  # its frequencies are computed, and were on no device
     return network
+
+
+def compute_rotations(network: nn.Module, where: str) -> None:
+    """Compute the frequencies of rotary positions, which are in no file; only for a head size that the files have been found to have.
+
+    Raises:
+        CheckpointError: transformers refuses what config.json says of them.
+    """
+    with _in_our_words(where):
+        network.model.rotary_emb = type(network.model.rotary_emb)(network.config)
 
 
 def fill_network(network: nn.Module, source: TensorSource, where: str) -> None:
@@ -91,6 +99,7 @@ def fill_network(network: nn.Module, source: TensorSource, where: str) -> None:
         holder, _, attribute = name.rpartition(".")
         tensor = source.read(name).to(parameter.dtype)
         setattr(network.get_submodule(holder), attribute, nn.Parameter(tensor, requires_grad=False))
+    compute_rotations(network, where)
     network.tie_weights()
     assert not any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
 

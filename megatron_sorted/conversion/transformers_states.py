@@ -13,7 +13,7 @@ from megatron_sorted.conversion.families import CONFIG
 from megatron_sorted.conversion.open_model import OpenModel
 from megatron_sorted.conversion.streamed import ReadExit, StreamedEmbedding, StreamedLinear
 from megatron_sorted.conversion.tensor_table import EMBEDDING, HEAD
-from megatron_sorted.conversion.transformers_network import network_of_config
+from megatron_sorted.conversion.transformers_network import compute_rotations, network_of_config
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.derived import exit_depths
 
@@ -33,6 +33,7 @@ def _build(model: OpenModel) -> torch.nn.Module:
     """Return transformers' model of a directory in fp32, its matrices on disk."""
     assert model.config is not None
     network = network_of_config(model.config, str(model.directory / CONFIG), torch.float32, "eager")
+    compute_rotations(network, str(model.directory / CONFIG))
     config = network.config
     return _stream(network, model, lambda name: EMBEDDING if name == "lm_head.weight" and config.tie_word_embeddings else name)
 
