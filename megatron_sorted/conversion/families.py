@@ -1,6 +1,7 @@
 """The model families of Hugging Face that are trained here, and what their config.json says in our settings' words.
 
-The only file that knows the keys of config.json, with `exit_keys` for those of exits. It needs no torch.
+The only file that knows the keys of config.json, with `config_rules` for what their values must be and `exit_keys` for those of
+exits. It needs no torch.
 """
 
 from collections.abc import Mapping

@@ -62,7 +62,7 @@ class HuggingFaceFiles(TensorSource):
 
     def _of_shards(self, named: Mapping[str, str]) -> dict[str, Place]:
         shards = sorted(set(named.values()))
-        missing = [name for name in shards if not (self.directory / name).is_file()]
+        missing = [name for name in shards if not os.path.isfile(self.directory / name)]  # also for a name too long
         if missing:
             raise CheckpointError(f"{shown(self.directory)}: {INDEX} names {len(shards)} files and {len(missing)} are missing: "
                                   f"{_few(missing)}. The download did not finish; fetch them.")

@@ -151,6 +151,9 @@ class SavedFile:
         size, _ = self._records.get(begin, (0, 0))
         if size < storage.nbytes():
             raise CheckpointError(f"{self._told}: a tensor of {storage.nbytes()} bytes lies where the file has {size}; it is damaged.")
+        if tensor.numel() * tensor.itemsize > storage.nbytes():
+            raise CheckpointError(f"{self._told}: a tensor of shape {list(tensor.shape)} is made of {storage.nbytes()} bytes, fewer than "
+                                  "it has; no weight is saved so. Copy it again.")
         return SavedTensor(tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), begin, storage.nbytes())
 
     def read(self, place: SavedTensor, check: bool = True) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """What transformers computes from a Hugging Face directory at every depth, with one matrix in memory at a time.
 
 Its own model classes run unchanged, but for their linear layers and embedding, which read a matrix when they are called. (Of this folder
-only `nested_exits`, which goes out with models and is not used here, imports transformers too.)
+`transformers_network` imports transformers too, and `nested_exits`, which goes out with models and is not used here.)
 """
 
 from collections.abc import Callable, Sequence
