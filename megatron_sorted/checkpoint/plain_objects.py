@@ -7,6 +7,7 @@ weights; most are given as records that hold values, so neither Megatron nor Num
 import argparse
 import io
 import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from megatron_sorted.checkpoint.restricted_pickle import StoredPiece, read_stored_names
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.shown import shown
 
 
 class Named:
@@ -68,6 +70,24 @@ def _only_ours() -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
+def _check_archive(source: Path | io.BufferedIOBase) -> None:
+    """Check that what torch.save wrote, a zip file of plain bytes, holds no more than its own size.
+
+    Raises:
+        ValueError: A record is compressed, or they have more bytes than the file: reading it would take any amount of memory.
+    """
+    if not zipfile.is_zipfile(source):
+        return  # the format of torch before 1.6, or damaged: its reader says so
+    with zipfile.ZipFile(source) as archive:
+        records, size = archive.infolist(), archive.fp.seek(0, io.SEEK_END)
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError("its records are compressed, which torch.save never does")
+    if sum(record.file_size for record in records) > size:
+        raise ValueError(f"its records have more bytes than the file ({size:,})")
+    if not isinstance(source, Path):
+        source.seek(0)
+
+
 def load_plain(source: Path | io.BufferedIOBase, told: str, **how: Any) -> Any:
     """Returns what torch.save wrote, classes of Megatron as ``Named`` records.
 
@@ -80,6 +100,7 @@ def load_plain(source: Path | io.BufferedIOBase, told: str, **how: Any) -> Any:
         CheckpointError: It cannot be read, or asks for a class that is not on the list.
     """
     try:
+        _check_archive(source)
         with _only_ours():
             try:
                 foreign = torch.serialization.get_unsafe_globals_in_checkpoint(source)
@@ -89,8 +110,9 @@ def load_plain(source: Path | io.BufferedIOBase, told: str, **how: Any) -> Any:
                 source.seek(0)
             if foreign:
                 raise CheckpointError(
-                    f"{told}: refused: it asks for {', '.join(sorted(foreign))}. Only plain values, argparse.Namespace and Megatron's "
-                    "enumerations are read, since any other class may run a program. Load it once with the program that wrote it and save "
+                    f"{told}: refused: it asks for {shown(', '.join(sorted(foreign)))}. Only plain values, argparse.Namespace and "
+                    "Megatron's enumerations are read, since any other class may run a program. Load it once with the program that "
+                    "wrote it and save "
                     "it again without (in Megatron-LM: --no-save-optim --no-save-rng, and no objects of your own in args).")
             return torch.load(source, map_location=how.pop("map_location", "cpu"), weights_only=True, **how)
     except FileNotFoundError:
@@ -99,10 +121,10 @@ def load_plain(source: Path | io.BufferedIOBase, told: str, **how: Any) -> Any:
         raise
     except pickle.UnpicklingError as error:
         reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-        raise CheckpointError(f"{told}: refused or damaged ({reason.splitlines()[0]}).") from error
+        raise CheckpointError(f"{told}: refused or damaged ({shown((reason.splitlines() or [''])[0])}).") from error
     except Exception as error:  # a damaged file shows as anything from EOFError to RuntimeError
-        raise CheckpointError(f"{told}: not readable ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). It is "
-                              "damaged, or was not written by torch.save.") from error
+        raise CheckpointError(f"{told}: not readable ({type(error).__name__}: {shown((str(error).splitlines() or [''])[0])}). "
+                              "It is damaged, or was not written by torch.save.") from error
 
 
 def _object_bytes(directory: Path, name: str, piece: StoredPiece | None) -> io.BytesIO:

@@ -5,6 +5,7 @@ values and do nothing. So what a pickle asks for beyond this list is refused by 
 this folder this file needs torch alone.
 """
 
+import io
 import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.shown import shown
 
 METADATA = ".metadata"
+MOST_BYTES = 1 << 30
+"""Of it: that of a thousand ranks takes some 100 MB."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,11 @@ PERMITTED: dict[tuple[str, str], Any] = {
 """Every (module, name) that a ``.metadata`` may ask for, and what it is given in its place."""
 
 
-class RestrictedUnpickler(pickle.Unpickler):
-    """Reads a pickle that asks for permitted names only."""
+class RestrictedUnpickler(pickle._Unpickler):
+    """Reads a pickle that asks for permitted names only.
+
+    It is the reader in Python: that in C makes room for as many remembered values as a pickle says, 32 GB for ten bytes.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns the stand-in of a permitted name.
@@ -154,7 +161,10 @@ def read_stored_names(directory: str | Path) -> StoredNames:
     path = Path(directory) / METADATA
     try:
         with open(path, "rb") as file:
-            metadata = RestrictedUnpickler(file).load()
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES:,} bytes")
+        metadata = RestrictedUnpickler(io.BytesIO(content)).load()
         pieces = {}
         for index, info in metadata.storage_data.items():
             offset = getattr(index, "offset", None)
@@ -168,9 +178,10 @@ def read_stored_names(directory: str | Path) -> StoredNames:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing, so this is no complete torch_dist checkpoint.") from None
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: {error}. Either it is damaged, or it was made to run a program of somebody else's when it is read. "
+        raise CheckpointError(f"{shown(path)}: {shown(error)}. Either it is damaged, or it was made to run a program of somebody "
+                              "else's when it is read. "
                               "Take the checkpoint from a source you trust.") from error
     except Exception as error:  # a damaged pickle shows as anything from EOFError to MemoryError
-        raise CheckpointError(f"{path}: not readable ({type(error).__name__}: {error}). It is damaged, or no metadata of a torch_dist "
-                              "checkpoint.") from error
+        raise CheckpointError(f"{shown(path)}: not readable ({type(error).__name__}: {shown(error)}). It is damaged, or no metadata "
+                              "of a torch_dist checkpoint.") from error
     return StoredNames(tensors, objects)

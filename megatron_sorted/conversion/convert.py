@@ -241,7 +241,7 @@ def export_model(model: OpenModel, destination: Path, dtype: str | None = None, 
                   for name, shape in zip(pair.theirs, pair.shapes, strict=True)} for is_own in (False, True))
     total = sum(info.num_bytes for info in (*main.values(), *own.values()))
     with written_aside(destination, overwrite, total, model.directory) as aside:
-        writers = {False: SafetensorsWriter(aside, main, shard_bytes)}
+        writers = {False: SafetensorsWriter(aside, main, shard_bytes, always_index=bool(own))}
         if own:
             writers[True] = SafetensorsWriter(aside, own, total + 1, EXITS)
         count = watch("converting", total)

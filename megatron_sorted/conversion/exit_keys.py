@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from megatron_sorted.conversion.config_rules import told
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.exits.depths import normalise_depths
+from megatron_sorted.reading.shown import shown
 
 PART_KEYS = ("exit_block", "exit_mlp", "exit_adapter_rank")
 
@@ -28,7 +30,7 @@ def exits_of_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise TypeError("not a list of depths")
         found = normalise_depths(tuple(depths), config["num_hidden_layers"])
     except (SettingsError, TypeError) as error:
-        raise CheckpointError(f"{where}: exit_layer_indices {depths!r}: {error}") from None
+        raise CheckpointError(f"{where}: exit_layer_indices {told(depths, 100)}: {shown(error)}") from None
     if len(found) == 1 and any(parts.values()):
         raise CheckpointError(f"{where}: speaks of parts of intermediate exits ({', '.join(PART_KEYS)}), but exit_layer_indices holds the "
                               "last layer alone, which never has any. Export the model again.")
@@ -44,11 +46,11 @@ def _parts_of_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     block, mlp, rank = config.get("exit_block", False), config.get("exit_mlp", False), config.get("exit_adapter_rank", 0)
     for key, value in (("exit_block", block), ("exit_mlp", mlp)):
         if not isinstance(value, bool):
-            raise CheckpointError(f"{where}: {key} is {value!r}; only true and false are understood. Export the model again.")
+            raise CheckpointError(f"{where}: {key} is {told(value)}; only true and false are understood. Export the model again.")
     hidden = config.get("hidden_size")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 or (isinstance(hidden, int) and rank > hidden):
-        raise CheckpointError(f"{where}: exit_adapter_rank is {rank!r}; only 0 (none) to the hidden size ({hidden}) is understood. Export "
-                              "the model again.")
+        raise CheckpointError(f"{where}: exit_adapter_rank is {told(rank)}; only 0 (none) to the hidden size ({hidden}) is understood. "
+                              "Export the model again.")
     if block and mlp:
         raise CheckpointError(f"{where}: says exit_block and exit_mlp; an exit has a block or an MLP of its own, never both. Export the "
                               "model again.")

@@ -1,22 +1,26 @@
 """The model families of Hugging Face that are trained here, and what their config.json says in our settings' words.
 
-The only file that knows the keys of config.json, with `exit_keys` for those of exits. It needs no torch.
+The only file that knows the keys of config.json, with `config_rules` for what their values must be and `exit_keys` for those of
+exits. It needs no torch.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_sorted.conversion.config_rules import NAME_CODE, check_config, is_count, told
 from megatron_sorted.conversion.exit_keys import exits_of_config, keys_of_exits, without_exits
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.json_text import read_json_object
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, max_position_embeddings, num_query_groups
 from megatron_sorted.settings.run import Settings
 
 CONFIG = "config.json"
 EXITS = "exits.safetensors"  # what intermediate exits own (norms, heads, blocks, MLPs, adapters); plain transformers does not look at it
 DTYPES = ("float32", "bfloat16", "float16")
+MOST_CONFIG_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -53,22 +57,16 @@ UNDERSTOOD = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, 
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Returns the config.json of a Hugging Face directory.
+    """Return the config.json of a Hugging Face directory.
 
     Raises:
-        CheckpointError: There is none, or it is no JSON object.
+        CheckpointError: There is none, or it is no JSON object of reasonable size and nesting.
     """
     path = directory / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory}: no {CONFIG}, so this is no Hugging Face model. Give a directory that holds config.json and "
-                              "safetensors.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable ({error}). Fetch it again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: not a JSON object. Fetch it again.")
-    return config
+    if not path.is_file():
+        raise CheckpointError(f"{shown(directory)}: no {CONFIG}, so this is no Hugging Face model. Give a directory that holds "
+                              "config.json and safetensors.")
+    return read_json_object(path, "Fetch it again.", CheckpointError, MOST_CONFIG_BYTES)
 
 
 def family_of_config(config: Mapping[str, Any], where: str) -> Family:
@@ -77,13 +75,15 @@ def family_of_config(config: Mapping[str, Any], where: str) -> Family:
     Raises:
         CheckpointError: None that is supported; says which are.
     """
-    family = FAMILIES.get(config.get("model_type"))
+    said = config.get("model_type")
+    family = FAMILIES.get(said) if isinstance(said, str) else None
     known = ", ".join(f"{family.model_type} ({family.architecture})" for family in FAMILIES.values())
     if family is None:
-        raise CheckpointError(f"{where}: model_type {config.get('model_type')!r} is not supported. Supported are {known}.")
+        raise CheckpointError(f"{where}: model_type {told(said)} is not supported. Supported are {known}.")
     architectures = config.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
-        raise CheckpointError(f"{where}: architectures {architectures} is not a language model of a supported kind. Supported are {known}.")
+        raise CheckpointError(f"{where}: architectures {shown(architectures, 60)} is not a language model of a supported kind. "
+                              f"Supported are {known}.")
     return family
 
 
@@ -102,9 +102,13 @@ def max_length_of_config(config: Mapping[str, Any]) -> int:
 
 
 def _count(config: Mapping[str, Any], key: str, where: str) -> int:
-    if not isinstance(config.get(key), int) or isinstance(config[key], bool) or config[key] < 1:
-        raise CheckpointError(f"{where}: {key} is {config.get(key)!r} where a number above 0 is needed. Fetch the file again.")
+    if not is_count(config.get(key)):
+        raise CheckpointError(f"{where}: {key} is {told(config.get(key))} where a number above 0 is needed. Fetch the file again.")
     return config[key]
+
+
+def _or(config: Mapping[str, Any], key: str, default: float) -> float:
+    return default if config.get(key) is None else float(config[key])
 
 
 def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
@@ -118,12 +122,13 @@ def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
         CheckpointError: The family is not supported, a key is missing, or a value is not understood; naming it.
     """
     family = family_of_config(config, where)
+    check_config(config, where)
     config = {**family.absent, **config}
     for key, value in UNDERSTOOD.items():
         if config.get(key, value) not in (value, None):
-            raise CheckpointError(f"{where}: {key} is {config[key]!r}; of {family.model_type} models only {value!r} is supported.")
+            raise CheckpointError(f"{where}: {key} is {told(config[key])}; of {family.model_type} models only {value!r} is supported.")
     if family.slides is False and set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-        raise CheckpointError(f"{where}: layer_types holds {sorted(set(config['layer_types']))}; only full_attention is supported.")
+        raise CheckpointError(f"{where}: layer_types holds {told(sorted(set(config['layer_types'])))}; only full_attention is supported.")
 
     def need(key: str) -> int:
         return _count(config, key, where)
@@ -140,10 +145,10 @@ def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
             num_layers=need("num_hidden_layers"), hidden_size=hidden, ffn_hidden_size=need("intermediate_size"), num_attention_heads=heads,
             kv_channels=config.get("head_dim") or hidden // heads, group_query_attention=groups != heads,
             num_query_groups=groups if groups != heads else None, seq_length=length, max_position_embeddings=length,
-            normalization="RMSNorm", norm_epsilon=float(config.get("rms_norm_eps", 1e-6)), swiglu=True, disable_bias_linear=True,
+            normalization="RMSNorm", norm_epsilon=float(config.get("rms_norm_eps") or 1e-6), swiglu=True, disable_bias_linear=True,
             add_qkv_bias=family.qkv_bias, qk_layernorm=family.qk_norm, vocab_size=need("vocab_size"),
             untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
-            init_method_std=float(config.get("initializer_range", 0.02)), bf16=dtype == "bfloat16", fp16=dtype == "float16",
+            init_method_std=_or(config, "initializer_range", 0.02), bf16=dtype == "bfloat16", fp16=dtype == "float16",
             sliding_window=config.get("sliding_window") if family.slides else None,
             **_rotary_settings(config, where), **exits_of_config(config, where))
     except (TypeError, ValueError) as error:
@@ -153,12 +158,12 @@ def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
 def _rotary_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns what config.json says of rotary positions: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if base != int(base):
         raise CheckpointError(f"{where}: rope_theta {base} is not a whole number, which --rotary-base must be.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     fields: dict[str, Any] = {"position_embedding_type": "rope", "rotary_base": int(base), "rotary_percent": 1.0}
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
         raise CheckpointError(f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1.")
     try:
         if kind == "linear":
@@ -169,9 +174,10 @@ def _rotary_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
                        "rope_scaling_high_freq_factor": float(rope["high_freq_factor"]),
                        "rope_scaling_original_max_position_embeddings": int(rope["original_max_position_embeddings"])}
         elif kind != "default":
-            raise CheckpointError(f"{where}: rotary positions of kind {kind!r} are not supported; default, linear and llama3 are.")
-    except KeyError as error:
-        raise CheckpointError(f"{where}: rotary positions of kind {kind} without {error.args[0]}. Fetch the file again.") from None
+            raise CheckpointError(f"{where}: rotary positions of kind {told(kind)} are not supported; default, linear and llama3 are.")
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{where}: rotary positions of kind {kind} without {shown(error.args[0], 60)}. Fetch the file "
+                              "again.") from None
     return fields
 
 
@@ -255,4 +261,4 @@ def _in_the_words_of(origin: Mapping[str, Any], new: dict[str, Any]) -> dict[str
         if key not in origin and new.get(key) == value:
             new.pop(key, None)
     counted_by_layer = {} if "layer_types" not in origin else {"layer_types": ["full_attention"] * new["num_hidden_layers"]}
-    return {**origin, **new, **counted_by_layer}
+    return {**{key: value for key, value in origin.items() if key not in NAME_CODE}, **new, **counted_by_layer}

@@ -12,6 +12,7 @@ import torch
 from megatron_sorted.conversion.megatron_names import LAYER, current_name, is_no_weight, plain_name
 from megatron_sorted.conversion.saved_tensors import SavedFile, SavedTensor
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.shown import shown
 
 RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 FILES = ("model_optim_rng.pt", "model_rng.pt")
@@ -80,7 +81,7 @@ def _flatten(content: Mapping[str, Any], prefix: str, told: str) -> dict[str, to
         elif isinstance(value, Mapping):
             found.update(_flatten(value, f"{name}.", told))
         elif value is not None and not is_no_weight(name):
-            raise CheckpointError(f"{told}: {name} is a {type(value).__name__}, where weights should be.")
+            raise CheckpointError(f"{told}: {shown(name)} is a {type(value).__name__}, where weights should be.")
     return found
 
 
@@ -95,7 +96,7 @@ def _chunk(saved: SavedFile, content: Any, told: str) -> dict[str, SavedTensor]:
             continue
         current = plain_name(current_name(name) if name.startswith(("language_model.", "word_embeddings_for_head.")) else name)
         if current in found:
-            raise CheckpointError(f"{told}: {current} is there twice.")
+            raise CheckpointError(f"{told}: {shown(current)} is there twice.")
         found[current] = saved.place(tensor)
     return found
 
@@ -119,7 +120,10 @@ def read_rank_file(path: Path) -> RankFile:
     if not keys or any(key not in content for key in keys):
         raise CheckpointError(f"{path}: holds no model (neither 'model' nor 'model0', 'model1', ...).")
     step = content.get("iteration", 0)
-    chunks = [_chunk(saved, content[key], f"{path}: {key}") for key in keys]
+    try:
+        chunks = [_chunk(saved, content[key], f"{path}: {key}") for key in keys]
+    except RecursionError:
+        raise CheckpointError(f"{shown(path)}: its weights are nested too deeply; this is no checkpoint of Megatron.") from None
     return RankFile(saved, chunks, plain_arguments(content.get("args")), step if isinstance(step, int) else 0)
 
 

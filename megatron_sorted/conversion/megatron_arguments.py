@@ -4,7 +4,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_sorted.conversion.config_rules import is_count
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.shown import shown
 
 REFUSED = {
     "num_experts": "experts", "multi_latent_attention": "multi-latent attention", "apply_layernorm_1p": "norms stored less one",
@@ -25,6 +27,8 @@ REFUSED = {
     "another softmax scale", "interleave_sliding_window": "a window on some layers only", "add_output_layer_bias": "a biased head",
 }
 """Arguments whose network we do not have, when they are set. Those from "geglu" on are MindSpeed-LLM's."""
+SIZES = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels", "seq_length", "max_position_embeddings",
+         "vocab_size", "padded_vocab_size")
 PLAIN = ("num_layers", "hidden_size", "num_attention_heads")
 DEFAULTS = {
     "ffn_hidden_size": None, "kv_channels": None, "seq_length": None, "max_position_embeddings": None, "normalization": "LayerNorm",
@@ -38,7 +42,7 @@ LLAMA_3 = {"rope_scaling_factor": 8.0, "rope_scaling_low_freq_factor": 1.0, "rop
 
 
 def _refuse(name: str, value: Any, reason: str) -> CheckpointError:
-    return CheckpointError(f"the checkpoint's arguments say {name} = {value!r}: {reason}.")
+    return CheckpointError(f"the checkpoint's arguments say {name} = {shown(repr(value), 60)}: {reason}.")
 
 
 def _position_embedding(said: Mapping[str, Any]) -> str:
@@ -125,6 +129,10 @@ def settings_of(arguments: argparse.Namespace | Mapping[str, Any], keep_exits: b
     missing = [name for name in PLAIN if said.get(name) is None]
     if missing:
         raise CheckpointError(f"the checkpoint's arguments do not say {', '.join(missing)}; they are not those of a GPT model.")
+    for name in SIZES:
+        value = said.get(name)
+        if value is not None and not is_count(value):
+            raise _refuse(name, value, "a whole number above 0 is needed")
     found = {name: said[name] for name in PLAIN} | {name: said.get(name, default) for name, default in DEFAULTS.items()}
     if found["normalization"] not in ("RMSNorm", "LayerNorm"):
         raise _refuse("normalization", found["normalization"], "only RMSNorm and LayerNorm can be converted")

@@ -1,7 +1,6 @@
 """A directory of Megatron checkpoints, whoever wrote it and in whichever of its formats, as one source of weights."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +13,14 @@ from megatron_sorted.conversion.legacy_layout import plain_arguments
 from megatron_sorted.conversion.megatron_arguments import settings_of
 from megatron_sorted.conversion.torch_dist_files import COMMON, TorchDistFiles
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.json_text import read_json
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.exit_parts import ExitPartSettings
 from megatron_sorted.settings.exits import ExitSettings
 from megatron_sorted.settings.model import ModelSettings
 
 RELEASE = "release"
+MOST_METADATA_BYTES, MOST_DIGITS = 4 << 20, 18
 KINDS = "our own or Megatron-LM's torch_dist checkpoints, and legacy mp_rank_* directories"
 
 
@@ -60,10 +62,10 @@ def find_megatron(path: str | Path) -> tuple[Path, int]:
         raise CheckpointError(f"{path / TRACKER}: not readable ({error}).") from error
     if said == RELEASE:
         directory, step = path / RELEASE, 0
-    elif re.fullmatch(r"\d+", said):
+    elif re.fullmatch(r"[0-9]+", said) and len(said) <= MOST_DIGITS:
         directory, step = path / f"iter_{int(said):07d}", int(said)
     else:
-        raise CheckpointError(f"{path / TRACKER}: says {said[:40]!r}, which is neither a number nor {RELEASE!r}.")
+        raise CheckpointError(f"{path / TRACKER}: says {shown(repr(said), 60)}, which is neither a number nor {RELEASE!r}.")
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: is missing, though {TRACKER} names it. Copy it too, or give another checkpoint's directory.")
     return directory, step
@@ -71,13 +73,22 @@ def find_megatron(path: str | Path) -> tuple[Path, int]:
 
 def _backend(directory: Path) -> str | None:
     """Returns how metadata.json says that the checkpoint is stored; None if it does not say."""
-    try:
-        said = json.loads((directory / "metadata.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = directory / "metadata.json"
+    if not path.is_file():
         return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory / 'metadata.json'}: not readable ({error}).") from error
+    said = read_json(path, "Copy it again.", CheckpointError, MOST_METADATA_BYTES)
     return said.get("sharded_backend") if isinstance(said, dict) else None
+
+
+def _settings(arguments: dict[str, Any] | None, keep_exits: bool, directory: Path) -> dict[str, Any] | None:
+    """Return the settings that a checkpoint's arguments describe; None where it holds none."""
+    if arguments is None:
+        return None
+    try:
+        return settings_of(arguments, keep_exits)
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise CheckpointError(f"{shown(directory)}: its arguments are not those of Megatron ({shown(error, 100)}). "
+                              "Copy it again.") from error
 
 
 def open_megatron(path: str | Path, keep_exits: bool = True) -> MegatronCheckpoint:
@@ -93,8 +104,8 @@ def open_megatron(path: str | Path, keep_exits: bool = True) -> MegatronCheckpoi
     if (directory / METADATA).exists() or (directory / MANIFEST).exists():
         backend = _backend(directory)
         if backend not in (None, "torch_dist"):
-            raise CheckpointError(f"{directory}: is stored as {backend!r}, which cannot be read. Load it in Megatron-LM and save it with "
-                                  "--ckpt-format torch_dist.")
+            raise CheckpointError(f"{directory}: is stored as {shown(repr(backend), 60)}, which cannot be read. Load it in Megatron-LM and "
+                                  "save it with --ckpt-format torch_dist.")
         source: TorchDistFiles | LegacyFiles = TorchDistFiles(directory)
         if (directory / MANIFEST).exists():
             manifest = read_manifest(directory)
@@ -104,15 +115,15 @@ def open_megatron(path: str | Path, keep_exits: bool = True) -> MegatronCheckpoi
         elif (directory / COMMON).exists():
             common = source.common()
             arguments, said = plain_arguments(common.get("args")), common.get("iteration")
-            settings = settings_of(arguments, keep_exits) if arguments is not None else None
+            settings = _settings(arguments, keep_exits, directory)
             step = said if isinstance(said, int) else step
     elif any(directory.glob("mp_rank_*")):
         source = LegacyFiles(directory)
-        settings = settings_of(source.arguments, keep_exits) if source.arguments is not None else None
+        settings = _settings(source.arguments, keep_exits, directory)
         step = source.step or step
     else:
         raise CheckpointError(f"{directory}: holds neither {METADATA} nor mp_rank_* directories, so it is none of {KINDS}.")
     if EMBEDDING not in source.tensors:
-        some = ", ".join(list(source.tensors)[:3])
+        some = ", ".join(shown(name, 60) for name in list(source.tensors)[:3])
         raise CheckpointError(f"{directory}: holds no {EMBEDDING} (but {some}, ...), so it is no GPT model of Megatron.")
     return MegatronCheckpoint(source, settings, step)

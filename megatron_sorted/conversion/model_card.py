@@ -43,7 +43,7 @@ def read_quality(path: Path, model: str | None = None) -> Quality:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         by_set = _of_a_run(content) if "sets" in content else _of_models(content, model, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not an evaluation file ({type(error).__name__}: {error}). Give one of tools/evaluate.py.") from error
     sets: dict[str, dict[str, dict[int, float]]] = {}
     for name, exits in by_set.items():

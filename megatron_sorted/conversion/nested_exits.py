@@ -19,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 FILE = "exits.safetensors"
+CODE_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation", "auto_map",
+             "quantization_config", "transformers_weights", "text_config")
+"""Of config.json; no exported model has them."""
 
 
 class ExitAdapter(nn.Module):
@@ -142,21 +145,36 @@ def load_nested_exits(directory: str | Path, dtype: torch.dtype | str = "auto", 
     """
     from transformers import AutoModelForCausalLM
 
+    config = _read_config(Path(directory))
+    if named := [key for key in CODE_KEYS if config.get(key)]:
+        raise ValueError(f"{directory}: config.json says {', '.join(named)}, which can make transformers fetch or run code; remove it")
     base, found = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, local_files_only=True, use_safetensors=True,
                                                        trust_remote_code=False, output_loading_info=True, **more)
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):  # transformers fills what is missing with random numbers
         if found.get(kind):
             raise ValueError(f"{directory}: {kind.replace('_', ' ')}: {', '.join(sorted(map(str, found[kind]))[:3])}")
-    return NestedExits(base.eval(), read_exits(Path(directory), base)).requires_grad_(False)
+    return NestedExits(base.eval(), read_exits(Path(directory), base, config)).requires_grad_(False)
 
 
-def read_exits(directory: Path, base: nn.Module) -> dict[int, Exit]:
-    """Returns {depth: exit} of a directory for the model that was loaded of it; of a model without exits its last layer alone.
+def _read_config(directory: Path) -> dict:
+    try:
+        return dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    except (RecursionError, TypeError) as error:
+        raise ValueError(f"{directory / 'config.json'}: not a JSON object of reasonable nesting") from error
+
+
+def read_exits(directory: Path, base: nn.Module, config: dict | None = None) -> dict[int, Exit]:
+    """Return {depth: exit} of a directory for the model that was loaded of it; of a model without exits its last layer alone.
+
+    Args:
+        directory: With exits.safetensors, where exits have parts of their own.
+        base: The model.
+        config: What config.json says; by default it is read.
 
     Raises:
         ValueError: config.json contradicts itself, or exits.safetensors does not hold what it says.
     """
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = _read_config(directory) if config is None else config
     last = base.config.num_hidden_layers
     depths = tuple(config.get("exit_layer_indices") or (last,))
     if config.get("exit_block") and config.get("exit_mlp"):

@@ -9,6 +9,8 @@ from megatron_sorted.checkpoint.candidates import Candidate, find_candidates
 from megatron_sorted.checkpoint.layout import TOKENIZER
 from megatron_sorted.checkpoint.manifest import MANIFEST, OWN_PART_FIELDS, settings_of_manifest
 from megatron_sorted.conversion.families import CONFIG, read_config, settings_of_config
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.model import ModelSettings
 from megatron_sorted.settings.run import Settings
 
@@ -44,12 +46,25 @@ def network_to_start_from(given: Mapping[str, Any]) -> dict[str, Any]:
         if path is None or not Path(path).is_dir():
             continue
         if is_hugging_face(path):
-            config = read_config(Path(path))
-            return {**network_fields(settings_of_config(config, str(Path(path) / CONFIG))), **_tokenizer_fields(Path(path), given)}
+            settings = settings_of_config(read_config(Path(path)), str(Path(path) / CONFIG))
+            _check_size(settings, Path(path))
+            return {**network_fields(settings), **_tokenizer_fields(Path(path), given)}
         if given.get("use_checkpoint_args") and (found := find_candidates(path, given.get("ckpt_step"))).usable:
             newest = found.usable[0]
             return {**network_fields(settings_of_manifest(newest.manifest, str(path))), **_saved_tokenizer(newest, given)}
     return {}
+
+
+def _check_size(settings: Settings, path: Path) -> None:
+    """Check that weight files can hold so many layers, before anything is planned for each; their tensors are compared later.
+
+    Raises:
+        CheckpointError: They have less than a byte for every channel of every layer.
+    """
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if settings.num_layers * settings.hidden_size > size:
+        raise CheckpointError(f"{shown(path / CONFIG)}: num_hidden_layers is {settings.num_layers:,} (of {settings.hidden_size:,} channels), and "
+                              f"its weight files have {size:,} bytes in all. Fetch the files again, or mend the number.")
 
 
 def _saved_tokenizer(candidate: Candidate, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Any directory of weights, opened: a Hugging Face model, one of our checkpoints, or one of Megatron-LM's."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,15 +13,25 @@ from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, TRACKER, checkpoint_directory, saved_steps, tokenizer_files_in
 from megatron_sorted.checkpoint.manifest import MANIFEST, check_name, check_sizes, find_damage, read_manifest, settings_of_manifest
 from megatron_sorted.conversion.families import CONFIG, EXITS, read_config, settings_of_config
+from megatron_sorted.conversion.hugging_face_files import HuggingFaceFiles
 from megatron_sorted.conversion.legacy_files import EMBEDDING as EMBEDDING_OURS
 from megatron_sorted.conversion.megatron_directory import open_megatron
 from megatron_sorted.conversion.merged_lora import MergedLora, merge_adapters
 from megatron_sorted.conversion.network import is_hugging_face
-from megatron_sorted.conversion.safetensors_files import HuggingFaceFiles, SafetensorsFile
+from megatron_sorted.conversion.safetensors_files import SafetensorsFile
 from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
-from megatron_sorted.conversion.tensor_table import EMBEDDING, HEAD, Pair, check_ours, check_theirs, tensor_table
+from megatron_sorted.conversion.tensor_table import (
+    OUR_LAYER_NORM,
+    Pair,
+    check_num_layers,
+    check_ours,
+    check_theirs,
+    check_tied,
+    tensor_table,
+)
 from megatron_sorted.conversion.torch_dist_files import TorchDistFiles
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.text.tokenizer import Tokenizer, open_tokenizer
 
@@ -146,21 +155,22 @@ def _open(path: Path, ckpt_step: int | None, vocab_size: int | None, rank_used: 
     if (path / TRACKER).is_file() or any(path.glob("mp_rank_*")) or (path / "metadata.json").is_file():
         return _open_foreign(path, vocab_size)
     raise CheckpointError(f"{path}: neither a Hugging Face model ({CONFIG} and safetensors) nor a checkpoint ({TRACKER}, iter_*). "
-                          f"It holds {', '.join(sorted(entry.name for entry in path.iterdir())[:5]) or 'nothing'}.")
+                          f"It holds {', '.join(shown(entry.name, 60) for entry in sorted(path.iterdir())[:5]) or 'nothing'}.")
 
 
 def _open_hugging_face(path: Path) -> OpenModel:
     config = read_config(path)
     settings = settings_of_config(config, str(path / CONFIG))
     source: TensorSource = HuggingFaceFiles(path)
+    check_num_layers(settings.num_layers, source.tensors, str(path))
     pairs = tensor_table(settings)
     if any(pair.is_own_exit for pair in pairs):
         if not (path / EXITS).is_file():
             raise CheckpointError(f"{path}: {CONFIG} says that exits have norms, heads or parts of their own, but {EXITS} is missing. "
                                   "Fetch it.")
         source = _Together(source, SafetensorsFile(path / EXITS))
-    if check_theirs(pairs, source.tensors, str(path)) and not torch.equal(source.read(EMBEDDING), source.read(HEAD)):
-        raise CheckpointError(f"{path}: {CONFIG} says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}. One of the two is wrong.")
+    if check_theirs(pairs, source.tensors, shown(path)):
+        check_tied(source, shown(path))
     return OpenModel(path, "hugging_face", settings, source, pairs, config, {}, files_beside(path))
 
 
@@ -177,15 +187,22 @@ def _open_ours(directory: Path, manifest: Mapping[str, Any], rank_used: int | No
         raise CheckpointError(f"{damaged[0]}. Copy the checkpoint again, or take another step of it with --ckpt-step.")
     settings = settings_of_manifest(manifest, str(directory / MANIFEST))
     origin = directory / HUGGING_FACE / CONFIG
-    config = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else None
+    config = read_config(origin.parent) if origin.is_file() else None
     files = {name: directory / name for name in manifest["files"] if name.split("/")[0] in (TOKENIZER, HUGGING_FACE)}
     pieces = [name for name in files if name.startswith("tokenizer/") and name.endswith(".model")]
     if len(pieces) == 1 and FAST not in files:  # a run keeps the name it was given; others look for the usual one
         files[SLOW] = files.pop(pieces[0])
     source, settings = merge_adapters(TorchDistFiles(directory), settings, rank_used, str(directory))
-    pairs = tensor_table(settings)
-    check_ours(pairs, source.tensors, str(directory))
+    pairs = _table(settings, source, directory)
     return OpenModel(directory, "megatron", settings, source, pairs, config, manifest, files)
+
+
+def _table(settings: Settings, source: TensorSource, directory: Path) -> list[Pair]:
+    """Return the pairs of a Megatron checkpoint, compared with the tensors that it holds."""
+    check_num_layers(settings.num_layers, source.tensors, shown(directory), "num_layers", OUR_LAYER_NORM)
+    pairs = tensor_table(settings)
+    check_ours(pairs, source.tensors, shown(directory))
+    return pairs
 
 
 def _open_foreign(path: Path, vocab_size: int | None) -> OpenModel:
@@ -198,6 +215,5 @@ def _open_foreign(path: Path, vocab_size: int | None) -> OpenModel:
         if not 1 <= vocab_size <= rows:
             raise CheckpointError(f"--vocab-size: {vocab_size}, but the embedding of {path} has {rows} rows. Give 1..{rows}.")
         settings = dataclasses.replace(settings, vocab_size=vocab_size)
-    pairs = tensor_table(settings)
-    check_ours(pairs, source.tensors, str(path))
+    pairs = _table(settings, source, path)
     return OpenModel(path, "megatron", settings, source, pairs)

@@ -1,4 +1,4 @@
-"""Hugging Face weight files: read tensor by tensor, written tensor by tensor, so that no more than one is in memory.
+"""Safetensors files: read tensor by tensor, written tensor by tensor, so that no more than one is in memory.
 
 The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of a JSON header, the header with kind, shape and
 place of every tensor, then their bytes. The library maps whole files into memory and saves whole dictionaries; here a tensor's bytes are
@@ -6,17 +6,20 @@ read into memory of its own, and a header is written before the tensors it descr
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megatron_sorted.conversion.memory import bytes_of, new_tensor
 from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.json_text import parse_json
+from megatron_sorted.reading.shown import shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -25,11 +28,14 @@ DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+MOST_HEADER_BYTES = 100_000_000
+"""Of a header: the format's own limit."""
+MOST_DIMENSIONS, MOST_NAME = 8, 100
+AGAIN = "Fetch it again."
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a tensor's bytes are."""
 
     file: Path
@@ -37,67 +43,95 @@ class _Place:
     info: TensorInfo
 
 
-def _refuse_twice(pairs: list[tuple[str, object]]) -> dict:
-    """Returns the JSON object of ``pairs``; Python itself would keep the last of two equal names without a word."""
-    found: dict = {}
-    for name, value in pairs:
-        if name in found:
-            raise CheckpointError(f"{name}: stands twice")
-        found[name] = value
-    return found
+def read_header(path: Path) -> dict[str, Place]:
+    """Return where every tensor of a safetensors file is, in the order of their bytes.
 
-
-def read_header(path: Path) -> dict[str, _Place]:
-    """Returns where every tensor of a safetensors file is.
+    Nothing in it is believed before the size of the file allows it: places lie within the file, leave neither holes nor
+    overlaps, and hold as many bytes as their shapes need.
 
     Raises:
         CheckpointError: The file is missing, cut short, not a safetensors file, holds a name twice, or a kind of numbers not known here.
     """
+    header, begin, size = _header_object(path)
+    header.pop("__metadata__", None)
+    try:
+        spans = sorted((*_span(value), name) for name, value in header.items())
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{shown(path)}: not a safetensors file (a tensor's data_offsets: {shown(error)}). {AGAIN}") from error
+    last = max((end for _, end, _ in spans), default=0)
+    if begin + last != size:
+        state = "too short: the download did not finish" if begin + last > size else "longer than its header says"
+        raise CheckpointError(f"{shown(path)}: {size} bytes where its header says {begin + last}; it is {state}. {AGAIN}")
+    places, at = {}, 0
+    for offset, end, name in spans:
+        told = f"{shown(path)}: {shown(name, MOST_NAME)}"
+        info = _info(header[name], told)
+        if offset != at or end - offset != info.num_bytes:
+            raise CheckpointError(f"{told} of shape {list(info.shape)} is said to lie from byte {offset} to {end}, where "
+                                  f"{info.num_bytes} bytes from {at} on are its place. {AGAIN}")
+        places[name], at = Place(path, begin + offset, info), end
+    return places
+
+
+def _header_object(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return the object in the header of a file, where its tensors begin, and the size of the file."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size
+            if size >= 8 and length > MOST_HEADER_BYTES:
+                raise CheckpointError(f"{shown(path)}: not a safetensors file: its header would have {length:,} bytes, more than the "
+                                      f"format allows ({MOST_HEADER_BYTES:,}). {AGAIN}")
             if length > size - 8:
-                raise CheckpointError(f"{path}: {size} bytes, not even its header is complete. Download it again.")
-            header = json.loads(file.read(length), object_pairs_hook=_refuse_twice)
-        last = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
-        if 8 + length + last != size:
-            state = "too short: the download did not finish" if 8 + length + last > size else "longer than its header says"
-            raise CheckpointError(f"{path}: {size} bytes where its header says {8 + length + last}; it is {state}. Fetch it again.")
-        with safe_open(path, "pt"):  # the library's own checks: no holes, no overlaps, lengths that fit shapes
-            pass
-    except CheckpointError as error:
-        raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}. Fetch the file again.") from None
+                raise CheckpointError(f"{shown(path)}: {size} bytes, not even its header is complete. {AGAIN}")
+            text = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}.") from None
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({type(error).__name__}: {error}). Fetch it again.") from error
-    places = {}
-    for name, value in header.items():
-        if name == "__metadata__":
-            continue
-        if value["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: {name} is of kind {value['dtype']}; known are {', '.join(DTYPES)}. Convert quantised weights "
-                                  "to one of these first.")
-        info = TensorInfo(tuple(value["shape"]), DTYPES[value["dtype"]])
-        places[name] = _Place(path, 8 + length + value["data_offsets"][0], info)
-    return places
+        raise CheckpointError(f"{shown(path)}: cannot be read ({error.strerror or error}). {AGAIN}") from error
+    found = parse_json(text, f"{path}: not a safetensors file", AGAIN, CheckpointError, unique_names=True)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{shown(path)}: not a safetensors file: its header is no object. {AGAIN}")
+    return found, 8 + length, size
+
+
+def _span(value: Mapping[str, Any]) -> tuple[int, int]:
+    begin, end = value["data_offsets"]
+    if not (_is_size(begin) and _is_size(end) and begin <= end):
+        raise ValueError(f"{begin!r:.40}, {end!r:.40}")
+    return begin, end
+
+
+def _info(value: Mapping[str, Any], told: str) -> TensorInfo:
+    dtype, shape = value.get("dtype"), value.get("shape")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{told} is of kind {shown(dtype, MOST_NAME)}; known are {', '.join(DTYPES)}. Convert quantised weights "
+                              "to one of these first.")
+    if not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS or not all(map(_is_size, shape)) or math.prod(shape) >= 1 << 60:
+        raise CheckpointError(f"{told} is of shape {shown(repr(shape), MOST_NAME)}, which no tensor has. {AGAIN}")
+    return TensorInfo(tuple(shape), DTYPES[dtype])
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 60
 
 
 class SafetensorsFile(TensorSource):
     """The tensors of one file, in the order of their bytes."""
 
     def __init__(self, path: Path):
-        places = read_header(path)
-        self._places = dict(sorted(places.items(), key=lambda item: item[1].offset))
+        self._places = read_header(path)
         self.tensors = {name: place.info for name, place in self._places.items()}
 
     def read(self, name: str) -> torch.Tensor:
         """Returns a tensor in memory of its own."""
-        return _read(name, self._places[name])
+        return read_tensor(name, self._places[name])
 
 
-def _read(name: str, place: _Place) -> torch.Tensor:
+def read_tensor(name: str, place: Place) -> torch.Tensor:
+    """Return a tensor in memory of its own.
+
+    Raises:
+        CheckpointError: The file cannot be read, or has become shorter.
+    """
     tensor = new_tensor(place.info.shape, place.info.dtype)
     if not tensor.numel():
         return tensor
@@ -108,75 +142,11 @@ def _read(name: str, place: _Place) -> torch.Tensor:
             while target:
                 got = file.readinto(target)
                 if not got:
-                    raise CheckpointError(f"{place.file}: ends within {name}. Fetch it again.")
+                    raise CheckpointError(f"{shown(place.file)}: ends within {shown(name, MOST_NAME)}. Fetch it again.")
                 target = target[got:]
     except OSError as error:
-        raise CheckpointError(f"{place.file}: {name} could not be read ({error.strerror or error}).") from error
+        raise CheckpointError(f"{shown(place.file)}: {shown(name, MOST_NAME)} could not be read ({error.strerror or error}).") from error
     return tensor
-
-
-class HuggingFaceFiles(TensorSource):
-    """The weights of a Hugging Face directory, one file or many; ``exits.safetensors``, where there is one, is not among them.
-
-    Raises:
-        CheckpointError: They are missing, incomplete, pickled, or contradict their index.
-    """
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        single, index = directory / SINGLE, directory / INDEX
-        if index.is_file():
-            self._places = self._of_shards(index)
-        elif single.is_file():
-            self._places = read_header(single)
-        else:
-            raise CheckpointError(self._why_none())
-        self._places = dict(sorted(self._places.items(), key=lambda item: (item[1].file.name, item[1].offset)))
-        self.tensors = {name: place.info for name, place in self._places.items()}
-
-    def _why_none(self) -> str:
-        pickled = sorted(path.name for pattern in PICKLES for path in self.directory.glob(pattern))
-        if pickled:
-            return (f"{self.directory}: its weights are pickled ({', '.join(pickled[:3])}). A pickle can run any program when it is read, "
-                    "so only safetensors are taken. Save the model once with save_pretrained(..., safe_serialization=True) where you "
-                    "trust it.")
-        shards = sorted(path.name for path in self.directory.glob("*.safetensors"))
-        if shards:
-            return f"{self.directory}: holds {', '.join(shards[:3])} but no {INDEX}; it is not complete. Fetch it again."
-        return f"{self.directory}: holds no weights ({SINGLE} or {INDEX}). Give a directory that save_pretrained wrote."
-
-    def _of_shards(self, index: Path) -> dict[str, _Place]:
-        try:
-            where = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_refuse_twice)["weight_map"]
-            shards = sorted(set(where.values()))
-        except CheckpointError as error:
-            raise CheckpointError(f"{index}: {error} in the index. Fetch it again.") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not readable ({type(error).__name__}: {error}). Fetch it again.") from error
-        missing = [name for name in shards if not (self.directory / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{self.directory}: {INDEX} names {len(shards)} files and {len(missing)} are missing: "
-                                  f"{', '.join(missing[:3])}. The download did not finish; fetch them.")
-        places: dict[str, _Place] = {}
-        for shard in shards:
-            if Path(shard).name != shard:
-                raise CheckpointError(f"{index}: {shard!r} lies outside the directory. Fetch the index again.")
-            for name, place in read_header(self.directory / shard).items():
-                if name in places:
-                    raise CheckpointError(f"{self.directory}: {name} stands twice, in {places[name].file.name} and in {shard}.")
-                if name not in where:
-                    raise CheckpointError(f"{self.directory}: {name} in {shard} is unknown to {INDEX}.")
-                if where[name] != shard:
-                    raise CheckpointError(f"{self.directory}: {name} is in {shard}, but {INDEX} says {where[name]}.")
-                places[name] = place
-        lost = [name for name in where if name not in places]
-        if lost:
-            raise CheckpointError(f"{self.directory}: {INDEX} names {lost[0]} in {where[lost[0]]}, which does not hold it. Fetch it again.")
-        return places
-
-    def read(self, name: str) -> torch.Tensor:
-        """Returns a tensor in memory of its own."""
-        return _read(name, self._places[name])
 
 
 class SafetensorsWriter:
@@ -186,11 +156,14 @@ class SafetensorsWriter:
         directory: Where; must exist.
         tensors: What will come, in order.
         max_shard_bytes: A new file is begun before one grows beyond this; a larger tensor gets a file of its own.
-        single_name: Name of the file if there is just one; None numbers even one.
+        single_name: Name of the file if there is just one.
+        always_index: Write an index of a single file too. Programs that read every ``*.safetensors`` (vLLM) then leave out
+            what it does not name, such as ``exits.safetensors``.
     """
 
-    def __init__(self, directory: Path, tensors: Mapping[str, TensorInfo], max_shard_bytes: int, single_name: str = SINGLE):
-        self.directory, self.tensors = directory, tensors
+    def __init__(self, directory: Path, tensors: Mapping[str, TensorInfo], max_shard_bytes: int, single_name: str = SINGLE,
+                 always_index: bool = False):
+        self.directory, self.tensors, self._always_index = directory, tensors, always_index
         shards: list[dict[str, TensorInfo]] = [{}]
         filled = 0
         for name, info in tensors.items():
@@ -250,7 +223,7 @@ class SafetensorsWriter:
         left = next(self._expected, None)
         assert left is None, f"{left} was announced and did not come"
         self._end()
-        if len(self._shards) > 1:
+        if len(self._shards) > 1 or self._always_index:
             index = {
                 "metadata": {"total_size": sum(info.num_bytes for info in self.tensors.values())},
                 "weight_map": {name: file for file, shard in self._shards for name in shard},

@@ -3,6 +3,7 @@
 import ctypes
 import io
 import os
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from megatron_sorted.checkpoint.plain_objects import load_plain
 from megatron_sorted.checkpoint.restricted_pickle import StoredPiece
 from megatron_sorted.conversion.memory import new_tensor
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.shown import shown
 
 BLOCK_BYTES = 1 << 20  # still in a core's cache when its checksum is computed
 LOCAL_HEADER_BYTES = 30
@@ -82,6 +84,10 @@ def _checksums(file: FileSlice, told: str) -> dict[int, tuple[int, int]]:
     found = {}
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
+    whole = file.seek(0, io.SEEK_END)
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records) or sum(record.file_size for record in records) > whole:
+        raise CheckpointError(f"{told}: its records are compressed, or have more bytes than the file, which torch.save never writes; it is "
+                              "damaged. Copy it again.")
     for record in records:
         file.seek(record.header_offset)
         header = file.read(LOCAL_HEADER_BYTES)
@@ -128,9 +134,9 @@ class SavedFile:
                 self.content: Any = load_plain(path if piece is None else file, self._told, map_location="meta")
         except FileNotFoundError:
             raise CheckpointError(f"{self._told}: is missing.") from None
-        except zipfile.BadZipFile as error:
-            raise CheckpointError(f"{self._told}: not readable ({error}). It is damaged or was cut off, or was written by torch before "
-                                  "1.6: then load it and save it again with a newer one.") from error
+        except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
+            raise CheckpointError(f"{self._told}: not readable ({shown(error)}). It is damaged or was cut off, or was written by torch "
+                                  "before 1.6: then load it and save it again with a newer one.") from error
         except OSError as error:
             raise CheckpointError(f"{self._told}: cannot be read ({error.strerror or error}).") from error
 
@@ -145,6 +151,9 @@ class SavedFile:
         size, _ = self._records.get(begin, (0, 0))
         if size < storage.nbytes():
             raise CheckpointError(f"{self._told}: a tensor of {storage.nbytes()} bytes lies where the file has {size}; it is damaged.")
+        if tensor.numel() * tensor.itemsize > storage.nbytes():
+            raise CheckpointError(f"{self._told}: a tensor of shape {list(tensor.shape)} is made of {storage.nbytes()} bytes, fewer than "
+                                  "it has; no weight is saved so. Copy it again.")
         return SavedTensor(tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), begin, storage.nbytes())
 
     def read(self, place: SavedTensor, check: bool = True) -> torch.Tensor:

@@ -3,13 +3,18 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from megatron_sorted.conversion.operations import Copy, Operation, QueryKeyValue, Shape, Stack, Vocabulary
-from megatron_sorted.conversion.tensor_source import TensorInfo
+from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, num_query_groups
 from megatron_sorted.settings.run import Settings
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LAYER_NORM, OUR_LAYER_NORM = "model.layers.{}.input_layernorm.weight", "decoder.layers.{}.self_attention.linear_qkv.layer_norm_weight"
+MOST_NAME = 100
 # Older files store what is computed from config.json; nothing is lost without it.
 COMPUTED = ".rotary_emb.inv_freq"
 
@@ -103,7 +108,7 @@ def _part_pairs(settings: Settings, depth: int) -> list[Pair]:
 
 
 def check_names(wanted: Iterable[str], found: Iterable[str], where: str) -> None:
-    """Returns nothing if the two are the same names.
+    """Check that the two are the same names.
 
     Raises:
         CheckpointError: Naming what is missing and what is unknown.
@@ -112,20 +117,37 @@ def check_names(wanted: Iterable[str], found: Iterable[str], where: str) -> None
     missing = [name for name in wanted if name not in found]
     unknown = sorted(found - set(wanted))
     if missing or unknown:
-        problems = [f"{len(names)} {what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        problems = [f"{len(names)} {what}: {', '.join(shown(name, MOST_NAME) for name in names[:5])}{' ...' if len(names) > 5 else ''}"
                     for what, names in (("missing", missing), ("unknown", unknown)) if names]
         raise CheckpointError(f"{where}: its tensors are not those its configuration describes; {'; '.join(problems)}. Every "
                               "tensor must be used exactly once: fetch the files again, or mend the configuration.")
 
 
-def check_theirs(pairs: Iterable[Pair], tensors: Mapping[str, TensorInfo], where: str) -> bool:
-    """Returns whether a tied model stores its head all the same (it must then equal the embedding), after comparing names and shapes.
+def check_num_layers(num_layers: int, tensors: Mapping[str, TensorInfo], where: str, key: str = "num_hidden_layers",
+                     named: str = LAYER_NORM) -> None:
+    """Check that a number of layers is one that so many tensors can make up, before anything is built for each.
 
     Raises:
-        CheckpointError: A tensor is missing, unknown, of another shape than the configuration says, or its kind differs from its partner's.
+        CheckpointError: There are fewer tensors than layers, naming the first that is missing.
     """
-    pairs = list(pairs)
-    wanted = {name: shape for pair in pairs for name, shape in zip(pair.theirs, pair.shapes, strict=True)}
+    if num_layers > len(tensors):
+        first = next(name for layer in range(num_layers) if (name := named.format(layer)) not in tensors)
+        raise CheckpointError(f"{where}: {key} is {num_layers:,}, but its weight files hold {len(tensors):,} tensors in all; "
+                              f"{first} is the first that is missing. Fetch the files again, or mend the number.")
+
+
+def check_shapes(wanted: Mapping[str, Shape], tensors: Mapping[str, TensorInfo], where: str) -> bool:
+    """Return whether a tied model stores its head all the same (it must then equal the embedding), after comparing names and shapes.
+
+    Args:
+        wanted: Names and shapes that config.json asks for.
+        tensors: What the weight files hold.
+        where: The directory, for messages.
+
+    Raises:
+        CheckpointError: A tensor is missing, unknown, of another shape than the configuration says, or holds no floating point numbers.
+    """
+    wanted = dict(wanted)
     found = {name: info for name, info in tensors.items() if not name.endswith(COMPUTED)}
     stored_twice = HEAD in found and HEAD not in wanted
     check_names(wanted, [name for name in found if not (stored_twice and name == HEAD)], where)
@@ -137,8 +159,31 @@ def check_theirs(pairs: Iterable[Pair], tensors: Mapping[str, TensorInfo], where
                                   "One of the two is wrong; fetch both again.")
         if not found[name].dtype.is_floating_point:
             raise CheckpointError(f"{where}: {name} holds {found[name].dtype}; only floating point weights are supported.")
+    return stored_twice
+
+
+def check_tied(source: TensorSource, where: str) -> None:
+    """Check that the head that a tied model stores is its embedding.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    if not torch.equal(source.read(EMBEDDING), source.read(HEAD)):
+        raise CheckpointError(f"{where}: config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}. "
+                              "One of the two is wrong.")
+
+
+def check_theirs(pairs: Iterable[Pair], tensors: Mapping[str, TensorInfo], where: str) -> bool:
+    """Return what ``check_shapes`` does, after comparing names, shapes and kinds with those of the table.
+
+    Raises:
+        CheckpointError: As ``check_shapes``; or tensors that become one are of different kinds.
+    """
+    pairs = list(pairs)
+    wanted = {name: shape for pair in pairs for name, shape in zip(pair.theirs, pair.shapes, strict=True)}
+    stored_twice = check_shapes(wanted, tensors, where)
     for pair in pairs:
-        kinds = {found[name].dtype for name in pair.theirs}
+        kinds = {tensors[name].dtype for name in pair.theirs}
         if len(kinds) > 1:
             raise CheckpointError(f"{where}: {', '.join(pair.theirs)} are of different kinds ({', '.join(map(str, kinds))}) and become one "
                                   "tensor. Store them alike.")

@@ -1,5 +1,6 @@
 """Weights of a ``torch_dist`` checkpoint: ours, and those of GPT models that Megatron-LM and MindSpeed save; in any layout."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,11 @@ from megatron_sorted.conversion.memory import new_tensor
 from megatron_sorted.conversion.saved_tensors import SavedFile
 from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
 from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.shown import shown
 
 COMMON = "common.pt"
+MOST_LAYERS = 1 << 16
+"""Of one tensor over all layers: far more than any network has."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class TorchDistFiles(TensorSource):
             self._check_pieces(name, stored, sizes)
             for offered, place in self._offers(name, stored):
                 if offered in found:
-                    raise CheckpointError(f"{self.directory}: {offered} is there twice, as {found[offered][2].stored} and as {name}.")
+                    raise CheckpointError(f"{shown(self.directory)}: {shown(offered)} is there twice, as {shown(found[offered][2].stored)} "
+                                          f"and as {shown(name)}.")
                 shape = stored.shape if place.layer is None else stored.shape[1:]
                 parts = [chunk.piece for chunk in stored.chunks if _overlap(chunk, place.layer)]
                 if not parts:
@@ -91,23 +96,32 @@ class TorchDistFiles(TensorSource):
 
     def _hole(self, name: str, place: _Place) -> CheckpointError:
         files = sorted({chunk.piece.file for chunk in self._stored[place.stored].chunks if chunk.piece})
-        return CheckpointError(f"{self.directory}: {name}: parts of it are in no file (those of {place.stored} lie in "
+        return CheckpointError(f"{shown(self.directory)}: {shown(name)}: parts of it are in no file (those of {place.stored} lie in "
                                f"{', '.join(files) or 'none'}). The save was not complete, or the files are of different saves.")
 
     def _check_pieces(self, name: str, stored: StoredTensor, sizes: dict[str, int]) -> None:
+        if 0 in stored.shape or (STACKED.fullmatch(name) and (not stored.shape or stored.shape[0] > MOST_LAYERS)):
+            raise CheckpointError(f"{shown(self.directory)}: {shown(name)} is of shape {shown(list(stored.shape), 60)}, which no weight "
+                                  f"has (layers: {MOST_LAYERS:,} at most). The metadata is damaged; copy the directory again.")
         for chunk in stored.chunks:
             if chunk.piece is None:
-                raise CheckpointError(f"{self.directory}: {name}: the metadata does not say where its part at {list(chunk.offsets)} lies.")
+                raise CheckpointError(f"{shown(self.directory)}: {shown(name)}: the metadata does not say where its part "
+                                      f"at {list(chunk.offsets)} lies.")
             file = chunk.piece.file
             if file not in sizes:
                 path = self.directory / file
                 sizes[file] = path.stat().st_size if path.is_file() else -1
             if sizes[file] < 0:
-                raise CheckpointError(f"{self.directory}: {file} is missing; it holds {name}. Copy the whole directory again.")
+                raise CheckpointError(f"{shown(self.directory)}: {shown(file)} is missing; it holds {shown(name)}. "
+                                      "Copy the whole directory again.")
+            if math.prod(chunk.sizes) * stored.dtype.itemsize > chunk.piece.num_bytes:
+                raise CheckpointError(f"{shown(self.directory)}: {shown(name)} has a part of shape {shown(list(chunk.sizes), 60)} in "
+                                      f"{chunk.piece.num_bytes} bytes, which do not hold it. The metadata is damaged; copy the directory "
+                                      "again.")
             end = chunk.piece.offset + chunk.piece.num_bytes
             if sizes[file] < end:
-                raise CheckpointError(f"{self.directory}: {file} has {sizes[file]} bytes, but {name} lies up to byte {end}; it was cut "
-                                      "off. Copy it again.")
+                raise CheckpointError(f"{shown(self.directory)}: {shown(file)} has {sizes[file]} bytes, but {shown(name)} lies up "
+                                      f"to byte {end}; it was cut off. Copy it again.")
 
     def common(self) -> dict[str, Any]:
         """Returns what all ranks share (``common.pt``): arguments, step, and whatever else the program put there.

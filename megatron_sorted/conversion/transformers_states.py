@@ -1,18 +1,19 @@
 """What transformers computes from a Hugging Face directory at every depth, with one matrix in memory at a time.
 
 Its own model classes run unchanged, but for their linear layers and embedding, which read a matrix when they are called. (Of this folder
-only `nested_exits`, which goes out with models and is not used here, imports transformers too.)
+`transformers_network` imports transformers too, and `nested_exits`, which goes out with models and is not used here.)
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
 
+from megatron_sorted.conversion.families import CONFIG
 from megatron_sorted.conversion.open_model import OpenModel
 from megatron_sorted.conversion.streamed import ReadExit, StreamedEmbedding, StreamedLinear
 from megatron_sorted.conversion.tensor_table import EMBEDDING, HEAD
+from megatron_sorted.conversion.transformers_network import compute_rotations, network_of_config
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.derived import exit_depths
 
@@ -29,16 +30,12 @@ def require_transformers() -> None:
 
 
 def _build(model: OpenModel) -> torch.nn.Module:
-    """Returns transformers' model of a directory in fp32, its matrices on disk."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(**{**model.config, "torch_dtype": "float32", "dtype": "float32"})
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    _stream(network, model, lambda name: EMBEDDING if name == "lm_head.weight" and config.tie_word_embeddings else name)
-    network.model.rotary_emb = type(network.model.rotary_emb)(config)  # its frequencies are computed, and were on no device
-    return network
+    """Return transformers' model of a directory in fp32, its matrices on disk."""
+    assert model.config is not None
+    network = network_of_config(model.config, str(model.directory / CONFIG), torch.float32, "eager")
+    compute_rotations(network, str(model.directory / CONFIG))
+    config = network.config
+    return _stream(network, model, lambda name: EMBEDDING if name == "lm_head.weight" and config.tie_word_embeddings else name)
 
 
 def _stream(network: torch.nn.Module, model: OpenModel, stored: Callable[[str], str]) -> torch.nn.Module:

@@ -1,5 +1,6 @@
 """Depths at which the network may stop. A depth is a number of layers run; the last layer always is an exit."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -19,8 +20,8 @@ def normalise_depths(exit_layer_nums: Sequence[int], num_layers: int) -> tuple[i
             raise SettingsError(
                 f"--exit-layer-nums: {depth} is not a layer of this model (--num-layers {num_layers}). Use 1..{num_layers}.",
             )
-    for depth in set(exit_layer_nums):
-        if list(exit_layer_nums).count(depth) > 1:
+    for depth, times in Counter(exit_layer_nums).items():
+        if times > 1:
             raise SettingsError(f"--exit-layer-nums: {depth} is listed more than once. Name every depth once.")
     return tuple(sorted({*exit_layer_nums, num_layers}))
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_text import read_json_object
+from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.conversation import chat_form, chosen_template
 from megatron_sorted.text.prompt_form import (
     ALPACA,
@@ -21,10 +23,10 @@ from megatron_sorted.text.prompt_form import (
     read_form,
 )
 from megatron_sorted.text.tokenizer import Tokenizer
-from megatron_sorted.text.tokenizer_files import read_object
 from megatron_sorted.text.written_forms import written_form
 
 GENERATION, CONFIG, EOS = "generation_config.json", "config.json", "eos_token_id"
+MOST_BYTES = 4 << 20
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
@@ -79,8 +81,8 @@ class ModelForm:
         found = {name: value for name in SAMPLING if (value := self.generation.get(name)) is not None}
         for name, value in found.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
-                raise DataError(f"{self.where}/{GENERATION}: {name} {value!r:.40} is not a number of sampling. Mend the file, or give "
-                                "--generation-config none.")
+                raise DataError(f"{self.where}/{GENERATION}: {name} {shown(repr(value), 40)} is not a number of sampling. "
+                                "Mend the file, or give --generation-config none.")
         if self.generation.get("do_sample") is False:
             found = {name: value for name, value in found.items() if name == "repetition_penalty"} | {"temperature": 0.0}
         elif self.generation.get("do_sample") is True:
@@ -117,8 +119,17 @@ def form_of_model(directory: Path, tokenizer: Tokenizer, label: str | None = Non
     if stored is not None:
         check_tokens(stored, tokenizer, str(directory / FILE))
     form, line = _choose(directory.name, stored, tokenizer, label)
-    return ModelForm(form, line, read_object(directory / GENERATION), str(directory), form is not None and form is stored,
-                     read_object(directory / CONFIG))
+    return ModelForm(form, line, read_settings(directory / GENERATION), shown(directory), form is not None and form is stored,
+                     read_settings(directory / CONFIG))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the object in a small JSON file; empty where there is no such file.
+
+    Raises:
+        DataError: It is no JSON object of reasonable size and nesting.
+    """
+    return read_json_object(path, "Give an intact directory.", most_bytes=MOST_BYTES) if path.is_file() else {}
 
 
 def _choose(name: str, stored: PromptForm | None, tokenizer: Tokenizer, label: str | None) -> tuple[PromptForm | None, str]:

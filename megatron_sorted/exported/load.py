@@ -6,44 +6,57 @@ import torch
 from torch import nn
 
 from megatron_sorted.conversion.exit_keys import exits_of_config
-from megatron_sorted.conversion.families import CONFIG, num_layers_of_config, read_config
+from megatron_sorted.conversion.families import CONFIG, EXITS, num_layers_of_config, read_config
+from megatron_sorted.conversion.hugging_face_files import HuggingFaceFiles
 from megatron_sorted.conversion.nested_exits import Exit, read_exits
+from megatron_sorted.conversion.safetensors_files import read_header
+from megatron_sorted.conversion.tensor_table import check_num_layers
+from megatron_sorted.conversion.transformers_network import fill_network, network_of_config
 from megatron_sorted.errors import CheckpointError
-
-MOST_REASON = 300
-"""Letters of another library's words that are passed on."""
+from megatron_sorted.exported.form import GENERATION, read_settings
+from megatron_sorted.reading.shown import shown
+from megatron_sorted.text.prompt_form import end_tokens
 
 
 def load_with_exits(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[int, Exit]]:
-    """Returns the model and {depth: exit}; of a model without exits its last layer alone. Nothing in the directory is executed.
+    """Return the model and {depth: exit}; of a model without exits its last layer alone.
+
+    transformers never looks into the directory: it is given the keys of config.json that describe a network, and tensors.
+    So no key reaches code or the network, and the weights are those that every other command reads.
 
     Raises:
         CheckpointError: Files are missing or damaged, config.json names exits that are no layers, or tensors are missing or have another
             shape than config.json says.
+        DataError: An end token of generation_config.json is no token of the model.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: not a directory. Give one with config.json and model*.safetensors.")
-    config, where = read_config(directory), str(directory / CONFIG)
-    num_layers_of_config(config, where)
+        raise CheckpointError(f"{shown(directory)}: not a directory. Give one with config.json and model*.safetensors.")
+    config, where = read_config(directory), shown(directory / CONFIG)
+    layers = num_layers_of_config(config, where)
     exits_of_config(config, where)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    source = HuggingFaceFiles(directory)
+    check_num_layers(layers, source.tensors, shown(directory))
+    model = network_of_config(config, where, dtype, "sdpa")
+    fill_network(model, source, shown(directory))
+    model.config.name_or_path = str(directory)
+    _take_tokens(model, directory)
+    if (directory / EXITS).is_file():
+        read_header(directory / EXITS)  # checked before a library reads it
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            str(directory), dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-    except Exception as error:  # transformers and what it calls raise what they like, also ZeroDivisionError and AttributeError
-        reason = " ".join(str(error).split())[:MOST_REASON] or type(error).__name__
-        raise CheckpointError(f"{directory}: transformers cannot load it: {reason}. Give an intact directory.") from error
-    # transformers fills what is missing with random numbers and only warns
-    for kind, what in (("missing_keys", "is missing"), ("mismatched_keys", "has another shape than config.json says"),
-                       ("unexpected_keys", "is not part of the model")):
-        if found.get(kind):
-            first = sorted(map(str, found[kind]))[0]
-            raise CheckpointError(f"{directory}: tensor {first} {what} ({len(found[kind])} such). Give an intact directory.")
-    try:
-        return model, read_exits(directory, model)
+        return model, read_exits(directory, model, config)
     except ValueError as error:
-        raise CheckpointError(f"{error}. Export the model again, or copy the whole directory.") from error
+        raise CheckpointError(f"{shown(error)}. Export the model again, or copy the whole directory.") from error
+
+
+def _take_tokens(model: nn.Module, directory: Path) -> None:
+    """Take first, end and filling tokens from generation_config.json where there is one; nothing else of it reaches transformers."""
+    path = directory / GENERATION
+    if not path.is_file():
+        return
+    said, rows = read_settings(path), model.config.vocab_size
+    ends = end_tokens(said.get("eos_token_id"), shown(path), rows)
+    model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0] if ends else None
+    for name in ("bos_token_id", "pad_token_id"):
+        value = said.get(name)
+        is_row = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < rows
+        setattr(model.generation_config, name, value if is_row else None)

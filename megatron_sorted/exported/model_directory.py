@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_sorted.checkpoint.layout import TRACKER
 from megatron_sorted.checkpoint.manifest import MANIFEST
+from megatron_sorted.conversion.config_rules import check_config
 from megatron_sorted.conversion.convert import export_model
 from megatron_sorted.conversion.exit_keys import exits_of_config
 from megatron_sorted.conversion.families import (
@@ -18,8 +19,11 @@ from megatron_sorted.conversion.families import (
     num_layers_of_config,
     read_config,
 )
+from megatron_sorted.conversion.hugging_face_files import HuggingFaceFiles, check_has_weights
 from megatron_sorted.conversion.open_model import open_model
+from megatron_sorted.conversion.tensor_table import check_num_layers
 from megatron_sorted.errors import CheckpointError, SettingsError
+from megatron_sorted.reading.shown import shown
 
 # What an exit may own, by the setting that says so.
 OWN = {"use_exit_norm": "norms", "untie_exit_output_weights": "heads", "use_exit_block": "blocks", "use_exit_mlp": "MLPs",
@@ -53,9 +57,7 @@ def open_model_directory(path: Path) -> Path:
         return _export(path)
     if not (path / CONFIG).is_file():
         raise CheckpointError(f"{path}: no config.json. Give a Hugging Face directory with config.json and *.safetensors.")
-    if not any(path.glob("model*.safetensors")):
-        raise CheckpointError(f"{path}: no model*.safetensors; files of other kinds can run code when they are read. "
-                              "Give a directory whose weights are safetensors.")
+    check_has_weights(path)
     return path
 
 
@@ -76,14 +78,17 @@ def plan_exits(directory: Path, wanted: Sequence[int] | None = None) -> ExitPlan
         CheckpointError: config.json is of no supported family, contradicts itself, or says own parts and they are missing.
         SettingsError: A wanted depth is no layer, or not an exit where exits have parts of their own.
     """
-    config, where = read_config(directory), str(directory / CONFIG)
+    config, where = read_config(directory), shown(directory / CONFIG)
     family_of_config(config, where)
+    check_config(config, where)
     layers, exits = num_layers_of_config(config, where), exits_of_config(config, where)
-    depths = exits.get("exit_layer_nums") or tuple(range(1, layers + 1))
+    depths = exits.get("exit_layer_nums") or ()
     own = tuple(what for name, what in OWN.items() if exits.get(name)) if len(depths) > 1 else ()
     if own and not (directory / EXITS).is_file():
-        raise CheckpointError(f"{directory}: {CONFIG} says exits have own {', own '.join(own)}, but {EXITS} is missing. "
+        raise CheckpointError(f"{shown(directory)}: {CONFIG} says exits have own {', own '.join(own)}, but {EXITS} is missing. "
                               "Copy the whole directory.")
+    check_num_layers(layers, HuggingFaceFiles(directory).tensors, shown(directory))
+    depths = depths or tuple(range(1, layers + 1))
     for depth in wanted or ():
         if not 1 <= depth <= layers:
             raise SettingsError(f"--depths: {depth} is not a layer of {directory} ({layers} layers). Use 1..{layers}.")

@@ -91,7 +91,7 @@ def test_exits_are_named_in_the_config_and_read_back():
     ({"rope_theta": 10000.5}, "rope_theta 10000.5 is not a whole number"),
     ({"exit_layer_indices": [4, 99]}, "exit_layer_indices .*99 is not a layer"),
     ({"exit_layer_indices": 4}, "exit_layer_indices 4"),
-    ({"head_dim": None, "num_attention_heads": 7}, "does not divide"),
+    ({"head_dim": None, "num_attention_heads": 24}, "does not divide"),
 ])
 def test_what_is_not_understood_is_named(changes, message):
     with pytest.raises(CheckpointError, match=message):
@@ -124,5 +124,5 @@ def test_a_directory_without_a_config_is_no_model(tmp_path):
     with pytest.raises(CheckpointError, match="not a JSON object"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not readable"):
+    with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
         read_config(tmp_path)

@@ -41,7 +41,7 @@ def test_torch_dist_says_arguments_and_step(tmp_path):
     ({"latest_checkpointed_iteration.txt": "7"}, "iter_0000007: is missing"),
     ({"latest_checkpointed_iteration.txt": "7", "iter_0000007/x": ""}, "holds neither .metadata nor mp_rank"),
     ({".metadata": "", "metadata.json": json.dumps({"sharded_backend": "zarr"})}, "stored as 'zarr'"),
-    ({".metadata": "", "metadata.json": "{"}, "metadata.json: not readable"),
+    ({".metadata": "", "metadata.json": "{"}, "metadata.json: not JSON"),
 ])  # fmt: skip
 def test_a_path_that_is_no_checkpoint_is_told(files, told, tmp_path):
     for name, content in files.items():

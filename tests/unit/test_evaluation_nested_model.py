@@ -110,11 +110,11 @@ def test_a_missing_or_misshapen_tensor_is_never_filled_with_random_numbers(tmp_p
     directory = write_model(tmp_path / "m")
     tensors = load_file(directory / "model.safetensors")
     save_file({name: t for name, t in tensors.items() if name != "model.norm.weight"}, directory / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
+    with pytest.raises(CheckpointError, match=r"1 missing: model\.norm\.weight"):
         load_nested_model(directory)
     save_file(tensors | {"model.layers.7.odd": torch.zeros(2)}, directory / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"model\.layers\.7\.odd is not part of the model"):
+    with pytest.raises(CheckpointError, match=r"1 unknown: model\.layers\.7\.odd"):
         load_nested_model(directory)
     (directory / "model.safetensors").write_bytes(b"12345678")
-    with pytest.raises(CheckpointError, match="transformers cannot load it"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         load_nested_model(directory)
