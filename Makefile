@@ -58,11 +58,11 @@ check: $(READY)
 	@$(TESTS) -m "not long and not faults" tests/rules tests/unit
 
 test: check
-	@$(TESTS) -m "not long and not faults" -rs tests/ranks tests/system
+	@$(TESTS) -m "not long and not faults" -rs tests/ranks tests/system tests/faults
 	@$(LAUNCH) -m "not long"
 
 test-all: check
-	@$(TESTS) -m "not faults" -rs tests/unit tests/ranks tests/system
+	@$(TESTS) -m "not faults" -rs tests/unit tests/ranks tests/system tests/faults
 	@$(LAUNCH)
 
 # Clients of other people, where they are installed: pip install openai litellm langchain-openai.

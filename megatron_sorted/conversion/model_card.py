@@ -1,6 +1,5 @@
 """The README.md of an extracted sub-model: where it comes from, how large it is, how good it was measured to be, how it is used."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from megatron_sorted import __version__
 from megatron_sorted.conversion.families import EXITS, family_of_settings
 from megatron_sorted.conversion.nested_card import part_names, use_of_exits
 from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_text import read_json_object
 from megatron_sorted.settings.costs import forward_flops_per_token, sub_model_parameters
 from megatron_sorted.settings.derived import exit_depths
 from megatron_sorted.settings.run import Settings
@@ -41,9 +41,9 @@ def read_quality(path: Path, model: str | None = None) -> Quality:
         DataError: It is no such file, or it holds several models and none was named.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path, "Give an evaluation file, one of tools/evaluate.py.")
         by_set = _of_a_run(content) if "sets" in content else _of_models(content, model, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not an evaluation file ({type(error).__name__}: {error}). Give one of tools/evaluate.py.") from error
     sets: dict[str, dict[str, dict[int, float]]] = {}
     for name, exits in by_set.items():

@@ -17,7 +17,7 @@ from megatron_sorted.checkpoint.publishing import Retention, remove_left_overs
 from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.data.indexed import open_indexed
 from megatron_sorted.errors import CheckpointError
-from tests.unit.test_faults import checkpoint, export, fresh, save, swaps, tmp_path, write_data
+from tests.faults.test_places import checkpoint, export, fresh, save, swaps, tmp_path, write_data
 
 pytestmark = pytest.mark.faults
 KILLS, LONGEST_SECONDS = 100, 0.03

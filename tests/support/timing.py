@@ -14,7 +14,7 @@ import pytest
 from tests.support.preloaded.session import spent_seconds
 
 SLOWEST = 10
-AIM_SECONDS = {"tests/rules": 20, "tests/unit": 120, "tests/ranks": 330, "tests/system": 330, "tests/launch": 180}
+AIM_SECONDS = {"tests/rules": 20, "tests/unit": 120, "tests/ranks": 330, "tests/system": 330, "tests/faults": 60, "tests/launch": 60}
 """CPU seconds that each folder's everyday tests are aimed at: a quarter of an hour on 2 cores in all."""
 BEGAN = pytest.StashKey[tuple[float, float]]()
 

@@ -42,10 +42,10 @@ def test_measured_quality_stands_beside_the_full_models(tmp_path):
 
 def test_files_that_are_no_evaluation_are_refused(tmp_path):
     path = tmp_path / "evaluation.json"
-    with pytest.raises(DataError, match="not an evaluation file"):
+    with pytest.raises(DataError, match="evaluation file"):
         read_quality(path)
     path.write_text("{}")
-    with pytest.raises(DataError, match="not an evaluation file"):
+    with pytest.raises(DataError, match="evaluation file"):
         read_quality(path)
     both = {**EVALUATED, "models": {name: {"is_baseline": False} for name in ("mine", "other")}}
     path.write_text(json.dumps(both))
