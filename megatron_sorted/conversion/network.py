@@ -63,8 +63,8 @@ def _check_size(settings: Settings, path: Path) -> None:
     """
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if settings.num_layers * settings.hidden_size > size:
-        raise CheckpointError(f"{shown(path / CONFIG)}: num_hidden_layers is {settings.num_layers:,} (of {settings.hidden_size:,} channels), and "
-                              f"its weight files have {size:,} bytes in all. Fetch the files again, or mend the number.")
+        raise CheckpointError(f"{shown(path / CONFIG)}: num_hidden_layers is {settings.num_layers:,} (of {settings.hidden_size:,} "
+                              f"channels), and its weight files have {size:,} bytes in all. Fetch the files again, or mend the number.")
 
 
 def _saved_tokenizer(candidate: Candidate, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_sorted.conversion.convert import Exits, export_model, import_model
+from megatron_sorted.conversion.network import network_to_start_from
 from megatron_sorted.conversion.open_model import open_model
 from megatron_sorted.decoding.network import load_network
 from megatron_sorted.errors import CheckpointError, SortedError
@@ -200,6 +201,20 @@ def test_what_else_lies_there_is_not_read(kind, name, intact, tmp_path, capsys):
     assert torch.equal(model.source.read(EMBEDDING), expected)
     assert torch.equal(load_with_exits(directory, torch.float32)[0].model.embed_tokens.weight, expected)
     assert (name in capsys.readouterr().err) == name.endswith(".safetensors")
+
+
+@pytest.mark.parametrize("name", ["x" * 3000, "\\ud800", "none"])
+def test_a_shard_that_is_not_there_is_named(name, directory):
+    (directory / "model.safetensors").unlink()
+    (directory / INDEX).write_text(f'{{"weight_map": {{"a": "{name}"}}}}')
+    (said,) = refusals(directory)
+    assert "names 1 files and 1 are missing" in said
+
+
+def test_layers_that_the_files_of_load_cannot_hold(directory):
+    change(directory, num_hidden_layers=10**9)
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is 1,000,000,000 \(of 32 channels\), and its weight files have"):
+        network_to_start_from({"load": str(directory)})
 
 
 def test_an_adapter_alone_is_no_model(directory):
