@@ -113,7 +113,7 @@ FAULTS = {  # name: (origin, what is done to it, parts of the message)
     "tensor twice": ("sharded", name_twice, [f"{Q_PROJ} stands twice, in model-0000"]),
     "wrong shape": ("single", lambda d: change_tensors(d, lambda t: t.update({UP: torch.ones(48, 16)})),
                     [f"{UP} has shape [48, 16]", "makes it [48, 32]"]),
-    "broken config": ("single", lambda d: (d / "config.json").write_text("{"), ["config.json: not readable", "Fetch it again"]),
+    "broken config": ("single", lambda d: (d / "config.json").write_text("{"), ["config.json: not JSON", "Fetch it again"]),
     "damaged shard of a checkpoint": ("checkpoint", flip_bit_of_embedding,
                                       ["embedding.word_embeddings.weight in __0_0.distcp", "do not match their checksum", "Copy it again"]),
     "damaged manifest": ("checkpoint", lambda d: flip_bit(d / "iter_0000000" / "manifest.json", 0.6), ["manifest.json"]),
