@@ -43,6 +43,7 @@ def last_block(text: str) -> str:
 def test_every_mistake_in_settings_is_found_before_ranks_meet(prepared, monkeypatch, words, message):
     monkeypatch.chdir(prepared)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(SettingsError) as error:
         main(["--config", "run.yaml", *words.split()])
     assert str(error.value).startswith(message) and not dist.is_initialized()
