@@ -55,7 +55,7 @@ def test_a_run_starts_from_weights_and_goes_on_from_its_own_checkpoints(folder):
     assert travelling(own) == expected(folder) and "contents" not in read_manifest(own)
     assert form_of(own) == json.loads((folder / "data" / "train.json").read_text())["prompt_form"]
     # the same command again, twice: its own checkpoints, and what travels is still there when the import is gone
-    lines = pretrain(1, folder, *RUN, "--load", "imported", "--save", "imported", "--train-iters", 6)
+    lines = pretrain(1, folder, *RUN, "--load", "imported", "--save", "./imported/", "--train-iters", 6)
     assert any(line.startswith("loaded imported/iter_0000004: step 4, 16 samples consumed") for line in lines)
     assert not any(line.startswith("passed over") for line in lines)
     shutil.rmtree(folder / "imported" / "iter_0000000")
