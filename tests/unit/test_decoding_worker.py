@@ -1,0 +1,53 @@
+"""Requests whose clients left make room for others at once."""
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="serving is an extra")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from decoding.answers import BusyError
+from decoding.worker import MOST_WAITING, Job, Worker
+
+from megatron_sorted.decoding.sampling import Sampling
+from megatron_sorted.decoding.writer import Writer
+from tests.support.decoding import plain_network
+from tests.unit.test_decoding_writer import Letters
+
+
+class Waiting(Writer):
+    """A writer that begins a text and ends it when it may."""
+
+    def __init__(self):
+        super().__init__(plain_network("llama")[1], Letters())
+        self.has_begun, self.may_end = threading.Event(), threading.Event()
+
+    def write(self, *words):
+        self.has_begun.set()
+        assert self.may_end.wait(60)
+        yield from super().write(*words)
+
+
+def job() -> Job:
+    return Job([[1, 2]], None, Sampling(), 1, [])
+
+
+def test_clients_that_left_leave_the_line():
+    writer = Waiting()
+    worker = Worker(writer)
+    running = worker.submit(job())
+    assert writer.has_begun.wait(60)
+    waiting = [worker.submit(job()) for _ in range(MOST_WAITING)]
+    with pytest.raises(BusyError):
+        worker.submit(job())
+    waiting[5].leave()
+    assert waiting[5].pieces.get(timeout=30) is None, "it is told at once, before those in front of it"
+    last = worker.submit(job())  # there is room again
+    for one in (*waiting[:5], *waiting[6:]):
+        one.leave()
+    writer.may_end.set()
+    assert len(list(running.results())) == 1 and len(list(last.results())) == 1
+    assert worker.close(60)
