@@ -21,8 +21,8 @@ NPU_READY := $(NPU_VENV)/.ready
 
 help:
 	@echo "make demo      train a small nested model and see every exit (3 minutes on 2 CPU cores)"
-	@echo "make check     style, imports, words, unit tests (two minutes on 2 cores)"
-	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs (a quarter of an hour)"
+	@echo "make check     style, imports, words, unit tests (two to three minutes on 2 cores)"
+	@echo "make test      that, and parallel layouts on 1 to 4 processes and whole programs (15 to 20 minutes)"
 	@echo "make test-all  the same with every row of the long tables"
 	@echo "make test-faults  kills at random moments, damaged input, other people's clients, in great numbers"
 	@echo "make test-launch  job scripts with a real SLURM and sshd on this machine, as root (.ci/install brings what is missing)"
