@@ -102,6 +102,20 @@ def exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
+def take_place(new: Path, final: Path, old: Path) -> None:
+    """Rename ``final`` to ``old`` and ``new`` to ``final``: two steps, for where ``exchange`` cannot swap.
+
+    Raises:
+        OSError: One cannot be renamed; ``final`` is as it was.
+    """
+    os.rename(final, old)
+    try:
+        os.rename(new, final)
+    except OSError:
+        os.rename(old, final)
+        raise
+
+
 def remove_tree(path: Path) -> None:
     """Delete a directory, a file or a link; what a link points to stays.
 

@@ -22,7 +22,7 @@ from megatron_sorted.checkpoint.layout import (
     writing_directory,
 )
 from megatron_sorted.checkpoint.manifest import MANIFEST
-from megatron_sorted.files import discard_tree, exchange, remove_tree, sync_directory, write_text_atomically
+from megatron_sorted.files import discard_tree, exchange, remove_tree, sync_directory, take_place, write_text_atomically
 
 
 @dataclass(frozen=True)
@@ -86,23 +86,13 @@ def name_checkpoint(root: str | Path, step: int) -> str | None:
         complete, old = complete_directory(root, step), _free_name(root, step)
         os.rename(aside, complete)
         try:
-            _take_place(complete, final, old)
+            take_place(complete, final, old)
         except OSError:
             if os.path.lexists(final):  # otherwise the complete one is all there is
                 os.rename(complete, aside)
             raise
     sync_directory(Path(root))
     return _remove_old(old, final)
-
-
-def _take_place(complete: Path, final: Path, old: Path) -> None:
-    """Rename ``final`` to ``old`` and ``complete`` to ``final``; if that fails, undo it and raise."""
-    os.rename(final, old)
-    try:
-        os.rename(complete, final)
-    except OSError:
-        os.rename(old, final)
-        raise
 
 
 def _free_name(root: str | Path, step: int) -> Path:
@@ -135,7 +125,7 @@ def finish_publishing(root: str | Path) -> None:
         if match := COMPLETE.fullmatch(path.name):
             final = iteration_directory(root, int(match[1]))
             if os.path.lexists(final):
-                _take_place(path, final, _free_name(root, int(match[1])))
+                take_place(path, final, _free_name(root, int(match[1])))
             else:
                 os.rename(path, final)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_sorted.checkpoint.layout import saved_steps
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.files import discard_tree, exchange, is_inside, sync_directory
+from megatron_sorted.files import discard_tree, exchange, is_inside, sync_directory, take_place
 
 SLACK_BYTES = 16 << 20  # descriptions, tokenizer and what a file system takes for itself
 
@@ -96,9 +96,4 @@ def replace_directory(aside: Path, destination: Path, old: Path) -> None:
     if not os.path.lexists(destination):
         os.rename(aside, destination)
     elif not exchange(aside, destination):
-        os.rename(destination, old)
-        try:
-            os.rename(aside, destination)
-        except OSError:
-            os.rename(old, destination)
-            raise
+        take_place(aside, destination, old)

@@ -118,7 +118,7 @@ def decode_json(line: bytes) -> Any:
     if len(line) > MOST_CONTAINERS and (containers > MOST_CONTAINERS or line.count(b",") > MOST_ELEMENTS):
         raise BrokenJsonError("too_many_elements")
     try:
-        value = _DECODER.decode(line.decode())
+        value = DECODER.decode(line.decode())
     except UnicodeDecodeError:
         raise BrokenJsonError("not_utf8") from None
     except json.JSONDecodeError:
@@ -143,7 +143,8 @@ def bounded_integer(word: str, base: int = 10) -> int:
     return int(word, base)
 
 
-_DECODER = json.JSONDecoder(parse_int=bounded_integer)
+DECODER = json.JSONDecoder(parse_int=bounded_integer)
+"""Reads one value; whoever calls it bounds bytes and nesting."""
 
 
 def _refuse_constant(word: str) -> NoReturn:

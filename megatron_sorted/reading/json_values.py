@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from typing import BinaryIO, NoReturn
 
 from megatron_sorted.errors import DataError
-from megatron_sorted.reading.json_text import MOST_BYTES, MOST_DEPTH, bounded_integer
+from megatron_sorted.reading.json_text import DECODER, MOST_BYTES, MOST_DEPTH
 
 READ_BYTES = 1 << 20
 MOST_RECORD_BYTES = MOST_BYTES
 BLANKS = re.compile(r"[ \t\r\n]*")
 LIST = re.compile(rb"[ \t\r\n]*\[[ \t\r\n]*\{")
-_DECODER = json.JSONDecoder(parse_int=bounded_integer)
 
 
 def begins_list(beginning: bytes) -> bool:
@@ -32,7 +31,7 @@ def begins_over_lines(beginning: bytes) -> bool:
         return False
     text = beginning.decode("utf-8", errors="replace")
     try:
-        _, end = _DECODER.raw_decode(text)
+        _, end = DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         return first.strip() == b"{"  # longer than what was looked at, or damaged within
     return "\n" in text[:end]
@@ -93,7 +92,7 @@ class _Values:
         wanted = READ_BYTES
         while True:
             try:
-                _, end = _DECODER.raw_decode(self.text, self.place)
+                _, end = DECODER.raw_decode(self.text, self.place)
                 if end < len(self.text) or self.ended:  # a number might go on
                     found, self.place = self.text[self.place : end], end
                     return found
