@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_sorted.command import sentence_of
@@ -15,6 +16,7 @@ from megatron_sorted.errors import SortedError
 from megatron_sorted.training.signals import stop_request
 
 # Most errors are met by every rank at once; the first of a host goes ahead, and its launcher ends the others while they wait.
+# On a crowded host it may not manage within this time: then a file that the first made keeps the others silent.
 PRECEDENCE_SECONDS = 2.0
 # A rank whose peer vanished is a victim: it waits until the launcher has seen the rank that failed by itself.
 # Seconds are many launchers' looks (every 0.1 s), but a crowded host may hold a launcher up.
@@ -55,6 +57,24 @@ def wait_for_the_launcher(seconds: float, since: float) -> None:
         time.sleep(0.05)
 
 
+def is_first_to_report(error_file: str) -> bool:
+    """Return whether no other rank of this host reports an error in this attempt of torchrun; the first that asks is the one.
+
+    Args:
+        error_file: This rank's ``TORCHELASTIC_ERROR_FILE``, which torchrun calls ``attempt_N/LOCAL_RANK/error.json``.
+    """
+    attempt = Path(error_file).absolute().parent.parent
+    if not attempt.name.startswith("attempt_"):
+        return True
+    try:
+        (attempt / "reported").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # a full disk must not hide the error itself
+        return True
+    return True
+
+
 def report_and_exit(error: BaseException, silent: bool = False) -> NoReturn:
     """Prints the error, hands it to the launcher, and ends this process with status 1.
 
@@ -72,10 +92,13 @@ def report_and_exit(error: BaseException, silent: bool = False) -> NoReturn:
     wait_for_the_launcher(seconds, time.monotonic() - before)
     if silent:
         os._exit(1)
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and not is_first_to_report(path):
+        wait_for_the_launcher(VICTIM_SECONDS, time.monotonic() - VICTIM_SECONDS)
+        os._exit(1)
     message = message_of(error)
     if "RANK" in os.environ and not isinstance(error, SortedError):
         message = f"rank {os.environ['RANK']}: {message}"
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}}, file)

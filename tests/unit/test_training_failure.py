@@ -75,3 +75,20 @@ def test_a_victim_told_to_end_before_it_noticed_ends_without_a_word(error, words
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, words)
     assert time.monotonic() - started < VICTIM_SECONDS
+
+
+def test_one_rank_of_a_host_reports_however_slow_the_launcher_is(tmp_path):
+    """Both ranks meet an error; the launcher's signal reaches the second only after its time to wait is over."""
+    code = "import os, signal, threading; from megatron_sorted.training import failure; " \
+           "from megatron_sorted.training.signals import stop_request; " \
+           "stop_request.listen(); failure.PRECEDENCE_SECONDS = 0.1; " \
+           "threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start(); failure.report_and_exit(KeyError('own'))"
+    seen = []
+    for rank in range(2):
+        path = tmp_path / "attempt_0" / str(rank) / "error.json"
+        path.parent.mkdir(parents=True)
+        environment = {"PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        seen.append((done.stderr, path.exists()))
+    assert seen == [("rank 0: KeyError: 'own'\n", True), ("", False)]
