@@ -50,7 +50,7 @@ $(READY): setup.py constraints.txt
 	@touch $(READY)
 
 demo: $(READY)
-	@$(BIN)/python tools/demo.py
+	@$(BIN)/python -m lab.demo
 
 # two workers, each file's tests in one of them; WORKERS=0 runs all tests in one process
 check: $(READY)
@@ -99,18 +99,18 @@ test-npu: $(NPU_READY)
 # on an Ascend host the Python that has torch_npu: make accept-npu PYTHON=...
 ifeq ($(ON),simulation)
 accept-npu: $(NPU_READY)
-	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_VENV)/bin/python -m tests.support.npu_simulation $(NPU_VENV)/bin/python tools/accept_npu.py
+	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_VENV)/bin/python -m tests.support.npu_simulation $(NPU_VENV)/bin/python -m lab.accept_npu
 else
 accept-npu:
-	@PYTHONPATH=$(CURDIR) $(PYTHON) tools/accept_npu.py
+	@PYTHONPATH=$(CURDIR) $(PYTHON) -m lab.accept_npu
 endif
 
 bench: $(READY)
-	@$(BIN)/python tools/bench.py
-	@$(BIN)/python tools/bench_run.py
-	@$(BIN)/python tools/bench_convert.py
-	@$(BIN)/python tools/bench_rules.py
-	@$(BIN)/python tools/bench_decoding.py
+	@$(BIN)/python -m lab.bench
+	@$(BIN)/python -m lab.bench_run
+	@$(BIN)/python -m lab.bench_convert
+	@$(BIN)/python -m lab.bench_rules
+	@$(BIN)/python -m lab.bench_decoding
 
 clean:
 	rm -rf $(VENV) $(VENV)-megatron $(NPU_VENV) runs build dist *.egg-info

@@ -1,11 +1,16 @@
 """Installs megatron_sorted; `constraints.txt` pins the tested versions."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
-PACKAGE = (Path(__file__).parent / "megatron_sorted" / "__init__.py").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent
+PACKAGE = (ROOT / "megatron_sorted" / "__init__.py").read_text(encoding="utf-8")
+# folders of a clone that an installation brings inside the package: `megatron-sorted examples` copies them out
+SHIPPED = {"megatron_sorted.examples": "examples", "megatron_sorted.slurm": "slurm"}
 
 # psutil: megatron's checkpoint writer needs it
 TRAIN = ["torch>=2.6", "megatron-core>=0.12.1,<0.17", "numpy", "psutil", "sentencepiece", "safetensors", "jinja2"]
@@ -16,13 +21,42 @@ SERVE = [*CONVERT, "fastapi", "uvicorn"]
 DEMO = ["Babel", "matplotlib"]
 DEV = ["pytest", "pytest-xdist", "ruff", "import-linter", "httpx2", "hypothesis"]  # httpx2: for tests of the server
 
+
+class CleanBuild(build_py):
+    """Build from what is there now: setuptools would carry files of earlier builds, removed or moved since, into a wheel."""
+
+    def run(self) -> None:
+        """Remove the earlier build, then build."""
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 setup(
     name="megatron_sorted",
     version=re.search(r'^__version__ = "(.+)"$', PACKAGE, re.MULTILINE)[1],
     description="Train nested (sorted) language models on megatron-core",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    entry_points={"console_scripts": ["megatron-sorted = megatron_sorted.__main__:main"]},
+    cmdclass={"build_py": CleanBuild},
     python_requires=">=3.10",
-    packages=find_packages(include=["megatron_sorted", "megatron_sorted.*"]),
+    packages=[*find_packages(include=["megatron_sorted", "megatron_sorted.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={"megatron_sorted.examples": ["*.yaml", "sites/*.site"], "megatron_sorted.slurm": ["*.sh", "*.awk", "*.sbatch"]},
     install_requires=["pydantic>=2", "pyyaml", "tqdm"],
     extras_require={
         "train": TRAIN,

@@ -86,6 +86,8 @@ read_site() { # FILE
     [ -z "${SITE[PYTORCH_ALLOC_CONF]:-}" ] || [ -z "${SITE[PYTORCH_NPU_ALLOC_CONF]:-}${SITE[PYTORCH_CUDA_ALLOC_CONF]:-}" ] ||
         refuse "$file: PYTORCH_ALLOC_CONF beside the variable of one device, which torch refuses. Leave one out."
     PYTHON=${SITE[PYTHON]:-$ROOT/.venv/bin/python}
+    # what `megatron-sorted launch` runs with, where the package is installed and this is no clone
+    [ -n "${SITE[PYTHON]:-}" ] || [ -x "$PYTHON" ] || PYTHON=${SORTED_OWN_PYTHON:-$PYTHON}
 }
 
 nearest_names() { # NAME: names of which it may be a slip, else those that are not handed on
@@ -138,24 +140,33 @@ read_arguments() { # OPTIONS-ALLOWED WORDS...: sets PRINT, RUN, RUN_WORDS and OP
 
 settle_shape() { # NODES-KNOWN (or nothing) WHERE-FROM: sets NODES, DEVICES and WORLD_SIZE
     local said
-    said=$(sed -n '/^$/q; s/^# world-size: \([1-9][0-9]*\)[[:space:]]*$/\1/p' "$RUN" | head -n 1)
+    said=$(sed -n 's/^world[-_]size:[[:space:]]*\([1-9][0-9]*\)[[:space:]]*\(#.*\)\{0,1\}$/\1/p' "$RUN" | head -n 1)
+    if [ -z "$said" ]; then
+        said=$(sed -n '/^$/q; s/^# world-size: \([1-9][0-9]*\)[[:space:]]*$/\1/p' "$RUN" | head -n 1)
+        [ -z "$said" ] || echo "note: $RUN: '# world-size: $said' is a comment. Write it as a key of the file: world-size: $said" >&2
+    fi
     DEVICES=${SITE[DEVICES_PER_NODE]}
     [[ ${1:-1} =~ ^[1-9][0-9]*$ ]] || refuse "$2: '$1' is not a number of nodes. Give a whole number above 0."
     if [ -n "${1:-}" ]; then NODES=$1; else
-        [ -n "$said" ] || refuse "$RUN: no line '# world-size: N' in the comment at its head. Add it, or give --nodes."
+        [ -n "$said" ] || refuse "$RUN: no key 'world-size: N'. Add it, or give --nodes."
         [ $((said % DEVICES)) = 0 ] ||
             refuse "$RUN: world-size $said is not a multiple of the $DEVICES devices of a node (DEVICES_PER_NODE). Change one of them."
         NODES=$((said / DEVICES))
     fi
     WORLD_SIZE=$((NODES * DEVICES))
     [ -z "$said" ] || [ "$said" = "$WORLD_SIZE" ] ||
-        refuse "$NODES nodes (${2:-}) x $DEVICES devices are $WORLD_SIZE processes, but $RUN says '# world-size: $said'. Change the nodes, DEVICES_PER_NODE or that line."
+        refuse "$NODES nodes (${2:-}) x $DEVICES devices are $WORLD_SIZE processes, but $RUN says 'world-size: $said'. Change the nodes, DEVICES_PER_NODE or that line."
+}
+
+use_project() { # ROOT: lets Python find the package of a clone before one that is installed; scripts that were copied out have none beside them
+    [ ! -e "$1/megatron_sorted/__init__.py" ] || export PYTHONPATH=$1${PYTHONPATH:+:$PYTHONPATH}
 }
 
 check_run_here() { # early, where this host can: mistakes in the settings need no job to be found
     [ -z "${SITE[CONTAINER_IMAGE]:-}${SITE[CONTAINER_COMMAND]:-}" ] && [ -x "$PYTHON" ] || return 0
     "$PYTHON" -c "" > /dev/null 2>&1 || return 0 # it may need MODULES, which the nodes load
-    PYTHONPATH=$ROOT "$PYTHON" "$ROOT/tools/launch_facts.py" --world-size "$WORLD_SIZE" -- "${RUN_WORDS[@]}" > /dev/null || exit 2
+    use_project "$ROOT"
+    PYTHONSAFEPATH=1 "$PYTHON" -m megatron_sorted.launching.facts --world-size "$WORLD_SIZE" -- "${RUN_WORDS[@]}" > /dev/null || exit 2
 }
 
 is_loopback() { # ADDRESS
@@ -184,8 +195,9 @@ torchrun_words() { # NODE-RANK RUN-WORDS...: sets TORCHRUN. Static rendezvous: w
     TORCHRUN=(
         "$SORTED_PYTHON" -m torch.distributed.run "--nnodes=$SORTED_NODES" "--nproc-per-node=$SORTED_DEVICES" "--node-rank=$1"
         --rdzv-backend=static "--master-addr=$SORTED_MASTER_ADDR" "--master-port=$SORTED_MASTER_PORT" "--max-restarts=$SORTED_MAX_RESTARTS"
-        "$SORTED_ROOT/pretrain_sorted.py" "${@:2}"
     )
+    if [ -e "$SORTED_ROOT/pretrain_sorted.py" ]; then TORCHRUN+=("$SORTED_ROOT/pretrain_sorted.py"); else TORCHRUN+=(-m megatron_sorted train); fi
+    TORCHRUN+=("${@:2}")
 }
 
 print_node_command() { # what a node will run

@@ -36,7 +36,8 @@ prepare() { # modules, the device's own environment, variables
         if ! type module > /dev/null 2>&1; then problem "MODULES is '$SORTED_MODULES', but this node has no command 'module'. Leave the line out of the site file."
         elif ! module load $SORTED_MODULES; then problem "'module load $SORTED_MODULES' failed (above). Correct MODULES in the site file."; fi
     fi
-    export PYTHONPATH=$SORTED_ROOT${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    use_project "$SORTED_ROOT"
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
     if [ "$SORTED_KIND" = gpu ]; then
         export TORCH_DEVICE_BACKEND_AUTOLOAD=0 # a torch_npu that is installed too would be loaded, and fail
@@ -82,7 +83,7 @@ ask_python() { # RUN-WORDS...: facts of run and host, into FACT
     [ "$SORTED_KIND" = npu ] && packages+=,torch_npu
     [ "$rank" = 0 ] && lock=(--check-lock)
     errors=$(mktemp)
-    said=$("$SORTED_PYTHON" "$SORTED_ROOT/tools/launch_facts.py" --world-size $((SORTED_NODES * SORTED_DEVICES)) --packages "$packages" "${lock[@]}" \
+    said=$(PYTHONSAFEPATH=1 "$SORTED_PYTHON" -m megatron_sorted.launching.facts --world-size $((SORTED_NODES * SORTED_DEVICES)) --packages "$packages" "${lock[@]}" \
         -- "$@" 2> "$errors") || problem "$(sed 's/^error: //' "$errors" | tail -n 1)"
     rm -f "$errors"
     [ -n "$said" ] || return 1
@@ -101,7 +102,7 @@ ask_torch() { # a torch that sees no devices would make --device auto mean cpu
     if said=$(TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$SORTED_PYTHON" -c "import $packages; print(torch.__version__, torch.$module.device_count())" 2> "$errors"); then
         said=$(tail -n 1 <<< "$said")
         [ "${said##* }" -ge "$SORTED_DEVICES" ] ||
-            problem "torch ${said% *} sees ${said##* } of the $SORTED_DEVICES devices of DEVICES_PER_NODE: another build, an old driver, or a variable that hides them. 'python tools/doctor.py' there says which."
+            problem "torch ${said% *} sees ${said##* } of the $SORTED_DEVICES devices of DEVICES_PER_NODE: another build, an old driver, or a variable that hides them. 'megatron-sorted doctor' there says which."
     else
         said=$(tail -n 1 "$errors")
         case $SORTED_KIND-$said in

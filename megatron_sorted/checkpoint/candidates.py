@@ -23,17 +23,17 @@ class Candidate:
 
     @property
     def step(self) -> int:
-        """Returns the step it was taken at."""
+        """Return the step it was taken at."""
         return self.manifest["progress"]["step"]
 
     @property
     def saved_at(self) -> str:
-        """Returns when it was saved, as text that sorts by time."""
+        """Return when it was saved, as text that sorts by time."""
         return self.manifest["saved_at"]
 
     @property
     def weights_only(self) -> bool:
-        """Returns whether it holds a model alone, as an import writes it: a run starts from it at step 0."""
+        """Return whether it holds a model alone, as an import writes it: a run starts from it at step 0."""
         return self.manifest.get("contents") == WEIGHTS_ONLY
 
 
@@ -45,13 +45,13 @@ class Candidates:
     skipped: list[tuple[int, str]] = field(default_factory=list)
 
     def passed_over(self, taken: Candidate | None) -> list[str]:
-        """Returns the sentences of checkpoints newer than ``taken``, newest first; all of them where nothing is taken."""
+        """Return the sentences of checkpoints newer than ``taken``, newest first; all of them where nothing is taken."""
         above = -1 if taken is None else taken.step
         return [sentence for step, sentence in sorted(self.skipped, reverse=True) if step > above]
 
 
 def tracked_step(root: str | Path) -> int | None:
-    """Returns the step the tracker names, or None where there is none.
+    """Return the step the tracker names, or None where there is none.
 
     Raises:
         CheckpointError: The tracker is unreadable.
@@ -97,7 +97,7 @@ def steps_of_run(root: str | Path, run_id: str) -> list[int]:
 
 
 def find_candidates(root: str | Path, step: int | None = None) -> Candidates:
-    """Returns the checkpoints a run can continue from, newest first; nothing is read but manifests and sizes.
+    """Return the checkpoints a run can continue from, newest first; nothing is read but manifests and sizes.
 
     The tracker is written last, so a run killed right before has one complete checkpoint more than the tracker says. Newer ones count if
     they were saved later by the same run; those of a run that was started over, or that went back with --ckpt-step, do not. Weights alone
@@ -135,7 +135,7 @@ def find_candidates(root: str | Path, step: int | None = None) -> Candidates:
 
 
 def _keep_those_of_one_run(found: Candidates, tracked: int | None) -> None:
-    """Passes over checkpoints that do not lead to the tracker's, or from it, in time.
+    """Pass over checkpoints that do not lead to the tracker's, or from it, in time.
 
     The run to continue is that of the tracker's checkpoint, or of the next older one, or without a tracker the one that saved last. A
     checkpoint of weights only is no run's: whatever was saved after it in its directory goes before it.

@@ -30,12 +30,12 @@ LEFT_OVER = re.compile(r"\.iter_[0-9]{7,}\.(writing|removing[0-9]*)|\.(latest_ch
 
 
 def iteration_directory(root: str | Path, step: int) -> Path:
-    """Returns the directory of the checkpoint of ``step``."""
+    """Return the directory of the checkpoint of ``step``."""
     return Path(root) / f"iter_{step:07d}"
 
 
 def writing_directory(root: str | Path, step: int) -> Path:
-    """Returns the directory in which the checkpoint of ``step`` lies until it is complete."""
+    """Return the directory in which the checkpoint of ``step`` lies until it is complete."""
     return Path(root) / f".iter_{step:07d}.writing"
 
 
@@ -45,7 +45,7 @@ def complete_directory(root: str | Path, step: int) -> Path:
 
 
 def saved_steps(root: str | Path) -> list[int]:
-    """Returns the steps of the checkpoints in ``root``, newest first."""
+    """Return the steps of the checkpoints in ``root``, newest first."""
     try:
         names = os.listdir(root)
     except (FileNotFoundError, NotADirectoryError):
@@ -55,7 +55,7 @@ def saved_steps(root: str | Path) -> list[int]:
 
 
 def tokenizer_files_in(directory: Path) -> dict[str, Path]:
-    """Returns the files in a Hugging Face directory that make up its tokenizer, by name within a checkpoint."""
+    """Return the files in a Hugging Face directory that make up its tokenizer, by name within a checkpoint."""
     found = {path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
     return {f"{TOKENIZER}/{path.relative_to(directory).as_posix()}": path for path in sorted(found)}
 
@@ -67,7 +67,7 @@ def checkpoint_directory(root: str | Path, step: int) -> Path:
 
 
 def steps_to_remove(steps: list[int], newest: int, retain: int | None, interval: int | None) -> list[int]:
-    """Returns the checkpoints that are not kept: all but the ``retain`` newest, ``newest`` itself and multiples of ``interval``.
+    """Return the checkpoints that are not kept: all but the ``retain`` newest, ``newest`` itself and multiples of ``interval``.
 
     Args:
         steps: Of all checkpoints.

@@ -27,7 +27,7 @@ class DirectoryLock:
         self._file = None
 
     def acquire(self, patience_seconds: float = PATIENCE_SECONDS) -> bool:
-        """Returns True once this process holds the directory, False where the file system knows no locks.
+        """Return True once this process holds the directory, False where the file system knows no locks.
 
         Raises:
             CheckpointError: Another process holds it, and still does after ``patience_seconds``.
@@ -63,7 +63,7 @@ class DirectoryLock:
         return True
 
     def release(self) -> None:
-        """Gives the directory up."""
+        """Give the directory up."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -55,7 +55,7 @@ class FileRecord:
 
 
 def record_file(path: Path, progress_mark: Callable[[], None] = lambda: None) -> FileRecord:
-    """Returns size and hash of a file, read from disk; ``progress_mark`` is called as it gets on.
+    """Return size and hash of a file, read from disk; ``progress_mark`` is called as it gets on.
 
     Raises:
         OSError: It cannot be read.
@@ -75,7 +75,7 @@ def _own_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def manifest_text(description: Mapping[str, Any], progress: Progress, files: Mapping[str, FileRecord]) -> str:
-    """Returns the manifest of a checkpoint as JSON.
+    """Return the manifest of a checkpoint as JSON.
 
     Args:
         description: What the run says of itself (``training.describe.description``); plain data.
@@ -148,7 +148,7 @@ def check_name(directory: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def check_sizes(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Returns nothing if every file of the checkpoint is there with its right size; contents are not read.
+    """Check that every file of the checkpoint is there with its right size; contents are not read.
 
     Raises:
         CheckpointError: Naming the first file that is not.
@@ -164,7 +164,7 @@ def check_sizes(directory: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def find_damage(directory: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Returns a sentence for each of the files ``names`` whose content is not what the manifest says."""
+    """Return a sentence for each of the files ``names`` whose content is not what the manifest says."""
     problems = []
     for name in names:
         said = manifest["files"][name]
@@ -179,7 +179,7 @@ def find_damage(directory: Path, manifest: Mapping[str, Any], names: Iterable[st
 
 
 def network_shape(settings: Settings, vocab_size: int) -> dict[str, Any]:
-    """Returns the fields that fix what the network computes of its weights, defaults resolved: "shape" of a manifest."""
+    """Return the fields that fix what the network computes of its weights, defaults resolved: "shape" of a manifest."""
     shape = {name: getattr(settings, name) for name in (*SHAPE_FIELDS, *OWN_PART_FIELDS)}
     return shape | {
         "ffn_hidden_size": ffn_hidden_size(settings), "kv_channels": kv_channels(settings),
@@ -188,7 +188,7 @@ def network_shape(settings: Settings, vocab_size: int) -> dict[str, Any]:
 
 
 def exits_description(settings: Settings) -> dict[str, Any]:
-    """Returns what a manifest says of exits: "exits"."""
+    """Return what a manifest says of exits: "exits"."""
     coefficients = step_coefficients(settings, base_rule(settings), settings.exit_layer_weight_warmup_iters)
     return {"depths": list(exit_depths(settings)), "own_norm": settings.use_exit_norm,
             "own_output_weights": settings.untie_exit_output_weights,
@@ -197,9 +197,9 @@ def exits_description(settings: Settings) -> dict[str, Any]:
 
 
 def with_new_parts(manifest: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """Returns the manifest as that of a model whose exits have the parts that the run gives them, where the model's have none.
+    """Return the manifest as that of a model whose exits have the parts that the run gives them, where the model's have none.
 
-    For a run that takes weights only: the new parts begin as copies (``conversion.convert.origin_of``). Parts that the model has name the
+    For a run that takes weights only: the new parts begin as copies (``conversion.origins.origin_of``). Parts that the model has name the
     depths of its exits, which then stay.
     """
     shape, said = dict(manifest["shape"]), manifest.get("settings", {})
@@ -210,7 +210,7 @@ def with_new_parts(manifest: Mapping[str, Any], settings: Settings) -> dict[str,
 
 
 def settings_of_manifest(manifest: Mapping[str, Any], source: str) -> Settings:
-    """Returns the settings a checkpoint was saved with, vocabulary and exits resolved.
+    """Return the settings a checkpoint was saved with, vocabulary and exits resolved.
 
     Args:
         manifest: Of the checkpoint.
@@ -222,7 +222,7 @@ def settings_of_manifest(manifest: Mapping[str, Any], source: str) -> Settings:
 
 
 def check_same_shape(directory: Path, manifest: Mapping[str, Any], settings: Settings, shape: Mapping[str, Any]) -> None:
-    """Returns nothing if the checkpoint holds a network of the shape the run asks for.
+    """Check that the checkpoint holds a network of the shape the run asks for.
 
     Args:
         directory: The checkpoint.

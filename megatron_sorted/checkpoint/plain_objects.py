@@ -24,7 +24,7 @@ class Named:
     """A value whose class is not needed here: its name, what it was made from, and its state."""
 
     def __new__(cls, *arguments, **_named):
-        """Returns the value, made from ``arguments``."""
+        """Return the value, made from ``arguments``."""
         value = super().__new__(cls)
         value.arguments = arguments
         value.state = None
@@ -59,7 +59,7 @@ STAND_INS = [(type(name.rpartition(".")[2], (Named,), {"__module__": __name__}),
 
 @contextmanager
 def _only_ours() -> Iterator[None]:
-    """Lets torch's reader take the names above and no others, whatever the process has told it before (Megatron does, on import)."""
+    """Let torch's reader take the names above and no others, whatever the process has told it before (Megatron does, on import)."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -89,7 +89,7 @@ def _check_archive(source: Path | io.BufferedIOBase) -> None:
 
 
 def load_plain(source: Path | io.BufferedIOBase, told: str, **how: Any) -> Any:
-    """Returns what torch.save wrote, classes of Megatron as ``Named`` records.
+    """Return what torch.save wrote, classes of Megatron as ``Named`` records.
 
     Args:
         source: A path or an open file.
@@ -143,7 +143,7 @@ def _object_bytes(directory: Path, name: str, piece: StoredPiece | None) -> io.B
 
 
 def check_checkpoint_is_safe(directory: str | Path) -> None:
-    """Returns nothing if loading a ``torch_dist`` checkpoint with Megatron would run nothing of somebody else's.
+    """Check that loading a ``torch_dist`` checkpoint with Megatron would run nothing of somebody else's.
 
     Megatron reads ``.metadata`` as a raw pickle, and torch's planner every object that is no tensor (random state, extra state of
     layers) with ``weights_only=False``; so both are read here first, with readers that refuse. The tensors themselves and

@@ -112,7 +112,7 @@ class RestrictedUnpickler(pickle._Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Returns the stand-in of a permitted name.
+        """Return the stand-in of a permitted name.
 
         Raises:
             UnpicklingError: It is not permitted.
@@ -153,7 +153,7 @@ def _tensor(name: str, record: Any, pieces: dict) -> StoredTensor:
 
 
 def read_stored_names(directory: str | Path) -> StoredNames:
-    """Returns what a ``torch_dist`` checkpoint says it holds; nothing of the file is run.
+    """Return what a ``torch_dist`` checkpoint says it holds; nothing of the file is run.
 
     Raises:
         CheckpointError: ``.metadata`` is missing, damaged, or asks for something that a checkpoint's metadata does not need.

@@ -80,22 +80,19 @@ class Saver:
         platform: Where the run is.
         background: Whether `save` comes back before the files are written.
         verify: Whether files are read back and compared after writing.
-        retain: How many of the newest checkpoints are kept; None for all.
-        retain_interval: Checkpoints of steps that are a multiple of it are kept as well.
+        keep: Which checkpoints are not deleted.
         extra_files: Content of small files that go into every checkpoint, by name within it; only the first rank's are written.
         progress_mark: Called from the writing thread as it gets on, for a watchdog.
     """
 
-    def __init__(self, root: str, platform: Platform, background: bool = True, verify: bool = True, retain: int | None = None,
-                 retain_interval: int | None = None, extra_files: Mapping[str, bytes] | None = None,
-                 progress_mark: Callable[[], None] = lambda: None):
-        """Clears what an earlier run left unfinished.
+    def __init__(self, root: str, platform: Platform, background: bool, verify: bool, keep: Retention,
+                 extra_files: Mapping[str, bytes], progress_mark: Callable[[], None]):
+        """Clear what an earlier run left unfinished.
 
         Collective: creates a process group of all ranks; every process must make a saver.
         """
-        self.root, self.background, self.verify = Path(root), background, verify
-        self.keep = Retention(retain, retain_interval)
-        self.extra_files, self.progress_mark = dict(extra_files or {}), progress_mark
+        self.root, self.background, self.verify, self.keep = Path(root), background, verify, keep
+        self.extra_files, self.progress_mark = dict(extra_files), progress_mark
         self.group = dist.new_group(backend=platform.host_backend)
         self.stage = Stage(platform)
         self._validated = False
@@ -107,11 +104,11 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Returns whether a save of this rank is still on its way."""
+        """Return whether a save of this rank is still on its way."""
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, state: dict[str, Any], progress: Progress, description: dict[str, Any], began: float) -> None:
-        """Starts a save of ``state``, a Megatron sharded state dict, which may change afterwards. The save before must be taken.
+        """Start a save of ``state``, a Megatron sharded state dict, which may change afterwards. The save before must be taken.
 
         Collective: Megatron's checks of the state dict over all ranks (the first time), then nothing on the main thread.
 
@@ -137,7 +134,7 @@ class Saver:
             self._thread.join()
 
     def take_outcome(self, wait: bool) -> SaveOutcome | None:
-        """Returns what became of the save on its way, once; None if there is none, or it is not finished and ``wait`` is False.
+        """Return what became of the save on its way, once; None if there is none, or it is not finished and ``wait`` is False.
 
         Ranks finish at slightly different times: without ``wait``, all must agree before they act on it.
         """
@@ -148,7 +145,7 @@ class Saver:
         return outcome
 
     def _run(self, job: _Job) -> None:
-        """Does the second half of a save and notes its outcome; never raises.
+        """Do the second half of a save and note its outcome; never raises.
 
         Collective: over the saver's own group.
         """
@@ -171,7 +168,7 @@ class Saver:
                                   job.stall_seconds, time.monotonic() - job.started, tuple(notes[0]) if notes else ())
 
     def _agree(self, work: Callable[[], Any]) -> tuple[str | None, list[Any]]:
-        """Returns (None, what ``work`` returned on every rank), or (what went wrong and on which rank, []).
+        """Return (None, what ``work`` returned on every rank), or (what went wrong and on which rank, []).
 
         Collective: one small all-gather over the saver's group, and those of ``work``. A rank that fails must not leave others waiting
         in a collective of ``work``: either torch sees to that, or ``work`` has none.
@@ -193,7 +190,7 @@ class Saver:
             aside.mkdir(parents=True)
 
     def _write_shards(self, job: _Job, writer: HashingWriter) -> None:
-        """Writes this rank's shards, and on rank 0 torch's description of all.
+        """Write this rank's shards, and on rank 0 torch's description of all.
 
         Collective: torch's planning and completion of a checkpoint, over the saver's group.
         """
@@ -202,7 +199,7 @@ class Saver:
         job.shards = {}
 
     def _write_rest(self, job: _Job, writer: HashingWriter, aside: Path) -> dict[str, FileRecord]:
-        """Returns the records of all files this rank wrote, after rank 0 has added the small ones and all were read back."""
+        """Return the records of all files this rank wrote, after rank 0 has added the small ones and all were read back."""
         if dist.get_rank() == 0:
             writer.fs.write_bytes(aside / "common.pt", job.common)
             save_config(CheckpointingConfig("torch_dist", 1), str(aside))
@@ -223,7 +220,7 @@ class Saver:
 
 
 def _cause(error: BaseException) -> str:
-    """Returns the reason of an error in a few words; of torch's, which hold those of all ranks, the one of the lowest rank."""
+    """Return the reason of an error in a few words; of torch's, which hold those of all ranks, the one of the lowest rank."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
         return f"{_cause(inner)}, on rank {rank}"
@@ -233,7 +230,7 @@ def _cause(error: BaseException) -> str:
 
 
 def require_saved(outcome: SaveOutcome) -> None:
-    """Returns nothing if the save succeeded.
+    """Check that a save succeeded.
 
     Raises:
         CheckpointError: It did not.

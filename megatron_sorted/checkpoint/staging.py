@@ -18,11 +18,11 @@ class Stage:
 
     @property
     def num_bytes(self) -> int:
-        """Returns how much memory is held."""
+        """Return how much memory is held."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
 
     def copy(self, sharded_state: Any) -> None:
-        """Puts copies in host memory in place of the tensors of a sharded state dict that this rank writes.
+        """Put copies in host memory in place of the tensors of a sharded state dict that this rank writes.
 
         Tensors that another rank writes are left: they are not looked at any more. Waits for the device.
         """

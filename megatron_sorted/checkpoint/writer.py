@@ -59,7 +59,7 @@ class HashingFileSystem(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
-        """Yields a stream of the file; a file opened for writing is on disk when the block ends."""
+        """Yield a stream of the file; a file opened for writing is on disk when the block ends."""
         with open(path, mode) as file:
             if "w" not in mode:
                 yield file
@@ -77,18 +77,18 @@ class HashingFileSystem(FileSystem):
             self.records[Path(path)] = FileRecord(stream.num_bytes, stream.digest.hexdigest())
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        """Renames a file; its record goes with it."""
+        """Rename a file; its record goes with it."""
         super().rename(path, new_path)
         self.records[Path(new_path)] = self.records.pop(Path(path))
 
     def write_bytes(self, path: Path, data: bytes) -> None:
-        """Writes a whole file."""
+        """Write a whole file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.create_stream(path, "wb") as stream:
             stream.write(data)
 
     def verify(self) -> None:
-        """Returns nothing if every file on disk is what was written.
+        """Check that every file on disk is what was written.
 
         Raises:
             OSError: One is not, or cannot be read.

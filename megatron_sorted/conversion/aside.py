@@ -76,7 +76,10 @@ def written_aside(destination: Path, overwrite: bool, num_bytes: int, source: Pa
         aside.mkdir()
         yield aside
         sync_directory(aside)
-        replace_directory(aside, destination, old)
+        if not os.path.lexists(destination):
+            os.rename(aside, destination)
+        elif not exchange(aside, destination):
+            take_place(aside, destination, old)
         sync_directory(destination.parent)
         discard_tree(old)
     except OSError as error:
@@ -85,15 +88,3 @@ def written_aside(destination: Path, overwrite: bool, num_bytes: int, source: Pa
         raise CheckpointError(f"{named}: could not be written ({error.strerror or error}); {was}.{full}") from error
     finally:
         discard_tree(aside)
-
-
-def replace_directory(aside: Path, destination: Path, old: Path) -> None:
-    """Rename ``aside`` to ``destination``; one that was there is then called ``aside`` or ``old``.
-
-    Raises:
-        OSError: It cannot be renamed; the one that was there is as it was.
-    """
-    if not os.path.lexists(destination):
-        os.rename(aside, destination)
-    elif not exchange(aside, destination):
-        take_place(aside, destination, old)

@@ -8,7 +8,8 @@ from typing import Any
 from megatron_sorted.checkpoint.candidates import Candidate, find_candidates
 from megatron_sorted.checkpoint.layout import TOKENIZER
 from megatron_sorted.checkpoint.manifest import MANIFEST, OWN_PART_FIELDS, settings_of_manifest
-from megatron_sorted.conversion.families import CONFIG, read_config, settings_of_config
+from megatron_sorted.conversion.hugging_face.config_settings import settings_of_config
+from megatron_sorted.conversion.hugging_face.families import CONFIG, read_config
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.model import ModelSettings
@@ -21,18 +22,18 @@ OF_THE_RUN = ("seq_length", "transformer_impl", "init_method_std", "make_vocab_s
 
 
 def is_hugging_face(path: str | Path) -> bool:
-    """Returns whether a directory is a Hugging Face model and not one of checkpoints."""
+    """Return whether a directory is a Hugging Face model and not one of checkpoints."""
     return (Path(path) / CONFIG).is_file() and not (Path(path) / MANIFEST).is_file()
 
 
 def network_fields(settings: Settings) -> dict[str, Any]:
-    """Returns the settings that say what the network is, by field name."""
+    """Return the settings that say what the network is, by field name."""
     names = [field.name for field in dataclasses.fields(ModelSettings) if field.name not in OF_THE_RUN]
     return {name: getattr(settings, name) for name in (*names, *EXITS)}
 
 
 def network_to_start_from(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that the model a run starts from brings, for those that the user did not give.
+    """Return the settings that the model a run starts from brings, for those that the user did not give.
 
     A Hugging Face directory always brings its network and its tokenizer; a checkpoint does with --use-checkpoint-args.
 

@@ -12,15 +12,17 @@ import torch
 from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, TRACKER, checkpoint_directory, saved_steps, tokenizer_files_in
 from megatron_sorted.checkpoint.manifest import MANIFEST, check_name, check_sizes, find_damage, read_manifest, settings_of_manifest
-from megatron_sorted.conversion.families import CONFIG, EXITS, read_config, settings_of_config
-from megatron_sorted.conversion.hugging_face_files import HuggingFaceFiles
-from megatron_sorted.conversion.legacy_files import EMBEDDING as EMBEDDING_OURS
-from megatron_sorted.conversion.megatron_directory import open_megatron
-from megatron_sorted.conversion.merged_lora import MergedLora, merge_adapters
+from megatron_sorted.conversion.hugging_face.config_settings import settings_of_config
+from megatron_sorted.conversion.hugging_face.families import CONFIG, EXITS, read_config
+from megatron_sorted.conversion.hugging_face.safetensors_files import SafetensorsFile
+from megatron_sorted.conversion.hugging_face.weight_files import HuggingFaceFiles
+from megatron_sorted.conversion.megatron.directory import open_megatron
+from megatron_sorted.conversion.megatron.legacy_files import EMBEDDING as EMBEDDING_OURS
+from megatron_sorted.conversion.megatron.torch_dist_files import TorchDistFiles
 from megatron_sorted.conversion.network import is_hugging_face
-from megatron_sorted.conversion.safetensors_files import SafetensorsFile
-from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
-from megatron_sorted.conversion.tensor_table import (
+from megatron_sorted.conversion.tensors.merged_lora import MergedLora, merge_adapters
+from megatron_sorted.conversion.tensors.source import TensorInfo, TensorSource
+from megatron_sorted.conversion.tensors.table import (
     OUR_LAYER_NORM,
     Pair,
     check_num_layers,
@@ -29,11 +31,11 @@ from megatron_sorted.conversion.tensor_table import (
     check_tied,
     tensor_table,
 )
-from megatron_sorted.conversion.torch_dist_files import TorchDistFiles
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.text.tokenizer import Tokenizer, open_tokenizer
+from megatron_sorted.text.tokenizer.contract import Tokenizer
+from megatron_sorted.text.tokenizer.opening import open_tokenizer
 
 SHARDS = ".distcp"
 FAST, SLOW, VOCABULARY = (f"{TOKENIZER}/{name}" for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
@@ -66,16 +68,16 @@ class OpenModel:
 
     @cached_property
     def pair_of(self) -> dict[str, Pair]:
-        """Returns {our name: pair} of its tensors."""
+        """Return {our name: pair} of its tensors."""
         return {pair.ours: pair for pair in self.pairs}
 
     @property
     def num_bytes(self) -> int:
-        """Returns the size of its tensors."""
+        """Return the size of its tensors."""
         return sum(info.num_bytes for info in self.source.tensors.values())
 
     def open_tokenizer(self) -> Tokenizer | None:
-        """Returns its tokenizer; None if it came with none.
+        """Return its tokenizer; None if it came with none.
 
         Raises:
             DataError: It cannot be read.
@@ -87,21 +89,21 @@ class OpenModel:
         return None
 
     def read_ours(self, pair: Pair) -> torch.Tensor:
-        """Returns a tensor under our name and in our form, from either kind; without padding of the vocabulary."""
+        """Return a tensor under our name and in our form, from either kind; without padding of the vocabulary."""
         if self.kind == "megatron":
             tensor = self.source.read(pair.ours)
             return tensor if tuple(tensor.shape) == pair.shape else pair.operation.split(tensor)[0]
         return pair.operation.join((self.source.read(name) for name in pair.theirs), pair.shape)
 
     def read_theirs(self, pair: Pair) -> Iterator[torch.Tensor]:
-        """Yields the tensors of a pair under their names and in their form, from either kind."""
+        """Yield the tensors of a pair under their names and in their form, from either kind."""
         if self.kind == "megatron":
             yield from pair.operation.split(self.source.read(pair.ours))
         else:
             yield from (self.source.read(name) for name in pair.theirs)
 
     def dtype_of(self, pair: Pair) -> torch.dtype:
-        """Returns the kind of numbers a tensor is stored in."""
+        """Return the kind of numbers a tensor is stored in."""
         return self.source.tensors[pair.ours if self.kind == "megatron" else pair.theirs[0]].dtype
 
 
@@ -113,12 +115,12 @@ class _Together(TensorSource):
         self.tensors: dict[str, TensorInfo] = {**first.tensors, **second.tensors}
 
     def read(self, name: str) -> torch.Tensor:
-        """Returns a tensor of either."""
+        """Return a tensor of either."""
         return (self.first if name in self.first.tensors else self.second).read(name)
 
 
 def open_model(path: Path, ckpt_step: int | None = None, vocab_size: int | None = None, rank_used: int | None = None) -> OpenModel:
-    """Returns the model in a directory, its names and shapes checked; no tensor is read.
+    """Return the model in a directory, its names and shapes checked; no tensor is read.
 
     Args:
         path: A Hugging Face directory, a directory of checkpoints, or one checkpoint.
@@ -175,7 +177,7 @@ def _open_hugging_face(path: Path) -> OpenModel:
 
 
 def files_beside(path: Path) -> dict[str, Path]:
-    """Returns the small files of a Hugging Face directory that travel with its model, by name within a checkpoint."""
+    """Return the small files of a Hugging Face directory that travel with its model, by name within a checkpoint."""
     return tokenizer_files_in(path) | {f"{HUGGING_FACE}/{name}": path / name for name in CARRIED_FILES if (path / name).is_file()}
 
 
@@ -206,10 +208,10 @@ def _table(settings: Settings, source: TensorSource, directory: Path) -> list[Pa
 
 
 def _open_foreign(path: Path, vocab_size: int | None) -> OpenModel:
-    found = open_megatron(path)
-    if found.settings is None:
+    source, said = open_megatron(path)
+    if said is None:
         raise CheckpointError(f"{path}: this checkpoint holds no arguments, so the shape of its network is unknown.")
-    source, settings = found.source, Settings(**found.settings)
+    settings = Settings(**said)
     rows = source.tensors[EMBEDDING_OURS].shape[0]
     if vocab_size is not None and settings.vocab_size == rows:  # it may have been padded, and does not say
         if not 1 <= vocab_size <= rows:

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron_sorted.conversion.convert import Part, origins_of
-from megatron_sorted.conversion.memory import new_tensor
 from megatron_sorted.conversion.open_model import OpenModel
-from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
-from megatron_sorted.conversion.tensor_table import tensor_table
+from megatron_sorted.conversion.origins import Part, origins_of, whole
+from megatron_sorted.conversion.tensors.memory import new_tensor
+from megatron_sorted.conversion.tensors.source import TensorInfo, TensorSource
+from megatron_sorted.conversion.tensors.table import tensor_table
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.settings.derived import exit_depths
 from megatron_sorted.settings.run import Settings
@@ -24,7 +24,7 @@ ZERO = "zero"
 
 
 def check_depth(model: OpenModel, depth: int) -> None:
-    """Returns nothing if the first ``depth`` layers are a model by themselves: one of its exits, or any layer of an ordinary model.
+    """Check that the first ``depth`` layers are a model by themselves: one of its exits, or any layer of an ordinary one.
 
     Raises:
         SettingsError: They are not, naming the depths that are.
@@ -42,12 +42,12 @@ def check_depth(model: OpenModel, depth: int) -> None:
 
 
 def has_layer_of_its_own(settings: Settings, depth: int) -> bool:
-    """Returns whether the sub-model of an exit has one layer more than the exit's depth: its block or MLP."""
+    """Return whether the sub-model of an exit has one layer more than the exit's depth: its block or MLP."""
     return depth in exit_depths(settings)[:-1] and (settings.use_exit_block or settings.use_exit_mlp)
 
 
 def submodel_settings(model: OpenModel, depth: int) -> Settings:
-    """Returns the settings of the sub-model at ``depth``; shallower exits stay its exits.
+    """Return the settings of the sub-model at ``depth``; shallower exits stay its exits.
 
     Raises:
         SettingsError: There is no such sub-model.
@@ -67,14 +67,14 @@ def submodel_settings(model: OpenModel, depth: int) -> Settings:
 
 
 def cut_submodel(model: OpenModel, depth: int) -> Part:
-    """Returns what an export needs to write the sub-model at ``depth``.
+    """Return what an export needs to write the sub-model at ``depth``.
 
     Raises:
         SettingsError: There is no such sub-model.
     """
     settings = submodel_settings(model, depth)
     if settings.num_layers == depth:
-        return Part(model, settings, origins_of(model, settings))
+        return whole(model, settings)
     # first as if the exit stood at the end of the base's own layers: its norm and head come in the last place
     own, table = model.pair_of, tensor_table(settings)
     origins = origins_of(model, dataclasses.replace(settings, num_layers=depth, exit_layer_nums=(*settings.exit_layer_nums[:-1], depth)))
@@ -102,7 +102,7 @@ class _WithZero(TensorSource):
         self.source, self.tensors = source, tensors
 
     def read(self, name: str) -> torch.Tensor:
-        """Returns a tensor in memory of its own."""
+        """Return a tensor in memory of its own."""
         if name != ZERO:
             return self.source.read(name)
         return new_tensor(self.tensors[name].shape, self.tensors[name].dtype).zero_()

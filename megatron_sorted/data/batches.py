@@ -8,16 +8,16 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from megatron_sorted.data.blend import BlendedSamples, BlendPart
-from megatron_sorted.data.corpus import Corpus
-from megatron_sorted.data.dataset import EVALUATION_SEED, EvaluationSet, MockSamples, open_samples
-from megatron_sorted.data.sample import Sample, SampleSource, empty_sample
-from megatron_sorted.data.text_samples import DocumentMasks
+from megatron_sorted.data.samples.blend import BlendedSamples, BlendPart
+from megatron_sorted.data.samples.corpus import Corpus
+from megatron_sorted.data.samples.dataset import EVALUATION_SEED, EvaluationSet, MockSamples, open_samples
+from megatron_sorted.data.samples.sample import Sample, SampleSource, empty_sample
+from megatron_sorted.data.samples.text_samples import DocumentMasks
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.settings.derived import data_blend, data_prefixes, document_masks, samples_per_step, split_ranges
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.text.tokenizer_fit import fitting_pad, surplus_line
+from megatron_sorted.text.tokenizer.fit import fitting_pad, surplus_line
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Returns how many labels are trained on."""
+        """Return how many labels are trained on."""
         return int(self.loss_mask_bs.sum())
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Returns the batch on another device."""
+        """Return the batch on another device."""
         moved = (None if tensor is None else tensor.to(device, non_blocking=True)
                  for tensor in (self.tokens_bs, self.labels_bs, self.loss_mask_bs, self.segments_bs, self.positions_bs))
         return Batch(*moved, self.checksum)
@@ -88,7 +88,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def _vocabulary(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) -> tuple[int, int]:
-    """Returns the model's vocabulary and the padding token."""
+    """Return the model's vocabulary and the padding token."""
     given = tokenizer_or_vocab if isinstance(tokenizer_or_vocab, int | None) else tokenizer_or_vocab.vocab_size
     vocab_size = settings.vocab_size or given
     if not vocab_size:
@@ -123,7 +123,7 @@ def open_train_samples(settings: Settings, tokenizer_or_vocab: Tokenizer | int |
     if settings.mock_data:
         return MockSamples(settings.seq_length, vocab_size, settings.seed, samples_per_epoch=1 << 40)
     if not settings.data_path:
-        raise SettingsError("--data-path: no training data. Give the prefix that tools/prepare_data.py wrote, or --mock-data.")
+        raise SettingsError("--data-path: no training data. Give the prefix that megatron-sorted prepare wrote, or --mock-data.")
     share = split_ranges(settings)[0]
 
     def opened(*prefixes: str) -> SampleSource:
@@ -147,7 +147,7 @@ def _batches(samples: Iterator[Sample], settings: Settings) -> Iterator[Batch]:
 
 
 def _own_indices(settings: Settings, dp_rank: int, dp_size: int, start: int) -> Iterator[int]:
-    """Yields the numbers of this rank's samples, micro-batch by micro-batch, without end (Megatron's order)."""
+    """Yield the numbers of this rank's samples, micro-batch by micro-batch, without end (Megatron's order)."""
     size, micro = samples_per_step(settings, dp_size), settings.micro_batch_size
     assert size % (micro * dp_size) == 0, "check_settings lets no other batch pass"
     while True:
@@ -158,7 +158,7 @@ def _own_indices(settings: Settings, dp_rank: int, dp_size: int, start: int) -> 
 
 def make_train_batches(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None, dp_rank: int, dp_size: int, start_sample: int = 0,
                        source: SampleSource | None = None) -> Iterator[Batch]:
-    """Returns this rank's micro-batches without end, after ``start_sample`` samples were trained on over all ranks.
+    """Return this rank's micro-batches without end, after ``start_sample`` samples were trained on over all ranks.
 
     Global batch g is samples ``start_sample + [g * G, (g + 1) * G)``; its micro-batch m on rank d takes the b samples from
     ``m * b * dp_size + d * b`` on. Ranks of one tensor or pipeline group pass the same ``dp_rank`` and get the same batches.
@@ -205,7 +205,7 @@ def _held_out_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | Non
 
 def make_eval_batches(settings: Settings, samples: EvaluationSet, dp_rank: int, dp_size: int,
                       num_batches: int | None = None) -> Iterator[Batch]:
-    """Returns this rank's micro-batches of one pass (or its first ``num_batches`` global batches); every rank gets equally many.
+    """Return this rank's micro-batches of one pass (or its first ``num_batches`` global batches); every rank gets equally many.
 
     What is missing to the last global batch is filled with samples that count nowhere.
     """
@@ -223,6 +223,6 @@ def make_eval_batches(settings: Settings, samples: EvaluationSet, dp_rank: int, 
 
 
 def num_eval_batches(settings: Settings, samples: EvaluationSet, dp_size: int, num_batches: int | None = None) -> int:
-    """Returns the number of global batches :func:`make_eval_batches` gives."""
+    """Return the number of global batches :func:`make_eval_batches` gives."""
     whole = -(-len(samples) // samples_per_step(settings, dp_size))
     return whole if num_batches is None else min(whole, num_batches)

@@ -7,8 +7,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_sorted.data.blend_order import whole_parts
-from megatron_sorted.data.dataset import SAMPLE_ORDER
+from megatron_sorted.data.samples.blend_order import whole_parts
+from megatron_sorted.data.samples.dataset import SAMPLE_ORDER
 from megatron_sorted.errors import DataError
 from megatron_sorted.settings.derived import data_blend, data_prefixes, split_ranges
 from megatron_sorted.settings.run import Settings
@@ -21,7 +21,7 @@ SHOWN_DIGITS = 8
 
 
 def data_identity(settings: Settings) -> dict[str, Any]:
-    """Returns all that fixes which sample a run trains on at which place: files and their contents, weights, share, length and seed.
+    """Return all that fixes which sample a run trains on at which place: files and their contents, weights, share, length and seed.
 
     Names are without their folders, so that data may be moved. Reads the whole of every .idx and of every .bin up to 256 MiB,
     and 256 MiB of larger ones (see :func:`fingerprint`): call it on one process.
@@ -49,7 +49,7 @@ def data_identity(settings: Settings) -> dict[str, Any]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Returns the size of a file in bytes and a SHA-256 of its size and content.
+    """Return the size of a file in bytes and a SHA-256 of its size and content.
 
     Of a .bin above 256 MiB the content is 256 blocks of 1 MiB, evenly spaced, the first and the last included. An .idx is read whole.
     So every change of size, and of the length, order or number of documents is seen, also any shift of the tokens; of a few tokens
@@ -86,7 +86,7 @@ FIELDS = {
 
 
 def describe_changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns each difference between two results of :func:`data_identity` in words; empty if a run sees the same samples.
+    """Return each difference between two results of :func:`data_identity` in words; empty if a run sees the same samples.
 
     A file is the same one under its name, or, where its name is gone, under another with the same content. Weights are compared
     as shares: 3 and 7 are 0.3 and 0.7.
@@ -111,7 +111,7 @@ def describe_changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _matches(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[int, int]:
-    """Returns {place now: place before} of the files that are on both sides: same name and content, else name, else content."""
+    """Return {place now: place before} of the files that are on both sides: same name and content, else name, else content."""
     places: dict[int, int] = {}
     for keys in (("name", "idx", "bin"), ("name",), ("idx", "bin")):
         for new, file in enumerate(after):

@@ -17,7 +17,7 @@ from types import TracebackType
 
 import numpy as np
 
-from megatron_sorted.data import replacing
+from megatron_sorted.data.preparation import replacing
 from megatron_sorted.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -25,11 +25,11 @@ HEADER_BYTES = 34
 DTYPE_OF_CODE = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 CODE_OF_DTYPE = {name: code for code, name in DTYPE_OF_CODE.items()}
 PROMPT, RESPONSE = 0, 1
-REMEDY = "Write it again with tools/prepare_data.py."
+REMEDY = "Write it again with megatron-sorted prepare."
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Returns the smallest token type for a vocabulary, by Megatron's rule (uint16 below 65,500)."""
+    """Return the smallest token type for a vocabulary, by Megatron's rule (uint16 below 65,500)."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
@@ -61,20 +61,20 @@ class Indexed:
 
     @property
     def num_documents(self) -> int:
-        """Returns how many documents the file holds."""
+        """Return how many documents the file holds."""
         return len(self.document_bounds) - 1
 
     def document_lengths(self) -> np.ndarray:
-        """Returns the tokens of each document, (documents,) int64."""
+        """Return the tokens of each document, (documents,) int64."""
         return np.diff(self.sequence_starts[self.document_bounds])
 
     def document(self, number: int) -> np.ndarray:
-        """Returns the tokens of one document as a view of the mapped file."""
+        """Return the tokens of one document as a view of the mapped file."""
         first, last = self.document_bounds[number], self.document_bounds[number + 1]
         return self.tokens[self.sequence_starts[first] : self.sequence_starts[last]]
 
     def trained(self, number: int) -> np.ndarray:
-        """Returns, for each token of one document, whether it is to be predicted: (tokens,) bool."""
+        """Return, for each token of one document, whether it is to be predicted: (tokens,) bool."""
         first, last = self.document_bounds[number], self.document_bounds[number + 1]
         lengths = np.diff(self.sequence_starts[first : last + 1])
         modes = np.full(last - first, RESPONSE) if self.modes is None else self.modes[first:last]
@@ -82,7 +82,7 @@ class Indexed:
 
 
 def check_indexed(prefix: str) -> IndexHeader:
-    """Returns the header of an indexed file after checking both files' existence, header and size.
+    """Return the header of an indexed file after checking both files' existence, header and size.
 
     Raises:
         DataError: says which file, what was expected and found, and the remedy.
@@ -92,7 +92,7 @@ def check_indexed(prefix: str) -> IndexHeader:
     for path in (idx_path, bin_path):
         if not path.is_file():
             raise DataError(f"{path}: no such file; indexed data needs PREFIX.bin and PREFIX.idx. Give the prefix without an ending, "
-                            "or write the data with tools/prepare_data.py.")
+                            "or write the data with megatron-sorted prepare.")
     idx_bytes = idx_path.stat().st_size
     if idx_bytes < HEADER_BYTES:
         raise DataError(f"{idx_path}: {idx_bytes} bytes, but the header alone takes {HEADER_BYTES}; the file is truncated. {REMEDY}")
@@ -124,7 +124,7 @@ def check_indexed(prefix: str) -> IndexHeader:
 
 
 def open_indexed(prefix: str) -> Indexed:
-    """Returns an indexed file, opened after :func:`check_indexed` and a check of the tables in the index.
+    """Return an indexed file, opened after :func:`check_indexed` and a check of the tables in the index.
 
     Raises:
         DataError: when a file is missing or damaged, holds no tokens, or is of a kind we cannot train on.
@@ -187,7 +187,7 @@ class IndexedWriter:
         self._num_sequences: list[np.ndarray] = []
 
     def __enter__(self) -> "IndexedWriter":
-        """Returns itself with the unnamed .bin open."""
+        """Return itself with the unnamed .bin open."""
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         replacing.remove_left_overs(self.prefix)
         self._bin = open(self._partial("bin"), "wb")  # closed in __exit__
@@ -198,11 +198,11 @@ class IndexedWriter:
 
     @property
     def num_documents(self) -> int:
-        """Returns how many documents were appended so far."""
+        """Return how many documents were appended so far."""
         return sum(len(part) for part in self._num_sequences)
 
     def append(self, documents: Documents) -> None:
-        """Appends documents in their order."""
+        """Append documents in their order."""
         assert documents.tokens.size == documents.lengths.sum() and documents.lengths.size == documents.num_sequences.sum()
         self._bin.write(np.ascontiguousarray(documents.tokens, self.dtype).data)
         self.num_tokens += documents.tokens.size

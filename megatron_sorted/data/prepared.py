@@ -1,4 +1,4 @@
-"""What tools/prepare_data.py left beside the data: ``P.json``, for ``P_text_document`` and ``P_valid_text_document``."""
+"""What megatron-sorted prepare left beside the data: ``P.json``, for ``P_text_document`` and ``P_valid_text_document``."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ ENDINGS = ("_valid_text_document", "_text_document")
 
 
 def summary_path(prefix: str) -> Path | None:
-    """Returns the summary of the data at ``prefix``, or None where there is none (data made by another tool, or moved alone)."""
+    """Return the summary of the data at ``prefix``, or None where there is none (data made by another tool, or moved alone)."""
     for ending in ENDINGS:
         path = Path(f"{prefix.removesuffix(ending)}.json")
         if prefix.endswith(ending) and path.is_file():
@@ -30,13 +30,7 @@ def stored_options(prefix: str) -> dict:
         DataError: It cannot be read.
     """
     path = summary_path(prefix)
-    if path is None:
-        return {}
-    return read_json_object(path, REMEDY)
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(f"{shown(path)}: not readable as the summary of prepared data ({type(error).__name__}: {shown(error)}). {REMEDY}")
+    return {} if path is None else read_json_object(path, REMEDY)
 
 
 def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer, owner: str = "--tokenizer-model is") -> None:
@@ -53,7 +47,8 @@ def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer, owner: s
             made_with = stored_options(prefix)["tokenizer"]
             name, sha256 = shown(made_with["name"]), shown(made_with["sha256"])
         except (KeyError, TypeError) as error:
-            raise _unreadable(path, error) from error
+            reason = f"{type(error).__name__}: {shown(error)}"
+            raise DataError(f"{shown(path)}: not readable as the summary of prepared data ({reason}). {REMEDY}") from error
         if sha256 not in tokenizer.hashes:
             raise DataError(f"{prefix}: prepared with tokenizer {name} (sha256 {sha256[:16]}), but {owner} {tokenizer.name} "
                             f"(sha256 {tokenizer.sha256[:16]}). Give the tokenizer the data was prepared with, or prepare it again.")
@@ -86,7 +81,7 @@ def form_of_data(sources: Sequence[tuple[float, str]]) -> tuple[PromptForm | Non
         if form is None:
             without.append(prefix)
             continue
-        known = next((one for one in weights if _same(one, form)), form)
+        known = next((one for one in weights if one.as_dict() == form.as_dict()), form)
         first.setdefault(known, prefix)
         weights[known] = weights.get(known, 0.0) + weight
     if without:
@@ -105,7 +100,3 @@ def form_of_data(sources: Sequence[tuple[float, str]]) -> tuple[PromptForm | Non
     words = " ".join(end.text for end in found.ends) or "nothing"
     lines.append(f"prompt form: {found.label}; {'answers' if found.is_conversation else 'documents'} end with {words}")
     return found, lines
-
-
-def _same(one: PromptForm, other: PromptForm) -> bool:
-    return one.as_dict() == other.as_dict()

@@ -10,13 +10,16 @@ from pathlib import Path
 
 from megatron_sorted.errors import DataError
 from megatron_sorted.reading.text_file import split_lines
-from megatron_sorted.text.tokenizer import NullTokenizer, Tokenizer, open_tokenizer
+from megatron_sorted.text.tokenizer.contract import NullTokenizer, Tokenizer
+from megatron_sorted.text.tokenizer.opening import open_tokenizer
 
 TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
 COVERAGE = 0.9995
 """Share of a text's characters that get pieces of their own, as in LLaMA's tokenizer."""
 COUNTED_CHARACTERS = 10_000_000
 """Of a text, to know which are frequent."""
+MOST_LINES = 500_000
+"""So many are drawn where there are more."""
 SMALLEST_VOCABULARY = 3 + 256
 """Control symbols and bytes."""
 
@@ -45,7 +48,7 @@ def load_tokenizer(
 
 
 def frequent_characters(texts: Iterable[str], vocab_size: int) -> frozenset[str] | None:
-    """Returns the characters that get pieces of their own where the vocabulary is too small for all usual ones; None where it is not.
+    """Return the characters that get pieces of their own where the vocabulary is too small for all usual ones; None where it is not.
 
     Then half of the pieces that are not bytes are left for longer ones, and rarer characters are written as bytes.
     """
@@ -62,8 +65,8 @@ def frequent_characters(texts: Iterable[str], vocab_size: int) -> frozenset[str]
 
 
 def train_sentencepiece(read_texts: Callable[[], Iterable[str]], path: str, vocab_size: int, model_type: str = "bpe",
-                        num_threads: int = 1, max_lines: int = 500_000) -> Tokenizer:
-    """Returns a tokenizer trained on the lines of texts and written to ``path``; the same texts give the same file.
+                        num_threads: int = 1) -> Tokenizer:
+    """Return a tokenizer trained on the lines of texts and written to ``path``; the same texts give the same file.
 
     Text is kept as it is (no normalisation, spaces and newlines survive) and every byte can be written, as in LLaMA's tokenizer.
 
@@ -73,7 +76,6 @@ def train_sentencepiece(read_texts: Callable[[], Iterable[str]], path: str, voca
         vocab_size: Pieces, bytes and control symbols included.
         model_type: Of sentencepiece.
         num_threads: Of sentencepiece.
-        max_lines: So many are drawn where there are more.
 
     Raises:
         DataError: when the texts do not support such a vocabulary.
@@ -92,7 +94,7 @@ def train_sentencepiece(read_texts: Callable[[], Iterable[str]], path: str, voca
                 sentence_iterator=lines, model_writer=stream, vocab_size=vocab_size, model_type=model_type, byte_fallback=True,
                 character_coverage=COVERAGE if known is None else 1.0, normalization_rule_name="identity",
                 remove_extra_whitespaces=False, split_digits=True,
-                allow_whitespace_only_pieces=True, max_sentence_length=1 << 16, input_sentence_size=max_lines,
+                allow_whitespace_only_pieces=True, max_sentence_length=1 << 16, input_sentence_size=MOST_LINES,
                 shuffle_input_sentence=True, num_threads=num_threads, minloglevel=2)
         os.replace(partial, path)
     except (RuntimeError, OSError) as error:

@@ -5,21 +5,22 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_sorted.decoding.cache.room import bytes_needed, check_room, told_by_us
+from megatron_sorted.decoding.cache.state import State
+from megatron_sorted.decoding.cache.transfer import to_device
+from megatron_sorted.decoding.choice import check_way
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.room import bytes_needed, check_room, told_by_us
-from megatron_sorted.decoding.sampling import Sampler, Sampling
-from megatron_sorted.decoding.state import State
-from megatron_sorted.decoding.steps import Batch, Chain, OneToken, Said, stops_of
-from megatron_sorted.decoding.transfer import to_device
-from megatron_sorted.decoding.tree_steps import TreeStep
+from megatron_sorted.decoding.sampling import Sampler
+from megatron_sorted.decoding.speculation.steps import Batch, Chain, OneToken, Said, stops_of
+from megatron_sorted.decoding.speculation.tree_steps import TreeStep
 from megatron_sorted.decoding.ways import (
     EarlyExit,
     Fixed,
     Full,
+    Sampling,
     SelfSpeculative,
     SortedSpeculative,
     Way,
-    check_way,
     draft_depths,
     draft_room,
 )
@@ -43,7 +44,7 @@ class Limits:
     to_text: Callable[[list[int]], str] | None = None
 
     def __post_init__(self) -> None:
-        """Refuses limits that mean nothing.
+        """Refuse limits that mean nothing.
 
         Raises:
             SettingsError: One of them.
@@ -56,7 +57,7 @@ class Limits:
             raise SettingsError("stop: words need to_text, which makes text of tokens. Give both.")
 
     def ends(self, tokens: list[int]) -> bool:
-        """Returns whether the newest token completes a stop word."""
+        """Return whether the newest token completes a stop word."""
         if not self.stop:
             return False
         text = self.to_text(tokens)
@@ -94,7 +95,7 @@ class Text:
     counts: Counts = field(default_factory=Counts)
 
     def take(self, added: "Added") -> None:
-        """Adds what a step gave."""
+        """Add what a step gave."""
         self.tokens += added.tokens
         self.finish = added.finish
         self.counts.num_steps += 1
@@ -123,7 +124,7 @@ class Added:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], network: Network, max_new_tokens: int) -> None:
-    """Returns nothing if all prompts can be gone on with.
+    """Check that all prompts can be gone on with.
 
     Raises:
         DataError: One is empty, has unknown tokens, or does not fit.
@@ -142,7 +143,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], network: Network, max_new_to
 
 
 def make_step(way: Way, batch: Batch) -> OneToken | Chain | TreeStep:
-    """Returns what does a step of the way."""
+    """Return what does a step of the way."""
     if isinstance(way, Full | Fixed):
         return OneToken(batch, [batch.depth])
     if isinstance(way, EarlyExit):
@@ -156,7 +157,7 @@ def make_step(way: Way, batch: Batch) -> OneToken | Chain | TreeStep:
 
 def start_batch(network: Network, prompts: Sequence[Sequence[int]], way: Way, sampling: Sampling, max_new_tokens: int,
                 draft: Network | None) -> Batch:
-    """Returns the texts with their prompts, nothing read yet."""
+    """Return the texts with their prompts, nothing read yet."""
     capacity = max(map(len, prompts)) + max_new_tokens + draft_room(way) + 1
     own = [way.depth] if isinstance(way, Fixed) else stops_of(network, way.depths if isinstance(way, EarlyExit) else
                                                               () if draft else draft_depths(way))
@@ -179,7 +180,7 @@ def start_batch(network: Network, prompts: Sequence[Sequence[int]], way: Way, sa
 @torch.inference_mode()
 def stream(network: Network, prompts: Sequence[Sequence[int]], way: Way | None = None, sampling: Sampling | None = None,
            limits: Limits | None = None, draft: Network | None = None) -> Iterator[Added]:
-    """Yields what each step adds to each text, until all are over.
+    """Yield what each step adds to each text, until all are over.
 
     Args:
         network: The model.
@@ -216,7 +217,7 @@ def stream(network: Network, prompts: Sequence[Sequence[int]], way: Way | None =
 
 
 def cut(text: Text, said: Said, row: int, limits: Limits) -> Added:
-    """Returns what a step adds to a text: no more than up to where it is over."""
+    """Return what a step adds to a text: no more than up to where it is over."""
     kept, finish = list(text.tokens), None
     for token in said.tokens:
         kept.append(token)
@@ -234,7 +235,7 @@ def cut(text: Text, said: Said, row: int, limits: Limits) -> Added:
 
 def generate(network: Network, prompts: Sequence[Sequence[int]], way: Way | None = None, sampling: Sampling | None = None,
              limits: Limits | None = None, draft: Network | None = None) -> list[Text]:
-    """Returns all texts when they are over; arguments and errors as for `stream`."""
+    """Return all texts when they are over; arguments and errors as for `stream`."""
     texts = [Text() for _ in prompts]
     for added in stream(network, prompts, way, sampling, limits, draft):
         texts[added.row].take(added)

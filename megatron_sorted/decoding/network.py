@@ -1,6 +1,7 @@
 """A nested model ready to decode: its layers, and what reads the hidden state at each of its exits."""
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_sorted.conversion.nested_exits import Exit, ExitBlock, ExitNorm
-from megatron_sorted.decoding.layer import Layer, norm
-from megatron_sorted.decoding.matrix import Matrices, Matrix
+from megatron_sorted.conversion.hugging_face.families import CONFIG
+from megatron_sorted.conversion.hugging_face.nested_exits import Exit, ExitBlock, ExitNorm
+from megatron_sorted.decoding.cache.layer import Layer, norm
+from megatron_sorted.decoding.cache.matrix import Matrices, Matrix
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exported.load import load_with_exits
 from megatron_sorted.platform.graphs import graphs_of
@@ -38,7 +40,7 @@ class Reader:
     adapter: nn.Module | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Returns the logits [..., v] of hidden states [..., h] that have been through the block, if any."""
+        """Return the logits [..., v] of hidden states [..., h] that have been through the block, if any."""
         normed = self.norm(hidden) if isinstance(self.norm, ExitNorm) else norm(hidden, self.norm)
         return self.head(normed)
 
@@ -53,11 +55,11 @@ class Network:
         readers: By depth.
         graphs: Whether passes are told on the device where tokens stand, so that it can record and replay them.
         make_recorder: Of such passes; None where the device has no graphs.
-        idle: Memory that nobody uses; `arenas` lends it.
+        idle: Memory that nobody uses; `memory.lend` lends it.
     """
 
     def __init__(self, model: nn.Module, exits: dict[int, Exit], packed: bool = True, graphs: bool | None = None):
-        """Joins the model's matrices.
+        """Join the model's matrices.
 
         Args:
             model: Of transformers; it must not be moved afterwards.
@@ -86,7 +88,7 @@ class Network:
         self.idle: list = []
 
     def resized(self, vocab_size: int) -> "Network":
-        """Returns the network with so many tokens, whose layers it shares: of the same tokenizer, filled up to another size.
+        """Return the network with so many tokens, whose layers it shares: of the same tokenizer, filled up to another size.
 
         Tokens that it lacks are read as zeros and never said.
         """
@@ -100,17 +102,17 @@ class Network:
 
     @property
     def vocab_size(self) -> int:
-        """Returns the number of tokens."""
+        """Return the number of tokens."""
         return self.embedding.size(0)
 
     @property
     def hidden_size(self) -> int:
-        """Returns the numbers of a hidden state."""
+        """Return the numbers of a hidden state."""
         return self.embedding.size(1)
 
     @property
     def max_positions(self) -> int:
-        """Returns the longest sequence that the model's config allows."""
+        """Return the longest sequence that the model's config allows."""
         return self.model.config.max_position_embeddings
 
     @property
@@ -124,7 +126,7 @@ class Network:
         return self.embedding.dtype
 
     def check_depth(self, depth: int, name: str) -> None:
-        """Returns nothing if there is an exit at ``depth``.
+        """Check that there is an exit at ``depth``.
 
         Raises:
             SettingsError: There is none; ``name`` says whose value it is.
@@ -135,7 +137,7 @@ class Network:
 
 
 def window_of(config, index: int) -> int | None:
-    """Returns how far back layer ``index`` sees; None for all."""
+    """Return how far back layer ``index`` sees; None for all."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return config.sliding_window if kinds[index] == "sliding_attention" else None
@@ -143,7 +145,7 @@ def window_of(config, index: int) -> int | None:
 
 
 def make_reader(config, depth: int, found: Exit, matrices: Matrices) -> Reader:
-    """Returns the reader of an exit."""
+    """Return the reader of an exit."""
     head = matrices.of(found.head)
     if found.block is None:
         return Reader(found.norm, head)
@@ -153,7 +155,7 @@ def make_reader(config, depth: int, found: Exit, matrices: Matrices) -> Reader:
 
 def load_network(directory: str | Path, depths: Sequence[int] | None = None, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu", graphs: bool | None = None) -> Network:
-    """Returns the network of a Hugging Face directory; nothing in the directory is executed.
+    """Return the network of a Hugging Face directory; nothing in the directory is executed.
 
     Args:
         directory: With config.json; exits are those it names (``exit_layer_indices``), else the full model alone.
@@ -179,3 +181,13 @@ def load_network(directory: str | Path, depths: Sequence[int] | None = None, dty
             if part is not None:
                 part.to(device)
     return Network(model.to(device).requires_grad_(False).eval(), exits, graphs=graphs)
+
+
+def config_sha256(network: Network) -> str:
+    """Return the hash of the config.json that a model was loaded with."""
+    return hashlib.sha256((Path(network.model.config.name_or_path) / CONFIG).read_bytes()).hexdigest()
+
+
+def draft_key(directory: Path, draft: Network) -> str:
+    """Return what the choices made with a draft model are kept under: its directory's name, and of which config.json it is."""
+    return f"{directory.resolve().name}@{config_sha256(draft)[:16]}"

@@ -6,48 +6,14 @@ same place share their noise, which makes them agree often (Daliri, Musco and Su
 not depend on what was drafted: speculation says, token for token, what decoding without it says with the same seed.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_sorted.decoding.transfer import to_device
-from megatron_sorted.errors import SettingsError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen.
-
-    Attributes:
-        temperature: By which logits are divided; 0 takes the most likely token.
-        top_k: Only so many most likely tokens; None for all.
-        top_p: Only the fewest most likely tokens whose probabilities sum to at least this.
-        repetition_penalty: Logits of tokens in the text so far are divided by it if positive, multiplied if negative (CTRL, arXiv
-            1909.05858, section 4.1).
-        seed: Of the noise.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses numbers that mean nothing.
-
-        Raises:
-            SettingsError: One of them.
-        """
-        for name, holds, rule in (
-                ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-                ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
-                ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-                ("repetition_penalty", self.repetition_penalty > 0, "above 0")):
-            if not holds:
-                raise SettingsError(f"{name}: {getattr(self, name)} is not {rule}. Change it, or leave it out.")
+from megatron_sorted.decoding.cache.transfer import to_device
+from megatron_sorted.decoding.ways import MEASURES, Sampling
 
 
 class Sampler:
@@ -63,7 +29,7 @@ class Sampler:
         self._noise: dict[tuple[int, int], Tensor] = {}
 
     def choose(self, logits_bnv: Tensor, positions: Sequence[Sequence[int]], seen_bnv: Tensor | None = None) -> Tensor:
-        """Returns the chosen tokens [b, n].
+        """Return the chosen tokens [b, n].
 
         Args:
             logits_bnv: After the tokens before.
@@ -73,7 +39,7 @@ class Sampler:
         return self.scores(logits_bnv, positions, seen_bnv).argmax(-1)
 
     def scores(self, logits_bnv: Tensor, positions: Sequence[Sequence[int]], seen_bnv: Tensor | None = None) -> Tensor:
-        """Returns numbers whose order is that in which tokens are chosen: log p - log e, less what is the same for all tokens.
+        """Return numbers whose order is that in which tokens are chosen: log p - log e, less what is the same for all tokens.
 
         Arguments as for `choose`.
         """
@@ -87,11 +53,11 @@ class Sampler:
         return logits + self._noise_of(positions, logits)
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Keeps these rows."""
+        """Keep these rows."""
         self.rows = [self.rows[row] for row in rows]
 
     def forget(self, before: Sequence[int]) -> None:
-        """Forgets the noise of places before these positions, by row: they are decided."""
+        """Forget the noise of places before these positions, by row: they are decided."""
         limits = dict(zip(self.rows, before, strict=True))
         self._noise = {(row, position): noise for (row, position), noise in self._noise.items() if position >= limits.get(row, 1 << 62)}
 
@@ -106,7 +72,7 @@ class Sampler:
 
 
 def gumbel(seed: int, row: int, position: int, size: int) -> Tensor:
-    """Returns Gumbel noise, -log e of exponential e, that depends on seed, row and position alone; alike on any device."""
+    """Return Gumbel noise, -log e of exponential e, that depends on seed, row and position alone; alike on any device."""
     mixed = (seed * 0x9E3779B97F4A7C15 + row * 0xC2B2AE3D27D4EB4F + position * 0x165667B19E3779F9 + 0x27D4EB2F165667C5) % (1 << 64)
     mixed = ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9) % (1 << 64)
     generator = torch.Generator().manual_seed((mixed ^ (mixed >> 32)) >> 1)
@@ -114,14 +80,14 @@ def gumbel(seed: int, row: int, position: int, size: int) -> Tensor:
 
 
 def penalise(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
-    """Returns logits with those of tokens that were ``seen`` made less likely; all of them as they are for a penalty of 1."""
+    """Return logits with those of tokens that were ``seen`` made less likely; all of them as they are for a penalty of 1."""
     if penalty == 1.0 or seen is None:
         return logits
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def cut(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Returns logits with -inf for tokens that are not among the ``top_k``, then not among those that make up ``top_p``.
+    """Return logits with -inf for tokens that are not among the ``top_k``, then not among those that make up ``top_p``.
 
     In that order and with transformers' rules: tokens as likely as the last of the k stay, and the token that reaches ``top_p`` stays.
     """
@@ -133,3 +99,26 @@ def cut(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
         dropped[..., -1] = False
         logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, place, dropped), float("-inf"))
     return logits
+
+
+def highest_probability(logits: Tensor) -> Tensor:
+    """Return the probability of the most likely token (Schuster et al., CALM, arXiv 2207.07061; Sorted LLaMA; S2D)."""
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+
+
+def margin(logits: Tensor) -> Tensor:
+    """Return the probability of the most likely token less that of the next (CALM, arXiv 2207.07061, section 3.1)."""
+    two = (logits.topk(2, dim=-1).values - logits.logsumexp(-1, keepdim=True)).exp()
+    return two[..., 0] - two[..., 1]
+
+
+def certainty(logits: Tensor) -> Tensor:
+    """Return 1 - entropy / log(vocabulary): 1 for one sure token, 0 where all are alike (BranchyNet, arXiv 1709.01686, by entropy)."""
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).nan_to_num().sum(-1)
+    return 1 - entropy / math.log(logits.size(-1))
+
+
+SURENESS: dict[str, Callable[[Tensor], Tensor]] = dict(zip(MEASURES, (highest_probability, margin, certainty), strict=True))
+"""How sure an exit is of its next token, by measure; each [..., v] -> [...], in 0..1, higher is surer. A token leaves where it is above
+the exit's threshold."""

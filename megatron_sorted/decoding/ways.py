@@ -1,14 +1,45 @@
-"""The ways to generate: what each is told, and that it fits the model."""
+"""What is asked of decoding: a way to generate with its options, and how tokens are chosen. Needs no torch."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_sorted.decoding.confidence import MEASURES
-from megatron_sorted.decoding.network import Network
 from megatron_sorted.errors import SettingsError
 
-MOST_DRAFT_TOKENS = 64
-MOST_TREE_TOKENS = 512
+MEASURES = ("probability", "margin", "entropy")
+"""Names of the measures of how sure an exit is; `sampling.SURENESS` computes them."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: By which logits are divided; 0 takes the most likely token.
+        top_k: Only so many most likely tokens; None for all.
+        top_p: Only the fewest most likely tokens whose probabilities sum to at least this.
+        repetition_penalty: Logits of tokens in the text so far are divided by it if positive, multiplied if negative (CTRL, arXiv
+            1909.05858, section 4.1).
+        seed: Of the noise.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that the numbers mean something.
+
+        Raises:
+            SettingsError: One does not.
+        """
+        for name, holds, rule in (
+                ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+                ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
+                ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+                ("repetition_penalty", self.repetition_penalty > 0, "above 0")):
+            if not holds:
+                raise SettingsError(f"{name}: {getattr(self, name)} is not {rule}. Change it, or leave it out.")
 
 
 @dataclass(frozen=True)
@@ -112,7 +143,7 @@ class Tree:
 
     @property
     def candidates(self) -> int:
-        """Returns how many followers of a node are looked at."""
+        """Return how many followers of a node are looked at."""
         return self.num_candidates or self.num_branches
 
 
@@ -122,83 +153,15 @@ WAYS = {way.name: way for way in (Full, Fixed, EarlyExit, SelfSpeculative, Sorte
 
 
 def draft_depths(way: Way) -> tuple[int, ...]:
-    """Returns the exits that draft, increasing."""
+    """Return the exits that draft, increasing."""
     if isinstance(way, SelfSpeculative):
         return (way.depth,)
     return way.depths if isinstance(way, SortedSpeculative | Tree) else ()
 
 
 def draft_room(way: Way) -> int:
-    """Returns the most tokens that stand behind a text while it is drafted."""
+    """Return the most tokens that stand behind a text while it is drafted."""
     if isinstance(way, Tree):
         # what is grown before it is cut to num_nodes
         return 1 + way.num_branches * (way.num_levels - 1) + way.num_nodes + way.candidates
     return way.num_draft_tokens if isinstance(way, SPECULATIVE) else 0
-
-
-def check_way(way: Way, network: Network, draft: Network | None = None) -> None:
-    """Returns nothing if the way can be gone.
-
-    Args:
-        way: What is asked for.
-        network: The model whose text is wanted.
-        draft: The model that drafts, if it is another.
-
-    Raises:
-        SettingsError: It cannot; says value, rule and remedy.
-    """
-    if draft is not None:
-        _require(isinstance(way, SPECULATIVE), f"draft model: {way.name} drafts nothing. Leave it out, or use a speculative way.")
-        check_draft(draft, network)
-    if isinstance(way, Full):
-        return
-    drafter = draft or network
-    depths = (way.depth,) if isinstance(way, Fixed | SelfSpeculative) else way.depths
-    usable, needs_own_exits = network.depths[:-1], not isinstance(way, Fixed) and draft is None
-    _require(bool(usable) or not needs_own_exits, f"{way.name}: the model has no exits before its last layer, so only 'full' can be had. "
-                                                  "Name depths to read with the last norm and head, or train exits.")
-    _require(bool(depths), f"{way.name}: no exit is named. Name some of {', '.join(map(str, drafter.depths))}.")
-    if needs_own_exits:
-        for depth in depths:
-            _require(depth < network.num_layers, f"{way.name}: depth {depth} is the full model, which has nothing to gain from itself. "
-                                                 f"Use some of {', '.join(map(str, usable))}.")
-    for depth in depths:
-        drafter.check_depth(depth, way.name)
-    _require(list(depths) == sorted(set(depths)), f"{way.name}: depths {', '.join(map(str, depths))} do not increase. Sort them.")
-    if isinstance(way, EarlyExit | SortedSpeculative | Tree):
-        _check_thresholds(way, depths)
-    if isinstance(way, SelfSpeculative | SortedSpeculative):
-        _in(way.num_draft_tokens, 1, MOST_DRAFT_TOKENS, "num_draft_tokens")
-    if isinstance(way, Tree):
-        _in(way.num_levels, 1, MOST_DRAFT_TOKENS, "num_levels")
-        _in(way.num_branches, 1, min(MOST_TREE_TOKENS, network.vocab_size), "num_branches")
-        _in(way.num_nodes, 1, MOST_TREE_TOKENS, "num_nodes")
-        _in(way.num_candidates, 0, min(MOST_TREE_TOKENS, network.vocab_size), "num_candidates")
-
-
-def check_draft(draft: Network, network: Network) -> None:
-    """Returns nothing if one model can draft for the other.
-
-    Raises:
-        SettingsError: Their vocabularies differ.
-    """
-    _require(draft.vocab_size == network.vocab_size, f"draft model: it has {draft.vocab_size} tokens and the model "
-                                                     f"{network.vocab_size}. Draft with a model of the same vocabulary.")
-
-
-def _check_thresholds(way: EarlyExit | SortedSpeculative | Tree, depths: Sequence[int]) -> None:
-    wanted = depths[:-1] if isinstance(way, Tree) else depths
-    _require(len(way.thresholds) == len(wanted), f"thresholds: {len(way.thresholds)} values for {len(wanted)} exits "
-                                                 f"({', '.join(map(str, wanted)) or 'none'}). Give one for each.")
-    for threshold in way.thresholds:
-        _require(0 <= threshold <= 1, f"thresholds: {threshold} is not in 0..1. Give how sure an exit must be, 1 for never.")
-    _require(way.measure in MEASURES, f"measure: {way.measure!r} is unknown. Use one of {', '.join(MEASURES)}.")
-
-
-def _in(value: int, low: int, high: int, name: str) -> None:
-    _require(low <= value <= high, f"{name}: {value} is not in {low}..{high}. Change it.")
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise SettingsError(message)

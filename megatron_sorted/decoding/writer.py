@@ -9,14 +9,13 @@ import torch
 
 from megatron_sorted.decoding.generate import Added, Limits, stream
 from megatron_sorted.decoding.network import Network, load_network
-from megatron_sorted.decoding.sampling import Sampling
-from megatron_sorted.decoding.ways import SPECULATIVE, Way
+from megatron_sorted.decoding.ways import SPECULATIVE, Sampling, Way
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.exported.form import ModelForm, form_of_model
 from megatron_sorted.exported.model_directory import open_model_directory
-from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer
-from megatron_sorted.text.tokenizer import Tokenizer
-from megatron_sorted.text.tokenizer_fit import surplus_line
+from megatron_sorted.exported.tokenizer import open_tokenizer
+from megatron_sorted.text.tokenizer.contract import Tokenizer
+from megatron_sorted.text.tokenizer.fit import surplus_line
 
 BROKEN = "\ufffd"
 """What a tokenizer writes for bytes that are no character yet."""
@@ -42,7 +41,7 @@ class Piece:
 
     @property
     def text(self) -> str:
-        """Returns the new text."""
+        """Return the new text."""
         return "".join(text for text, _ in self.parts)
 
 
@@ -84,12 +83,12 @@ class Writer:
         self.notes = tokenizer.notes if line is None else (*tokenizer.notes, line)
 
     def draft_for(self, way: Way | type[Way] | None) -> Network | None:
-        """Returns the other model that drafts; None for ways, or kinds of them, that draft nothing."""
+        """Return the other model that drafts; None for ways, or kinds of them, that draft nothing."""
         kind = way if isinstance(way, type) else type(way)
         return self.draft if issubclass(kind, SPECULATIVE) else None
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a prompt, with what the tokenizer puts before texts; of an empty one that alone.
+        """Return the tokens of a prompt, with what the tokenizer puts before texts; of an empty one that alone.
 
         Raises:
             DataError: Nothing is left.
@@ -114,11 +113,11 @@ class Writer:
 
     def write(self, prompts: Sequence[Sequence[int]], way: Way | None = None, sampling: Sampling | None = None, max_new_tokens: int = 128,
               stop: Sequence[str] = ()) -> Iterator[Piece]:
-        """Yields what comes to each text; stop words are left out. The draft model is left alone by ways that draft nothing.
+        """Yield what comes to each text; stop words are left out. The draft model is left alone by ways that draft nothing.
 
         Errors as for ``generate.stream``.
         """
-        anchor = encode_texts(self.tokenizer, [ANCHOR])[0]
+        anchor = self.tokenizer.encode_batch([ANCHOR])[0]
         rows = [self._begin(prompt, anchor) for prompt in prompts]
         longest, before = max(map(len, stop), default=0), len(self.tokenizer.decode(anchor))
 
@@ -138,12 +137,12 @@ class Writer:
             yield Piece(added.row, self._release(row, stop, added.finish), added, added.finish)
 
     def _begin(self, prompt: Sequence[int], anchor: list[int]) -> _Row:
-        """Returns a row without new text, which stands behind the anchor if it stands behind any text."""
+        """Return a row without new text, which stands behind the anchor if it stands behind any text."""
         is_bare = self.tokenizer.special_ids.issuperset(prompt)
         return _Row() if is_bare else _Row(list(anchor), 0, len(anchor))
 
     def _new_text(self, row: _Row, is_over: bool) -> str:
-        """Returns the text that the newest token brings."""
+        """Return the text that the newest token brings."""
         before = self.tokenizer.decode(row.ids[row.first : row.done])
         whole = self.tokenizer.decode(row.ids[row.first :])
         if (whole.endswith(BROKEN) and not is_over) or len(whole) <= len(before):
@@ -152,7 +151,7 @@ class Writer:
         return whole[len(before) :]
 
     def _release(self, row: _Row, stop: Sequence[str], finish: str | None) -> list[tuple[str, int]]:
-        """Returns the held text without what may be the beginning of a stop word, and without a whole one."""
+        """Return the held text without what may be the beginning of a stop word, and without a whole one."""
         text = "".join(part for part, _ in row.held)
         if finish == "stop":
             # a tokenizer may write the last tokens otherwise than all of them: then nothing is cut off
@@ -199,7 +198,7 @@ def open_writer(directory: Path, draft: Path | None = None, depths: Sequence[int
 
 
 def open_draft(directory: Path, network: Network, tokenizer: Tokenizer, option: Path | None = None) -> Network:
-    """Returns a model that can draft for the network: of the same tokenizer. Vocabularies filled up to other sizes are made alike.
+    """Return a model that can draft for the network: of the same tokenizer. Vocabularies filled up to other sizes are made alike.
 
     Args:
         directory: The draft model's.

@@ -10,7 +10,7 @@ ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def normalise_answer(text: str) -> str:
-    """Returns an answer in lower case, underscores and punctuation turned into blanks, without articles and spare blanks.
+    """Return an answer in lower case, underscores and punctuation turned into blanks, without articles and spare blanks.
 
     The definition of TriviaQA's official evaluation (M. Joshi et al., ACL 2017, arXiv 1705.03551; script ``triviaqa_evaluation.py``,
     function ``normalize_answer``), written anew from it.
@@ -20,12 +20,12 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(answer: str, right: Sequence[str]) -> bool:
-    """Returns whether the normalised answer equals one of the right ones, normalised."""
+    """Return whether the normalised answer equals one of the right ones, normalised."""
     return normalise_answer(answer) in {normalise_answer(text) for text in right}
 
 
 def exact_match_with_case(answer: str, right: Sequence[str]) -> bool:
-    """Returns whether the answer, blanks around it apart, is letter by letter one of the right ones.
+    """Return whether the answer, blanks around it apart, is letter by letter one of the right ones.
 
     Sorted LLaMA (arXiv 2309.08968) reports exact match on TriviaQA "case sensitive", without saying more.
     """
@@ -33,12 +33,12 @@ def exact_match_with_case(answer: str, right: Sequence[str]) -> bool:
 
 
 def f1(answer: str, right: Sequence[str]) -> float:
-    """Returns the largest F1 over the right answers, of the words that answer and right answer share after normalising."""
+    """Return the largest F1 over the right answers, of the words that answer and right answer share after normalising."""
     return max((_f1(normalise_answer(answer).split(), normalise_answer(text).split()) for text in right), default=0.0)
 
 
 def first_line(generated: str) -> str:
-    """Returns the answer in generated text: what stands before the first line break, blanks around it dropped."""
+    """Return the answer in generated text: what stands before the first line break, blanks around it dropped."""
     return generated.split("\n", 1)[0].strip()
 
 

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.data.forms import SampleReader
-from megatron_sorted.data.templates import BrokenSampleError, conversation_of, detect_format, holds_records, text_of, turns_of
+from megatron_sorted.data.preparation.forms import SampleReader
+from megatron_sorted.data.preparation.templates import BrokenSampleError, conversation_of, detect_format, holds_records, text_of, turns_of
 from megatron_sorted.errors import DataError
-from megatron_sorted.exported.tokenizer import encode_texts, prefix_id
+from megatron_sorted.exported.tokenizer import prefix_id
 from megatron_sorted.reading.json_lines import read_records
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.reading.text_file import read_text
 from megatron_sorted.text.conversation import LeftOutError
 from megatron_sorted.text.piece_ids import PieceEncoder
 from megatron_sorted.text.prompt_form import PromptForm
-from megatron_sorted.text.tokenizer import Tokenizer
+from megatron_sorted.text.tokenizer.contract import Tokenizer
 from megatron_sorted.text.written_forms import write_plain
 
 MEND = "Mend or remove the line."
@@ -100,7 +100,7 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer, append
     whole = [document for document in documents if form is not None and document.kind != "text"]
     formed = _by_form(whole, tokenizer, append_eos, form) if form is not None and whole else iter(())
     parts = {id(document): _parts(document) for document in documents if form is None or document.kind == "text"}
-    encoded = iter(encode_texts(tokenizer, [text for found in parts.values() for text, _ in found]))
+    encoded = iter(tokenizer.encode_batch([text for found in parts.values() for text, _ in found]))
     sequences: list[EncodedDocument] = []
     for document in documents:
         if id(document) not in parts:

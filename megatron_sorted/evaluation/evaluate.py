@@ -7,22 +7,20 @@ from pathlib import Path
 
 import torch
 
-from megatron_sorted.evaluation.closed_book import Answered, answer_questions, encode_conversations, encode_prompts
-from megatron_sorted.evaluation.costs import count_parameters, forward_flops_per_token
+from megatron_sorted.evaluation.closed_book import Answered, Answering, answer_questions, encode_conversations, encode_prompts
 from megatron_sorted.evaluation.documents import Document, encode_documents
 from megatron_sorted.evaluation.harness import Harness
+from megatron_sorted.evaluation.heads import HeadTraining, TrainedHeads, save_with_heads, train_heads
 from megatron_sorted.evaluation.held_out import HeldOut, measure_held_out
-from megatron_sorted.evaluation.nested_model import NestedModel, load_nested_model
+from megatron_sorted.evaluation.nested_model import NestedModel, count_parameters, forward_flops_per_token, load_nested_model
 from megatron_sorted.evaluation.prepared import PreparedData, measure_prepared, open_prepared
 from megatron_sorted.evaluation.questions import Question
-from megatron_sorted.evaluation.save_heads import save_with_heads
-from megatron_sorted.evaluation.train_heads import HeadTraining, TrainedHeads, train_heads
 from megatron_sorted.exported.form import form_of_model
 from megatron_sorted.exported.tokenizer import open_tokenizer
 from megatron_sorted.reading.shown import printable
 from megatron_sorted.text.prompt_form import NO_FORM, PromptForm
-from megatron_sorted.text.tokenizer import Tokenizer
-from megatron_sorted.text.tokenizer_fit import check_ids, surplus_line
+from megatron_sorted.text.tokenizer.contract import Tokenizer
+from megatron_sorted.text.tokenizer.fit import check_ids, surplus_line
 
 UNFORMED = (f"note: it {NO_FORM}; instructions are read as plain text, prompts and answers encoded apart, and questions are asked in "
             "--question-template")
@@ -179,9 +177,10 @@ def _measure(model: NestedModel, tokenizer: Tokenizer, measures: Measures, form:
         check_ids(prompts, tokenizer, model.model.config.vocab_size, name)
         if found.cut_prompts[name]:
             print(cut_line(f"{model.name}, {name}", found.cut_prompts[name], len(prompts), room), flush=True)
+        how = Answering(tokenizer, measures.max_new_tokens, measures.batch_size, ends)
         found.questions[name] = {
-            depth: answer_questions(model, depth, asked.questions, prompts, tokenizer, measures.max_new_tokens, measures.batch_size,
-                                    title(f"{name}, depth {depth}"), ends) for depth in model.depths}
+            depth: answer_questions(model, depth, asked.questions, prompts, how,
+                                    title(f"{name}, depth {depth}")) for depth in model.depths}
         keep()
     if measures.harness is not None:
         for depth in model.depths:

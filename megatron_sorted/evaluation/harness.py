@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from megatron_sorted.errors import DataError, PlatformError
+from megatron_sorted.evaluation.task_names import check_task_names, unknown_task
 from megatron_sorted.exported.tokenizer import for_transformers
-from megatron_sorted.text.tokenizer import Tokenizer
+from megatron_sorted.text.tokenizer.contract import Tokenizer
 
 USUAL_NEW_TOKENS = 256  # of a task that does not say; HFLM.max_gen_toks
 
@@ -22,19 +23,18 @@ class Harness:
     """
 
     def __init__(self, tasks: Sequence[str], tasks_path: Path | None = None):
-        """Finds the tasks.
+        """Find the tasks.
 
         Raises:
             PlatformError: lm-eval is not installed.
             DataError: A task is unknown, or the folder does not exist.
         """
+        check_task_names(tasks, tasks_path)
         try:
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise PlatformError(f"--tasks needs lm-evaluation-harness ({error}). pip install lm-eval, or leave --tasks out.") from error
-        if tasks_path is not None and not tasks_path.is_dir():
-            raise DataError(f"--tasks-path: {tasks_path} is no directory. Give the folder with the tasks' YAML files.")
         self.tasks, self.version = tuple(tasks), getattr(lm_eval, "__version__", "unknown")
         include = None if tasks_path is None else str(tasks_path)
         # reading the index of its thousands of own tasks takes seconds
@@ -43,9 +43,7 @@ class Harness:
             self._manager = TaskManager(include_path=include)
         for task in tasks:
             if task not in self._manager.all_tasks:
-                raise DataError(f"--tasks: lm-evaluation-harness knows no {task!r}"
-                                + (f", neither in {tasks_path} nor of its own. " if include else ". ")
-                                + "Give its name, and --tasks-path DIRECTORY for tasks in local YAML files.")
+                raise unknown_task(task, tasks_path)
 
     def check(self, positions: Mapping[str, int]) -> None:
         """Open the tasks' data and check that what they generate fits the models, before anything is measured.
@@ -73,7 +71,7 @@ class Harness:
 
     def run(self, sub_model: nn.Module, tokenizer: Tokenizer, batch_size: int = 16, num_fewshot: int | None = None,
             limit: int | None = None) -> dict[str, dict]:
-        """Returns {task: {"samples": number, metric: {"value", "standard_error"}}} for one model.
+        """Return {task: {"samples": number, metric: {"value", "standard_error"}}} for one model.
 
         Raises:
             DataError: The task's data cannot be read, as when it would have to be fetched.
@@ -111,7 +109,7 @@ def _leaves(tasks: dict) -> Iterator[Any]:
 
 
 def _metrics(numbers: dict) -> dict[str, dict]:
-    """Returns {metric: {"value", "standard_error"}} of the harness's flat "metric,filter" and "metric_stderr,filter"."""
+    """Return {metric: {"value", "standard_error"}} of the harness's flat "metric,filter" and "metric_stderr,filter"."""
     found = {}
     for key, value in numbers.items():
         name, comma, kept = key.partition(",")

@@ -40,26 +40,26 @@ class HeldOut:
 
     @property
     def loss(self) -> float:
-        """Returns nats per counted token over all documents."""
+        """Return nats per counted token over all documents."""
         return float(self.nats_d.sum() / self.tokens_d.sum())
 
     @property
     def loss_standard_error(self) -> float | None:
-        """Returns the standard error of ``loss`` over documents; None for a single one."""
+        """Return the standard error of ``loss`` over documents; None for a single one."""
         return ratio_standard_error(self.nats_d, self.tokens_d)
 
     @property
     def agreement(self) -> float:
-        """Returns the share of counted tokens on which exit and last exit agree."""
+        """Return the share of counted tokens on which exit and last exit agree."""
         return float(self.agreed_d.sum() / self.tokens_d.sum())
 
     def bits_per_byte(self, num_bytes: int) -> float:
-        """Returns total nats / ln 2 / bytes of the counted text."""
+        """Return total nats / ln 2 / bytes of the counted text."""
         return float(self.nats_d.sum()) / math.log(2) / num_bytes
 
 
 def ratio_standard_error(sums_d: Tensor, counts_d: Tensor) -> float | None:
-    """Returns the standard error of r = sum(sums) / sum(counts) where documents are drawn at random; None for fewer than two.
+    """Return the standard error of r = sum(sums) / sum(counts) where documents are drawn at random; None for fewer than two.
 
     The linearised ratio estimator (W. G. Cochran, Sampling Techniques, 3rd ed., 2.11):
     sqrt(D / (D - 1) * sum_d (sums_d - r counts_d)^2) / sum_d counts_d.
@@ -74,7 +74,7 @@ def ratio_standard_error(sums_d: Tensor, counts_d: Tensor) -> float | None:
 @torch.inference_mode()
 def measure_held_out(model: NestedModel, documents: Sequence[EncodedDocument], seq_length: int, stride: int | None = None,
                      batch_tokens: int = 8192, title: str | None = None) -> dict[int, HeldOut]:
-    """Returns {depth: what the exit does on every document}.
+    """Return {depth: what the exit does on every document}.
 
     Args:
         batch_tokens: Tokens of one forward pass, with padding.
@@ -86,20 +86,13 @@ def measure_held_out(model: NestedModel, documents: Sequence[EncodedDocument], s
     total = sum(window.num_read for batch in batches for window in batch)
     with tqdm(total=total, desc=title, unit="token", unit_scale=True, disable=title is None) as bar:
         for batch in batches:
-            for depth, place_n, nats_n, agrees_n in measure_batch(model, documents, batch):
-                found[depth].nats_d.index_add_(0, place_n, nats_n.double())
-                found[depth].agreed_d.index_add_(0, place_n, agrees_n.double())
-                found[depth].tokens_d.index_add_(0, place_n, torch.ones_like(place_n, dtype=torch.float64))
+            place_n, labels_n, hidden = read_batch(model, documents, batch)
+            for depth, part, nats_n, agrees_n, _ in score_exits(model, hidden, labels_n):
+                sums, ones_n = found[depth], torch.ones_like(nats_n)
+                for sum_d, value_n in ((sums.nats_d, nats_n), (sums.agreed_d, agrees_n), (sums.tokens_d, ones_n)):
+                    sum_d.index_add_(0, place_n[part], value_n.double())
             bar.update(sum(window.num_read for window in batch))
     return found
-
-
-def measure_batch(model: NestedModel, documents: Sequence[EncodedDocument],
-                  batch: Sequence[Window]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Yields (depth, document_n, nats_n, agrees_n) of chunks of the batch's counted tokens, for every exit."""
-    place_n, labels_n, hidden = read_batch(model, documents, batch)
-    for depth, part, nats_n, agrees_n, _ in score_exits(model, hidden, labels_n):
-        yield depth, place_n[part], nats_n, agrees_n
 
 
 def score_exits(model: NestedModel, hidden: dict[int, Tensor], labels_n: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
@@ -123,7 +116,7 @@ def score_exits(model: NestedModel, hidden: dict[int, Tensor], labels_n: Tensor)
 
 def read_batch(model: NestedModel, documents: Sequence[EncodedDocument],
                batch: Sequence[Window]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-    """Returns document_n, labels_n and {depth: hidden_nh} of the batch's counted tokens, from one forward pass.
+    """Return document_n, labels_n and {depth: hidden_nh} of the batch's counted tokens, from one forward pass.
 
     Shorter windows are filled at the right: attention is causal, so nothing that is counted sees the filling.
     """

@@ -1,13 +1,13 @@
 """A model with transformers, its exits in one forward pass, and every sub-model as a transformers model."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from megatron_sorted.conversion.nested_exits import Exit, greedy, shallow_model
+from megatron_sorted.conversion.hugging_face.nested_exits import Exit, greedy, shallow_model
 from megatron_sorted.exported.load import load_with_exits
 from megatron_sorted.exported.model_directory import plan_exits
 
@@ -19,32 +19,39 @@ class NestedModel:
         name: What tables and pictures call it.
         model: The full model.
         depths: Its exits, increasing; the last is the full model.
-        norms, heads: Of every exit; the model's own modules where they are shared. An exit's own MLP or adapter is part of its norm.
-        blocks: Of exits with a layer of their own before their norm.
+        exits: What reads the hidden state at each; the model's own modules where they are shared.
     """
 
-    def __init__(self, name: str, model: nn.Module, depths: Sequence[int], norms: dict[int, nn.Module] | None = None,
-                 heads: dict[int, nn.Module] | None = None, blocks: dict[int, nn.Module] | None = None):
+    def __init__(self, name: str, model: nn.Module, depths: Sequence[int],
+                 own: Mapping[int, Exit] | None = None):
+        """Join a model with its exits.
+
+        Args:
+            name: Of the model.
+            model: Of transformers.
+            depths: Of the exits.
+            own: Exits with modules of their own; the others are read by the last one's.
+        """
         self.name, self.model, self.depths = name, model, tuple(depths)
-        self.norms = {depth: (norms or {}).get(depth, model.model.norm) for depth in depths}
-        self.heads = {depth: (heads or {}).get(depth, model.lm_head) for depth in depths}
-        self.blocks = {depth: block for depth, block in (blocks or {}).items() if depth in depths}
-        for module in (model, *self.blocks.values()):
+        shared = Exit(model.model.norm, model.lm_head)
+        self.exits = {depth: (own or {}).get(depth, shared) for depth in depths}
+        blocks = (found.block for found in self.exits.values() if found.block is not None)
+        for module in (model, *blocks):
             module.requires_grad_(False).eval()
 
     @property
     def num_layers(self) -> int:
-        """Returns the number of layers of the full model, which is the depth of the last exit."""
+        """Return the number of layers of the full model, which is the depth of the last exit."""
         return self.model.config.num_hidden_layers
 
     @property
     def max_positions(self) -> int:
-        """Returns the longest sequence that the model's config allows."""
+        """Return the longest sequence that the model's config allows."""
         return self.model.config.max_position_embeddings
 
     def hidden_states(self, input_ids_bs: Tensor, attention_mask: Tensor | dict[str, Tensor] | None = None,
                       position_ids_bs: Tensor | None = None) -> dict[int, Tensor]:
-        """Returns {depth: hidden_bsh} before the exit's norm, after its block where it has one, of one forward pass.
+        """Return {depth: hidden_bsh} before the exit's norm, after its block where it has one, of one forward pass.
 
         Taken by hooks: the last of transformers' own ``hidden_states`` has already been through the final norm. A block gets the mask and
         positions that the layer before it got.
@@ -59,8 +66,8 @@ class NestedModel:
         def keep(depth: int):
             def hook(module, inputs, more, output):
                 hidden_bsh = output[0] if isinstance(output, tuple) else output
-                if depth in self.blocks:
-                    hidden_bsh = self.blocks[depth](hidden_bsh, *inputs[1:], **{**more, "past_key_values": None})
+                if (block := self.exits[depth].block) is not None:
+                    hidden_bsh = block(hidden_bsh, *inputs[1:], **{**more, "past_key_values": None})
                 found[depth] = hidden_bsh
             return hook
 
@@ -73,23 +80,23 @@ class NestedModel:
         return found
 
     def logits(self, depth: int, hidden_nh: Tensor) -> Tensor:
-        """Returns logits_nv of an exit for any number of hidden states."""
-        return self.heads[depth](self.norms[depth](hidden_nh))
+        """Return logits_nv of an exit for any number of hidden states."""
+        return self.exits[depth].head(self.exits[depth].norm(hidden_nh))
 
     def sub_model(self, depth: int) -> nn.Module:
-        """Returns a transformers model of the first ``depth`` layers and the exit's own that shares all parameters; it decodes greedily."""
-        sub = shallow_model(self.model, depth, Exit(self.norms[depth], self.heads[depth], self.blocks.get(depth)))
+        """Return a transformers model of the first ``depth`` layers and the exit's own that shares all parameters; it decodes greedily."""
+        sub = shallow_model(self.model, depth, self.exits[depth])
         sub.generation_config = greedy(self.model)
         return sub
 
     def without_parts(self) -> "NestedModel":
-        """Returns the same layers and depths, every exit read by the last one's norm and head."""
+        """Return the same layers and depths, every exit read by the last one's norm and head."""
         return NestedModel(self.name, self.model, self.depths)
 
 
 def load_nested_model(directory: Path, depths: Sequence[int] | None = None, dtype: torch.dtype = torch.float32,
                       name: str | None = None) -> NestedModel:
-    """Returns the model of a Hugging Face directory with its exits; nothing in the directory is executed.
+    """Return the model of a Hugging Face directory with its exits; nothing in the directory is executed.
 
     Raises:
         CheckpointError: Files are missing or damaged, or tensors are missing or have another shape than config.json says.
@@ -97,15 +104,42 @@ def load_nested_model(directory: Path, depths: Sequence[int] | None = None, dtyp
     """
     plan = plan_exits(directory, depths)
     model, exits = load_with_exits(directory, dtype)
-    own = {depth: found for depth, found in exits.items() if depth in plan.depths}
-    return NestedModel(name or directory.resolve().name, model, plan.depths, {depth: found.norm for depth, found in own.items()},
-                       {depth: found.head for depth, found in own.items()},
-                       {depth: found.block for depth, found in own.items() if found.block is not None})
+    return NestedModel(name or directory.resolve().name, model, plan.depths, exits)
 
 
-def copy_exit(module: nn.Module, weight: Tensor | None = None) -> nn.Module:
-    """Returns a norm or head like ``module`` with a weight of its own: ``weight``, or a copy of the module's."""
+def copy_exit(found: Exit) -> Exit:
+    """Return an exit whose norm and head have weights of their own, copies of another's; without its block."""
+    return Exit(_copy(found.norm), _copy(found.head))
+
+
+def _copy(module: nn.Module) -> nn.Module:
     own = copy.copy(module)
     own._parameters = dict(module._parameters)
-    own.weight = nn.Parameter((module.weight.detach().clone() if weight is None else weight).to(module.weight), requires_grad=False)
+    own.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
     return own
+
+
+def count_parameters(sub_model: nn.Module) -> int:
+    """Return the number of different parameters: a matrix used as embedding and as head counts once."""
+    return sum(parameter.numel() for parameter in {id(parameter): parameter for parameter in sub_model.parameters()}.values())
+
+
+def forward_flops_per_token(sub_model: nn.Module, seq_length: int) -> int:
+    """Return operations of a forward pass for one token, a multiply-add counting 2.
+
+    Twice the weights of every linear layer and of the head, and for attention 2 x 2 x (mean tokens attended to) x (width of all query
+    heads): scores and values, with a mean of half the sequence, as ``settings.costs``; less where a layer's window is shorter.
+    """
+    config = sub_model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    linear = sum(module.in_features * module.out_features for module in sub_model.modules() if isinstance(module, nn.Linear))
+    attended = sum(seq_length / 2 if window is None or window >= seq_length else window - window * window / (2 * seq_length)
+                   for window in _windows(config))
+    return round(2 * linear + 4 * attended * config.num_attention_heads * head_dim)
+
+
+def _windows(config) -> list[int | None]:
+    """Return how far every layer looks back; None: without limit."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]

@@ -11,14 +11,13 @@ from tqdm import tqdm
 from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.conversion.network import is_hugging_face
 from megatron_sorted.data.batches import Batch, collate, make_document_masks, make_eval_sets
-from megatron_sorted.data.dataset import EvaluationSet, InstructionSamples
 from megatron_sorted.data.prepared import check_same_tokenizer, stored_options
+from megatron_sorted.data.samples.dataset import EvaluationSet, InstructionSamples
 from megatron_sorted.evaluation.held_out import HeldOut, score_exits
 from megatron_sorted.evaluation.nested_model import NestedModel
+from megatron_sorted.settings.derived import MASKS
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.text.tokenizer import Tokenizer
-
-MASKS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
+from megatron_sorted.text.tokenizer.contract import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.command import has_half_pairs
+from megatron_sorted.command_line import has_half_pairs
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.reading.json_lines import read_records
 from megatron_sorted.reading.shown import shown
@@ -31,8 +31,8 @@ class Question:
     right: tuple[str, ...]
 
 
-def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """Returns the questions of a file of JSON lines or records.
+def read_questions(path: Path) -> list[Question]:
+    """Return the questions of a file of JSON lines or records.
 
     A line has ``question`` (or ``context`` = "Question: ...\\nAnswer:", or ``instruction`` and perhaps ``input``) and ``answer`` (or
     ``output``): a text, a list of texts, or an object with ``value`` and ``aliases`` as in TriviaQA's own files; ``aliases`` may stand
@@ -42,7 +42,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
         DataError: No such file, nothing in it, or a line without question or answer.
     """
     questions = []
-    for place, record in read_records(path, limit=limit):
+    for place, record in read_records(path):
         try:
             if not isinstance(record, dict):
                 raise ValueError("not an object")
@@ -55,7 +55,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
 
 
 def check_template(template: str) -> str:
-    """Returns the template.
+    """Return the template.
 
     Raises:
         SettingsError: It does not say where the question stands.

@@ -3,12 +3,11 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exits.depths import by_depth, normalise_depths
-from megatron_sorted.exits.observation import Observation
 
 RULES: dict[str, Callable[[int], float]] = {
     "uniform": lambda depth: 1.0,
@@ -30,40 +29,66 @@ WARMUPS: dict[str, Callable[[float], float]] = {
 """How far coefficients have moved (0..1) when this part (0..1) of the warm-up is over."""
 
 
+LOSSES = "losses"
+GRADIENTS = "gradients"
+EXIT_LAYERS = "exit layers"
+"""What a rule may need to know; measured and reduced over ranks only if it does."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A step that the optimizer took, over the whole global batch: the same on every rank.
+
+    Attributes:
+        losses: Mean loss, in nats a token, of every exit that trained.
+        coefficients: {depth: coefficient} that these exits trained with.
+        grad_norms: Norm of the gradient that each of these exits sent into the hidden state below it, coefficient included.
+        exit_shares: Share of the tokens, averaged over the rule's thresholds, whose shallowest exit that is sure enough is this one;
+            tokens for which none is count for the last exit. They sum to 1.
+        confidences: Smallest and largest probability of a most likely token, over tokens and exits.
+    """
+
+    losses: Mapping[int, float]
+    coefficients: Mapping[int, float]
+    grad_norms: Mapping[int, float] = field(default_factory=dict)
+    exit_shares: Mapping[int, float] = field(default_factory=dict)
+    confidences: tuple[float, float] = (0.0, 1.0)
+
+
 class CoefficientRule(ABC):
     """What gives every exit its coefficient. A rule that learns also overrides the methods after `coefficients`."""
 
     @property
     @abstractmethod
     def normalised(self) -> bool:
-        """Returns whether coefficients are shares of one whole, so that those of a drawn few are scaled to sum 1 again."""
+        """Return whether coefficients are shares of one whole, so that those of a drawn few are scaled to sum 1 again."""
 
     @abstractmethod
     def coefficients(self, step: int) -> dict[int, float]:
-        """Returns {depth: coefficient} of every exit at ``step``, which counts from 0."""
+        """Return {depth: coefficient} of every exit at ``step``, which counts from 0."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """Returns what the rule must be told of a finished step (see ``observation``); a fixed rule needs nothing, and costs nothing."""
+        """Return what the rule must know of a finished step (see ``Observation``); a fixed rule needs nothing, and costs nothing."""
         return frozenset()
 
     def thresholds(self, step: int) -> tuple[float, ...]:
-        """Returns the probabilities above which tokens are taken to leave at an exit at ``step``, increasing; for a rule that needs it."""
+        """Return the probabilities above which tokens are taken to leave at an exit at ``step``, increasing; for a rule that needs it."""
         return ()
 
     def observe(self, step: int, seen: Observation) -> None:
-        """Returns nothing; takes note of a finished step. A fixed rule needs none."""
+        """Record a finished step. Fixed rules ignore it."""
 
     def numbers(self) -> dict[str, float]:
-        """Returns by name what else a report should show of the rule."""
+        """Return by name what else a report should show of the rule."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint must keep of the rule; a fixed rule has nothing to keep."""
+        """Return what a checkpoint must keep of the rule; a fixed rule has nothing to keep."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Returns nothing; takes up what `state_dict` gave. A fixed rule has nothing to take up."""
+        """Load what `state_dict` gave. A fixed rule has nothing to load."""
 
 
 @dataclass
@@ -78,32 +103,32 @@ class RuleOnTop(CoefficientRule):
 
     @property
     def normalised(self) -> bool:
-        """Returns whether the rule below gives shares."""
+        """Return whether the rule below gives shares."""
         return self.rule.normalised
 
     @property
     def needs(self) -> frozenset[str]:
-        """Returns what the rule below needs."""
+        """Return what the rule below needs."""
         return self.rule.needs
 
     def thresholds(self, step: int) -> tuple[float, ...]:
-        """Returns those of the rule below."""
+        """Return those of the rule below."""
         return self.rule.thresholds(step)
 
     def observe(self, step: int, seen: Observation) -> None:
-        """Returns nothing; tells the rule below."""
+        """Let the rule below record the step."""
         self.rule.observe(step, seen)
 
     def numbers(self) -> dict[str, float]:
-        """Returns what the rule below shows."""
+        """Return what the rule below shows."""
         return self.rule.numbers()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the rule below."""
+        """Return the state of the rule below."""
         return self.rule.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Returns nothing; hands the state to the rule below."""
+        """Load the state into the rule below."""
         self.rule.load_state_dict(state)
 
 
@@ -119,11 +144,11 @@ class FixedCoefficients(CoefficientRule):
 
     @property
     def normalised(self) -> bool:
-        """Returns True for a rule of depth and False for a list, which is used as given."""
+        """Return True for a rule of depth and False for a list, which is used as given."""
         return self.shares
 
     def coefficients(self, step: int) -> dict[int, float]:
-        """Returns {depth: coefficient} at ``step``: initial + (final - initial) * f(step / warm-up)."""
+        """Return {depth: coefficient} at ``step``: initial + (final - initial) * f(step / warm-up)."""
         if step >= self.warmup_iters:
             return dict(self.final)
         moved = WARMUPS[self.warmup_style](step / self.warmup_iters)
@@ -131,7 +156,7 @@ class FixedCoefficients(CoefficientRule):
 
 
 def layerskip_weight(depth: int, num_layers: int, scale: float) -> float:
-    """Returns LayerSkip's weight of a depth, quadratic in depth and ``scale`` times smaller below the last layer.
+    """Return LayerSkip's weight of a depth, quadratic in depth and ``scale`` times smaller below the last layer.
 
     With layers counted from 0, l = depth - 1: e(l) = scale * sum_{i <= l} i below the last layer L - 1, and
     e(L - 1) = L - 1 + scale * sum_{i <= L - 2} i. So an exit after the first layer counts 0.
@@ -145,44 +170,52 @@ def layerskip_weight(depth: int, num_layers: int, scale: float) -> float:
 
 
 def coefficients_by_rule(rule: str, depths: Sequence[int], num_layers: int = 0, scale: float = 1.0) -> dict[int, float]:
-    """Returns {depth: coefficient} of a named rule of depth; they sum to 1. The last two arguments are those of ``layerskip_weight``."""
+    """Return {depth: coefficient} of a named rule of depth; they sum to 1. The last two arguments are those of ``layerskip_weight``."""
     weights = {depth: layerskip_weight(depth, num_layers, scale) if rule == LAYERSKIP else RULES[rule](depth) for depth in depths}
     total = sum(weights.values())
     return {depth: weight / total for depth, weight in weights.items()}
 
 
-def make_coefficient_rule(
-    exit_layer_nums: Sequence[int],
-    num_layers: int,
-    rule: str = "uniform",
-    weights: Sequence[float] = (),
-    initial: Sequence[float] = (),
-    warmup_iters: int = 0,
-    warmup_style: str = "linear",
-    scale: float = 1.0,
-) -> CoefficientRule:
-    """Returns the rule that settings describe.
+@dataclass(frozen=True)
+class Weighting:
+    """How exits are weighed by a fixed rule.
+
+    Attributes:
+        rule: Named rule of depth, used when ``weights`` is empty.
+        weights: One coefficient per exit in the order of the listed exits; the last layer counts 1 when it has none.
+        initial: Coefficients at step 0 of a warm-up, in the same order; 0 for all but the last layer when empty. The last layer
+            moves only if it has a value here.
+        warmup_iters: Steps of the warm-up; 0 for none.
+        warmup_style: One of `WARMUPS`.
+        scale: Of the rule "layerskip".
+    """
+
+    rule: str = "uniform"
+    weights: Sequence[float] = ()
+    initial: Sequence[float] = ()
+    warmup_iters: int = 0
+    warmup_style: str = "linear"
+    scale: float = 1.0
+
+
+def make_coefficient_rule(exit_layer_nums: Sequence[int], num_layers: int, weighting: Weighting) -> CoefficientRule:
+    """Return the fixed rule that settings describe.
 
     Args:
-        exit_layer_nums: depths of the exits, with or without the last layer.
-        num_layers: depth of the last exit.
-        rule: named rule of depth, used when ``weights`` is empty.
-        weights: one coefficient per exit in the order of ``exit_layer_nums``; the last layer counts 1 when it has none.
-        initial: coefficients at step 0 of a warm-up, in the same order; 0 for all but the last layer when empty. The last layer
-            moves only if it has a value here.
-        warmup_iters: steps of the warm-up; 0 for none.
-        warmup_style: one of `WARMUPS`.
-        scale: of the rule "layerskip".
+        exit_layer_nums: Depths of the exits, with or without the last layer.
+        num_layers: Depth of the last exit.
+        weighting: How they are weighed.
 
     Raises:
-        SettingsError: a list does not fit the exits, has a negative or only zero coefficients, or ``initial`` comes without a warm-up.
+        SettingsError: A list does not fit the exits, has a negative or only zero coefficients, or ``initial`` comes without a warm-up.
     """
+    weights, initial, warmup_iters = weighting.weights, weighting.initial, weighting.warmup_iters
     depths = normalise_depths(exit_layer_nums, num_layers)
     if weights:
         listed = _checked("--exit-layer-weight", weights, exit_layer_nums, num_layers)
         final = {depth: listed.get(depth, 1.0) for depth in depths}
     else:
-        final = coefficients_by_rule(rule, depths, num_layers, scale)
+        final = coefficients_by_rule(weighting.rule, depths, num_layers, weighting.scale)
     if initial and not warmup_iters:
         raise SettingsError(
             "--exit-layer-weight-init: it has no effect without a warm-up (--exit-layer-weight-warmup-iters 0). "
@@ -193,7 +226,7 @@ def make_coefficient_rule(
     for name, coefficients in (("--exit-layer-weight", final), ("--exit-layer-weight-init", start)):
         if not any(coefficients.values()) and (warmup_iters or coefficients is final):  # without a warm-up nobody starts at ``start``
             raise SettingsError(f"{name}: every coefficient is 0, so nothing would be trained. Give one exit a positive one.")
-    return FixedCoefficients(final, start, warmup_iters, warmup_style, shares=not weights)
+    return FixedCoefficients(final, start, warmup_iters, weighting.warmup_style, shares=not weights)
 
 
 def _checked(name: str, values: Sequence[float], exit_layer_nums: Sequence[int], num_layers: int) -> dict[int, float]:

@@ -7,7 +7,7 @@ from megatron_sorted.exits.coefficients import RuleOnTop
 
 
 def rotation(depths: Sequence[int], interval: int) -> Callable[[int], set[int]]:
-    """Returns {exits that are on} as a function of the step: every ``interval``-th intermediate one, moved on by one a step; and the last.
+    """Return {exits that are on} as a function of the step: every ``interval``-th intermediate one, moved on by one a step; and the last.
 
     Source: LayerSkip, arXiv 2404.16710, section 4.1.2 (C_rot,R); that the last is always on: pytorch/torchtune, early_exit_loss.py.
     """
@@ -16,7 +16,7 @@ def rotation(depths: Sequence[int], interval: int) -> Callable[[int], set[int]]:
 
 
 def gradual(depths: Sequence[int], num_steps: float) -> Callable[[int], set[int]]:
-    """Returns {exits that are on} as a function of the step: the last at first, one more below it each ``num_steps`` / exits steps.
+    """Return {exits that are on} as a function of the step: the last at first, one more below it each ``num_steps`` / exits steps.
 
     Source: LayerSkip, arXiv 2404.16710, section 4.1.2 (C_grad), whose ``num_steps`` is half of the training.
     """
@@ -35,7 +35,7 @@ class Curriculum(RuleOnTop):
     switched_on: Callable[[int], set[int]]
 
     def coefficients(self, step: int) -> dict[int, float]:
-        """Returns the coefficients of the exits that are on, and 0 for the others."""
+        """Return the coefficients of the exits that are on, and 0 for the others."""
         below, here = self.rule.coefficients(step), self.switched_on(step)
         whole = sum(below[depth] for depth in here) if self.normalised else 1.0
         return {depth: coefficient / whole if depth in here else 0.0 for depth, coefficient in below.items()}

@@ -10,7 +10,7 @@ Value = TypeVar("Value")
 
 
 def normalise_depths(exit_layer_nums: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Returns all depths in increasing order, ``num_layers`` the last of them whether listed or not.
+    """Return all depths in increasing order, ``num_layers`` the last of them whether listed or not.
 
     Raises:
         SettingsError: a depth is not a layer of the network, or is listed twice.
@@ -27,7 +27,7 @@ def normalise_depths(exit_layer_nums: Sequence[int], num_layers: int) -> tuple[i
 
 
 def by_depth(name: str, values: Sequence[Value], exit_layer_nums: Sequence[int], num_layers: int) -> dict[int, Value]:
-    """Returns {depth: value} of a list of one value per exit.
+    """Return {depth: value} of a list of one value per exit.
 
     Values stand in the order of ``exit_layer_nums``. The last layer's value may be left out, and is then absent from the
     result; where the last layer is not listed as an exit, its value stands at the end.

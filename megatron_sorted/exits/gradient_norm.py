@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from megatron_sorted.exits.coefficients import GRADIENTS, LOSSES, Observation
 from megatron_sorted.exits.learned import LearnedRule, as_shares, mean
-from megatron_sorted.exits.observation import GRADIENTS, LOSSES, Observation
 
 
 class GradNorm(LearnedRule):
@@ -33,16 +33,16 @@ class GradNorm(LearnedRule):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Returns what the rule is told: losses and norms."""
+        """Return what the rule is told: losses and norms."""
         return frozenset({LOSSES, GRADIENTS})
 
     def coefficients(self, step: int) -> dict[int, float]:
-        """Returns softmax(s)."""
+        """Return softmax(s)."""
         highest = max(self.scores.values())
         return as_shares({depth: math.exp(score - highest) for depth, score in self.scores.items()})
 
     def observe(self, step: int, seen: Observation) -> None:
-        """Returns nothing; one gradient step over the exits that trained."""
+        """Take one gradient step over the exits that trained."""
         for depth, loss in seen.losses.items():
             self.first_losses.setdefault(depth, max(loss, 1e-12))
         exits = [depth for depth in seen.losses if seen.grad_norms.get(depth, 0.0) > 0]

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sorted.exits.coefficients import RuleOnTop
-from megatron_sorted.exits.observation import LOSSES, Observation
+from megatron_sorted.exits.coefficients import LOSSES, Observation, RuleOnTop
 
 
 @dataclass
@@ -38,18 +37,18 @@ class Guard(RuleOnTop):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Returns what the rule below needs, and losses."""
+        """Return what the rule below needs, and losses."""
         return super().needs | {LOSSES}
 
     def coefficients(self, step: int) -> dict[int, float]:
-        """Returns those of the rule below with the multiplier added to the last; where they are shares, divided by 1 + multiplier."""
+        """Return those of the rule below with the multiplier added to the last; where they are shares, divided by 1 + multiplier."""
         below = self.rule.coefficients(step)
         below[self.last] += self.multiplier
         whole = 1 + self.multiplier if self.normalised else 1.0
         return {depth: coefficient / whole for depth, coefficient in below.items()}
 
     def observe(self, step: int, seen: Observation) -> None:
-        """Returns nothing; one step of the ascent if the last exit trained."""
+        """Take one step of the ascent if the last exit trained."""
         super().observe(step, seen)
         loss = seen.losses.get(self.last)
         if loss is None:
@@ -58,15 +57,15 @@ class Guard(RuleOnTop):
         self.multiplier = min(max(self.multiplier + self.rate * (self.average - self.reference), 0.0), self.largest)
 
     def numbers(self) -> dict[str, float]:
-        """Returns the multiplier, and what the rule below shows."""
+        """Return the multiplier, and what the rule below shows."""
         return {**super().numbers(), "guard-multiplier": self.multiplier}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns multiplier, mean and the state of the rule below."""
+        """Return multiplier, mean and the state of the rule below."""
         return {"below": super().state_dict(), "guard": {"multiplier": self.multiplier, "average": self.average}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Returns nothing; takes up a state made with or without a guard."""
+        """Load a state made with or without a guard."""
         super().load_state_dict(state.get("below", state))
         if "guard" in state:
             self.multiplier, self.average = state["guard"]["multiplier"], state["guard"]["average"]

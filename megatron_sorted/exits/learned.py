@@ -3,12 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from megatron_sorted.exits.coefficients import CoefficientRule
-from megatron_sorted.exits.observation import LOSSES
+from megatron_sorted.exits.coefficients import LOSSES, CoefficientRule
 
 
 def as_shares(weights: Mapping[int, float]) -> dict[int, float]:
-    """Returns weights divided by their sum."""
+    """Return weights divided by their sum."""
     total = sum(weights.values())
     return {depth: weight / total for depth, weight in weights.items()}
 
@@ -33,22 +32,22 @@ class LearnedRule(CoefficientRule):
 
     @property
     def normalised(self) -> bool:
-        """Returns True: coefficients are shares of one whole."""
+        """Return True: coefficients are shares of one whole."""
         return True
 
     @property
     def needs(self) -> frozenset[str]:
-        """Returns what the rule is told: the losses."""
+        """Return what the rule is told: the losses."""
         return frozenset({LOSSES})
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the rule's name, its tables with depths as text, and its plain numbers."""
+        """Return the rule's name, its tables with depths as text, and its plain numbers."""
         state: dict[str, Any] = {"rule": self.name}
         state |= {table: {str(depth): value for depth, value in getattr(self, table).items()} for table in self.tables}
         return state | {name: getattr(self, name) for name in self.plain}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Returns nothing; a fresh rule takes up a state of the same rule. Another's is left; an exit that it does not know starts anew."""
+        """Load a state of the same rule; ignore another's. An exit that the state does not know starts anew."""
         state = state.get("below", state)  # saved under a guard
         if state.get("rule") != self.name:
             return
@@ -60,6 +59,6 @@ class LearnedRule(CoefficientRule):
 
 
 def mean(values: Iterable[float]) -> float:
-    """Returns the mean of one number or more."""
+    """Return the mean of one number or more."""
     listed = list(values)
     return sum(listed) / len(listed)

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from megatron_sorted.exits.coefficients import Observation
 from megatron_sorted.exits.learned import LearnedRule, as_shares, mean
-from megatron_sorted.exits.observation import Observation
 
 
 class Uncertainty(LearnedRule):
@@ -24,12 +24,12 @@ class Uncertainty(LearnedRule):
         self.uncertainty = dict.fromkeys(self.depths, math.log(initial_variance))
 
     def coefficients(self, step: int) -> dict[int, float]:
-        """Returns the shares of 1 / (2 e^s)."""
+        """Return the shares of 1 / (2 e^s)."""
         smallest = min(self.uncertainty.values())
         return as_shares({depth: math.exp(smallest - s) for depth, s in self.uncertainty.items()})
 
     def observe(self, step: int, seen: Observation) -> None:
-        """Returns nothing; one gradient step for every exit that trained."""
+        """Take one gradient step for every exit that trained."""
         for depth, loss in seen.losses.items():
             self.uncertainty[depth] -= self.rate * (1 - loss * math.exp(-self.uncertainty[depth])) / 2
 
@@ -51,12 +51,12 @@ class InverseLoss(LearnedRule):
         self.average: dict[int, float] = {}
 
     def coefficients(self, step: int) -> dict[int, float]:
-        """Returns the shares of 1 / moving mean; equal ones before the first step."""
+        """Return the shares of 1 / moving mean; equal ones before the first step."""
         usual = mean(self.average.values()) if self.average else 1.0
         return as_shares({depth: 1 / max(self.average.get(depth, usual), 1e-12) for depth in self.depths})
 
     def observe(self, step: int, seen: Observation) -> None:
-        """Returns nothing; moves the means on, each starting at its first loss."""
+        """Move the means on, each starting at its first loss."""
         for depth, loss in seen.losses.items():
             self.average[depth] = self.decay * self.average.get(depth, loss) + (1 - self.decay) * loss
 
@@ -81,14 +81,14 @@ class LossRatio(LearnedRule):
         self.before: dict[int, float] = {}
 
     def coefficients(self, step: int) -> dict[int, float]:
-        """Returns softmax(r / T)."""
+        """Return softmax(r / T)."""
         ratio = {depth: self.last[depth] / max(self.before[depth], 1e-12) if depth in self.last and depth in self.before else 1.0
                  for depth in self.depths}
         highest = max(ratio.values())
         return as_shares({depth: math.exp((r - highest) / self.temperature) for depth, r in ratio.items()})
 
     def observe(self, step: int, seen: Observation) -> None:
-        """Returns nothing; adds the losses to the window, which ends with every ``window``-th step of the run.
+        """Add the losses to the window, which ends with every ``window``-th step of the run.
 
         A window that ends with a step that was skipped goes on to the end of the next one.
         """
@@ -118,11 +118,11 @@ class ExcessLoss(LearnedRule):
         self.shares = dict.fromkeys(self.depths, 1 / len(self.depths))
 
     def coefficients(self, step: int) -> dict[int, float]:
-        """Returns the shares."""
+        """Return the shares."""
         return as_shares(self.shares)
 
     def observe(self, step: int, seen: Observation) -> None:
-        """Returns nothing; one multiplicative step for every exit that trained."""
+        """Take one multiplicative step for every exit that trained."""
         excess = {depth: max(loss - self.references[depth], 0.0) for depth, loss in seen.losses.items()}
         largest = max(excess.values(), default=0.0)  # taken out of the exponent, where the sum cancels it
         moved = as_shares({depth: share * math.exp(self.rate * (excess.get(depth, 0.0) - largest)) for depth, share in self.shares.items()})

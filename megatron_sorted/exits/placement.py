@@ -1,34 +1,15 @@
-"""Where each exit stands when layers are split over pipeline stages and chunks, as Megatron-core splits them."""
+"""How many layers every pipeline stage and chunk holds, as Megatron-core splits them."""
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from megatron_sorted.errors import SettingsError
-
-
-class ChunkLayers(NamedTuple):
-    """A run of consecutive layers held by one chunk: depths first_layer + 1 .. first_layer + num_layers."""
-
-    stage: int
-    chunk: int
-    first_layer: int
-    """Number of layers before this chunk's first one."""
-    num_layers: int
-
-
-class Placement(NamedTuple):
-    """Where an exit stands: after ``position`` (1..) layers of chunk ``chunk`` on stage ``stage``."""
-
-    stage: int
-    chunk: int
-    position: int
 
 
 def stage_layers(
     num_layers: int, num_stages: int, first_stage_layers: int | None = None, last_stage_layers: int | None = None
 ) -> list[int]:
-    """Returns the number of layers on each stage; stages without a number of their own share the rest equally.
+    """Return the number of layers on each stage; stages without a number of their own share the rest equally.
 
     Raises:
         SettingsError: the layers do not divide.
@@ -50,15 +31,15 @@ def stage_layers(
     return [fixed.get(stage, rest // free if free else 0) for stage in range(num_stages)]
 
 
-def chunk_layers(
+def split_layers(
     num_layers: int, num_stages: int, num_chunks: int = 1, first_stage_layers: int | None = None, last_stage_layers: int | None = None
-) -> list[ChunkLayers]:
-    """Returns what every chunk of every stage holds, in the order in which a token passes them.
+) -> list[int]:
+    """Return the number of layers of every chunk, in the order in which a token passes them.
 
     With several chunks a token visits chunk 0 of every stage, then chunk 1 of every stage, and so on.
 
     Raises:
-        SettingsError: the layers do not divide over stages and chunks.
+        SettingsError: The layers do not divide over stages and chunks.
     """
     per_stage = stage_layers(num_layers, num_stages, first_stage_layers, last_stage_layers)
     for stage, layers in enumerate(per_stage):
@@ -67,16 +48,11 @@ def chunk_layers(
                 f"--num-layers: {layers} layers on stage {stage} do not divide into {num_chunks} chunks. "
                 "Change --num-layers, --pipeline-model-parallel-size or --num-layers-per-virtual-pipeline-stage."
             )
-    result, before = [], 0
-    for chunk in range(num_chunks):
-        for stage, layers in enumerate(per_stage):
-            result.append(ChunkLayers(stage, chunk, before, layers // num_chunks))
-            before += layers // num_chunks
-    return result
+    return [layers // num_chunks for _ in range(num_chunks) for layers in per_stage]
 
 
 def layers_of_layout(text: str) -> list[int]:
-    """Returns the number of layers of every chunk, in the order in which a token passes them.
+    """Return the number of layers of every chunk, in the order in which a token passes them.
 
     Args:
         text: A layout in Megatron-LM's words: ``t`` a layer, ``E`` the embedding, ``L`` the loss, ``|`` between chunks, ``x*n`` and
@@ -97,30 +73,14 @@ def layers_of_layout(text: str) -> list[int]:
     return [chunk.count("t") for chunk in chunks]
 
 
-def chunks_of_layout(layers: Sequence[int], num_layers: int, num_stages: int) -> list[ChunkLayers]:
-    """Returns what every chunk of every stage holds when ``layers`` are their numbers of layers.
+def check_chunks(layers: Sequence[int], num_layers: int, num_stages: int) -> None:
+    """Check that chunks of so many ``layers`` are all layers, and equally many chunks on every stage.
 
     Raises:
-        SettingsError: they are not all layers, or not equally many chunks on every stage.
+        SettingsError: They are not.
     """
     if sum(layers) != num_layers or len(layers) % num_stages:
         raise SettingsError(
             f"--pipeline-model-parallel-layout: {len(layers)} chunks with {sum(layers)} layers, but --num-layers is {num_layers} and the "
             f"chunks must be a multiple of {num_stages} (--pipeline-model-parallel-size). Change one of them."
         )
-    return [ChunkLayers(place % num_stages, place // num_stages, sum(layers[:place]), count) for place, count in enumerate(layers)]
-
-
-def place_exits(depths: Iterable[int], chunks: Sequence[tuple[int, int, int, int]]) -> dict[int, Placement]:
-    """Returns the place of every depth. A depth on a border belongs to the chunk that ran its last layer.
-
-    Args:
-        depths: depths, each a layer of one of the chunks.
-        chunks: (stage, chunk, first_layer, num_layers) of every chunk, as `chunk_layers` gives them.
-    """
-    places = {}
-    for depth in depths:
-        found = [(stage, chunk, depth - first) for stage, chunk, first, layers in chunks if first < depth <= first + layers]
-        assert len(found) == 1, f"depth {depth} is in {len(found)} chunks"
-        places[depth] = Placement(*found[0])
-    return places

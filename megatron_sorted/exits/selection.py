@@ -1,55 +1,64 @@
 """Which exits train at a step: the same answer on every rank, without talking and without state."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from megatron_sorted.exits.chance import uniform_number
 
 
-def select_exits(
-    step: int,
-    seed: int,
-    depths: Sequence[int],
-    coefficients: Mapping[int, float],
-    sampling: str = "all",
-    num_sampled: int = 1,
-    probabilities: Mapping[int, float] | None = None,
-    normalised: bool = True,
-) -> dict[int, float]:
-    """Returns {depth: coefficient} of the exits that train at this step, in increasing depth.
+@dataclass(frozen=True)
+class Sampling:
+    """How exits are drawn at each step.
 
-    An exit whose coefficient is 0 is never among them, so a draw is made among the others; where fewer than ``num_sampled``
-    can be drawn, all of them train.
+    Attributes:
+        seed: The run's; with the step the only source of chance, so a resumed run draws as the
+            unbroken one.
+        kind: "all", "uniform", "probabilities", or "coefficients" (see ``_draw_in_proportion``).
+        num: How many exits are drawn, unless "all"; without replacement, unless "coefficients".
+        probabilities: Chance of each exit for "probabilities"; one at 0 is never drawn.
+    """
+
+    seed: int = 0
+    kind: str = "all"
+    num: int = 1
+    probabilities: Mapping[int, float] | None = None
+
+
+def select_exits(
+    step: int, coefficients: Mapping[int, float], sampling: Sampling, normalised: bool = True
+) -> dict[int, float]:
+    """Return {depth: coefficient} of the exits that train at this step, in increasing depth.
+
+    An exit whose coefficient is 0 is never among them, so a draw is made among the others; where
+    fewer than ``sampling.num`` can be drawn, all of them train.
 
     Args:
-        step: the step, from 0; with ``seed`` the only source of chance, so a resumed run draws as the unbroken one.
-        seed: the run's seed.
-        depths: all exits.
-        coefficients: coefficient of every exit at this step.
-        sampling: "all", "uniform", "probabilities", or "coefficients" (see ``_draw_in_proportion``).
-        num_sampled: how many exits are drawn, unless "all"; without replacement, unless "coefficients".
-        probabilities: chance of each exit for "probabilities"; one at 0 is never drawn.
-        normalised: coefficients are shares of one whole: those of drawn exits are scaled to sum 1.
+        step: The step, from 0.
+        coefficients: Coefficient of every exit at this step.
+        sampling: How exits are drawn.
+        normalised: Coefficients are shares of one whole: those of drawn exits are scaled to sum 1.
     """
-    active = [depth for depth in sorted(depths) if coefficients[depth] != 0]
-    if sampling == "all":
+    key, num, probabilities = f"{sampling.seed}/{step}", sampling.num, sampling.probabilities
+    active = [depth for depth in sorted(coefficients) if coefficients[depth] != 0]
+    if sampling.kind == "all":
         return {depth: coefficients[depth] for depth in active}
-    if sampling == "coefficients":
-        counts = _draw_in_proportion({depth: coefficients[depth] for depth in active}, num_sampled, f"{seed}/{step}")
+    if sampling.kind == "coefficients":
+        counts = _draw_in_proportion({depth: coefficients[depth] for depth in active}, num, key)
         total = 1.0 if normalised else sum(coefficients[depth] for depth in active)
-        return {depth: total * count / num_sampled for depth, count in counts.items()}
-    if sampling == "uniform":
+        return {depth: total * count / num for depth, count in counts.items()}
+    if sampling.kind == "uniform":
         weights = dict.fromkeys(active, 1.0)
     else:
-        assert sampling == "probabilities" and probabilities is not None
+        assert sampling.kind == "probabilities" and probabilities is not None
         weights = {depth: probabilities[depth] for depth in active if probabilities[depth] > 0}
-    drawn = sorted(_draw(weights, num_sampled, f"{seed}/{step}"))
+    drawn = sorted(_draw(weights, num, key))
     total = sum(coefficients[depth] for depth in drawn) if normalised else 1.0
     return {depth: coefficients[depth] / total for depth in drawn}
 
 
 def _draw(weights: dict[int, float], num: int, key: str) -> list[int]:
-    """Returns ``num`` keys drawn one after another, each by its share of the weight that is left."""
+    """Return ``num`` keys drawn one after another, each by its share of the weight that is left."""
     left, drawn = dict(weights), []
     while left and len(drawn) < num:
         point = _uniform(f"{key}/{len(drawn)}") * sum(left.values())
@@ -65,12 +74,14 @@ def _draw(weights: dict[int, float], num: int, key: str) -> list[int]:
 
 
 def _draw_in_proportion(weights: dict[int, float], num: int, key: str) -> dict[int, int]:
-    """Returns how often each key is drawn in ``num`` draws, in increasing order; on average ``num`` x its share of the weight, exactly.
+    """Return how often each key is drawn in ``num`` draws, in increasing order; on average ``num`` x its share of the weight, exactly.
 
-    So exits that count as often as they are drawn have, on average, the gradient of all exits with their coefficients. Drawing
-    without replacement has not, once more than one is drawn. A key is drawn more than once only if its share is above 1 / ``num``.
+    So exits that count as often as they are drawn have, on average, the gradient of all exits with
+    their coefficients. Drawing without replacement has not, once more than one is drawn. A key is
+    drawn more than once only if its share is above 1 / ``num``.
 
-    Source: systematic sampling (Madow, Annals of Mathematical Statistics 20, 1949): equally spaced points with one chance shift.
+    Source: systematic sampling (Madow, Annals of Mathematical Statistics 20, 1949): equally spaced
+        points with one chance shift.
     """
     spacing = sum(weights.values()) / num
     shift, before, counts = _uniform(f"{key}/0"), 0, {}

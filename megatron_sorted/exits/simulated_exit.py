@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_sorted.exits.chance import uniform_number
+from megatron_sorted.exits.coefficients import EXIT_LAYERS, LOSSES, Observation
 from megatron_sorted.exits.learned import LearnedRule
-from megatron_sorted.exits.observation import EXIT_LAYERS, LOSSES, Observation
 
 
 class SimulatedExit(LearnedRule):
@@ -36,17 +36,17 @@ class SimulatedExit(LearnedRule):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Returns what the rule is told: where tokens would leave."""
+        """Return what the rule is told: where tokens would leave."""
         return frozenset({LOSSES, EXIT_LAYERS})
 
     def thresholds(self, step: int) -> tuple[float, ...]:
-        """Returns the thresholds of a step, increasing."""
+        """Return the thresholds of a step, increasing."""
         width = self.highest - self.lowest
         return tuple(sorted(self.lowest + width * uniform_number(f"exit threshold {self.seed}/{step}/{number}")
                             for number in range(self.num_thresholds)))
 
     def coefficients(self, step: int) -> dict[int, float]:
-        """Returns the mixture of the class's formula; equal coefficients at step 0, where b is 0."""
+        """Return the mixture of the class's formula; equal coefficients at step 0, where b is 0."""
         slope = self.sharpness * min(step / self.total_steps, 1.0)
         result = dict.fromkeys(self.depths, 0.0)
         for place, leaving in enumerate(self.depths):
@@ -56,12 +56,12 @@ class SimulatedExit(LearnedRule):
         return result
 
     def observe(self, step: int, seen: Observation) -> None:
-        """Returns nothing; keeps the shares and the range of confidences."""
+        """Keep the shares and the range of confidences."""
         self.shares = {depth: seen.exit_shares.get(depth, 0.0) for depth in self.depths}
         self.lowest, self.highest = seen.confidences
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Returns nothing; takes the state up if it is of the same exits, whose shares sum to 1."""
+        """Load the state if it is of the same exits, whose shares sum to 1."""
         state = state.get("below", state)  # saved under a guard
         if {int(depth) for depth in state.get("shares", {})} == set(self.depths):
             super().load_state_dict(state)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.errors import DataError
-from megatron_sorted.reading.json_text import read_json_object
+from megatron_sorted.reading.json_text import read_settings
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.conversation import chat_form, chosen_template
 from megatron_sorted.text.prompt_form import (
@@ -22,11 +22,10 @@ from megatron_sorted.text.prompt_form import (
     parse_label,
     read_form,
 )
-from megatron_sorted.text.tokenizer import Tokenizer
+from megatron_sorted.text.tokenizer.contract import Tokenizer
 from megatron_sorted.text.written_forms import written_form
 
 GENERATION, CONFIG, EOS = "generation_config.json", "config.json", "eos_token_id"
-MOST_BYTES = 4 << 20
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
@@ -121,15 +120,6 @@ def form_of_model(directory: Path, tokenizer: Tokenizer, label: str | None = Non
     form, line = _choose(directory.name, stored, tokenizer, label)
     return ModelForm(form, line, read_settings(directory / GENERATION), shown(directory), form is not None and form is stored,
                      read_settings(directory / CONFIG))
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Return the object in a small JSON file; empty where there is no such file.
-
-    Raises:
-        DataError: It is no JSON object of reasonable size and nesting.
-    """
-    return read_json_object(path, "Give an intact directory.", most_bytes=MOST_BYTES) if path.is_file() else {}
 
 
 def _choose(name: str, stored: PromptForm | None, tokenizer: Tokenizer, label: str | None) -> tuple[PromptForm | None, str]:

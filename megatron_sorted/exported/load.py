@@ -5,15 +5,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megatron_sorted.conversion.exit_keys import exits_of_config
-from megatron_sorted.conversion.families import CONFIG, EXITS, num_layers_of_config, read_config
-from megatron_sorted.conversion.hugging_face_files import HuggingFaceFiles
-from megatron_sorted.conversion.nested_exits import Exit, read_exits
-from megatron_sorted.conversion.safetensors_files import read_header
-from megatron_sorted.conversion.tensor_table import check_num_layers
-from megatron_sorted.conversion.transformers_network import fill_network, network_of_config
+from megatron_sorted.conversion.hugging_face.exit_keys import exits_of_config
+from megatron_sorted.conversion.hugging_face.families import CONFIG, EXITS, num_layers_of_config, read_config
+from megatron_sorted.conversion.hugging_face.nested_exits import Exit, read_exits
+from megatron_sorted.conversion.hugging_face.safetensors_files import read_header
+from megatron_sorted.conversion.hugging_face.transformers_network import fill_network, network_of_config
+from megatron_sorted.conversion.hugging_face.weight_files import HuggingFaceFiles
+from megatron_sorted.conversion.tensors.table import check_num_layers
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.exported.form import GENERATION, read_settings
+from megatron_sorted.exported.form import GENERATION
+from megatron_sorted.reading.json_text import read_settings
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.prompt_form import end_tokens
 

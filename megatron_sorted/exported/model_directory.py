@@ -9,19 +9,14 @@ from pathlib import Path
 
 from megatron_sorted.checkpoint.layout import TRACKER
 from megatron_sorted.checkpoint.manifest import MANIFEST
-from megatron_sorted.conversion.config_rules import check_config
-from megatron_sorted.conversion.convert import export_model
-from megatron_sorted.conversion.exit_keys import exits_of_config
-from megatron_sorted.conversion.families import (
-    CONFIG,
-    EXITS,
-    family_of_config,
-    num_layers_of_config,
-    read_config,
-)
-from megatron_sorted.conversion.hugging_face_files import HuggingFaceFiles, check_has_weights
+from megatron_sorted.conversion.exporting import export_model
+from megatron_sorted.conversion.hugging_face.config_rules import check_config
+from megatron_sorted.conversion.hugging_face.exit_keys import exits_of_config
+from megatron_sorted.conversion.hugging_face.families import CONFIG, EXITS, family_of_config, num_layers_of_config, read_config
+from megatron_sorted.conversion.hugging_face.weight_files import HuggingFaceFiles, check_has_weights
 from megatron_sorted.conversion.open_model import open_model
-from megatron_sorted.conversion.tensor_table import check_num_layers
+from megatron_sorted.conversion.tensors.table import check_num_layers
+from megatron_sorted.conversion.writing import Writing
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.reading.shown import shown
 
@@ -46,7 +41,7 @@ class ExitPlan:
 
 
 def open_model_directory(path: Path) -> Path:
-    """Returns the Hugging Face directory to evaluate for what the user named; a checkpoint is exported into one that goes with the process.
+    """Return the Hugging Face directory to evaluate for what the user named; a checkpoint is exported into one that goes with the process.
 
     Raises:
         CheckpointError: It is no model directory, or a checkpoint that no Hugging Face family computes.
@@ -62,17 +57,18 @@ def open_model_directory(path: Path) -> Path:
 
 
 def _export(path: Path) -> Path:
-    """Returns the Hugging Face directory made of a checkpoint; it is removed when the process ends."""
+    """Return the Hugging Face directory made of a checkpoint; it is removed when the process ends."""
     model = open_model(path)
     folder = Path(tempfile.mkdtemp(prefix="evaluate_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     print(f"exporting {model.directory} ({model.num_bytes / 1e6:,.1f} MB) to {folder}", flush=True)
-    export_model(model, folder / path.resolve().name, verify=False)  # evaluating is reading every number of it
+    # evaluating is reading every number of it
+    export_model(model, folder / path.resolve().name, Writing(verify=False))
     return folder / path.resolve().name
 
 
 def plan_exits(directory: Path, wanted: Sequence[int] | None = None) -> ExitPlan:
-    """Returns the exits of a directory: ``wanted``, by default those of config.json, by default all layers; the last always.
+    """Return the exits of a directory: ``wanted``, by default those of config.json, by default all layers; the last always.
 
     Raises:
         CheckpointError: config.json is of no supported family, contradicts itself, or says own parts and they are missing.

@@ -6,9 +6,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from megatron_sorted.errors import DataError
-from megatron_sorted.text import tokenizer as text_tokenizer
-from megatron_sorted.text.tokenizer import Tokenizer
-from megatron_sorted.text.tokenizer_fast import HuggingFaceTokenizer
+from megatron_sorted.text.tokenizer import opening
+from megatron_sorted.text.tokenizer.contract import Tokenizer
+from megatron_sorted.text.tokenizer.fast import HuggingFaceTokenizer
 
 
 def open_tokenizer(directory: Path, option: Path | None = None) -> Tokenizer:
@@ -17,12 +17,7 @@ def open_tokenizer(directory: Path, option: Path | None = None) -> Tokenizer:
     Raises:
         DataError: There is none, or it cannot be read.
     """
-    return text_tokenizer.open_tokenizer(option or directory, option and "--tokenizer")
-
-
-def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Return the ids of each text, without bos and eos; no text is cut."""
-    return tokenizer.encode_batch(texts) if texts else []
+    return opening.open_tokenizer(option or directory, option and "--tokenizer")
 
 
 def prefix_id(tokenizer: Tokenizer) -> int:

@@ -9,7 +9,7 @@ import torch
 
 
 def following_n(loss_mask_bs: torch.Tensor, positions_bs: torch.Tensor, segments_bs: torch.Tensor | None) -> torch.Tensor:
-    """Returns for each counted token where the next token of its document stands among the counted ones; n if it is not counted.
+    """Return for each counted token where the next token of its document stands among the counted ones; n if it is not counted.
 
     Counted tokens (mask not 0) are numbered 0..n-1 in (sequence, batch) order. A run ends with its document, its sample, and
     where the next token does not count; so nothing follows across the seam of two slices of a sequence either (context parallel).
@@ -30,7 +30,7 @@ def following_n(loss_mask_bs: torch.Tensor, positions_bs: torch.Tensor, segments
 
 
 def draft_counts(agree_n: torch.Tensor, follow_n: torch.Tensor, num_draft_tokens: int) -> torch.Tensor:
-    """Returns for k = 1..``num_draft_tokens`` how many starts see a k-th token after k - 1 agreements, and how many agree there too.
+    """Return for k = 1..``num_draft_tokens`` how many starts see a k-th token after k - 1 agreements, and how many agree there too.
 
     Every counted token is a start. A start whose document ends before its k-th token is not counted at k.
 
@@ -52,7 +52,7 @@ def draft_counts(agree_n: torch.Tensor, follow_n: torch.Tensor, num_draft_tokens
 
 
 def accept_length(seen: Sequence[float], agreed: Sequence[float]) -> float:
-    """Returns the mean number of tokens that one verification by the last exit gains when the exit drafts ``len(seen)`` tokens.
+    """Return the mean number of tokens that one verification by the last exit gains when the exit drafts ``len(seen)`` tokens.
 
     It is tau = 1 + sum_k prod_{i <= k} acc_i, where acc_i = agreed_i / seen_i is the chance that the i-th drafted token is
     accepted when all before it were; the 1 is the token that the last exit adds itself. Where no document ends within a draft

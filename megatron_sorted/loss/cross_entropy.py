@@ -1,4 +1,4 @@
-"""Cross entropy of a chunk of tokens' logits and its gradient; the vocabulary may be sharded over a tensor parallel group."""
+"""Cross entropy of a chunk of tokens' logits, and its gradient, on a shard of the vocabulary."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,8 +14,8 @@ class VocabularyShard:
 
     Attributes:
         first: Id of the first token of the shard.
-        size: Number of rows of the shard that are real tokens. Rows that only pad the vocabulary are left out of the softmax, so
-            the model equals its export without padding.
+        size: Number of rows of the shard that are real tokens. Rows that only pad the vocabulary
+            are left out of the softmax, so the model equals its export without padding.
         group: The tensor parallel group.
         sequence_parallel: Hidden states are sharded along the sequence over the same group.
     """
@@ -27,7 +27,7 @@ class VocabularyShard:
 
     @property
     def is_split(self) -> bool:
-        """Whether there is more than one shard."""
+        """Return whether there is more than one shard."""
         return self.group is not None and self.group.size() > 1
 
 
@@ -46,17 +46,47 @@ class Targets:
     loss_mask_n: torch.Tensor
 
 
+@dataclass(frozen=True)
+class LossRequest:
+    """Which loss an exit is to compute, and what else of every counted token.
+
+    Attributes:
+        targets: The tokens that count.
+        shard: This rank's part of the vocabulary.
+        chunk_tokens: Most tokens whose logits exist at one time.
+        with_choice: Also the most likely token.
+        with_confidence: Also its probability.
+    """
+
+    targets: Targets
+    shard: VocabularyShard
+    chunk_tokens: int
+    with_choice: bool = False
+    with_confidence: bool = False
+
+
 class TokenLoss(Protocol):
-    """What is computed of a chunk's logits. A chunk of its own kind (``Chunk`` or alike) carries it from loss to gradient."""
+    """Computes losses of a chunk's logits; a ``Chunk`` or alike carries them to the gradient.
+
+    Attributes:
+        request: What it is to compute.
+        has_teacher: Whether it also computes a divergence from a teacher.
+    """
+
+    request: LossRequest
+    has_teacher: bool
+
+    def begin(self) -> None:
+        """Make ready for the first chunk."""
 
     def prepare(self, span: slice, buffer_np: torch.Tensor) -> None:
-        """Does what comes before the logits of the tokens ``span`` exist; may use the buffer that they will be written to."""
+        """Do what comes before the logits of ``span`` exist; may use the buffer they go to."""
 
-    def losses(self, span: slice, logits_np: torch.Tensor, work_np: torch.Tensor, with_choice: bool) -> Any:
-        """Returns the chunk; ``work_np`` (fp32, may be ``logits_np`` itself) is overwritten."""
+    def losses(self, span: slice, logits_np: torch.Tensor, work_np: torch.Tensor) -> Any:
+        """Return the chunk; ``work_np`` (fp32, may be ``logits_np`` itself) is overwritten."""
 
     def gradient(self, chunk: Any, scale_n: torch.Tensor, out_np: torch.Tensor) -> torch.Tensor:
-        """Returns the gradient of ``sum(scale * loss)`` to the logits, written to ``out_np``, the logits' own memory."""
+        """Return the gradient of ``sum(scale * loss)``, written to ``out_np``, the logits' memory."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +109,17 @@ class Chunk:
     column_n: torch.Tensor
     here_n: torch.Tensor
     choice_n: torch.Tensor | None
-    kl_n: torch.Tensor | None = None
+
+    @property
+    def confidence_n(self) -> torch.Tensor:
+        """Return the most likely token's probability: exp(0) / sum of exp(logit - highest)."""
+        return self.total_n.reciprocal()
 
 
-def most_likely(logits_np: torch.Tensor, highest_n: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
-    """Returns the id of the most likely token, int32; ``highest_n`` is its logit.
+def most_likely(
+    logits_np: torch.Tensor, highest_n: torch.Tensor, shard: VocabularyShard
+) -> torch.Tensor:
+    """Return the id of the most likely token, int32; ``highest_n`` is its logit.
 
     Collective: where the vocabulary is split one all-reduce over ``shard.group``, of n int32.
     """
@@ -92,7 +128,11 @@ def most_likely(logits_np: torch.Tensor, highest_n: torch.Tensor, shard: Vocabul
         choice = torch.full_like(highest_n, nobody, dtype=torch.int32)
     else:
         column = logits_np.argmax(dim=1)
-        here = pick(logits_np, column).float() == highest_n if shard.is_split else torch.ones_like(column, dtype=torch.bool)
+        here = (
+            pick(logits_np, column).float() == highest_n
+            if shard.is_split
+            else torch.ones_like(column, dtype=torch.bool)
+        )
         choice = torch.where(here, column + shard.first, nobody).int()
     if shard.is_split:
         dist.all_reduce(choice, op=dist.ReduceOp.MIN, group=shard.group)
@@ -100,19 +140,21 @@ def most_likely(logits_np: torch.Tensor, highest_n: torch.Tensor, shard: Vocabul
 
 
 def column_of(labels_n: torch.Tensor, shard: VocabularyShard) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the column of each label in this rank's shard (0 where it is another rank's), and whether it is this rank's."""
+    """Return the column of each label in this rank's shard (0 where it is another rank's), and whether it is this rank's."""
     column = labels_n - shard.first
     here = (column >= 0) & (column < shard.size)
     return torch.where(here, column, 0), here
 
 
 def pick(values_np: torch.Tensor, column_n: torch.Tensor) -> torch.Tensor:
-    """Returns one value of each row; shapes [n, p], [n], result [n]."""
+    """Return one value of each row; shapes [n, p], [n], result [n]."""
     return values_np.gather(1, column_n[:, None]).squeeze(1)
 
 
-def gather_counted(normed_tbh: torch.Tensor, targets: Targets, shard: VocabularyShard) -> tuple[torch.Tensor, torch.Size]:
-    """Returns the hidden states of the counted tokens [n, h], and the shape of those of all tokens [s, b, h].
+def gather_counted(
+    normed_tbh: torch.Tensor, targets: Targets, shard: VocabularyShard
+) -> tuple[torch.Tensor, torch.Size]:
+    """Return the hidden states of the counted tokens [n, h], and the shape of those of all tokens [s, b, h].
 
     Collective: with sequence parallelism one all-gather of [s, b, h] over ``shard.group``.
     """
@@ -126,32 +168,47 @@ def gather_counted(normed_tbh: torch.Tensor, targets: Targets, shard: Vocabulary
 
 
 class CrossEntropy:
-    """The loss of the label alone. Arguments as for every ``TokenLoss``: the tokens, the shard, the tokens of a chunk.
+    """The loss of the label alone; a ``TokenLoss``.
 
-    Source: vocabulary-parallel cross entropy of Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3): only a maximum and two sums a
+    Source: vocabulary-parallel cross entropy of Megatron-LM (Shoeybi et al., arXiv 1909.08053,
+        section 3): only a maximum and two sums a
     token cross the network, never logits.
     """
 
-    def __init__(self, targets: Targets, shard: VocabularyShard, chunk_tokens: int):
-        self.targets, self.shard = targets, shard
+    has_teacher = False
+
+    def __init__(self, request: LossRequest):
+        self.request = request
+
+    def begin(self) -> None:
+        """Do nothing."""
 
     def prepare(self, span: slice, buffer_np: torch.Tensor) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
-    def losses(self, span: slice, logits_np: torch.Tensor, work_np: torch.Tensor, with_choice: bool) -> Chunk:
-        """Returns the chunk; ``work_np`` (fp32, may be ``logits_np`` itself) is overwritten.
+    def losses(self, span: slice, logits_np: torch.Tensor, work_np: torch.Tensor) -> Chunk:
+        """Return the chunk; ``work_np`` (fp32, may be ``logits_np`` itself) is overwritten.
 
-        Collective: two all-reduces over ``shard.group``, of n and 2n floats; ``with_choice`` a third of n int32.
+        Collective: two all-reduces over ``shard.group``, of n and 2n floats; with the choice a
+            third of n int32.
         """
-        shard, labels_n = self.shard, self.targets.labels_n[span]
+        shard, labels_n = self.request.shard, self.request.targets.labels_n[span]
         has_rows = logits_np.size(1) > 0  # a shard may be made of padding only
-        highest = logits_np.amax(dim=1).float() if has_rows else work_np.new_full((labels_n.numel(),), float("-inf"))
+        highest = (
+            logits_np.amax(dim=1).float()
+            if has_rows
+            else work_np.new_full((labels_n.numel(),), float("-inf"))
+        )
         if shard.is_split:
             dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
-        choice = most_likely(logits_np, highest, shard) if with_choice else None  # before the logits are overwritten
+        choice = (
+            most_likely(logits_np, highest, shard) if self.request.with_choice else None
+        )  # before the logits are overwritten
         torch.sub(logits_np, highest[:, None], out=work_np)
         column, here = column_of(labels_n, shard)
-        target = torch.where(here, pick(work_np, column), 0.0) if has_rows else torch.zeros_like(highest)
+        target = (
+            torch.where(here, pick(work_np, column), 0.0) if has_rows else torch.zeros_like(highest)
+        )
         total = work_np.exp_().sum(dim=1)
         if shard.is_split:
             both = torch.stack((target, total))
@@ -160,10 +217,11 @@ class CrossEntropy:
         return Chunk(total.log() - target, target >= 0, work_np, total, column, here, choice)
 
     def gradient(self, chunk: Chunk, scale_n: torch.Tensor, out_np: torch.Tensor) -> torch.Tensor:
-        """Returns the gradient of ``sum(scale * loss)`` to the logits, written to ``out_np`` (may be ``chunk.exponential_np`` itself).
+        """Return the gradient of ``sum(scale * loss)`` to the logits, written to ``out_np`` (may be ``chunk.exponential_np`` itself).
 
-        It is scale * (probability - 1 at the label). Normalising, scaling and rounding to the dtype of ``out_np`` are one pass over
-        the chunk; the label's element is computed apart, before rounding.
+        It is scale * (probability - 1 at the label). Normalising, scaling and rounding to the dtype
+        of ``out_np`` are one pass over the chunk; the label's element is computed apart, before
+        rounding.
         """
         factor_n = scale_n / chunk.total_n
         if not out_np.size(1):

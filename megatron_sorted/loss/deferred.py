@@ -13,7 +13,7 @@ Join = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def ready_signals(parameters: tuple[torch.nn.Parameter, ...]) -> tuple[torch.Tensor, ...]:
-    """Returns placeholders that make Megatron's gradient hooks fire; the gradients themselves already lie in ``main_grad``.
+    """Return placeholders that make Megatron's gradient hooks fire; the gradients themselves already lie in ``main_grad``.
 
     This is the protocol of Megatron's fused gradient accumulation (``grad_added_to_main_grad``). Memory of the placeholders is
     reserved but never written.
@@ -58,7 +58,7 @@ class _End(torch.autograd.Function):
 
 def tap(hidden_tbh: torch.Tensor, backward: ExitBackward | None, factor: torch.Tensor | None,
         announced: tuple[torch.nn.Parameter, ...] = (), join: Join = torch.Tensor.add_) -> torch.Tensor:
-    """Returns the same hidden state, with an exit attached that is computed in backward.
+    """Return the same hidden state, with an exit attached that is computed in backward.
 
     Args:
         hidden_tbh: Un-normed hidden state at the exit.
@@ -74,7 +74,7 @@ def tap(hidden_tbh: torch.Tensor, backward: ExitBackward | None, factor: torch.T
 
 def end(hidden_tbh: torch.Tensor, backward: ExitBackward | None, coefficient: float,
         announced: tuple[torch.nn.Parameter, ...] = ()) -> torch.Tensor:
-    """Returns a scalar 0 that stands for the loss: its gradient, as Megatron's schedule scales it, is the loss rule's factor.
+    """Return a scalar 0 that stands for the loss: its gradient, as Megatron's schedule scales it, is the loss rule's factor.
 
     Args:
         hidden_tbh: Un-normed hidden state of the deepest exit.

@@ -14,7 +14,7 @@ class GradientSink:
         self.parameter = parameter
 
     def target(self) -> torch.Tensor | None:
-        """Returns the tensor gradients are added to, or None for a frozen parameter."""
+        """Return the tensor gradients are added to, or None for a frozen parameter."""
         if not self.parameter.requires_grad:
             return None
         if getattr(self.parameter, "main_grad", None) is not None:
@@ -24,13 +24,13 @@ class GradientSink:
         return self.parameter.grad
 
     def add(self, gradient: torch.Tensor) -> None:
-        """Adds ``gradient``, of the parameter's shape."""
+        """Add ``gradient``, of the parameter's shape."""
         target = self.target()
         if target is not None:
             target.add_(gradient)
 
     def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Adds ``left.T @ right`` to the first rows; shapes [n, rows], [n, h]."""
+        """Add ``left.T @ right`` to the first rows; shapes [n, rows], [n, h]."""
         target = self.target()
         if target is None:
             return

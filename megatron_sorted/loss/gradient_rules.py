@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 
 def token_products(left_tbh: torch.Tensor, right_tbh: torch.Tensor) -> torch.Tensor:
-    """Returns the inner product of each token's two vectors, fp32; shape [t, b, 1]."""
+    """Return the inner product of each token's two vectors, fp32; shape [t, b, 1]."""
     return (left_tbh.float() * right_tbh.float()).sum(dim=-1, keepdim=True)
 
 
@@ -33,7 +33,7 @@ class GradientRule:
     group: dist.ProcessGroup | None = None
 
     def join(self, own_tbh: torch.Tensor, deeper_tbh: torch.Tensor, num_above: int) -> torch.Tensor:
-        """Returns the gradient for the layers below, written over ``own_tbh``.
+        """Return the gradient for the layers below, written over ``own_tbh``.
 
         Collective: with ``whole`` and a ``group``, for balance and project one all-reduce of two numbers over it; else none.
 
@@ -45,7 +45,7 @@ class GradientRule:
         return RULES[self.name](self, own_tbh, deeper_tbh, num_above)
 
     def products(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Returns the inner product of each pair: of each token [t, b, 1], or with ``whole`` of the micro-batch, a scalar (float64).
+        """Return the inner product of each pair: of each token [t, b, 1], or with ``whole`` of the micro-batch, a scalar (float64).
 
         Collective: as ``join``.
         """
@@ -59,12 +59,12 @@ class GradientRule:
 
 
 def add(rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int) -> torch.Tensor:
-    """Returns own + deeper: the gradient of the sum of all losses."""
+    """Return own + deeper: the gradient of the sum of all losses."""
     return own.add_(deeper)
 
 
 def equilibrium(rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int) -> torch.Tensor:
-    """Returns the mean over this exit and those above: own / (N - i) + deeper (N - i - 1) / (N - i), for the i-th of N from 0.
+    """Return the mean over this exit and those above: own / (N - i) + deeper (N - i - 1) / (N - i), for the i-th of N from 0.
 
     Source: gradient equilibrium of IMTA (Li et al., arXiv 1908.06294, section 3.1).
     """
@@ -72,14 +72,14 @@ def equilibrium(rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num
 
 
 def balance(rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int) -> torch.Tensor:
-    """Returns own scaled to ``rule.balance`` times the norm of deeper, plus deeper; where either is 0 nothing is scaled."""
+    """Return own scaled to ``rule.balance`` times the norm of deeper, plus deeper; where either is 0 nothing is scaled."""
     own_square, deeper_square = rule.products((own, own), (deeper, deeper))
     factor = rule.balance * (deeper_square / own_square).sqrt()
     return own.mul_(torch.where((own_square > 0) & (deeper_square > 0), factor, 1.0)).add_(deeper)
 
 
 def project(rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int) -> torch.Tensor:
-    """Returns own without its part along deeper where the two oppose each other, plus deeper.
+    """Return own without its part along deeper where the two oppose each other, plus deeper.
 
     That part is min(<own, deeper>, 0) deeper / |deeper|^2; a shallow exit then never pushes against the deeper ones.
 

@@ -16,7 +16,7 @@ LOSS, GRADIENT, STEPS = COLUMNS.index("loss"), COLUMNS.index("gradient_square"),
 
 
 def square_sum(gradient: torch.Tensor) -> torch.Tensor:
-    """Returns the sum of squares of a gradient in half or single precision, as a float64 scalar; above 3e38 a token it is infinite.
+    """Return the sum of squares of a gradient in half or single precision, as a float64 scalar; above 3e38 a token it is infinite.
 
     Only a token's numbers are summed in single precision: over all of them at once torch loses digits on the CPU.
 
@@ -58,40 +58,37 @@ class Ledger:
             num_pieces: A number above every one in ``piece_n``, known to the host: reading it off the device would wait for it.
             whole: Sum of the loss and tokens of the whole micro-batch, where this rank sees a part of its sequences.
         """
-        loss = (losses.loss_n * loss_mask_n).sum()
-        tokens = loss_mask_n.sum()
-        correct = (losses.correct_n * loss_mask_n).sum()
-        none = torch.zeros_like(loss)
-        pieces = exact = none
+        loss, tokens = (losses.loss_n * loss_mask_n).sum(), loss_mask_n.sum()
+        whole_loss, whole_tokens = whole or (loss, tokens)
+        has_tokens, some = (whole_tokens > 0).to(loss.dtype), whole_tokens.clamp(min=1)
+        sums = {"loss": loss, "correct": (losses.correct_n * loss_mask_n).sum(), "tokens": tokens, "mean_loss": whole_loss / some,
+                "micro_batches": has_tokens, "calls": torch.ones_like(loss)}
         if piece_n is not None:
             members = loss_mask_n.new_zeros(num_pieces).index_add_(0, piece_n, torch.ones_like(loss_mask_n))
             right = loss_mask_n.new_zeros(num_pieces).index_add_(0, piece_n, losses.correct_n.float())
-            pieces = (members > 0).sum().float()
-            exact = ((members > 0) & (members == right)).sum().float()
-        whole_loss, whole_tokens = whole or (loss, tokens)
-        counts = (whole_tokens > 0).to(loss.dtype)
-        some = whole_tokens.clamp(min=1)
-        kl = none if losses.kl_n is None else (losses.kl_n * loss_mask_n).sum()
-        taught = none if losses.kl_n is None else counts
-        row = torch.stack((loss, correct, tokens, whole_loss / some, counts, torch.ones_like(loss), pieces, exact, none, none, kl,
-                           kl / some, taught, none, none, none))
-        _add(self.sums, depth, row.double())
+            sums["pieces"] = (members > 0).sum().float()
+            sums["exact_pieces"] = ((members > 0) & (members == right)).sum().float()
+        if losses.kl_n is not None:
+            kl = (losses.kl_n * loss_mask_n).sum()
+            sums |= {"kl": kl, "mean_kl": kl / some, "taught_batches": has_tokens}
+        none = torch.zeros_like(loss)
+        _add(self.sums, depth, torch.stack([sums.get(name, none) for name in COLUMNS]).double())
 
     def add_gradient(self, depth: int, gradient: torch.Tensor) -> None:
-        """Adds the gradient that one micro-batch of the exit at ``depth`` sends into the hidden state below it."""
+        """Add the gradient that one micro-batch of the exit at ``depth`` sends into the hidden state below it."""
         _add(self.open_squares, depth, square_sum(gradient))
 
     def add_meeting(self, depth: int, own_tbh: torch.Tensor, deeper_tbh: torch.Tensor) -> None:
-        """Adds what the exit's own gradient of one micro-batch and that of the deeper exits are to each other, before they are joined."""
+        """Add what the exit's own gradient of one micro-batch and that of the deeper exits are to each other, before they are joined."""
         product = token_products(own_tbh, deeper_tbh).sum(dtype=torch.float64)
         _add(self.open_meetings, depth, torch.stack((product, square_sum(own_tbh), square_sum(deeper_tbh))))
 
     def add_drafts(self, depth: int, counts: torch.Tensor) -> None:
-        """Adds what ``agreement.draft_counts`` counted for the exit at ``depth``."""
+        """Add what ``agreement.draft_counts`` counted for the exit at ``depth``."""
         _add(self.drafts, depth, counts.double())
 
     def finish_step(self, divisor: torch.Tensor) -> None:
-        """Ends a step: its gradients are divided by ``divisor`` (a scalar on the device), which only the end of a step knows."""
+        """End a step: its gradients are divided by ``divisor`` (a scalar on the device), which only the end of a step knows."""
         for depth, square in self.open_squares.items():
             row = self.sums[depth]
             row[GRADIENT].add_(square / divisor.double().square().reshape(()))
@@ -102,19 +99,19 @@ class Ledger:
         self.open_meetings.clear()
 
     def merge(self, other: "Ledger") -> None:
-        """Adds the sums of ``other``: those of a step that is to count, to those of the steps since the last report."""
+        """Add the sums of ``other``: those of a step that is to count, to those of the steps since the last report."""
         for ours, theirs in ((self.sums, other.sums), (self.drafts, other.drafts), (self.open_squares, other.open_squares),
                              (self.open_meetings, other.open_meetings)):
             for depth, value in theirs.items():
                 _add(ours, depth, value)
 
     def bad_flag(self, device: torch.device) -> torch.Tensor:
-        """Returns a float32 scalar on the device: 1 if a loss or gradient of any exit on this rank is NaN or infinite, else 0."""
+        """Return a float32 scalar on the device: 1 if a loss or gradient of any exit on this rank is NaN or infinite, else 0."""
         flags = list(self._bad().values())
         return torch.stack(flags).any().float() if flags else torch.zeros((), device=device)
 
     def bad_exits(self) -> dict[int, list[str]]:
-        """Returns {depth: which of "loss" and "gradient" is NaN or infinite} of this rank's exits. Makes the host wait for the device."""
+        """Return {depth: which of "loss" and "gradient" is NaN or infinite} of this rank's exits. Makes the host wait for the device."""
         flags = self._bad()
         if not flags:
             return {}
@@ -132,14 +129,14 @@ class Ledger:
         return flags
 
     def drop_gradients(self) -> None:
-        """Forgets the gradients of finished steps: those of a step whose loss scale was too high say nothing."""
+        """Forget the gradients of finished steps: those of a step whose loss scale was too high say nothing."""
         for row in self.sums.values():
             row[GRADIENT].zero_()
             row[STEPS].zero_()
             row[-len(MET) :].zero_()
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Forget everything."""
         for sums in (self.sums, self.drafts, self.open_squares, self.open_meetings):
             sums.clear()
 

@@ -25,7 +25,7 @@ class SdpaAttention(MegatronModule):
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
-        """Returns the attention output; see the class."""
+        """Return the attention output; see the class."""
         assert attention_bias is None and packed_seq_params is None, "local attention takes a mask, not a bias or packed lengths"
         dropout = self.dropout if self.training else 0.0
         fused = fused_kernels().attention
@@ -47,7 +47,7 @@ class SdpaAttention(MegatronModule):
 
 def make_attention_mask(tokens_bs: torch.Tensor, segments_bs: torch.Tensor | None, window: int | None,
                         dtype: torch.dtype) -> torch.Tensor | None:
-    """Returns the additive mask that keeps packed documents apart and glances short, or None where plain causal attention is meant.
+    """Return the additive mask that keeps packed documents apart and glances short, or None where plain causal attention is meant.
 
     Shapes: result [b or 1, 1, s, s], 0 where a token may look and -inf elsewhere. A float mask is made once here; a boolean one would
     be converted again in every layer.
@@ -68,12 +68,12 @@ def make_attention_mask(tokens_bs: torch.Tensor, segments_bs: torch.Tensor | Non
 
 
 def _visible(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Returns [s, s], whether token i may look at token j: i - window < j <= i, as in transformers' sliding-window attention."""
+    """Return [s, s], whether token i may look at token j: i - window < j <= i, as in transformers' sliding-window attention."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 @lru_cache(maxsize=2)
 def _window_mask(length: int, window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Returns the mask [1, 1, s, s] of a window without packing: the same for every micro-batch, so it is kept."""
+    """Return the mask [1, 1, s, s] of a window without packing: the same for every micro-batch, so it is kept."""
     mask = torch.zeros(1, 1, length, length, dtype=dtype, device=device)
     return mask.masked_fill_(~_visible(length, window, device), float("-inf"))

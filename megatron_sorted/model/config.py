@@ -8,26 +8,27 @@ from megatron_sorted.parallel.fsdp import check_torch_can_shard
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.kernels import fused_kernels
 from megatron_sorted.platform.versions import check_megatron_can, known_arguments
-from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels, layers_of_chunks, num_virtual_chunks
+from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels
+from megatron_sorted.settings.layout import layers_of_chunks, num_virtual_chunks
 from megatron_sorted.settings.run import Settings
 
 
 def parameter_dtype(settings: Settings) -> torch.dtype:
-    """Returns the dtype of parameters and activations."""
+    """Return the dtype of parameters and activations."""
     if settings.bf16:
         return torch.bfloat16
     return torch.float16 if settings.fp16 else torch.float32
 
 
 def uses_transformer_engine(settings: Settings, platform: Platform) -> bool:
-    """Returns whether layers are built from Transformer Engine."""
+    """Return whether layers are built from Transformer Engine."""
     if settings.transformer_impl == "auto":
         return platform.has_transformer_engine() and not settings.lora_rank  # adapters are on local layers
     return settings.transformer_impl == "transformer_engine"
 
 
 def check_platform(settings: Settings, platform: Platform) -> None:
-    """Returns nothing if the platform that was chosen can do what the settings ask. Called before process groups start.
+    """Check that the chosen platform can do what the settings ask, before process groups start.
 
     Raises:
         PlatformError: It cannot.
@@ -54,24 +55,25 @@ def check_platform(settings: Settings, platform: Platform) -> None:
 
 
 def uses_fused_swiglu(settings: Settings, platform: Platform) -> bool:
-    """Returns whether the layers' SwiGLU is one operation of the device."""
+    """Return whether the layers' SwiGLU is one operation of the device."""
     return settings.swiglu and fused_kernels().swiglu is not None and not uses_transformer_engine(settings, platform)
 
 
 def _layout(settings: Settings) -> list[list[str]] | None:
-    """Returns the layers of every chunk in Megatron's words; None where it divides them itself."""
+    """Return the layers of every chunk in Megatron's words; None where it divides them itself."""
     if settings.pipeline_model_parallel_layout is None:
         return None
-    chunks = [["decoder"] * chunk.num_layers for chunk in layers_of_chunks(settings)]
+    chunks = [["decoder"] * layers for layers in layers_of_chunks(settings)]
     chunks[0].insert(0, "embedding")
     chunks[-1].append("loss")
     return chunks
 
 
 def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
-    """Returns Megatron's configuration of the run described by ``settings``."""
+    """Return Megatron's configuration of the run described by ``settings``."""
     dtype = parameter_dtype(settings)
-    interleaved = num_virtual_chunks(settings) > 1
+    chunks = num_virtual_chunks(settings)
+    interleaved = chunks > 1
     recompute = {} if settings.recompute_granularity == "none" else {"recompute_granularity": settings.recompute_granularity}
     if settings.recompute_granularity == "full":
         recompute |= {"recompute_method": settings.recompute_method, "recompute_num_layers": settings.recompute_num_layers}
@@ -114,7 +116,7 @@ def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
         # layout
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=num_virtual_chunks(settings) if interleaved else None,
+        virtual_pipeline_model_parallel_size=chunks if interleaved else None,
         num_layers_in_first_pipeline_stage=settings.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=settings.decoder_last_pipeline_num_layers,
         sequence_parallel=settings.sequence_parallel,

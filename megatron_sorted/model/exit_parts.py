@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_sorted.platform.state import current_device, random_tracker
 from megatron_sorted.platform.versions import chunk_arguments
+from megatron_sorted.settings.layout import ChunkLayout
 from megatron_sorted.settings.run import Settings
 
 PARTS = ("exit_adapters", "exit_blocks", "exit_mlps")
@@ -39,12 +40,12 @@ class ExitAdapter(torch.nn.Module):
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden_tbh: torch.Tensor) -> torch.Tensor:
-        """Returns the hidden state with the adapter's part added; shape [t, b, h]."""
+        """Return the hidden state with the adapter's part added; shape [t, b, h]."""
         return hidden_tbh + self.up(self.down(hidden_tbh))
 
 
 def mlp_spec(layer: ModuleSpec) -> ModuleSpec:
-    """Returns the specification of a layer without attention: norm, MLP and residual, saved under the names of the MLP alone."""
+    """Return the specification of a layer without attention: norm, MLP and residual, saved under the names of the MLP alone."""
     parts = layer.submodules
     return ModuleSpec(module=layer.module, params=layer.params, submodules=TransformerLayerSubmodules(
         pre_mlp_layernorm=parts.pre_mlp_layernorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda,
@@ -52,7 +53,7 @@ def mlp_spec(layer: ModuleSpec) -> ModuleSpec:
 
 
 def without_recomputation(config: TransformerConfig) -> TransformerConfig:
-    """Returns the configuration for an exit's layer: it runs when its backward is due, so nothing is kept that could be computed again.
+    """Return the configuration for an exit's layer: it runs when its backward is due, so nothing is kept that could be computed again.
 
     Megatron's recomputation refuses ``torch.autograd.grad``, by which exits are computed.
     """
@@ -61,24 +62,23 @@ def without_recomputation(config: TransformerConfig) -> TransformerConfig:
     return plain
 
 
-def make_parts(settings: Settings, config: TransformerConfig, spec: ModuleSpec, first_layer: int, depths: list[int],
+def make_parts(settings: Settings, config: TransformerConfig, spec: ModuleSpec, plan: ChunkLayout,
                vp_stage: int | None) -> dict[str, torch.nn.ModuleDict]:
-    """Returns the parts of the intermediate exits at ``depths``, by name (``PARTS``) and depth, with Megatron's initial weights.
+    """Return the parts of a chunk's intermediate exits, by name (``PARTS``) and depth, with Megatron's initial weights.
 
     Args:
         settings: The run.
         config: Megatron's configuration of it.
         spec: What a layer is made of.
-        first_layer: Layers before this chunk.
-        depths: Of the chunk's intermediate exits.
+        plan: What the chunk holds.
         vp_stage: As for the chunk's block.
     """
     def layer(of: ModuleSpec, depth: int) -> torch.nn.Module:
         # Megatron adds the layers before the chunk to the number, which then is the exit's depth
-        return build_module(of, config=without_recomputation(config), layer_number=depth - first_layer,
+        return build_module(of, config=without_recomputation(config), layer_number=depth - plan.first_layer,
                             **chunk_arguments(TransformerLayer.__init__, vp_stage))
 
-    rank = settings.exit_adapter_rank
+    rank, depths = settings.exit_adapter_rank, plan.intermediate
     adapters = {str(depth): ExitAdapter(config, rank) for depth in depths if rank}
     blocks = {str(depth): layer(spec, depth) for depth in depths if settings.use_exit_block}
     mlps = {str(depth): layer(mlp_spec(spec), depth) for depth in depths if settings.use_exit_mlp}
@@ -106,7 +106,7 @@ class ExitReader:
     sequence_parallel: bool
 
     def __call__(self, hidden_tbh: torch.Tensor) -> torch.Tensor:
-        """Returns the normed hidden state [t, b, h].
+        """Return the normed hidden state [t, b, h].
 
         Collective: those of the layer (tensor parallel group).
         """
@@ -119,7 +119,7 @@ class ExitReader:
         return self.norm(hidden_tbh)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Yields the parameters of parts and norm."""
+        """Yield the parameters of parts and norm."""
         for module in (self.adapter, self.layer, self.norm):
             if module is not None:
                 yield from module.parameters()

@@ -11,7 +11,7 @@ from megatron_sorted.settings.run import Settings
 
 
 def drop_chance(settings: Settings, layer: int, step: int) -> float:
-    """Returns the chance that layer ``layer`` (from 0) is dropped for a sample at ``step`` (from 0).
+    """Return the chance that layer ``layer`` (from 0) is dropped for a sample at ``step`` (from 0).
 
     p = S(t) D(l) p_max, D(l) = exp(l ln 2 / (L - 1)) - 1, S(t) = 1 or exp(t ln 2 / (T - 1)) - 1.
 
@@ -24,7 +24,7 @@ def drop_chance(settings: Settings, layer: int, step: int) -> float:
 
 
 def is_dropped(settings: Settings, layer: int, step: int, sample: int) -> bool:
-    """Returns whether sample number ``sample`` of the global batch passes a layer unchanged at a step: the same in every layout."""
+    """Return whether sample number ``sample`` of the global batch passes a layer unchanged at a step: the same in every layout."""
     return uniform_number(f"layer dropout {settings.seed}/{step}/{sample}/{layer}") < drop_chance(settings, layer, step)
 
 
@@ -48,14 +48,14 @@ class LayerDropout:
                                         with_kwargs=True)
 
     def draw(self, step: int, samples: Sequence[int], platform: Platform) -> None:
-        """Draws for one micro-batch, whose forward pass is next; ``samples`` are the places of its samples in the global batch."""
+        """Draw for one micro-batch, whose forward pass is next; ``samples`` are the places of its samples in the global batch."""
         dropped = [[is_dropped(self.settings, self.first_layer + place, step, sample) for sample in samples]
                    for place in range(self.num_layers)]
         kept_lb = platform.to_device(~torch.tensor(dropped))
         self.kept = {place: kept_lb[place] for place in range(self.num_layers) if any(dropped[place])}
 
     def _drop(self, module: torch.nn.Module, place: int, args: tuple, words: dict, output):
-        """Returns the layer's output with dropped samples as they came in, or None to leave it; shapes [t, b, h], kept [b]."""
+        """Return the layer's output with dropped samples as they came in, or None to leave it; shapes [t, b, h], kept [b]."""
         if not module.training or place not in self.kept:
             return None
         before = args[0] if args else words["hidden_states"]

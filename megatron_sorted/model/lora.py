@@ -65,7 +65,7 @@ class _Adapted:
     adapter: Adapter
 
     def _add_pair(self, adapter: Adapter, num_inputs: int, num_outputs: int) -> None:
-        """Makes the two matrices, without values: ``start_adapters`` gives them."""
+        """Make the two matrices, without values: ``start_adapters`` gives them."""
         self.adapter = adapter
         options = {"dtype": self.config.params_dtype, "device": current_device()}
         self.lora_a = torch.nn.Parameter(torch.zeros(adapter.rank, num_inputs, **options))
@@ -74,7 +74,7 @@ class _Adapted:
             parameter.allreduce = True  # over data parallel ranks: no expert's
 
     def _pair(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Returns A and B of the ranks in use, and what their product counts.
+        """Return A and B of the ranks in use, and what their product counts.
 
         Source: ``DyLoRA/loralib/DyLoRA.py`` of huawei-noah/Efficient-NLP multiplies alpha / r by sqrt(r / b) for each of the two matrices
         where b ranks are in use: alpha / b. Its "frozen" form detaches the ranks below the last.
@@ -89,23 +89,23 @@ class _Adapted:
         return a_rc, b_or, adapter.alpha / count
 
     def _drop(self, hidden: torch.Tensor, is_part: bool) -> torch.Tensor:
-        """Returns what the adapter reads; tensor parallel ranks drop alike where they hold the same, not where each holds a part."""
+        """Return what the adapter reads; tensor parallel ranks drop alike where they hold the same, not where each holds a part."""
         if not self.training or self.adapter.dropout == 0.0:
             return hidden
         with random_tracker().fork() if is_part else nullcontext():
             return F.dropout(hidden, self.adapter.dropout)
 
     def _groups(self, metadata: dict | None) -> dict:
-        """Returns the groups that sharded tensors are told of, where Megatron does not take its own."""
+        """Return the groups that sharded tensors are told of, where Megatron does not take its own."""
         return known_arguments(make_sharded_tensors_for_checkpoint, tp_group=self.tp_group, dp_cp_group=(metadata or {}).get("dp_cp_group"))
 
     @staticmethod
     def _add_product(output: torch.Tensor, z_tbr: torch.Tensor, b_or: torch.Tensor, scale: float) -> torch.Tensor:
-        """Returns ``output + scale * z B^T`` without a temporary of the output's size."""
+        """Return ``output + scale * z B^T`` without a temporary of the output's size."""
         return torch.addmm(output.flatten(0, -2), z_tbr.flatten(0, -2), b_or.t(), alpha=scale).view(output.shape)
 
     def start_pair(self, key: str) -> None:
-        """Gives A its first values, the same in every layout, and B zeros, so that the network says at first what it said without.
+        """Give A its first values, the same in every layout, and B zeros, so that the network says at first what it said without.
 
         Source: ``loralib`` of LoRA and ``peft`` take A from kaiming_uniform(a = sqrt(5)), that is from +-1 / sqrt(in).
 
@@ -137,7 +137,7 @@ class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
         self.lora_a.sequence_parallel = self.sequence_parallel
 
     def forward(self, input_: torch.Tensor, *arguments, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns output and bias as Megatron's layer does.
+        """Return output and bias as Megatron's layer does.
 
         Collective: Megatron's; and for x A^T an all-gather forward and a reduce-scatter backward under sequence parallelism, else one
         all-reduce backward (tensor parallel group).
@@ -152,7 +152,7 @@ class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
         return self._add_product(output, z_tbr, b_or, scale), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Returns Megatron's sharded state dict, with B cut as the weight is."""
+        """Return Megatron's sharded state dict, with B cut as the weight is."""
         cut = {"weight": 0, "bias": 0, "lora_b": 0}
         state = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True), prefix, cut, sharded_offsets, **self._groups(metadata))
@@ -175,7 +175,7 @@ class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):
         self.lora_b.sequence_parallel = self.sequence_parallel
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns output and bias as Megatron's layer does.
+        """Return output and bias as Megatron's layer does.
 
         Collective: Megatron's; and for x A^T a reduce-scatter forward and an all-gather backward under sequence parallelism, else one
         all-reduce forward (tensor parallel group).
@@ -190,13 +190,13 @@ class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):
         return self._add_product(output, z_tbr, b_or, scale), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Returns Megatron's sharded state dict, with A cut as the weight is."""
+        """Return Megatron's sharded state dict, with A cut as the weight is."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 1, "lora_a": 1}, sharded_offsets, **self._groups(metadata))
 
 
 def with_adapters(spec: ModuleSpec, settings: Settings, in_use: RanksInUse) -> ModuleSpec:
-    """Returns a layer's specification with adapters on the targets of ``settings``; without a rank, as it is."""
+    """Return a layer's specification with adapters on the targets of ``settings``; without a rank, as it is."""
     if not settings.lora_rank:
         return spec
     adapter = Adapter(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.dylora_frozen, in_use)
@@ -215,7 +215,7 @@ def with_adapters(spec: ModuleSpec, settings: Settings, in_use: RanksInUse) -> M
 
 
 def start_adapters(layers: Iterable[torch.nn.Module], first_layer: int, seed: int) -> None:
-    """Gives all adapters of a chunk's layers their first values, from the seed and their place in the network alone.
+    """Give all adapters of a chunk's layers their first values, from the seed and their place in the network alone.
 
     Args:
         layers: Of the chunk.

@@ -11,7 +11,7 @@ class FusedRMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm in one operation of the device."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the normalized input."""
+        """Return the normalized input."""
         return fused_kernels().rms_norm(x, self.weight, self.eps)
 
 
@@ -27,7 +27,7 @@ class Norm:
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_unused) -> torch.nn.Module:
-        """Returns the norm module."""
+        """Return the norm module."""
         kind = KINDS[config.normalization]
         if kind is torch.nn.RMSNorm and fused_kernels().rms_norm is not None:
             kind = FusedRMSNorm

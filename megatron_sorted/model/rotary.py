@@ -12,7 +12,7 @@ from megatron_sorted.settings.run import Settings
 
 
 def stretch_low_frequencies(frequencies: torch.Tensor, factor: float, low: float, high: float, context_tokens: int) -> torch.Tensor:
-    """Returns rotary frequencies of which those that hardly turn within ``context_tokens`` are divided by ``factor``.
+    """Return rotary frequencies of which those that hardly turn within ``context_tokens`` are divided by ``factor``.
 
     A frequency that turns less than ``low`` times within the context is divided in full, one that turns more than ``high`` times stays,
     and between the two its share goes linearly with the turns.
@@ -33,7 +33,7 @@ def stretch_low_frequencies(frequencies: torch.Tensor, factor: float, low: float
 
 
 def make_rotary(settings: Settings) -> RotaryEmbedding | None:
-    """Returns Megatron's rotary embedding with the frequencies of this model, or None where positions enter in another way."""
+    """Return Megatron's rotary embedding with the frequencies of this model, or None where positions enter in another way."""
     if settings.position_embedding_type != "rope":
         return None
     rotary = RotaryEmbedding(

@@ -15,7 +15,7 @@ BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tenso
 
 
 def _normed(add: Callable[[bool, bool], BiasDropoutAdd], norm: torch.nn.Module, training: bool, fused: bool) -> BiasDropoutAdd:
-    """Returns Megatron's residual addition ``add(training, fused)``, given the normed sum of output and bias instead of the two."""
+    """Return Megatron's residual addition ``add(training, fused)``, given the normed sum of output and bias instead of the two."""
 
     def add_normed(output: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
         x, bias = output
@@ -51,7 +51,7 @@ class SandwichLayer(TransformerLayer):
 
 
 def with_sandwich_norm(spec: ModuleSpec, settings: Settings) -> ModuleSpec:
-    """Returns the specification of a layer, as a sandwich where the settings ask for it."""
+    """Return the specification of a layer, as a sandwich where the settings ask for it."""
     if not settings.use_sandwich_norm:
         return spec
     scales = {"attention_scale": settings.attn_post_norm_scale, "mlp_scale": settings.ffn_post_norm_scale}

@@ -16,12 +16,12 @@ class FusedSwiglu(MegatronModule):
     """The activation of an MLP whose first product gives gate and other half side by side [..., 2f], in one operation of the device."""
 
     def forward(self, both: torch.Tensor) -> torch.Tensor:
-        """Returns the activation [..., f]."""
+        """Return the activation [..., f]."""
         return fused_kernels().swiglu(both)
 
 
 def layer_spec(settings: Settings, transformer_engine: bool) -> ModuleSpec:
-    """Returns Megatron's layer specification: Transformer Engine's, or the local one with torch's attention and norm kernels.
+    """Return Megatron's layer specification: Transformer Engine's, or the local one with torch's attention and norm kernels.
 
     Attention is torch's in both, since it takes the mask that keeps packed documents apart; Transformer Engine's causal attention
     ignores a mask without a word. Only context parallelism needs Transformer Engine's own.

@@ -4,7 +4,7 @@ from megatron_sorted.monitoring.report import EvaluationReport, ExitNumbers, Ste
 
 
 def duration(seconds: float) -> str:
-    """Returns a duration such as 42s, 3m10s or 2h05m."""
+    """Return a duration such as 42s, 3m10s or 2h05m."""
     whole = int(seconds + 0.5)
     if whole < 60:
         return f"{whole}s"
@@ -14,7 +14,7 @@ def duration(seconds: float) -> str:
 
 
 def step_line(report: StepReport) -> str:
-    """Returns one line: progress, loss of every trained exit (exit@depth), rate and time left; then what is known of the device's use."""
+    """Return one line: progress, loss of every trained exit (exit@depth), rate and time left; then what is known of the device's use."""
     width = len(str(report.total_steps))
     losses = "  ".join(f"@{depth} {_loss(exit_)}" for depth, exit_ in sorted(report.exits.items()))
     scale = f"  scale {report.loss_scale:g}" if report.loss_scale != 1 else ""
@@ -29,7 +29,7 @@ def step_line(report: StepReport) -> str:
 
 
 def evaluation_lines(report: EvaluationReport) -> str:
-    """Returns a small table: loss, share of tokens right, exact match and, where measured, agreement and accept length of every exit."""
+    """Return a small table: loss, share of tokens right, exact match and, where measured, agreement and accept length of every exit."""
     exits = sorted(report.exits.items())
     agreement = any(exit_.agreement is not None for _, exit_ in exits)
     drafts = any(exit_.accept_length is not None for _, exit_ in exits)

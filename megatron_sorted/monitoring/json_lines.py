@@ -20,14 +20,14 @@ TAIL_BYTES = 1 << 16
 
 
 def finite_or_none(value: Any) -> Any:
-    """Returns plain data in which every number that JSON does not know (a loss that overflowed) is None."""
+    """Return plain data in which every number that JSON does not know (a loss that overflowed) is None."""
     if isinstance(value, dict):
         return {key: finite_or_none(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def json_line(report: Report) -> dict[str, Any]:
-    """Returns a report as plain data, perplexities included, with its kind and the time."""
+    """Return a report as plain data, perplexities included, with its kind and the time."""
     values = {"kind": "train" if isinstance(report, StepReport) else "evaluation", "time": time.time(), **dataclasses.asdict(report)}
     for depth, exit_ in report.exits.items():
         values["exits"][depth]["perplexity"] = exit_.perplexity
@@ -49,7 +49,7 @@ class JsonLines(Writer):
         self._file: int | None = None
 
     def start(self) -> None:
-        """Opens the file, first moving away a last line that was torn.
+        """Open the file, first moving away a last line that was torn.
 
         Raises:
             SettingsError: it cannot be written.
@@ -76,7 +76,7 @@ class JsonLines(Writer):
                                f"{self.path}.torn")
 
     def write(self, report: Report) -> None:
-        """Appends one report.
+        """Append one report.
 
         Raises:
             OSError: it could not be written; the file is as it was.
@@ -88,19 +88,19 @@ class JsonLines(Writer):
             raise OSError(errno.ENOSPC, "no space left for a whole line", str(self.path))
 
     def notes(self) -> list[str]:
-        """Returns what to tell the user since the last call."""
+        """Return what to tell the user since the last call."""
         notes, self._notes = self._notes, []
         return notes
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the objects of a file, in its order; a torn last line (a run is writing, or was killed) is left out.
+    """Return the objects of a file, in its order; a torn last line (a run is writing, or was killed) is left out.
 
     Raises:
         DataError: the file is missing, or a line that is not the last is not an object.
@@ -117,7 +117,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def latest_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the lines that hold, in order, where a run was continued from a checkpoint before its last line.
+    """Return the lines that hold, in order, where a run was continued from a checkpoint before its last line.
 
     Training that goes back to a step has undone all that was reported from that step on, evaluations too. An evaluation repeated on
     its own (``--skip-train``) replaces the earlier one of its set and step.

@@ -9,15 +9,19 @@ class ExitNumbers:
     """One exit; None stands for what was not measured.
 
     Attributes:
-        loss: Mean, in nats a token; None where no token was trained.
+        loss: Mean, in nats a token: over all trained tokens, or with --no-calculate-per-token-loss over the means of
+            micro-batches that have trained tokens. None where no token was trained.
         token_accuracy: Share of trained tokens predicted right; None likewise.
-        coefficient: Of its loss; None in evaluation.
-        exact_match: Share of documents with every trained token predicted right.
-        grad_norm: Norm of the gradient that the exit's own loss sends into the layers below it.
+        coefficient: Coefficient of its loss; None in evaluation.
+        exact_match: Share of documents with every trained token predicted right, which is what greedy decoding from the prompt
+            would reproduce; None where documents were not counted.
+        grad_norm: Norm, over all tokens of the global batch, of the gradient that the exit's own loss (with its coefficient)
+            sends into the hidden state below it; over several steps the root of the mean square, of the steps in which it trained.
         agreement: Share of trained tokens for which it and the last exit find the same token most likely.
         accept_length: Mean tokens gained by one verification when this exit drafts and the last verifies (1 for the last itself).
         kd: Mean KL divergence from the last exit that it learns from, in nats a token.
-        gradient_cosine: Cosine between the gradient of its own loss and that of all deeper exits, in the layers below it.
+        gradient_cosine: Cosine between the gradient of its own loss and that of all deeper exits, in the layers below it, both as
+            one vector over all tokens of the global batch; None where one is 0.
         gradient_ratio: Norm of the first over that of the second.
     """
 
@@ -46,23 +50,23 @@ class StepReport:
 
     Attributes:
         step: Steps done.
-        total_steps: Of the run.
+        total_steps: Steps of the whole run.
         samples: Samples consumed so far.
-        learning_rate: Of the last step.
-        grad_norm: Of the last step, before clipping.
-        loss_scale: Of fp16, else 1.
+        learning_rate: Learning rate of the last step.
+        grad_norm: Gradient norm of the last step, before clipping.
+        loss_scale: Loss scale of fp16, else 1.
         skipped: Steps that the optimizer skipped since the last report: fp16 overflow and ``nonfinite`` ones.
         nonfinite: Steps skipped since the last report because a loss or gradient was NaN or infinite.
         step_seconds: Mean duration of a step.
         tokens_per_second: All positions of all samples, over all processes.
         seconds_left: Estimate of the time left.
-        exits: By depth.
+        exits: Numbers of every exit, by depth.
         samples_a_step: Global batch size.
         epoch: Passes over the training data so far, with fraction.
         data_checksum: Sum over the samples since the last report of a checksum of their tokens: equal for equal data in equal steps.
         tokens_per_second_per_device: The same for one process.
         tflops_per_device: 10^12 operations a second of one process, exits' heads counted, recomputation not.
-        mfu: That over the device's peak; None where the peak is unknown.
+        mfu: Those over the device's peak; None where the peak is unknown.
         memory_bytes: Largest use so far, over all processes.
         phases: Mean seconds of each phase of a step, by name; empty unless asked for.
         exit_rule: What else the rule of the coefficients shows, after the last step, by name: "guard-multiplier".

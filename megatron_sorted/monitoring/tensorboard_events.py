@@ -28,7 +28,7 @@ class TensorBoard(Writer):
         self._records = None
 
     def start(self) -> None:
-        """Opens the event file.
+        """Open the event file.
 
         Raises:
             SettingsError: the package is missing, or the directory cannot be written.
@@ -56,7 +56,7 @@ class TensorBoard(Writer):
         self._records.write(self._events.Event(wall_time=time.time(), **values).SerializeToString())
 
     def write(self, report: Report) -> None:
-        """Writes one report.
+        """Write one report.
 
         Raises:
             OSError: it could not be written.
@@ -69,7 +69,7 @@ class TensorBoard(Writer):
         self._records.flush()
 
     def close(self) -> None:
-        """Closes the event file."""
+        """Close the event file."""
         if self._records is not None:
             self._records.close()
             self._records = None

@@ -21,7 +21,7 @@ EXIT_NUMBERS = {
 
 
 def metric_values(report: StepReport | EvaluationReport, last_depth: int, main_set: str | None = None) -> dict[str, float]:
-    """Returns {name: number} of a report.
+    """Return {name: number} of a report.
 
     What was not measured (None, or 0 where 0 cannot be), NaN and infinity are left out: a curve has a gap there, and
     ``nonfinite-steps`` counts the steps.

@@ -1,4 +1,6 @@
-"""The process that talks to Weights & Biases for a run; `wandb_writer` starts this file by its path.
+"""The process that talks to Weights & Biases for a run; ``wandb_writer`` starts it.
+
+    python -m megatron_sorted.monitoring.wandb_process
 
 A process of its own, because wandb waits: for servers in ``init``, for uploads in ``finish`` and again when the interpreter ends. Here all
 that can be cut off by ending one process. It reads JSON lines on its standard input, first what to open, then reports:
@@ -8,7 +10,7 @@ that can be cut off by ending one process. It reads JSON lines on its standard i
     {"close": true}
 
 and answers with JSON lines on its standard output: ``started``, ``failed`` or ``finished``. Its input also ends when the training process
-dies; then the run is finished as failed, so that no row is lost. Nothing of this project is imported here.
+dies; then the run is finished as failed, so that no row is lost.
 """
 
 import contextlib
@@ -17,7 +19,6 @@ import os
 import re
 import select
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ class StepNumbers:
         self._step = starting_step - 1
 
     def of(self, iteration: int) -> int:
-        """Returns the step of a row; rows of one iteration share it."""
+        """Return the step of a row; rows of one iteration share it."""
         if iteration != self._iteration:
             self._iteration, self._step = iteration, max(iteration, self._step + 1)
             self._path.write_text(f"{self._step + 1}\n", encoding="ascii")
@@ -50,23 +51,24 @@ class StepNumbers:
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns an error in one line, without keys."""
+    """Return an error in one line, without keys."""
     text = " ".join(str(error).split()) or type(error).__name__
     key = os.environ.get("WANDB_API_KEY")
     if key:
         text = text.replace(key, "***")
     text = re.sub(r"(?<=//)[^/@\s]+@", "***@", text)
+    text += "; `pip install wandb` installs it" if isinstance(error, ImportError) else ""
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def open_run(start: dict[str, Any]):
-    """Returns the opened run of wandb; every row's x axis is ``iteration``."""
+def open_run(start: dict[str, Any]) -> Any:
+    """Return the opened run of wandb; every row's x axis is ``iteration``."""
     import wandb
 
     wanted = {
         "console": "off", "silent": True, "program": start["program"], "init_timeout": start["init_seconds"],
         "finish_timeout": start["finish_seconds"],
-        "x_stats_pid": start["trainer"],  # whose use of memory and devices is recorded
+        "x_stats_pid": os.getppid(),  # whose use of memory and devices is recorded
         "x_transaction_log_flush_interval": 1.0}  # seconds; what a node that fails may lose
     known = {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}  # other versions have fewer
     run = wandb.init(mode=start["mode"], settings=wandb.Settings(**known), **start["init"])
@@ -76,7 +78,7 @@ def open_run(start: dict[str, Any]):
 
 
 def incoming(stream: IO[bytes], trainer: int) -> Iterator[dict[str, Any]]:
-    """Yields the messages until the input ends or the training process is gone."""
+    """Yield the messages until the input ends or the training process is gone."""
     rest = b""
     while True:
         if not select.select([stream], [], [], SECONDS_BETWEEN_LOOKS)[0]:
@@ -91,11 +93,8 @@ def incoming(stream: IO[bytes], trainer: int) -> Iterator[dict[str, Any]]:
 
 
 def serve(stream: IO[bytes], answers: IO[str]) -> None:
-    """Opens the run, logs what comes in, and finishes it.
+    """Open the run, log what comes in, and finish it; every error of wandb's passes through."""
 
-    Raises:
-        Exception: whatever wandb could not do.
-    """
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
@@ -106,23 +105,18 @@ def serve(stream: IO[bytes], answers: IO[str]) -> None:
     directory = Path(run.dir).parent
     steps = StepNumbers(directory.parent / f"next-step-{run.id}.txt", run.starting_step)
     answer(started={"directory": str(directory), "name": run.name, "url": run.url if online else None, "resumed": bool(run.resumed)})
-    closed = False
     for message in messages:
         if message.get("close"):
-            closed = True
-            break
+            began = time.monotonic()
+            run.finish(exit_code=0)
+            answer(finished={"complete": time.monotonic() - began < start["finish_seconds"] or not online})
+            return
         run.log({**message["values"], "iteration": message["iteration"]}, step=steps.of(message["iteration"]))
-    started = time.monotonic()
-    run.finish(exit_code=0 if closed else 1)
-    if closed:
-        answer(finished={"complete": time.monotonic() - started < start["finish_seconds"] or not online})
+    run.finish(exit_code=1)
 
 
 def main() -> None:
-    """Serves, then ends without wandb's own waiting for the end of the interpreter."""
-    # Started by its path, this file's folder would stand before all others on the search path.
-    if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-        del sys.path[0]
+    """Serve, then end without wandb's own waiting for the end of the interpreter."""
     # A scheduler's signals go to every process of a job. Training answers them; this process goes on until its input ends.
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -136,9 +130,8 @@ def main() -> None:
         serve(stream, answers)
     except BaseException as error:
         status = 1
-        missing = isinstance(error, ImportError)
         with contextlib.suppress(OSError):  # nobody is left to be told
-            print(json.dumps({"failed": {"reason": reason_of(error), "missing": missing}}), file=answers, flush=True)
+            print(json.dumps({"failed": reason_of(error)}), file=answers, flush=True)
     os._exit(status)
 
 

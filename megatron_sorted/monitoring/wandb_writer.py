@@ -1,7 +1,7 @@
 """Reports for Weights & Biases, which may be slow, unreachable or not there at all, and training does not notice.
 
-``write`` puts a report into a short queue. One thread takes it out and hands it to a process (`wandb_process`) that imports wandb,
-opens the run and logs. Whatever that process does, the queue is bounded and the process can be ended.
+``write`` puts a report into a short queue and hands over what a process (``wandb_process``) takes without making it wait. That process
+imports wandb, opens the run and logs; whatever it does, the queue is bounded and the process can be ended.
 """
 
 import contextlib
@@ -11,35 +11,25 @@ import select
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.monitoring import wandb_process
+from megatron_sorted.command_line import own_module
 from megatron_sorted.monitoring.values import metric_values
 from megatron_sorted.monitoring.writer import Report, Writer
 from megatron_sorted.settings.run import Settings
 
-QUEUED_REPORTS = 1000
-"""Kept while wandb is slow; of more, the oldest are dropped. A report is a few kilobytes."""
-INIT_SECONDS = 20.0
-"""Given to the server to answer; then the run goes on offline."""
-START_SECONDS = 60.0
-"""Given to the whole start: importing wandb from a slow file system comes before the server."""
-FINISH_SECONDS = 12.0
-"""Given to the upload of what is left."""
-CLOSE_SECONDS = 20.0
-"""Longest that ``close`` takes."""
-OFFLINE_SECONDS = 8.0
-"""Of those, kept for writing the run offline where the server did not answer in time."""
-
-
-class Unusable(Exception):
-    """wandb cannot be used in the way tried; the message says why, for the user."""
+QUEUED_REPORTS = 1000  # kept while wandb is slow; of more, the oldest are dropped. A report is a few kilobytes
+INIT_SECONDS = 20.0  # given to the server to answer; then the run goes on offline
+START_SECONDS = 60.0  # given to the whole start: importing wandb from a slow file system comes before the server
+FINISH_SECONDS = 12.0  # given to the upload of what is left
+CLOSE_SECONDS = 20.0  # the longest that ``close`` takes
+OFFLINE_SECONDS = 8.0  # of those, kept for writing the run offline where the server did not answer in time
+MODES = ("offline", "online", "disabled")
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,7 @@ class WandbPlan:
 
 
 def wandb_plan(settings: Settings, run_id: str, description: dict[str, Any], environment: Mapping[str, str]) -> WandbPlan:
-    """Returns what to open for a run that has ``--wandb-project``."""
+    """Return what to open for a run that has ``--wandb-project``."""
     def chosen(variable: str, value: str | None) -> str | None:
         return environment.get(variable) or value
 
@@ -79,72 +69,67 @@ def wandb_plan(settings: Settings, run_id: str, description: dict[str, Any], env
 
 
 class _Process:
-    """One try: a process that opens the run in one mode."""
+    """A process that opens the run in one mode; nothing here waits for it.
+
+    Attributes:
+        mode: online or offline.
+        started: What it answered when the run was open; None before.
+        deadline: Time by which it must have answered that.
+    """
 
     def __init__(self, plan: WandbPlan, mode: str):
-        self.plan, self.mode = plan, mode
+        self.mode, self.started, self.deadline = mode, None, time.monotonic() + START_SECONDS
+        self._plan = plan
         self._before = self._directories()
-        self._answers = b""
-        # the mode is chosen here; its own session: the signals of a terminal and of torchrun are for training
-        environment = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
-        self._process = subprocess.Popen(
-            [sys.executable, wandb_process.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env=environment, start_new_session=True)
-        self.send({"mode": mode, "init": plan.init, "program": sys.argv[0], "trainer": os.getpid(),
-                   "init_seconds": INIT_SECONDS, "finish_seconds": FINISH_SECONDS})
+        self._answers, self._unsent = b"", b""
+        command, environment = own_module("megatron_sorted.monitoring.wandb_process")
+        environment.pop("WANDB_MODE", None)  # the mode is chosen here
+        # its own session: the signals of a terminal and of torchrun are for training
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                         env=environment, start_new_session=True)
+        self.pipes = self._process.stdin.fileno(), self._process.stdout.fileno()
+        for pipe in self.pipes:
+            os.set_blocking(pipe, False)
+        self.send({"mode": mode, "init": plan.init, "program": sys.argv[0], "init_seconds": INIT_SECONDS,
+                   "finish_seconds": FINISH_SECONDS})
 
     def _directories(self) -> set[Path]:
-        return set((self.plan.directory / "wandb").glob(f"run-*-{self.plan.init['id']}"))
+        return set((self._plan.directory / "wandb").glob(f"run-*-{self._plan.init['id']}"))
 
-    def send(self, message: dict[str, Any]) -> None:
-        """Hands a message over; waits while the process does not read.
-
-        Raises:
-            OSError: the process is gone.
-        """
-        rest = memoryview(json.dumps(message).encode() + b"\n")
-        while rest:
-            rest = rest[os.write(self._process.stdin.fileno(), rest):]
-
-    def answer(self, deadline: Callable[[], float]) -> dict[str, Any]:
-        """Returns the next answer.
-
-        Raises:
-            Unusable: there was none in time, or it is a failure.
-        """
-        while b"\n" not in self._answers:
-            if time.monotonic() > deadline():
-                raise Unusable("no answer in time")
-            if select.select([self._process.stdout], [], [], 0.1)[0]:
-                data = os.read(self._process.stdout.fileno(), 1 << 16)
-                if not data:
-                    raise Unusable("its process ended")
-                self._answers += data
-        line, _, self._answers = self._answers.partition(b"\n")
-        answer = json.loads(line)
-        if "failed" in answer:
-            if answer["failed"]["missing"]:
-                raise Unusable(f"{answer['failed']['reason']}; `pip install wandb` installs it")
-            raise Unusable(answer["failed"]["reason"])
-        return answer
-
-    def failure(self) -> str:
-        """Returns why the process ended."""
+    def send(self, message: dict[str, Any] | None = None) -> bool:
+        """Hand over as much as it takes; return whether a next message may follow. A process that is gone takes everything."""
+        self._unsent += b"" if message is None else json.dumps(message).encode() + b"\n"
         try:
-            return str(self.answer(lambda: time.monotonic() + 1.0))
-        except Unusable as error:
-            return str(error)
+            while self._unsent:
+                self._unsent = self._unsent[os.write(self.pipes[0], self._unsent):]
+        except BlockingIOError:
+            return False
+        except OSError:
+            self._unsent = b""
+        return True
 
-    def end(self, forget: bool = False) -> None:
-        """Ends the process if it still runs; with ``forget``, removes what a run that was never opened left behind."""
+    def answer(self) -> dict[str, Any] | None:
+        """Return its next answer, {"failed": why} when it ended, None while there is none."""
+        with contextlib.suppress(BlockingIOError):
+            while b"\n" not in self._answers:
+                data = os.read(self.pipes[1], 1 << 16)
+                if not data:
+                    return {"failed": "its process ended"}
+                self._answers += data
+        if b"\n" not in self._answers:
+            return None
+        line, _, self._answers = self._answers.partition(b"\n")
+        return json.loads(line)
+
+    def end(self) -> None:
+        """End the process if it still runs; of a run that was never opened nothing is left behind."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
                 pipe.close()
-        if forget:
-            for directory in self._directories() - self._before:
-                shutil.rmtree(directory, ignore_errors=True)
+        for directory in self._directories() - self._before if self.started is None else ():
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 class Wandb(Writer):
@@ -162,134 +147,103 @@ class Wandb(Writer):
         self._main_set: str | None = None
         self._notes: list[str] = []
         self._queue: deque[dict[str, Any]] = deque()
-        self._changed = threading.Condition()
-        self._closing_at: float | None = None
-        self._ended = False
-        self._dropped = 0
-        self._directory: str | None = None
         self._process: _Process | None = None
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._offline = "offline" if plan.mode in MODES else (
+            f"not online (WANDB_MODE: {plan.mode!r} is none of {', '.join(MODES)}), going on offline")
+        self._closing_at: float | None = None
+        self._dropped, self._remedy = 0, ""
 
     def start(self) -> None:
-        """Starts the thread; returns at once."""
-        self._thread.start()
+        """Start wandb's process; return at once."""
+        self._open("online" if self.plan.mode == "online" else "offline")
 
     def write(self, report: Report) -> None:
-        """Queues one report; returns at once."""
+        """Queue one report and hand over what wandb takes; return at once."""
+        if self._process is None:
+            return
         if self._main_set is None:
             self._main_set = getattr(report, "name", None)
-        row = {"iteration": report.step, "values": metric_values(report, self.last_depth, self._main_set)}
-        with self._changed:
-            if self._ended:
-                return
-            self._queue.append(row)
-            if len(self._queue) > QUEUED_REPORTS:
-                self._queue.popleft()
-                self._dropped += 1
-            self._changed.notify()
+        self._queue.append({"iteration": report.step, "values": metric_values(report, self.last_depth, self._main_set)})
+        if len(self._queue) > QUEUED_REPORTS:
+            self._queue.popleft()
+            self._dropped += 1
+        self._advance()
 
     def notes(self) -> list[str]:
-        """Returns what to tell the user since the last call."""
-        with self._changed:
-            notes, self._notes = self._notes, []
+        """Return what to tell the user since the last call."""
+        self._advance()
+        notes, self._notes = self._notes, []
         return notes
 
     def close(self) -> None:
-        """Sends what is queued and finishes the run; after `CLOSE_SECONDS` what is left stays behind."""
-        with self._changed:
-            self._closing_at = time.monotonic()
-            self._changed.notify()
-        self._thread.join(CLOSE_SECONDS)
-        if self._thread.is_alive():
-            self._note(f"wandb: did not finish within {CLOSE_SECONDS:.0f} s.{self._remedy()}")
-            process = self._process
-            if process is not None:
-                process.end()  # which ends the thread
-            self._thread.join(1.0)
-        with self._changed:
-            self._dropped += len(self._queue)
-            self._queue.clear()
-            self._ended = True
-            if self._dropped and self._directory:
-                self._notes.append(f"wandb: it was too slow, {self._dropped} reports are missing there; the JSON lines hold them")
-
-    def _note(self, line: str) -> None:
-        with self._changed:
-            self._notes.append(line)
-
-    def _remedy(self) -> str:
-        return f" Send the rest later: wandb sync {self._directory}" if self._directory else ""
-
-    def _work(self) -> None:
-        """Opens the run, online if that works, and hands over the queue."""
-        try:
-            self._open()
-            try:
-                self._hand_over()
-            except Unusable as error:
-                if self._process.mode == "offline" or self._closing_at is not None:
-                    raise
-                self._note(f"wandb: stopped ({error}).{self._remedy()}")
-                self._process.end()
-                self._directory = None
-                self._try("offline")
-                self._note(f"wandb: going on offline. Send the run later: wandb sync {self._directory}")
-                self._hand_over()
-        except Exception as error:  # whatever it is, training goes on
-            reason = wandb_process.reason_of(error)
-            self._note(f"wandb: {'stopped' if self._directory else 'not used'} ({reason}). Training goes on without it." + self._remedy())
-        finally:
-            with self._changed:
-                self._ended = True
-                if not self._directory:
-                    self._queue.clear()
+        """Send what is queued and finish the run; after ``CLOSE_SECONDS`` what is left stays behind."""
+        self._closing_at = time.monotonic()
+        self._queue.append({"close": True})
+        while self._process is not None and time.monotonic() < self._closing_at + CLOSE_SECONDS:
+            self._advance()
             if self._process is not None:
-                self._process.end()
+                select.select(self._process.pipes[1:], (), (), 0.05)
+        if self._process is not None:
+            self._notes.append(f"wandb: did not finish within {CLOSE_SECONDS:.0f} s.{self._remedy}")
+            self._leave()
+        self._dropped += sum("values" in row for row in self._queue)
+        if self._dropped and self._remedy:
+            self._notes.append(f"wandb: it was too slow, {self._dropped} reports are missing there; the JSON lines hold them")
 
-    def _open(self) -> None:
-        modes = ("offline", "online", "disabled")
-        why = None if self.plan.mode in modes else f"WANDB_MODE: {self.plan.mode!r} is none of {', '.join(modes)}"
-        if self.plan.mode == "online":
-            try:
-                started = self._try("online")
-                self._note(f"wandb: run {started['name']} ({self.plan.init['id']}){' continued' * started['resumed']}, {started['url']}")
-                return
-            except (Unusable, OSError) as error:
-                why = str(error)
-                if self._process is not None:
-                    self._process.end(forget=True)
-        started = self._try("offline")
-        self._note(f"wandb: {'offline' if why is None else f'not online ({why}), going on offline'}. "
-                   f"Send the run later: wandb sync {self._directory}")
-
-    def _try(self, mode: str) -> dict[str, Any]:
-        begun = time.monotonic()
-
-        def deadline() -> float:
-            if self._closing_at is None:
-                return begun + START_SECONDS
-            reserve = OFFLINE_SECONDS if mode == "online" else 1.0
-            return min(begun + START_SECONDS, self._closing_at + CLOSE_SECONDS - reserve)
-
+    def _open(self, mode: str) -> None:
         self._process = None
-        self._process = _Process(self.plan, mode)
-        started = self._process.answer(deadline)["started"]
-        self._directory = started["directory"]
-        return started
+        try:
+            self._process = _Process(self.plan, mode)
+        except OSError as error:
+            self._notes.append(f"wandb: not used ({error}). Training goes on without it.")
 
-    def _hand_over(self) -> None:
+    def _leave(self) -> None:
+        self._process.end()
+        self._process = None
+
+    def _advance(self) -> None:
+        """Take wandb's answers and hand over the queue, as far as neither waits."""
+        while self._process is not None and (answer := self._process.answer()) is not None:
+            if "started" in answer:
+                self._take_start(answer["started"])
+            elif "failed" in answer:
+                self._take_failure(answer["failed"])
+            else:
+                if not answer["finished"]["complete"]:
+                    self._notes.append(f"wandb: could not send all within {FINISH_SECONDS:.0f} s.{self._remedy}")
+                self._leave()
         process = self._process
-        while True:
-            with self._changed:
-                while not self._queue and self._closing_at is None:
-                    self._changed.wait()
-                row = self._queue.popleft() if self._queue else None
-            try:
-                process.send(row or {"close": True})
-            except OSError as error:
-                raise Unusable(process.failure()) from error
-            if row is None:
-                break
-        complete = process.answer(lambda: self._closing_at + CLOSE_SECONDS)["finished"]["complete"]
-        if not complete:
-            self._note(f"wandb: could not send all within {FINISH_SECONDS:.0f} s.{self._remedy()}")
+        if process is None:
+            return
+        while process.send() and process.started is not None and self._queue:
+            process.send(self._queue.popleft())
+        if process.started is not None:
+            return
+        reserve = OFFLINE_SECONDS if process.mode == "online" else 1.0
+        closing = float("inf") if self._closing_at is None else self._closing_at + CLOSE_SECONDS - reserve
+        if time.monotonic() > min(process.deadline, closing):
+            self._take_failure("no answer in time")
+
+    def _take_start(self, started: dict[str, Any]) -> None:
+        self._process.started = started
+        self._remedy = f" Send the rest later: wandb sync {started['directory']}"
+        if self._process.mode == "online":
+            continued = " continued" * started["resumed"]
+            self._notes.append(f"wandb: run {started['name']} ({self.plan.init['id']}){continued}, {started['url']}")
+        else:
+            self._notes.append(f"wandb: {self._offline}. Send the run later: wandb sync {started['directory']}")
+
+    def _take_failure(self, reason: str) -> None:
+        """Go on offline where that was not tried, unless the run is closing; else without wandb."""
+        process, opened = self._process, self._process.started is not None
+        process.end()
+        if process.mode == "offline" or (opened and self._closing_at is not None):
+            what = "stopped" if opened else "not used"
+            self._notes.append(f"wandb: {what} ({reason}). Training goes on without it.{self._remedy}")
+            self._queue.clear()
+            self._leave()
+            return
+        if opened:
+            self._notes.append(f"wandb: stopped ({reason}).{self._remedy}")
+        self._offline, self._remedy = "going on offline" if opened else f"not online ({reason}), going on offline", ""
+        self._open("offline")

@@ -20,7 +20,7 @@ class Writer(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Opens what is written to.
+        """Open what is written to.
 
         Raises:
             SettingsError: it cannot be written.
@@ -28,12 +28,12 @@ class Writer(ABC):
 
     @abstractmethod
     def write(self, report: Report) -> None:
-        """Writes one report; never waits for a network."""
+        """Write one report; never waits for a network."""
 
     def notes(self) -> list[str]:
-        """Returns the lines to tell the user since the last call: what went wrong and the remedy, each thing once."""
+        """Return the lines to tell the user since the last call: what went wrong and the remedy, each thing once."""
         return []
 
     @abstractmethod
     def close(self) -> None:
-        """Writes what is left; returns within seconds."""
+        """Write what is left; returns within seconds."""

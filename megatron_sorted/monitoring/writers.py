@@ -26,13 +26,13 @@ class Writers:
         self._tell()
 
     def write(self, report: Report) -> None:
-        """Gives a report to every writer."""
+        """Give a report to every writer."""
         for writer in self._writers:
             self._guarded(writer, writer.write, report)
         self._tell()
 
     def close(self) -> None:
-        """Closes every writer and says what could not be written."""
+        """Close every writer and says what could not be written."""
         for writer in self._writers:
             self._guarded(writer, writer.close)
         self._tell()
@@ -56,7 +56,7 @@ class Writers:
 
 
 def open_writers(settings: Settings, run_id: str, resumed_step: int, description: dict[str, Any], say: Callable[..., None]) -> Writers:
-    """Returns the writers that the settings ask for, started. Only the process that reports may call it.
+    """Return the writers that the settings ask for, started. Only the process that reports may call it.
 
     JSON lines go to ``--metrics-file``, else to ``metrics.jsonl`` in ``--save``; without both there are none.
 

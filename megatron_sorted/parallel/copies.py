@@ -19,7 +19,7 @@ class SharedCopies:
     group: dist.ProcessGroup
 
     def start_equal(self) -> None:
-        """Gives every copy the values of the first stage's.
+        """Give every copy the values of the first stage's.
 
         Collective: one broadcast a parameter, over ``group``.
         """
@@ -28,7 +28,7 @@ class SharedCopies:
             dist.broadcast(parameter.data, source, group=self.group)
 
     def sum_gradients(self) -> None:
-        """Adds up the gradients of all copies, so that each takes the same optimizer step.
+        """Add up the gradients of all copies, so that each takes the same optimizer step.
 
         With the distributed optimizer this runs after gradients were reduce-scattered: the shared parameter has a bucket of its
         own (``shared_embedding``), so each rank's valid shard lines up with the same shard on the other stages.
@@ -41,7 +41,7 @@ class SharedCopies:
 
 
 def stage_group(stages: tuple[int, ...]) -> dist.ProcessGroup | None:
-    """Returns the group of this rank's pipeline that holds ``stages``, or None where this rank's stage is none of them.
+    """Return the group of this rank's pipeline that holds ``stages``, or None where this rank's stage is none of them.
 
     Collective: creates one group for each pipeline of the layout; every process must call it in the same order.
     """
@@ -60,7 +60,7 @@ def stage_group(stages: tuple[int, ...]) -> dist.ProcessGroup | None:
 
 
 def connect_copies(parameters: dict[str, list[torch.nn.Parameter]], stages: dict[str, tuple[int, ...]]) -> list[SharedCopies]:
-    """Returns the shared parameter sets of this rank, marked for Megatron and with equal values on all stages.
+    """Return the shared parameter sets of this rank, marked for Megatron and with equal values on all stages.
 
     Marks: ``shared_embedding`` (own gradient bucket, see ``SharedCopies.sum_gradients``) on every copy; ``shared`` (left out of
     the gradient norm) and ``copy_index`` on all but the first stage's. Call before parameters are put in gradient buffers.

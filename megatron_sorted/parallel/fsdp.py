@@ -22,7 +22,7 @@ from megatron_sorted.errors import PlatformError
 
 
 def check_torch_can_shard() -> None:
-    """Returns nothing if this torch has what sharding needs.
+    """Check that this torch has what sharding needs.
 
     Raises:
         PlatformError: It is too old.
@@ -57,14 +57,14 @@ class RowShard:
     from_exits: torch.Tensor | None = field(default=None)
 
     def take_gradients_of(self, gathered: torch.nn.Parameter) -> None:
-        """Lets exits add their gradients to the whole parameter in fp32."""
+        """Let exits add their gradients to the whole parameter in fp32."""
         if self.sum is None:
             share = -(-gathered.shape[0] // self.num_ranks)
             self.sum = torch.zeros((share * self.num_ranks, *gathered.shape[1:]), dtype=torch.float32, device=gathered.device)
         self.gathered, gathered.main_grad = gathered, self.sum[: gathered.shape[0]]
 
     def reduce_exits(self, group: dist.ProcessGroup) -> None:
-        """Sums what exits added over all ranks, each receiving its rows.
+        """Sum what exits added over all ranks, each receiving its rows.
 
         Collective: one reduce-scatter of the parameter's size in fp32, where an exit was read since the last one.
         """
@@ -78,7 +78,7 @@ class RowShard:
         self.gathered.main_grad = self.sum = None
 
     def finish(self) -> None:
-        """Makes ``main_grad`` of what torch reduced for layers and what exits added; zero where neither happened."""
+        """Make ``main_grad`` of what torch reduced for layers and what exits added; zero where neither happened."""
         native = self.sharded.grad.to_local() if self.sharded.grad is not None else None
         self.sharded.grad = None
         found = [part for part in (native, self.from_exits) if part is not None]
@@ -87,7 +87,7 @@ class RowShard:
         self.from_exits = None
 
     def clear(self) -> None:
-        """Forgets all gradients."""
+        """Forget all gradients."""
         if self.gathered is not None:
             self.gathered.main_grad = None
         self.sharded.grad = self.sum = self.from_exits = self.rows.grad = self.rows.main_grad = None
@@ -104,7 +104,7 @@ class FullyShardedStage(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, stage: torch.nn.Module, group: dist.ProcessGroup, device: str, dtype: torch.dtype,
                  states: dict[str, Any]):
-        """Shards ``stage``, whose weights are the same on all ranks.
+        """Shard ``stage``, whose weights are the same on all ranks.
 
         Args:
             config: Megatron's.
@@ -127,7 +127,7 @@ class FullyShardedStage(torch.nn.Module):
         # what the embedding returns is a view, and an operation in place on it would lose torch's hook
         stage.embedding.register_forward_hook(lambda _module, _args, hidden: make_viewless_tensor(
             inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True))
-        for unit in (*stage.decoder.layers, stage.embedding, *stage.heads()):
+        for unit in (*stage.decoder.layers, stage.embedding, *stage.heads.outputs):
             fully_shard(unit.float(), mesh=mesh, mp_policy=policy)
         # what is left are norms of exits: small, and read in backward, so they stay together until then
         fully_shard(stage.float(), mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -137,6 +137,7 @@ class FullyShardedStage(torch.nn.Module):
                 module.set_force_sum_reduction_for_comms(True)
         self.row_shards = [self._own_rows(name, parameter, attributes[name]) for name, parameter in stage.named_parameters()]
         self._by_name = {shard.name: shard for shard in self.row_shards}
+        self._names = {module: name for name, module in stage.named_modules()}
         stage.exit_hooks = (self._gather_exit, self._finish_exit)
 
     def _own_rows(self, name: str, sharded: torch.nn.Parameter, attributes: dict[str, Any]) -> RowShard:
@@ -148,53 +149,56 @@ class FullyShardedStage(torch.nn.Module):
         return RowShard(name, sharded, rows, min(self.group.rank() * share, sharded.shape[0]), ranks)
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
-        """Returns the stage's output.
+        """Return the stage's output.
 
         Collective: gathers each layer when it runs (data parallel group); of evaluation also each exit's output matrix.
         """
         output = self.module(*args, **kwargs)
         if not torch.is_grad_enabled():  # no backward will do it
-            for module in (self.module, *self.module.heads()):
+            for module in (self.module, *self.module.heads.outputs):
                 module.reshard()
         return output
 
-    def _exit_parameters(self, depth: int) -> list[str]:
-        """Returns the names of what reads the exit at ``depth``: output matrix, then norm."""
-        key, stage = str(depth), self.module
-        head = f"exit_output_layers.{key}.weight" if key in stage.exit_output_layers else stage.shared_head_name()
-        norm = f"exit_norms.{key}." if key in stage.exit_norms else "final_layernorm."
-        return [head, *(name for name in self._by_name if name.startswith(norm))]
+    def _read_by(self, depth: int) -> tuple[torch.nn.Module, list[RowShard]]:
+        """Return the unit that gathers the output matrix of the exit at ``depth``, and the rows of matrix and norm."""
+        own, stage = self.module.heads.by_depth[depth], self.module
+        unit = own.output if isinstance(own.output, FSDPModule) else stage.embedding
+        norm = self._names[own.norm]
+        return unit, [self._by_name[f"{self._names[own.output]}.weight"],
+                      *(self._by_name[f"{norm}.{name}"] for name, _ in own.norm.named_parameters())]
 
     def _gather_exit(self, depth: int) -> None:
-        """Gathers what reads the exit, unless it is there, and gives its gradients a place.
+        """Gather what reads the exit, unless it is there, and give its gradients a place.
 
         Collective: one all-gather of the output matrix over the data parallel group, for the first exit of a pass that reads it.
         """
-        self.module.head_unit(depth).unshard()
+        unit, rows = self._read_by(depth)
+        unit.unshard()
         if self.training:
-            for name in self._exit_parameters(depth):
-                self._by_name[name].take_gradients_of(self.module.get_parameter(name))
+            for shard in rows:
+                shard.take_gradients_of(self.module.get_parameter(shard.name))
 
     def _finish_exit(self, depth: int) -> None:
-        """Frees an output matrix of the exit's own, with its gradient; a shared one stays until backward ends, its sum until the step does.
+        """Free an output matrix of the exit's own, with its gradient; a shared one stays until backward ends, its sum until the step does.
 
         Collective: for an output matrix of its own, that of ``RowShard.reduce_exits``.
         """
-        if str(depth) in self.module.exit_output_layers:
-            self._by_name[self._exit_parameters(depth)[0]].reduce_exits(self.group)
-            self.module.head_unit(depth).reshard()
+        if depth in self.module.plan.exit_heads:
+            unit, rows = self._read_by(depth)
+            rows[0].reduce_exits(self.group)
+            unit.reshard()
 
     def named_parameters(self, *_args, **_kwargs) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Yields this rank's rows of every parameter, by the parameter's name."""
+        """Yield this rank's rows of every parameter, by the parameter's name."""
         return ((shard.name, shard.rows) for shard in self.row_shards)
 
     def zero_grad_buffer(self) -> None:
-        """Forgets all gradients (called before a step)."""
+        """Forget all gradients (called before a step)."""
         for shard in self.row_shards:
             shard.clear()
 
     def finish_grad_sync(self, *_args, **_kwargs) -> None:
-        """Makes the gradient of this rank's rows, when all micro-batches are done.
+        """Make the gradient of this rank's rows, when all micro-batches are done.
 
         Collective: one reduce-scatter for every norm and shared output matrix that exits were read with (data parallel group).
         """
@@ -205,13 +209,13 @@ class FullyShardedStage(torch.nn.Module):
             self.scale_gradients(self._mean)
 
     def scale_gradients(self, factor: float | torch.Tensor) -> None:
-        """Multiplies all gradients."""
+        """Multiply all gradients."""
         for shard in self.row_shards:
             shard.rows.main_grad.mul_(factor)
 
 
 def connect_optimizer(optimizer: Any) -> None:
-    """Makes Megatron's optimizer of the rows of ``FullyShardedStage`` count all ranks' gradients, as the one that is distributed does."""
+    """Make Megatron's optimizer of the rows of ``FullyShardedStage`` count all ranks' gradients, as the one that is distributed does."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         part.grad_stats_parallel_group = dist.group.WORLD
         # its weights are fp32 already: the copy that this buffer serves has nothing to copy, which fused kernels refuse
@@ -219,7 +223,7 @@ def connect_optimizer(optimizer: Any) -> None:
 
 
 def _without_data(state: Any) -> Any:
-    """Returns a sharded tensor, or the factory of several, whose tensor takes no memory any more; other objects as they are."""
+    """Return a sharded tensor, or the factory of several, whose tensor takes no memory any more; other objects as they are."""
     if isinstance(getattr(state, "data", None), torch.Tensor):
         state.data = torch.empty_like(state.data, device="meta")
     return state

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron_sorted.parallel.rendezvous import has_shared_store, meet
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.processes import read_world_of_training
-from megatron_sorted.settings.derived import num_virtual_chunks
+from megatron_sorted.settings.layout import num_virtual_chunks
 from megatron_sorted.settings.run import Settings
 
 
@@ -28,7 +28,7 @@ class Place:
 
 
 def start_process_groups(settings: Settings, platform: Platform, init_method: str | None = None) -> Place:
-    """Returns this process's place after joining the others.
+    """Return this process's place after joining the others.
 
     Collective: creates the world group and all of Megatron's groups; every process must call it.
 
@@ -65,7 +65,7 @@ def start_process_groups(settings: Settings, platform: Platform, init_method: st
 
 
 def current_place() -> Place:
-    """Returns this process's place in the groups that were started."""
+    """Return this process's place in the groups that were started."""
     return Place(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -78,7 +78,7 @@ def current_place() -> Place:
 
 
 def stop_process_groups() -> None:
-    """Leaves all groups.
+    """Leave all groups.
 
     Collective: every process must call it.
     """

@@ -20,12 +20,12 @@ POLL_SECONDS = 0.02
 
 
 def has_shared_store() -> bool:
-    """Returns whether this process was started by a launcher whose store outlives it."""
+    """Return whether this process was started by a launcher whose store outlives it."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def name_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
-    """Returns the name of this attempt, the same on all ranks that are alive together.
+    """Return the name of this attempt, the same on all ranks that are alive together.
 
     Each rank says hello with a word of its own. Rank 0 publishes a name with the words it has seen, again whenever one changes. A rank
     whose word is among them answers with the name; when all have, rank 0 lets them go. Words and names are drawn anew in every process,
@@ -75,7 +75,7 @@ def _read(store: dist.Store, key: str) -> str | None:
 
 
 def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Returns a store of this attempt alone, this process's rank and the number of ranks.
+    """Return a store of this attempt alone, this process's rank and the number of ranks.
 
     Collective: every rank of the job must call it.
     """

@@ -65,7 +65,7 @@ DEVICES = {
     "910B3": _ascend(294.9),
     "910B4": _ascend(245.8, memory=30.5),
     "910C": _ascend(353.9, per_host=16),
-    # one core; `tools/plan.py --calibrate` measures the machine at hand
+    # one core; `megatron-sorted plan --calibrate` measures the machine at hand
     "cpu": Device(2.0e10, 6.0e10, 0.9, 16 * GB, 0, 8.0e9, 1.5e9, 1.0e9, 3e-4, 5e-4, 64, 3e-4, fused=False),
 }
 """By name. Efficiencies and the share of link rates that collectives reach (0.75 and 0.8) are experience, not measured here."""
@@ -75,12 +75,12 @@ CAN_BE_NOTHING = ("reserved_bytes", "near_delay", "far_delay", "kernel_delay")
 
 
 def _can_be(field: str, value: float) -> bool:
-    """Returns whether a device's number can have this value."""
+    """Return whether a device's number can have this value."""
     return value < float("inf") and (value > 0 or (value == 0 and field in CAN_BE_NOTHING))
 
 
 def device_named(name: str, changes: Path | None = None) -> Device:
-    """Returns a device of the table, or the table's with fields replaced by those of a JSON file.
+    """Return a device of the table, or the table's with fields replaced by those of a JSON file.
 
     Raises:
         SettingsError: There is none of that name, or the file names fields that no device has, or gives them what they cannot be.

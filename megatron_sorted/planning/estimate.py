@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Returns the memory of the rank that needs most."""
+        """Return the memory of the rank that needs most."""
         return max(stage.memory.total for stage in self.stages)
 
     @property
@@ -86,7 +86,7 @@ class Plan:
 
 
 def peak_rate(settings: Settings, device: Device) -> float:
-    """Returns the device's peak at the run's precision, in operations a second."""
+    """Return the device's peak at the run's precision, in operations a second."""
     return device.half_flops if element_bytes(settings) == 2 else device.single_flops
 
 
@@ -101,16 +101,16 @@ class Clock:
         self.memory_rate = device.memory_rate * share
 
     def products(self, matrices: int, attention: int) -> float:
-        """Returns seconds of matrix products; the attention kernel leaves out the half of the pairs that is masked."""
+        """Return seconds of matrix products; the attention kernel leaves out the half of the pairs that is masked."""
         return (matrices + attention / 2) / self.rate
 
     def _kernels(self, seconds: float, passes: int) -> float:
-        """Returns the seconds of ``passes`` layers: a queue that is kept filled hides the host's delay, a host that computes does not."""
+        """Return the seconds of ``passes`` layers: a queue that is kept filled hides the host's delay, a host that computes does not."""
         least = passes * self.device.kernel_delay
         return max(seconds, least) if self.device.fused else seconds + least
 
     def chunk(self, work: ChunkWork, operations: Operations) -> tuple[float, float]:
-        """Returns seconds of one micro-batch's forward and backward in a chunk."""
+        """Return seconds of one micro-batch's forward and backward in a chunk."""
         settings = self.settings
         moved = TRAFFIC * layer_bytes(settings, self.vocab_size, self.device.fused) / self.memory_rate
         forward = self._kernels(self.products(operations.forward, operations.forward_attention) + work.num_layers * moved, work.num_layers)
@@ -128,7 +128,7 @@ class Clock:
 
 
 def make_plan(settings: Settings, vocab_size: int, world_size: int, device: Device, chunk_tokens: int) -> Plan:
-    """Returns the plan of a run.
+    """Return the plan of a run.
 
     Args:
         settings: The run; ``check_settings`` has passed it.
@@ -176,7 +176,7 @@ def make_plan(settings: Settings, vocab_size: int, world_size: int, device: Devi
 
 
 def network_parameters(settings: Settings, vocab_size: int) -> int:
-    """Returns the parameters of the whole network with all its exits, without copies and padding."""
+    """Return the parameters of the whole network with all its exits, without copies and padding."""
     alone = replace(settings, tensor_model_parallel_size=1, pipeline_model_parallel_size=1, sequence_parallel=False,
                     num_layers_per_virtual_pipeline_stage=None, decoder_first_pipeline_num_layers=None,
                     decoder_last_pipeline_num_layers=None, pipeline_model_parallel_layout=None, make_vocab_size_divisible_by=1)
@@ -185,7 +185,7 @@ def network_parameters(settings: Settings, vocab_size: int) -> int:
 
 def _after_passes(settings: Settings, stages: tuple[StagePlan, ...], links: Links, clock: Clock, data_size: int,
                   passes_seconds: float) -> dict[str, float]:
-    """Returns {part: seconds} of what the passes do not hide, for the stage that takes longest at each."""
+    """Return {part: seconds} of what the passes do not hide, for the stage that takes longest at each."""
     rate, delay = links.data
     pipeline_rate, pipeline_delay = links.pipeline
     several, in_rows = data_size > 1, settings.data_parallel == "fsdp"  # whose collectives torch overlaps

@@ -11,7 +11,8 @@ from megatron_sorted.planning.operations import real_rows, recomputed_layers
 from megatron_sorted.planning.schedule import most_alive, passes_of_stage
 from megatron_sorted.planning.sharded import gathered_bytes
 from megatron_sorted.planning.work import ChunkWork, element_bytes, parameters_on_rank, shapes_of
-from megatron_sorted.settings.derived import data_parallel_size, kv_channels, num_micro_batches, num_virtual_chunks
+from megatron_sorted.settings.derived import data_parallel_size, num_micro_batches
+from megatron_sorted.settings.layout import num_virtual_chunks
 from megatron_sorted.settings.run import Settings
 
 
@@ -47,29 +48,29 @@ class RankMemory:
 
     @property
     def states(self) -> int:
-        """Returns what is there all the time."""
+        """Return what is there all the time."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        """Returns the largest amount at any moment of a step."""
+        """Return the largest amount at any moment of a step."""
         backward = self.activations + max(self.exit_loss, self.layer_backward) - self.gradients_to_come
         return self.states + max(self.gathered + max(backward, self.embedding_backward), self.update) + self.reserved
 
 
 def tokens_of_shard(settings: Settings) -> int:
-    """Returns the tokens of a micro-batch whose hidden state one rank holds between the parallel parts of a layer."""
+    """Return the tokens of a micro-batch whose hidden state one rank holds between the parallel parts of a layer."""
     tokens = settings.micro_batch_size * settings.seq_length
     return tokens // settings.tensor_model_parallel_size if settings.sequence_parallel else tokens
 
 
 def _norm_bytes(settings: Settings, fused: bool) -> int:
-    """Returns what a norm keeps of each element: its input; composed of simpler kernels also the normed input, both in fp32."""
+    """Return what a norm keeps of each element: its input; composed of simpler kernels also the normed input, both in fp32."""
     return element_bytes(settings) if fused or settings.normalization == "LayerNorm" else 8
 
 
 def layer_bytes(settings: Settings, vocab_size: int, fused: bool, parts: tuple[str, ...] = ("attention", "mlp")) -> int:
-    """Returns what forward keeps of one layer and one micro-batch; ``parts``: of attention, MLP or both, with their norms."""
+    """Return what forward keeps of one layer and one micro-batch; ``parts``: of attention, MLP or both, with their norms."""
     shapes, e = shapes_of(settings, vocab_size), element_bytes(settings)
     tokens, shard = settings.micro_batch_size * settings.seq_length, tokens_of_shard(settings) * shapes.hidden
     norm, sandwich = _norm_bytes(settings, fused), settings.use_sandwich_norm
@@ -78,8 +79,8 @@ def layer_bytes(settings: Settings, vocab_size: int, fused: bool, parts: tuple[s
         rotary = settings.position_embedding_type == "rope"
         total += shard * (norm + e + norm * sandwich)
         total += tokens * e * (shapes.query + 2 * shapes.key_value + (shapes.query + shapes.key_value) * rotary + shapes.query)
-        total += tokens * 4 * (shapes.query // kv_channels(settings))  # one number per query: the logarithm of its sum
-        total += 4 * settings.seq_length * kv_channels(settings) * e * rotary
+        total += tokens * 4 * (shapes.query // shapes.head)  # one number per query: the logarithm of its sum
+        total += 4 * settings.seq_length * shapes.head * e * rotary
         if settings.qk_layernorm:
             total += tokens * (shapes.query * e + (0 if fused else 4) * (shapes.query + shapes.key_value))
     if "mlp" in parts:
@@ -88,7 +89,7 @@ def layer_bytes(settings: Settings, vocab_size: int, fused: bool, parts: tuple[s
 
 
 def chunk_bytes(settings: Settings, work: ChunkWork, vocab_size: int, device: Device) -> int:
-    """Returns what forward keeps of one micro-batch in a chunk."""
+    """Return what forward keeps of one micro-batch in a chunk."""
     shapes, e = shapes_of(settings, vocab_size), element_bytes(settings)
     state = tokens_of_shard(settings) * shapes.hidden * e
     again = recomputed_layers(settings, work.segments)
@@ -108,7 +109,7 @@ def chunk_bytes(settings: Settings, work: ChunkWork, vocab_size: int, device: De
 
 
 def exit_loss_bytes(settings: Settings, vocab_size: int, chunk_tokens: int, fused: bool) -> int:
-    """Returns what one exit takes while its loss and gradients are computed, token chunk by token chunk."""
+    """Return what one exit takes while its loss and gradients are computed, token chunk by token chunk."""
     shapes, e = shapes_of(settings, vocab_size), element_bytes(settings)
     tokens = settings.micro_batch_size * settings.seq_length
     logits = min(settings.exit_loss_chunk_tokens or chunk_tokens, tokens) * real_rows(settings, vocab_size, 0)
@@ -120,7 +121,7 @@ def exit_loss_bytes(settings: Settings, vocab_size: int, chunk_tokens: int, fuse
 
 
 def layer_backward_bytes(settings: Settings, vocab_size: int, segments: tuple[int, ...], fused: bool) -> int:
-    """Returns what a layer's backward takes beside what forward kept: gradients on their way, and what is computed again."""
+    """Return what a layer's backward takes beside what forward kept: gradients on their way, and what is computed again."""
     shapes, e = shapes_of(settings, vocab_size), element_bytes(settings)
     tokens, state = settings.micro_batch_size * settings.seq_length, tokens_of_shard(settings) * shapes.hidden * e
     gathered = tokens * shapes.hidden * e
@@ -138,7 +139,7 @@ def layer_backward_bytes(settings: Settings, vocab_size: int, segments: tuple[in
 
 def memory_of_stage(settings: Settings, chunks: list[ChunkWork], vocab_size: int, world_size: int, device: Device,
                     chunk_tokens: int) -> RankMemory:
-    """Returns the memory of one rank of the stage that holds ``chunks``.
+    """Return the memory of one rank of the stage that holds ``chunks``.
 
     Args:
         settings: The run.

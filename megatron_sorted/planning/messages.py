@@ -31,17 +31,17 @@ class Messages:
 
 
 def ring(size: int, ranks: int) -> float:
-    """Returns what a rank sends when ``size`` bytes are gathered, or summed and scattered, over ``ranks``; an all-reduce is both."""
+    """Return what a rank sends when ``size`` bytes are gathered, or summed and scattered, over ``ranks``; an all-reduce is both."""
     return size * (ranks - 1) / ranks
 
 
 def state_bytes(settings: Settings) -> int:
-    """Returns the size of a message between two stages."""
+    """Return the size of a message between two stages."""
     return tokens_of_shard(settings) * settings.hidden_size * element_bytes(settings)
 
 
 def collectives_of_chunk(settings: Settings, work: ChunkWork) -> tuple[int, int]:
-    """Returns how often a hidden state of a whole micro-batch is gathered or reduced in a chunk's forward, and in its backward.
+    """Return how often a hidden state of a whole micro-batch is gathered or reduced in a chunk's forward, and in its backward.
 
     An all-reduce counts two: attention and MLP have one each in forward and in backward. With sequence parallelism backward gathers the
     inputs of products once more, and exits gather and scatter. What is computed again is summed again. Parts of exits run in backward.
@@ -61,7 +61,7 @@ def collectives_of_chunk(settings: Settings, work: ChunkWork) -> tuple[int, int]
 
 
 def _tensor_bytes(settings: Settings, chunks: list[ChunkWork], vocab_size: int, micro_batches: int) -> float:
-    """Returns what a rank sends in a step to those that hold other parts of the same layers."""
+    """Return what a rank sends in a step to those that hold other parts of the same layers."""
     tp, tokens = settings.tensor_model_parallel_size, settings.micro_batch_size * settings.seq_length
     states = sum(sum(collectives_of_chunk(settings, chunk)) for chunk in chunks) * tokens * settings.hidden_size * element_bytes(settings)
     # of each token an exit sums the largest logit, the exponentials and the label's logit, in fp32
@@ -71,7 +71,7 @@ def _tensor_bytes(settings: Settings, chunks: list[ChunkWork], vocab_size: int, 
 
 
 def copies_bytes(settings: Settings, chunks: list[ChunkWork], stage: int, vocab_size: int) -> float:
-    """Returns what a rank of ``stage`` sends to keep its copies of norm and head equal to those of other stages."""
+    """Return what a rank of ``stage`` sends to keep its copies of norm and head equal to those of other stages."""
     shapes, total = shapes_of(settings, vocab_size), 0.0
     for size, holds in ((shapes.norm, "owns_norm"), (shapes.vocabulary * shapes.hidden, "owns_head")):
         stages = {chunk.stage for chunk in chunks if getattr(chunk, holds)}
@@ -81,7 +81,7 @@ def copies_bytes(settings: Settings, chunks: list[ChunkWork], stage: int, vocab_
 
 
 def messages_of_stage(settings: Settings, chunks: list[ChunkWork], stage: int, vocab_size: int, world_size: int) -> Messages:
-    """Returns what a rank of ``stage`` sends; ``chunks`` are those of all stages."""
+    """Return what a rank of ``stage`` sends; ``chunks`` are those of all stages."""
     mine = [chunk for chunk in chunks if chunk.stage == stage]
     dp = data_parallel_size(settings, world_size)
     micro_batches, e = num_micro_batches(settings, world_size), element_bytes(settings)
@@ -112,7 +112,7 @@ class Links:
 
 
 def links_of(settings: Settings, world_size: int, device: Device) -> Links:
-    """Returns the links each kind of group has: ranks are numbered through tensor, then data, then pipeline position, host by host."""
+    """Return the links each kind of group has: ranks are numbered through tensor, then data, then pipeline position, host by host."""
     tp, dp = settings.tensor_model_parallel_size, data_parallel_size(settings, world_size)
 
     def link(span: int) -> tuple[float, float]:

@@ -29,13 +29,13 @@ class Operations:
 
     @property
     def total(self) -> int:
-        """Returns all of them."""
+        """Return all of them."""
         return (self.forward + self.forward_attention + self.backward + self.backward_attention + self.recompute + self.recompute_attention
                 + self.exits)
 
 
 def recomputed_layers(settings: Settings, segments: tuple[int, ...]) -> int:
-    """Returns how many of a chunk's layers full recomputation runs again; Megatron counts anew in every segment."""
+    """Return how many of a chunk's layers full recomputation runs again; Megatron counts anew in every segment."""
     if settings.recompute_granularity != "full":
         return 0
     if settings.recompute_method == "uniform":
@@ -44,28 +44,22 @@ def recomputed_layers(settings: Settings, segments: tuple[int, ...]) -> int:
 
 
 def real_rows(settings: Settings, vocab_size: int, tensor_rank: int) -> int:
-    """Returns the rows of the output matrix on a tensor parallel rank that are tokens and no padding."""
+    """Return the rows of the output matrix on a tensor parallel rank that are tokens and no padding."""
     rows = padded_vocab_size(vocab_size, settings) // settings.tensor_model_parallel_size
     return max(0, min(rows, vocab_size - rows * tensor_rank))
 
 
-def layer_products(shapes: Shapes, with_attention: bool = True) -> int:
-    """Returns the weights of the matrices of one layer on one rank."""
-    mlp = shapes.hidden * (shapes.fc1 + shapes.ffn)
-    return mlp + shapes.hidden * (2 * shapes.query + 2 * shapes.key_value) if with_attention else mlp
-
-
 def exit_operations(settings: Settings, vocab_size: int, depth: int, tensor_rank: int = 0) -> int:
-    """Returns the operations of one exit that trains, of one micro-batch: logits, gradients to their input and to the matrix; parts
+    """Return the operations of one exit that trains, of one micro-batch: logits, gradients to their input and to the matrix; parts
     forward and backward."""
     tokens = settings.micro_batch_size * settings.seq_length
     shapes = shapes_of(settings, vocab_size)
     total = 3 * 2 * tokens * shapes.hidden * real_rows(settings, vocab_size, tensor_rank)
     if depth != settings.num_layers:
         if settings.use_exit_block:
-            total += 3 * (2 * tokens * layer_products(shapes) + _attention(settings, shapes))
+            total += 3 * (2 * tokens * shapes.products() + _attention(settings, shapes))
         if settings.use_exit_mlp:
-            total += 3 * 2 * tokens * layer_products(shapes, with_attention=False)
+            total += 3 * 2 * tokens * shapes.products(with_attention=False)
     return total
 
 
@@ -74,13 +68,13 @@ def _attention(settings: Settings, shapes: Shapes) -> int:
 
 
 def operations_of_chunk(settings: Settings, work: ChunkWork, vocab_size: int, tensor_rank: int = 0) -> Operations:
-    """Returns the operations of one micro-batch; exits that do not train cost nothing."""
+    """Return the operations of one micro-batch; exits that do not train cost nothing."""
     shapes = shapes_of(settings, vocab_size)
     tokens = settings.micro_batch_size * settings.seq_length
-    forward, attention = 2 * tokens * layer_products(shapes), _attention(settings, shapes)
+    forward, attention = 2 * tokens * shapes.products(), _attention(settings, shapes)
     again = recomputed_layers(settings, work.segments)
     selective = settings.recompute_modules if settings.recompute_granularity == "selective" else ()
-    recompute = again * forward + work.num_layers * ("mlp" in selective) * 2 * tokens * layer_products(shapes, with_attention=False)
+    recompute = again * forward + work.num_layers * ("mlp" in selective) * 2 * tokens * shapes.products(with_attention=False)
     return Operations(
         forward=work.num_layers * forward,
         forward_attention=work.num_layers * attention,

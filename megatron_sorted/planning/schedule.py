@@ -13,7 +13,7 @@ class Pass(NamedTuple):
 
 
 def passes_of_stage(stage: int, num_stages: int, num_chunks: int, num_micro_batches: int) -> list[Pass]:
-    """Returns what a stage does in a step, in order: 1F1B, or with chunks the interleaved schedule.
+    """Return what a stage does in a step, in order: 1F1B, or with chunks the interleaved schedule.
 
     Source: Narayanan et al., arXiv 2104.04473, section 2.2; the number of passes before the first backward as in megatron-core 0.16.
     """
@@ -45,7 +45,7 @@ SIMULATED = 6
 
 def time_of_passes(forward: Sequence[Sequence[float]], backward: Sequence[Sequence[float]], message_seconds: float,
                    num_micro_batches: int) -> Timing:
-    """Returns how long the passes of a step take.
+    """Return how long the passes of a step take.
 
     Args:
         forward, backward: [stage][chunk] seconds of one micro-batch.
@@ -69,7 +69,7 @@ def _simulate(forward, backward, message_seconds: float, num_micro_batches: int)
     last = (stages - 1, chunks - 1)
 
     def ready(stage: int, step: Pass) -> float | None:
-        """Returns when what a pass needs is there; None if that has not been computed yet."""
+        """Return when what a pass needs is there; None if that has not been computed yet."""
         if step.forward:
             if (stage, step.chunk) == (0, 0):
                 return 0.0
@@ -98,7 +98,7 @@ def _simulate(forward, backward, message_seconds: float, num_micro_batches: int)
 
 
 def most_alive(order: Sequence[Pass], weight_of_chunk: Sequence[float]) -> float:
-    """Returns the largest sum over the order of the weights of what has been passed forward and not yet backward."""
+    """Return the largest sum over the order of the weights of what has been passed forward and not yet backward."""
     alive = most = 0.0
     for step in order:
         alive += weight_of_chunk[step.chunk] if step.forward else -weight_of_chunk[step.chunk]

@@ -8,10 +8,10 @@ from megatron_sorted.errors import SettingsError
 from megatron_sorted.planning.devices import Device
 from megatron_sorted.planning.estimate import Plan, make_plan
 from megatron_sorted.planning.split import balanced_split, weights_of_layers, with_split
-from megatron_sorted.settings.check_data_parallel import check_data_parallel
-from megatron_sorted.settings.check_layout import check_batch, check_interleaving, check_layout, check_recompute
-from megatron_sorted.settings.check_model import check_model
 from megatron_sorted.settings.derived import global_batch_size
+from megatron_sorted.settings.layout_rules import check_batch, check_interleaving, check_layout, check_recompute
+from megatron_sorted.settings.model import check_model
+from megatron_sorted.settings.parallel import check_data_parallel
 from megatron_sorted.settings.run import Settings
 
 RECOMPUTE = (
@@ -38,12 +38,12 @@ def _divisors(number: int) -> list[int]:
 
 
 def candidates(settings: Settings, vocab_size: int, world_size: int, device: Device) -> Iterator[Settings]:
-    """Yields layouts of the same training on the same processes: those whose rules hold."""
+    """Yield layouts of the same training on the same processes: those whose rules hold."""
     batch = global_batch_size(settings, world_size)
 
     @cache
     def split(stages: int, chunks: int, recompute: str) -> tuple[int, ...]:
-        """Returns a split: layers weigh the same against exits whatever the tensor size and the micro-batch."""
+        """Return a split: layers weigh the same against exits whatever the tensor size and the micro-batch."""
         return tuple(balanced_split(weights_of_layers(replace(settings, recompute_granularity=recompute), vocab_size), stages, chunks))
 
     for tp in (size for size in _divisors(world_size) if size <= device.per_host):

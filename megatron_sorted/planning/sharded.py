@@ -6,7 +6,7 @@ next layer ahead of its turn.
 
 from dataclasses import dataclass
 
-from megatron_sorted.planning.work import ChunkWork, element_bytes, layer_parameters_on_rank, parameters_on_rank, shapes_of
+from megatron_sorted.planning.work import ChunkWork, element_bytes, parameters_on_rank, shapes_of
 from megatron_sorted.settings.run import Settings
 
 
@@ -30,11 +30,11 @@ class Gathered:
 
 
 def gathered_bytes(settings: Settings, chunk: ChunkWork, vocab_size: int, ranks: int, fused: bool) -> Gathered:
-    """Returns what a rank of a run that is fully sharded over ``ranks`` gathers; nothing of any other run."""
+    """Return what a rank of a run that is fully sharded over ``ranks`` gathers; nothing of any other run."""
     if settings.data_parallel != "fsdp":
         return Gathered()
     shapes, e = shapes_of(settings, vocab_size), element_bytes(settings)
-    matrix, layer = shapes.vocabulary * shapes.hidden, layer_parameters_on_rank(settings, shapes)
+    matrix, layer = shapes.vocabulary * shapes.hidden, shapes.parameters(settings)
     own = settings.untie_exit_output_weights and any(depth != settings.num_layers for depth in chunk.trained)
     # a gradient beside its fp32 copy, then the copy beside the rows that are received; gloo reduces a second copy
     summed = max(e + 4, 4 * (1 if fused else 2) + -(-4 // ranks))
@@ -48,7 +48,7 @@ def gathered_bytes(settings: Settings, chunk: ChunkWork, vocab_size: int, ranks:
 
 
 def sharded_bytes(settings: Settings, chunk: ChunkWork, vocab_size: int, micro_batches: int) -> tuple[int, int]:
-    """Returns the sizes of all parameters that a rank of a fully sharded run gathers in a step, and of all gradients that are summed and
+    """Return the sizes of all parameters that a rank of a fully sharded run gathers in a step, and of all gradients that are summed and
     cut, in whole.
 
     Layers and embedding are gathered in forward and in backward, an output matrix for backward; gradients are fp32. What exits add to norms

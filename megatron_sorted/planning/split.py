@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, groupby, pairwise
 
-from megatron_sorted.planning.operations import exit_operations, layer_products
+from megatron_sorted.planning.operations import exit_operations
 from megatron_sorted.planning.work import shapes_of, trained_depths
 from megatron_sorted.settings.run import Settings
 
 
 def weights_of_layers(settings: Settings, vocab_size: int) -> list[float]:
-    """Returns what each layer costs, with the exit after it if one trains there, in layers; attention as causal kernels do it."""
+    """Return what each layer costs, with the exit after it if one trains there, in layers; attention as causal kernels do it."""
     shapes, tokens = shapes_of(settings, vocab_size), settings.micro_batch_size * settings.seq_length
-    layer = 2 * tokens * (layer_products(shapes) + settings.seq_length * shapes.query)
+    layer = 2 * tokens * (shapes.products() + settings.seq_length * shapes.query)
     again = 4 if settings.recompute_granularity == "full" else 3
     trained = trained_depths(settings)
     return [1 + (exit_operations(settings, vocab_size, depth) / (again * layer) if depth in trained else 0.0)
@@ -20,7 +20,7 @@ def weights_of_layers(settings: Settings, vocab_size: int) -> list[float]:
 
 
 def balanced_parts(weights: Sequence[float], num_parts: int) -> list[int]:
-    """Returns lengths of consecutive parts, none empty, whose largest sum is as small as can be."""
+    """Return lengths of consecutive parts, none empty, whose largest sum is as small as can be."""
     sums = [0.0, *accumulate(weights)]
     count = len(weights)
     best = [(sums[end], 0) for end in range(count + 1)]
@@ -40,7 +40,7 @@ def balanced_parts(weights: Sequence[float], num_parts: int) -> list[int]:
 
 
 def _badness(sums: Sequence[float], lengths: Sequence[int], num_stages: int) -> tuple[float, float, float]:
-    """Returns the weight of the heaviest stage; then how uneven stages are, which shows a way where the heaviest stays; then the heaviest
+    """Return the weight of the heaviest stage; then how uneven stages are, which shows a way where the heaviest stays; then the heaviest
     chunk. ``sums`` are running sums of the layers' weights."""
     ends = [0, *accumulate(lengths)]
     chunks = [sums[end] - sums[start] for start, end in pairwise(ends)]
@@ -49,7 +49,7 @@ def _badness(sums: Sequence[float], lengths: Sequence[int], num_stages: int) -> 
 
 
 def balanced_split(weights: Sequence[float], num_stages: int, num_chunks: int) -> list[int]:
-    """Returns the number of layers of every chunk, in the order in which a token passes them, with the heaviest stage made light.
+    """Return the number of layers of every chunk, in the order in which a token passes them, with the heaviest stage made light.
 
     With one chunk on each stage no split is better. With several, layers are moved between chunks at most one round of stages apart until
     no move helps, from balanced chunks and from equal ones.
@@ -64,7 +64,7 @@ def balanced_split(weights: Sequence[float], num_stages: int, num_chunks: int) -
 
 
 def _descend(sums: Sequence[float], lengths: list[int], num_stages: int) -> list[int]:
-    """Returns where moving one layer at a time, the best move first, leads."""
+    """Return where moving one layer at a time, the best move first, leads."""
     while True:
         moved = []
         for source in (place for place, count in enumerate(lengths) if count > 1):
@@ -80,8 +80,8 @@ def _descend(sums: Sequence[float], lengths: list[int], num_stages: int) -> list
         lengths = best[1]
 
 
-def layout_of(lengths: Sequence[int]) -> str:
-    """Returns the numbers of layers as ``--pipeline-model-parallel-layout`` takes them."""
+def layout_text(lengths: Sequence[int]) -> str:
+    """Return the numbers of layers as ``--pipeline-model-parallel-layout`` takes them."""
     def layers(count: int) -> str:
         return "t" if count == 1 else f"t*{count}"
 
@@ -91,8 +91,8 @@ def layout_of(lengths: Sequence[int]) -> str:
 
 
 def with_split(settings: Settings, lengths: Sequence[int]) -> Settings:
-    """Returns the settings with these numbers of layers on their chunks."""
-    return replace(settings, pipeline_model_parallel_layout=layout_of(lengths), num_layers_per_virtual_pipeline_stage=None,
+    """Return the settings with these numbers of layers on their chunks."""
+    return replace(settings, pipeline_model_parallel_layout=layout_text(lengths), num_layers_per_virtual_pipeline_stage=None,
                    decoder_first_pipeline_num_layers=None, decoder_last_pipeline_num_layers=None)
 
 

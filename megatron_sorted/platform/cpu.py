@@ -22,7 +22,7 @@ FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "empty_strided", "ful
 
 
 def _names_cuda(device: object) -> bool:
-    """Returns whether ``device`` means a GPU (a name, a device, or Megatron's plain index)."""
+    """Return whether ``device`` means a GPU (a name, a device, or Megatron's plain index)."""
     if isinstance(device, int):
         return True
     return device is not None and str(device).startswith("cuda")
@@ -67,7 +67,7 @@ def _type_as_cuda(method):
 
 
 def redirect_cuda(device: torch.device = CPU) -> None:
-    """Answers the CUDA calls that Megatron-core makes with another device: for the life of the process. Calling it again does nothing."""
+    """Answer the CUDA calls that Megatron-core makes with another device: for the life of the process. Calling it again does nothing."""
     if getattr(torch.cuda, "redirected_to", None) is not None:
         assert torch.cuda.redirected_to == device, "one process, one device"
         return
@@ -93,12 +93,12 @@ def redirect_cuda(device: torch.device = CPU) -> None:
 
 
 def _as_it_is(function: Callable | None = None, **_options) -> Callable:
-    """Returns what torch.compile is given, or what takes it."""
+    """Return what torch.compile is given, or what takes it."""
     return _identity if function is None else function
 
 
 def keep_unused_out() -> None:
-    """Keeps Megatron's import from loading what a run on a CPU never calls, which is half of the seconds that a start takes.
+    """Keep Megatron's import from loading what a run on a CPU never calls, which is half of the seconds that a start takes.
 
     Megatron decorates fused operations with torch.compile, which loads inductor; they are off (``model/config.py``). And it imports wandb
     where it finds it; reports go to wandb from a process of its own.
@@ -113,52 +113,26 @@ class CpuPlatform(Platform):
 
     name = "cpu"
     backend = "gloo"
-    loss_chunk_tokens = 256
+    is_processor = True
 
     def prepare(self) -> None:
-        """Redirects Megatron's CUDA calls (see the module's docstring)."""
+        """Redirect Megatron's CUDA calls (see the module's docstring)."""
         redirect_cuda()
 
     def device(self) -> torch.device:
-        """Returns the CPU."""
+        """Return the CPU."""
         return CPU
 
-    def select_device(self, local_rank: int) -> None:
-        """Nothing to bind: processes share the cores."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for: CPU work is done when a call returns."""
-
-    def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
-        """Returns plain memory."""
-        return torch.empty(like.shape, dtype=like.dtype)
-
-    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the tensor itself."""
-        return tensor
-
-    def peak_tflops(self, dtype: torch.dtype) -> float | None:
-        """Returns None: it depends on the kind, number and clock of the cores."""
-        return None
-
     def reset_peak_memory(self) -> None:
-        """Resets the kernel's record of peak resident memory (Linux; elsewhere the peak is that of the whole process)."""
+        """Reset the kernel's record of peak resident memory (Linux; elsewhere the peak is that of the whole process)."""
         if sys.platform == "linux":
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak_memory_bytes(self) -> int:
-        """Returns the peak of resident memory."""
+        """Return the peak of resident memory."""
         if sys.platform == "linux":
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-
-    def has_transformer_engine(self) -> bool:
-        """Transformer Engine has no CPU kernels."""
-        return False
-
-    def can_deallocate_pipeline_outputs(self) -> bool:
-        """Gloo may still be sending: freeing an output early gave wrong numbers in the interleaved schedule."""
-        return False

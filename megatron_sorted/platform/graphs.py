@@ -35,7 +35,7 @@ class CudaGraphs:
         self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], Any]) -> Recording:
-        """Returns the work as a graph; it is done before, since libraries set themselves up at the first use of a stream."""
+        """Return the work as a graph; it is done before, since libraries set themselves up at the first use of a stream."""
         with torch.cuda.device(self.device):
             here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
             self.stream.wait_stream(here)
@@ -49,5 +49,5 @@ class CudaGraphs:
 
 
 def graphs_of(device: torch.device) -> Callable[[], Record] | None:
-    """Returns what makes a recorder of graphs for ``device``; None where it has none."""
+    """Return what makes a recorder of graphs for ``device``; None where it has none."""
     return (lambda: CudaGraphs(device)) if device.type == "cuda" else None

@@ -30,11 +30,11 @@ _installed = FusedKernels()
 
 
 def fused_kernels() -> FusedKernels:
-    """Returns what the platform of this process installed."""
+    """Return what the platform of this process installed."""
     return _installed
 
 
 def install_kernels(kernels: FusedKernels) -> None:
-    """Makes ``kernels`` what the model finds from now on."""
+    """Make ``kernels`` what the model finds from now on."""
     global _installed
     _installed = kernels

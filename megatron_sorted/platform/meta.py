@@ -19,7 +19,7 @@ META = torch.device("meta")
 
 @cache
 def _complete_collectives() -> torch.library.Library:
-    """Returns what must be kept so that torch knows, for tensors without values, the collectives it has no kernel for."""
+    """Return what must be kept so that torch knows, for tensors without values, the collectives it has no kernel for."""
     from torch._C._distributed_c10d import FakeWork
 
     library = torch.library.Library("c10d", "IMPL")
@@ -34,54 +34,27 @@ class MetaPlatform(Platform):
     name = "meta"
     backend = "fake"
     host_backend = "fake"
-    loss_chunk_tokens = 2048
 
     def prepare(self) -> None:
-        """Redirects Megatron's CUDA calls to shapes."""
+        """Redirect Megatron's CUDA calls to shapes."""
         redirect_cuda(META)
         _complete_collectives()
 
     def device(self) -> torch.device:
-        """Returns the device of shapes."""
+        """Return the device of shapes."""
         return META
-
-    def select_device(self, local_rank: int) -> None:
-        """Nothing to bind."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
-        """Returns a shape: nothing can be copied to the host."""
-        return torch.empty(like.shape, dtype=like.dtype, device=META)
-
-    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the tensor's shape."""
-        return tensor.to(META)
-
-    def peak_tflops(self, dtype: torch.dtype) -> float | None:
-        """Returns None: nothing is computed."""
-        return None
 
     def reset_peak_memory(self) -> None:
         """Nothing is stored."""
 
     def peak_memory_bytes(self) -> int:
-        """Returns 0."""
+        """Return 0."""
         return 0
-
-    def has_transformer_engine(self) -> bool:
-        """Returns False: its kernels want a GPU."""
-        return False
-
-    def can_deallocate_pipeline_outputs(self) -> bool:
-        """Returns False: Megatron frees an output by putting another tensor's data into it."""
-        return False
 
 
 @contextmanager
 def pretended_world(rank: int, world_size: int) -> Iterator[None]:
-    """Returns a context in which this process is rank ``rank`` of ``world_size``, alone: what it sends is dropped.
+    """Return a context in which this process is rank ``rank`` of ``world_size``, alone: what it sends is dropped.
 
     Collective: none in truth; the groups are torch's fake ones.
     """

@@ -61,7 +61,7 @@ PEAKS = (
 
 
 def peak_tflops_of(name: str, dtype: torch.dtype) -> float | None:
-    """Returns the peak of the device called ``name`` for ``dtype``; None if it is not known."""
+    """Return the peak of the device called ``name`` for ``dtype``; None if it is not known."""
     words = set(re.findall(r"[A-Z0-9]+", re.sub(r"(SXM|HBM)(\d)E\b", r"\1\2", name.upper())))
     if words & {"MIG", "LAPTOP", "TI", "D"}:
         return None

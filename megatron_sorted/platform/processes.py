@@ -1,5 +1,10 @@
-"""The job a process is part of, as torchrun or srun says it. The trainer and the doctor read it here; the standard library will do."""
+"""Which process of a job this is, as torchrun or srun says it, and what it settles before torch is imported.
 
+The trainer and the doctor read it here; the standard library will do.
+"""
+
+import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,9 +20,9 @@ class World:
     """Where this process stands.
 
     Attributes:
-        rank: Of this process.
+        rank: Rank of this process.
         size: Number of processes.
-        local_rank: Of this process on its node.
+        local_rank: Its rank on its node.
         local_size: Number of processes on this node.
         node: Number of this node.
     """
@@ -30,12 +35,12 @@ class World:
 
     @property
     def num_nodes(self) -> int:
-        """Returns how many nodes there are, if all have as many processes as this one."""
+        """Return how many nodes there are, if all have as many processes as this one."""
         return -(-self.size // self.local_size)
 
 
 def read_world(environment: Mapping[str, str]) -> World:
-    """Returns the job of this process; one process if no launcher set anything.
+    """Return the job of this process; one process if no launcher set anything.
 
     Raises:
         PlatformError: A variable is not a number, or they contradict each other.
@@ -82,3 +87,20 @@ def _number(environment: Mapping[str, str], name: str, least: int) -> int:
     if not value.isdecimal() or int(value) < least:
         raise PlatformError(f"{name} is {value!r}, which is not a whole number of {least} or more. It is the launcher's to set: unset it.")
     return int(value)
+
+
+def keep_device_packages_out() -> None:
+    """Stop torch from loading device packages by itself. Call it before torch is imported.
+
+    torch_npu is loaded for --device npu alone, and where CANN is missing it would make ``import torch`` fail.
+    """
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+
+
+def silence_library_warnings() -> None:
+    """Hide what Megatron says on every rank. Call it before Megatron is imported.
+
+    It says that Apex and Transformer Engine are missing, which are optional here, and calls torch's checkpoint functions and
+    collectives by deprecated names, as we do where the new ones are younger than the oldest torch supported.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.(checkpoint\.|c10d_logger)")

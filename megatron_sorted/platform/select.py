@@ -8,8 +8,8 @@ from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.cpu import CpuPlatform, keep_unused_out
 from megatron_sorted.platform.cuda import CudaPlatform
-from megatron_sorted.platform.npu import NpuPlatform
-from megatron_sorted.platform.npu_start import has_npus, is_started, start_npu
+from megatron_sorted.platform.npu.device import NpuPlatform
+from megatron_sorted.platform.npu.start import has_npus, is_started, load_torch_npu, start_npu
 
 PLATFORMS: dict[str, type[Platform]] = {"cpu": CpuPlatform, "cuda": CudaPlatform, "npu": NpuPlatform}
 
@@ -25,7 +25,7 @@ class DeviceChoice(Protocol):
 
 
 def device_for(device: str) -> str:
-    """Returns ``device``, or for "auto" the kind of accelerator present, else cpu.
+    """Return ``device``, or for "auto" the kind of accelerator present, else cpu.
 
     Raises:
         PlatformError: There are two kinds.
@@ -41,7 +41,7 @@ def device_for(device: str) -> str:
 
 
 def load_device(choice: DeviceChoice) -> None:
-    """Loads what the device of a run needs, before Megatron is imported; on cpu leaves out what is never used there, on cuda does nothing.
+    """Load what the device of a run needs, before Megatron is imported; on cpu leaves out what is never used there, on cuda does nothing.
 
     Raises:
         PlatformError: It is not there.
@@ -54,8 +54,18 @@ def load_device(choice: DeviceChoice) -> None:
         start_npu(choice.npu_adaptor, choice.npu_adaptor_arguments, coalesced_collectives=choice.npu_coalesced_collectives)
 
 
+def load_library_of(device: str) -> None:
+    """Import what torch needs beside itself for ``device``, or for the device that "auto" means here; nothing for cpu and cuda.
+
+    Raises:
+        PlatformError: It is not there, or the host has two kinds of devices.
+    """
+    if device_for(device) == "npu":
+        load_torch_npu()
+
+
 def choose_platform(device: str) -> Platform:
-    """Returns the platform named ``device``, or for "auto" the accelerator present, else cpu.
+    """Return the platform named ``device``, or for "auto" the accelerator present, else cpu.
 
     Raises:
         PlatformError: If there is no such platform.

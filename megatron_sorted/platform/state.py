@@ -8,27 +8,27 @@ from megatron.core import tensor_parallel
 
 
 def current_device() -> torch.device | int:
-    """Returns the device of this process, as torch's factories take it."""
+    """Return the device of this process, as torch's factories take it."""
     return torch.cuda.current_device()
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds weights and dropout: the same on data parallel ranks, different on tensor parallel ranks where they hold shards."""
+    """Seed weights and dropout: the same on data parallel ranks, different on tensor parallel ranks where they hold shards."""
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def random_tracker():
-    """Returns Megatron's tracker of the random states that differ between tensor parallel ranks."""
+    """Return Megatron's tracker of the random states that differ between tensor parallel ranks."""
     return tensor_parallel.get_cuda_rng_tracker()
 
 
 def random_state() -> dict:
-    """Returns the random state of host, device and tracker."""
+    """Return the random state of host, device and tracker."""
     return {"host": torch.get_rng_state(), "device": torch.cuda.get_rng_state(), "tracker": random_tracker().get_states()}
 
 
 def set_random_state(state: dict) -> None:
-    """Takes up what ``random_state`` returned."""
+    """Take up what ``random_state`` returned."""
     torch.set_rng_state(state["host"])
     torch.cuda.set_rng_state(state["device"])
     random_tracker().set_states(state["tracker"])

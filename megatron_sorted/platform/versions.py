@@ -19,9 +19,17 @@ OLDEST, ALL, NEWEST = (0, 12, 1), (0, 15), (0, 16)
 """The oldest tried; the oldest that can do all that this program does; the newest tried."""
 
 
+def shown(bound: tuple[int, ...]) -> str:
+    """Return a version as it is written."""
+    return ".".join(map(str, bound))
+
+
+INSTALL = f"pip install 'megatron-core=={shown(NEWEST)}.*'"
+
+
 @cache
 def megatron_version() -> str:
-    """Returns the version of the megatron-core that Python would import, without importing it; it may stand beside an installed one.
+    """Return the version of the megatron-core that Python would import, without importing it; it may stand beside an installed one.
 
     Raises:
         PlatformError: There is none.
@@ -31,11 +39,11 @@ def megatron_version() -> str:
         described = Path(folder) / "core" / "package_info.py"
         if described.is_file():
             return runpy.run_path(str(described))["__version__"]
-    raise PlatformError(f"megatron-core: not installed. Training needs it: pip install 'megatron-core=={'.'.join(map(str, NEWEST))}.*'.")
+    raise PlatformError(f"megatron-core: not installed. Training needs it: {INSTALL}.")
 
 
 def is_at_least(major: int, minor: int) -> bool:
-    """Returns whether the megatron-core that is there is that version or a later one."""
+    """Return whether the megatron-core that is there is that version or a later one."""
     return _numbers(megatron_version()) >= (major, minor)
 
 
@@ -44,17 +52,16 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def check_megatron_version(version: str | None = None) -> None:
-    """Returns nothing if this program runs on that version of megatron-core, by default the one that is there.
+    """Check that this program runs on that version of megatron-core, by default the one that is there.
 
     Raises:
         PlatformError: It does not, or nobody has tried.
     """
     version = version or megatron_version()
     numbers = _numbers(version)
-    oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
     if not numbers >= OLDEST or numbers[:2] > NEWEST:
-        raise PlatformError(f"megatron-core {version}: this version of megatron_sorted runs on {oldest} to {newest}. "
-                            f"Install one of them: pip install 'megatron-core=={newest}.*'.")
+        raise PlatformError(f"megatron-core {version}: this version of megatron_sorted runs on {shown(OLDEST)} to {shown(NEWEST)}. "
+                            f"Install one of them: {INSTALL}.")
 
 
 def can_do_all(version: str) -> bool:
@@ -62,37 +69,41 @@ def can_do_all(version: str) -> bool:
     return _numbers(version) >= ALL
 
 
+def is_newest(version: str) -> bool:
+    """Return whether that version of megatron-core is of the newest tried."""
+    return _numbers(version)[:2] == NEWEST
+
+
 def check_megatron_can(*asked: tuple[str, bool], version: str | None = None) -> None:
-    """Returns nothing if megatron-core can do what is asked for, of what only 0.15 and later can.
+    """Check that megatron-core can do what is asked for, of what only 0.15 and later can.
 
     Earlier checkpoints hold no tensor in parts of unequal shape, as each rank's part of a sharded optimizer is, earlier parallel layers
     keep no group, which adapters communicate over, and 0.12 takes no layout of its stages.
 
     Args:
         asked: (flag, whether it is given) of such things.
-        version: By default that of the megatron-core that is there.
+        version: Version of megatron-core, by default that of the one that is there.
 
     Raises:
         PlatformError: It cannot.
     """
     version = version or megatron_version()
-    least = ".".join(map(str, ALL))
     for flag, given in asked:
         if given and not can_do_all(version):
-            raise PlatformError(f"{flag}: needs megatron-core {least} or later, and {version} is here. Install one, or leave it out.")
+            raise PlatformError(f"{flag}: needs megatron-core {shown(ALL)} or later, and {version} is here. Install one, or leave it out.")
 
 
 def known_arguments(function: Callable, **arguments: Any) -> dict[str, Any]:
-    """Returns those of ``arguments`` that ``function`` takes in this megatron-core; only for those that older ones do without."""
+    """Return those of ``arguments`` that ``function`` takes in this megatron-core; only for those that older ones do without."""
     taken = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in taken}
 
 
 def chunk_arguments(function: Callable, chunk: int | None) -> dict[str, int | None]:
-    """Returns the argument that tells ``function``, which builds layers, of which virtual chunk they are; before 0.13 it is told globally.
+    """Return the argument that tells ``function``, which builds layers, of which virtual chunk they are; before 0.13 it is told globally.
 
     Args:
-        function: Of Megatron.
+        function: A function of Megatron's.
         chunk: None without virtual chunks.
     """
     if known_arguments(function, vp_stage=chunk):
@@ -105,7 +116,7 @@ def chunk_arguments(function: Callable, chunk: int | None) -> dict[str, int | No
 
 
 def builds_linear_qkv() -> bool:
-    """Returns whether attention is told by a specification what its first matrix is; later ones call what they find."""
+    """Return whether attention is told by a specification what its first matrix is; later ones call what they find."""
     return not is_at_least(0, 16)
 
 
@@ -115,7 +126,7 @@ RULES_OF_GROUPS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr"
 
 @contextmanager
 def rules_of_groups_kept(optimizer: Any) -> Iterator[None]:
-    """Keeps the rules of an optimizer's groups of parameters while a checkpoint is loaded into it.
+    """Keep the rules of an optimizer's groups of parameters while a checkpoint is loaded into it.
 
     Before 0.13 a rank's groups are loaded in the order of the first rank's, which may be another one: weight decay would change places
     between matrices and norms. Later ones find each group's own.

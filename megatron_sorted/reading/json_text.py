@@ -11,6 +11,8 @@ from megatron_sorted.reading.shown import shown
 
 MOST_BYTES = 64 << 20
 """Of a JSON file: tokenizers of 262,144 tokens take 35 MB, other files far less."""
+MOST_SETTINGS_BYTES = 32 << 20
+"""Of settings beside a model; those of tokenizers list tens of thousands of added tokens."""
 MOST_CONTAINERS, MOST_ELEMENTS = 1 << 20, 1 << 22
 """Lists and objects, and commas, of one text. Parsed they take up to 130 and 60 bytes each."""
 MOST_DEPTH = 100
@@ -81,6 +83,17 @@ def read_json_object(path: Path, remedy: str = REMEDY, error: type[SortedError] 
     if not isinstance(value, dict):
         raise error(f"{shown(path)}: not a JSON object. {remedy}")
     return value
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the object in a file of settings beside a model; empty where there is no such file.
+
+    Raises:
+        DataError: It is no JSON object of reasonable size and nesting.
+    """
+    if not path.is_file():
+        return {}
+    return read_json_object(path, "Give an intact directory.", most_bytes=MOST_SETTINGS_BYTES)
 
 
 def read_bounded(path: Path, remedy: str = REMEDY, error: type[SortedError] = DataError, most_bytes: int = MOST_BYTES) -> bytes:

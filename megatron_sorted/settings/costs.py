@@ -2,63 +2,50 @@
 
 from collections.abc import Collection
 
-from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, max_position_embeddings, num_query_groups
+from megatron_sorted.settings.derived import exit_depths, kv_channels, max_position_embeddings
+from megatron_sorted.settings.field import AllSettings
 from megatron_sorted.settings.lora import adapter_parameters
-from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.matrices import layer_shapes
 
 
-def layer_parameters(settings: Settings) -> tuple[int, int]:
-    """Returns the weights of one layer's matrices that one token uses, and all parameters of the layer.
+def layer_parameters(settings: AllSettings) -> tuple[int, int]:
+    """Return the weights of one layer's matrices that one token uses, and all parameters of the layer.
 
     With experts a token uses ``moe_router_topk`` of them.
     """
-    h, d = settings.hidden_size, kv_channels(settings)
-    query, key_value = settings.num_attention_heads * d, 2 * num_query_groups(settings) * d
-    attention = h * (query + key_value) + query * h
-    width = (settings.moe_ffn_hidden_size or ffn_hidden_size(settings)) if settings.num_experts else ffn_hidden_size(settings)
-    mlp = h * width * (3 if settings.swiglu else 2)
-    norms = (1 if settings.normalization == "RMSNorm" else 2) * (
-        (4 if settings.use_sandwich_norm else 2) * h + (2 * d if settings.qk_layernorm else 0))
-    bias = 0
-    if not settings.disable_bias_linear:
-        bias = query + key_value + h + width * (2 if settings.swiglu else 1) + h
-    elif settings.add_qkv_bias:
-        bias = query + key_value
     if not settings.num_experts:
-        return attention + mlp, attention + mlp + norms + bias
-    router = h * settings.num_experts
-    return attention + settings.moe_router_topk * mlp + router, attention + settings.num_experts * mlp + router + norms + bias
+        shapes = layer_shapes(settings)
+        return shapes.products(), shapes.parameters(settings)
+    shapes = layer_shapes(settings, ffn=settings.moe_ffn_hidden_size)
+    mlp, router = shapes.products(with_attention=False), settings.hidden_size * settings.num_experts
+    return (shapes.products() + (settings.moe_router_topk - 1) * mlp + router,
+            shapes.parameters(settings) + (settings.num_experts - 1) * mlp + router)
 
 
-def part_parameters(settings: Settings) -> tuple[int, int]:
-    """Returns the weights of the matrices, and all parameters, of the parts that an intermediate exit has before its norm."""
-    h = settings.hidden_size
-    matrices = total = 2 * h * settings.exit_adapter_rank
+def part_parameters(settings: AllSettings) -> tuple[int, int]:
+    """Return the weights of the matrices, and all parameters, of the parts that an intermediate exit has before its norm."""
+    adapter, shapes = 2 * settings.hidden_size * settings.exit_adapter_rank, layer_shapes(settings)
     if settings.use_exit_block:
-        layer = layer_parameters(settings)
-        return matrices + layer[0], total + layer[1]
+        weights, total = layer_parameters(settings)
+        return adapter + weights, adapter + total
     if settings.use_exit_mlp:
-        width, gates = ffn_hidden_size(settings), 2 if settings.swiglu else 1
-        mlp = h * width * (gates + 1)
-        bias = 0 if settings.disable_bias_linear else width * gates + h
-        norms = (1 if settings.normalization == "RMSNorm" else 2) * (2 if settings.use_sandwich_norm else 1) * h
-        return matrices + mlp, total + mlp + bias + norms
-    return matrices, total
+        return adapter + shapes.products(with_attention=False), adapter + shapes.parameters(settings, with_attention=False)
+    return adapter, adapter
 
 
-def sub_model_parameters(settings: Settings, vocab_size: int) -> dict[int, int]:
+def sub_model_parameters(settings: AllSettings, vocab_size: int) -> dict[int, int]:
     """Returns {depth: parameters of the sub-model}: embedding, first layers, the exit's own parts, one norm and one head (none of its own
     when tied)."""
     h = settings.hidden_size
     outside = vocab_size * h * (2 if settings.untie_embeddings_and_output_weights else 1)
-    outside += h if settings.normalization == "RMSNorm" else 2 * h
+    outside += layer_shapes(settings).norm
     if settings.position_embedding_type == "learned_absolute":
         outside += max_position_embeddings(settings) * h
     return {depth: outside + depth * layer_parameters(settings)[1] + (depth < settings.num_layers) * part_parameters(settings)[1]
             for depth in exit_depths(settings)}
 
 
-def forward_flops_per_token(settings: Settings, vocab_size: int, seq_length: int | None = None) -> dict[int, int]:
+def forward_flops_per_token(settings: AllSettings, vocab_size: int, seq_length: int | None = None) -> dict[int, int]:
     """Returns {depth: operations of the sub-model's forward pass for one token}, a multiply-add counting 2.
 
     Attention is counted at its mean over a causal sequence: half of ``seq_length`` (by default the run's); with a sliding window ``w``,
@@ -68,7 +55,7 @@ def forward_flops_per_token(settings: Settings, vocab_size: int, seq_length: int
     return {depth: depth * layer + head + (depth < settings.num_layers) * part for depth in exit_depths(settings)}
 
 
-def _token_flops(settings: Settings, vocab_size: int, length: int) -> tuple[int, int, int]:
+def _token_flops(settings: AllSettings, vocab_size: int, length: int) -> tuple[int, int, int]:
     """Returns the operations of a layer's, a head's and an exit's own parts' forward pass for one token."""
     window = min(settings.sliding_window or length, length)
     seen_twice = 2 * window - window * window // length
@@ -77,7 +64,7 @@ def _token_flops(settings: Settings, vocab_size: int, length: int) -> tuple[int,
     return 2 * layer_parameters(settings)[0] + attention, 2 * settings.hidden_size * vocab_size, part
 
 
-def train_flops_per_token(settings: Settings, vocab_size: int, depths: Collection[int] | None = None, deepest: int | None = None) -> int:
+def train_flops_per_token(settings: AllSettings, vocab_size: int, depths: Collection[int] | None = None, deepest: int | None = None) -> int:
     """Returns operations of forward and backward for one token.
 
     With --tune-exit layers have no backward; a frozen matrix, also under adapters, has none for its weights.

@@ -5,95 +5,71 @@ from collections.abc import Iterable
 
 from megatron_sorted.exits.coefficients import CoefficientRule
 from megatron_sorted.exits.depths import by_depth, normalise_depths
-from megatron_sorted.exits.placement import ChunkLayers, chunk_layers, chunks_of_layout, layers_of_layout
-from megatron_sorted.exits.selection import select_exits
+from megatron_sorted.exits.selection import Sampling, select_exits
+from megatron_sorted.settings.field import AllSettings
 from megatron_sorted.settings.require import require
-from megatron_sorted.settings.run import Settings
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 SMALLEST_SHARE = 1e-6
 """Of a source in a blend: where to continue in a blend is found by looking back over one sample of its rarest source."""
 
 
-def ffn_hidden_size(settings: Settings) -> int:
+def ffn_hidden_size(settings: AllSettings) -> int:
     """Returns the width of the MLP: as given, else 4 x hidden size, with SwiGLU 8/3 x hidden size rounded up to a multiple of 64."""
     if settings.ffn_hidden_size is not None:
         return settings.ffn_hidden_size
     return -(-8 * settings.hidden_size // (3 * 64)) * 64 if settings.swiglu else 4 * settings.hidden_size
 
 
-def kv_channels(settings: Settings) -> int:
+def kv_channels(settings: AllSettings) -> int:
     """Returns the width of one attention head."""
     return settings.hidden_size // settings.num_attention_heads if settings.kv_channels is None else settings.kv_channels
 
 
-def num_query_groups(settings: Settings) -> int:
+def num_query_groups(settings: AllSettings) -> int:
     """Returns the number of key/value heads."""
     if settings.group_query_attention and settings.num_query_groups is not None:
         return settings.num_query_groups
     return settings.num_attention_heads
 
 
-def max_position_embeddings(settings: Settings) -> int:
+def max_position_embeddings(settings: AllSettings) -> int:
     """Returns the longest sequence the model can be used with."""
     return settings.seq_length if settings.max_position_embeddings is None else settings.max_position_embeddings
 
 
-def padded_vocab_size(vocab_size: int, settings: Settings) -> int:
+def padded_vocab_size(vocab_size: int, settings: AllSettings) -> int:
     """Returns the number of rows of embedding and head: ``vocab_size`` rounded up so that every tensor parallel rank has equal shares."""
     multiple = settings.make_vocab_size_divisible_by * settings.tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
 
 
-def data_parallel_size(settings: Settings, world_size: int) -> int:
+def data_parallel_size(settings: AllSettings, world_size: int) -> int:
     """Returns how many copies of the model read different samples."""
     return world_size // (settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size * settings.context_parallel_size)
 
 
-def samples_per_step(settings: Settings, data_size: int) -> int:
+def samples_per_step(settings: AllSettings, data_size: int) -> int:
     """Returns the samples of one step over ``data_size`` copies of the model."""
     return settings.micro_batch_size * data_size if settings.global_batch_size is None else settings.global_batch_size
 
 
-def global_batch_size(settings: Settings, world_size: int) -> int:
+def global_batch_size(settings: AllSettings, world_size: int) -> int:
     """Returns the samples of one step over all processes."""
     return samples_per_step(settings, data_parallel_size(settings, world_size))
 
 
-def num_micro_batches(settings: Settings, world_size: int) -> int:
+def num_micro_batches(settings: AllSettings, world_size: int) -> int:
     """Returns how many micro-batches each process computes in one step."""
     return global_batch_size(settings, world_size) // (settings.micro_batch_size * data_parallel_size(settings, world_size))
 
 
-def num_virtual_chunks(settings: Settings) -> int:
-    """Returns the number of chunks of every stage; 1 when the schedule is not interleaved."""
-    if settings.pipeline_model_parallel_layout is not None:
-        return len(layers_of_layout(settings.pipeline_model_parallel_layout)) // settings.pipeline_model_parallel_size
-    if settings.num_layers_per_virtual_pipeline_stage is None:
-        return 1
-    return settings.num_layers // settings.pipeline_model_parallel_size // settings.num_layers_per_virtual_pipeline_stage
-
-
-def layers_of_chunks(settings: Settings) -> list[ChunkLayers]:
-    """Returns what every chunk of every stage holds, in the order in which a token passes them."""
-    if settings.pipeline_model_parallel_layout is not None:
-        given = layers_of_layout(settings.pipeline_model_parallel_layout)
-        return chunks_of_layout(given, settings.num_layers, settings.pipeline_model_parallel_size)
-    return chunk_layers(
-        settings.num_layers,
-        settings.pipeline_model_parallel_size,
-        num_virtual_chunks(settings),
-        settings.decoder_first_pipeline_num_layers,
-        settings.decoder_last_pipeline_num_layers,
-    )
-
-
-def exit_depths(settings: Settings) -> tuple[int, ...]:
+def exit_depths(settings: AllSettings) -> tuple[int, ...]:
     """Returns the depths of all exits in increasing order; the last layer is always one."""
     return normalise_depths(settings.exit_layer_nums, settings.num_layers)
 
 
-def exit_probabilities(settings: Settings) -> dict[int, float]:
+def exit_probabilities(settings: AllSettings) -> dict[int, float]:
     """Returns {depth: probability of being drawn}; equal ones unless the settings give them."""
     if settings.exit_sampling == "probabilities":
         return by_depth("--exit-probabilities", settings.exit_probabilities, settings.exit_layer_nums, settings.num_layers)
@@ -101,7 +77,7 @@ def exit_probabilities(settings: Settings) -> dict[int, float]:
     return {depth: 1 / len(depths) for depth in depths}
 
 
-def step_coefficients(settings: Settings, rule: CoefficientRule, step: int) -> dict[int, float]:
+def step_coefficients(settings: AllSettings, rule: CoefficientRule, step: int) -> dict[int, float]:
     """Returns {depth: coefficient} of every exit at ``step``; with --tune-exit the last exit, which is frozen, counts 0.
 
     Coefficients that are shares of one whole are then shares of the exits that are left.
@@ -114,33 +90,25 @@ def step_coefficients(settings: Settings, rule: CoefficientRule, step: int) -> d
     return {depth: value / total for depth, value in left.items()} if total else left
 
 
-def trained_exits(settings: Settings, rule: CoefficientRule, step: int) -> dict[int, float]:
+def trained_exits(settings: AllSettings, rule: CoefficientRule, step: int) -> dict[int, float]:
     """Returns {depth: coefficient} of the exits that train at ``step``; the same on every rank without talking."""
-    return select_exits(
-        step,
-        settings.seed,
-        exit_depths(settings),
-        step_coefficients(settings, rule, step),
-        settings.exit_sampling,
-        settings.num_sampled_exits,
-        exit_probabilities(settings),
-        rule.normalised,
-    )
+    sampling = Sampling(settings.seed, settings.exit_sampling, settings.num_sampled_exits, exit_probabilities(settings))
+    return select_exits(step, step_coefficients(settings, rule, step), sampling, rule.normalised)
 
 
-def last_exit_teaches(settings: Settings) -> bool:
+def last_exit_teaches(settings: AllSettings) -> bool:
     """Returns whether the other exits learn from the last one, rather than all from a model of its own."""
     return settings.exit_kd_weight > 0 and settings.exit_kd_teacher is None
 
 
-def taught_exits(settings: Settings, depths: Iterable[int]) -> list[int]:
+def taught_exits(settings: AllSettings, depths: Iterable[int]) -> list[int]:
     """Returns those of ``depths`` whose exit has a teacher: the last has one only if that is a model of its own."""
     if settings.exit_kd_weight == 0:
         return []
     return [depth for depth in depths if depth != settings.num_layers or not last_exit_teaches(settings)]
 
 
-def deepest_layer_run(settings: Settings, depths: Iterable[int]) -> int:
+def deepest_layer_run(settings: AllSettings, depths: Iterable[int]) -> int:
     """Returns the depth above which layers are not run at a step that trains the exits at ``depths``.
 
     With one stage that is the deepest of them. With several, stages above could only idle. Megatron's overlapped gradient
@@ -154,7 +122,7 @@ def deepest_layer_run(settings: Settings, depths: Iterable[int]) -> int:
     return max(depths)
 
 
-def data_blend(settings: Settings) -> tuple[tuple[float, str], ...] | None:
+def data_blend(settings: AllSettings) -> tuple[tuple[float, str], ...] | None:
     """Returns (weight, prefix) of each source where ``--data-path`` is a blend, or None where it lists prefixes alone.
 
     Raises:
@@ -185,23 +153,27 @@ def data_blend(settings: Settings) -> tuple[tuple[float, str], ...] | None:
     return blend
 
 
-def data_prefixes(settings: Settings) -> tuple[str, ...]:
+def data_prefixes(settings: AllSettings) -> tuple[str, ...]:
     """Returns the prefixes of ``--data-path`` without weights."""
     blend = data_blend(settings)
     return settings.data_path if blend is None else tuple(prefix for _, prefix in blend)
 
 
-def document_masks(settings: Settings) -> dict[str, bool]:
+MASKS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
+"""Settings that say how documents of text share a sample."""
+
+
+def document_masks(settings: AllSettings) -> dict[str, bool]:
     """Return how documents of text share a sample, by the names of Megatron-LM's flags, defaults resolved.
 
     The default was chosen by a measurement (docs/data.md). Attention across context parallel processes knows no documents.
     """
     apart = settings.context_parallel_size == 1 if settings.reset_attention_mask is None else settings.reset_attention_mask
-    others = {name: getattr(settings, name) for name in ("reset_position_ids", "eod_mask_loss")}
+    others = {name: getattr(settings, name) for name in MASKS[1:]}
     return {"reset_attention_mask": apart, **{name: apart if value is None else value for name, value in others.items()}}
 
 
-def split_ranges(settings: Settings) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
+def split_ranges(settings: AllSettings) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
     """Returns which part of each file of ``--data-path`` is for training, validation and test: (begin, end) as fractions of its documents.
 
     With ``--valid-data-path`` all of it is trained on.

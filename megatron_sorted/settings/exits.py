@@ -1,9 +1,15 @@
-"""Which depths of the network are exits, how they are read, and how much each counts."""
+"""Which depths of the network are exits, how they are read, how much each counts, and which train at a step."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sorted.settings.field import setting
+from megatron_sorted.settings.derived import exit_depths
+from megatron_sorted.settings.field import AllSettings, setting
+from megatron_sorted.settings.require import require
+from megatron_sorted.settings.weighting import trainable_exits
+
+CPU_CHUNK_TOKENS, DEVICE_CHUNK_TOKENS = 256, 2048
 
 
 @dataclass(frozen=True)
@@ -37,4 +43,56 @@ class ExitSettings:
         1, "How many exits are drawn per step when --exit-sampling is not 'all'; without replacement, but for 'coefficients'.")
     exit_probabilities: tuple[float, ...] = setting((), "Probability of each exit, the last included, for --exit-sampling probabilities.")
     exit_loss_chunk_tokens: int | None = setting(
-        None, "Tokens whose logits exist at one time when an exit's loss is computed; by default 256 on cpu and 2048 on GPUs.")
+        None, "Tokens whose logits exist at one time when an exit's loss is computed; by default "
+        f"{CPU_CHUNK_TOKENS} on cpu and {DEVICE_CHUNK_TOKENS} on GPUs.")
+
+
+def loss_chunk_tokens(settings: ExitSettings, on_cpu: bool) -> int:
+    """Return how many tokens' logits exist at one time when an exit's loss is computed."""
+    return settings.exit_loss_chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else DEVICE_CHUNK_TOKENS)
+
+
+def check_exits(settings: AllSettings) -> None:
+    """Returns nothing if depths, coefficients and sampling fit together.
+
+    Raises:
+        SettingsError: they do not.
+    """
+    require(
+        not settings.exit_layer_weight or settings.exit_layer_weight_rule == "uniform",
+        f"--exit-layer-weight-rule: {settings.exit_layer_weight_rule} beside a list (--exit-layer-weight). Give one of them.",
+    )
+    if settings.exit_sampling == "probabilities":
+        _check_probabilities(settings)
+    else:
+        require(
+            not settings.exit_probabilities,
+            f"--exit-probabilities: not used with --exit-sampling {settings.exit_sampling}. Leave them out or use 'probabilities'.",
+        )
+    if settings.exit_sampling == "all":
+        return
+    trainable = trainable_exits(settings)
+    require(
+        settings.num_sampled_exits <= len(trainable),
+        f"--num-sampled-exits: {settings.num_sampled_exits} of {len(trainable)} exits that can be drawn (coefficient and probability "
+        "above 0). Lower it.",
+    )
+    # during a warm-up an exit may count 0 for a while; then somebody else must train
+    require(
+        bool(set(trainable_exits(settings, 0)) & set(trainable)),
+        "--exit-layer-weight-init: at step 0 every exit that can be drawn counts 0, so nothing would be trained. Start one above 0.",
+    )
+
+
+def _check_probabilities(settings: AllSettings) -> None:
+    values, depths = settings.exit_probabilities, exit_depths(settings)
+    require(
+        len(values) == len(depths),
+        f"--exit-probabilities: {len(values)} values for {len(depths)} exits (depths {', '.join(map(str, depths))}, the last layer "
+        "included). "
+        "Give one for each.",
+    )
+    for value in values:
+        require(value >= 0, f"--exit-probabilities: {value} is negative. Give 0 or more.")
+    total = math.fsum(values)
+    require(abs(total - 1) <= 1e-6, f"--exit-probabilities: they sum to {total:.8g}, not 1. Divide each by the sum.")

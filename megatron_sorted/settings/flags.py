@@ -5,7 +5,8 @@ import dataclasses
 from typing import Any, NoReturn, get_args
 
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.settings.nearest import nearest
+from megatron_sorted.settings.field import flag_of
+from megatron_sorted.settings.require import nearest
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.values import choices, convert, field_types, is_list, is_optional
 
@@ -16,11 +17,6 @@ def field_groups() -> list[tuple[str, list[dataclasses.Field]]]:
     """Returns (the group's line, its fields) for every group of settings, in the order of the fields."""
     # the first base's fields come last in a dataclass with several bases
     return [((base.__doc__ or "").splitlines()[0].rstrip("."), list(dataclasses.fields(base))) for base in reversed(Settings.__bases__)]
-
-
-def flag_of(name: str) -> str:
-    """Returns the flag of a field: ``train_iters`` -> ``--train-iters``."""
-    return "--" + name.replace("_", "-")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,6 +42,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         prog=prog,
         usage="%(prog)s [--config RUN.YAML] [--setting VALUE ...]",
         description="Settings of a run. Each is a flag and, without its dashes in front, a key of the YAML file.",
+        epilog="example: %(prog)s --config examples/quickstart.yaml",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -79,6 +76,11 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     group.add_argument(flag_of(field.name), **words)
 
 
+def known_flags() -> list[str]:
+    """Return every flag of a run."""
+    return [flag for action in build_parser()._actions for flag in action.option_strings]
+
+
 def parse_flags(argv: list[str]) -> tuple[str | None, bool, dict[str, Any]]:
     """Returns (path of the YAML file, whether to print the run, values of the fields that were given).
 
@@ -91,8 +93,7 @@ def parse_flags(argv: list[str]) -> tuple[str | None, bool, dict[str, Any]]:
         word = unknown[0].split("=")[0]
         if not word.startswith("-"):
             raise SettingsError(f"{word!r}: a value without a flag. Write `--name value`; see --help for all settings.")
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        raise SettingsError(f"{word}: there is no such flag. {nearest(word, known, SEE_HELP)}")
+        raise SettingsError(f"{word}: there is no such flag. {nearest(word, known_flags(), SEE_HELP)}")
     values = vars(given)
     configs = values.pop("config", [])
     if len(configs) > 1:

@@ -1,9 +1,11 @@
-"""What network a run trains: sizes and shape of the decoder. Defaults are those of the LLaMA family."""
+"""What network a run trains: sizes and shape of the decoder, and their rules. Defaults are those of the LLaMA family."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron_sorted.settings.field import setting
+from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels, max_position_embeddings, num_query_groups
+from megatron_sorted.settings.field import AllSettings, flag_of, setting
+from megatron_sorted.settings.require import require, require_divides
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,128 @@ class ModelSettings:
     moe_aux_loss_coeff: float = setting(0.0, "Coefficient of the router's load-balancing loss.")
     transformer_impl: Literal["auto", "local", "transformer_engine"] = setting(
         "auto", "Layer implementation: plain PyTorch, or Transformer Engine. 'auto' takes Transformer Engine on CUDA where installed.")
+
+
+def check_model(settings: AllSettings) -> None:
+    """Returns nothing if the network's sizes fit each other and tensor parallelism.
+
+    Raises:
+        SettingsError: they do not.
+    """
+    heads, tp = settings.num_attention_heads, settings.tensor_model_parallel_size
+    if settings.kv_channels is None:
+        require_divides(
+            settings.hidden_size, "--hidden-size", heads, "--num-attention-heads",
+            "Change one of them, or give the width of a head with --kv-channels.",
+        )  # fmt: skip
+    require(
+        settings.group_query_attention == (settings.num_query_groups is not None),
+        f"--num-query-groups: {settings.num_query_groups} with --group-query-attention "
+        f"{'on' if settings.group_query_attention else 'off'}. "
+        "Give both or neither.",
+    )
+    groups = num_query_groups(settings)
+    require_divides(heads, "--num-attention-heads", groups, "--num-query-groups", "Every group has the same number of heads; change one.")
+    require_divides(heads, "--num-attention-heads", tp, "--tensor-model-parallel-size", "Change one of them.")
+    require_divides(groups, "--num-query-groups", tp, "--tensor-model-parallel-size", "Each rank needs whole key/value heads; change one.")
+    require_divides(ffn_hidden_size(settings), "--ffn-hidden-size", tp, "--tensor-model-parallel-size", "Change one of them.")
+    if settings.position_embedding_type == "rope":
+        rotated = int(kv_channels(settings) * settings.rotary_percent)
+        require(
+            rotated > 0 and rotated % 2 == 0,
+            f"--rotary-percent: {settings.rotary_percent} of {kv_channels(settings)} channels a head are {rotated}; "
+            "rotary embedding turns pairs. Change --kv-channels, --num-attention-heads or --rotary-percent.",
+        )
+    _check_positions(settings)
+    _check_sandwich(settings)
+    require(
+        settings.sliding_window is None or settings.seq_length <= settings.sliding_window or settings.context_parallel_size == 1,
+        f"--sliding-window: {settings.sliding_window} is shorter than --seq-length {settings.seq_length}, and attention across context "
+        f"parallel processes (--context-parallel-size {settings.context_parallel_size}) looks at the whole sequence. Use 1 process for it.",
+    )
+    require(
+        max_position_embeddings(settings) >= settings.seq_length,
+        f"--max-position-embeddings: {settings.max_position_embeddings} is less than --seq-length {settings.seq_length}. Raise it or "
+        "leave it out.",
+    )
+
+
+def _check_sandwich(settings: AllSettings) -> None:
+    """Returns nothing if norms after attention and MLP are asked for where they are."""
+    for name in ("attn_post_norm_scale", "ffn_post_norm_scale"):
+        require(
+            settings.use_sandwich_norm or getattr(settings, name) == 1.0,
+            f"{flag_of(name)}: {getattr(settings, name)} has no effect without --use-sandwich-norm. Give that as well, or leave it out.",
+        )
+    require(
+        not settings.use_sandwich_norm or settings.num_experts is None,
+        f"--use-sandwich-norm: not done around experts (--num-experts {settings.num_experts}). Drop one of them.",
+    )
+
+
+def _check_positions(settings: AllSettings) -> None:
+    """Returns nothing if rotary frequencies are stretched in one way, and in a way that is defined."""
+    stretch, rope = settings.rotary_seq_len_interpolation_factor, settings.position_embedding_type == "rope"
+    for flag, given in (("--rotary-seq-len-interpolation-factor", stretch is not None), ("--use-rope-scaling", settings.use_rope_scaling)):
+        require(
+            rope or not given,
+            f"{flag}: there are no rotary frequencies with --position-embedding-type {settings.position_embedding_type}. Leave it out.",
+        )
+    require(
+        stretch is None or stretch >= 1,
+        f"--rotary-seq-len-interpolation-factor: {stretch} would squeeze positions. Give 1 or more.",
+    )
+    if not settings.use_rope_scaling:
+        for field in (field for field in fields(settings) if field.name.startswith("rope_scaling_")):
+            value = getattr(settings, field.name)
+            require(
+                value == field.default,
+                f"{flag_of(field.name)}: {value} has no effect without --use-rope-scaling. Give that as well, or leave it out.",
+            )
+        return
+    require(
+        stretch is None,
+        f"--rotary-seq-len-interpolation-factor: {stretch} beside --use-rope-scaling, but positions are stretched in one way. Give one.",
+    )
+    require(
+        settings.rope_scaling_factor >= 1,
+        f"--rope-scaling-factor: {settings.rope_scaling_factor} would squeeze the text. Give 1 or more.",
+    )
+    low, high = settings.rope_scaling_low_freq_factor, settings.rope_scaling_high_freq_factor
+    require(
+        low < high,
+        f"--rope-scaling-low-freq-factor: {low} is not below --rope-scaling-high-freq-factor {high}. Frequencies between the two are "
+        "divided in part; lower the first or raise the second.",
+    )
+
+
+def check_experts(settings: AllSettings, world_size: int) -> None:
+    """Returns nothing if the experts can be spread as asked.
+
+    Raises:
+        SettingsError: they cannot.
+    """
+    experts, tp, spread = settings.num_experts, settings.tensor_model_parallel_size, settings.expert_model_parallel_size
+    if experts is None:
+        require(spread == 1, f"--expert-model-parallel-size: {spread} without experts. Give --num-experts or leave it at 1.")
+        return
+    require_divides(experts, "--num-experts", spread, "--expert-model-parallel-size", "Change one of them.")
+    require(
+        settings.moe_router_topk <= experts,
+        f"--moe-router-topk: {settings.moe_router_topk} of {experts} experts (--num-experts). Lower it.",
+    )
+    require_divides(
+        world_size, "number of processes", tp * settings.pipeline_model_parallel_size * spread,
+        "tensor x pipeline x expert parallel size", "Change the sizes or start another number of processes.",
+    )  # fmt: skip
+    if settings.moe_ffn_hidden_size is not None:
+        require_divides(settings.moe_ffn_hidden_size, "--moe-ffn-hidden-size", tp, "--tensor-model-parallel-size", "Change one of them.")
+    if tp > 1:
+        require(
+            settings.sequence_parallel,
+            f"--tensor-model-parallel-size: {tp} with experts needs --sequence-parallel (megatron refuses to train without). Switch it on.",
+        )
+        require(
+            settings.disable_bias_linear,
+            f"--no-disable-bias-linear: experts with biases cannot be split (--tensor-model-parallel-size {tp}). Drop one of them.",
+        )

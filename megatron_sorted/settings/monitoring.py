@@ -1,9 +1,12 @@
-"""What a run reports, how often and to whom."""
+"""What a run reports, and to whom."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
-from megatron_sorted.settings.field import setting
+from megatron_sorted.settings.field import AllSettings, flag_of, setting
+from megatron_sorted.settings.require import require
 
 
 @dataclass(frozen=True)
@@ -29,3 +32,58 @@ class MonitoringSettings:
     profile_step_end: int = setting(12, "First step not recorded any more.")
     profile_ranks: tuple[int, ...] = setting((0,), "Ranks that record.")
     profile_dir: str | None = setting(None, "Directory of the recordings; by default profile in --save.")
+
+
+NOT_IN_NAMES = r"/\#?%:"
+"""Characters that names and directories of a project of Weights & Biases cannot have."""
+
+
+def check_monitoring(settings: AllSettings) -> None:
+    """Returns nothing if reports can be written where the settings say.
+
+    Raises:
+        SettingsError: they cannot.
+    """
+    _check_wandb(settings)
+    require(
+        settings.tensorboard_dir is None or find_spec("tensorboard") is not None,
+        "--tensorboard-dir: the package tensorboard is not installed. Install it with `pip install tensorboard`, or leave the setting out.",
+    )
+    require(
+        settings.metrics_file is None or not Path(settings.metrics_file).is_dir(),
+        f"--metrics-file: {settings.metrics_file} is a directory. Give a file.",
+    )
+
+
+def _check_wandb(settings: AllSettings) -> None:
+    project = settings.wandb_project
+    if project is None:
+        for name in ("wandb_exp_name", "wandb_entity", "wandb_group", "wandb_save_dir"):
+            require(
+                getattr(settings, name) is None,
+                f"{flag_of(name)}: without --wandb-project nothing goes to Weights & Biases. Give that too, or leave this out.",
+            )
+        return
+    require(
+        0 < len(project) <= 128 and not set(project) & set(NOT_IN_NAMES),
+        f"--wandb-project: {project!r} cannot be a project's name. Give 1 to 128 characters without {' '.join(NOT_IN_NAMES)}",
+    )
+
+
+def check_profile(settings: AllSettings, world_size: int) -> None:
+    """Returns nothing if a recording that is asked for has steps, processes and a place.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    if not settings.profile:
+        return
+    start, end = settings.profile_step_start, settings.profile_step_end
+    require(end > max(start, 1), f"--profile-step-end: {end} is not above --profile-step-start {start}, so no step is recorded. Raise it.")
+    require(bool(settings.profile_ranks), "--profile-ranks: nobody records. Name a rank or leave --profile out.")
+    for rank in settings.profile_ranks:
+        require(0 <= rank < world_size, f"--profile-ranks: {rank} is not one of the {world_size} processes. Use 0..{world_size - 1}.")
+    require(
+        settings.profile_dir is not None or settings.save is not None,
+        "--profile: nowhere to write. Give --profile-dir or --save, or leave it out.",
+    )

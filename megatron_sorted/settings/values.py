@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.reading.shown import shown
-from megatron_sorted.settings.nearest import nearest
+from megatron_sorted.settings.require import nearest
 from megatron_sorted.settings.run import Settings
 
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from megatron_sorted.exits.coefficients import CoefficientRule, make_coefficient_rule
+from megatron_sorted.exits.coefficients import CoefficientRule, Weighting, make_coefficient_rule
 from megatron_sorted.exits.curriculum import Curriculum, gradual, rotation
 from megatron_sorted.exits.depths import by_depth
 from megatron_sorted.exits.gradient_norm import GradNorm
@@ -11,15 +11,15 @@ from megatron_sorted.exits.learned import LearnedRule
 from megatron_sorted.exits.loss_rules import ExcessLoss, InverseLoss, LossRatio, Uncertainty
 from megatron_sorted.exits.simulated_exit import SimulatedExit
 from megatron_sorted.settings.derived import exit_depths, exit_probabilities, step_coefficients
-from megatron_sorted.settings.run import Settings
+from megatron_sorted.settings.field import AllSettings
 
 
-def reference_losses(settings: Settings) -> dict[int, float]:
+def reference_losses(settings: AllSettings) -> dict[int, float]:
     """Returns {depth: loss of --exit-reference-loss}; of a list that ``check_exit_weighting`` has passed."""
     return by_depth("--exit-reference-loss", settings.exit_reference_loss, settings.exit_layer_nums, settings.num_layers)
 
 
-LEARNED: dict[str, Callable[[Settings], LearnedRule]] = {
+LEARNED: dict[str, Callable[[AllSettings], LearnedRule]] = {
     "uncertainty": lambda s: Uncertainty(exit_depths(s), s.exit_uncertainty_rate, s.exit_uncertainty_variance),
     "inverse_loss": lambda s: InverseLoss(exit_depths(s), s.exit_inverse_loss_decay),
     "dwa": lambda s: LossRatio(exit_depths(s), s.exit_dwa_window, s.exit_dwa_temperature),
@@ -31,23 +31,17 @@ LEARNED: dict[str, Callable[[Settings], LearnedRule]] = {
 """Rules that learn, by their name in --exit-layer-weight-rule."""
 
 
-def base_rule(settings: Settings) -> CoefficientRule:
+def base_rule(settings: AllSettings) -> CoefficientRule:
     """Returns the rule without what stands on top of it."""
     if settings.exit_layer_weight_rule in LEARNED and not settings.exit_layer_weight:
         return LEARNED[settings.exit_layer_weight_rule](settings)
-    return make_coefficient_rule(
-        settings.exit_layer_nums,
-        settings.num_layers,
-        settings.exit_layer_weight_rule,
-        settings.exit_layer_weight,
-        settings.exit_layer_weight_init,
-        settings.exit_layer_weight_warmup_iters,
-        settings.exit_layer_weight_warmup_style,
-        settings.exit_layer_weight_scale,
-    )
+    weighting = Weighting(
+        settings.exit_layer_weight_rule, settings.exit_layer_weight, settings.exit_layer_weight_init,
+        settings.exit_layer_weight_warmup_iters, settings.exit_layer_weight_warmup_style, settings.exit_layer_weight_scale)
+    return make_coefficient_rule(settings.exit_layer_nums, settings.num_layers, weighting)
 
 
-def coefficient_rule(settings: Settings) -> CoefficientRule:
+def coefficient_rule(settings: AllSettings) -> CoefficientRule:
     """Returns the rule that gives every exit its coefficient at a step: the base rule, then the curriculum, then the guard."""
     rule, depths = base_rule(settings), exit_depths(settings)
     if settings.exit_curriculum == "rotation":
@@ -63,7 +57,7 @@ def coefficient_rule(settings: Settings) -> CoefficientRule:
     return rule
 
 
-def trainable_exits(settings: Settings, step: int | None = None) -> list[int]:
+def trainable_exits(settings: AllSettings, step: int | None = None) -> list[int]:
     """Returns the depths of the exits that can train, in increasing order: coefficient and probability above 0.
 
     What stands on top of the rule is left out: a curriculum switches exits off for a while only.

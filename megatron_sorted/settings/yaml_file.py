@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from megatron_sorted.command import has_half_pairs
+from megatron_sorted.command_line import has_half_pairs
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.reading.json_text import bounded_integer
 from megatron_sorted.reading.shown import shown

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_sorted.errors import DataError
 from megatron_sorted.text.chat_template import TemplateRefusal, compiled
 from megatron_sorted.text.prompt_form import CHAT, NamedToken, PromptForm
-from megatron_sorted.text.tokenizer import Tokenizer
+from megatron_sorted.text.tokenizer.contract import Tokenizer
 
 QUESTION, ANSWER = "Qv7question", "Wk3answer"
 """Words of no template, with which a template is tried."""
@@ -143,16 +143,13 @@ class Conversations:
     def _end_of(self, text: str, begin: int) -> tuple[str, int]:
         """Return the control token that ends an answer, and the place behind it."""
         place = text.rfind(self.end, begin)
-        if place >= 0 and _is_filler(text[place + len(self.end):], self.after):
+        rest = text[place + len(self.end):]
+        if place >= 0 and (rest == self.after or not rest.strip()):
             return self.end, place + len(self.end)
         found = list(self.controls.finditer(text, begin))  # calls of tools may end otherwise
         if found and not text[found[-1].end():].strip():
             return found[-1].group(), found[-1].end()
         raise LeftOutError("no_end_of_turn", "the template ends the answer without a control token")
-
-
-def _is_filler(text: str, after: str) -> bool:
-    return text == after or not text.strip()
 
 
 def _joined(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from megatron_sorted.errors import DataError
 from megatron_sorted.text.conversation import Piece
-from megatron_sorted.text.tokenizer import Tokenizer
+from megatron_sorted.text.tokenizer.contract import Tokenizer
 
 BREAKS = ("\n", "\u010a")
 """A line break, as text and as byte-level vocabularies write it."""

@@ -11,7 +11,7 @@ from megatron_sorted.errors import DataError
 from megatron_sorted.reading.json_text import parse_json, read_bounded
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.chat_template import MOST_TEMPLATE_CHARACTERS, TemplateRefusal, compiled
-from megatron_sorted.text.tokenizer import Tokenizer
+from megatron_sorted.text.tokenizer.contract import Tokenizer
 
 FILE = "prompt_form.json"
 """Beside a model, in a checkpoint's folder of the tokenizer, and beside an adapter."""

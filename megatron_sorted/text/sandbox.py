@@ -169,15 +169,13 @@ def _check_call(name: str, value: Any, args: Sequence[Any], kwargs: Mapping[str,
 def _narrow(name: str, function):
     """Return a filter whose arguments are checked before it runs."""
     mark = getattr(function, "jinja_pass_arg", None)
-    if mark is None:
-        def bounded(value, *args, **kwargs):
-            _check_call(name, value, args, kwargs)
-            return function(value, *args, **kwargs)
-    else:
-        def bounded(environment, value, *args, **kwargs):
-            _check_call(name, value, args, kwargs)
-            return function(environment, value, *args, **kwargs)
+    place = 0 if mark is None else 1  # behind the environment, where the filter asks for it
 
+    def bounded(*args, **kwargs):
+        _check_call(name, args[place], args[place + 1:], kwargs)
+        return function(*args, **kwargs)
+
+    if mark is not None:
         bounded.jinja_pass_arg = mark
     return bounded
 

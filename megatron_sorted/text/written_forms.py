@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_sorted.text.conversation import Piece
 from megatron_sorted.text.prompt_form import ALPACA, PLAIN, TEXT, NamedToken, PromptForm
-from megatron_sorted.text.tokenizer import Tokenizer
+from megatron_sorted.text.tokenizer.contract import Tokenizer
 
 WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
               "Write a response that appropriately completes the request.\n\n")

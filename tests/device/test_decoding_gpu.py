@@ -7,8 +7,7 @@ import torch
 
 from megatron_sorted.decoding.generate import Limits, generate, make_step, start_batch
 from megatron_sorted.decoding.network import load_network
-from megatron_sorted.decoding.sampling import Sampling
-from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, Tree
+from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, Sampling, SelfSpeculative, SortedSpeculative, Tree
 from tests.support.decoding import prompts
 from tests.support.exit_parts import save_nested
 

@@ -13,9 +13,9 @@ import torch
 from tests.ranks.test_fsdp import LAYOUTS as SHARDED
 from tests.ranks.test_layouts import LAYOUTS, compare
 from tests.ranks.test_precision import BF16_GRADIENT, BF16_LOSS, check_against_reference
+from tests.support.commands import run_command
 from tests.support.layouts import FSDP
 from tests.support.tiny import tiny
-from tests.system.conftest import run_script
 
 pytestmark = pytest.mark.gpu
 ROWS = [name for name, (world_size, _) in LAYOUTS.items() if world_size <= max(1, torch.cuda.device_count())]
@@ -54,7 +54,7 @@ def test_command_line_trains_saves_and_evaluates_again(tmp_path):
     words = ["--mock-data", "--vocab-size", 500, "--num-layers", 4, "--hidden-size", 128, "--exit-layer-nums", 1, 2, 3, "--device", "cuda",
              "--bf16", "--seq-length", 64, "--train-iters", 4, "--log-interval", 1]
     for more in (["--save", "first"], ["--skip-train", "--load", "first", "--save", "second"]):
-        done = run_script(tmp_path, "pretrain_sorted.py", *words, *more)
+        done = run_command("pretrain_sorted.py", *words, *more, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
     first, second = (json.loads((tmp_path / name / "evaluation.json").read_text())["sets"]["mock"] for name in ("first", "second"))
     for depth in ("1", "2", "3", "4"):

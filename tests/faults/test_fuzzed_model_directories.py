@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from megatron_sorted.checkpoint.restricted_pickle import METADATA
-from megatron_sorted.conversion.convert import Exits, export_model, import_model
-from megatron_sorted.conversion.megatron_directory import open_megatron
+from megatron_sorted.conversion.exporting import export_model
+from megatron_sorted.conversion.importing import import_model
+from megatron_sorted.conversion.megatron.directory import open_megatron
 from megatron_sorted.conversion.open_model import open_model
+from megatron_sorted.conversion.origins import Exits
+from megatron_sorted.conversion.writing import Writing
 from megatron_sorted.exported.load import load_with_exits
 from megatron_sorted.exported.model_directory import plan_exits
 from tests.support.fuzzing import check_reader, fuzzed
@@ -23,8 +26,8 @@ def origin(tmp_path_factory):
     directory = tmp_path_factory.mktemp("origin")
     save_model(directory / "one", "llama3")
     save_model(directory / "many", "qwen2", num_shards=3)
-    import_model(open_model(directory / "one"), directory / "runs", Exits((2,), own_norms=True), verify=False)
-    export_model(open_model(directory / "runs"), directory / "nested", verify=False)
+    import_model(open_model(directory / "one"), directory / "runs", Exits((2,), own_norms=True), Writing(verify=False))
+    export_model(open_model(directory / "runs"), directory / "nested", Writing(verify=False))
     return directory
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_sorted.benchmark.questions import read_questions as read_conversations
 from megatron_sorted.checkpoint.candidates import find_candidates, tracked_step
 from megatron_sorted.checkpoint.layout import TRACKER
 from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, _own_hash, manifest_text, read_manifest
-from megatron_sorted.data.encode import EncodeOptions, Encoder
 from megatron_sorted.data.indexed import Documents, IndexedWriter, open_indexed
+from megatron_sorted.data.preparation.encode import EncodeOptions, Encoder
+from megatron_sorted.data.preparation.split import read_samples
 from megatron_sorted.data.prepared import check_same_tokenizer, read_prompt_form
 from megatron_sorted.errors import SortedError
 from megatron_sorted.evaluation.documents import read_documents
@@ -21,20 +23,19 @@ from megatron_sorted.evaluation.questions import read_questions
 from megatron_sorted.reading.json_lines import read_blocks
 from megatron_sorted.reading.json_text import read_json_object
 from megatron_sorted.reading.text_file import read_text, split_lines
+from megatron_sorted.reporting.exits import read_evaluation
+from megatron_sorted.reporting.run_reports import read_run
+from megatron_sorted.serving.body import parse_body
+from megatron_sorted.serving.requests import ChatRequest, CompletionRequest, read_prompts, read_request, read_stops
+from megatron_sorted.serving.turns import read_messages
 from megatron_sorted.settings.load import load_settings
 from megatron_sorted.text.chat_template import ChatTemplate, TemplateRefusal
 from megatron_sorted.text.prompt_form import NamedToken, PromptForm, form_from_bytes
-from megatron_sorted.text.tokenizer import NullTokenizer, open_tokenizer
+from megatron_sorted.text.tokenizer.contract import NullTokenizer
+from megatron_sorted.text.tokenizer.opening import open_tokenizer
 from tests.rules.sources import ROOT
 from tests.support.fuzzing import check_reader, fuzzed, written
 from tests.support.tokenizer_directories import CHATML, make_directory
-from tools.decoding.body import parse_body
-from tools.decoding.questions import read_questions as read_conversations
-from tools.decoding.requests import ChatRequest, CompletionRequest, read_prompts, read_request, read_stops
-from tools.decoding.turns import read_messages
-from tools.plot_exits import read_run as read_evaluation
-from tools.run_report.read import read_run
-from tools.split_text import read_samples
 
 TALK = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Ho", "tool_calls": None}]

@@ -20,7 +20,7 @@ from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, find_damage,
 from megatron_sorted.checkpoint.publishing import Retention, publish, remove_left_overs
 from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.data.indexed import Documents, IndexedWriter, open_indexed
-from megatron_sorted.data.replacing import finish_interrupted
+from megatron_sorted.data.preparation.replacing import finish_interrupted
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.monitoring.json_lines import JsonLines, read_json_lines
 from tests.support.faults import interrupted

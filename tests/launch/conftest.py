@@ -24,7 +24,7 @@ PYTHON = sys.executable  # with which nodes train
 STEPS = 150
 RUN = f"""\
 # A tiny run.
-# world-size: 2
+world-size: 2
 
 num-layers: 2
 hidden-size: 32

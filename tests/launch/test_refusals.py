@@ -112,8 +112,8 @@ def test_a_wrong_command_line(folder, words, reason):
 def test_a_world_that_does_not_divide_into_nodes_and_a_run_without_one(folder):
     write_site(folder, DEVICES_PER_NODE=8)
     assert "world-size 2 is not a multiple of the 8 devices" in refusal(folder, "gpu.sbatch", "--print", "--site", "site", "run.yaml")
-    (folder / "run.yaml").write_text(RUN.replace("# world-size: 2\n", ""))
-    assert "no line '# world-size: N'" in refusal(folder, "gpu.sbatch", "--print", "--site", "site", "run.yaml")
+    (folder / "run.yaml").write_text(RUN.replace("world-size: 2\n", ""))
+    assert "no key 'world-size: N'" in refusal(folder, "gpu.sbatch", "--print", "--site", "site", "run.yaml")
 
 
 @pytest.mark.skipif(not shutil.which("ssh"), reason="ssh missing: apt-get install openssh-client")

@@ -3,17 +3,14 @@
 import json
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from lab.reliability.compare import differing_tensors
 from tests.launch.conftest import PYTHON, ROOT, RUN, STEPS, hold_until_warned, last_step, wait_for, workers, write_site
 from tests.support.slurm_cluster import SlurmCluster
-
-sys.path.insert(0, str(ROOT / "tools"))  # as for a script in tools/
-from reliability.compare import differing_tensors
 
 
 def submit(cluster: SlurmCluster, folder: Path, *words: object, project: Path = ROOT, launcher: str = "gpu") -> str:

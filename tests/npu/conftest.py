@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sorted.platform.before_torch import keep_device_packages_out
+from megatron_sorted.platform.processes import keep_device_packages_out
 from tests.support import ranks
 from tests.support.npu_simulation.environment import simulated_environment
 

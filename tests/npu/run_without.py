@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_sorted.platform.npu_start import MENDED, start_npu
+from megatron_sorted.platform.npu.start import MENDED, start_npu
 
 
 def main(folder: str, *left_out: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sorted.platform.npu_mends import MENDS
+from megatron_sorted.platform.npu.mends import MENDS
 
 pytestmark = pytest.mark.npu
 FAILURES = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.training.inputs import find_checkpoints
+from megatron_sorted.training.run.inputs import find_checkpoints
 from tests.support.frozen_bodies import begin_from
 from tests.support.gather import join_ranks
 from tests.support.hugging_face import global_weights

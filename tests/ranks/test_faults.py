@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_sorted.errors import TrainingError
-from megatron_sorted.training.nonfinite import NonfiniteSteps
+from megatron_sorted.training.watch.nonfinite import NonfiniteSteps
+from megatron_sorted.training.watch.trained_step import Flags, StepResult, TrainedStep
 from tests.support.rank_bodies import hang_somewhere, train_with_poison
 from tests.support.ranks import run_ranks
 from tests.support.same_state import assert_same_state
@@ -35,22 +36,33 @@ def test_a_step_that_is_not_finite_is_named_and_leaves_no_trace(name, what):
     assert_same_state(poisoned, without)
 
 
+def steps_and_lines() -> tuple[NonfiniteSteps, list[str]]:
+    """Returns what counts such steps, one in a row allowed, and the lines it says."""
+    lines: list[str] = []
+    return NonfiniteSteps(1, lines.append), lines
+
+
+def a_step(number: int, where: str | None) -> TrainedStep:
+    """Returns a step that was not finite there; None for a good one."""
+    return TrainedStep(number, 8 * number, StepResult(where is None, 1.0, where), reports=False, is_last=False, flags=Flags())
+
+
 def test_one_step_too_many_ends_the_run():
-    steps = NonfiniteSteps(allowed=1)
-    assert steps.skipped(4, "loss of exit 2 not finite on rank 0") == (
-        "step 4 skipped: loss of exit 2 not finite on rank 0 (1 in a row, 1 allowed)")
+    steps, lines = steps_and_lines()
+    steps.after(a_step(4, "loss of exit 2 not finite on rank 0"))
+    assert lines == ["step 4 skipped: loss of exit 2 not finite on rank 0 (1 in a row, 1 allowed)"]
     with pytest.raises(TrainingError) as error:
-        steps.skipped(5, "loss of exit 2 not finite on rank 0")
+        steps.after(a_step(5, "loss of exit 2 not finite on rank 0"))
     assert str(error.value).startswith(
         "step 5: loss of exit 2 not finite on rank 0. That is 2 steps in a row, and --nonfinite-steps-allowed is 1. ")
 
 
 def test_good_steps_in_between_are_forgiven():
-    steps = NonfiniteSteps(allowed=1)
-    for step in range(1, 20, 2):
-        steps.skipped(step, "x")
-        steps.finite()
-    assert (steps.in_a_row, steps.since_report) == (0, 10)
+    steps, lines = steps_and_lines()
+    for number in range(1, 20, 2):
+        steps.after(a_step(number, "x"))
+        steps.after(a_step(number + 1, None))
+    assert (steps.in_a_row, len(lines)) == (0, 10)
 
 
 @pytest.mark.parametrize("rank", [0, 2])

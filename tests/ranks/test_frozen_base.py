@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_sorted.model.trainable import is_trained
+from megatron_sorted.model.stage import is_trained
 from tests.ranks.test_exit_parts import LAYOUTS
 from tests.ranks.test_layouts import compare
 from tests.support.frozen_bodies import activations_kept, optimizer_bytes, train_frozen

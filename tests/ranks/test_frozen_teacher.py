@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.training.teacher import check_teacher
+from megatron_sorted.training.step.teacher import check_teacher
 from tests.ranks.test_distillation import CHUNKS, DEEP, OVERLAP, OWN, PP2, PP4, SEQUENCE, TP2, UNTIED
 from tests.ranks.test_layouts import compare, mean_by_rule
 from tests.support.hugging_face import make_model

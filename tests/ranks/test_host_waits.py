@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sorted.training import step
+from megatron_sorted.training.step import train_step as step
 from tests.support.host_waits import HostWaits
 from tests.support.layouts import PP2, thinned
 from tests.support.measure_bodies import host_waits
@@ -14,7 +14,7 @@ from tests.support.tiny import tiny
 
 STEP = Path(step.__file__).read_text().splitlines()
 NUMBER, LINE = next((number, line.strip()) for number, line in enumerate(STEP, 1) if "is_bad, grad_norm" in line)
-ONCE = f"step.py:{NUMBER} {LINE}"
+ONCE = f"train_step.py:{NUMBER} {LINE}"
 LAYOUTS = [
     (1, {}),
     (1, {"calculate_per_token_loss": False, "untie_exit_output_weights": True, "exit_sampling": "uniform"}),

@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sorted.checkpoint.manifest import OWN_PART_FIELDS, SHAPE_FIELDS
-from megatron_sorted.conversion.convert import Exits, export_model, import_model
+from megatron_sorted.conversion.exporting import export_model
+from megatron_sorted.conversion.importing import import_model
 from megatron_sorted.conversion.open_model import open_model
+from megatron_sorted.conversion.origins import Exits
+from megatron_sorted.conversion.writing import Writing
 from megatron_sorted.settings.run import Settings
 from tests.support.given_weights import join_logits, load_and_report
 from tests.support.hugging_face import exit_logits
@@ -54,20 +57,21 @@ def test_every_family_and_both_tyings_are_among_the_cases():
 @pytest.mark.parametrize(("family", "tied", "layout"), CASES, ids=[f"{family} tied={tied} on {n}" for family, tied, (n, _) in CASES])
 def test_an_imported_model_says_in_its_ranks_what_transformers_says(family, tied, layout, tmp_path):
     model = save_model(tmp_path / "theirs", family, tied)
-    import_model(open_model(tmp_path / "theirs"), tmp_path / "imported", Exits((1, 2, 3)), verify=False)
+    import_model(open_model(tmp_path / "theirs"), tmp_path / "imported", Exits((1, 2, 3)), Writing(verify=False))
     assert_close(logits_in_ranks(tmp_path / "imported", layout), exit_logits(model, tokens(LENGTH)))
 
 
 def test_norms_and_heads_of_exits_arrive_too(tmp_path):
     model = save_model(tmp_path / "theirs", "qwen2", tied=True)
-    import_model(open_model(tmp_path / "theirs"), tmp_path / "copies", Exits((1, 2, 3), own_norms=True, own_heads=True), verify=False)
-    export_model(open_model(tmp_path / "copies"), tmp_path / "nested", verify=False)
+    import_model(open_model(tmp_path / "theirs"), tmp_path / "copies", Exits((1, 2, 3), own_norms=True, own_heads=True),
+                 Writing(verify=False))
+    export_model(open_model(tmp_path / "copies"), tmp_path / "nested", Writing(verify=False))
     generator = torch.Generator().manual_seed(11)
     own = {name: tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
            for name, tensor in load_file(tmp_path / "nested" / "exits.safetensors").items()}
     save_file(own, tmp_path / "nested" / "exits.safetensors", {"format": "pt"})
     assert json.loads((tmp_path / "nested" / "config.json").read_text())["own_exit_norms"] is True
-    import_model(open_model(tmp_path / "nested"), tmp_path / "imported", Exits(), verify=False)
+    import_model(open_model(tmp_path / "nested"), tmp_path / "imported", Exits(), Writing(verify=False))
 
     states, expected = {}, {}
     hooks = [layer.register_forward_hook(lambda _m, _i, output, depth=depth: states.__setitem__(

@@ -2,8 +2,9 @@
 
 import pytest
 
-from megatron_sorted.conversion.convert import Exits, import_model
+from megatron_sorted.conversion.importing import import_model
 from megatron_sorted.conversion.open_model import open_model
+from megatron_sorted.conversion.origins import Exits
 from tests.ranks.test_hugging_face_network import CASES, LAYOUTS, LENGTH, tokens
 from tests.support.given_weights import join_logits, load_and_report
 from tests.support.hugging_face import exit_logits, make_model

@@ -1,7 +1,6 @@
 """Adapters and files: a run starts from models without any, and what is exported says what the unmerged model says."""
 
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,11 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as for a script in tools/
-
-import convert
-import extract_submodel
-
+from megatron_sorted.commands import convert
+from megatron_sorted.commands import extract as extract_submodel
 from megatron_sorted.conversion.open_model import open_model
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.lora import is_adapter

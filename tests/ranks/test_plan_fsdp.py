@@ -3,20 +3,20 @@
 import pytest
 import torch
 
+from megatron_sorted.dry_run.counting import Counter
 from megatron_sorted.planning.devices import DEVICES
 from megatron_sorted.planning.estimate import make_plan
 from megatron_sorted.planning.messages import messages_of_stage
 from megatron_sorted.planning.work import work_of_chunks
 from megatron_sorted.settings.derived import exit_depths
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.build import build_optimizer
-from megatron_sorted.training.forward_step import ForwardStep
-from megatron_sorted.training.step import run_schedule, train_step
+from megatron_sorted.training.step.build import build_optimizer
+from megatron_sorted.training.step.forward_step import ForwardStep
+from megatron_sorted.training.step.train_step import run_schedule, train_step
 from tests.support.layouts import FSDP, OWN, UNTIED
 from tests.support.rank_bodies import start
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_samples, micro_batches, tiny
-from tools.planning.counting import Counter
 
 CASES = {
     "dp2": (2, {}),

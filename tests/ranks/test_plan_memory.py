@@ -10,8 +10,8 @@ from megatron_sorted.planning.memory import chunk_bytes
 from megatron_sorted.planning.work import work_of_chunks
 from megatron_sorted.settings.derived import exit_depths
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.forward_step import ForwardStep
-from megatron_sorted.training.step import run_schedule
+from megatron_sorted.training.step.forward_step import ForwardStep
+from megatron_sorted.training.step.train_step import run_schedule
 from tests.support.layouts import SANDWICH, TP2, UNTIED
 from tests.support.rank_bodies import start
 from tests.support.ranks import run_ranks
@@ -47,8 +47,8 @@ def kept_bytes(settings: Settings) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    honest = forward_step._exit_backward
-    forward_step._exit_backward = lambda *given: (in_forward.clear(), in_forward.append(False), honest(*given))[-1]
+    honest = forward_step.exits.backward
+    forward_step.exits.backward = lambda *given: (in_forward.clear(), in_forward.append(False), honest(*given))[-1]
     samples = make_samples(settings.global_batch_size, settings.seq_length, 5)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run_schedule(model, settings, forward_step, micro_batches(samples, settings, place.data_rank, place.data_size), forward_only=False)

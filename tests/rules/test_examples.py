@@ -1,21 +1,18 @@
 """Every example is a run that can be started as it stands."""
 
-import re
-
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.load import load_settings
+from megatron_sorted.settings.rules import check_settings
 from tests.rules.sources import ROOT, name_of
 
 
 def problem_of(path) -> str | None:
     """Returns what is wrong with an example, or None."""
-    head = path.read_text(encoding="utf-8").split("\n\n")[0]
-    found = re.search(r"^# world-size: ([1-9]\d*)$", head, re.MULTILINE)
-    if not found:
-        return "no line `# world-size: N` in the comment at its head"
     try:
-        check_settings(load_settings(["--config", str(path)]), int(found.group(1)))
+        settings = load_settings(["--config", str(path)])
+        if settings.world_size is None:
+            return "no key `world-size: N`"
+        check_settings(settings, settings.world_size)
     except SettingsError as error:
         return str(error)
     return None
@@ -30,7 +27,7 @@ def test_a_wrong_example_is_seen(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("lr: 1e-4\n")
     assert "world-size" in problem_of(path)
-    path.write_text("# world-size: 3\nmock-data: true\nvocab-size: 100\ntensor-model-parallel-size: 2\n")
+    path.write_text("world-size: 3\nmock-data: true\nvocab-size: 100\ntensor-model-parallel-size: 2\n")
     assert "number of processes: 3 is not a multiple of 2" in problem_of(path)
-    path.write_text("# A run.\n# world-size: 2\nmock-data: true\nvocab-size: 100\ntensor-model-parallel-size: 2\n")
+    path.write_text("# A run.\nworld-size: 2\nmock-data: true\nvocab-size: 100\ntensor-model-parallel-size: 2\n")
     assert problem_of(path) is None

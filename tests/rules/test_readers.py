@@ -11,17 +11,17 @@ OWN = "written by this project's own processes, in the same run"
 MACHINE = "facts of the machine: /proc, its mounts, its installed packages, what its programs print"
 WORDS = "the first line of a docstring, of a message or of a page of ours"
 JSON_LEFT = {
-    "megatron_sorted/monitoring/wandb_(writer|process).py": OWN, "megatron_sorted/training/watchdog.py": OWN,
+    "megatron_sorted/monitoring/wandb_(writer|process).py": OWN, "megatron_sorted/training/watch/watchdog.py": OWN,
     "megatron_sorted/parallel/rendezvous.py": OWN,
-    "tools/doctor/network/meeting.py": OWN, "tools/doctor/probes.py": OWN, "tools/accept_npu.py": OWN, "tools/bench_convert.py": OWN,
-    "tools/bench_sharding.py": OWN, "tools/benchmark/.*": OWN, "tools/results/experiments.py": OWN,
-    "tools/doctor/packages.py": MACHINE, "tools/doctor/disks.py": MACHINE,
-    "megatron_sorted/conversion/nested_exits.py": "is copied into exports, where it stands alone"}
+    "megatron_sorted/doctor/network/meeting.py": OWN, "megatron_sorted/doctor/probes.py": OWN, "lab/accept_npu.py": OWN,
+    "lab/bench_(convert|sharding).py": OWN, "lab/benchmarks/.*": OWN, "lab/results/experiments.py": OWN,
+    "megatron_sorted/doctor/packages.py": MACHINE, "megatron_sorted/doctor/disks.py": MACHINE,
+    "megatron_sorted/conversion/hugging_face/nested_exits.py": "is copied into exports, where it stands alone"}
 LINES_LEFT = {
-    "megatron_sorted/platform/cpu.py": MACHINE, "megatron_sorted/decoding/room.py": MACHINE, "tools/doctor/.*": MACHINE,
-    "tools/benchmark/.*": MACHINE, "tools/results/origin.py": MACHINE, "tools/bench_sharding.py": OWN, "tools/accept_npu.py": OWN,
-    "tools/results/steps.py": OWN, "tools/results/page.py": WORDS, "tools/kill_test.py": WORDS, "tools/acceptance/devices.py": WORDS,
-    "megatron_sorted/settings/flags.py": WORDS, "megatron_sorted/checkpoint/(sharded|plain_objects).py": WORDS}
+    "megatron_sorted/platform/cpu.py": MACHINE, "megatron_sorted/decoding/cache/room.py": MACHINE, "megatron_sorted/doctor/.*": MACHINE,
+    "lab/benchmarks/.*": MACHINE, "megatron_sorted/reporting/markdown.py": MACHINE, "lab/(bench_sharding|accept_npu).py": OWN,
+    "lab/results/steps.py": OWN, "lab/results/page.py": WORDS, "lab/kill_test.py": WORDS, "lab/acceptance/devices.py": WORDS,
+    "megatron_sorted/settings/flags.py": WORDS, "megatron_sorted/checkpoint/(sharding/sharded|plain_objects).py": WORDS}
 """Files that may read JSON, or cut lines, by Python's own means -> why."""
 
 READS = ("load", "loads", "safe_load", "full_load")

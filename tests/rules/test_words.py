@@ -9,7 +9,8 @@ import pytest
 from tests.rules.sources import ROOT, files, name_of, program_files
 
 DEVICE_WORD = re.compile(r"(?<![a-z])(cuda|nccl|npu|hccl)(?![a-z])", re.IGNORECASE)
-DOORS = ("megatron_sorted/platform/", "megatron_sorted/settings/", "tools/accept_npu.py", "tools/acceptance/", "tools/doctor/devices/")
+DOORS = ("megatron_sorted/platform/", "megatron_sorted/settings/", "tools/accept_npu.py", "lab/accept_npu.py", "lab/acceptance/",
+         "megatron_sorted/doctor/devices/")
 """Places that may name devices: the first says how each works, the second lets a user choose one, the others judge some."""
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 MACHINE_PATH = re.compile(r"(?<![\w.~$}-])/" + r"work(?![\w-])")

@@ -4,9 +4,9 @@ import json
 import subprocess
 from pathlib import Path
 
-from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
+from megatron_sorted.conversion.tokenizers.export import add_fast_tokenizer
 from megatron_sorted.data.tokenizer import train_sentencepiece
-from megatron_sorted.text.tokenizer import open_tokenizer
+from megatron_sorted.text.tokenizer.opening import open_tokenizer
 from tests.support.chat_templates import write_fast_tokenizer
 from tests.support.commands import run_command
 

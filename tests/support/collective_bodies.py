@@ -5,7 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from megatron_sorted.platform.npu_collectives import one_by_one
+from megatron_sorted.platform.npu.collectives import one_by_one
 from tests.support.tiny import init_method
 
 

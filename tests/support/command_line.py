@@ -8,7 +8,7 @@ from tests.support.ranks import run_ranks
 
 
 def _rank(words: list[str], port: int, folder: str) -> None:
-    from pretrain_sorted import main
+    from megatron_sorted.commands.train import main
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.chdir(folder)

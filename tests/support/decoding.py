@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sorted.conversion.nested_exits import Exit
+from megatron_sorted.conversion.hugging_face.nested_exits import Exit
 from megatron_sorted.decoding.network import Network, load_network
 from tests.support.exit_parts import NestedCase, save_nested
 from tests.support.model_directories import family_model

@@ -5,13 +5,13 @@ import torch
 from megatron_sorted.settings.derived import trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.weighting import coefficient_rule
-from megatron_sorted.training.build import unwrap
-from megatron_sorted.training.checkpoints import Checkpoints
-from megatron_sorted.training.evaluate import evaluate
-from megatron_sorted.training.forward_step import ForwardStep
-from megatron_sorted.training.inputs import find_checkpoints
-from megatron_sorted.training.reduce import reduce_ledger
-from megatron_sorted.training.step import run_schedule, train_step
+from megatron_sorted.training.run.checkpoints import Checkpoints
+from megatron_sorted.training.run.evaluate import Evaluation
+from megatron_sorted.training.run.inputs import find_checkpoints
+from megatron_sorted.training.step.build import unwrap
+from megatron_sorted.training.step.forward_step import ForwardStep
+from megatron_sorted.training.step.reduce import reduce_ledger
+from megatron_sorted.training.step.train_step import run_schedule, train_step
 from tests.support.gather import shards_of
 from tests.support.rank_bodies import start
 from tests.support.tiny import InstructionSource, make_samples, micro_batches
@@ -19,7 +19,7 @@ from tests.support.tiny import InstructionSource, make_samples, micro_batches
 
 def train_frozen(settings: Settings, steps: int) -> dict:
     """Trains on one batch; returns the frozen parameters of this rank before and after, first and last losses, and the exits evaluated."""
-    from megatron_sorted.data.dataset import EvaluationSet
+    from megatron_sorted.data.samples.dataset import EvaluationSet
 
     platform, place, model = start(settings)
     stages = [unwrap(chunk) for chunk in model.chunks]
@@ -31,8 +31,8 @@ def train_frozen(settings: Settings, steps: int) -> dict:
         result = train_step(model, settings, forward_step, batches, trained_exits(settings, rule, step), settings.global_batch_size)
         assert result.stepped and result.grad_norm > 0
         if step in (0, steps - 1):
-            losses.append({depth: e.loss for depth, e in reduce_ledger(forward_step.ledger, settings).items()})
-    report = evaluate(model, settings, forward_step, place, "set", EvaluationSet(InstructionSource()), 0, lambda *_: None)
+            losses.append({depth: e.loss for depth, e in reduce_ledger(forward_step.ledger, settings).exits.items()})
+    report = Evaluation(settings, model, platform, place, "set", EvaluationSet(InstructionSource())).run(0, lambda *_: None)
     after = {name: p.data for stage in stages for name, p in stage.named_parameters()}
     return {"frozen": {name: (tensor, after[name]) for name, tensor in frozen.items()}, "losses": losses, "evaluated": set(report.exits)}
 
@@ -75,7 +75,7 @@ def activations_kept(settings: Settings) -> dict[str, int]:
     forward_step.coefficients = trained_exits(settings, coefficient_rule(settings), 0)
     batches = micro_batches(make_samples(settings.global_batch_size, settings.seq_length, 5), settings, place.data_rank, place.data_size)
     in_exit = [0]
-    honest = forward_step._exit_loss
+    honest = forward_step.losses.compute
 
     def exit_loss(*arguments):  # what an exit keeps is gone when its backward ends
         in_exit[0] += 1
@@ -84,7 +84,7 @@ def activations_kept(settings: Settings) -> dict[str, int]:
         finally:
             in_exit[0] -= 1
 
-    forward_step._exit_loss = exit_loss
+    forward_step.losses.compute = exit_loss
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if not in_exit[0] and tensor.data_ptr() not in weights:

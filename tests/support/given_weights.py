@@ -6,9 +6,10 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_sorted.data.batches import Batch
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.build import Model, unwrap
-from megatron_sorted.training.forward_step import ForwardStep
-from megatron_sorted.training.step import run_schedule, train_step
+from megatron_sorted.training.run.evaluate import EvaluationStep
+from megatron_sorted.training.step.build import Model, unwrap
+from megatron_sorted.training.step.forward_step import ForwardStep
+from megatron_sorted.training.step.train_step import run_schedule, train_step
 from tests.support.gather import global_name, shards_of
 from tests.support.rank_bodies import load_now, start
 from tests.support.tiny import make_samples, micro_batches
@@ -45,17 +46,17 @@ def set_weights(model: Model, settings: Settings, weights: dict[str, torch.Tenso
 def say_logits(model: Model, settings: Settings, platform, tokens_bs: torch.Tensor,
                segments_bs: torch.Tensor | None = None) -> dict[int, torch.Tensor]:
     """Returns {depth: this rank's vocabulary shard of the logits [b, s, p]} of the exits on this rank, through Megatron's schedule."""
-    forward_step, said = ForwardStep(settings, model, platform), {}
+    forward_step, said = EvaluationStep(settings, model, platform, None), {}
 
-    def at_exit(stage, micro, depth, hidden_tbh):
-        head = stage.head(depth, micro.attention_mask, hidden_tbh.size(0))
+    def at_exit(micro, depth, hidden_tbh):
+        head = micro.stage.head(depth, micro.attention_mask, hidden_tbh.size(0))
         read_sbh = head.norm(hidden_tbh)
         if settings.sequence_parallel:
             read_sbh = gather_from_sequence_parallel_region(read_sbh)
         said[depth] = F.linear(read_sbh, head.weight_ph).transpose(0, 1).float().cpu()
         return torch.zeros(()) if depth == micro.deepest else hidden_tbh
 
-    forward_step._at_exit, forward_step.observer = at_exit, lambda *_: None
+    forward_step.at_exit = at_exit
     positions_bs = torch.arange(tokens_bs.size(1)).expand(tokens_bs.shape)
     batch = Batch(tokens_bs, tokens_bs, torch.ones(tokens_bs.shape), segments_bs, positions_bs)
     for chunk in model.chunks:

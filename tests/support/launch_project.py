@@ -26,8 +26,6 @@ def copy_project(target: Path, trainer: Path = ROOT / "pretrain_sorted.py",
     """
     for name in ("slurm", "megatron_sorted"):
         shutil.copytree(ROOT / name, target / name)  # with compiled files, which stay valid
-    (target / "tools").mkdir()
-    shutil.copy2(ROOT / "tools" / "launch_facts.py", target / "tools")
     shutil.copy2(trainer, target / "pretrain_sorted.py")
     for name, changes in lines.items():
         text = (target / name).read_text(encoding="utf-8")

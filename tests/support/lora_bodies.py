@@ -10,13 +10,13 @@ from megatron_sorted.settings.derived import exit_depths, trained_exits
 from megatron_sorted.settings.lora import is_adapter, rank_at
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.weighting import coefficient_rule
-from megatron_sorted.training.adapters import use_ranks
-from megatron_sorted.training.build import Model, unwrap
-from megatron_sorted.training.checkpoints import Checkpoints, choose_checkpoint
-from megatron_sorted.training.forward_step import ForwardStep
-from megatron_sorted.training.inputs import find_checkpoints
-from megatron_sorted.training.reduce import reduce_ledger
-from megatron_sorted.training.step import train_step
+from megatron_sorted.training.run.adapters import use_ranks
+from megatron_sorted.training.run.checkpoints import Checkpoints, choose_checkpoint
+from megatron_sorted.training.run.inputs import find_checkpoints
+from megatron_sorted.training.step.build import Model, unwrap
+from megatron_sorted.training.step.forward_step import ForwardStep
+from megatron_sorted.training.step.reduce import reduce_ledger
+from megatron_sorted.training.step.train_step import train_step
 from tests.support.gather import global_name, shards_of
 from tests.support.given_weights import cut_shard, say_logits
 from tests.support.rank_bodies import complete_gradients, save_now, start
@@ -91,7 +91,7 @@ def train_adapters(settings: Settings, steps: int, first: int = 0, load: str | N
         use_ranks(model, settings, step)
         result = train_step(model, settings, forward_step, batches, trained_exits(settings, rule, step), settings.global_batch_size)
         report["grad_norms"].append(result.grad_norm)
-        report["losses"].append({d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).items()})
+        report["losses"].append({d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).exits.items()})
         forward_step.ledger.clear()
     report["names"] = [(name, p.requires_grad) for chunk in model.chunks for name, p in unwrap(chunk).named_parameters()]
     report["state_elements"] = sum(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from megatron_sorted.loss.cross_entropy import Targets, VocabularyShard
+from megatron_sorted.loss.cross_entropy import CrossEntropy, LossRequest, Targets, VocabularyShard
 
 EPSILON = 1e-5
 
@@ -19,6 +19,14 @@ class LossCase:
     weight_ph: torch.nn.Parameter
     targets: Targets
     shard: VocabularyShard
+
+    def request(self, chunk_tokens: int, **more) -> LossRequest:
+        """Returns what an exit is to compute of the tokens."""
+        return LossRequest(self.targets, self.shard, chunk_tokens, **more)
+
+    def loss(self, chunk_tokens: int, **more) -> CrossEntropy:
+        """Returns the loss of the labels alone."""
+        return CrossEntropy(self.request(chunk_tokens, **more))
 
 
 def make_case(t=5, b=3, h=8, rows=24, vocabulary=None, index=None, weighted=False, dtype=torch.float32) -> LossCase:

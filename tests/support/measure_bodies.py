@@ -6,16 +6,16 @@ import os
 import torch
 import torch.distributed as dist
 
-from megatron_sorted.loss.cross_entropy import VocabularyShard
+from megatron_sorted.loss.cross_entropy import CrossEntropy, LossRequest, VocabularyShard
 from megatron_sorted.loss.ledger import Ledger
 from megatron_sorted.loss.linear_cross_entropy import exit_loss
 from megatron_sorted.settings.derived import trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.weighting import coefficient_rule
-from megatron_sorted.training.build import unwrap
-from megatron_sorted.training.forward_step import ForwardStep
-from megatron_sorted.training.reduce import reduce_interval
-from megatron_sorted.training.step import train_step
+from megatron_sorted.training.step.build import unwrap
+from megatron_sorted.training.step.forward_step import ForwardStep
+from megatron_sorted.training.step.reduce import reduce_interval
+from megatron_sorted.training.step.train_step import train_step
 from tests.support.gather import shards_of
 from tests.support.host_waits import HostWaits, MarkedPlatform
 from tests.support.loss_case import make_case
@@ -147,4 +147,5 @@ def shared_choice(rows: int, vocabulary: int, alike_from: int) -> list[int]:
     case.weight_ph.data[:alike_from], case.weight_ph.data[alike_from:] = 0, case.weight_ph.data[alike_from].clone()
     weight = torch.nn.Parameter(case.weight_ph.data[first : first + rows].clone())
     shard = VocabularyShard(first, max(0, min(rows, vocabulary - first)), dist.group.WORLD)
-    return exit_loss(case.hidden_tbh, case.norm, weight, case.targets, shard, 4, None, True)[0].choice_n.tolist()
+    token_loss = CrossEntropy(LossRequest(case.targets, shard, 4, with_choice=True))
+    return exit_loss(case.hidden_tbh, case.norm, weight, token_loss)[0].choice_n.tolist()

@@ -11,7 +11,8 @@ from megatron_sorted.model.spec import layer_spec
 from megatron_sorted.parallel.groups import start_process_groups
 from megatron_sorted.platform.select import choose_platform
 from megatron_sorted.platform.state import seed_everything
-from megatron_sorted.settings.derived import num_virtual_chunks, padded_vocab_size
+from megatron_sorted.settings.derived import padded_vocab_size
+from megatron_sorted.settings.layout import num_virtual_chunks
 from megatron_sorted.settings.run import Settings
 from tests.support.tiny import init_method
 

@@ -1,6 +1,6 @@
 """What the fork server imports once for all ranks of all tests on NPUs; no device is touched before the ranks are forked."""
 
-from megatron_sorted.platform.npu_start import start_npu
+from megatron_sorted.platform.npu.start import start_npu
 
 start_npu()
 

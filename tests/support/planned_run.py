@@ -1,6 +1,6 @@
 """The run file that tests of the planning tool give it."""
 
-RUN = """# world-size: {world_size}
+RUN = """world-size: {world_size}
 num-layers: 8
 hidden-size: 64
 num-attention-heads: 4

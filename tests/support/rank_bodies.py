@@ -10,23 +10,23 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_sorted.checkpoint import sharded
 from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.checkpoint.manifest import Progress
 from megatron_sorted.checkpoint.saver import SaveOutcome
+from megatron_sorted.checkpoint.sharding import sharded
 from megatron_sorted.model.config import check_platform
 from megatron_sorted.parallel.groups import start_process_groups
 from megatron_sorted.platform.select import choose_platform
 from megatron_sorted.settings.derived import trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.weighting import coefficient_rule
-from megatron_sorted.training.build import build_model, build_optimizer, unwrap
-from megatron_sorted.training.checkpoints import Checkpoints, choose_checkpoint
-from megatron_sorted.training.describe import description
-from megatron_sorted.training.forward_step import ForwardStep
-from megatron_sorted.training.reduce import reduce_ledger
-from megatron_sorted.training.step import train_step
-from megatron_sorted.training.watchdog import Watchdog
+from megatron_sorted.training.run.checkpoints import Checkpoints, choose_checkpoint
+from megatron_sorted.training.run.describe import description
+from megatron_sorted.training.step.build import build_model, build_optimizer, unwrap
+from megatron_sorted.training.step.forward_step import ForwardStep
+from megatron_sorted.training.step.reduce import reduce_ledger
+from megatron_sorted.training.step.train_step import train_step
+from megatron_sorted.training.watch.watchdog import Watchdog
 from tests.support.gather import rows_by_parameter, shards_of
 from tests.support.tiny import init_method, make_samples, micro_batches
 
@@ -95,7 +95,7 @@ def train_and_report(settings: Settings, steps: int, unequal: bool, packed: bool
         result = train_step(model, settings, forward_step, batches, coefficients, settings.global_batch_size)
         report["coefficients"].append(coefficients)
         report["grad_norms"].append(result.grad_norm)
-        report["exits"].append(reduce_ledger(forward_step.ledger, settings))
+        report["exits"].append(reduce_ledger(forward_step.ledger, settings).exits)
         report["losses"].append({d: e.loss for d, e in report["exits"][-1].items()})
         forward_step.ledger.clear()
     report["loss_scale"] = model.optimizer.get_loss_scale().item()
@@ -219,7 +219,7 @@ def steps_from(settings: Settings, root: str, load: bool, first: int, last: int,
 
     for step in range(first, last):
         result = train(step)
-        losses = {d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).items()}
+        losses = {d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).exits.items()}
         report["losses"].append((losses, result.grad_norm, model.optimizer.param_groups[0]["lr"]))
     if save:
         progress = Progress(last, last * settings.global_batch_size)
@@ -235,8 +235,8 @@ def steps_from(settings: Settings, root: str, load: bool, first: int, last: int,
 
 def evaluate_report(settings: Settings) -> dict:
     """Returns what evaluation says of every exit on the instruction samples, and this rank's shards of the weights."""
-    from megatron_sorted.data.dataset import EvaluationSet
-    from megatron_sorted.training.evaluate import evaluate
+    from megatron_sorted.data.samples.dataset import EvaluationSet
+    from megatron_sorted.training.run.evaluate import Evaluation
     from tests.support.tiny import InstructionSource
 
     platform, place, model = start(settings)
@@ -247,8 +247,8 @@ def evaluate_report(settings: Settings) -> dict:
     for _ in range(6):  # until label 7 is the most likely one, so that some documents are exactly right
         train_step(model, settings, forward_step, batches, dict.fromkeys((1, 2, 3, 4), 1.0), settings.global_batch_size)
     seen = []
-    report = evaluate(model, settings, forward_step, place, "set", EvaluationSet(InstructionSource()), 0,
-                      lambda done, total: seen.append((done, total)))
+    evaluation = Evaluation(settings, model, platform, place, "set", EvaluationSet(InstructionSource()))
+    report = evaluation.run(0, lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] == -(-11 // settings.global_batch_size)
     tied = not settings.untie_embeddings_and_output_weights
     weights = shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)
@@ -276,7 +276,7 @@ def gpt_model_reads_our_checkpoint(settings: Settings, root: str) -> dict:
         loss = theirs(samples["tokens"], positions, None, labels=samples["labels"]).mean().item()
     forward_step = ForwardStep(settings, model, platform)
     train_step(model, settings, forward_step, micro_batches(samples, settings, 0, 1), {settings.num_layers: 1.0}, 8)
-    ours = reduce_ledger(forward_step.ledger, settings)[settings.num_layers].loss
+    ours = reduce_ledger(forward_step.ledger, settings).exits[settings.num_layers].loss
     differ = {"missing": missing, "unexpected": unexpected}
     extra = ("optimizer", "random_state")  # of the run, not of the model
     named = {what: sorted(n for n in names if not n.startswith(extra) and "_extra_state" not in n) for what, names in differ.items()}
@@ -285,7 +285,7 @@ def gpt_model_reads_our_checkpoint(settings: Settings, root: str) -> dict:
 
 def segments_against_block(settings: Settings, ends: list[int]) -> dict:
     """Runs a block whole and cut at ``ends``; returns outputs and gradients of both."""
-    from megatron_sorted.model.segments import cut_block
+    from megatron_sorted.model.stage import cut_block
 
     _, _, model = start(settings)
     block = unwrap(model.chunks[0]).decoder
@@ -327,18 +327,18 @@ def train_with_poison(settings: Settings, poisoned: dict[int, tuple[int, int, st
     """
     platform, place, model = start(settings)
     forward_step = ForwardStep(settings, model, platform)
-    honest = forward_step._exit_loss
+    honest = forward_step.losses.compute
     results = []
     for step in steps:
         rank, depth, what = poisoned.get(step, (-1, -1, ""))
 
-        def exit_loss(stage, micro, at, hidden, factor, rank=rank, depth=depth, what=what):
-            losses, gradient = honest(stage, micro, at, hidden, factor)
+        def exit_loss(micro, at, hidden, factor, rank=rank, depth=depth, what=what):
+            losses, gradient = honest(micro, at, hidden, factor)
             if place.rank == rank and at == depth:
                 (losses.loss_n if what == "loss" else gradient).view(-1)[0] = float("nan") if what == "loss" else float("inf")
             return losses, gradient
 
-        forward_step._exit_loss = exit_loss
+        forward_step.losses.compute = exit_loss
         samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step)
         batches = micro_batches(samples, settings, place.data_rank, place.data_size)
         coefficients = trained_exits(settings, coefficient_rule(settings), step)

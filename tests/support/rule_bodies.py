@@ -10,12 +10,12 @@ from megatron_sorted.platform.select import choose_platform
 from megatron_sorted.settings.derived import trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.weighting import coefficient_rule
-from megatron_sorted.training.build import build_model, build_optimizer, unwrap
-from megatron_sorted.training.checkpoints import Checkpoints, choose_checkpoint
-from megatron_sorted.training.describe import description
-from megatron_sorted.training.forward_step import ForwardStep
-from megatron_sorted.training.reduce import reduce_ledger
-from megatron_sorted.training.step import train_step
+from megatron_sorted.training.run.checkpoints import Checkpoints, choose_checkpoint
+from megatron_sorted.training.run.describe import description
+from megatron_sorted.training.step.build import build_model, build_optimizer, unwrap
+from megatron_sorted.training.step.forward_step import ForwardStep
+from megatron_sorted.training.step.reduce import reduce_ledger
+from megatron_sorted.training.step.train_step import train_step
 from tests.support.gather import shards_of
 from tests.support.measure_bodies import CollectiveCount
 from tests.support.tiny import init_method, make_samples, micro_batches
@@ -45,15 +45,15 @@ def train_with_rule(platform, place, settings: Settings, first: int, last: int, 
     if load:
         checkpoints.load(choose_checkpoint(find_candidates(load), checkpoints.settings, None, None, said.append))
     forward_step = ForwardStep(settings, model, platform)
-    honest = forward_step._exit_loss
+    honest = forward_step.losses.compute
     for step in range(first, last):
-        def exit_loss(stage, micro, depth, hidden, factor, step=step):
-            losses, gradient = honest(stage, micro, depth, hidden, factor)
+        def exit_loss(micro, depth, hidden, factor, step=step):
+            losses, gradient = honest(micro, depth, hidden, factor)
             if step == poisoned_step and depth == settings.num_layers and place.data_rank == 0:
                 losses.loss_n[0] = float("nan")
             return losses, gradient
 
-        forward_step._exit_loss = exit_loss
+        forward_step.losses.compute = exit_loss
         coefficients = trained_exits(settings, rule, step)
         forward_step.begin_step(step, rule)
         samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step, True, True)
@@ -66,7 +66,7 @@ def train_with_rule(platform, place, settings: Settings, first: int, last: int, 
         report["collectives"].append(collectives.counts)
         report["coefficients"].append(coefficients)
         report["observed"].append(result.observed)
-        report["losses"].append({d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).items()})
+        report["losses"].append({d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).exits.items()})
     if save:
         Path(save).mkdir(exist_ok=True)
         checkpoints.open_for_saving({}, lambda: None)

@@ -9,10 +9,10 @@ import sentencepiece
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from megatron_sorted.conversion.tokenizer_check import TEXTS
-from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
+from megatron_sorted.conversion.tokenizers.check import TEXTS
+from megatron_sorted.conversion.tokenizers.export import add_fast_tokenizer
 from megatron_sorted.data.tokenizer import load_tokenizer
-from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer
+from megatron_sorted.exported.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SYMBOLS = ("<|user|>", "<|u", "def ", "\n", "   ")
@@ -71,7 +71,7 @@ def check_tokenizer(algorithm: str, name: str, directory: Path) -> None:
     pieces, ours = SentencePieceProcessor(model_proto=data), open_tokenizer(directory)
     fast = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     texts = [*TEXTS, *texts_not_built_in()]
-    wanted, got = pieces.encode(texts), encode_texts(ours, texts)
+    wanted, got = pieces.encode(texts), ours.encode_batch(texts)
     assert fast(texts, add_special_tokens=False).input_ids == got
     different = [(text, one, other) for text, one, other in zip(texts, wanted, got, strict=True) if one != other]
     if algorithm == "unigram":  # sums in single precision leave equal ways to chance

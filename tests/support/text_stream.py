@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from megatron_sorted.data.batches import Batch, collate
-from megatron_sorted.data.corpus import Corpus
 from megatron_sorted.data.indexed import Documents, IndexedWriter
-from megatron_sorted.data.text_samples import DocumentMasks, TextSamples
+from megatron_sorted.data.samples.corpus import Corpus
+from megatron_sorted.data.samples.text_samples import DocumentMasks, TextSamples
 from megatron_sorted.settings.run import Settings
 
 EOD = 7

@@ -6,8 +6,8 @@ import os
 import torch
 
 from megatron_sorted.data.batches import Batch
-from megatron_sorted.data.dataset import InstructionSamples
-from megatron_sorted.data.sample import Sample
+from megatron_sorted.data.samples.dataset import InstructionSamples
+from megatron_sorted.data.samples.sample import Sample
 from megatron_sorted.settings.run import Settings
 from tests.support.text_stream import stream_batches, stream_samples
 

@@ -168,7 +168,7 @@ def _pieces_chat(directory: Path) -> None:
 
 
 def _both(directory: Path) -> None:
-    from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
+    from megatron_sorted.conversion.tokenizers.export import add_fast_tokenizer
 
     _pieces()(directory)
     assert "the same ids" in add_fast_tokenizer(directory)
@@ -200,7 +200,7 @@ def _gpt2_files(directory: Path) -> None:
 def _qwen2(directory: Path) -> None:
     from tokenizers import Regex
 
-    from megatron_sorted.text.tokenizer_classes import QWEN2_WORDS
+    from megatron_sorted.text.tokenizer.classes import QWEN2_WORDS
 
     made = byte_level((END, "<|im_start|>", "<|im_end|>"), nfc=True)
     made.pre_tokenizer = pre_tokenizers.Sequence([

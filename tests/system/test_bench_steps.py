@@ -1,15 +1,11 @@
 """Every trainer that tools/bench.py compares really takes steps, of as many operations as the page says."""
 
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as for a script in tools/
-
-from benchmark.cases import Case, case_settings
-from benchmark.flops import step_attention_flops, step_flops
-from benchmark.worker import Worker
+from lab.benchmarks.cases import Case, case_settings
+from lab.benchmarks.flops import step_attention_flops, step_flops
+from lab.benchmarks.worker import Worker
 
 
 @pytest.mark.parametrize("case", [Case("plain", 0), Case("ours", 1), Case("eager", 1)], ids=lambda case: case.name)

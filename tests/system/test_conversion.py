@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sorted.conversion.convert import Exits, export_model, import_model
+from megatron_sorted.conversion.exporting import export_model
+from megatron_sorted.conversion.importing import import_model
 from megatron_sorted.conversion.open_model import open_model
-from megatron_sorted.conversion.verify import compare
+from megatron_sorted.conversion.origins import Exits
+from megatron_sorted.conversion.verifying.comparison import compare
+from megatron_sorted.conversion.writing import Writing
 from megatron_sorted.errors import CheckpointError, SettingsError
-from megatron_sorted.training.resume import tokenizer_hashes
+from megatron_sorted.training.run.resume import tokenizer_hashes
 from tests.support.hugging_face import exit_logits
 from tests.support.layouts import thinned
 from tests.support.model_directories import FAMILIES, save_model, tokens
@@ -36,8 +39,9 @@ def test_round_trip_is_bitwise(family, tied, num_shards, dtype, tmp_path):
     save_model(tmp_path / "origin", family, tied, num_shards, dtype)
     assert len(list((tmp_path / "origin").glob("*.safetensors"))) >= num_shards
     model = open_model(tmp_path / "origin")
-    inward = import_model(model, tmp_path / "checkpoint", Exits((1, 3)))
-    outward = export_model(open_model(tmp_path / "checkpoint"), tmp_path / "back", shard_bytes=10**9 if num_shards == 1 else 20_000)
+    inward = import_model(model, tmp_path / "checkpoint", Exits((1, 3))).comparison
+    shard_bytes = 10**9 if num_shards == 1 else 20_000
+    outward = export_model(open_model(tmp_path / "checkpoint"), tmp_path / "back", shard_bytes=shard_bytes).comparison
     assert same(weights(tmp_path / "origin"), weights(tmp_path / "back"))
     assert len(list((tmp_path / "back").glob("*.safetensors"))) >= num_shards
     for comparison in (inward, outward):
@@ -48,12 +52,12 @@ def test_round_trip_is_bitwise(family, tied, num_shards, dtype, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_the_comparison_are_those_of_transformers_at_every_depth(family, tmp_path):
-    from megatron_sorted.conversion.nested_logits import nested_exits
-    from megatron_sorted.conversion.transformers_states import transformers_exits
+    from megatron_sorted.conversion.verifying.nested_logits import nested_exits
+    from megatron_sorted.conversion.verifying.transformers_states import transformers_exits
 
     reference = exit_logits(save_model(tmp_path / "origin", family), tokens())
     model = open_model(tmp_path / "origin")
-    import_model(model, tmp_path / "checkpoint", Exits((1, 2, 3)), verify=False)
+    import_model(model, tmp_path / "checkpoint", Exits((1, 2, 3)), Writing(verify=False))
     checkpoint = open_model(tmp_path / "checkpoint")
     pairs = {pair.ours: pair for pair in checkpoint.pairs}
     ours = nested_exits(checkpoint.settings, lambda name: checkpoint.read_ours(pairs[name]), tokens(), (1, 2, 3, 4))
@@ -74,7 +78,7 @@ def checkpoint(tmp_path):
 
 def test_what_does_not_match_is_not_written(checkpoint, tmp_path, monkeypatch):
     # a mapping that swaps gate and up is its own inverse: only the comparison with the origin can find it
-    from megatron_sorted.conversion import operations
+    from megatron_sorted.conversion.tensors import operations
 
     monkeypatch.setattr(operations.Stack, "split", lambda self, tensor: list(tensor.chunk(2))[::-1])
     with pytest.raises(CheckpointError, match=r"the conversion does not match its origin, so nothing was written.*linear_fc1.weight"):
@@ -83,7 +87,7 @@ def test_what_does_not_match_is_not_written(checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_mapping_wrong_in_both_directions_shows_in_the_logits(tmp_path, monkeypatch):
-    from megatron_sorted.conversion import operations
+    from megatron_sorted.conversion.tensors import operations
 
     def join(self, parts, shape):
         return torch.cat(list(parts)[::-1])
@@ -102,7 +106,7 @@ def test_a_destination_that_exists_is_kept_unless_told(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match=r"exists and is not empty.*--overwrite"):
         export_model(open_model(checkpoint), tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
-    export_model(open_model(checkpoint), tmp_path / "out", overwrite=True)
+    export_model(open_model(checkpoint), tmp_path / "out", Writing(overwrite=True))
     assert not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "config.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "origin", "out"]
 
@@ -114,9 +118,9 @@ def test_an_interrupted_conversion_leaves_nothing(checkpoint, tmp_path):
         return count
 
     with pytest.raises(KeyboardInterrupt):
-        export_model(open_model(checkpoint), tmp_path / "out", watch=watch)
+        export_model(open_model(checkpoint), tmp_path / "out", Writing(watch=watch))
     with pytest.raises(KeyboardInterrupt):
-        import_model(open_model(tmp_path / "origin"), tmp_path / "again", Exits(), watch=watch)
+        import_model(open_model(tmp_path / "origin"), tmp_path / "again", Exits(), Writing(watch=watch))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "origin"]
 
 
@@ -133,7 +137,7 @@ def test_a_disk_without_room_is_seen_before_anything_is_written(checkpoint, tmp_
 def test_new_norms_and_heads_are_copies_of_the_last(tmp_path):
     save_model(tmp_path / "origin", "qwen2", tied=True)
     import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", Exits((1, 3), own_norms=True, own_heads=True))
-    comparison = export_model(open_model(tmp_path / "checkpoint"), tmp_path / "out")
+    comparison = export_model(open_model(tmp_path / "checkpoint"), tmp_path / "out").comparison
     assert [row.depth for row in comparison.exits] == [1, 3, 4]
     assert same(weights(tmp_path / "origin"), weights(tmp_path / "out"))
     origin, own = weights(tmp_path / "origin"), load_file(tmp_path / "out" / "exits.safetensors")
@@ -156,7 +160,7 @@ def test_other_exits_may_be_given_only_if_they_are_layers(tmp_path):
 
 
 def test_numbers_may_be_written_in_another_kind(checkpoint, tmp_path):
-    comparison = export_model(open_model(checkpoint), tmp_path / "half", dtype="bfloat16")
+    comparison = export_model(open_model(checkpoint), tmp_path / "half", dtype="bfloat16").comparison
     assert not comparison.problems
     origin, half = weights(tmp_path / "origin"), weights(tmp_path / "half")
     assert same({name: tensor.bfloat16() for name, tensor in origin.items()}, half)
@@ -207,17 +211,16 @@ def test_a_directory_that_is_no_model_says_so(content, tmp_path):
 def test_a_sentencepiece_file_of_any_name_goes_out_so_that_transformers_reads_it_rightly(tmp_path):
     from sentencepiece import SentencePieceProcessor
 
-    from megatron_sorted.conversion.tokenizer_check import TEXTS
+    from megatron_sorted.conversion.tokenizers.check import TEXTS
     from megatron_sorted.data.tokenizer import train_sentencepiece
 
     save_model(tmp_path / "origin", "llama")
     own = tmp_path / "train_tokenizer.model"
     tokenizer = train_sentencepiece(lambda: [*TEXTS, *Path(__file__).read_text(encoding="utf-8").splitlines()], str(own), 700)
     model = dataclasses.replace(open_model(tmp_path / "origin"), config=None, files={"tokenizer/train_tokenizer.model": own})
-    import_model(model, tmp_path / "checkpoint", Exits((2,)), verify=False)  # without a config, as a run's own checkpoint
+    import_model(model, tmp_path / "checkpoint", Exits((2,)), Writing(verify=False))  # without a config, as a run's own checkpoint
     assert (tmp_path / "checkpoint" / "iter_0000000" / "tokenizer" / "train_tokenizer.model").read_bytes() == own.read_bytes()
-    notes: list[str] = []
-    export_model(open_model(tmp_path / "checkpoint"), tmp_path / "out", notes=notes)
+    notes = export_model(open_model(tmp_path / "checkpoint"), tmp_path / "out").notes
     assert len(notes) == 1 and notes[0].startswith("tokenizer.json: made of tokenizer.model, the same ids")
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == own.read_bytes()
     assert not (tmp_path / "out" / "train_tokenizer.model").exists()

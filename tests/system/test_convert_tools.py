@@ -12,16 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.commands import run_command
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as for a script in tools/
-
-import convert
-import extract_submodel
-
-from megatron_sorted.conversion.convert import Exits, import_model
+from megatron_sorted.commands import convert
+from megatron_sorted.commands import extract as extract_submodel
+from megatron_sorted.conversion.importing import import_model
 from megatron_sorted.conversion.open_model import open_model
+from megatron_sorted.conversion.origins import Exits
+from megatron_sorted.conversion.writing import Writing
 from megatron_sorted.errors import SortedError
+from tests.support.commands import run_command
 from tests.support.megatron_files import make_truth, save_as_megatron
 from tests.support.model_directories import save_model
 from tests.support.ranks import run_ranks
@@ -38,7 +36,7 @@ def origins(tmp_path_factory) -> Path:
     save_model(folder / "single", "llama3")
     save_model(folder / "sharded", "llama3", num_shards=3)
     save_model(folder / "tied", "qwen2", tied=True)
-    import_model(open_model(folder / "single"), folder / "checkpoint", Exits((1, 2)), verify=False)
+    import_model(open_model(folder / "single"), folder / "checkpoint", Exits((1, 2)), Writing(verify=False))
     return folder
 
 
@@ -178,8 +176,8 @@ mkdir {disk}/old; echo precious > {disk}/old/mine.txt
 {python} -c 'import shutil, sys
 from collections import namedtuple
 shutil.disk_usage = lambda path: namedtuple("usage", "total used free")(1 << 40, 0, 1 << 40)
-sys.path.insert(0, "{tools}"); sys.argv[0] = "convert"
-import convert
+sys.argv[0] = "convert"
+from megatron_sorted.commands import convert
 from megatron_sorted.errors import SortedError
 for verb, origin, place in (("import", "big", "new"), ("export", "runs", "new"), ("export", "runs", "old")):
     try:
@@ -196,9 +194,9 @@ def test_a_disk_that_fills_up_meanwhile_is_left_as_it_was(tmp_path):
     from tests.support.hugging_face import make_model
 
     make_model("Llama", hidden_size=128, intermediate_size=512, vocab_size=1000).save_pretrained(tmp_path / "big")
-    import_model(open_model(tmp_path / "big"), tmp_path / "runs", Exits(), verify=False)
+    import_model(open_model(tmp_path / "big"), tmp_path / "runs", Exits(), Writing(verify=False))
     (tmp_path / "disk").mkdir()
-    script = FULL_DISK.format(megabytes=2, disk=tmp_path / "disk", python=sys.executable, tools=ROOT / "tools", origins=tmp_path)
+    script = FULL_DISK.format(megabytes=2, disk=tmp_path / "disk", python=sys.executable, origins=tmp_path)
     try:
         done = subprocess.run(["unshare", "--map-root-user", "--mount", "sh", "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)},
                               text=True, capture_output=True, timeout=120, check=False)
@@ -215,19 +213,19 @@ def test_a_disk_that_fills_up_meanwhile_is_left_as_it_was(tmp_path):
 
 SLOW = """\
 import sys, time
-sys.path.insert(0, sys.argv[1])
-import convert
+from megatron_sorted.commands import convert
+from megatron_sorted.conversion import report
 def slow(title, num_bytes):
     print(title, flush=True)
     return lambda done: time.sleep(0.05)
-convert.progress_bars = slow
-convert.main(sys.argv[2:])
+report.progress_bars = slow
+convert.main(sys.argv[1:])
 """
 
 
-def kill_midway(tools: Path, *words: object) -> None:
+def kill_midway(*words: object) -> None:
     """Starts a conversion that takes its time and kills it in the middle."""
-    process = subprocess.Popen([sys.executable, "-c", SLOW, str(tools), *map(str, words)], stdout=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, "-c", SLOW, *map(str, words)], stdout=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert any(line.startswith("converting") for line in process.stdout)
     time.sleep(0.3)
@@ -239,7 +237,7 @@ def kill_midway(tools: Path, *words: object) -> None:
 def test_a_killed_conversion_leaves_a_hidden_directory_that_the_next_one_removes(origins, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    kill_midway(ROOT / "tools", "export", origins / "checkpoint", tmp_path / "out", "--overwrite")
+    kill_midway("export", origins / "checkpoint", tmp_path / "out", "--overwrite")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.writing", "out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
     with pytest.raises(SortedError, match="neither a Hugging Face model"):

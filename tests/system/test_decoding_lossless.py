@@ -1,14 +1,10 @@
 """The long form of what tests/unit/test_decoding_proof.py shows: 50,000 tokens of drawn ways for each family of models."""
 
-import sys
-from pathlib import Path
 
 import pytest
 
+from lab.decoding.proof import compare
 from tests.support.decoding import plain_network
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-from decoding.proof import compare
 
 
 @pytest.mark.long

@@ -6,14 +6,23 @@ import shlex
 
 import pytest
 
+from lab.demo import afterwards, demo_steps, request_of, trained_question, use_commands
 from tests.support.commands import ROOT, run_command, start_command
 from tests.support.ports import free_port, until_it_answers
-from tools.demo import afterwards, demo_steps, request_of, trained_question, use_commands
 
 
 def words_of(command) -> tuple[str, ...]:
     """Return script and arguments of a command that begins with an interpreter."""
-    return command[1:]
+    _, script, *words = command
+    if script != "-m":
+        return (script, *words)
+    module, *words = words
+    start = f'run("{module}")'
+    if module == "megatron_sorted":
+        name, *words = words
+        start = f'run("megatron_sorted", "{name}")'
+    entry = next(path for path in ROOT.glob("tools/*.py") if start in path.read_text(encoding="utf-8"))
+    return (f"tools/{entry.name}", *words)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as for a script in tools/
-
-import extract_submodel
-
-from megatron_sorted.conversion.convert import Exits, export_model, import_model
-from megatron_sorted.conversion.nested_logits import nested_exits
+from megatron_sorted.commands import extract as extract_submodel
+from megatron_sorted.conversion.exporting import export_model
+from megatron_sorted.conversion.importing import import_model
 from megatron_sorted.conversion.open_model import open_model
-from megatron_sorted.conversion.transformers_states import transformers_exits
-from megatron_sorted.conversion.verify import compare
+from megatron_sorted.conversion.origins import Exits
+from megatron_sorted.conversion.verifying.comparison import compare
+from megatron_sorted.conversion.verifying.nested_logits import nested_exits
+from megatron_sorted.conversion.verifying.transformers_states import transformers_exits
+from megatron_sorted.conversion.writing import Writing
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.evaluation.nested_model import NestedModel, copy_exit, load_nested_model
 from tests.support.exit_parts import KINDS, OWN_EXITS, change_config, save_nested
@@ -53,7 +55,7 @@ def load(directory: Path):
 def test_every_way_of_computing_an_exit_says_what_transformers_own_modules_say(family, kind, tmp_path):
     case = save_nested(tmp_path / "origin", family, kind, tied=family == "qwen2", norms=family != "llama", heads=family == "mistral")
     model = open_model(tmp_path / "origin")
-    assert not import_model(model, tmp_path / "runs", Exits()).problems
+    assert not import_model(model, tmp_path / "runs", Exits()).comparison.problems
     checkpoint = open_model(tmp_path / "runs")
     pairs, ours = {pair.ours: pair for pair in checkpoint.pairs}, case.our_tensors()
     assert same_bits({name: checkpoint.read_ours(pair) for name, pair in pairs.items()}, ours)
@@ -75,8 +77,8 @@ def test_every_way_of_computing_an_exit_says_what_transformers_own_modules_say(f
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip_is_bitwise(kind, dtype, tmp_path):
     case = save_nested(tmp_path / "origin", "qwen3", kind, tied=True, norms=True, dtype=dtype)
-    inward = import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits())
-    outward = export_model(open_model(tmp_path / "runs"), tmp_path / "back")
+    inward = import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits()).comparison
+    outward = export_model(open_model(tmp_path / "runs"), tmp_path / "back").comparison
     for name in ("model.safetensors", "exits.safetensors"):
         assert same_bits(load_file(tmp_path / "origin" / name), load_file(tmp_path / "back" / name))
     assert same_bits(load_file(tmp_path / "back" / "exits.safetensors"), case.their_tensors())
@@ -91,8 +93,8 @@ def test_round_trip_is_bitwise(kind, dtype, tmp_path):
 
 def test_plain_transformers_loads_the_full_model_and_its_bits(tmp_path):
     case = save_nested(tmp_path / "origin", "llama", "block", norms=True)
-    import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits(), verify=False)
-    export_model(open_model(tmp_path / "runs"), tmp_path / "out", verify=False)
+    import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits(), Writing(verify=False))
+    export_model(open_model(tmp_path / "runs"), tmp_path / "out", Writing(verify=False))
     model = load(tmp_path / "out")
     assert same_bits(dict(model.state_dict()), dict(case.model.state_dict()))
     with torch.no_grad():
@@ -100,7 +102,7 @@ def test_plain_transformers_loads_the_full_model_and_its_bits(tmp_path):
 
 
 def test_a_block_wrong_in_both_directions_shows_in_the_logits(tmp_path, monkeypatch):
-    from megatron_sorted.conversion import nested_logits
+    from megatron_sorted.conversion.verifying import nested_logits
 
     save_nested(tmp_path / "origin", "llama", "block")
     after = nested_logits._after_parts
@@ -131,7 +133,7 @@ def test_an_exit_becomes_an_ordinary_model_that_says_the_same_bits(family, kind,
                        heads=family == "qwen2")
     place = tmp_path / "origin"
     if source == "checkpoint":
-        import_model(open_model(place), tmp_path / "runs", Exits(), verify=False)
+        import_model(open_model(place), tmp_path / "runs", Exits(), Writing(verify=False))
         place = tmp_path / "runs"
     extract_submodel.main([str(place), f"{tmp_path}/sub", "--all"])
     nested = load_nested_model(tmp_path / "origin")
@@ -180,7 +182,6 @@ def test_own_norms_at_a_depth_that_is_not_on_the_way_to_another(tmp_path):
 ALONE = """\
 import json, sys
 import torch
-sys.path.append(sys.argv[2])
 from nested_exits import load_nested_exits
 ids = torch.tensor(json.loads(sys.argv[1]))
 model = load_nested_exits(sys.argv[2], dtype=torch.float32)
@@ -207,10 +208,13 @@ def ended(tokens_bs: torch.Tensor, prompt: int, end: int | None, fill: int | Non
                                               ("qwen3", "block"), ("mistral", "adapter and mlp")])
 def test_the_module_beside_a_model_runs_its_exits_alone(family, kind, tmp_path):
     case = save_nested(tmp_path / "origin", family, kind, tied=family == "qwen2", norms=family != "llama", heads=family == "mistral")
-    import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits(), verify=False)
+    import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits(), Writing(verify=False))
     export_model(open_model(tmp_path / "runs"), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    (copy_line,) = re.findall(r"`cp (out/nested_exits\.py) \.`", card)
+    shutil.copy(tmp_path / copy_line, tmp_path)  # as the card says
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", ALONE, json.dumps(tokens().tolist()), f"{tmp_path}/out"], cwd=tmp_path, env=environment,
+    done = subprocess.run([sys.executable, "-c", ALONE, json.dumps(tokens().tolist()), "out"], cwd=tmp_path, env=environment,
                           capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -232,7 +236,6 @@ def test_the_module_beside_a_model_runs_its_exits_alone(family, kind, tmp_path):
             extracted.set_attn_implementation("sdpa")
             with torch.no_grad():
                 assert torch.equal(extracted(tokens(), use_cache=False).logits, logits)
-    card = (tmp_path / "out" / "README.md").read_text()
     assert "from nested_exits import load_nested_exits" in card and "trust_remote_code" in card
     assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
 
@@ -288,7 +291,7 @@ def test_exits_that_would_leave_parts_unused_are_refused(tmp_path):
 
 
 def test_heads_trained_on_the_layers_leave_the_parts_out(tmp_path):
-    from megatron_sorted.evaluation.save_heads import save_with_heads
+    from megatron_sorted.evaluation.heads import save_with_heads
 
     case = save_nested(tmp_path / "origin", "llama", "block")
     plain = load_nested_model(tmp_path / "origin").without_parts()
@@ -298,14 +301,14 @@ def test_heads_trained_on_the_layers_leave_the_parts_out(tmp_path):
         hidden = plain.hidden_states(tokens())
         for depth in DEPTHS:
             assert close(plain.logits(depth, hidden[depth]), bare.logits(depth, tokens()))
-    own = [{depth: copy_exit(modules[depth]) for depth in OWN_EXITS} for modules in (plain.norms, plain.heads)]
-    save_with_heads(NestedModel("ICT", plain.model, plain.depths, *own), tmp_path / "origin", tmp_path / "heads")
+    own = {depth: copy_exit(plain.exits[depth]) for depth in OWN_EXITS}
+    save_with_heads(NestedModel("ICT", plain.model, plain.depths, own), tmp_path / "origin", tmp_path / "heads")
     model = open_model(tmp_path / "heads")
     assert not model.settings.use_exit_block and model.settings.use_exit_norm and model.settings.untie_exit_output_weights
 
 
 def test_new_blocks_and_mlps_are_copies_of_the_last_layers(tmp_path):
-    import convert
+    from megatron_sorted.commands import convert
 
     model = save_model(tmp_path / "origin", "qwen2", tied=True)
     last = {name.removeprefix("model.layers.3."): tensor for name, tensor in model.state_dict().items() if ".layers.3." in name}

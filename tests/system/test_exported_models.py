@@ -11,11 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as for a script in tools/
-
-import convert
-import extract_submodel
-
+from megatron_sorted.commands import convert
+from megatron_sorted.commands import extract as extract_submodel
 from tests.support.model_directories import save_model, tokens
 
 DEPTHS = (1, 2, 3, 4)

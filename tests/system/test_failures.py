@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_sorted.data.corpus import Corpus
-from megatron_sorted.data.dataset import open_samples
+from megatron_sorted.commands.train import main
+from megatron_sorted.data.samples.corpus import Corpus
+from megatron_sorted.data.samples.dataset import open_samples
 from megatron_sorted.errors import SettingsError
-from pretrain_sorted import main
 from tests.support.commands import run_command
 
 BORDER = "=" * 60

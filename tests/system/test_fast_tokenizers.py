@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from megatron_sorted.conversion.tokenizer_check import TEXTS
-from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
+from megatron_sorted.conversion.tokenizers.check import TEXTS
+from megatron_sorted.conversion.tokenizers.export import add_fast_tokenizer
 from megatron_sorted.data.tokenizer import train_sentencepiece
-from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer
+from megatron_sorted.exported.tokenizer import open_tokenizer
 from tests.support.sentencepiece_files import SETTINGS, check_tokenizer, lines, texts_not_built_in
 
 
@@ -34,7 +34,7 @@ def test_real_tokenizers(tmp_path):
         (directory / "tokenizer.model").write_bytes(path.read_bytes())
         assert "the same ids" in add_fast_tokenizer(directory)
         pieces, texts = SentencePieceProcessor(model_file=str(path)), [*TEXTS, *texts_not_built_in()]
-        assert encode_texts(open_tokenizer(directory), texts) == pieces.encode(texts)
+        assert open_tokenizer(directory).encode_batch(texts) == pieces.encode(texts)
 
 
 def test_a_fresh_process_gets_the_right_ids(tmp_path):

@@ -62,14 +62,14 @@ def test_the_flagship_is_stepped_dry_as_planned(ranks):
 def test_a_plan_that_is_wrong_is_found_out(tmp_path):
     """The same dry run, beside a plan of another vocabulary."""
     code = (
-        "import dataclasses, sys; sys.path.insert(0, 'tools')\n"
-        "from planning.dry_run import dry_run\n"
+        "import dataclasses, sys\n"
+        "from megatron_sorted.dry_run.ranks import dry_run\n"
         "from megatron_sorted.planning.devices import DEVICES\n"
         "from megatron_sorted.planning.estimate import make_plan\n"
         "from megatron_sorted.settings.load import load_settings\n"
         "settings = load_settings(['--config', sys.argv[1]])\n"
         "plan = make_plan(settings, 2000, 2, DEVICES['cpu'], 256)\n"
-        "import planning.dry_run as module\n"
+        "import megatron_sorted.dry_run.ranks as module\n"
         "module.messages_of_stage = lambda *given, true=module.messages_of_stage: dataclasses.replace(true(*given), gradients=10**6)\n"
         "module.operations_of_chunk = lambda s, c, v, r, true=module.operations_of_chunk: true(s, c, 2 * v, r)\n"
         "print(dry_run(settings, 1000, 2, plan, None, False, lambda said: None).problems)\n")

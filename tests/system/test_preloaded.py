@@ -44,7 +44,7 @@ def script(tmp_path):
     ("import sys; print(sys.stdin.read(), sys.argv[1:])", 0, " ['a', 'b c']\n", ""),
     ("print('\\u00e9')", 0, "\u00e9\n", ""),
     ("import multiprocessing as m; m.set_start_method('spawn'); print(m.Pool(1).apply(abs, (-3,)))", 0, "3\n", ""),
-    ("import concurrent.futures as f; print(f.ProcessPoolExecutor(1).submit(abs, -4).result())", 0, "4\n", ""),
+    ("import concurrent.futures as f\nwith f.ProcessPoolExecutor(1) as pool: print(pool.submit(abs, -4).result())", 0, "4\n", ""),
 ])
 def test_a_fork_is_as_a_process(script, tmp_path, cold, text, status, out, err):
     done = script(text, cold, "a", "b c", SAID="heard", PLACE=tmp_path)

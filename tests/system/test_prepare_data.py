@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_sorted.data.corpus import Corpus
-from megatron_sorted.data.dataset import open_samples
+from megatron_sorted.data.samples.corpus import Corpus
+from megatron_sorted.data.samples.dataset import open_samples
 from megatron_sorted.data.tokenizer import load_tokenizer, train_sentencepiece
 from tests.support.commands import run_command
 

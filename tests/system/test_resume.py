@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -135,16 +136,16 @@ def test_changed_length_batch_and_layout_are_said_and_continued_rightly(folder):
 
 
 def test_the_second_of_two_jobs_is_refused(folder):
-    held = f"""
+    held = """
 import sys, time
-sys.path.insert(0, {str(ROOT)!r})
 from megatron_sorted.checkpoint.lock import DirectoryLock
 lock = DirectoryLock("save")
 assert lock.acquire()
 print("held", flush=True)
 time.sleep(100)
 """
-    holder = subprocess.Popen([sys.executable, "-c", held], cwd=folder, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    holder = subprocess.Popen([sys.executable, "-c", held], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         before = sorted(path.name for path in (folder / "save").iterdir())

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tools import accept_npu
+from lab import accept_npu
 
 EXPECTED = {1: [4.0, 5.0], 2: [2.0, 4.0]}
 

@@ -1,18 +1,13 @@
 """The measurement of conversions: sizes, ratios, verdicts and the page, with numbers chosen by hand; and a tiny model that is opened."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as for a script in tools/
-
-from bench_convert import QUICK, ROUNDS, SHAPES
-from benchmark.convert_model import write_model
-from benchmark.convert_page import model_row, verdicts, write_convert_page
-from benchmark.convert_worker import copy_plainly, weight_files
-
+from lab.bench_convert import QUICK, ROUNDS, SHAPES
+from lab.benchmarks.convert_model import write_model
+from lab.benchmarks.convert_page import model_row, verdicts, write_convert_page
+from lab.benchmarks.convert_worker import copy_plainly, weight_files
 from megatron_sorted.conversion.open_model import open_model
 
 

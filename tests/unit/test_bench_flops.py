@@ -1,13 +1,8 @@
 """The benchmark's count of operations, by hand."""
 
-import sys
-from pathlib import Path
 
+from lab.benchmarks.flops import forward_flops_per_token, step_attention_flops, step_flops
 from megatron_sorted.settings.run import Settings
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as for a script in tools/
-
-from benchmark.flops import forward_flops_per_token, step_attention_flops, step_flops
 
 
 def test_by_hand():

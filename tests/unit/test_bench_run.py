@@ -1,25 +1,21 @@
 """The measurement of whole runs: clocks, counts and pages, with numbers chosen by hand."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_sorted.settings.check import check_settings
+from lab.benchmarks.bounds import measure_bounds
+from lab.benchmarks.checkpoint_page import parameters_of, write_checkpoint_page
+from lab.benchmarks.loop_page import verdicts, write_loop_page
+from lab.benchmarks.pages import rounded
+from lab.benchmarks.run_cases import RunCase, checkpoint_cases, loop_cases
+from lab.benchmarks.run_jobs import CaseResult, command_words
+from lab.benchmarks.run_numbers import checkpoint_row, cost_of_comparing, loop_row, steps_beside_saves, waiting
+from lab.benchmarks.tally import REST, Tally
 from megatron_sorted.settings.load import load_settings
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as for a script in tools/
-
-from benchmark.bounds import measure_bounds
-from benchmark.checkpoint_page import parameters_of, write_checkpoint_page
-from benchmark.loop_page import verdicts, write_loop_page
-from benchmark.run_cases import RunCase, checkpoint_cases, loop_cases
-from benchmark.run_facts import rounded
-from benchmark.run_jobs import CaseResult, command_words
-from benchmark.run_numbers import checkpoint_row, cost_of_comparing, loop_row, steps_beside_saves, waiting
-from benchmark.tally import REST, Tally
+from megatron_sorted.settings.rules import check_settings
 
 
 class Clock:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_sorted.data.cldr import DEFAULT_LOCALES, NAME_KINDS, Fact, all_facts, answer, is_unseen, links, own_names, stable_hash
-from megatron_sorted.data.cldr_questions import ASKING_LOCALES
+from lab.cldr.facts import DEFAULT_LOCALES, NAME_KINDS, Fact, all_facts, answer, is_unseen, links, own_names, stable_hash
+from lab.cldr.questions import ASKING_LOCALES
 from megatron_sorted.errors import DataError
 
 

@@ -6,11 +6,11 @@ from string import Formatter
 
 import pytest
 
-from megatron_sorted.data.cldr import DEFAULT_LOCALES, Fact, is_unseen
-from megatron_sorted.data.cldr_phrasings import ENGLISH_CODE, ENGLISH_LINK, ENGLISH_NAME, NAME_IN
-from megatron_sorted.data.cldr_questions import ASKING_LOCALES, QuestionPlan, ask, phrasings, plan_questions
+from lab.cldr.facts import DEFAULT_LOCALES, Fact, is_unseen
+from lab.cldr.phrasings import ENGLISH_CODE, ENGLISH_LINK, ENGLISH_NAME, NAME_IN
+from lab.cldr.questions import ASKING_LOCALES, QuestionPlan, ask, phrasings, plan_questions
+from lab.make_cldr_questions import main
 from megatron_sorted.errors import DataError
-from tools.make_cldr_questions import main
 
 LOCALES = ("de", "fi", "fr", "pl", "zh")
 

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,10 +10,31 @@ import sys
 import pytest
 
 from megatron_sorted import __version__
+from megatron_sorted.commands import COMMANDS
 from tests.support.commands import ROOT, environment
 
-PROGRAMS = sorted([*ROOT.glob("tools/*.py"), ROOT / "pretrain_sorted.py"])
-BEGIN = "from megatron_sorted.command import run_main, start_command; start_command(); import sys, time, os\n"
+LAB = sorted(path for path in ROOT.glob("lab/*.py") if path.name != "__init__.py")
+ENTRIES = sorted([*(path for path in ROOT.glob("tools/*.py") if path.stem != "entry"), ROOT / "pretrain_sorted.py"])
+MOST_LINES, MOST_COLUMNS = 50, 104
+WATCHED = """\
+import atexit, os, sys
+heavy = {"torch", "transformers", "megatron", "numpy", "fastapi", "matplotlib"}
+tell = atexit.register(lambda: print(*["imported", *sorted(heavy & set(sys.modules))], file=sys.stderr, flush=True))
+end = os._exit  # what training ends with
+os._exit = lambda status: (tell(), end(status))
+from megatron_sorted.__main__ import main
+main()
+"""
+NEAREST = {
+    "train": (["--trian-iters", "1"], "--train-iters"), "prepare": (["--inptu", "a"], "--input"), "split": (["--ouput", "a"], "--output"),
+    "convert": (["export", "a", "b", "--dytpe", "float16"], "--dtype"), "extract": (["a", "b", "--dpeth", "1"], "--depth"),
+    "evaluate": (["m", "--txet", "a"], "--text"), "generate": (["m", "--promt", "a"], "--prompt"),
+    "serve": (["m", "--prot", "1"], "--port"),
+    "tune": (["m", "--prompt-flie", "a"], "--prompt-file"), "benchmark": (["m", "--question", "a", "--swep"], "--sweep"),
+    "report": (["a", "--outptu", "b"], "--output"), "plan": (["a.yaml", "--serach"], "--search"), "doctor": (["--netwrok"], "--network"),
+    "launch": (["slurm", "--hlep"], "--help"), "examples": (["a", "--overwirte"], "--overwrite")}
+"""Command -> words with an option that there is not, and the one that is meant."""
+BEGIN = "from megatron_sorted.command_line import run_main, start_command; start_command(); import sys, time, os\n"
 
 
 def started(body: str, *words: str, stdout=subprocess.PIPE, **variables) -> subprocess.Popen:
@@ -27,8 +49,8 @@ def ended(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
-def test_every_command_begins_before_its_slow_imports_and_ends_the_same_way(path):
+@pytest.mark.parametrize("path", LAB, ids=lambda path: path.name)
+def test_every_command_of_the_lab_begins_before_its_slow_imports_and_ends_the_same_way(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     guards = [node for node in tree.body if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)]
     assert [ast.unparse(node) for node in guards[0].body] == ["start_command()"]
@@ -36,6 +58,67 @@ def test_every_command_begins_before_its_slow_imports_and_ends_the_same_way(path
     before = {name.name.partition(".")[0] if isinstance(node, ast.Import) else node.module.partition(".")[0]
               for node in tree.body[: tree.body.index(guards[0])] if isinstance(node, ast.Import | ast.ImportFrom) for name in node.names}
     assert before <= set(sys.stdlib_module_names) | {"megatron_sorted"}
+
+
+@pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.name)
+def test_every_entry_point_is_a_few_lines_that_start_a_command(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) < 20
+    module, command = re.search(r'^    run\((?:"([\w.]+)", )?"([\w.]+)"\)$', source, re.MULTILINE).groups()
+    if command.startswith("lab."):
+        assert command == f"lab.{path.stem}" and (ROOT / "lab" / path.name).is_file()
+    else:
+        assert (module, command) == (None, "megatron_sorted.launching.facts") or command in COMMANDS
+
+
+def test_every_command_has_its_file_and_every_file_its_command():
+    files = {path.stem for path in (ROOT / "megatron_sorted" / "commands").glob("[a-z]*.py")}
+    assert files == {*COMMANDS, "parser"}
+
+
+def run_watched(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command, whose last line of error output then names the slow packages that it imported."""
+    return subprocess.run([sys.executable, "-c", WATCHED, *words], env=environment(), capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_a_screen_ends_with_an_example_and_is_quick(name):
+    done = run_watched(name, "--help")
+    lines = done.stdout.rstrip().splitlines()
+    assert done.returncode == 0 and done.stderr == "imported\n", done.stderr
+    example = "torchrun" if name == "doctor" else f"megatron-sorted {name}"
+    assert lines[0].startswith(f"usage: megatron-sorted {name}") and lines[-1].startswith(f"example: {example}")
+    if name != "train":  # 196 settings
+        assert len(lines) <= MOST_LINES and max(map(len, lines)) <= MOST_COLUMNS, [line for line in lines if len(line) > MOST_COLUMNS]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_wrong_option_names_the_nearest_and_is_quick(name):
+    wrong, meant = NEAREST[name]
+    done = run_watched(name, *wrong)
+    *said, imported = done.stderr.splitlines()
+    assert done.returncode == (1 if name in ("train", "plan") else 2) and imported == "imported", done.stderr
+    assert len(said) == 1 and said[0].startswith("error: ") and said[0].endswith(f" Did you mean {meant}?"), done.stderr
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("convert", "exprot", "a", "b"), "invalid choice: 'exprot'. Did you mean export?"),
+    (("evaluate", "model", "--tasks", "no_such_task"), "--tasks: lm-evaluation-harness knows no 'no_such_task'"),
+    (("evaluate", "model"), "nothing to measure"),
+    (("generate", "model"), "Give --prompt, --prompt-file or --chat."),
+    (("generate", "model", "--prompt", "a", "--temperature", "-1"), "temperature: -1.0 is not 0 or more"),
+    (("serve", "model", "--adapt", "--way", "tree"), "--adapt beside --way tree"),
+    (("prepare", "--input", "a", "--output-prefix", "b", "--workers", "0"), "--workers: 0 is not at least 1"),
+    (("split", "--input", "a", "--output", "b", "--num-tokens", "3"), "--num-tokens: which tokens?"),
+    (("report", "a", "b", "c", "d", "e", "f", "g"), "more than one picture can tell apart"),
+    (("launch", "slum", "gpu"), "Did you mean slurm?"), (("plan",), "no run. Give its YAML file"),
+    (("train", "--config", "missing.yaml"), "missing.yaml: cannot be read")])
+def test_what_can_be_refused_early_is(words, message):
+    if "--tasks" in words:
+        pytest.importorskip("lm_eval", reason="lm-eval is an extra")
+    done = run_watched(*words)
+    *said, imported = done.stderr.splitlines()
+    assert done.returncode in (1, 2) and imported == "imported" and len(said) == 1 and message in said[0], done.stderr
 
 
 def test_a_command_that_goes_well():

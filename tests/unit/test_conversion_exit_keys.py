@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_sorted.conversion.exit_keys import exits_of_config, keys_of_exits, without_exits
+from megatron_sorted.conversion.hugging_face.exit_keys import exits_of_config, keys_of_exits, without_exits
 from megatron_sorted.errors import CheckpointError
 
 CONFIG = {"num_hidden_layers": 4, "hidden_size": 32}

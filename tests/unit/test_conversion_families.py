@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from megatron_sorted.conversion.families import config_of_settings, read_config, settings_of_config
+from megatron_sorted.conversion.hugging_face.config_settings import config_of_settings, settings_of_config
+from megatron_sorted.conversion.hugging_face.families import read_config
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.run import Settings
 from tests.support.model_directories import FAMILIES, family_model

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from megatron_sorted.conversion.legacy_files import LegacyFiles
+from megatron_sorted.conversion.megatron.legacy_files import LegacyFiles
 from megatron_sorted.errors import CheckpointError
 from tests.support.stored_files import HIDDEN, LAYERS, ROWS, tiny_weights, write_old
 

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from megatron_sorted.conversion.megatron_arguments import REFUSED, settings_of, vocabulary_sizes
+from megatron_sorted.conversion.megatron.arguments import REFUSED, settings_of, vocabulary_sizes
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.exits import ExitSettings
 from megatron_sorted.settings.model import ModelSettings
@@ -92,10 +92,6 @@ def test_single_arguments(said, told):
 def test_what_cannot_be_represented_is_refused_by_name(said, told):
     with pytest.raises(CheckpointError, match=told):
         of(**said)
-
-
-def test_exits_can_be_left_out():
-    assert settings_of({**LLAMA_3, "exit_layer_nums": [4]}, keep_exits=False) == EXPECTED
 
 
 def test_what_is_known_of_the_vocabulary():

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from megatron_sorted.conversion.megatron_directory import open_megatron
+from megatron_sorted.conversion.megatron.directory import open_megatron
+from megatron_sorted.conversion.megatron.legacy_files import LegacyFiles
+from megatron_sorted.conversion.megatron.torch_dist_files import TorchDistFiles
 from megatron_sorted.errors import CheckpointError
 from tests.support.stored_files import tiny_arguments, tiny_weights, write_old, write_torch_dist
 
@@ -14,23 +16,22 @@ def boxes(weights: dict) -> dict:
     return {name: (value, [("__0_0.distcp", (0,) * value.dim(), tuple(value.shape))]) for name, value in weights.items()}
 
 
-@pytest.mark.parametrize(("tracker", "name", "step"), [("7", "iter_0000007", 7), ("release\n", "release", 7), ("1234567890",
-    "iter_1234567890", 7)])  # fmt: skip
-def test_the_tracker_is_followed(tracker, name, step, tmp_path):
+@pytest.mark.parametrize(("tracker", "name"), [("7", "iter_0000007"), ("release\n", "release"), ("1234567890", "iter_1234567890")])
+def test_the_tracker_is_followed(tracker, name, tmp_path):
     write_old(tmp_path / name, tiny_weights())
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
     for path in (tmp_path, tmp_path / name):
-        opened = open_megatron(path)
-        assert (opened.kind, opened.step, opened.settings["num_layers"]) == ("legacy", step, 4)
+        source, settings = open_megatron(path)
+        assert isinstance(source, LegacyFiles) and (source.step, settings["num_layers"]) == (7, 4)
 
 
-def test_torch_dist_says_arguments_and_step(tmp_path):
+def test_torch_dist_says_arguments(tmp_path):
     write_torch_dist(tmp_path / "iter_0000012", boxes(tiny_weights()))
-    source, settings, step = open_megatron(tmp_path / "iter_0000012")
-    assert (settings, step, len(source.tensors)) == (None, 12, 26)
+    source, settings = open_megatron(tmp_path / "iter_0000012")
+    assert (settings, len(source.tensors)) == (None, 26)
     torch.save({"args": tiny_arguments(1, 1), "iteration": 13}, tmp_path / "iter_0000012" / "common.pt")
-    _, settings, step = opened = open_megatron(tmp_path / "iter_0000012")
-    assert settings["num_layers"] == 4 and step == 13 and opened.kind == "torch_dist"
+    source, settings = open_megatron(tmp_path / "iter_0000012")
+    assert settings["num_layers"] == 4 and isinstance(source, TorchDistFiles)
 
 
 @pytest.mark.parametrize(("files", "told"), [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_sorted.conversion.memory import LARGE_BYTES, bytes_of, new_tensor, same_bits
+from megatron_sorted.conversion.tensors.memory import LARGE_BYTES, bytes_of, new_tensor, same_bits
 
 
 @pytest.mark.parametrize("rows", [0, 3, LARGE_BYTES // 16 - 1, LARGE_BYTES // 16, LARGE_BYTES // 16 + 1])

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_sorted.conversion import merged_lora
-from megatron_sorted.conversion.merged_lora import AdapterOf, MergedLora, merge_adapters
-from megatron_sorted.conversion.tensor_source import TensorInfo, TensorSource
+from megatron_sorted.conversion.tensors import merged_lora
+from megatron_sorted.conversion.tensors.merged_lora import AdapterOf, MergedLora, merge_adapters
+from megatron_sorted.conversion.tensors.source import TensorInfo, TensorSource
 from megatron_sorted.errors import CheckpointError
-from megatron_sorted.settings.lora import target_shapes
+from megatron_sorted.settings.matrices import layer_shapes
 from megatron_sorted.settings.run import Settings
 
 NAME = "decoder.layers.0.self_attention.linear_proj"
@@ -61,7 +61,7 @@ def test_half_precision_is_rounded_once():
 def complete(settings: Settings) -> dict[str, torch.Tensor]:
     held = {}
     for target, where in (("linear_proj", "self_attention"), ("linear_fc1", "mlp")):
-        rows, columns = target_shapes(settings)[target]
+        rows, columns = layer_shapes(settings).matrices[target]
         name = f"decoder.layers.0.{where}.{target}"
         held |= {f"{name}.weight": torch.zeros(rows, columns), f"{name}.lora_a": torch.zeros(settings.lora_rank, columns),
                  f"{name}.lora_b": torch.zeros(rows, settings.lora_rank)}

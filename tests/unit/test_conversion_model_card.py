@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from megatron_sorted.conversion.model_card import model_card, read_quality
+from megatron_sorted.conversion.hugging_face.model_card import Origin, model_card, read_quality
 from megatron_sorted.errors import DataError
 from megatron_sorted.settings.run import Settings
 
@@ -20,24 +20,24 @@ EVALUATED = {
 
 
 def test_the_card_states_origin_depth_and_sizes():
-    card = model_card("small", "big", FULL, PART, None, step=1200)
+    card = model_card("small", Origin("big", FULL, 1200), PART, None)
     assert "The first 4 of 8 layers of `big` (training step 1,200), one of its exits (2, 4, 8)" in card
     part, whole = 2 * 100 * 64 + 64 + 4 * LAYER, 2 * 100 * 64 + 64 + 8 * LAYER
     assert f"| parameters | {part:,} | {whole:,} | {100 * part / whole:.0f} % |" in card
     assert "Not measured." in card and "assistant_early_exit=4" in card and "Its own exits are 2" in card
     assert 'AutoTokenizer.from_pretrained("small")' in card
-    assert "AutoTokenizer" not in model_card("small", "big", FULL, PART, None, has_tokenizer=False)
+    assert "AutoTokenizer" not in model_card("small", Origin("big", FULL), PART, None, has_tokenizer=False)
 
 
 def test_measured_quality_stands_beside_the_full_models(tmp_path):
     path = tmp_path / "evaluation.json"
     path.write_text(json.dumps(EVALUATED))
-    card = model_card("small", "big", FULL, PART, read_quality(path))
+    card = model_card("small", Origin("big", FULL), PART, read_quality(path))
     assert "| news | loss, nats per token | 2.5 | 2 |" in card
     assert "| news | agrees with the full model | 50.0 % | 100.0 % |" in card
-    assert "| news | loss, nats per token | 9 | 9 |" in model_card("small", "big", FULL, PART, read_quality(path, "other"))
+    assert "| news | loss, nats per token | 9 | 9 |" in model_card("small", Origin("big", FULL), PART, read_quality(path, "other"))
     path.write_text(json.dumps({"run": "r", "step": 5, "exits": {}, "sets": {"valid_text_document": {"4": {"loss": 1.25}}}}))
-    assert "| valid | loss, nats per token | 1.25 |  |" in model_card("small", "big", FULL, PART, read_quality(path))
+    assert "| valid | loss, nats per token | 1.25 |  |" in model_card("small", Origin("big", FULL), PART, read_quality(path))
 
 
 def test_files_that_are_no_evaluation_are_refused(tmp_path):

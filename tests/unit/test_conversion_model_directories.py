@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_sorted.conversion.convert import Exits, export_model, import_model
+from megatron_sorted.conversion.exporting import export_model
+from megatron_sorted.conversion.importing import import_model
 from megatron_sorted.conversion.network import network_to_start_from
 from megatron_sorted.conversion.open_model import open_model
+from megatron_sorted.conversion.origins import Exits
+from megatron_sorted.conversion.writing import Writing
 from megatron_sorted.decoding.network import load_network
 from megatron_sorted.errors import CheckpointError, SortedError
 from megatron_sorted.exported.load import load_with_exits
@@ -224,7 +227,7 @@ def test_an_adapter_alone_is_no_model(directory):
 
 
 def test_an_index_stands_beside_exits_and_all_readers_take_the_model(directory):
-    import_model(open_model(directory), directory.parent / "runs", Exits((2,), own_norms=True), verify=False)
+    import_model(open_model(directory), directory.parent / "runs", Exits((2,), own_norms=True), Writing(verify=False))
     out = directory.parent / "out"
     export_model(open_model(directory.parent / "runs"), out)
     index = json.loads((out / INDEX).read_text())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sorted.conversion import nested_exits
+from megatron_sorted.conversion.hugging_face import nested_exits
 from tests.support.exit_parts import change_config, save_nested
 from tests.support.model_directories import tokens
 

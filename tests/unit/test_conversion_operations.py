@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_sorted.conversion.operations import Copy, QueryKeyValue, Stack, Vocabulary
+from megatron_sorted.conversion.tensors.operations import Copy, QueryKeyValue, Stack, Vocabulary
 
 
 def rows(*values):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sorted.conversion.hugging_face_files import HuggingFaceFiles
-from megatron_sorted.conversion.safetensors_files import INDEX, SafetensorsFile, SafetensorsWriter
-from megatron_sorted.conversion.tensor_source import TensorInfo
+from megatron_sorted.conversion.hugging_face.safetensors_files import INDEX, SafetensorsFile, SafetensorsWriter
+from megatron_sorted.conversion.hugging_face.weight_files import HuggingFaceFiles
+from megatron_sorted.conversion.tensors.source import TensorInfo
 from megatron_sorted.errors import CheckpointError
 
 TENSORS = {

@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_sorted.conversion.families import settings_of_config
-from megatron_sorted.conversion.tensor_source import TensorInfo
-from megatron_sorted.conversion.tensor_table import check_ours, check_theirs, tensor_table
+from megatron_sorted.conversion.hugging_face.config_settings import settings_of_config
+from megatron_sorted.conversion.tensors.source import TensorInfo
+from megatron_sorted.conversion.tensors.table import check_ours, check_theirs, tensor_table
 from megatron_sorted.errors import CheckpointError
 from tests.support.model_directories import FAMILIES, family_model
 

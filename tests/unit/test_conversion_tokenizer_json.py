@@ -7,9 +7,9 @@ import pytest
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
-from megatron_sorted.conversion import tokenizer_json
-from megatron_sorted.conversion.sentencepiece_file import read_sentencepiece
-from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
+from megatron_sorted.conversion.tokenizers import export
+from megatron_sorted.conversion.tokenizers.export import add_fast_tokenizer
+from megatron_sorted.conversion.tokenizers.sentencepiece_file import read_sentencepiece
 from megatron_sorted.data.tokenizer import train_sentencepiece
 from megatron_sorted.exported.tokenizer import open_tokenizer
 from tests.support.sentencepiece_files import SETTINGS, check_tokenizer, lines, train
@@ -63,7 +63,7 @@ def test_nothing_to_do(directory):
 
 
 def test_what_differs_is_refused(directory, monkeypatch):
-    rebuild = tokenizer_json.rebuild
+    rebuild = export.rebuild
 
     def wrong(said, data, blank_before):
         from tokenizers import normalizers
@@ -72,7 +72,7 @@ def test_what_differs_is_refused(directory, monkeypatch):
         fast.normalizer = normalizers.Replace(" ", "\u2581")  # as transformers does: no blank before the text
         return fast
 
-    monkeypatch.setattr(tokenizer_json, "rebuild", wrong)
+    monkeypatch.setattr(export, "rebuild", wrong)
     line = add_fast_tokenizer(directory)
     assert line.startswith("tokenizer.model goes alone, without tokenizer.json: ' ' is cut into")
     assert [path.name for path in directory.iterdir()] == ["tokenizer.model"]

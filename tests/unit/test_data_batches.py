@@ -18,7 +18,7 @@ from megatron_sorted.data.batches import (
     open_train_samples,
 )
 from megatron_sorted.data.indexed import Documents, IndexedWriter
-from megatron_sorted.data.sample import Sample
+from megatron_sorted.data.samples.sample import Sample
 from megatron_sorted.data.tokenizer import load_tokenizer
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.settings.run import Settings

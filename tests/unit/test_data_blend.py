@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_sorted.data.batches import collate, open_train_samples
-from megatron_sorted.data.blend import BlendedSamples
-from megatron_sorted.data.dataset import MockSamples
 from megatron_sorted.data.indexed import Documents, IndexedWriter
+from megatron_sorted.data.samples.blend import BlendedSamples
+from megatron_sorted.data.samples.dataset import MockSamples
 from megatron_sorted.errors import DataError
 from megatron_sorted.settings.run import Settings
 

@@ -5,8 +5,8 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_sorted.data import blend_order
-from megatron_sorted.data.blend_order import BlendOrder, whole_parts
+from megatron_sorted.data.samples import blend_order
+from megatron_sorted.data.samples.blend_order import BlendOrder, whole_parts
 
 
 def walk(parts, num_samples):

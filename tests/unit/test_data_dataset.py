@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from megatron_sorted.data.corpus import Corpus
-from megatron_sorted.data.dataset import EvaluationSet, InstructionSamples, MockSamples, open_samples
 from megatron_sorted.data.indexed import Documents, IndexedWriter
-from megatron_sorted.data.text_samples import TextSamples
+from megatron_sorted.data.samples.corpus import Corpus
+from megatron_sorted.data.samples.dataset import EvaluationSet, InstructionSamples, MockSamples, open_samples
+from megatron_sorted.data.samples.text_samples import TextSamples
 from megatron_sorted.errors import DataError
 
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from megatron_sorted.data.encode import EncodeOptions, Encoder, Skipped
 from megatron_sorted.data.indexed import open_indexed
-from megatron_sorted.data.prepare import PrepareOptions, prepare
-from megatron_sorted.data.templates import conversation_of, detect_format
+from megatron_sorted.data.preparation.encode import EncodeOptions, Encoder, Skipped
+from megatron_sorted.data.preparation.prepare import PrepareOptions, prepare
+from megatron_sorted.data.preparation.templates import conversation_of, detect_format
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import DataError
 from megatron_sorted.reading.json_lines import Block
@@ -24,9 +24,6 @@ class Letters(Tokenizer):
 
     def encode_batch(self, texts):
         return [[ord(letter) for letter in text] for text in texts]
-
-    def encode_rendered_with_offsets(self, text):
-        return self.encode(text), [(place, place + 1) for place in range(len(text))]
 
     def decode(self, ids, skip_special_tokens=False):
         return "".join(chr(i) if i > 2 else "" for i in ids)
@@ -229,7 +226,7 @@ def test_each_row_is_judged_by_what_it_has():
 def test_a_plain_text_is_refused_with_the_command_that_splits_it(tmp_path, data_format, name):
     (tmp_path / name).write_text("It was a dark night.\nAnd stormy.\n")
     encode = EncodeOptions("NullTokenizer", None, 10, data_format, "plain", None, "truncate", False, 0.0, False)
-    with pytest.raises(DataError, match=rf"Of a plain text, python tools/split_text\.py --input .*{name} --separator .* --output "):
+    with pytest.raises(DataError, match=rf"Of a plain text, megatron-sorted split --input .*{name} --separator .* --output "):
         prepare(PrepareOptions((str(tmp_path / name),), str(tmp_path / "out"), encode))
     assert [path.name for path in tmp_path.iterdir()] == [name]
 

@@ -76,7 +76,7 @@ def test_text_has_no_modes_and_is_all_trained(tmp_path):
 @pytest.mark.parametrize("ending", ["bin", "idx"])
 def test_missing_file_is_named(instruction, ending):
     Path(f"{instruction}.{ending}").unlink()
-    with pytest.raises(DataError, match=rf"ours\.{ending}: no such file.*prepare_data"):
+    with pytest.raises(DataError, match=rf"ours\.{ending}: no such file.*megatron-sorted prepare"):
         open_indexed(instruction)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sorted.data.batches import make_train_batches, open_train_samples
 from megatron_sorted.data.indexed import Documents, IndexedWriter
-from megatron_sorted.data.packing import random_keys
+from megatron_sorted.data.samples.packing import random_keys
 from megatron_sorted.settings.run import Settings
 
 

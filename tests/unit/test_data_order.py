@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sorted.data.batches import collate, make_train_batches, open_train_samples
 from megatron_sorted.data.indexed import Documents, IndexedWriter
-from megatron_sorted.data.packing import shuffled
+from megatron_sorted.data.samples.packing import shuffled
 from megatron_sorted.settings.run import Settings
 
 SEQ_LENGTH = 32

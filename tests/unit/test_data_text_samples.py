@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_sorted.data.batches import collate
-from megatron_sorted.data.corpus import Corpus
 from megatron_sorted.data.indexed import Documents, IndexedWriter
-from megatron_sorted.data.text_samples import DocumentMasks, TextSamples
+from megatron_sorted.data.samples.corpus import Corpus
+from megatron_sorted.data.samples.text_samples import DocumentMasks, TextSamples
 from megatron_sorted.model.attention import make_attention_mask
 from tests.support.text_stream import EOD, find_documents, write_documents
 

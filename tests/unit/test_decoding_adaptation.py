@@ -1,29 +1,25 @@
 """A server that adapts: each way is tried, the fastest is kept, by task; what was learned outlives it; texts stay those of `full`."""
 
-import argparse
 import json
 import os
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("fastapi", reason="serving is an extra")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-from decoding import adaptation as adaptation_module
-from decoding.adaptation import LEARNED, Adaptation, check_adapt, ways_to_try
-from decoding.api import make_app
-from decoding.choices import CHOICES, write_choices
-from decoding.options import WAY_OPTIONS
-from decoding.worker import Job, Worker
 from fastapi.testclient import TestClient
 
-from megatron_sorted.decoding.sampling import Sampling
-from megatron_sorted.decoding.ways import Full, SelfSpeculative, SortedSpeculative, Tree
+from megatron_sorted.commands.serve import read_arguments
+from megatron_sorted.decoding.choice import WayChoice
+from megatron_sorted.decoding.tuning.choices import CHOICES, LEARNED, write_choices
+from megatron_sorted.decoding.ways import Full, Sampling, SelfSpeculative, SortedSpeculative, Tree
 from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import DataError, SettingsError
+from megatron_sorted.serving import adaptation as adaptation_module
+from megatron_sorted.serving.adaptation import Adaptation, ways_to_try
+from megatron_sorted.serving.api import make_app
+from megatron_sorted.serving.worker import Job, Worker
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_server import expected
 from tests.unit.test_decoding_writer import Letters
@@ -187,28 +183,24 @@ def test_jobs_that_fail_teach_nothing_and_those_of_clients_that_left_do(tmp_path
         assert times_of(client) == [0, 1, 0, 0] and worker.adaptation.bandit.tasks["default"][1][1] < 200
 
 
-def values_of(**more) -> argparse.Namespace:
-    return argparse.Namespace(**{**dict.fromkeys(WAY_OPTIONS), "draft": None, "adapt": True, "adapt_file": None, **more})
-
-
 def test_ways_to_try_are_the_tuned_lossless_ones_else_the_usual_ones(tmp_path):
     _, network = plain_network("llama")
-    writer, values = Writer(network, Letters()), values_of(model=tmp_path)
-    assert [way.name for way in ways_to_try(values, writer)] == NAMES
+    writer, choice = Writer(network, Letters()), WayChoice(tmp_path)
+    assert [way.name for way in ways_to_try(choice, writer)] == NAMES
     tuned = {"full": {}, "self_speculative": {"depth": 3, "num_draft_tokens": 2}, "early_exit": {"depths": [1], "thresholds": [0.9]}}
     write_choices(tmp_path / CHOICES, {"best": "full", "ways": tuned})
-    assert ways_to_try(values, writer) == [Full(), SelfSpeculative(3, 2)]
+    assert ways_to_try(choice, writer) == [Full(), SelfSpeculative(3, 2)]
     (tmp_path / CHOICES).write_text("{")
     with pytest.raises(DataError, match="not JSON"):
-        ways_to_try(values, writer)
+        ways_to_try(choice, writer)
 
 
 def test_options_that_contradict_each_other():
-    check_adapt(values_of())
-    check_adapt(values_of(adapt=False, way="tree"))
+    read_arguments(["m", "--adapt"])
+    read_arguments(["m", "--way", "tree"])
     with pytest.raises(SettingsError, match="--adapt beside --way tree: it chooses the way"):
-        check_adapt(values_of(way="tree"))
+        read_arguments(["m", "--adapt", "--way", "tree"])
     with pytest.raises(SettingsError, match="Leave out options of ways, or --adapt"):
-        check_adapt(values_of(num_nodes=3))
+        read_arguments(["m", "--adapt", "--num-nodes", "3"])
     with pytest.raises(SettingsError, match="--adapt-file: x is of no use without --adapt"):
-        check_adapt(values_of(adapt=False, adapt_file=Path("x")))
+        read_arguments(["m", "--adapt-file", "x"])

@@ -1,19 +1,13 @@
 """What was tuned is kept by draft model and taken with that draft alone; one draft serves several models of its vocabulary."""
 
-import argparse
 import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-from decoding.choices import CHOICES, config_sha256, draft_key, read_choices, write_choices
-from decoding.options import WAY_OPTIONS, named_way, way_of
-
-from megatron_sorted.decoding.network import load_network
+from megatron_sorted.decoding.choice import WayChoice
+from megatron_sorted.decoding.network import config_sha256, draft_key, load_network
+from megatron_sorted.decoding.tuning.choices import CHOICES, read_choices, write_choices
 from megatron_sorted.decoding.ways import EarlyExit, Full, SelfSpeculative, Tree
 from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import DataError, SettingsError
@@ -36,11 +30,10 @@ def models(tmp_path_factory):
     return found
 
 
-def asked(models, name: str, draft: str | None = None, **more):
+def way_of(models, name: str, draft: str | None = None, way: str | None = None, **options):
     directory, network = models[name]
-    values = argparse.Namespace(**dict.fromkeys(WAY_OPTIONS), model=directory, draft=draft and models[draft][0])
-    vars(values).update(more)
-    return values, network, models[draft][1] if draft else None
+    choice = WayChoice(directory, draft and models[draft][0], way, options)
+    return choice.way(network, models[draft][1] if draft else None)
 
 
 def test_the_tuned_way_is_that_of_the_draft_which_is_given(models):
@@ -48,16 +41,16 @@ def test_the_tuned_way_is_that_of_the_draft_which_is_given(models):
         directory, key = models[name][0], draft_key(*models["small"])
         assert key == f"small@{config_sha256(models['small'][1])[:16]}"
         write_choices(directory / CHOICES, BY_SMALL, key)
-        assert way_of(*asked(models, name)) == Full(), "nothing was tuned without a draft"
+        assert way_of(models, name) == Full(), "nothing was tuned without a draft"
         write_choices(directory / CHOICES, ALONE)
-        assert way_of(*asked(models, name)) == Tree((2,), (), 3, 2, 5)
-        assert way_of(*asked(models, name, "small")) == SelfSpeculative(1, 7)
-        assert way_of(*asked(models, name, "small", num_draft_tokens=2)) == SelfSpeculative(1, 2)
-        assert way_of(*asked(models, name, "twin", way="self_speculative")) == SelfSpeculative(1, 4), "the usual one"
+        assert way_of(models, name) == Tree((2,), (), 3, 2, 5)
+        assert way_of(models, name, "small") == SelfSpeculative(1, 7)
+        assert way_of(models, name, "small", num_draft_tokens=2) == SelfSpeculative(1, 2)
+        assert way_of(models, name, "twin", way="self_speculative") == SelfSpeculative(1, 4), "the usual one"
         with pytest.raises(SettingsError, match="draft model: full drafts nothing"):
-            way_of(*asked(models, name, "twin"))
+            way_of(models, name, "twin")
         with pytest.raises(SettingsError, match="draft model: it has 320 tokens and the model 300"):
-            way_of(*asked(models, name, "foreign", way="tree"))
+            way_of(models, name, "foreign", way="tree")
 
 
 def test_what_was_tuned_with_others_stays(tmp_path):
@@ -72,9 +65,10 @@ def test_what_was_tuned_with_others_stays(tmp_path):
 
 
 def test_a_way_that_drafts_nothing_leaves_the_draft_alone(models):
-    values, network, draft = asked(models, "target", "small", way="tree", num_levels=2)
-    writer = Writer(network, Letters(), draft)
-    assert named_way(values, "full", writer) == Full() and isinstance(named_way(values, "early_exit", writer), EarlyExit)
+    (directory, network), (small, draft) = models["target"], models["small"]
+    choice, writer = WayChoice(directory, small, "tree", {"num_levels": 2}), Writer(network, Letters(), draft)
+    assert choice.named("full").way(network, writer.draft_for(Full)) == Full()
+    assert isinstance(choice.named("early_exit").way(network, writer.draft_for(EarlyExit)), EarlyExit)
     assert len(list(writer.write([[5, 6]], Full(), max_new_tokens=1))) == 1
 
 
@@ -95,17 +89,17 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
 def test_tuned_options_of_another_kind_are_told_of(models, options):
     directory = models["large"][0]
     (directory / CHOICES).write_text(json.dumps({"format": 1, "best": "tree", "ways": {"tree": {**TREE, **options}}}))
-    with pytest.raises(DataError, match=r"its options of tree are not as tools/tune_decoding\.py writes them"):
-        way_of(*asked(models, "large"))
+    with pytest.raises(DataError, match=r"its options of tree are not as megatron-sorted tune writes them"):
+        way_of(models, "large")
     (directory / CHOICES).unlink()
 
 
-@pytest.mark.parametrize(("tool", "arguments", "message"), [
-    ("generate", ["m", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens: 0 is not 1 or more"),
-    ("generate", ["m", "--prompt", "a", "--threads", "-1"], "--threads: -1 is not 1 or more"),
-    ("tune_decoding", ["m", "--prompt-file", "f", "--num-prompts", "0"], "--num-prompts: 0 is not"),
-    ("prove_decoding", ["m", "--prompt-file", "f", "--most-prompt-tokens", "0"], "--most-prompt-tokens: 0 is not"),
-    ("benchmark_decoding", ["m", "--questions", "f", "--per-group", "0"], "--per-group: 0 is not")])
-def test_counts_of_nothing_are_refused_before_a_model_is_read(tool, arguments, message):
+@pytest.mark.parametrize(("module", "arguments", "message"), [
+    ("megatron_sorted.commands.generate", ["m", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens: 0 is not 1 or more"),
+    ("megatron_sorted.commands.generate", ["m", "--prompt", "a", "--threads", "-1"], "--threads: -1 is not 1 or more"),
+    ("megatron_sorted.commands.tune", ["m", "--prompt-file", "f", "--num-prompts", "0"], "--num-prompts: 0 is not"),
+    ("lab.prove_decoding", ["m", "--prompt-file", "f", "--most-prompt-tokens", "0"], "--most-prompt-tokens: 0 is not"),
+    ("megatron_sorted.commands.benchmark", ["m", "--questions", "f", "--per-group", "0"], "--per-group: 0 is not")])
+def test_counts_of_nothing_are_refused_before_a_model_is_read(module, arguments, message):
     with pytest.raises(SettingsError, match=message):
-        importlib.import_module(tool).main(arguments)
+        importlib.import_module(module).main(arguments)

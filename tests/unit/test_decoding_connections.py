@@ -2,26 +2,21 @@
 
 import asyncio
 import json
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("fastapi", reason="serving is an extra")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-from decoding import body
-from decoding.api import make_app
-from decoding.worker import MOST_WAITING, Job, Worker
 from fastapi.testclient import TestClient
 
 from megatron_sorted.decoding.generate import Added
-from megatron_sorted.decoding.sampling import Sampling
-from megatron_sorted.decoding.ways import Full
+from megatron_sorted.decoding.ways import Full, Sampling
 from megatron_sorted.decoding.writer import Piece, Writer
 from megatron_sorted.errors import MemoryExhaustedError
+from megatron_sorted.serving import body
+from megatron_sorted.serving.api import make_app
+from megatron_sorted.serving.worker import MOST_WAITING, Job, Worker
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_server import NamedLetters as Letters
 

@@ -2,16 +2,16 @@
 
 import pytest
 
-from megatron_sorted.decoding import costs as costs_module
-from megatron_sorted.decoding.costs import Costs, measure_costs
-from megatron_sorted.decoding.forecast import forecast
+from megatron_sorted.decoding.cache.state import State
+from megatron_sorted.decoding.choice import check_way
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.sampling import Sampling
-from megatron_sorted.decoding.state import State
-from megatron_sorted.decoding.traces import Trace, record
-from megatron_sorted.decoding.tuning import Bandit, Tuner
-from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, check_way
+from megatron_sorted.decoding.tuning import costs as costs_module
+from megatron_sorted.decoding.tuning.costs import Costs, measure_costs
+from megatron_sorted.decoding.tuning.forecast import forecast
+from megatron_sorted.decoding.tuning.search import Bandit, Tuner
+from megatron_sorted.decoding.tuning.traces import Trace, record
+from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, Sampling, SelfSpeculative, SortedSpeculative
 from tests.support.decoding import last_logits, plain_network, prompts
 
 DEPTHS, LENGTH = [1, 2, 3], 40

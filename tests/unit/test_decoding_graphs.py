@@ -5,13 +5,12 @@ import itertools
 import pytest
 import torch
 
-from megatron_sorted.decoding.arenas import MOST_IDLE
+from megatron_sorted.decoding.cache.memory import MOST_IDLE
+from megatron_sorted.decoding.cache.passes import Passes
+from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.generate import Limits, generate, stream
 from megatron_sorted.decoding.network import load_network
-from megatron_sorted.decoding.passes import Passes
-from megatron_sorted.decoding.sampling import Sampling
-from megatron_sorted.decoding.state import State
-from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, Tree
+from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, Sampling, SelfSpeculative, SortedSpeculative, Tree
 from tests.support.decoding import DEPTHS, last_logits, prompts
 from tests.support.exit_parts import save_nested
 from tests.support.model_directories import FAMILIES
@@ -117,7 +116,7 @@ def test_a_device_that_cannot_record_is_asked_once():
 
 
 def test_no_more_is_recorded_than_there_is_room_for(monkeypatch):
-    monkeypatch.setattr("megatron_sorted.decoding.passes.MOST_RECORDED", 2)
+    monkeypatch.setattr("megatron_sorted.decoding.cache.passes.MOST_RECORDED", 2)
     passes, tensor = Passes(Tape()), torch.zeros(1)
     for name in [*"abc", *"abc", *"abc"]:
         passes(name, lambda: tensor.add_(0))

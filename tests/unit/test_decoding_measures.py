@@ -1,19 +1,15 @@
 """What the benchmark of decoding says of its trials, by hand-made numbers."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_sorted.benchmark.curve import Point, Said, best_within, front
+from megatron_sorted.benchmark.peer import until_end
+from megatron_sorted.benchmark.sweep import Sweep
+from megatron_sorted.benchmark.trials import Trial, share_same, try_all
 from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-from decoding.curve import Point, Said, best_within, front
-from decoding.peer import until_end
-from decoding.sweep import Sweep
-from decoding.trials import Trial, share_same, try_all
 
 DEPTHS = [1, 2, 4]
 SAID = Said(torch.tensor([[4.0, 1.0, 8.0], [3.0, 2.0, 6.0], [1.0, 3.0, 5.0]]),

@@ -2,20 +2,16 @@
 
 import dataclasses
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from lab.decoding import proof
+from lab.decoding.proof import Draws, compare, draw_way, fit, greedy_draft_pairs, pairs_expected, sample_pairs
+from megatron_sorted.decoding.choice import check_way
 from megatron_sorted.decoding.generate import generate
-from megatron_sorted.decoding.sampling import Sampling
-from megatron_sorted.decoding.ways import SelfSpeculative, Tree, check_way, draft_depths
+from megatron_sorted.decoding.ways import Sampling, SelfSpeculative, Tree, draft_depths
 from tests.support.decoding import plain_network
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-from decoding import proof
-from decoding.proof import compare, draw_way, fit, greedy_draft_pairs, pairs_expected, sample_pairs
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 6], [4, 4]]
 
@@ -39,7 +35,7 @@ def test_drawn_ways_can_all_be_gone(network):
 
 
 def test_nothing_differs_and_texts_end_in_every_manner(network):
-    found = compare(network, PROMPTS, 1500, seed=1, most_new_tokens=24, end_ids=frozenset({1, 2}), to_text=letters)
+    found = compare(network, PROMPTS, 1500, seed=1, draws=Draws(24, frozenset({1, 2}), letters))
     assert found.num_tokens >= 1500 and found.num_same == found.num_tokens and not found.differences
     assert set(found.finishes) == {"eos", "stop", "length"} and set(found.by_way) == {"self_speculative", "sorted_speculative", "tree"}
     assert 0 < found.accepted < found.drafted
@@ -53,7 +49,7 @@ def test_a_wrong_token_is_found(network, monkeypatch):
         return texts
 
     monkeypatch.setattr(proof, "generate", slipped)
-    found = compare(network, PROMPTS, 600, seed=1, most_new_tokens=24, sampled=0.0)
+    found = compare(network, PROMPTS, 600, seed=1, draws=Draws(24, sampled=0.0))
     assert found.differences and all(one.way.name == "tree" and one.place == 3 for one in found.differences)
     assert found.num_same < found.num_tokens and all(one.margin >= 0 for one in found.differences)
 

@@ -2,15 +2,10 @@
 
 import gzip
 import json
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import pytest
-from decoding.questions import CONVERSATION, Question, read_prompts, read_questions
 
+from megatron_sorted.benchmark.questions import CONVERSATION, Question, read_prompts, read_questions
 from megatron_sorted.errors import DataError
 
 
@@ -43,6 +38,4 @@ def test_what_is_no_question_is_named_with_its_line(tmp_path, change, message):
 
 def test_prompts_end_at_line_feeds(tmp_path):
     (tmp_path / "p.gz").write_bytes(gzip.compress("\ufeffa\u2028b\r\n \nc\x0c\rd".encode()))
-    writer = SimpleNamespace(encode=list, network=SimpleNamespace(max_positions=100))
-    values = SimpleNamespace(prompt_file=tmp_path / "p.gz", questions=None, num_prompts=9, max_new_tokens=1)
-    assert ["".join(prompt) for prompt in read_prompts(values, writer)] == ["a\u2028b", "c\x0c\rd"]
+    assert read_prompts(tmp_path / "p.gz", None, 9) == ["a\u2028b", "c\x0c\rd"]

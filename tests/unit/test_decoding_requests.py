@@ -1,22 +1,17 @@
 """What clients send: neutral and null fields are taken, what is wrong is refused by its field, and costs no more than its size allows."""
 
 import json
-import sys
 import time
 import tracemalloc
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("fastapi", reason="serving is an extra")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-from decoding.answers import RefusedError
-from decoding.body import parse_body
-from decoding.requests import ChatRequest, CompletionRequest, read_prompts, read_request, read_stops
-from decoding.turns import read_messages
-
-from megatron_sorted.decoding.sampling import Sampling
+from megatron_sorted.decoding.ways import Sampling
+from megatron_sorted.serving.answers import RefusedError
+from megatron_sorted.serving.body import parse_body
+from megatron_sorted.serving.requests import ChatRequest, CompletionRequest, read_prompts, read_request, read_stops
+from megatron_sorted.serving.turns import read_messages
 
 JSON = "application/json"
 USER = [{"role": "user", "content": "Hi"}]

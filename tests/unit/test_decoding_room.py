@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megatron_sorted.decoding import room
+from megatron_sorted.decoding.cache import room
+from megatron_sorted.decoding.cache.room import bytes_needed, check_room, free_host_bytes, told_by_us
+from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.generate import Limits, generate
-from megatron_sorted.decoding.room import bytes_needed, check_room, free_host_bytes, told_by_us
-from megatron_sorted.decoding.state import State
 from megatron_sorted.decoding.ways import SelfSpeculative
 from megatron_sorted.errors import MemoryExhaustedError
 from tests.support.decoding import nested, plain_network

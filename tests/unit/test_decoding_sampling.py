@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from megatron_sorted.decoding.confidence import certainty, highest_probability, margin
-from megatron_sorted.decoding.sampling import Sampler, Sampling, cut, gumbel, penalise
+from megatron_sorted.decoding.sampling import Sampler, certainty, cut, gumbel, highest_probability, margin, penalise
+from megatron_sorted.decoding.ways import Sampling
 from megatron_sorted.errors import SettingsError
 
 

@@ -2,27 +2,23 @@
 
 import json
 import math
-import sys
 import threading
 import time
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 
 pytest.importorskip("fastapi", reason="serving is an extra")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-from decoding.api import make_app
-from decoding.worker import Job, Worker
 from fastapi.testclient import TestClient
 
 from megatron_sorted.decoding import generate as generate_module
+from megatron_sorted.decoding.choice import check_way
 from megatron_sorted.decoding.generate import Limits, generate
-from megatron_sorted.decoding.sampling import Sampling
-from megatron_sorted.decoding.ways import Fixed, Full, SelfSpeculative, check_way
+from megatron_sorted.decoding.ways import Fixed, Full, Sampling, SelfSpeculative
 from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.serving.api import make_app
+from megatron_sorted.serving.worker import Job, Worker
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_writer import Letters
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_sorted.decoding.state import State
+from megatron_sorted.decoding.cache.state import State
 from tests.support.decoding import DEPTHS, last_logits, nested, plain_network, prompts
 from tests.support.exit_parts import KINDS
 from tests.support.model_directories import FAMILIES
@@ -73,7 +73,7 @@ def test_rows_that_end_leave_the_others_where_memory_is(rows, kind, tmp_path):
 
 
 def test_a_long_prompt_is_read_in_parts(monkeypatch):
-    monkeypatch.setattr("megatron_sorted.decoding.state.PART", 7)
+    monkeypatch.setattr("megatron_sorted.decoding.cache.state.PART", 7)
     case, network = plain_network("mistral")
     texts = prompts((40, 40, 23), 100)
     for rows in ([0, 1], [0, 2]):

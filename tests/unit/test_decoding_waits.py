@@ -3,15 +3,14 @@
 import pytest
 import torch
 
-from megatron_sorted.conversion.nested_exits import Exit
+from megatron_sorted.conversion.hugging_face.nested_exits import Exit
 from megatron_sorted.decoding import generate as generate_module
 from megatron_sorted.decoding import sampling as sampling_module
-from megatron_sorted.decoding import transfer
-from megatron_sorted.decoding.confidence import MEASURES
+from megatron_sorted.decoding.cache import transfer
 from megatron_sorted.decoding.generate import make_step, start_batch
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.sampling import Sampling
-from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, Tree
+from megatron_sorted.decoding.sampling import SURENESS
+from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, Sampling, SelfSpeculative, SortedSpeculative, Tree
 from tests.support.decoding import prompts
 from tests.support.host_waits import HostWaits, MarkedPlatform
 from tests.support.model_directories import family_model
@@ -64,7 +63,7 @@ def test_a_step_waits_no_oftener_than_it_must(way, times, sampling, lengths, gra
         assert len(waited) == times, waited
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", SURENESS)
 def test_measures_do_not_wait(measure, stand_in):
     for waited in check(*stand_in, EarlyExit((1, 3), (NEVER, NEVER)), Sampling(), (9,), measure, False):
         assert len(waited) == 3, waited

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from megatron_sorted.decoding import sampling as sampling_module
-from megatron_sorted.decoding.confidence import MEASURES
+from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.generate import Limits, generate, stream
-from megatron_sorted.decoding.sampling import Sampling, gumbel
-from megatron_sorted.decoding.state import State
-from megatron_sorted.decoding.steps import first_sure
-from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, Tree
+from megatron_sorted.decoding.sampling import SURENESS, gumbel
+from megatron_sorted.decoding.speculation.steps import first_sure
+from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, Sampling, SelfSpeculative, SortedSpeculative, Tree
 from tests.support.decoding import continue_greedily, last_logits, nested, plain_network, prompts
 
 SPECULATIVE = [
@@ -102,18 +101,18 @@ def test_a_fixed_exit_is_the_sub_model(case, depth):
     assert [text.tokens for text in generate(network, texts, Fixed(depth), limits=Limits(20))] == wanted
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", SURENESS)
 def test_tokens_leave_at_the_first_exit_that_is_sure(measure):
     model, network = plain_network("mistral")
     texts, wanted, depths = prompts((7, 19), 100), [], []
     some = torch.tensor(prompts((60,), 100))
-    thresholds = tuple(float(MEASURES[measure](model.logits(depth, some)[0]).quantile(0.6)) for depth in (1, 3))
+    thresholds = tuple(float(SURENESS[measure](model.logits(depth, some)[0]).quantile(0.6)) for depth in (1, 3))
     for prompt in texts:
         whole, by = list(prompt), []
         for _ in range(30):
             for depth, threshold in ((1, thresholds[0]), (3, thresholds[1]), (4, -1)):
                 logits = last_logits(model, depth, whole)
-                if MEASURES[measure](logits) > threshold:
+                if SURENESS[measure](logits) > threshold:
                     break
             whole.append(int(logits.argmax()))
             by.append(depth)
@@ -195,7 +194,7 @@ def test_no_exit_is_asked_for_a_row_whose_draft_is_over(asking, read, by):
     logits, asked = torch.tensor([[0.0, 0.1], [0.0, 9.0]]), []
     state = SimpleNamespace(num_rows=2, read=asked.append)
     batch = SimpleNamespace(choose_last=lambda *_: (logits.argmax(-1), logits))
-    tokens, exits = first_sure(batch, state, [1, 2], [0.9, 0.9], MEASURES["probability"], None, asking)
+    tokens, exits = first_sure(batch, state, [1, 2], [0.9, 0.9], SURENESS["probability"], None, asking)
     assert (asked, exits) == (read, by) and tokens.tolist() == [1, 1]
 
 

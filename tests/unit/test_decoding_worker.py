@@ -1,19 +1,14 @@
 """Requests whose clients left make room for others at once."""
 
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("fastapi", reason="serving is an extra")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-from decoding.answers import BusyError
-from decoding.worker import MOST_WAITING, Job, Worker
-
-from megatron_sorted.decoding.sampling import Sampling
+from megatron_sorted.decoding.ways import Sampling
 from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.serving.answers import BusyError
+from megatron_sorted.serving.worker import MOST_WAITING, Job, Worker
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_writer import Letters
 

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_sorted.decoding import generate as generate_module
 from megatron_sorted.decoding.generate import Limits, generate
-from megatron_sorted.decoding.steps import Said
+from megatron_sorted.decoding.speculation.steps import Said
 from megatron_sorted.decoding.ways import Full, SelfSpeculative
 from megatron_sorted.decoding.writer import Writer, open_writer
 from megatron_sorted.errors import DataError, SettingsError

@@ -6,42 +6,43 @@ from pathlib import Path
 
 import pytest
 
-from tools.demo import QUESTIONS, Step, demo_steps, exit_depths, in_short, run_all
+from lab.demo import QUESTIONS, demo_steps, exit_depths, in_short, run_all
+from lab.results.steps import Step
 
 APPEND = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text(p.read_text() + sys.argv[2] if p.exists() else sys.argv[2])"
 
 
-def writing(path: Path, text: str) -> Step:
-    """Returns a step that appends ``text`` to ``path``, so that the file counts how often it ran."""
-    return Step(path.name, "append", 1, (sys.executable, "-c", APPEND, str(path), text), (path,))
+def writing(path: Path, text: str, *needs: str, always: bool = False) -> Step:
+    """Return a step that appends ``text`` to ``path``, so that the file counts how often it ran."""
+    return Step(path.name, "append", (sys.executable, "-c", APPEND, str(path), text), (path,), needs=needs, seconds=1, always=always)
 
 
 def test_finished_steps_are_skipped_and_later_ones_follow_a_changed_one(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     one, two, last = tmp_path / "one", tmp_path / "two", tmp_path / "last"
-    steps = [writing(one, "a"), writing(two, "b"), writing(last, "c")]
-    assert run_all(steps, tmp_path / "records") == 0
-    assert "step 1 of 3: append (about 1 s)" in capfd.readouterr().out
-    assert run_all(steps, tmp_path / "records") == 0
+    steps = [writing(one, "a"), writing(two, "b", "one"), writing(last, "c", "one", "two", always=True)]
+    assert run_all(steps, tmp_path) == 0
+    assert "step 1 of 3, one: append (about 1 s)" in capfd.readouterr().out
+    assert run_all(steps, tmp_path) == 0
     assert (one.read_text(), two.read_text(), last.read_text()) == ("a", "b", "cc")  # the last, the picture, is always drawn
     assert capfd.readouterr().out.count("finished before, skipped") == 2
-    assert run_all([writing(one, "x"), *steps[1:]], tmp_path / "records") == 0  # another command: it and all after it run
+    assert run_all([writing(one, "x"), *steps[1:]], tmp_path) == 0  # another command: it and all after it run
     assert (one.read_text(), two.read_text(), last.read_text()) == ("ax", "bb", "ccc")
     two.unlink()  # a lost file is made again
-    assert run_all([writing(one, "x"), *steps[1:]], tmp_path / "records") == 0
+    assert run_all([writing(one, "x"), *steps[1:]], tmp_path) == 0
     assert (one.read_text(), two.read_text()) == ("ax", "b")
 
 
 def test_a_failing_step_stops_with_its_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     never = tmp_path / "never"
-    failing = Step("fails", "fail", 1, (sys.executable, "-c", "raise SystemExit(7)"), ())
-    assert run_all([failing, writing(never, "a"), writing(tmp_path / "end", "b")], tmp_path / "records") == 7
+    failing = Step("fails", "fail", (sys.executable, "-c", "raise SystemExit(7)"), ())
+    assert run_all([failing, writing(never, "a"), writing(tmp_path / "end", "b")], tmp_path) == 7
     assert not never.exists()
-    assert "stops at step 1 of 3 (fails), exit code 7" in capfd.readouterr().err
+    assert "stops at step 1 of 3, fails: ended with exit code 7" in capfd.readouterr().err
 
 
 def test_a_step_that_writes_nothing_stops_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    silent = Step("silent", "do nothing", 1, (sys.executable, "-c", ""), (tmp_path / "absent",))
-    assert run_all([silent], tmp_path / "records") == 1
+    silent = Step("silent", "do nothing", (sys.executable, "-c", ""), (tmp_path / "absent",))
+    assert run_all([silent], tmp_path) == 1
     assert "did not write" in capfd.readouterr().err
 
 
@@ -49,9 +50,15 @@ def test_a_training_starts_with_an_empty_folder(tmp_path: Path) -> None:
     save = tmp_path / "save"
     save.mkdir()
     (save / "old_checkpoint").touch()
-    step = Step("train", "train", 1, (sys.executable, "-c", f"import os; os.mkdir({str(save)!r})"), (save,), (save,))
-    assert run_all([step], tmp_path / "records") == 0
+    step = Step("train", "train", (sys.executable, "-c", f"import os; os.mkdir({str(save)!r})"), (save,), (save,))
+    assert run_all([step], tmp_path) == 0
     assert not list(save.iterdir())
+
+
+def test_every_step_of_the_demo_follows_those_before_it(tmp_path: Path) -> None:
+    steps = demo_steps(tmp_path, quick=True)
+    assert [step.needs for step in steps] == [tuple(other.name for other in steps[:number]) for number in range(len(steps))]
+    assert [step.name for step in steps if step.always] == ["picture"]
 
 
 def test_both_models_differ_in_nothing_but_coefficients_and_folder(tmp_path: Path) -> None:

@@ -1,16 +1,12 @@
 """What the doctor says of GPUs, NPUs, libraries and variables, from hand-made facts of every failure."""
 
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as for a script in tools/
-
-from doctor.devices import ascend, extras, gpu, links, variables
-from doctor.devices.here import DevicesHere
-from doctor.finding import FAIL, OK, WARN, worst
-from doctor.probes import Probe
+from megatron_sorted.doctor.devices import ascend, extras, gpu, names, variables
+from megatron_sorted.doctor.devices.here import DevicesHere
+from megatron_sorted.doctor.finding import FAIL, OK, WARN, worst
+from megatron_sorted.doctor.probes import Probe
 
 CPU_BUILD = {"version": "2.13.0+cpu", "cuda": None, "devices": []}
 GPUS = {"version": "2.13.0+cu130", "cuda": "13.0", "devices": ["NVIDIA H100 80GB HBM3"] * 2, "capabilities": [[9, 0]] * 2,
@@ -164,29 +160,17 @@ def test_an_engine_without_a_gpu_is_to_be_removed():
 @pytest.mark.parametrize(
     ("environment", "name", "verdict"),
     [
-        ({"PYTORCH_NPU_ALLOC_CONF": "a", "PYTORCH_ALLOC_CONF": "b"}, "PYTORCH_NPU_ALLOC_CONF", FAIL),
-        ({"HCCL_EXEC_TIMEOUT": "3600"}, "HCCL_EXEC_TIMEOUT", WARN),
-        ({"HCCL_EXEC_TIMEOUT": "1800", "HCCL_EVENT_TIMEOUT": "1800"}, "HCCL_EXEC_TIMEOUT", WARN),
-        ({"HCCL_CONNECT_TIMEOUT": "60"}, "HCCL_CONNECT_TIMEOUT", FAIL),
-        ({"HCCL_CONNECT_TIMEOUT": "7201"}, "HCCL_CONNECT_TIMEOUT", FAIL),
-        ({"HCCL_CONNECT_TIMEOUT": "300"}, "HCCL_CONNECT_TIMEOUT", WARN),
         ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "CUDA_DEVICE_MAX_CONNECTIONS", WARN),
         ({"CUDA_LAUNCH_BLOCKING": "1"}, "CUDA_LAUNCH_BLOCKING", WARN),
         ({"NCCL_DEBUG": "INFO"}, "NCCL_DEBUG", WARN),
-        ({"NCCL_ASYNC_ERROR_HANDLING": "1"}, "NCCL_ASYNC_ERROR_HANDLING", WARN),
         ({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}, "TORCH_NCCL_ASYNC_ERROR_HANDLING", WARN),
-        ({"TASK_QUEUE_ENABLE": "3"}, "TASK_QUEUE_ENABLE", FAIL),
-        ({"HCCL_BUFFSIZE": "0.5"}, "HCCL_BUFFSIZE", FAIL),
-        ({"ASCEND_RT_VISIBLE_DEVICES": "0-7"}, "ASCEND_RT_VISIBLE_DEVICES", FAIL),
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, "ASCEND_RT_VISIBLE_DEVICES", WARN),
+        ({"INF_NAN_MODE_ENABLE": "0"}, "INF_NAN_MODE_ENABLE", WARN),
         ({"RANK_TABLE_FILE": "/nowhere/table.json"}, "RANK_TABLE_FILE", WARN),
-        ({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, "TORCH_DEVICE_BACKEND_AUTOLOAD", WARN),
-        ({"CPU_AFFINITY_CONF": "2", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1"}, "CPU_AFFINITY_CONF", WARN),
-        ({}, "HCCL_CONNECT_TIMEOUT", WARN),
     ],
 )
 def test_variables(environment, name, verdict):
-    found = {finding.name: finding for finding in variables.check_variables(environment, True, 128)}
+    found = {finding.name: finding for finding in variables.check_variables(environment, True)}
     assert found[name].verdict == verdict and found[name].remedy
 
 
@@ -209,15 +193,8 @@ def test_waits_against_those_of_a_run(environment, limit, wrong):
 def test_good_variables_are_shown_and_nothing_else():
     good = {"NCCL_DEBUG": "WARN", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HCCL_CONNECT_TIMEOUT": "1800", "TASK_QUEUE_ENABLE": "2",
             "HCCL_EXEC_TIMEOUT": "600", "HCCL_BUFFSIZE": "200", "ASCEND_RT_VISIBLE_DEVICES": "0,1", "HOME": "/root"}
-    found = only(variables.check_variables(good, True, 128))
+    found = only(variables.check_variables(good, True))
     assert found.verdict == OK and "NCCL_DEBUG=WARN" in found.value and "HOME" not in found.value
-
-
-def test_a_rank_table_that_is_a_link(tmp_path):
-    (tmp_path / "table").write_text("{}")
-    (tmp_path / "link").symlink_to(tmp_path / "table")
-    verdicts = [variables.check_variables({"RANK_TABLE_FILE": str(tmp_path / name)}, False, 1)[0].verdict for name in ("table", "link")]
-    assert verdicts == [WARN, FAIL]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +205,7 @@ def test_a_rank_table_that_is_a_link(tmp_path):
         ({"MASTER_PORT": "seven"}, False, "", FAIL), ({"MASTER_PORT": "70000"}, False, "", FAIL),
         ({}, True, "", WARN), ({}, True, "60000-60015\n", OK), ({}, True, "60000-60010", WARN),
         ({"HCCL_IF_BASE_PORT": "20000"}, True, "", OK),
-        ({"HCCL_IF_BASE_PORT": "65530"}, True, "", FAIL), ({"HCCL_HOST_SOCKET_PORT_RANGE": "auto"}, True, "", OK),
+        ({"HCCL_HOST_SOCKET_PORT_RANGE": "auto"}, True, "", OK),
     ],
 )  # fmt: skip
 def test_ports(environment, has_npu, reserved, verdict):
@@ -253,11 +230,11 @@ def test_devices_that_a_process_may_see():
 
 
 def test_published_links_and_what_adapters_say(tmp_path):
-    assert links.expected_within_node("NVIDIA H100 80GB HBM3") == 450e9 and links.expected_within_node("NVIDIA H100 PCIe") is None
-    assert links.expected_within_node("Ascend910B2") == 28e9 and links.expected_within_node("NVIDIA A100-SXM4-80GB") == 300e9
+    assert names.expected_within_node("NVIDIA H100 80GB HBM3") == 450e9 and names.expected_within_node("NVIDIA H100 PCIe") is None
+    assert names.expected_within_node("Ascend910B2") == 28e9 and names.expected_within_node("NVIDIA A100-SXM4-80GB") == 300e9
     for adapter, state, rate in (("mlx5_0", "4: ACTIVE\n", "200 Gb/sec (4X HDR)\n"), ("mlx5_1", "1: DOWN\n", "10 Gb/sec\n")):
         port = tmp_path / adapter / "ports/1"
         port.mkdir(parents=True)
         (port / "state").write_text(state)
         (port / "rate").write_text(rate)
-    assert links.adapter_gigabits(tmp_path) == [200.0]
+    assert names.adapter_gigabits(tmp_path) == [200.0]

@@ -1,23 +1,18 @@
 """What the doctor says of Python, packages, limits, interfaces, disks and settings, from hand-made facts of every failure."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_sorted.settings.load import load_settings
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as for a script in tools/
-
-from doctor import disks, interfaces, limits, local, packages, run_file
-from doctor.finding import FAIL, OK, WARN, worst
-from doctor.interfaces import Interface
-from doctor.limits import Container
-from doctor.probes import Probe, probe
-
+from megatron_sorted.doctor import disks, interfaces, limits, local, packages, probes, run_file
+from megatron_sorted.doctor.finding import FAIL, OK, WARN, worst
+from megatron_sorted.doctor.interfaces import Interface
+from megatron_sorted.doctor.limits import Container
+from megatron_sorted.doctor.probes import Probe, probe
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform.processes import World, read_world, read_world_of_training
+from megatron_sorted.settings.load import load_settings
 
 GIB = 2**30
 TORCH = {"version": "2.13.0", "file": "/x/torch/__init__.py", "distributed": True, "gloo": True}
@@ -43,7 +38,6 @@ def test_python_path(tmp_path):
     assert only(check(f"{tmp_path}")).verdict == OK and not check("")
     assert only(check(f"{tmp_path}:{tmp_path}/gone")).verdict == WARN
     assert "another Python" in only(check("/usr/lib/python3.9/site-packages")).value
-    assert packages.check_python_path({"PYTHONHOME": "/usr"}, (3, 11, 7))[0].verdict == WARN
 
 
 def write_core(folder: Path, text: str) -> str:
@@ -106,25 +100,34 @@ def test_imports_that_crash_hang_or_end_are_told_apart(tmp_path):
     for name, text in (("apex", "import os; os.abort()"), ("torch", "import time; time.sleep(60)"),
                        ("transformer_engine", "print('hello'); raise SystemExit(3)")):
         (tmp_path / f"{name}.py").write_text(text)
-    environment = {"PATH": "/usr/bin:/bin"}
-    assert "SIGABRT" in probe(["apex"], tmp_path, environment, 60)[0].error
-    first, second = probe(["torch", "megatron"], tmp_path, environment, 2)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}
+    assert "SIGABRT" in probe(["apex"], environment, 60)[0].error
+    first, second = probe(["torch", "megatron"], environment, 2)
     assert "did not end within 2 s" in first.error and second.facts is None
-    assert probe(["transformer_engine"], tmp_path, environment, 60)[0].error == "SystemExit: 3"
+    assert probe(["transformer_engine"], environment, 60)[0].error == "SystemExit: 3"
+
+
+@pytest.mark.parametrize(("root", "is_checkout", "path"), [
+    ("/clone", True, ["/clone", "/first", "/x/site-packages"]), ("/first", True, ["/first", "/x/site-packages"]),
+    ("/x/site-packages", False, ["/first", "/x/site-packages"])])  # fmt: skip
+def test_what_is_examined_stands_where_training_finds_it(monkeypatch, root, is_checkout, path):
+    monkeypatch.setattr("sys.path", ["/folder/of/the/program", "/first", "/x/site-packages"])
+    monkeypatch.setattr(probes, "ROOT", Path(root))
+    monkeypatch.setattr(probes, "IS_CHECKOUT", is_checkout)
+    assert probes.training_path() == path
 
 
 @pytest.mark.parametrize(
     ("values", "names"),
-    [((65536, -1, 8 * 2**20, -1), []), ((1024, -1, -1, -1), ["ulimit -n (files)"]), ((-1, 65536, -1, -1), ["ulimit -l (locked)"]),
-     ((-1, -1, 2**20, -1), ["ulimit -s (stack)"]), ((-1, -1, -1, 1000), ["ulimit -u (processes)"])],
+    [((65536, -1), []), ((1024, -1), ["ulimit -n (files)"]), ((-1, 65536), ["ulimit -l (locked)"])],
 )
 def test_limits(values, names):
     assert [finding.name for finding in limits.check_limits(*values, has_device=True) if finding.verdict != OK] == names
 
 
 def test_limits_that_matter_to_devices_only():
-    assert worst(limits.check_limits(65536, 65536, -1, -1, has_device=False)) == OK
-    assert worst(limits.check_limits(128, -1, -1, -1, has_device=False)) == FAIL
+    assert worst(limits.check_limits(65536, 65536, has_device=False)) == OK
+    assert worst(limits.check_limits(128, -1, has_device=False)) == FAIL
 
 
 @pytest.mark.parametrize(("total", "free", "has_device", "verdict"), [
@@ -165,16 +168,8 @@ def test_memory_of_a_container():
 )  # fmt: skip
 def test_processors(usable, container, threads, processes, wrong):
     environment = {} if threads is None else {"OMP_NUM_THREADS": threads}
-    found = limits.check_processors(64, usable, container, environment, processes)
+    found = limits.check_processors(container, environment, processes, 64, usable)
     assert [finding.name for finding in found if finding.verdict != OK] == wrong
-
-
-def test_locale_clock_and_queues():
-    assert only(limits.check_locale("UTF-8", {})).verdict == OK
-    assert "LANG=C" in only(limits.check_locale("ANSI_X3.4-1968", {"LANG": "C"})).value
-    assert only(limits.check_year(1970)).verdict == FAIL and not limits.check_year(2026)
-    assert only(limits.check_backlogs(128, 1000, 128)).verdict == WARN
-    assert not limits.check_backlogs(128, 1000, 8) and not limits.check_backlogs(None, 65536, 128)
 
 
 LOOPBACK, FAST, SLOW, DOWN = (Interface("lo", "127.0.0.1", True, None), Interface("eth0", "10.0.0.1", True, 200000),
@@ -335,8 +330,9 @@ def test_the_size_of_a_checkpoint(tmp_path):
 def test_processes_a_run_is_checked_for(tmp_path):
     settings = settings_of(tmp_path)
     wanted = run_file.wanted_processes
-    assert (wanted(settings, 16, 4, 128, 8), wanted(settings, None, 4, 128, 8), wanted(settings, None, None, 128, 8)) == (16, 4, 128)
-    assert [wanted(settings, None, None, None, devices) for devices in (8, 0, 3)] == [8, 2, 2]
+    assert settings.world_size is None and [wanted(settings, None, None, devices) for devices in (8, 0, 3)] == [8, 2, 2]
+    settings = dataclasses.replace(settings, world_size=128)
+    assert (wanted(settings, 16, 4, 8), wanted(settings, None, 4, 8), wanted(settings, None, None, 8)) == (16, 4, 128)
 
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}

@@ -1,25 +1,20 @@
 """The doctor's tables and its judgement of jobs, from hand-made cards, figures and phases."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as for a script in tools/
-
-from doctor.finding import FAIL, OK, WARN, broken, doubtful, fine, worst
-from doctor.network.cards import Card, check_alike, digest_of, node_names
-from doctor.network.clocks import check_offsets
-from doctor.network.examination import check_missing
-from doctor.network.judge import check_collectives, check_messages, check_sums, published_across
-from doctor.network.measure import Meter, differing
-from doctor.network.meeting import MissingRanksError
-from doctor.network.pairs import ACROSS, WITHIN, pair_rounds, ring_rounds
-from doctor.network.trial import judge
-from doctor.network.watch import explain
-from doctor.table import as_data, as_text, merge_hosts
-
+from megatron_sorted.doctor.finding import FAIL, OK, WARN, broken, doubtful, fine, worst
+from megatron_sorted.doctor.network.cards import Card, check_alike, digest_of, node_names
+from megatron_sorted.doctor.network.clocks import check_offsets
+from megatron_sorted.doctor.network.examination import check_missing
+from megatron_sorted.doctor.network.judge import check_collectives, check_messages, check_sums, published_across
+from megatron_sorted.doctor.network.measure import Meter, differing
+from megatron_sorted.doctor.network.meeting import MissingRanksError
+from megatron_sorted.doctor.network.pairs import ACROSS, WITHIN, pair_rounds, ring_rounds
+from megatron_sorted.doctor.network.trial import judge
+from megatron_sorted.doctor.network.watch import explain
+from megatron_sorted.doctor.table import as_data, as_text, merge_hosts
 from megatron_sorted.platform.processes import World
 
 NAMES = {rank: f"rank {rank} on n{rank // 2}" for rank in range(8)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.evaluation.closed_book import Answered, answer_questions, decode_greedily, encode_prompts, stop_ids
+from megatron_sorted.evaluation.closed_book import Answered, Answering, answer_questions, decode_greedily, encode_prompts
 from megatron_sorted.evaluation.nested_model import load_nested_model
 from megatron_sorted.evaluation.questions import Question
 from megatron_sorted.exported.tokenizer import open_tokenizer
@@ -35,15 +35,15 @@ def one_by_one(sub, ids, ends, max_new_tokens):
 def test_batches_say_what_single_prompts_say(model, tokenizer, depth):
     prompts, num_cut = encode_prompts(PROMPTS, tokenizer, 128 - 12)
     assert num_cut == 0 and all(ids[0] == 1 for ids in prompts)
-    sub, ends = model.sub_model(depth), stop_ids(tokenizer)
+    sub, ends = model.sub_model(depth), Answering(tokenizer, 12).stop_ids
     expected = [tokenizer.decode(one_by_one(sub, ids, ends, 12), skip_special_tokens=True) for ids in prompts]
     for batch_size in (1, 3, 16):
-        assert decode_greedily(sub, prompts, tokenizer, 12, batch_size) == expected
+        assert decode_greedily(sub, prompts, Answering(tokenizer, 12, batch_size)) == expected
     assert len(set(expected)) > 3
 
 
 def test_an_answer_ends_at_a_line_break(model, tokenizer):
-    ends = stop_ids(tokenizer)
+    ends = Answering(tokenizer, 12).stop_ids
     breaks = tokenizer.vocabulary()["<0x0A>"]
     assert breaks in ends and 2 in ends and all("\n" in tokenizer.decode([token]) for token in ends if token != 2)
     sub = model.sub_model(3)
@@ -54,14 +54,15 @@ def test_an_answer_ends_at_a_line_break(model, tokenizer):
         sub.lm_head = torch.nn.Linear(32, len(bias))
         sub.lm_head.weight.zero_()
         sub.lm_head.bias.copy_(bias)
-    assert decode_greedily(sub, prompts, tokenizer, 8) == ["\n"] * len(PROMPTS)
+    assert decode_greedily(sub, prompts, Answering(tokenizer, 8)) == ["\n"] * len(PROMPTS)
 
 
 def test_scores_of_made_answers(model, tokenizer):
     prompts, _ = encode_prompts(PROMPTS[:2], tokenizer, 52)
-    texts = decode_greedily(model.sub_model(2), prompts, tokenizer, 5)
+    texts = decode_greedily(model.sub_model(2), prompts, Answering(tokenizer, 5))
     said = texts[0].split("\n")[0].strip()
-    found = answer_questions(model, 2, [Question("a", said, (said,)), Question("b", "no", ("no such words",))], prompts, tokenizer, 5)
+    questions = [Question("a", said, (said,)), Question("b", "no", ("no such words",))]
+    found = answer_questions(model, 2, questions, prompts, Answering(tokenizer, 5))
     assert found.answers[0] == said and found.mean("exact_match_with_case") == 0.5
     scores = Answered([], {"f1": [0.0, 1.0, 0.5, 0.5]})
     assert scores.mean("f1") == 0.5 and scores.standard_error("f1") == pytest.approx((0.5 / 3) ** 0.5 / 2)

@@ -5,8 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sorted.conversion.open_model import open_model
-from megatron_sorted.evaluation.costs import count_parameters, forward_flops_per_token
-from megatron_sorted.evaluation.nested_model import NestedModel, load_nested_model
+from megatron_sorted.evaluation.nested_model import NestedModel, count_parameters, forward_flops_per_token, load_nested_model
 from megatron_sorted.settings import costs
 from megatron_sorted.settings.load import load_settings
 from tests.support.evaluated import VOCAB_SIZE, make_model

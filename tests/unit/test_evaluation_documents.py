@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from megatron_sorted.data.encode import EncodeOptions, Encoder
-from megatron_sorted.data.forms import SampleReader
+from megatron_sorted.data.preparation.encode import EncodeOptions, Encoder
+from megatron_sorted.data.preparation.forms import SampleReader
 from megatron_sorted.errors import DataError
 from megatron_sorted.evaluation.documents import Document, encode_documents, read_documents
 from megatron_sorted.exported.form import form_of_label
-from megatron_sorted.exported.tokenizer import encode_texts, open_tokenizer
+from megatron_sorted.exported.tokenizer import open_tokenizer
 from megatron_sorted.reading.json_lines import Block
 from tests.support.evaluated import write_tokenizer
 
@@ -36,11 +36,11 @@ def test_responses_alone_are_counted(tmp_path):
     documents = read_documents(path)
     assert [document.num_bytes for document in documents] == [6, 8, 4]
     tokenizer = open_tokenizer(write_tokenizer(tmp_path))
-    prompt, response, text = encode_texts(tokenizer, ["Say it.\n", "A cat.", "The bird"])
+    prompt, response, text = tokenizer.encode_batch(["Say it.\n", "A cat.", "The bird"])
     first, second, third = encode_documents(documents, tokenizer)
     assert first.ids == [1, *prompt, *response] and first.counted == [False] * (1 + len(prompt)) + [True] * len(response)
     assert second.ids == [1, *text] and second.counted == [False] + [True] * len(text)
-    assert sum(third.counted) == len(encode_texts(tokenizer, ["Ho"])[0]) + len(encode_texts(tokenizer, ["He"])[0])
+    assert sum(third.counted) == len(tokenizer.encode_batch(["Ho"])[0]) + len(tokenizer.encode_batch(["He"])[0])
     ended = encode_documents(documents, tokenizer, append_eos=True)
     assert ended[0].ids == [*first.ids, 2] and ended[0].counted == [*first.counted, True]
     assert sum(ended[2].counted) == sum(third.counted) + 2

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sorted.evaluation.output.record import Record
 from tests.support.faults import interrupted
-from tools.evaluation.record import Record
 
 
 @pytest.fixture

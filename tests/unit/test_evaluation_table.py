@@ -2,8 +2,8 @@
 
 import struct
 
-from tools.evaluation.picture import draw, rows_of
-from tools.evaluation.table import write_tables
+from megatron_sorted.evaluation.output.picture import draw, rows_of
+from megatron_sorted.evaluation.output.table import write_tables
 
 
 def results(names=("nested", "plain"), questions=True):

@@ -8,10 +8,9 @@ import torch
 
 from megatron_sorted.errors import CheckpointError, DataError, TrainingError
 from megatron_sorted.evaluation.documents import EncodedDocument
+from megatron_sorted.evaluation.heads import HeadTraining, hash_parameters, save_with_heads, train_heads
 from megatron_sorted.evaluation.held_out import measure_held_out
 from megatron_sorted.evaluation.nested_model import NestedModel, load_nested_model
-from megatron_sorted.evaluation.save_heads import save_with_heads
-from megatron_sorted.evaluation.train_heads import HeadTraining, hash_parameters, train_heads
 from tests.support.evaluated import VOCAB_SIZE, make_model, write_model
 
 
@@ -47,9 +46,9 @@ def test_training_is_that_of_plain_pytorch_and_touches_no_layer(tmp_path):
             optimizer.step()
             losses.append(loss.item())
         assert trained.losses[depth] == pytest.approx(losses, rel=1e-5) and losses[-1] < losses[0] - 0.5
-        torch.testing.assert_close(trained.model.heads[depth].weight, own[1].detach(), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(trained.model.norms[depth].weight, own[0].detach(), rtol=1e-4, atol=1e-5)
-    assert trained.model.heads[3] is trained.model.model.lm_head
+        torch.testing.assert_close(trained.model.exits[depth].head.weight, own[1].detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(trained.model.exits[depth].norm.weight, own[0].detach(), rtol=1e-4, atol=1e-5)
+    assert trained.model.exits[3].head is trained.model.model.lm_head
 
 
 def test_saved_heads_say_the_same_when_read_again(tmp_path):

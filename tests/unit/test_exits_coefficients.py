@@ -5,8 +5,7 @@ import math
 import pytest
 
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.exits.coefficients import RULES, make_coefficient_rule
-from megatron_sorted.exits.observation import Observation
+from megatron_sorted.exits.coefficients import RULES, Observation, Weighting, make_coefficient_rule
 
 TABLE = {
     "uniform": {1: 1 / 3, 4: 1 / 3, 9: 1 / 3},
@@ -24,7 +23,7 @@ def test_every_rule_has_a_row():
 
 @pytest.mark.parametrize("rule", TABLE)
 def test_a_rule_of_depth_gives_its_table(rule):
-    made = make_coefficient_rule((1, 4), 9, rule)
+    made = make_coefficient_rule((1, 4), 9, Weighting(rule))
     assert made.normalised
     for step in (0, 1, 1000):
         assert made.coefficients(step) == pytest.approx(TABLE[rule], abs=1e-15)
@@ -32,18 +31,18 @@ def test_a_rule_of_depth_gives_its_table(rule):
 
 def test_layerskips_rule_is_quadratic_and_the_last_layer_counts_fully():
     # layers 0..8: below the last 0.5 * (0, 1, 3, 6, 10, 15, 21, 28), the last 8 + 0.5 * (0 + ... + 7) = 22
-    made = make_coefficient_rule((1, 4, 6), 9, "layerskip", scale=0.5)
+    made = make_coefficient_rule((1, 4, 6), 9, Weighting("layerskip", scale=0.5))
     assert made.coefficients(0) == pytest.approx({1: 0.0, 4: 3 / 32.5, 6: 7.5 / 32.5, 9: 22 / 32.5}, abs=1e-15)
-    assert make_coefficient_rule((), 1, "layerskip").coefficients(0) == {1: 1.0}
-    assert make_coefficient_rule((), 2, "layerskip", scale=0.2).coefficients(0) == {2: 1.0}
+    assert make_coefficient_rule((), 1, Weighting("layerskip")).coefficients(0) == {1: 1.0}
+    assert make_coefficient_rule((), 2, Weighting("layerskip", scale=0.2)).coefficients(0) == {2: 1.0}
 
 
 def test_a_list_is_used_as_given_and_the_last_counts_one():
-    made = make_coefficient_rule((2, 4), 8, weights=(0.1, 0.2))
+    made = make_coefficient_rule((2, 4), 8, Weighting(weights=(0.1, 0.2)))
     assert made.coefficients(0) == {2: 0.1, 4: 0.2, 8: 1.0}
     assert not made.normalised
-    assert make_coefficient_rule((2, 4), 8, weights=(0.1, 0.0, 3.0)).coefficients(7) == {2: 0.1, 4: 0.0, 8: 3.0}
-    assert make_coefficient_rule((4, 2), 8, weights=(0.1, 0.2)).coefficients(7) == {4: 0.1, 2: 0.2, 8: 1.0}
+    assert make_coefficient_rule((2, 4), 8, Weighting(weights=(0.1, 0.0, 3.0))).coefficients(7) == {2: 0.1, 4: 0.0, 8: 3.0}
+    assert make_coefficient_rule((4, 2), 8, Weighting(weights=(0.1, 0.2))).coefficients(7) == {4: 0.1, 2: 0.2, 8: 1.0}
 
 
 @pytest.mark.parametrize(
@@ -51,22 +50,22 @@ def test_a_list_is_used_as_given_and_the_last_counts_one():
     [("linear", [0, 0.25, 0.5, 0.75, 1, 1]), ("cosine", [0, (1 - math.sqrt(0.5)) / 2, 0.5, (1 + math.sqrt(0.5)) / 2, 1, 1])],
 )
 def test_intermediate_exits_warm_up_from_zero(style, parts):
-    made = make_coefficient_rule((2, 4), 8, weights=(0.4, 0.8), warmup_iters=4, warmup_style=style)
+    made = make_coefficient_rule((2, 4), 8, Weighting(weights=(0.4, 0.8), warmup_iters=4, warmup_style=style))
     for step, part in enumerate(parts):
         assert made.coefficients(step) == pytest.approx({2: 0.4 * part, 4: 0.8 * part, 8: 1.0}, abs=1e-15)
 
 
 def test_a_warm_up_may_start_above_and_may_move_the_last():
-    made = make_coefficient_rule((2,), 4, weights=(0.2,), initial=(1.0,), warmup_iters=2)
+    made = make_coefficient_rule((2,), 4, Weighting(weights=(0.2,), initial=(1.0,), warmup_iters=2))
     assert [made.coefficients(step) for step in range(3)] == [{2: 1.0, 4: 1.0}, {2: pytest.approx(0.6), 4: 1.0}, {2: 0.2, 4: 1.0}]
-    made = make_coefficient_rule((2,), 4, "linear", initial=(0.5, 0.5), warmup_iters=2)
+    made = make_coefficient_rule((2,), 4, Weighting("linear", initial=(0.5, 0.5), warmup_iters=2))
     assert made.coefficients(0) == {2: 0.5, 4: 0.5}
     assert made.coefficients(1) == pytest.approx({2: (0.5 + 1 / 3) / 2, 4: (0.5 + 2 / 3) / 2})
     assert made.coefficients(2) == pytest.approx({2: 1 / 3, 4: 2 / 3})
 
 
 def test_a_fixed_rule_keeps_nothing():
-    made = make_coefficient_rule((2,), 4)
+    made = make_coefficient_rule((2,), 4, Weighting())
     made.observe(0, Observation({2: 3.0, 4: 2.0}, {2: 0.5, 4: 0.5}))
     assert made.needs == frozenset() and made.thresholds(0) == () and made.numbers() == {}
     assert made.state_dict() == {}
@@ -87,4 +86,4 @@ def test_a_fixed_rule_keeps_nothing():
 )
 def test_lists_that_cannot_be_are_refused(words, message):
     with pytest.raises(SettingsError, match=message):
-        make_coefficient_rule((2, 4), 8, **words)
+        make_coefficient_rule((2, 4), 8, Weighting(**words))

@@ -2,10 +2,9 @@
 
 import pytest
 
-from megatron_sorted.exits.coefficients import make_coefficient_rule
+from megatron_sorted.exits.coefficients import Observation, Weighting, make_coefficient_rule
 from megatron_sorted.exits.curriculum import Curriculum, gradual, rotation
 from megatron_sorted.exits.loss_rules import InverseLoss
-from megatron_sorted.exits.observation import Observation
 
 DEPTHS = (2, 4, 6, 8)
 
@@ -26,9 +25,9 @@ def test_gradual_goes_down_from_the_last():
 
 
 def test_shares_are_divided_again_and_a_list_is_not():
-    shares = Curriculum(make_coefficient_rule((2, 4, 6), 8, "linear"), rotation(DEPTHS, 3))
+    shares = Curriculum(make_coefficient_rule((2, 4, 6), 8, Weighting("linear")), rotation(DEPTHS, 3))
     assert shares.coefficients(1) == pytest.approx({2: 0.0, 4: 1 / 3, 6: 0.0, 8: 2 / 3})
-    listed = Curriculum(make_coefficient_rule((2, 4, 6), 8, weights=(0.1, 0.2, 0.3)), rotation(DEPTHS, 3))
+    listed = Curriculum(make_coefficient_rule((2, 4, 6), 8, Weighting(weights=(0.1, 0.2, 0.3))), rotation(DEPTHS, 3))
     assert listed.coefficients(1) == {2: 0.0, 4: 0.2, 6: 0.0, 8: 1.0}
 
 

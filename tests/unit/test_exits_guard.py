@@ -2,16 +2,15 @@
 
 import pytest
 
-from megatron_sorted.exits.coefficients import make_coefficient_rule
+from megatron_sorted.exits.coefficients import EXIT_LAYERS, LOSSES, Observation, Weighting, make_coefficient_rule
 from megatron_sorted.exits.guard import Guard
 from megatron_sorted.exits.loss_rules import InverseLoss
-from megatron_sorted.exits.observation import EXIT_LAYERS, LOSSES, Observation
 from megatron_sorted.exits.simulated_exit import SimulatedExit
 
 
 def guard(rule=None, **changes):
     words = {"last": 4, "reference": 2.0, "rate": 0.5, "decay": 0.5, "largest": 10.0, **changes}
-    return Guard(rule or make_coefficient_rule((2,), 4), **words)
+    return Guard(rule or make_coefficient_rule((2,), 4, Weighting()), **words)
 
 
 def seen(last):
@@ -47,7 +46,7 @@ def test_a_step_without_the_last_exit_changes_nothing():
 
 
 def test_a_list_is_not_divided():
-    made = guard(make_coefficient_rule((2,), 4, weights=(0.5,)))
+    made = guard(make_coefficient_rule((2,), 4, Weighting(weights=(0.5,))))
     made.observe(0, seen(4.0))
     assert not made.normalised and made.coefficients(1) == {2: 0.5, 4: 2.0}
 

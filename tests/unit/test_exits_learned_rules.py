@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from megatron_sorted.exits.coefficients import EXIT_LAYERS, GRADIENTS, LOSSES, Observation
 from megatron_sorted.exits.gradient_norm import GradNorm
 from megatron_sorted.exits.loss_rules import ExcessLoss, InverseLoss, LossRatio, Uncertainty
-from megatron_sorted.exits.observation import EXIT_LAYERS, GRADIENTS, LOSSES, Observation
 from megatron_sorted.exits.simulated_exit import SimulatedExit
 
 DEPTHS = (2, 4)

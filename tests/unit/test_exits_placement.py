@@ -1,22 +1,27 @@
 """Layers on stages and chunks, against hand tables and against megatron-core."""
 
+from dataclasses import replace
+
 import pytest
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.exits.placement import chunk_layers, chunks_of_layout, layers_of_layout, place_exits
+from megatron_sorted.exits.placement import check_chunks, layers_of_layout, split_layers
+from megatron_sorted.planning.split import layout_text
 from megatron_sorted.platform.versions import ALL, is_at_least
+from megatron_sorted.settings.layout import layout_of
+from megatron_sorted.settings.run import Settings
 
 
 def test_layers_of_two_stages_with_two_chunks():
-    assert chunk_layers(8, 2, 2) == [(0, 0, 0, 2), (1, 0, 2, 2), (0, 1, 4, 2), (1, 1, 6, 2)]
+    assert split_layers(8, 2, 2) == [2, 2, 2, 2]
 
 
 def test_layers_of_stages_of_unequal_size():
-    assert chunk_layers(11, 4, 1, first_stage_layers=2, last_stage_layers=1) == [(0, 0, 0, 2), (1, 0, 2, 4), (2, 0, 6, 4), (3, 0, 10, 1)]
-    assert chunk_layers(7, 2, 1, first_stage_layers=3) == [(0, 0, 0, 3), (1, 0, 3, 4)]
+    assert split_layers(11, 4, 1, first_stage_layers=2, last_stage_layers=1) == [2, 4, 4, 1]
+    assert split_layers(7, 2, 1, first_stage_layers=3) == [3, 4]
 
 
 @pytest.mark.skipif(not is_at_least(*ALL), reason="older megatron-core tells only a running stage of its layers, as in tests/ranks")
@@ -35,8 +40,12 @@ def test_layers_are_split_as_megatron_splits_them(num_layers, stages, chunks, fi
         pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         num_layers_in_first_pipeline_stage=first, num_layers_in_last_pipeline_stage=last,
     )  # fmt: skip
-    runs = chunk_layers(num_layers, stages, chunks, first, last)
-    ours = {(stage, chunk): (before, layers) for stage, chunk, before, layers in runs}
+    settings = Settings(num_layers=num_layers, pipeline_model_parallel_size=stages, decoder_first_pipeline_num_layers=first,
+                        decoder_last_pipeline_num_layers=last, exit_layer_nums=())
+    lengths = split_layers(num_layers, stages, chunks, first, last)
+    if chunks > 1:
+        settings = replace(settings, pipeline_model_parallel_layout=layout_text(lengths))
+    ours = {(chunk.stage, chunk.chunk): (chunk.first_layer, chunk.num_layers) for chunk in layout_of(settings).chunks}
     theirs = {}
     for stage in range(stages):
         for chunk in range(chunks):
@@ -46,8 +55,7 @@ def test_layers_are_split_as_megatron_splits_them(num_layers, stages, chunks, fi
                 get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage),
             )
     assert ours == theirs
-    depths = [before + 1 + position for _, _, before, layers in runs for position in range(layers)]
-    assert depths == list(range(1, num_layers + 1))
+    assert sum(lengths) == num_layers
 
 
 @pytest.mark.parametrize(
@@ -65,7 +73,7 @@ def test_layers_are_split_as_megatron_splits_them(num_layers, stages, chunks, fi
 )
 def test_layers_that_do_not_divide_are_refused(arguments, message):
     with pytest.raises(SettingsError, match=message):
-        chunk_layers(*arguments)
+        split_layers(*arguments)
 
 
 @pytest.mark.parametrize(("text", "stages"), [
@@ -73,7 +81,8 @@ def test_layers_that_do_not_divide_are_refused(arguments, message):
 def test_a_layout_is_read_as_megatron_reads_it(text, stages):
     layouts = pytest.importorskip("megatron.core.transformer.pipeline_parallel_layer_layout", reason="megatron-core 0.12 has no layouts")
     layers = layers_of_layout(text)
-    ours = chunks_of_layout(layers, sum(layers), stages)
+    ours = layout_of(Settings(num_layers=sum(layers), pipeline_model_parallel_size=stages, pipeline_model_parallel_layout=text,
+                              exit_layer_nums=())).chunks
     theirs = layouts.PipelineParallelLayerLayout(text.replace(" ", ""), stages)
     places = [(chunk.stage, chunk.chunk) for chunk in ours]
     assert sorted(places) == [(s, c) for s in range(stages) for c in range(len(layers) // stages)]
@@ -91,9 +100,4 @@ def test_what_is_no_layout_is_refused(text):
 @pytest.mark.parametrize(("layers", "num_layers", "stages"), [([2, 2], 5, 2), ([2, 2, 1], 5, 2)])
 def test_a_layout_of_other_layers_or_stages_is_refused(layers, num_layers, stages):
     with pytest.raises(SettingsError, match=f"{len(layers)} chunks with {sum(layers)} layers, but --num-layers is {num_layers}"):
-        chunks_of_layout(layers, num_layers, stages)
-
-
-def test_exits_stand_after_layers_of_their_chunk():
-    places = place_exits((1, 2, 3, 6, 7, 8), chunk_layers(8, 2, 2))
-    assert places == {1: (0, 0, 1), 2: (0, 0, 2), 3: (1, 0, 1), 6: (0, 1, 2), 7: (1, 1, 1), 8: (1, 1, 2)}
+        check_chunks(layers, num_layers, stages)

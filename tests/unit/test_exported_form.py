@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_sorted.conversion.prompt_form_files import write_form, write_generation_config
+from megatron_sorted.conversion.tokenizers.prompt_form_files import write_form, write_generation_config
 from megatron_sorted.errors import DataError
 from megatron_sorted.exported.form import form_of_model
 from megatron_sorted.text.conversation import chat_form
 from megatron_sorted.text.prompt_form import FILE, NamedToken, form_from_bytes
-from megatron_sorted.text.tokenizer import open_tokenizer
+from megatron_sorted.text.tokenizer.opening import open_tokenizer
 from megatron_sorted.text.written_forms import text_form, written_form
 from tests.support.chat_templates import CHATML, INST, write_fast_tokenizer
 
@@ -95,11 +95,11 @@ def test_what_was_not_trained_is_replaced_in_an_export(tmp_path):
     tokenizer = written(tmp_path, generation_config={"eos_token_id": 1, "temperature": 0.6})
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(INST)
-    form, notes = written_form("alpaca", tokenizer, True, True), []
-    write_form(tmp_path, form, notes)
+    form = written_form("alpaca", tokenizer, True, True)
+    (note,) = write_form(tmp_path, form)
     write_generation_config(tmp_path, {}, (1, 2))
-    assert open_tokenizer(tmp_path).chat_templates == {"default": form.template} and "in place of the tokenizer's own" in notes[0]
+    assert open_tokenizer(tmp_path).chat_templates == {"default": form.template} and "in place of the tokenizer's own" in note
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [1, 2], "temperature": 0.6}
     own = open_tokenizer(write_fast_tokenizer(tmp_path / "own", CHATML))
-    write_form(tmp_path / "own", chat_form(own, None)[0], notes)
-    assert len(notes) == 1 and not (tmp_path / "own" / "chat_template.jinja").exists()  # it is there already
+    assert write_form(tmp_path / "own", chat_form(own, None)[0]) == []
+    assert not (tmp_path / "own" / "chat_template.jinja").exists()  # it is there already

@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sorted.conversion.convert import Exits, import_model
+from megatron_sorted.conversion.importing import import_model
 from megatron_sorted.conversion.open_model import open_model
+from megatron_sorted.conversion.origins import Exits
+from megatron_sorted.conversion.writing import Writing
 from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.exported.model_directory import open_model_directory, plan_exits
 from tests.support.model_directories import save_model
@@ -66,7 +68,7 @@ def test_what_is_no_model_directory(tmp_path):
 
 def test_a_checkpoint_is_exported_for_the_time_of_the_process(tmp_path):
     save_model(tmp_path / "origin", "qwen3")
-    import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoints", Exits((2,)), verify=False)
+    import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoints", Exits((2,)), Writing(verify=False))
     exported = open_model_directory(tmp_path / "checkpoints")
     assert plan_exits(exported).depths == (2, 4)
     one, other = (load_file(place / "model.safetensors") for place in (exported, tmp_path / "origin"))

@@ -8,7 +8,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_sorted.errors import DataError
 from megatron_sorted.exported.tokenizer import (
-    encode_texts,
     for_transformers,
     open_tokenizer,
     prefix_id,
@@ -26,7 +25,7 @@ def directory(tmp_path_factory):
 def test_ids_and_texts_are_sentencepieces(directory):
     own = open_tokenizer(directory)
     pieces = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-    assert encode_texts(own, PROBES) == pieces.encode(PROBES)
+    assert own.encode_batch(PROBES) == pieces.encode(PROBES)
     assert own.encode_prompt(PROBES[0]) == [1, *pieces.encode(PROBES[0])] and prefix_id(own) == 1
     decoded = [own.decode(pieces.encode(text)) for text in PROBES]
     assert decoded == [pieces.decode(pieces.encode(text)) for text in PROBES]
@@ -69,7 +68,7 @@ def test_tokenizer_json(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "[eos]"}))
     tokenizer = open_tokenizer(tmp_path)
-    assert encode_texts(tokenizer, ["a cat", "cat b"]) == [[1, 2], [2, 3]]
+    assert tokenizer.encode_batch(["a cat", "cat b"]) == [[1, 2], [2, 3]]
     assert prefix_id(tokenizer) == 0
     assert for_transformers(tokenizer)(["a cat", "cat b"]).input_ids == [[1, 2], [2, 3]]
 

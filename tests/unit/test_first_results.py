@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from lab.results.experiments import cldr, make_quick
+from lab.results.measured import Number, Numbers
+from lab.results.picture import Panel, draw
+from lab.results.rates import choose_rate, chosen_rate, trained_depths
+from lab.results.recipe import HEADS, evaluate_step, final_step, head_sweep_steps, shown, sweep_folder, sweep_steps
+from lab.results.steps import PYTHON, Runner, Step, StepError
+from lab.results.tables import differences_table, findings, measures_table, spread_table, words_of_cost
+from megatron_sorted.data.preparation.split import drop_copies, read_samples, repeat_to, split_samples
 from megatron_sorted.errors import DataError
-from tools.results.experiments import cldr, make_quick
-from tools.results.measured import Number, Numbers
-from tools.results.origin import shown
-from tools.results.picture import Panel, draw, place_name
-from tools.results.rates import choose_rate, chosen_rate, trained_depths
-from tools.results.recipe import HEADS, evaluate_step, final_step, head_sweep_steps, sweep_folder, sweep_steps
-from tools.results.steps import PYTHON, Runner, Step, StepError
-from tools.results.tables import differences_table, findings, measures_table, spread_table, words_of_cost
-from tools.split_text import drop_copies, read_samples, repeat_to, split_samples
+from megatron_sorted.reporting.drawing import place_name
 
 APPEND = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text(p.read_text() + sys.argv[2] if p.exists() else sys.argv[2])"
 LOSSES = {"before": (9.0, 4.0, 1.5), "ordinary": (9.5, 4.5, 1.25), HEADS: (5.0, 3.0, 1.25), "nested": (8.0, 2.0, 1.375)}

@@ -1,6 +1,5 @@
 """The loss of a taught exit against F.cross_entropy, F.kl_div and autograd in float64; and how much memory it takes."""
 
-from functools import partial
 
 import pytest
 import torch
@@ -28,9 +27,8 @@ def make_teacher(case: LossCase, seed: int = 3) -> tuple[torch.Tensor, torch.nn.
 
 def run(case, teacher, rule, chunk_tokens=4, with_choice=False):
     """Returns losses and gradient to the hidden state."""
-    make_loss = partial(TaughtCrossEntropy, rule, *teacher)
-    return exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.targets, case.shard, chunk_tokens, torch.tensor(FACTOR), with_choice,
-                     make_loss)
+    token_loss = TaughtCrossEntropy(case.request(chunk_tokens, with_choice=with_choice), rule, *teacher)
+    return exit_loss(case.hidden_tbh, case.norm, case.weight_ph, token_loss, torch.tensor(FACTOR))
 
 
 def expected(case, teacher, rule):

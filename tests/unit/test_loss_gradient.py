@@ -9,7 +9,7 @@ from tests.support.loss_case import make_case
 
 
 def run(case, factor=1.0):
-    return exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.targets, case.shard, 4, torch.tensor(factor))
+    return exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.loss(4), torch.tensor(factor))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

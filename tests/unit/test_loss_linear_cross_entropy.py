@@ -15,7 +15,7 @@ FACTOR = 0.37
 def run(case, chunk_tokens=4, factor=FACTOR):
     """Returns losses and gradient to the hidden state."""
     factor = None if factor is None else torch.tensor(factor)
-    return exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.targets, case.shard, chunk_tokens, factor)
+    return exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.loss(chunk_tokens), factor)
 
 
 def close(actual, expected, tolerance):
@@ -144,7 +144,7 @@ def test_shard_without_a_label_sees_only_its_part():
 def test_most_likely_token_on_request_and_nothing_else_changes():
     case, same = make_case(), make_case()
     plain, d_plain = run(same)
-    losses, d_hidden = exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.targets, case.shard, 4, torch.tensor(FACTOR), True)
+    losses, d_hidden = exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.loss(4, with_choice=True), torch.tensor(FACTOR))
     logits = case.norm(case.hidden_tbh).flatten(0, 1) @ case.weight_ph.t()
     assert losses.choice_n.dtype == torch.int32 and losses.choice_n.tolist() == logits.argmax(1).tolist()
     assert plain.choice_n is None and torch.equal(plain.loss_n, losses.loss_n) and torch.equal(d_plain, d_hidden)
@@ -155,5 +155,5 @@ def test_of_equally_likely_tokens_the_lowest_id_is_chosen():
     case = make_case(dtype=torch.bfloat16)
     case.weight_ph.data[9:] = case.weight_ph.data[9]  # rows 9.. are all alike
     case.weight_ph.data[:9] = 0
-    losses, _ = exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.targets, case.shard, 4, None, True)
+    losses, _ = exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.loss(4, with_choice=True))
     assert set(losses.choice_n.tolist()) <= {0, 9} and len(set(losses.choice_n.tolist())) == 2

@@ -33,7 +33,7 @@ def largest_allocation(dtype, chunk_tokens):
     case = make_case(t=64, b=2, h=64, rows=1000, dtype=dtype)
     case.weight_ph.main_grad, case.norm.weight.main_grad = torch.zeros(1000, 64), torch.zeros(64)
     with Allocations([case.weight_ph, case.weight_ph.main_grad]) as seen:
-        exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.targets, case.shard, chunk_tokens, torch.tensor(1.0))
+        exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.loss(chunk_tokens), torch.tensor(1.0))
     return max(seen.sizes), chunk_tokens * 1000 * 4
 
 

@@ -41,7 +41,7 @@ def test_an_exit_read_through_an_adapter_has_the_gradients_of_autograd(already_a
     hidden = torch.randn(5, 3, 8, requires_grad=True)
     for parameter in reader.parameters():
         parameter.grad_added_to_main_grad = already_added
-    losses, d_hidden = exit_loss(hidden, reader, case.weight_ph, case.targets, case.shard, 4, torch.tensor(0.5))
+    losses, d_hidden = exit_loss(hidden, reader, case.weight_ph, case.loss(4), torch.tensor(0.5))
     got = [p.grad.clone() for p in reader.parameters()]
     for parameter in (*reader.parameters(), case.weight_ph):
         parameter.grad = None
@@ -85,7 +85,7 @@ def test_what_a_fused_kernel_has_added_is_not_added_again():
             return iter((weight,))
 
     for step in (1, 2):
-        _, d_hidden = exit_loss(x, Reader(), case.weight_ph, case.targets, case.shard, 4, torch.tensor(1.0))
+        _, d_hidden = exit_loss(x, Reader(), case.weight_ph, case.loss(4), torch.tensor(1.0))
         # hidden and weight of 1: the gradient to the weight is that to the hidden state times the hidden state
         assert torch.allclose(weight.main_grad, step * (d_hidden * x).sum((0, 1)), atol=1e-5)
 

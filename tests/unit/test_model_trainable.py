@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_sorted.model.trainable import freeze_others, is_trained
+from megatron_sorted.model.stage import freeze_others, is_trained
 from tests.support.tiny import tiny
 
 OWN = ("exit_norms.2.weight", "exit_output_layers.2.weight", "exit_blocks.2.mlp.linear_fc2.weight", "exit_mlps.2.mlp.linear_fc1.weight",
@@ -37,7 +37,7 @@ def test_a_stage_is_frozen_but_for_its_exits(first_layer, tune):
 
 @pytest.mark.parametrize(("first_layer", "expected"), [(0, False), (2, True)])
 def test_layers_that_train_do_so_on_every_stage_so_gradients_come_out_of_all_but_the_first(first_layer, expected, monkeypatch):
-    monkeypatch.setattr("megatron_sorted.model.trainable.is_trained", lambda name, settings: name.startswith("decoder"))
+    monkeypatch.setattr("megatron_sorted.model.stage.is_trained", lambda name, settings: name.startswith("decoder"))
     stage = make_stage(first_layer)
     freeze_others(stage, tiny())
     assert stage.trains_below is expected

@@ -1,20 +1,14 @@
 """What the planning tool says of mistakes, and of how a run is started."""
 
-import importlib.util
 import json
 import sys
 
 import pytest
 
+from megatron_sorted.commands import plan as plan_command
 from megatron_sorted.errors import SettingsError
 from tests.rules.sources import ROOT
 from tests.support.planned_run import RUN
-
-sys.path.insert(0, str(ROOT / "tools"))  # as for a script in tools/
-
-SPECIFICATION = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
-TOOL = importlib.util.module_from_spec(SPECIFICATION)
-SPECIFICATION.loader.exec_module(TOOL)
 
 
 @pytest.fixture
@@ -25,9 +19,10 @@ def plan(tmp_path, monkeypatch, capsys):
     def run(world_size, *words: str) -> tuple[object, str]:
         path = tmp_path / "run.yaml"
         path.write_text("# A run.\n" + RUN.format(world_size=world_size))
-        monkeypatch.setattr(sys, "argv", ["plan.py", str(path), *words])
+        own = [] if words and words[0].endswith(".yaml") else [str(path)]
+        monkeypatch.setattr(sys, "argv", ["plan.py", *own, *words])
         try:
-            status = TOOL.main()
+            status = plan_command.main()
         except SettingsError as error:
             status = f"error: {error}"
         return status, capsys.readouterr().out
@@ -60,21 +55,31 @@ def test_mistakes_are_told_in_a_line(words, plan):
     assert said.startswith("error: ") and MISTAKES[words] in said and "\n" not in said
 
 
-def test_a_head_that_says_no_number_is_told(plan):
-    assert "four is not a whole number above 0" in plan("four")[0]
+def test_a_number_of_processes_that_is_none_is_refused_by_its_line(plan):
+    assert "run.yaml, line 2, world-size: 'four' is not what this setting takes. Give a whole number or none." in plan("four")[0]
+
+
+def test_a_file_of_version_0_8_is_planned_with_a_note(plan, tmp_path):
+    text = RUN.format(world_size=4).replace("world-size", "# world-size")
+    (tmp_path / "old.yaml").write_text(f"# planned-device: H100\n{text}device: cuda\n")
+    status, shown = plan(1, str(tmp_path / "old.yaml"))
+    path = tmp_path / "old.yaml"
+    assert status == 0 and "torchrun --nproc-per-node 4" in shown and "note: planned for" not in shown
+    for key, word in (("world-size", 4), ("planned-device", "H100")):
+        assert f"note: {path}: '# {key}: {word}' is a comment. Write it as a key of the file: {key}: {word}" in shown
 
 
 def test_a_file_that_is_not_there_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["plan.py", str(tmp_path / "none.yaml")])
     with pytest.raises(SettingsError, match=r"none\.yaml: cannot be read"):
-        TOOL.main()
+        plan_command.main()
 
 
 def test_where_no_line_starts_the_run_the_plan_says_why(plan):
     words = ["--device", "cuda", "--planned-device", "H100"]
     assert "no line to start it: 12 processes do not fill hosts of 8 devices" in plan(12, *words)[1]
     said = plan(16, *words, "--world-size", "32")[1]
-    assert "with '# world-size: 32' in the head of" in said and ", which says 16: slurm/gpu.sbatch --site SITE --nodes 4" in said
+    assert "with world-size: 32 in " in said and ", which says 16: slurm/gpu.sbatch --site SITE --nodes 4" in said
     assert plan(8, *words)[1].splitlines()[-1].startswith("torchrun --nproc-per-node 8 ")
 
 
@@ -116,14 +121,14 @@ def test_every_example_is_planned_or_what_is_missing_is_asked_for(path, monkeypa
     if path.name in ASKED:
         monkeypatch.setattr(sys, "argv", ["plan.py", str(path)])
         with pytest.raises(SettingsError, match=r"--vocab-size: not said, .* Give the number of its tokens: --vocab-size N"):
-            TOOL.main()
+            plan_command.main()
         words = ["--vocab-size", "4096"]
     monkeypatch.setattr(sys, "argv", ["plan.py", str(path), *words])
-    status = TOOL.main()
+    status = plan_command.main()
     said = capsys.readouterr().out
     assert status == 0 and "memory: " in said
     text = path.read_text()
-    assert ("note: planned for" in said) == ("# planned-device:" not in text and "device: cpu" not in text)
+    assert ("note: planned for" in said) == ("\nplanned-device:" not in text and "device: cpu" not in text)
     for name in ("exit-kd-weight", "tune-exit"):
         assert (f"note: --{name} " in said) == (f"{name}:" in text)
 

@@ -1,26 +1,21 @@
 """What a plan says of known models, and of layouts of one."""
 
-import re
 import shlex
-import sys
 from dataclasses import replace
 
 import pytest
 
+from megatron_sorted.dry_run.page import layout_flags
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.planning.devices import DEVICES, device_named
 from megatron_sorted.planning.estimate import Plan, make_plan, network_parameters
 from megatron_sorted.planning.search import search
-from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.costs import train_flops_per_token
 from megatron_sorted.settings.launch import launch_line
 from megatron_sorted.settings.load import load_settings
+from megatron_sorted.settings.rules import check_settings
 from megatron_sorted.settings.run import Settings
 from tests.rules.sources import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))  # as for a script in tools/
-
-from planning.page import layout_flags
 
 SEVEN = Settings(num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, seq_length=4096, vocab_size=32000,
                  untie_embeddings_and_output_weights=True, exit_layer_nums=(8, 16, 24), bf16=True, mock_data=True, global_batch_size=64,
@@ -159,12 +154,12 @@ RECIPES = ("llama2_13b_nested", "llama2_13b_soft", "llama2_7b_8gpu", "llama3_1b_
 def test_recipes_fit_the_devices_they_name_and_say_how_they_start(name):
     path = ROOT / "examples" / f"{name}.yaml"
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
-    world_size, device = (re.search(rf"^# {what}: (\S+)$", head, re.MULTILINE)[1] for what in ("world-size", "planned-device"))
-    settings, device = load_settings(["--config", str(path)]), device_named(device)
-    launch = launch_line(settings, f"examples/{name}.yaml", [], int(world_size), device.per_host)
+    settings = load_settings(["--config", str(path)])
+    world_size, device = settings.world_size, device_named(settings.planned_device)
+    launch = launch_line(settings, f"examples/{name}.yaml", [], world_size, device.per_host)
     # a launcher counts nodes by the line of processes
-    assert f"#   {launch}".replace(f"SITE --nodes {int(world_size) // device.per_host}", "mine.site") in head.splitlines()
-    assert make_plan(settings, settings.vocab_size, int(world_size), device, 2048).peak_bytes < device.memory_bytes
+    assert f"#   {launch}".replace(f"SITE --nodes {world_size // device.per_host}", "mine.site") in head.splitlines()
+    assert make_plan(settings, settings.vocab_size, world_size, device, 2048).peak_bytes < device.memory_bytes
 
 
 PUBLISHED = {  # config.json of meta-llama's and Qwen's repositories: parameters, with which all sizes are right

@@ -9,7 +9,7 @@ from megatron_sorted.exits.placement import layers_of_layout
 from megatron_sorted.planning.devices import DEVICES
 from megatron_sorted.planning.estimate import make_plan
 from megatron_sorted.planning.operations import operations_of_chunk
-from megatron_sorted.planning.split import balanced_parts, balanced_split, layout_of, weights_of_layers, with_split
+from megatron_sorted.planning.split import balanced_parts, balanced_split, layout_text, weights_of_layers, with_split
 from megatron_sorted.settings.run import Settings
 
 WEIGHTS = [1, 1, 1.7, 1, 1, 1.7, 1, 1, 1, 1.7]
@@ -49,7 +49,7 @@ def test_no_move_of_one_layer_makes_chunks_better_and_few_splits_are(stages, chu
 
 @pytest.mark.parametrize("lengths", [[3], [1, 2], [4, 4, 4, 2], [5, 4, 4, 4], [1, 1, 1], [2, 2, 3, 3, 3, 1]])
 def test_layouts_are_read_back(lengths):
-    assert layers_of_layout(layout_of(lengths)) == lengths
+    assert layers_of_layout(layout_text(lengths)) == lengths
 
 
 NESTED = Settings(num_layers=32, hidden_size=1024, num_attention_heads=16, seq_length=1024, vocab_size=32000, mock_data=True,

@@ -112,7 +112,7 @@ def test_no_gpu_is_a_sentence():
 
 def test_a_start_on_a_cpu_loads_neither_compiler_nor_wandb():
     code = ("import sys; from types import SimpleNamespace; from megatron_sorted.platform.select import load_device; "
-            "load_device(SimpleNamespace(device='cpu')); import megatron_sorted.training.loop; "
+            "load_device(SimpleNamespace(device='cpu')); import megatron_sorted.training.run.loop; "
             "print(sorted(name for name in ('torch._dynamo', 'torch._inductor', 'wandb') if sys.modules.get(name)))")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

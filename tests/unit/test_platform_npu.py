@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from megatron_sorted.errors import PlatformError
-from megatron_sorted.platform import npu_start, select
+from megatron_sorted.platform import select
 from megatron_sorted.platform.kernels import FusedKernels, fused_kernels
-from megatron_sorted.platform.npu_kernels import KERNELS, chosen_kernels
-from megatron_sorted.platform.npu_mends import MENDS
-from megatron_sorted.platform.npu_start import load_torch_npu
+from megatron_sorted.platform.npu import start as npu_start
+from megatron_sorted.platform.npu.kernels import KERNELS, chosen_kernels
+from megatron_sorted.platform.npu.mends import MENDS
+from megatron_sorted.platform.npu.start import load_torch_npu
 from tests.support.tiny import TINY
 
 

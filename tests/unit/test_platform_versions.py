@@ -1,8 +1,12 @@
 """Which versions of megatron-core are taken, and what only later ones can do."""
 
+import re
+from pathlib import Path
+
 import megatron.core
 import pytest
 
+from megatron_sorted.doctor.local import OLDEST_TORCH
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform import versions
 
@@ -36,3 +40,19 @@ def test_only_known_arguments_are_passed():
 
     assert versions.known_arguments(function, two=3, three=4) == {"two": 3}
     assert versions.chunk_arguments(lambda config, vp_stage: None, 1) == {"vp_stage": 1}
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(("file", "words"), [
+    ("setup.py", f"megatron-core>={versions.shown(versions.OLDEST)},<{versions.NEWEST[0]}.{versions.NEWEST[1] + 1}"),
+    ("README.md", f"megatron-core {versions.shown(versions.OLDEST)} to {versions.shown(versions.NEWEST)}"),
+    ("constraints.txt", f"megatron-core=={versions.shown(versions.NEWEST)}."),
+])  # fmt: skip
+def test_pages_and_requirements_say_the_same_versions(file, words):
+    assert words in (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_the_oldest_torch_is_the_one_that_is_required():
+    assert set(re.findall(r"torch>=([\d.]+)", (ROOT / "setup.py").read_text(encoding="utf-8"))) == {versions.shown(OLDEST_TORCH)}

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from megatron_sorted.data.templates import holds_records
+from megatron_sorted.data.preparation.templates import holds_records
 from megatron_sorted.errors import DataError
 from megatron_sorted.reading import json_lines, json_values, text_file
 from megatron_sorted.reading.json_lines import first_record, read_blocks, read_records, records, total_bytes

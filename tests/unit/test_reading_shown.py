@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sorted.decoding.terminal import Page
 from megatron_sorted.reading.shown import for_terminal, one_line, printable, shown
-from tools.decoding.page import Page
 
 NASTY = "a\x1b[2J\rb\nerror: forged\u202e\u2028\x07\x9b1m"
 HARMLESS = r"a\x1b[2J\rb\nerror: forged\u202e\u2028\x07\x9b1m"

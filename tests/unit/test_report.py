@@ -3,22 +3,19 @@
 import json
 import re
 import struct
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_sorted.commands import report
 from megatron_sorted.errors import DataError
 from megatron_sorted.monitoring.json_lines import JsonLines
 from megatron_sorted.monitoring.report import EvaluationReport, ExitNumbers
+from megatron_sorted.reporting.run_page import exit_rows
+from megatron_sorted.reporting.run_picture import depth_colours, panels_of, reach_of, smooth
+from megatron_sorted.reporting.run_reports import Curve, read_run
 from tests.unit.test_monitoring_console import STEP
-from tools.run_report.page import exit_rows
-from tools.run_report.picture import depth_colours, panels_of, reach_of, smooth
-from tools.run_report.read import Curve, read_run
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))  # as when the script is started
-report = __import__("report")
 
 
 def write_run(folder: Path, depths=(2, 8), steps=(1, 2, 3), sets=("valid_text_document",), **more) -> Path:

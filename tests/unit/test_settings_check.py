@@ -5,8 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.settings.check import check_settings
-from megatron_sorted.settings.check_numbers import BELOW_ONE, NOT_NEGATIVE, POSITIVE
+from megatron_sorted.settings.rules import BELOW_ONE, NOT_NEGATIVE, POSITIVE, check_settings
 from megatron_sorted.settings.run import Settings
 
 BASE = replace(Settings(), mock_data=True, vocab_size=100)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.settings.check import check_settings
+from megatron_sorted.settings.rules import check_settings
 from megatron_sorted.settings.run import Settings
 
 # 8 heads of 32: qkv 768 x 256, proj 256 x 256, fc1 200 x 256, fc2 256 x 100

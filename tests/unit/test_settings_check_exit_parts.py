@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.settings.check import check_settings
+from megatron_sorted.settings.rules import check_settings
 from megatron_sorted.settings.run import Settings
 
 BASE = replace(Settings(), mock_data=True, vocab_size=100, exit_layer_nums=(2, 4))

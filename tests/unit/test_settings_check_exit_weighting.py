@@ -7,8 +7,8 @@ import pytest
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.exits.curriculum import Curriculum
 from megatron_sorted.exits.guard import Guard
-from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.load import load_settings
+from megatron_sorted.settings.rules import check_settings
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.weighting import LEARNED, coefficient_rule
 

@@ -50,15 +50,6 @@ def test_batch():
     assert derived.samples_per_step(settings, 4) == 60 and derived.samples_per_step(replace(settings, global_batch_size=None), 4) == 12
 
 
-def test_chunks():
-    assert derived.num_virtual_chunks(BASE) == 1
-    settings = replace(BASE, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
-    assert derived.num_virtual_chunks(settings) == 2
-    assert derived.layers_of_chunks(settings) == [(0, 0, 0, 2), (1, 0, 2, 2), (0, 1, 4, 2), (1, 1, 6, 2)]
-    settings = replace(BASE, pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=3)
-    assert derived.layers_of_chunks(settings) == [(0, 0, 0, 3), (1, 0, 3, 5)]
-
-
 def test_exits():
     settings = replace(BASE, exit_layer_nums=(6, 2), exit_layer_weight=(0.6, 0.2))
     rule = coefficient_rule(settings)

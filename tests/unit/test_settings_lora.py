@@ -3,8 +3,9 @@
 from collections import Counter
 from dataclasses import replace
 
-from megatron_sorted.exits.ranks import draw_rank
-from megatron_sorted.settings.lora import adapter_parameters, is_adapter, nested_ranks, rank_at, target_shapes
+from megatron_sorted.exits.chance import draw_rank
+from megatron_sorted.settings.lora import adapter_parameters, is_adapter, nested_ranks, rank_at
+from megatron_sorted.settings.matrices import layer_shapes
 from megatron_sorted.settings.run import Settings
 
 BASE = replace(Settings(), num_layers=3, hidden_size=8, num_attention_heads=4, group_query_attention=True, num_query_groups=2,
@@ -12,9 +13,9 @@ BASE = replace(Settings(), num_layers=3, hidden_size=8, num_attention_heads=4, g
 
 
 def test_sizes_are_those_counted_by_hand():
-    assert target_shapes(BASE) == {"linear_qkv": (16, 8), "linear_proj": (8, 8), "linear_fc1": (20, 8), "linear_fc2": (8, 10)}
-    assert target_shapes(replace(BASE, swiglu=False, kv_channels=6))["linear_fc1"] == (10, 8)
-    assert target_shapes(replace(BASE, kv_channels=6))["linear_proj"] == (8, 24)
+    assert layer_shapes(BASE).matrices == {"linear_qkv": (16, 8), "linear_proj": (8, 8), "linear_fc1": (20, 8), "linear_fc2": (8, 10)}
+    assert layer_shapes(replace(BASE, swiglu=False, kv_channels=6)).matrices["linear_fc1"] == (10, 8)
+    assert layer_shapes(replace(BASE, kv_channels=6)).matrices["linear_proj"] == (8, 24)
     assert adapter_parameters(BASE) == 3 * 4 * (24 + 16 + 28 + 18)
     assert adapter_parameters(replace(BASE, lora_targets=("linear_fc2",), lora_rank=1)) == 3 * 18
     assert adapter_parameters(replace(BASE, lora_rank=0)) == 0

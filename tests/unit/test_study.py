@@ -1,24 +1,20 @@
 """The pure parts of tools/study.py: gaps, the front, goals, flags and steps, written by hand."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-from results.recipe import Recipe
-from results.steps import Runner, Step, StepError
-from studies.outcomes import Estimate, Outcomes, beyond, estimate, front, meets_goal, read_losses
-from studies.page import chosen, write_page
-from studies.picture import in_view
-from studies.plan import Plan
-from studies.variants import FAMILIES, VARIANTS, expand
-
+from lab.results.recipe import Recipe
+from lab.results.steps import Runner, Step, StepError
+from lab.studies.outcomes import Estimate, Outcomes, beyond, estimate, front, meets_goal, read_losses
+from lab.studies.page import chosen, write_page
+from lab.studies.picture import in_view
+from lab.studies.plan import Plan
+from lab.studies.variants import FAMILIES, VARIANTS, expand
 from megatron_sorted.errors import DataError
-from megatron_sorted.settings.check import check_settings
 from megatron_sorted.settings.load import load_settings
+from megatron_sorted.settings.rules import check_settings
 
 # three seeds; separate models say 2.0 and 1.0
 SEPARATE = [{2: 2.0, 4: 1.0}, {2: 2.1, 4: 1.1}, {2: 1.9, 4: 0.9}]

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_sorted.errors import DataError
 from megatron_sorted.text.chat_template import ChatTemplate, TemplateRefusal
-from megatron_sorted.text.tokenizer import open_tokenizer
+from megatron_sorted.text.tokenizer.opening import open_tokenizer
 from tests.support.chat_templates import FAMILIES, TAGGED, write_fast_tokenizer
 
 TALK = [{"role": "user", "content": "say hi"}, {"role": "assistant", "content": "hi <there> & \"you\" ü猫"},

@@ -5,13 +5,13 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from megatron_sorted.data.encode import EncodeOptions, Encoder
-from megatron_sorted.data.prepare import with_ends
+from megatron_sorted.data.preparation.encode import EncodeOptions, Encoder
+from megatron_sorted.data.preparation.prepare import with_ends
 from megatron_sorted.errors import DataError
 from megatron_sorted.reading.json_lines import Block
 from megatron_sorted.text.conversation import chat_form
 from megatron_sorted.text.prompt_form import form_from_dict
-from megatron_sorted.text.tokenizer import open_tokenizer
+from megatron_sorted.text.tokenizer.opening import open_tokenizer
 from tests.support.chat_templates import CHATML, FAMILIES, INST, TAGGED, THINKS, as_written, write_fast_tokenizer
 
 TALK = [{"role": "user", "content": "say hi"}, {"role": "assistant", "content": "hi there"}, {"role": "user", "content": "name a pet"},

@@ -9,16 +9,16 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from megatron_sorted.conversion.tokenizer_export import write_for_transformers
-from megatron_sorted.data.encode import EncodeOptions, Encoder
+from megatron_sorted.conversion.tokenizers.export import write_for_transformers
+from megatron_sorted.data.preparation.encode import EncodeOptions, Encoder
 from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.evaluation.documents import Document, encode_documents
 from megatron_sorted.exported.tokenizer import for_transformers
 from megatron_sorted.exported.tokenizer import open_tokenizer as open_exported
 from megatron_sorted.reading.json_lines import Block
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.text.tokenizer import open_tokenizer
-from megatron_sorted.training.inputs import open_tokenizer as open_of_run
+from megatron_sorted.text.tokenizer.opening import open_tokenizer
+from megatron_sorted.training.run.inputs import open_tokenizer as open_of_run
 from tests.support.tokenizer_directories import CHATML, MAKES, PROBES, make_directory
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -124,24 +124,7 @@ def test_templates_of_a_sentencepiece_directory_hold_control_tokens(made):
     for template in ("{{ bos_token }}[A] {{ messages[0].content }} [B]{{ eos_token }}" + CHATML, CHATML):
         text = read.apply_chat_template(chat, chat_template=template, tokenize=False)
         assert tokenizer.encode_rendered(text) == read(text, add_special_tokens=False).input_ids
-        ids, spans = tokenizer.encode_rendered_with_offsets(text)
-        assert ids == tokenizer.encode_rendered(text)
-        assert [text[begin:end] for token, (begin, end) in zip(ids, spans, strict=True) if token in tokenizer.special_ids] == [
-            tokenizer.token_text(token) for token in ids if token in tokenizer.special_ids]
     assert set(tokenizer.chat_templates) == {"default", "other"} and tokenizer.chat_templates["default"] == CHATML
-
-
-@pytest.mark.parametrize("name", ["pieces_bpe", "pieces_chat", "byte_level_added", "both", "nfkc"])
-def test_offsets_are_the_characters_of_a_token(made, name):
-    tokenizer = open_tokenizer(made(name))
-    text = "say hi, Größe 漢 \U0001f600 end"
-    ids, spans = tokenizer.encode_rendered_with_offsets(text)
-    assert ids == tokenizer.encode(text) and all(0 <= begin <= end <= len(text) for begin, end in spans)
-    for place, letter in enumerate(text):
-        here = [token for token, (begin, end) in zip(ids, spans, strict=True) if begin <= place < end]
-        assert here, letter
-        if letter in "漢\U0001f600" and name == "pieces_bpe":
-            assert tokenizer.decode(here).strip() == letter
 
 
 def test_templates_in_files_of_their_own(made):

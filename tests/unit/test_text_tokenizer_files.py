@@ -6,8 +6,8 @@ import pytest
 
 from megatron_sorted.errors import DataError
 from megatron_sorted.reading import json_text
-from megatron_sorted.text import tokenizer_files
-from megatron_sorted.text.tokenizer import open_tokenizer
+from megatron_sorted.text.tokenizer import template_files
+from megatron_sorted.text.tokenizer.opening import open_tokenizer
 from tests.support.tokenizer_directories import PROBES, make_directory
 
 
@@ -30,7 +30,7 @@ def settings(directory, **words):
     ({"added_tokens_decoder": {"7": {"content": "<|end|>"}}}, r"'<\|end\|>' is to be token 7, .* make it 1"),
     ({"chat_template": 5}, "chat_template: neither a text nor a list"),
     ({"chat_template": [{"name": "a"}]}, "chat_template: neither a text nor a list"),
-    ({"chat_template": "x" * (tokenizer_files.LARGEST_TEMPLATE_BYTES + 1)}, "at most 1,048,576 are read"),
+    ({"chat_template": "x" * (template_files.LARGEST_TEMPLATE_BYTES + 1)}, "at most 1,048,576 are read"),
 ])
 def test_settings_that_no_tokenizer_has(directory, words, message):
     settings(directory, **words)
@@ -66,7 +66,7 @@ def test_templates_that_are_no_text_or_too_large(directory):
     (directory / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"chat_template\.jinja: not UTF-8 at byte 0"):
         open_tokenizer(directory)
-    (directory / "chat_template.jinja").write_bytes(b"x" * (tokenizer_files.LARGEST_TEMPLATE_BYTES + 1))
+    (directory / "chat_template.jinja").write_bytes(b"x" * (template_files.LARGEST_TEMPLATE_BYTES + 1))
     with pytest.raises(DataError, match=r"chat_template\.jinja: more than 1,048,576 bytes"):
         open_tokenizer(directory)
 

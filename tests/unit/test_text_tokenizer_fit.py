@@ -6,8 +6,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from megatron_sorted.errors import DataError
-from megatron_sorted.text.tokenizer import NullTokenizer, open_tokenizer
-from megatron_sorted.text.tokenizer_fit import check_ids, fitting_pad, surplus_line
+from megatron_sorted.text.tokenizer.contract import NullTokenizer
+from megatron_sorted.text.tokenizer.fit import check_ids, fitting_pad, surplus_line
+from megatron_sorted.text.tokenizer.opening import open_tokenizer
 from tests.support.tokenizer_directories import byte_level, make_directory
 
 

@@ -3,10 +3,11 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from megatron_sorted.conversion.tokenizer_json import add_fast_tokenizer
-from megatron_sorted.data.forms import SampleReader
+from megatron_sorted.conversion.tokenizers.export import add_fast_tokenizer
+from megatron_sorted.data.preparation.forms import SampleReader
 from megatron_sorted.text.piece_ids import PieceEncoder
-from megatron_sorted.text.tokenizer import NullTokenizer, open_tokenizer
+from megatron_sorted.text.tokenizer.contract import NullTokenizer
+from megatron_sorted.text.tokenizer.opening import open_tokenizer
 from tests.support.chat_templates import write_fast_tokenizer
 from tests.support.evaluated import write_tokenizer
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 
-from megatron_sorted.training.carrier import TeacherBox, halves_of_message, narrow, teach, widen
+from megatron_sorted.training.step.carrier import TeacherBox, halves_of_message, narrow, teach, widen
 from tests.support.tiny import tiny
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_sorted.checkpoint.manifest import network_shape
 from megatron_sorted.monitoring.report import EvaluationReport, ExitNumbers
-from megatron_sorted.training.describe import evaluation_results, short_count
+from megatron_sorted.training.run.describe import evaluation_results, short_count
 from tests.support.tiny import tiny
 
 

@@ -1,6 +1,6 @@
 """Who holds the others up: signs written by hand."""
 
-from megatron_sorted.training.diagnosis import Sign, find_culprits
+from megatron_sorted.training.watch.diagnosis import Sign, find_culprits
 
 
 def sign(rank, beat=10, mark=50, waits=True, phase="step 17, forward and backward", place="step.py:60 in run_schedule"):

@@ -9,11 +9,11 @@ from megatron_sorted.checkpoint.layout import iteration_directory
 from megatron_sorted.checkpoint.manifest import FileRecord, Progress, manifest_text
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.prepared import settings_of_checkpoint
-from megatron_sorted.settings.check_files import check_files
 from megatron_sorted.settings.derived import document_masks
+from megatron_sorted.settings.files import check_files
 from megatron_sorted.settings.load import load_settings, settings_as_dict
-from megatron_sorted.training.inputs import check_context_parallel
-from megatron_sorted.training.resume import BEFORE, changed_settings, settle_document_masks
+from megatron_sorted.training.run.inputs import check_context_parallel
+from megatron_sorted.training.run.resume import BEFORE, changed_settings, settle_document_masks
 from tests.support.tiny import tiny
 
 MASKS = tuple(BEFORE)

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_sorted.errors import DataError
-from megatron_sorted.training.failure import PRECEDENCE_SECONDS, VICTIM_SECONDS, lost_a_peer, message_of, seconds_to_wait
+from megatron_sorted.training.watch.failure import PRECEDENCE_SECONDS, VICTIM_SECONDS, lost_a_peer, message_of, seconds_to_wait
 
 ROOT = Path(__file__).resolve().parents[2]
 GLOO = "[/torch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:60194"
@@ -52,7 +52,7 @@ def test_mistakes_are_one_line_and_defects_a_traceback():
     [("DataError('bad file')", "error: bad file"), ("ValueError('defect')", "rank 4: ValueError: defect")],
 )
 def test_console_and_launcher_get_the_same_words(tmp_path, error, message):
-    code = f"from megatron_sorted.errors import DataError; from megatron_sorted.training.failure import report_and_exit; " \
+    code = f"from megatron_sorted.errors import DataError; from megatron_sorted.training.watch.failure import report_and_exit; " \
            f"print('step 1'); report_and_exit({error})"
     path = tmp_path / "error.json"
     environment = {"PYTHONPATH": str(ROOT), "RANK": "4", "LOCAL_RANK": "0", "TORCHELASTIC_ERROR_FILE": str(path)}
@@ -68,7 +68,7 @@ def test_console_and_launcher_get_the_same_words(tmp_path, error, message):
 )
 def test_a_victim_told_to_end_before_it_noticed_ends_without_a_word(error, words):
     """The launcher's signal comes first, the broken connection after it; a failure of the rank's own is said all the same."""
-    code = "import os, signal; from megatron_sorted.training.failure import report_and_exit, stop_request; " \
+    code = "import os, signal; from megatron_sorted.training.watch.failure import report_and_exit, stop_request; " \
            f"stop_request.listen(); os.kill(os.getpid(), signal.SIGTERM); report_and_exit({error})"
     environment = {"PYTHONPATH": str(ROOT), "RANK": "1", "LOCAL_RANK": "1"}
     started = time.monotonic()
@@ -79,8 +79,8 @@ def test_a_victim_told_to_end_before_it_noticed_ends_without_a_word(error, words
 
 def test_one_rank_of_a_host_reports_however_slow_the_launcher_is(tmp_path):
     """Both ranks meet an error; the launcher's signal reaches the second only after its time to wait is over."""
-    code = "import os, signal, threading; from megatron_sorted.training import failure; " \
-           "from megatron_sorted.training.signals import stop_request; " \
+    code = "import os, signal, threading; from megatron_sorted.training.watch import failure; " \
+           "from megatron_sorted.training.watch.signals import stop_request; " \
            "stop_request.listen(); failure.PRECEDENCE_SECONDS = 0.1; " \
            "threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start(); failure.report_and_exit(KeyError('own'))"
     seen = []

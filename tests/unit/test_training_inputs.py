@@ -13,15 +13,15 @@ import torch.distributed as dist
 
 from megatron_sorted.checkpoint.layout import TRACKER
 from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, manifest_text, record_file
-from megatron_sorted.data.encode import EncodeOptions
 from megatron_sorted.data.identity import data_identity
-from megatron_sorted.data.prepare import PrepareOptions, prepare
+from megatron_sorted.data.preparation.encode import EncodeOptions
+from megatron_sorted.data.preparation.prepare import PrepareOptions, prepare
 from megatron_sorted.errors import CheckpointError, DataError, SettingsError
 from megatron_sorted.parallel.groups import Place
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.describe import description
-from megatron_sorted.training.inputs import find_checkpoints, open_inputs
-from megatron_sorted.training.loop import Run
+from megatron_sorted.training.run.describe import description
+from megatron_sorted.training.run.inputs import find_checkpoints, open_inputs
+from megatron_sorted.training.run.start import prepare as prepare_run
 
 
 def prepare_data(folder: Path) -> None:
@@ -59,7 +59,7 @@ def settings(folder: Path, **changes) -> Settings:
 def refused(kind: type, run: Settings) -> str:
     """Returns the message with which a run is refused, without its folder."""
     with pytest.raises(kind) as error:
-        Run(run)
+        prepare_run(run)
     assert not dist.is_initialized()
     return str(error.value).replace(f"{Path(run.data_path[0]).parent}/", "")
 
@@ -98,7 +98,7 @@ def test_missing_and_truncated_data_names_file_and_bytes(folder):
     path.write_bytes(path.read_bytes()[:-2])
     assert refused(DataError, settings(folder)) == (
         f"mine_text_document.bin: {whole - 2} bytes, but mine_text_document.idx lists {whole // 2} tokens of 2 bytes = {whole} bytes; "
-        "the file is truncated, or the two are not of one run. Write it again with tools/prepare_data.py.")
+        "the file is truncated, or the two are not of one run. Write it again with megatron-sorted prepare.")
     index = folder / "mine_text_document.idx"
     index.write_bytes(index.read_bytes()[:20])
     assert refused(DataError, settings(folder)).startswith("mine_text_document.idx: 20 bytes, but the header alone takes 34")

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from megatron_sorted.training.profile import Profiler
+from megatron_sorted.training.watch.profile import Profiler
 from tests.support.tiny import tiny
 
 

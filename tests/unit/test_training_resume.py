@@ -6,7 +6,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_sorted.checkpoint.candidates import Candidate
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.resume import SILENT, changed_settings, loaded_line, set_schedule
+from megatron_sorted.training.run.resume import SILENT, changed_settings, loaded_line, set_schedule
 
 RUN = Settings(train_iters=100, exit_layer_nums=(2, 4), save="a", wandb_project="p")
 

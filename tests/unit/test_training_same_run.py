@@ -10,9 +10,9 @@ from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, manifest_tex
 from megatron_sorted.conversion.network import network_to_start_from
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.hugging_face import check_export_of_run
-from megatron_sorted.training.inputs import newest_of, open_inputs
-from megatron_sorted.training.same_run import START, start_of
+from megatron_sorted.training.run.hugging_face import check_export_of_run
+from megatron_sorted.training.run.inputs import newest_of, open_inputs
+from megatron_sorted.training.run.same_run import START, start_of
 from tests.unit.test_training_inputs import folder, prepared, settings, write_checkpoint
 
 __all__ = ("folder", "prepared")  # fixtures

@@ -8,7 +8,7 @@ from pathlib import Path
 
 CODE = """
 import os, signal
-from megatron_sorted.training.signals import stop_request, signal_name
+from megatron_sorted.training.watch.signals import stop_request, signal_name
 stop_request.listen()
 assert stop_request.number == 0
 os.kill(os.getpid(), signal.SIGUSR1)
@@ -29,6 +29,6 @@ def test_signals_are_noted_and_then_ignored():
 
 
 def test_numbers_have_names():
-    from megatron_sorted.training.signals import STOP_SIGNALS, signal_name
+    from megatron_sorted.training.watch.signals import STOP_SIGNALS, signal_name
 
     assert [signal_name(number) for number in STOP_SIGNALS] == ["SIGTERM", "SIGUSR1"] == [s.name for s in map(signal.Signals, STOP_SIGNALS)]

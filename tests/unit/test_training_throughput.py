@@ -5,7 +5,7 @@ import torch
 
 from megatron_sorted.platform.cpu import CpuPlatform
 from megatron_sorted.settings.costs import forward_flops_per_token
-from megatron_sorted.training.throughput import device_peak_tflops, model_flops_utilisation, step_flops, tflops_per_device
+from megatron_sorted.training.run.throughput import device_peak_tflops, model_flops_utilisation, step_flops, tflops_per_device
 from tests.support.tiny import tiny
 
 # tiny: 4 layers, hidden 32, MLP 48 (three matrices), 4 heads of 8 channels in 2 groups, vocabulary 100, 8 samples of 16 tokens

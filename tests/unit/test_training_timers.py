@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_sorted.training.timers import PHASES, PhaseTimers
+from megatron_sorted.training.run.timers import PHASES, PhaseTimers
 
 
 class Clock:

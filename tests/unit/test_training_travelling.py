@@ -9,7 +9,7 @@ from megatron_sorted.checkpoint.candidates import Candidate
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.text.prompt_form import NamedToken, PromptForm, form_from_bytes
-from megatron_sorted.training.travelling import FORM, carry_files, files_of_checkpoint, tokenizer_files
+from megatron_sorted.training.run.travelling import FORM, carry_files, files_of_checkpoint, tokenizer_files
 
 NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
          "tokenizer.model.v3", "vocab.json", "vocab.txt", "merges.txt", "qwen.tiktoken", "tekken.json", "chat_template.jinja",

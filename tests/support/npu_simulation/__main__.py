@@ -1,4 +1,4 @@
-"""Runs a command on a simulated Ascend host: ``python -m tests.support.npu_simulation python tools/accept_npu.py``."""
+"""Runs a command on a simulated Ascend host: ``python -m tests.support.npu_simulation python -m lab.accept_npu``."""
 
 import os
 import sys

@@ -2,8 +2,7 @@
 
 import importlib
 
-from megatron_sorted.platform.before_torch import keep_device_packages_out
-from megatron_sorted.platform.quiet import silence_library_warnings
+from megatron_sorted.platform.processes import keep_device_packages_out, silence_library_warnings
 
 keep_device_packages_out()
 silence_library_warnings()
@@ -15,8 +14,8 @@ from megatron_sorted.platform.cpu import keep_unused_out  # noqa: E402
 keep_unused_out()
 
 NAMES = """
-    megatron.core.parallel_state megatron_sorted.conversion.network megatron_sorted.settings.load megatron_sorted.training.loop
-    megatron_sorted.training.step numpy safetensors.torch sentencepiece tokenizers torch._dynamo torch.distributed.run
+    megatron.core.parallel_state megatron_sorted.conversion.network megatron_sorted.settings.load megatron_sorted.training.run.loop
+    megatron_sorted.training.step.train_step numpy safetensors.torch sentencepiece tokenizers torch._dynamo torch.distributed.run
     torch.distributed.elastic.rendezvous.c10d_rendezvous_backend
 """
 

@@ -12,7 +12,9 @@ LIBRARIES = """
     transformers.models.qwen3.modeling_qwen3 transformers.tokenization_utils_sentencepiece
 """
 OURS = """
-    megatron_sorted.conversion.convert megatron_sorted.conversion.verify megatron_sorted.data.prepare megatron_sorted.decoding.ways
+    megatron_sorted.conversion.exporting megatron_sorted.conversion.importing megatron_sorted.conversion.verifying.comparison
+    megatron_sorted.data.preparation.prepare
+    megatron_sorted.decoding.ways
     megatron_sorted.decoding.writer megatron_sorted.evaluation.evaluate megatron_sorted.exported.load megatron_sorted.exported.tokenizer
     megatron_sorted.settings.load
 """

@@ -1,0 +1,1 @@
+"""Questions in many languages from Unicode CLDR."""

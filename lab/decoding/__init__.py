@@ -1,0 +1,1 @@
+"""Proofs and measurements of decoding."""

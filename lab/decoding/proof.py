@@ -1,0 +1,247 @@
+"""Speculation beside the full model: drawn settings, token for token; distributions; what half precision changes."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+
+from megatron_sorted.decoding.cache.state import State
+from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.network import Network
+from megatron_sorted.decoding.sampling import SURENESS, Sampler
+from megatron_sorted.decoding.ways import Full, Sampling, SelfSpeculative, SortedSpeculative, Tree, Way
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A text that a way wrote otherwise than full.
+
+    Attributes:
+        way: The way that wrote it.
+        place: Place of the first token that differs, from the beginning of what was written.
+        margin: How far full's token is ahead of the other one there, in logits of full in the numbers it ran in.
+        scale: The largest logit there, absolutely.
+    """
+
+    way: Way
+    place: int
+    margin: float
+    scale: float
+
+
+@dataclass
+class Comparison:
+    """What was compared.
+
+    Attributes:
+        num_tokens, num_texts: Written by speculation and compared with full.
+        num_same: Tokens before the first difference of their text.
+        by_way: Tokens of each way.
+        finishes: How often texts ended for each reason.
+        accepted, steps: Counts of all speculation, so that it is seen that drafts were taken and refused.
+        differences: Texts that are not full's.
+    """
+
+    num_tokens: int = 0
+    num_texts: int = 0
+    num_same: int = 0
+    by_way: dict[str, int] = field(default_factory=dict)
+    finishes: dict[str, int] = field(default_factory=dict)
+    drafted: int = 0
+    accepted: int = 0
+    differences: list[Difference] = field(default_factory=list)
+
+
+def draw_way(chance: random.Random, depths: Sequence[int]) -> Way:
+    """Return a speculative way with options that were drawn: any exits, thresholds, lengths, trees."""
+    kind = chance.choice((SelfSpeculative, SortedSpeculative, Tree))
+    if kind is SelfSpeculative:
+        return SelfSpeculative(chance.choice(depths), chance.randint(1, 12))
+    some = tuple(sorted(chance.sample(list(depths), chance.randint(1, len(depths)))))
+    thresholds = tuple(round(chance.random(), 3) for _ in some)
+    if kind is SortedSpeculative:
+        return SortedSpeculative(some, thresholds, chance.randint(1, 12), chance.choice(list(SURENESS)))
+    return Tree(some, thresholds[:-1], chance.randint(1, 6), chance.randint(1, 4), chance.randint(1, 24),
+                chance.randint(0, 3), chance.choice(list(SURENESS)))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What batches are drawn from.
+
+    Attributes:
+        most_new_tokens: The longest text.
+        end_ids: Tokens after which texts end.
+        to_text: Text of tokens; with it some texts end at stop words, drawn from full's own text.
+        sampled: Share of batches that are sampled instead of greedy.
+        most_rows: The most texts of a batch.
+    """
+
+    most_new_tokens: int = 96
+    end_ids: frozenset[int] = frozenset()
+    to_text: Callable[[list[int]], str] | None = None
+    sampled: float = 0.3
+    most_rows: int = 8
+
+
+def compare(network: Network, prompts: Sequence[list[int]], num_tokens: int, seed: int, draws: Draws,
+            what: str = "lossless") -> Comparison:
+    """Return how many tokens of drawn ways, batches, limits and stop words are full's, after at least ``num_tokens``.
+
+    Args:
+        network: The model.
+        prompts: Batches are drawn from them.
+        num_tokens: The least number of tokens.
+        seed: Decides what is drawn.
+        draws: What it is drawn from.
+        what: Name on the progress bar.
+    """
+    chance, found = random.Random(seed), Comparison()
+    with tqdm(total=num_tokens, desc=what, unit="token") as bar:
+        while found.num_tokens < num_tokens:
+            some = [chance.choice(prompts) for _ in range(chance.randint(1, draws.most_rows))]
+            sampling = Sampling(chance.choice((0.7, 1.0)), chance.choice((None, 20)), chance.choice((None, 0.9)),
+                                chance.choice((1.0, 1.2)), chance.randint(0, 1 << 30)) if chance.random() < draws.sampled else Sampling()
+            count = chance.randint(1, draws.most_new_tokens)
+            limits = Limits(count, draws.end_ids)
+            if draws.to_text is not None and chance.random() < 0.3:
+                [text] = generate(network, some[:1], Full(), sampling, limits)
+                words = draws.to_text(text.tokens)
+                if len(words) > 8:
+                    begin = chance.randrange(len(words) - 4)
+                    limits = Limits(count, draws.end_ids, (words[begin : begin + 3],), draws.to_text)
+            whole = generate(network, some, Full(), sampling, limits)
+            for way in (draw_way(chance, network.depths[:-1]) for _ in range(3)):
+                texts = generate(network, some, way, sampling, limits)
+                before = found.num_tokens
+                for prompt, text, other in zip(some, texts, whole, strict=True):
+                    take(found, network, way, prompt, text, other, sampling)
+                bar.update(found.num_tokens - before)
+    return found
+
+
+def take(found: Comparison, network: Network, way: Way, prompt: list[int], text, other, sampling: Sampling) -> None:
+    """Add one text and full's to what was found."""
+    found.num_tokens += len(text.tokens)
+    found.num_texts += 1
+    found.by_way[way.name] = found.by_way.get(way.name, 0) + len(text.tokens)
+    found.finishes[text.finish] = found.finishes.get(text.finish, 0) + 1
+    found.drafted, found.accepted = found.drafted + text.counts.num_drafted, found.accepted + text.counts.num_accepted
+    if (text.tokens, text.finish) == (other.tokens, other.finish):
+        found.num_same += len(text.tokens)
+        return
+    pairs = zip(text.tokens, other.tokens, strict=False)
+    place = next((index for index, (one, two) in enumerate(pairs) if one != two), min(len(text.tokens), len(other.tokens)))
+    found.num_same += place
+    margin = scale = float("nan")
+    if place < min(len(text.tokens), len(other.tokens)) and sampling.temperature == 0 and sampling.repetition_penalty == 1:
+        logits = next_logits(network, [*prompt, *other.tokens[:place]])
+        margin = float(logits[other.tokens[place]] - logits[text.tokens[place]])
+        scale = float(logits.abs().max())
+    found.differences.append(Difference(way, place, margin, scale))
+
+
+@torch.inference_mode()
+def next_logits(network: Network, tokens: list[int]) -> torch.Tensor:
+    """Return the full model's logits [v] after these tokens, read at once."""
+    state = State(network, 1, len(tokens) + 1, [network.num_layers])
+    state.append(torch.tensor([tokens], device=network.device))
+    state.read(network.num_layers)
+    return state.logits(network.num_layers, state.last_slots())[0, 0].float()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Samples beside the distribution that they should be of.
+
+    Attributes:
+        num_samples: Pairs of tokens.
+        cells: Outcomes that are told apart; those expected fewer than five times are one.
+        chi_square: Sum of (seen - expected)^2 / expected.
+        p: Chance of at least that much, if the distribution is the one expected.
+    """
+
+    num_samples: int
+    cells: int
+    chi_square: float
+    p: float
+
+
+@torch.inference_mode()
+def pairs_expected(network: Network, prompt: list[int], sampling: Sampling) -> dict[tuple[int, int], float]:
+    """Return the probability of every pair of next tokens, by transformers' own model: what samples must be of."""
+    def distribution(tokens: list[list[int]]) -> torch.Tensor:
+        logits = network.model(torch.tensor(tokens, device=network.device)).logits[:, -1].float() / sampling.temperature
+        lowest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        return logits.masked_fill(logits < lowest, float("-inf")).softmax(-1)
+
+    first = distribution([prompt])[0]
+    tokens = first.nonzero()[:, 0].tolist()
+    second = distribution([[*prompt, token] for token in tokens])
+    return {(token, after): float(first[token]) * share for token, row in zip(tokens, second.tolist(), strict=True)
+            for after, share in enumerate(row) if share > 0}
+
+
+def sample_pairs(network: Network, prompt: list[int], way: Way, sampling: Sampling, num_samples: int, rows: int = 200) -> dict:
+    """Return how often each pair of tokens was written after the prompt, by a way."""
+    seen: dict[tuple[int, int], int] = {}
+    for turn in tqdm(range(-(-num_samples // rows)), way.name, unit="batch"):
+        count = min(rows, num_samples - turn * rows)
+        texts = generate(network, [prompt] * count, way, Sampling(sampling.temperature, sampling.top_k, seed=turn), Limits(2))
+        for text in texts:
+            seen[tuple(text.tokens)] = seen.get(tuple(text.tokens), 0) + 1
+    return seen
+
+
+def fit(seen: dict[tuple[int, int], int], expected: dict[tuple[int, int], float]) -> Fit:
+    """Return Pearson's test of counts against probabilities; a pair that should never come makes it infinite."""
+    total = sum(seen.values())
+    often = {pair: share for pair, share in expected.items() if share * total >= 5}
+    cells = [(seen.get(pair, 0), share * total) for pair, share in often.items()]
+    rest = 1 - sum(often.values())
+    others = sum(count for pair, count in seen.items() if pair not in often)
+    if any(pair not in expected for pair in seen):
+        return Fit(total, len(cells), float("inf"), 0.0)
+    if rest * total >= 5:
+        cells.append((others, rest * total))
+    statistic = sum((count - mean) ** 2 / mean for count, mean in cells)
+    freedom = max(len(cells) - 1, 1)
+    p = torch.special.gammaincc(torch.tensor(freedom / 2, dtype=torch.float64), torch.tensor(statistic / 2, dtype=torch.float64))
+    return Fit(total, len(cells), statistic, float(p))
+
+
+def greedy_draft_pairs(network: Network, prompt: list[int], depth: int, sampling: Sampling, num_samples: int) -> dict:
+    """Return counts as S2D's released code would sample: a greedy draft taken as if it had been sampled; to see that the test sees it.
+
+    The draft is the exit's likeliest token, accepted with the full model's probability over the exit's; refused, the token is drawn from
+    what the full model has above the exit.
+    """
+    state_tokens: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def both(tokens: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        if tokens not in state_tokens:
+            state = State(network, 1, len(prompt) + len(tokens) + 1, [depth, network.num_layers])
+            state.append(torch.tensor([[*prompt, *tokens]], device=network.device))
+            state.read(network.num_layers)
+            sampler = Sampler(Sampling(0.0), [0])
+            shares = []
+            for at in (depth, network.num_layers):
+                logits = sampler.scores(state.logits(at, state.last_slots()), [[0]])[0, 0].float() / sampling.temperature
+                shares.append(logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf")).softmax(-1))
+            state_tokens[tokens] = shares[0], shares[1]
+        return state_tokens[tokens]
+
+    generator, seen = torch.Generator().manual_seed(0), {}
+    with torch.inference_mode():
+        for _ in range(num_samples):
+            pair: tuple[int, ...] = ()
+            for _ in range(2):
+                small, large = both(pair)
+                token = int(small.argmax())
+                if float(torch.rand((), generator=generator)) > float(large[token] / small[token]):
+                    token = int(torch.multinomial((large - small).clamp(min=0), 1, generator=generator))
+                pair = (*pair, token)
+            seen[pair] = seen.get(pair, 0) + 1
+    return seen

@@ -1,0 +1,1 @@
+"""Plans beside what processes of this machine do."""

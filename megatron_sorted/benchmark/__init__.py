@@ -1,0 +1,1 @@
+"""Compare ways to decode on the same prompts."""

@@ -1,0 +1,224 @@
+"""What a checkpoint holds, as Megatron's sharded state dict: one global name per tensor, whatever the layout; and loading it."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_sorted.checkpoint.manifest import CONTENT, WEIGHTS_ONLY, find_damage
+from megatron_sorted.checkpoint.plain_objects import check_checkpoint_is_safe
+from megatron_sorted.checkpoint.sharding.optimizer_shards import only_part, parts_of, state_of_parts
+from megatron_sorted.checkpoint.sharding.optimizer_state import (
+    fill_empty_state,
+    load_optimizer_state,
+    mend_empty_state,
+    state_dict_with_steps,
+    steps_taken,
+)
+from megatron_sorted.checkpoint.sharding.row_shards import (
+    keeps_rows,
+    optimizer_rows,
+    row_states,
+    take_optimizer_rows,
+    take_rows,
+    views_of_rows,
+)
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.platform.state import random_state, set_random_state
+from megatron_sorted.platform.versions import known_arguments
+from megatron_sorted.settings.lora import is_adapter
+
+
+def inner(chunk: torch.nn.Module) -> torch.nn.Module:
+    """Return the module inside Megatron's wrappers, whose names carry no "module." prefix."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def weights_in_place(chunk: torch.nn.Module) -> dict[str, Any]:
+    """Return the sharded state dict of this rank's weights, with the weights or views of them as data."""
+    return views_of_rows(chunk) if keeps_rows(chunk) else inner(chunk).sharded_state_dict(metadata=dict(CONTENT))
+
+
+def _by_name(chunks: list) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield every chunk with the name of its state."""
+    return ((f"model{index}" if len(chunks) > 1 else "model", chunk)
+            for index, chunk in enumerate(chunks))
+
+
+def _model_states(chunks: list, is_loading: bool) -> dict[str, Any]:
+    if keeps_rows(chunks[0]):
+        return {"model": row_states(chunks[0], with_data=not is_loading)}
+    return {name: weights_in_place(chunk) for name, chunk in _by_name(chunks)}
+
+
+def random_place() -> list[int]:
+    """Return what random numbers depend on beside the seed: the sizes of pipeline and tensor parallel groups."""
+    return [parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_world_size()]
+
+
+def _random_object(state: Any) -> ShardedObject:
+    """Return the random state as an object of this place in the layout.
+
+    Data parallel ranks draw alike, so the first writes for all, and their number may change.
+    """
+    place = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank())
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("random_state", state, tuple(random_place()), place, replica_id=replica)
+
+
+def optimizer_state(optimizer, model_state: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+    """Return the optimizer's sharded state dict.
+
+    Collective: one all-reduce of a number over all ranks; an optimizer of several parts (experts) also gathers over data parallel groups.
+    """
+    part, steps = only_part(optimizer), steps_taken(optimizer)
+    if part is None:
+        parts = parts_of(optimizer)
+        said = known_arguments(parts[0].sharded_state_dict, metadata=dict(CONTENT))
+        state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, **said)
+        if len(parts) == 1:
+            mend_empty_state(parts[0], state, steps)
+        return state
+    if hasattr(optimizer, "_synchronize_steps"):
+        optimizer._synchronize_steps()
+    return {**state_dict_with_steps(part, steps), "parts": state_of_parts(part, model_state, with_data=not is_loading)}
+
+
+def _optimizer_of(chunks: list, optimizer, states: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+    """Return the optimizer's sharded state dict.
+
+    Collective: one all-reduce of a number over all ranks, and those of ``optimizer_state``.
+    """
+    if keeps_rows(chunks[0]):
+        return optimizer_rows(optimizer, chunks[0], steps_taken(optimizer), with_data=not is_loading)
+    return optimizer_state(optimizer, states.get("model", states), is_loading)  # looks parameters up by name
+
+
+def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> dict[str, Any]:
+    """Return everything a checkpoint holds, for ``Saver.save``.
+
+    Collective: with overlapped gathering the parameters are gathered first (data parallel group); then those of ``optimizer_state``.
+
+    Args:
+        chunks: This rank's model chunks.
+        optimizer: Megatron's optimizer.
+        schedule: Megatron's learning-rate schedule.
+        more: Further small state, the same on all ranks (such as a coefficient rule's).
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)  # or each rank would save its own shard new and the others' old
+    states = _model_states(chunks, is_loading=False)
+    return {
+        **states,
+        "optimizer": _optimizer_of(chunks, optimizer, states, is_loading=False),
+        "opt_param_scheduler": schedule.state_dict(),
+        "random_state": _random_object({"python": random.getstate(), "numpy": np.random.get_state(), **random_state()}),
+        "more": more,
+        "content_metadata": dict(CONTENT),
+    }
+
+
+def _take_out(states: dict[str, Any], is_taken: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
+    """Return {model: {name: state}} of the names that are taken, after taking them out of ``states``."""
+    return {model: {name: state.pop(name) for name in list(state) if is_taken(name)}
+            for model, state in states.items()}
+
+
+def _take_what_is_not_saved(
+    states: dict[str, Any], manifest: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Return {model: {name: value}} of what the checkpoint lacks, after taking it out of ``states``.
+
+    Weights alone have nothing of what layers keep beside their weights, and layers that are given
+    None start without. Adapters that a run puts on a network that had none begin as they were made.
+
+    Args:
+        states: {model: its sharded state dict}.
+        manifest: Of the checkpoint.
+    """
+    weights_only = manifest.get("contents") == WEIGHTS_ONLY
+    extra = _take_out(states, lambda name: weights_only and name.endswith("_extra_state"))
+    has_adapters = manifest.get("settings", {}).get("lora_rank")
+    new = _take_out(states, lambda name: not has_adapters and is_adapter(name))
+    values = {model: {name: value.data for name, value in found.items()}
+              for model, found in new.items()}
+    return {model: {**dict.fromkeys(extra[model]), **found} for model, found in values.items()}
+
+
+def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, optimizer, load_optimizer: bool,
+                 load_random: bool) -> dict[str, Any]:
+    """Return the further state of a checkpoint after loading weights and, if asked for, optimizer and random state.
+
+    The state of the learning-rate schedule is returned under "opt_param_scheduler" beside "more"; both are empty where the checkpoint
+    holds weights only. Weights are converted to the run's dtype.
+
+    Collective: every rank reads the shards it needs.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read into this model, or would run somebody's program when it is read.
+    """
+    check_checkpoint_is_safe(directory)
+    fill_empty_state(optimizer)
+    states = _model_states(chunks, is_loading=True)
+    lacking = _take_what_is_not_saved(states, manifest)
+    wanted: dict[str, Any] = dict(states)
+    if load_optimizer:
+        wanted["optimizer"] = _optimizer_of(chunks, optimizer, states, is_loading=True)
+    same_place = load_random and manifest.get("layout", {}).get("random_place") == random_place()
+    if same_place:
+        wanted["random_state"] = _random_object(None)
+    try:
+        loaded = dist_checkpointing.load(wanted, str(directory))
+    except (Exception, CheckpointException) as error:  # torch's is no Exception; damage shows as anything from KeyError on
+        raise CheckpointError(f"{directory}: could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
+                              "If files were lost or damaged, load an earlier checkpoint with --ckpt-step.") from error
+    for name, chunk in _by_name(chunks):
+        if keeps_rows(chunk):
+            take_rows(chunk, loaded[name])
+        else:
+            inner(chunk).load_state_dict({**loaded[name], **lacking[name]})
+    if load_optimizer and keeps_rows(chunks[0]):
+        take_optimizer_rows(optimizer, chunks[0], loaded["optimizer"])
+    elif load_optimizer:
+        load_optimizer_state(optimizer, loaded["optimizer"])
+    elif hasattr(optimizer, "reload_model_params"):
+        optimizer.reload_model_params()
+    if same_place:
+        state = loaded["random_state"]
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        set_random_state(state)
+    return {"more": loaded.get("more", {}), "opt_param_scheduler": loaded.get("opt_param_scheduler", {}), "random_state": same_place}
+
+
+def find_damage_together(directory: Path, manifest: Mapping[str, Any], shards_too: bool = True) -> list[str]:
+    """Return what is wrong with a checkpoint's files, the same on all ranks; each rank reads its share of the bytes.
+
+    Collective: one all-gather of sentences over all ranks.
+
+    Args:
+        directory: The checkpoint.
+        manifest: Its manifest.
+        shards_too: Whether weights and moments are read as well, or the small files alone.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    load, mine = [0] * world_size, []
+    files = {name: said for name, said in manifest["files"].items() if shards_too or not name.endswith(".distcp")}
+    for name, said in sorted(files.items(), key=lambda item: -item[1]["bytes"]):
+        lightest = load.index(min(load))
+        load[lightest] += said["bytes"]
+        if lightest == rank:
+            mine.append(name)
+    problems: list[list[str]] = [[]] * world_size
+    dist.all_gather_object(problems, find_damage(directory, manifest, mine))
+    return [problem for found in problems for problem in found]

@@ -1,0 +1,46 @@
+"""``megatron-sorted evaluate``: what was measured is kept as it comes, so that a mistake in the last task loses nothing."""
+
+from collections.abc import Sequence
+
+from megatron_sorted.commands.options.evaluation import KEPT, plain, read_arguments
+from megatron_sorted.errors import DataError, SortedError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the tables, write JSON, answers and picture."""
+    values = read_arguments(arguments)
+    from megatron_sorted.commands.options.measures import name_subjects, read_measures
+    from megatron_sorted.evaluation.evaluate import evaluate
+    from megatron_sorted.evaluation.output.picture import MAX_MODELS, draw
+    from megatron_sorted.evaluation.output.provenance import answers_of, describe
+    from megatron_sorted.evaluation.output.record import Record
+    from megatron_sorted.evaluation.output.results import results_of
+    from megatron_sorted.evaluation.output.table import write_tables
+
+    subjects = name_subjects(values)
+    measures = read_measures(values, subjects)
+    try:
+        values.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--output: {values.output} cannot be written ({error.strerror}). Give another folder.") from error
+    kept = {name: plain(getattr(values, name)) for name in KEPT} | {"texts": plain(values.text)}
+    described, record = describe(measures, kept), Record(values.output)
+    try:
+        found = evaluate(subjects, measures, lambda so_far: record.keep(described | results_of(so_far, measures),
+                                                                        answers_of(so_far, measures)))
+    except SortedError as error:
+        if record.kept is None:
+            raise
+        raise type(error)(f"{error} What was measured before is in {record.kept}.") from error
+    results = described | results_of(found, measures)
+    print("\n" + write_tables(results))
+    record.finish(results, answers_of(found, measures))
+    written = [values.output / "evaluation.json"]
+    picture = values.output / "evaluation.png"
+    if len(found) <= MAX_MODELS:
+        draw(results, picture)
+        written.append(picture)
+    else:
+        picture.unlink(missing_ok=True)  # of an earlier evaluation, which these numbers are not
+        print(f"\nno picture: {len(found)} models are more than the {MAX_MODELS} that one can tell apart; the tables have them all")
+    print(f"\nwritten: {', '.join(map(str, [*written, *[values.save_heads] * bool(values.save_heads)]))}")

@@ -1,0 +1,1 @@
+"""Directories of Hugging Face models, read and written tensor by tensor."""

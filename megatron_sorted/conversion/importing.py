@@ -1,0 +1,135 @@
+"""A model of any kind into one of our checkpoints: weights alone, verified before it gets its name."""
+
+import dataclasses
+import platform
+import uuid
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sorted import __version__
+from megatron_sorted.checkpoint.layout import TRACKER, iteration_directory
+from megatron_sorted.checkpoint.manifest import (
+    MANIFEST,
+    WEIGHTS_ONLY,
+    Progress,
+    exits_description,
+    manifest_text,
+    network_shape,
+)
+from megatron_sorted.conversion.aside import written_aside
+from megatron_sorted.conversion.megatron.checkpoint_files import WeightsWriter
+from megatron_sorted.conversion.open_model import OpenModel
+from megatron_sorted.conversion.origins import Exits, Part, whole
+from megatron_sorted.conversion.tensors.source import Renamed, TensorInfo
+from megatron_sorted.conversion.tensors.table import Pair, tensor_table
+from megatron_sorted.conversion.verifying.transformers_states import require_transformers
+from megatron_sorted.conversion.writing import Writing, Written
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.files import write_text_atomically
+from megatron_sorted.settings.load import settings_as_dict
+from megatron_sorted.settings.run import Settings
+
+
+def import_model(
+    model: OpenModel, destination: Path, exits: Exits, writing: Writing | None = None,
+) -> Written:
+    """Write a checkpoint made of a model; it loads in any layout.
+
+    Args:
+        model: Of any kind.
+        destination: A new directory of checkpoints.
+        exits: To give the model.
+        writing: How it is written; by default verified, to a place where nothing is.
+
+    Raises:
+        CheckpointError: The destination exists, the disk is full, or the two do not match; nothing
+            is left there then.
+        SettingsError: An exit is not a layer of the model.
+    """
+    writing = writing or Writing()
+    if writing.verify and model.kind == "hugging_face":
+        require_transformers()
+    settings = exits.on(model.settings)
+    pairs, origins = tensor_table(settings), whole(model, settings).origins
+    if left := [pair.ours for pair in model.pairs if pair not in origins.values()]:
+        raise CheckpointError(f"{model.directory}: the exits asked for leave {', '.join(left[:3])} "
+                              "unused. Keep the exits it has.")
+    if new := [pair.ours for pair in pairs if pair.ours not in origins]:
+        raise CheckpointError(
+            f"{model.directory}: {', '.join(new[:3])} would be made of nothing. Keep the exits it "
+            "has; a run that loads the model makes new adapters (--exit-adapter-rank).")
+    tensors = {pair.ours: TensorInfo(pair.shape, model.dtype_of(origins[pair.ours]))
+               for pair in pairs}
+    total = sum(info.num_bytes for info in tensors.values())
+    with written_aside(destination, writing.overwrite, total, model.directory) as aside:
+        directory = iteration_directory(aside, 0)
+        directory.mkdir()
+        writer = WeightsWriter(directory, tensors, settings.num_layers)
+        count = writing.watch("converting", total)
+        try:
+            for pair in pairs:
+                writer.write(pair.ours, model.read_ours(origins[pair.ours]))
+                count(tensors[pair.ours].num_bytes)
+            files = writer.close({name: path.read_bytes() for name, path in model.files.items()})
+        except BaseException:
+            writer.abandon()
+            raise
+        text = manifest_text(_description(model, settings), Progress(0, 0), files)
+        (directory / MANIFEST).write_text(text, encoding="utf-8")
+        write_text_atomically(aside / TRACKER, "0")
+        part = Part(_with_parts(model, settings, origins), settings, origins)
+        return Written(writing.compared(part, aside, total, destination))
+
+
+def _with_parts(model: OpenModel, settings: Settings, origins: Mapping[str, Pair]) -> OpenModel:
+    """Return the model with the parts of exits that ``settings`` add to it.
+
+    Its exits then say something else, which is to be compared.
+    """
+    pairs, own = tensor_table(settings), {pair.ours for pair in model.pairs}
+    names: dict[str, str] = {}
+    for pair in (pair for pair in pairs if pair.ours not in own):
+        origin = origins[pair.ours]
+        names |= {pair.ours: origin.ours} if model.kind == "megatron" else dict(
+            zip(pair.theirs, origin.theirs, strict=True))
+    source = Renamed(model.source, names)
+    return dataclasses.replace(model, settings=settings, pairs=pairs, source=source)
+
+
+def tokenizer_description(model: OpenModel) -> dict[str, Any] | None:
+    """Return what a manifest says of a model's tokenizer; None if it has none.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    found = model.open_tokenizer()
+    if found is None:
+        return model.manifest["tokenizer"] if model.manifest else None
+    said = {"type": type(found).__name__, "name": found.name, "sha256": found.sha256}
+    # several forms of one tokenizer
+    return said | ({"hashes": sorted(found.hashes)} if len(found.hashes) > 1 else {})
+
+
+def _description(model: OpenModel, settings: Settings) -> dict[str, Any]:
+    """Return what the manifest of an imported checkpoint says."""
+    tokenizer = tokenizer_description(model)
+    if tokenizer is not None:
+        settings = dataclasses.replace(settings, tokenizer_type=tokenizer["type"])
+    now = datetime.now(timezone.utc)
+    return {
+        "contents": WEIGHTS_ONLY, "run_id": uuid.uuid4().hex[:8],
+        "saved_at": now.isoformat(timespec="milliseconds"),
+        "origin": {"name": model.directory.name, "kind": model.kind},
+        "versions": {"megatron_sorted": __version__, "torch": torch.__version__,
+                     "python": platform.python_version()},
+        "exits": exits_description(settings),
+        "shape": network_shape(settings, settings.vocab_size),
+        "settings": settings_as_dict(settings),
+        "layout": {"world_size": 1, "tensor": 1, "stages": 1, "data": 1, "chunks": 1,
+                   "random_place": [1, 1]},
+        "samples_a_step": 1, "tokenizer": tokenizer, "data": None,
+    }

@@ -1,0 +1,96 @@
+"""A directory of Megatron checkpoints, whoever wrote it and in whichever of its formats, as one source of weights."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_sorted.checkpoint.layout import ITERATION, TRACKER, iteration_directory
+from megatron_sorted.checkpoint.restricted_pickle import METADATA
+from megatron_sorted.conversion.megatron.arguments import settings_of
+from megatron_sorted.conversion.megatron.legacy_files import EMBEDDING, LegacyFiles
+from megatron_sorted.conversion.megatron.legacy_layout import plain_arguments
+from megatron_sorted.conversion.megatron.torch_dist_files import COMMON, TorchDistFiles
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.json_text import read_json
+from megatron_sorted.reading.shown import shown
+
+RELEASE = "release"
+MOST_METADATA_BYTES, MOST_DIGITS = 4 << 20, 18
+KINDS = "our own or Megatron-LM's torch_dist checkpoints, and legacy mp_rank_* directories"
+
+
+def find_megatron(path: Path) -> Path:
+    """Return the directory of one checkpoint: the path itself, or the one that the tracker in it names.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is no directory. Give a checkpoint ({KINDS}), or the directory of several.")
+    if (path / METADATA).exists() or any(path.glob("mp_rank_*")):
+        return path
+    try:
+        said = (path / TRACKER).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        hint = " It looks like a Hugging Face directory." if (path / "config.json").exists() else ""
+        steps = sorted(entry.name for entry in path.iterdir() if ITERATION.fullmatch(entry.name) or entry.name == RELEASE)
+        inside = f" Give one of those in it: {', '.join(steps[-5:])}." if steps else ""
+        raise CheckpointError(f"{path}: holds neither {TRACKER} nor a checkpoint ({KINDS}).{hint}{inside}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / TRACKER}: not readable ({error}).") from error
+    if said != RELEASE and not (re.fullmatch(r"[0-9]+", said) and len(said) <= MOST_DIGITS):
+        raise CheckpointError(f"{path / TRACKER}: says {shown(repr(said), 60)}, which is neither a number nor {RELEASE!r}.")
+    directory = path / RELEASE if said == RELEASE else iteration_directory(path, int(said))
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: is missing, though {TRACKER} names it. Copy it too, or give another checkpoint's directory.")
+    return directory
+
+
+def _backend(directory: Path) -> str | None:
+    """Return how metadata.json says that the checkpoint is stored; None if it does not say."""
+    path = directory / "metadata.json"
+    if not path.is_file():
+        return None
+    said = read_json(path, "Copy it again.", CheckpointError, MOST_METADATA_BYTES)
+    return said.get("sharded_backend") if isinstance(said, dict) else None
+
+
+def _settings(arguments: dict[str, Any] | None, directory: Path) -> dict[str, Any] | None:
+    """Return the settings that a checkpoint's arguments describe; None where it holds none."""
+    if arguments is None:
+        return None
+    try:
+        return settings_of(arguments)
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise CheckpointError(f"{shown(directory)}: its arguments are not those of Megatron ({shown(error, 100)}). "
+                              "Copy it again.") from error
+
+
+def open_megatron(path: str | Path) -> tuple[TorchDistFiles | LegacyFiles, dict[str, Any] | None]:
+    """Return the weights of a checkpoint of Megatron-LM, MindSpeed or EE-LLM, and the settings of its network.
+
+    Settings are in our words (with those of exits where it has any), None where it does not say; whatever cannot be represented is
+    refused.
+
+    Raises:
+        CheckpointError: It is no checkpoint of a GPT model, or is damaged or refused.
+    """
+    directory, arguments = find_megatron(Path(path)), None
+    if (directory / METADATA).exists():
+        backend = _backend(directory)
+        if backend not in (None, "torch_dist"):
+            raise CheckpointError(f"{directory}: is stored as {shown(repr(backend), 60)}, which cannot be read. Load it in Megatron-LM and "
+                                  "save it with --ckpt-format torch_dist.")
+        source: TorchDistFiles | LegacyFiles = TorchDistFiles(directory)
+        if (directory / COMMON).exists():
+            arguments = plain_arguments(source.common().get("args"))
+    elif any(directory.glob("mp_rank_*")):
+        source = LegacyFiles(directory)
+        arguments = source.arguments
+    else:
+        raise CheckpointError(f"{directory}: holds neither {METADATA} nor mp_rank_* directories, so it is none of {KINDS}.")
+    settings = _settings(arguments, directory)
+    if EMBEDDING not in source.tensors:
+        some = ", ".join(shown(name, 60) for name in list(source.tensors)[:3])
+        raise CheckpointError(f"{directory}: holds no {EMBEDDING} (but {some}, ...), so it is no GPT model of Megatron.")
+    return source, settings

@@ -1,0 +1,168 @@
+"""Weights of a ``torch_dist`` checkpoint: ours, and those of GPT models that Megatron-LM and MindSpeed save; in any layout."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sorted.checkpoint.plain_objects import load_plain
+from megatron_sorted.checkpoint.restricted_pickle import StoredChunk, StoredPiece, StoredTensor, read_stored_names
+from megatron_sorted.conversion.megatron.names import STACKED, is_no_weight, plain_name
+from megatron_sorted.conversion.megatron.saved_tensors import SavedFile
+from megatron_sorted.conversion.tensors.memory import new_tensor
+from megatron_sorted.conversion.tensors.source import TensorInfo, TensorSource
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.reading.shown import shown
+
+COMMON = "common.pt"
+MOST_LAYERS = 1 << 16
+"""Of one tensor over all layers: far more than any network has."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor offered: the stored one it is, or whose layer it is."""
+
+    stored: str
+    layer: int | None
+
+
+def _overlap(chunk: StoredChunk, layer: int | None) -> tuple[tuple[slice, ...], tuple[slice, ...], int] | None:
+    """Return where a chunk's part of a tensor goes, where in the chunk it is, and its elements; None if it has no part of it."""
+    offsets, sizes = chunk.offsets, chunk.sizes
+    source = tuple(slice(0, size) for size in sizes)
+    if layer is not None:
+        if not offsets[0] <= layer < offsets[0] + sizes[0]:
+            return None
+        source = (slice(layer - offsets[0], layer - offsets[0] + 1), *source[1:])
+        offsets, sizes = offsets[1:], sizes[1:]
+    target = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+    return target, source, torch.Size(sizes).numel()
+
+
+def _meet(one: tuple[slice, ...], other: tuple[slice, ...]) -> bool:
+    return all(a.start < b.stop and b.start < a.stop for a, b in zip(one, other, strict=True))
+
+
+class TorchDistFiles(TensorSource):
+    """The weights of one checkpoint directory, in the names of ``TensorSource``.
+
+    Layers stored as one tensor over all of them, or one by one, are offered one by one. Reading takes the memory of one tensor and
+    one stored piece of it.
+
+    Attributes:
+        tensors: In the order in which they lie in the files.
+    """
+
+    def __init__(self, directory: str | Path):
+        """Read what there is, and check that every file that should hold some of it is there and long enough.
+
+        Raises:
+            CheckpointError: It is no such checkpoint, asks for something refused, or lacks files or parts of tensors.
+        """
+        self.directory = Path(directory)
+        names = read_stored_names(self.directory)
+        self._sound: set[StoredPiece] = set()  # whose bytes were found to be those that were saved; once is enough
+        self._stored = {name: stored for name, stored in names.tensors.items() if not is_no_weight(name)}
+        found: dict[str, tuple[tuple[str, int], TensorInfo, _Place]] = {}
+        sizes: dict[str, int] = {}
+        for name, stored in self._stored.items():
+            self._check_pieces(name, stored, sizes)
+            for offered, place in self._offers(name, stored):
+                if offered in found:
+                    raise CheckpointError(f"{shown(self.directory)}: {shown(offered)} is there twice, as {shown(found[offered][2].stored)} "
+                                          f"and as {shown(name)}.")
+                shape = stored.shape if place.layer is None else stored.shape[1:]
+                parts = [chunk.piece for chunk in stored.chunks if _overlap(chunk, place.layer)]
+                if not parts:
+                    raise self._hole(offered, place)
+                found[offered] = (min((p.file, p.offset) for p in parts), TensorInfo(shape, stored.dtype), place)
+        if not found:
+            raise CheckpointError(f"{self.directory}: holds no weights of a GPT model.")
+        order = sorted(found, key=lambda name: found[name][0])
+        self.tensors: Mapping[str, TensorInfo] = {name: found[name][1] for name in order}
+        self._places = {name: found[name][2] for name in order}
+
+    @staticmethod
+    def _offers(name: str, stored: StoredTensor) -> list[tuple[str, _Place]]:
+        if match := STACKED.fullmatch(name):
+            return [(plain_name(f"decoder.layers.{layer}.{match[1]}"), _Place(name, layer)) for layer in range(stored.shape[0])]
+        return [(plain_name(name), _Place(name, None))]
+
+    def _hole(self, name: str, place: _Place) -> CheckpointError:
+        files = sorted({chunk.piece.file for chunk in self._stored[place.stored].chunks if chunk.piece})
+        return CheckpointError(f"{shown(self.directory)}: {shown(name)}: parts of it are in no file (those of {place.stored} lie in "
+                               f"{', '.join(files) or 'none'}). The save was not complete, or the files are of different saves.")
+
+    def _check_pieces(self, name: str, stored: StoredTensor, sizes: dict[str, int]) -> None:
+        if 0 in stored.shape or (STACKED.fullmatch(name) and (not stored.shape or stored.shape[0] > MOST_LAYERS)):
+            raise CheckpointError(f"{shown(self.directory)}: {shown(name)} is of shape {shown(list(stored.shape), 60)}, which no weight "
+                                  f"has (layers: {MOST_LAYERS:,} at most). The metadata is damaged; copy the directory again.")
+        for chunk in stored.chunks:
+            if chunk.piece is None:
+                raise CheckpointError(f"{shown(self.directory)}: {shown(name)}: the metadata does not say where its part "
+                                      f"at {list(chunk.offsets)} lies.")
+            file = chunk.piece.file
+            if file not in sizes:
+                path = self.directory / file
+                sizes[file] = path.stat().st_size if path.is_file() else -1
+            if sizes[file] < 0:
+                raise CheckpointError(f"{shown(self.directory)}: {shown(file)} is missing; it holds {shown(name)}. "
+                                      "Copy the whole directory again.")
+            if math.prod(chunk.sizes) * stored.dtype.itemsize > chunk.piece.num_bytes:
+                raise CheckpointError(f"{shown(self.directory)}: {shown(name)} has a part of shape {shown(list(chunk.sizes), 60)} in "
+                                      f"{chunk.piece.num_bytes} bytes, which do not hold it. The metadata is damaged; copy the directory "
+                                      "again.")
+            end = chunk.piece.offset + chunk.piece.num_bytes
+            if sizes[file] < end:
+                raise CheckpointError(f"{shown(self.directory)}: {shown(file)} has {sizes[file]} bytes, but {shown(name)} lies up "
+                                      f"to byte {end}; it was cut off. Copy it again.")
+
+    def common(self) -> dict[str, Any]:
+        """Return what all ranks share (``common.pt``): arguments, step, and whatever else the program put there.
+
+        Raises:
+            CheckpointError: It is missing or damaged, or holds a class that is not on the list of plain ones.
+        """
+        found = load_plain(self.directory / COMMON, str(self.directory / COMMON))
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{self.directory / COMMON}: holds a {type(found).__name__}, not a dict; it is no common part of a save.")
+        return found
+
+    def _load(self, name: str, stored: StoredTensor, chunk: StoredChunk) -> torch.Tensor:
+        told = f"{self.directory}: {name} in {chunk.piece.file}"
+        saved = SavedFile(self.directory / chunk.piece.file, chunk.piece, told)
+        tensor = saved.content
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != stored.dtype or tuple(tensor.shape) != chunk.sizes:
+            said = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise CheckpointError(f"{told}: {said} lies where the metadata says {stored.dtype} {list(chunk.sizes)}; the files are of "
+                                  "different saves.")
+        result = saved.read(saved.place(tensor), check=chunk.piece not in self._sound)
+        self._sound.add(chunk.piece)
+        return result
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor in memory of its own.
+
+        Raises:
+            CheckpointError: A part of it is missing or damaged.
+        """
+        place, info = self._places[name], self.tensors[name]
+        stored = self._stored[place.stored]
+        parts = [(chunk, part) for chunk in stored.chunks if (part := _overlap(chunk, place.layer))]
+        boxes = [target for _, (target, _, _) in parts]
+        count = sum(numel for *_, (_, _, numel) in parts)
+        if count != torch.Size(info.shape).numel() or any(_meet(a, b) for i, a in enumerate(boxes) for b in boxes[:i]):
+            raise self._hole(name, place)
+        if len(parts) == 1:
+            chunk, (_, source, numel) = parts[0]
+            whole = self._load(name, stored, chunk)
+            part = whole[source].reshape(info.shape)
+            return part if whole.untyped_storage().nbytes() == numel * info.dtype.itemsize else part.clone()
+        result = new_tensor(info.shape, info.dtype)
+        for chunk, (target, source, _) in sorted(parts, key=lambda part: (part[0].piece.file, part[0].piece.offset)):
+            result[target] = self._load(name, stored, chunk)[source].reshape([s.stop - s.start for s in target])
+        return result

@@ -1,0 +1,1 @@
+"""Tokenizer files and prompt forms that go out with a model."""

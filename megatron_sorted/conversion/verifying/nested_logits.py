@@ -1,0 +1,125 @@
+"""What a network in Megatron's form computes at every depth, in plain PyTorch with one matrix in memory at a time.
+
+Written from the definition of the network, apart from both Megatron and transformers: fused projections are used as they are stored. Tests
+compare it with Megatron's own layers in parallel layouts; `verify` compares it with transformers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional
+
+from megatron_sorted.conversion.verifying.streamed import ReadExit, multiply
+from megatron_sorted.settings.derived import exit_depths, kv_channels, num_query_groups
+from megatron_sorted.settings.run import Settings
+
+Read = Callable[[str], torch.Tensor]
+
+
+def rotary_frequencies(settings: Settings) -> torch.Tensor:
+    """Return how far each pair of channels turns from one position to the next [d / 2], in radians.
+
+    RoPE (Su et al. 2021, arXiv 2104.09864, eq. 15): base ** (-2i / d). Linear interpolation (Chen et al. 2023, arXiv 2306.15595) divides
+    all by a factor. Llama 3.1 divides the slow ones by a factor, leaves the fast ones, and goes from one to the other linearly in the
+    number of turns within the original context (its reference implementation, ``apply_scaling``).
+    """
+    d = kv_channels(settings)
+    frequencies = 1.0 / settings.rotary_base ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
+    if settings.rotary_seq_len_interpolation_factor is not None:
+        return frequencies / settings.rotary_seq_len_interpolation_factor
+    if not settings.use_rope_scaling:
+        return frequencies
+    turns = settings.rope_scaling_original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = settings.rope_scaling_low_freq_factor, settings.rope_scaling_high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return keep * frequencies + (1 - keep) * frequencies / settings.rope_scaling_factor
+
+
+def _rotate(heads_bnsd: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    angles_sd = torch.arange(heads_bnsd.size(2), dtype=torch.float32)[:, None] * frequencies
+    cos_sd, sin_sd = torch.cat((angles_sd, angles_sd), -1).cos(), torch.cat((angles_sd, angles_sd), -1).sin()
+    left, right = heads_bnsd.chunk(2, -1)
+    return heads_bnsd * cos_sd + torch.cat((-right, left), -1) * sin_sd
+
+
+def nested_exits(settings: Settings, read: Read, tokens_bs: torch.Tensor, depths: Sequence[int]) -> dict[int, ReadExit]:
+    """Return {depth: exit} in fp32; a depth that is no exit is read by the last exit's norm and head.
+
+    Args:
+        settings: Of the network; one that ``families.family_of_settings`` knows.
+        read: Gives a tensor by its global name.
+        tokens_bs: Token ids.
+        depths: At which to read the network.
+    """
+    exits: dict[int, ReadExit] = {}
+    with torch.no_grad():
+        frequencies, length = rotary_frequencies(settings), tokens_bs.size(1)
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        # a token (row) sees itself and those before, at most a window of them
+        visible = (distance >= 0) & (distance < (settings.sliding_window or length))
+        hidden_bsh = read("embedding.word_embeddings.weight")[tokens_bs].float()
+        for layer in range(max(depths)):
+            hidden_bsh = _layer(
+                settings, lambda name, layer=layer: read(f"decoder.layers.{layer}.{name}"), hidden_bsh, frequencies, visible)
+            if layer + 1 in depths:
+                read_bsh = _after_parts(settings, read, layer + 1, hidden_bsh, frequencies, visible)
+                exits[layer + 1] = _read_exit(settings, read, layer + 1, read_bsh)
+    return exits
+
+
+def _after_parts(settings: Settings, read: Read, depth: int, hidden_bsh: torch.Tensor, frequencies: torch.Tensor,
+                 visible: torch.Tensor) -> torch.Tensor:
+    """Return what an exit's norm reads: the hidden state after the exit's own adapter, then its block or MLP, where it has them."""
+    if depth not in exit_depths(settings)[:-1]:
+        return hidden_bsh
+    if settings.exit_adapter_rank:
+        low_bsr = multiply(hidden_bsh, read(f"exit_adapters.{depth}.down.weight"))
+        hidden_bsh = hidden_bsh + multiply(low_bsr, read(f"exit_adapters.{depth}.up.weight"))
+    if settings.use_exit_block:
+        hidden_bsh = _layer(settings, lambda name: read(f"exit_blocks.{depth}.{name}"), hidden_bsh, frequencies, visible)
+    if settings.use_exit_mlp:
+        hidden_bsh = _mlp(settings, lambda name: read(f"exit_mlps.{depth}.{name}"), hidden_bsh)
+    return hidden_bsh
+
+
+def _norm(settings: Settings, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return functional.rms_norm(hidden, hidden.shape[-1:], weight.float(), settings.norm_epsilon)
+
+
+def _layer(settings: Settings, read: Read, hidden_bsh: torch.Tensor, frequencies: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Return the hidden state after one layer."""
+    b, s, _ = hidden_bsh.shape
+    groups, d = num_query_groups(settings), kv_channels(settings)
+    queries = settings.num_attention_heads // groups
+    normed = _norm(settings, hidden_bsh, read("self_attention.linear_qkv.layer_norm_weight"))
+    bias = read("self_attention.linear_qkv.bias") if settings.add_qkv_bias else None
+    fused = multiply(normed, read("self_attention.linear_qkv.weight"), bias).view(b, s, groups, queries + 2, d)
+    query_bnsd = fused[..., :queries, :].reshape(b, s, -1, d).transpose(1, 2)
+    key_bgsd, value_bgsd = fused[..., queries, :].transpose(1, 2), fused[..., queries + 1, :].transpose(1, 2)
+    if settings.qk_layernorm:
+        query_bnsd = _norm(settings, query_bnsd, read("self_attention.q_layernorm.weight"))
+        key_bgsd = _norm(settings, key_bgsd, read("self_attention.k_layernorm.weight"))
+    query_bnsd, key_bgsd = _rotate(query_bnsd, frequencies), _rotate(key_bgsd, frequencies)
+    key_bnsd, value_bnsd = (heads.repeat_interleave(queries, 1) for heads in (key_bgsd, value_bgsd))
+    scores = (query_bnsd @ key_bnsd.transpose(-1, -2) / math.sqrt(d)).masked_fill(~visible, float("-inf"))
+    context_bsh = (scores.softmax(-1) @ value_bnsd).transpose(1, 2).reshape(b, s, -1)
+    hidden_bsh = hidden_bsh + multiply(context_bsh, read("self_attention.linear_proj.weight"))
+    return _mlp(settings, lambda name: read(f"mlp.{name}"), hidden_bsh)
+
+
+def _mlp(settings: Settings, read: Read, hidden_bsh: torch.Tensor) -> torch.Tensor:
+    """Return the hidden state after an MLP with its norm."""
+    normed = _norm(settings, hidden_bsh, read("linear_fc1.layer_norm_weight"))
+    gate, up = multiply(normed, read("linear_fc1.weight")).chunk(2, -1)
+    return hidden_bsh + multiply(functional.silu(gate) * up, read("linear_fc2.weight"))
+
+
+def _read_exit(settings: Settings, read: Read, depth: int, hidden_bsh: torch.Tensor) -> ReadExit:
+    """Return one exit, over the real vocabulary."""
+    is_own = depth in exit_depths(settings)[:-1]
+    norm = f"exit_norms.{depth}.weight" if is_own and settings.use_exit_norm else "decoder.final_layernorm.weight"
+    head = "output_layer.weight" if settings.untie_embeddings_and_output_weights else "embedding.word_embeddings.weight"
+    if is_own and settings.untie_exit_output_weights:
+        head = f"exit_output_layers.{depth}.weight"
+    return ReadExit(_norm(settings, hidden_bsh, read(norm)), lambda: read(head)[: settings.vocab_size])

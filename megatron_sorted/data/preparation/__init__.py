@@ -1,0 +1,1 @@
+"""From JSON lines to indexed token files."""

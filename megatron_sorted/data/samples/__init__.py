@@ -1,0 +1,1 @@
+"""From indexed token files to samples of a run."""

@@ -1,0 +1,1 @@
+"""Draft tokens with early exits and verify them with the full model."""

@@ -1,0 +1,1 @@
+"""Choose how to decode a model on this machine."""

@@ -1,0 +1,61 @@
+"""What megatron-sorted tune chose, kept beside the model: a part for the model alone, and one for each model that may draft for it."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from megatron_sorted.decoding.ways import WAYS
+from megatron_sorted.errors import DataError
+from megatron_sorted.files import write_text_atomically
+from megatron_sorted.reading.json_text import read_json_object
+from megatron_sorted.reading.shown import shown
+
+CHOICES = "decoding.json"
+"""File beside the model in which megatron-sorted tune keeps what it chose."""
+LEARNED = "decoding_bandit.json"
+"""File beside the model in which a server keeps which way it learned to be fastest."""
+FORMAT = 1
+
+
+def read_choices(path: Path, key: str | None = None) -> dict:
+    """Return what was tuned for the model alone, or together with the draft model ``key``; {} where nothing was.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    whole = _read(path)
+    return whole if key is None else whole.get("drafts", {}).get(key, {})
+
+
+def write_choices(path: Path, found: dict, key: str | None = None) -> None:
+    """Write what was tuned for the model alone, or together with the draft model ``key``; what was tuned with others stays.
+
+    Raises:
+        DataError: What is there is damaged.
+    """
+    whole = _read(path)
+    drafts = whole.get("drafts", {}) if key is None else {**whole.get("drafts", {}), key: found}
+    whole = {"format": FORMAT, **(found if key is None else whole), **({"drafts": drafts} if drafts else {})}
+    write_text_atomically(path, json.dumps(whole, indent=2) + "\n")
+
+
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    whole = read_json_object(path, "Remove it and tune again.")
+    try:
+        if whole.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        drafts = whole.get("drafts", {})
+        parts = [*([whole] if "ways" in whole or not drafts else []), *drafts.values()]
+        if not all(isinstance(part["ways"], dict) and part["ways"].keys() <= WAYS.keys() for part in parts):
+            raise ValueError("it names unknown ways")
+        for part in parts:
+            if part.get("best", "full") not in WAYS:
+                raise ValueError(f"its best way is {part['best']!r}")
+            for name, options in part["ways"].items():
+                if unknown := options.keys() - {field.name for field in fields(WAYS[name])}:
+                    raise ValueError(f"{name} has no {min(unknown)}")
+        return whole
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{shown(path)}: not written by megatron-sorted tune ({shown(error)}). Remove it and tune again.") from error

@@ -1,0 +1,1 @@
+"""Ranks of a layout built and stepped without devices, beside the plan."""

@@ -1,0 +1,1 @@
+"""What an evaluation prints, writes and draws."""

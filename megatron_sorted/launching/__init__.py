@@ -1,0 +1,1 @@
+"""Start runs on many hosts: what the launchers in slurm/ must know of a run and of a host."""

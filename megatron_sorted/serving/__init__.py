@@ -1,0 +1,1 @@
+"""OpenAI's API over a nested model."""

@@ -1,0 +1,208 @@
+"""A server that outlives its clients: time limits of connections, a bound on their number, a stop within a time that is known."""
+
+import asyncio
+import math
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from megatron_sorted.command_line import INTERRUPTED
+from megatron_sorted.errors import SettingsError
+from megatron_sorted.serving.worker import Worker
+
+KEEP_ALIVE_SECONDS = 10
+"""How long a connection may be idle after an answer."""
+HEAD_SECONDS = 15
+"""From connecting, or from the last answer, to the end of a request's headers."""
+BODY_SECONDS = 60
+"""From there to the end of its body."""
+STALL_SECONDS = 60
+"""How long a client may leave an answer unread when no more of it fits into the socket."""
+MOST_CONNECTIONS = 512
+BACKLOG = 128
+DROPPED_AFTER = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+"""Of TCP: a client that vanished without a word is noticed after two minutes."""
+
+
+def most_connections() -> int:
+    """Return how many connections there may be: half of the files that the process may open, raised to what it is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * MOST_CONNECTIONS if hard == resource.RLIM_INFINITY else min(4 * MOST_CONNECTIONS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, max(soft // 2, 1))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket of this address and port (0: any that is free) that does not listen yet.
+
+    Raises:
+        SettingsError: It cannot be had; says what to change.
+    """
+    if not 0 <= port <= 65535:
+        raise SettingsError(f"--port: {port} is not in 0..65535. Change it.")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM,
+                                                                flags=socket.AI_PASSIVE)[0]
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"--host: {host!r} is not an address ({getattr(error, 'strerror', None) or error}). Change it.") from error
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # connections that are accepted inherit it
+        for name, seconds in DROPPED_AFTER:
+            if hasattr(socket, name):
+                bound.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise _address_error(host, port, error) from error
+    return bound
+
+
+def _address_error(host: str, port: int, error: OSError) -> SettingsError:
+    return SettingsError(f"--host {host} --port {port}: {error.strerror}. Give an address of this machine and a --port (above 1023) "
+                         "that no other program has.")
+
+
+class Connection(H11Protocol):
+    """A client's connection, which is ended when the client keeps it waiting; uvicorn itself does so only between two requests.
+
+    Attributes:
+        most: Connections there may be; where there are more, the one that has kept the server waiting longest is ended.
+        waits_since: Of ``time.monotonic``, since when the client is waited for; None while it waits for the server.
+    """
+
+    most = MOST_CONNECTIONS
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Begin to wait for a request, and make room."""
+        self.limit: asyncio.TimerHandle | None = None
+        self.waits_since: float | None = None
+        super().connection_made(transport)
+        self._wait(HEAD_SECONDS)
+        if len(self.connections) > self.most:
+            waiting = [one for one in self.connections if one.waits_since is not None and not one.transport.is_closing()]
+            min(waiting, key=lambda one: one.waits_since, default=self).transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        self._wait(None)
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        """Handle what came, and wait for what has not."""
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:
+            self._wait(BODY_SECONDS)
+        if self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete:
+            self._wait(None)
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        before = self.cycle
+        super().on_response_complete()
+        if self.cycle is before:
+            self._wait(HEAD_SECONDS)
+
+    def pause_writing(self) -> None:
+        """Wait for the client to read."""
+        super().pause_writing()
+        self._wait(STALL_SECONDS)
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        super().resume_writing()
+        self._wait(None)
+
+    def _wait(self, seconds: float | None) -> None:
+        """Give the client so many seconds; None ends the waiting."""
+        if self.limit is not None:
+            self.limit.cancel()
+        self.limit = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+        self.waits_since = None if seconds is None else time.monotonic()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which says when it can be reached, and stops within a time that is known.
+
+    Args:
+        config: uvicorn's.
+        worker: Owns the model; told to end its texts.
+        seconds: Within which to stop.
+        announce: Called when clients can connect.
+    """
+
+    def __init__(self, config: uvicorn.Config, worker: Worker, seconds: float, announce: Callable[[], None]):
+        super().__init__(config)
+        self.worker, self.seconds, self.announce = worker, seconds, announce
+        self.end_at = float("inf")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop; at the second signal at once, in good order too."""
+        if self.should_exit:
+            self.seconds, self.end_at = 0, time.monotonic()
+        super().handle_exit(sig, frame)
+        self.force_exit = False  # which would leave texts without a word, and tasks to be cancelled
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        await super().startup(sockets)
+        self.announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let texts end by themselves for most of the time, then end them with a word, then end connections."""
+        self.end_at = time.monotonic() + self.seconds - min(0.5, self.seconds / 4)  # the rest is for what ends the process
+        ending = asyncio.create_task(self._end_texts())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_texts(self) -> None:
+        while time.monotonic() < self.end_at - min(1, self.seconds / 2):
+            await asyncio.sleep(0.05)
+        self.worker.stop()
+        await asyncio.sleep(0.1)  # a moment to send the word
+        while time.monotonic() < self.end_at - min(0.3, self.seconds / 4):
+            await asyncio.sleep(0.05)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # a client that does not read
+
+
+def serve(app: FastAPI, worker: Worker, bound: socket.socket, shutdown_seconds: float, announce: Callable[[], None]) -> NoReturn:
+    """Serve until the process is told to stop, and end it: with status 0, after Ctrl-C with 130.
+
+    Raises:
+        SettingsError: Another program has taken the port meanwhile.
+    """
+    Connection.most = most_connections()
+    config = uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_level="warning", access_log=False, backlog=BACKLOG,
+                            timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=math.ceil(shutdown_seconds) + 2)
+    server = Server(config, worker, shutdown_seconds, announce)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has stopped in good order
+    address, status = bound.getsockname(), 0
+    try:
+        server.run([bound])
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except OSError as error:
+        if server.started:
+            raise
+        raise _address_error(address[0], address[1], error) from error
+    worker.close(max(server.end_at - time.monotonic(), 0.2))
+    if status:
+        print("\nstopped.", file=sys.stderr)
+    sys.stdout.flush()
+    # Python's own end frees a model piece by piece, for seconds, and must not come while a step of it goes on, which nothing interrupts
+    os._exit(status)

@@ -1,0 +1,109 @@
+"""Tokenizers of the library ``tokenizers``, made of files and the tokens that settings add."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from megatron_sorted.errors import DataError
+from megatron_sorted.reading.json_text import read_bounded, read_json_object
+from megatron_sorted.reading.shown import shown
+from megatron_sorted.text.tokenizer.classes import CLASSES, build_pipeline, class_of
+from megatron_sorted.text.tokenizer.files import (
+    FLAGS,
+    MERGES,
+    REMEDY,
+    VOCABULARY,
+    NamedToken,
+    TokenizerFiles,
+    check_place,
+)
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+def read_with_library(files: TokenizerFiles, data: bytes) -> "tokenizers.Tokenizer":
+    """Return the tokenizer of a tokenizer.json, or of vocab.json and merges.txt.
+
+    Args:
+        files: What the files say.
+        data: The content of tokenizer.json.
+
+    Raises:
+        DataError: They are damaged or contradict each other, or the library is not installed.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise DataError("A Hugging Face tokenizer needs the package 'tokenizers'. "
+                        "pip install tokenizers.") from error
+    if files.main.name == VOCABULARY:
+        fast = _pairs_of_bytes(files)
+    else:
+        with _in_our_words(f"{files.main}: not a tokenizer"):
+            fast = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+    _add_tokens(fast, files)
+    return fast
+
+
+@contextmanager
+def _in_our_words(what: str) -> Iterator[None]:
+    """Pass on what the library says; it raises bare Exception, and its panics are not even that."""
+    try:
+        yield
+    except (DataError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = shown(" ".join(str(error).split()), 200) or type(error).__name__
+        raise DataError(f"{what} ({reason}). Give an intact directory.") from error
+
+
+def _pairs_of_bytes(files: TokenizerFiles) -> "tokenizers.Tokenizer":
+    """Return the tokenizer of vocab.json and merges.txt, by the rules of the class named."""
+    name = class_of(files.class_name, files.model_type)
+    directory = files.main.parent
+    if name not in CLASSES:
+        known = ", ".join(CLASSES)
+        raise DataError(
+            f"{directory}: {VOCABULARY} and {MERGES} do not say how texts are cut, and the class "
+            f"{name or 'of the tokenizer'} is unknown. Name one of {known} as tokenizer_class in "
+            "tokenizer_config.json, or save the tokenizer as tokenizer.json with transformers.")
+    vocabulary = read_json_object(files.main, REMEDY)
+    if not all(type(i) is int and 0 <= i < 1 << 31 for i in vocabulary.values()):
+        raise DataError(f"{files.main}: not {{token: id}}. Give an intact directory.")
+    with _in_our_words(f"{directory}: {VOCABULARY} and {MERGES} are no tokenizer"):
+        lines = read_bounded(files.used[MERGES], REMEDY).decode("utf-8").split("\n")
+        merges = [tuple(line.split()) for line in map(str.strip, lines)
+                  if line and not line.startswith("#version")]
+        return build_pipeline(name, vocabulary, merges, files.config)
+
+
+def _add_tokens(fast: "tokenizers.Tokenizer", files: TokenizerFiles) -> None:
+    """Add the tokens that settings name, as transformers does: first those with ids, in order.
+
+    Raises:
+        DataError: One gets another id than the settings say.
+    """
+    special = {token.content for token in files.special}
+    known = {token.content: token for token in fast.get_added_tokens_decoder().values()}
+    for number, token in sorted(files.added.items()):
+        made = _added_token(token, token.content in special)
+        if token.content not in known or _state(known[token.content]) != _state(made):
+            fast.add_tokens([made])
+        check_place(files, number, fast.token_to_id(token.content), token)
+        known[token.content] = made
+    for token in files.special:
+        if token.content not in known:
+            fast.add_tokens([_added_token(token, True)])
+            known[token.content] = token
+
+
+def _added_token(token: NamedToken, is_special: bool) -> "tokenizers.AddedToken":
+    from tokenizers import AddedToken
+
+    flags: Mapping[str, Any] = {"normalized": not is_special, "special": is_special, **token.flags}
+    return AddedToken(token.content, **{**flags, "special": flags["special"] or is_special})
+
+
+def _state(token: "tokenizers.AddedToken") -> tuple:
+    return tuple(getattr(token, name) for name in FLAGS)

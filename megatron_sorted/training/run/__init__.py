@@ -1,0 +1,1 @@
+"""The run around the steps: inputs, loop, checkpoints, evaluation, reports."""

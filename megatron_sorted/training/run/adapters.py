@@ -1,0 +1,58 @@
+"""Adapters in a run: how many ranks a step uses, and which checkpoints a run with them can go on from."""
+
+from megatron_sorted.checkpoint.candidates import Candidate
+from megatron_sorted.errors import CheckpointError
+from megatron_sorted.settings.load import settings_as_dict
+from megatron_sorted.settings.lora import MUST_AGREE, adapter_parameters, rank_at
+from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.step.build import Model, unwrap
+
+
+def use_ranks(model: Model, settings: Settings, step: int) -> None:
+    """Make every adapter use the ranks drawn for ``step``; before the step."""
+    if settings.lora_rank:
+        for chunk in model.chunks:
+            unwrap(chunk).adapter_ranks.count = rank_at(settings, step)
+
+
+def check_same_adapters(candidate: Candidate, settings: Settings, weights_only: bool) -> None:
+    """Check that the run has the checkpoint's adapters, or takes only the weights of one without.
+
+    Raises:
+        CheckpointError: Naming what differs, and what can be done.
+    """
+    absent, saved = settings_as_dict(Settings()), candidate.manifest.get("settings", {})
+    before, now = {**absent, **saved}, settings_as_dict(settings)
+    if not before["lora_rank"] and (not now["lora_rank"] or weights_only):
+        return
+    different = [f"--{name.replace('_', '-')}: {_words(before[name])} in the checkpoint, {_words(now[name])} in this run"
+                 for name in MUST_AGREE if before[name] != now[name] and (name == "lora_rank" or before["lora_rank"])]
+    if not different:
+        return
+    if before["lora_rank"]:
+        remedy = ("Use the checkpoint's values; or merge its adapters into the weights first (megatron-sorted convert export) and "
+                  "start from what that writes with --pretrained-checkpoint.")
+    else:
+        remedy = ("Its optimizer has no state for adapters: start from its weights at step 0, with --pretrained-checkpoint (and another "
+                  "--save) or --finetune.")
+    raise CheckpointError(f"{candidate.directory}: made with other adapters. {'; '.join(different)}. {remedy}")
+
+
+def _words(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def adapter_lines(settings: Settings, num_parameters: int) -> list[str]:
+    """Return a line about the adapters of a run for the console; none without.
+
+    Args:
+        settings: The run.
+        num_parameters: Of the whole model without them.
+    """
+    if not settings.lora_rank:
+        return []
+    ranks = ("; each step uses the first " + " or ".join(map(str, settings.dylora_ranks or (f"1..{settings.lora_rank}",))) + " ranks"
+             + (" and trains the last of them" if settings.dylora_frozen else "")) if settings.dylora else ""
+    count = adapter_parameters(settings)
+    return [f"adapters of rank {settings.lora_rank} on {', '.join(settings.lora_targets)}: {count:,} trained parameters, "
+            f"{100 * count / num_parameters:.2f} % of the frozen network's{ranks}"]

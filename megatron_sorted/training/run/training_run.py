@@ -1,0 +1,175 @@
+"""A run on this process: its network, checkpoints and reports, and how it ends."""
+
+import sys
+from typing import Any
+
+from megatron_sorted.checkpoint.manifest import Progress
+from megatron_sorted.monitoring.console import evaluation_lines
+from megatron_sorted.monitoring.report import EvaluationReport, StepReport
+from megatron_sorted.monitoring.writers import open_writers
+from megatron_sorted.parallel.groups import start_process_groups, stop_process_groups
+from megatron_sorted.reading.shown import printable
+from megatron_sorted.training.run.checkpoints import Checkpoints
+from megatron_sorted.training.run.describe import description, opening_lines, write_evaluation
+from megatron_sorted.training.run.evaluate import Evaluation, ShownProgress
+from megatron_sorted.training.run.hugging_face import export_last
+from megatron_sorted.training.run.same_run import START
+from megatron_sorted.training.run.start import Prepared, find_beginning
+from megatron_sorted.training.run.travelling import own_files
+from megatron_sorted.training.step.build import build_model, build_optimizer
+from megatron_sorted.training.step.forward_step import ForwardStep
+from megatron_sorted.training.watch.failure import report_and_exit
+from megatron_sorted.training.watch.signals import stop_request
+from megatron_sorted.training.watch.stops import Stops, remove_stop_file, write_stop_file
+from megatron_sorted.training.watch.watchdog import Watchdog
+
+
+class TrainingRun:
+    """A run whose processes have met.
+
+    Attributes:
+        settings: The run, as it goes on.
+        progress: How far it is.
+        writers: On the first process, what reports are written to.
+    """
+
+    def __init__(self, prepared: Prepared):
+        """Join the other processes, build the model and load the checkpoint.
+
+        Collective: creates all groups; every process must call it.
+        """
+        settings, self.inputs, self.platform, self.rule = (
+            prepared.settings,
+            prepared.inputs,
+            prepared.platform,
+            prepared.rule,
+        )
+        self.vocab_size = self.inputs.vocab_size
+        self.place = start_process_groups(settings, self.platform)
+        hang_minutes = settings.hang_timeout_minutes or 0.9 * settings.distributed_timeout_minutes
+        self.watchdog = Watchdog(60 * hang_minutes, report_and_exit)
+        self.say(
+            *opening_lines(settings, self.platform, self.place, self.vocab_size),
+            *(f"note: {line}" for line in self.inputs.notes),
+        )
+        if self.inputs.samples is not None:
+            self.say(f"training data: {self.inputs.samples.describe()}")
+        self.model = build_model(settings, self.platform, self.place, self.vocab_size)
+        build_optimizer(self.model, settings, self.place.world_size)
+        self.forward_step = ForwardStep(settings, self.model, self.platform)
+        self.stops = Stops(settings, self.platform, prepared.started)
+        self.checkpoints = Checkpoints(
+            settings, self.platform, self.place, self.model, self.rule, self.say
+        )
+        saves = settings.save and not settings.skip_train
+        if saves:
+            files = own_files(settings, self.inputs.form) if self.place.rank == 0 else {}
+            self.checkpoints.open_for_saving(files, self.watchdog.alive)
+        self.beginning = find_beginning(prepared, self.place, self.say)
+        self.settings = self.checkpoints.settings = self.beginning.settings
+        candidate = self.beginning.candidate
+        self.progress = Progress(0, 0) if candidate is None else self.checkpoints.load(candidate)
+        self.writers = None
+        if self.place.rank == 0:
+            self.writers = open_writers(
+                settings, self.beginning.run_id, self.progress.step, self._description(), self.say
+            )
+            if saves:
+                remove_stop_file(settings.save)
+        self.watchdog.start()
+
+    def say(self, *lines: str) -> None:
+        """Print on the first process."""
+        if self.place.rank == 0:
+            print(printable("\n".join(lines)), flush=True)
+
+    def publish(self, report: StepReport | EvaluationReport, lines: str) -> None:
+        """Print the lines of a report and write it, on the first process."""
+        self.say(lines)
+        if self.writers:
+            self.writers.write(report)
+
+    def evaluate_all(self, last: bool = False) -> list[EvaluationReport]:
+        """Return the reports of all evaluation sets, and at the end of test sets, published.
+
+        Collective: every process must call it.
+        """
+        reports = []
+        sets = self.inputs.eval_sets | (self.inputs.test_sets if last else {})
+        for name, samples in sets.items():
+            self.watchdog.mark(f"step {self.progress.step}, evaluation of {name!r}")
+            evaluation = Evaluation(
+                self.settings, self.model, self.platform, self.place, name, samples
+            )
+            shown = ShownProgress(name, self.watchdog.alive, self.place.rank == 0)
+            reports.append(evaluation.run(self.progress.step, shown))
+            self.publish(reports[-1], evaluation_lines(reports[-1]))
+        return reports
+
+    def _description(self) -> dict[str, Any]:
+        run = self.beginning
+        said = description(
+            self.settings,
+            self.vocab_size,
+            run.run_id,
+            self.place,
+            self.inputs.tokenizer,
+            self.inputs.data,
+        )
+        return said | ({START: run.origin} if run.origin else {})
+
+    def save(self) -> None:
+        """Start a checkpoint; where the run saves in the foreground, write it.
+
+        Collective: every process must call it.
+        """
+        self.watchdog.mark(f"step {self.progress.step}, start of a save")
+        for outcome in self.checkpoints.save(self.progress, self._description()):
+            self.checkpoints.tell(outcome, last=False)
+
+    def end(self, reason: str | None = None) -> None:
+        """End the run after its last step, or early for a ``reason``.
+
+        Collective: every process must call it.
+
+        Raises:
+            CheckpointError: The state, or the directory of --save-hf, could not be written.
+        """
+        settings, step = self.settings, self.progress.step
+        if reason is not None:
+            stop_request.ignore_from_now_on()
+            self.say(f"stopping at step {step} of {settings.train_iters}: {reason}")
+        if self.checkpoints.saver is not None:
+            self.watchdog.mark(f"step {step}, end of the last save")
+            self.checkpoints.end(self.progress, self._description())
+        if reason is None:
+            reports = self.evaluate_all(last=True)
+            if settings.save and self.place.rank == 0 and reports:
+                self.say(f"wrote {write_evaluation(settings, self.vocab_size, step, reports)}")
+        elif settings.save and self.place.rank == 0:
+            write_stop_file(settings.save, step, settings.train_iters, reason)
+        self.leave()
+        if reason is None and settings.save_hf and self.place.rank == 0:
+            export_last(settings, step, self.beginning.run_id, self.say)
+
+    def fail(self) -> None:
+        """Let a save end that was started when all was well, before the run ends in an error.
+
+        Collective: every process must call it.
+        """
+        if (outcome := self.checkpoints.finished(wait=True)) is not None:
+            self.checkpoints.tell(outcome, last=False)
+        if self.writers:
+            self.writers.close()
+
+    def leave(self) -> None:
+        """Leave the process groups and give the directory up.
+
+        Collective: every process must call it.
+        """
+        self.watchdog.stop()
+        if self.writers:
+            self.writers.close()
+        self.checkpoints.close()
+        stop_process_groups()
+        sys.stdout.flush()

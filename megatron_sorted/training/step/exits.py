@@ -1,0 +1,151 @@
+"""What an exit does: attach itself in forward, compute its loss and gradients in backward."""
+
+from functools import partial
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_sorted.loss.attached import AttachedExit
+from megatron_sorted.loss.cross_entropy import CrossEntropy, LossRequest
+from megatron_sorted.loss.deferred import end, tap
+from megatron_sorted.loss.distillation import Distillation, TaughtCrossEntropy
+from megatron_sorted.loss.gradient_rules import GradientRule
+from megatron_sorted.loss.ledger import Ledger
+from megatron_sorted.loss.linear_cross_entropy import ExitLoss, exit_loss
+from megatron_sorted.platform.contract import Platform
+from megatron_sorted.settings.derived import last_exit_teaches, taught_exits
+from megatron_sorted.settings.exits import loss_chunk_tokens
+from megatron_sorted.settings.run import Settings
+from megatron_sorted.training.step.build import Model
+from megatron_sorted.training.step.carrier import teach
+from megatron_sorted.training.step.choices import Choices
+from megatron_sorted.training.step.confidence import Confidences
+from megatron_sorted.training.step.micro_batches import MicroBatch
+
+
+class ExitLosses:
+    """Computes the losses of exits, in training and in evaluation.
+
+    Attributes:
+        choices: The most likely tokens of the step under way, where micro-batches ask for them.
+        confidences: Their probabilities, likewise.
+    """
+
+    def __init__(self, settings: Settings, model: Model, platform: Platform):
+        self.settings, self.model = settings, model
+        self.distillation = Distillation(
+            settings.exit_kd_weight, settings.exit_kd_temperature, settings.exit_kd_top_k
+        )
+        self.chunk_tokens = loss_chunk_tokens(settings, on_cpu=platform.is_processor)
+        self.choices, self.confidences = Choices(), Confidences()
+
+    def compute(
+        self, micro: MicroBatch, depth: int, hidden_tbh: torch.Tensor, factor: torch.Tensor | None
+    ) -> tuple[ExitLoss, torch.Tensor | None]:
+        """Return losses and gradient of the exit at ``depth``, as ``exit_loss`` does.
+
+        Collective: that of ``exit_loss``.
+        """
+        stage, model = micro.stage, self.model
+        before_exit, _ = stage.exit_hooks
+        before_exit(depth)
+        head = stage.head(depth, micro.attention_mask, hidden_tbh.size(0))
+        request = LossRequest(
+            micro.targets, model.shard, self.chunk_tokens, micro.with_choice, micro.with_confidence
+        )
+        token_loss = CrossEntropy(request)
+        if micro.box is not None and taught_exits(self.settings, [depth]):
+            weight_ph = (
+                stage.heads.output.weight
+                if model.teacher is None
+                else model.teacher.weight_ph(stage.plan.chunk)
+            )
+            token_loss = TaughtCrossEntropy(
+                request, self.distillation, micro.box.normed_tbh, weight_ph
+            )
+        losses, gradient = exit_loss(hidden_tbh, head.norm, head.weight_ph, token_loss, factor)
+        if micro.with_choice:
+            self.choices.add(depth, micro.number, losses.choice_n)
+        if micro.with_confidence:
+            self.confidences.add(depth, micro.number, losses.confidence_n, model.vocab_size)
+        return losses, gradient
+
+
+def make_gradient_rule(settings: Settings) -> GradientRule:
+    """Return the rule by which gradients are joined at exits."""
+    whole, group = settings.exit_gradient_scope == "micro-batch", None
+    if whole and settings.sequence_parallel and settings.tensor_model_parallel_size > 1:
+        group = parallel_state.get_tensor_model_parallel_group()
+        if settings.context_parallel_size > 1:
+            group = parallel_state.get_tensor_and_context_parallel_group()
+    elif whole and settings.context_parallel_size > 1:
+        group = parallel_state.get_context_parallel_group()
+    return GradientRule(settings.exit_gradient_rule, whole, settings.exit_gradient_balance, group)
+
+
+class TrainedExits:
+    """The exits of a training step: their losses are computed in backward.
+
+    Attributes:
+        losses: Computes them.
+        ledger: Where losses and gradients are added up.
+    """
+
+    def __init__(self, losses: ExitLosses, ledger: Ledger):
+        self.settings, self.losses, self.ledger = losses.settings, losses, ledger
+        self.gradient_rule = make_gradient_rule(self.settings)
+
+    def attach(self, micro: MicroBatch, depth: int, hidden_tbh: torch.Tensor) -> torch.Tensor:
+        """Return what deeper layers go on with after an exit; see ``loss.deferred``."""
+        settings, heads = self.settings, micro.stage.heads
+        coefficient = micro.coefficients.get(depth, 0.0)
+        backward = partial(self.backward, micro, depth) if coefficient else None
+        if micro.box is not None and depth == settings.num_layers and last_exit_teaches(settings):
+            backward = teach(backward, micro.stage.head(depth).norm, micro.box)
+        announced = heads.complete_at(depth) if settings.overlap_grad_reduce else ()
+        if not hidden_tbh.requires_grad:  # nothing below trains
+            if backward is not None or announced:
+                micro.attached.append(
+                    AttachedExit(hidden_tbh, backward, coefficient * micro.factor, announced)
+                )
+            return (
+                torch.zeros((), device=hidden_tbh.device) if depth == micro.deepest else hidden_tbh
+            )
+        if depth == micro.deepest:
+            return end(hidden_tbh, backward, coefficient, announced)
+        if backward is None and not announced:
+            return hidden_tbh
+        return tap(
+            hidden_tbh,
+            backward,
+            coefficient * micro.factor,
+            announced,
+            partial(self._join, micro, depth),
+        )
+
+    def backward(
+        self, micro: MicroBatch, depth: int, hidden_tbh: torch.Tensor, factor: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the gradient to the exit's hidden state; add loss and gradient to the ledger.
+
+        Collective: that of ``exit_loss``.
+        """
+        losses, gradient = self.losses.compute(micro, depth, hidden_tbh, factor)
+        _, after_exit = micro.stage.exit_hooks
+        after_exit(depth)
+        self.ledger.add(depth, losses, micro.targets.loss_mask_n)
+        self.ledger.add_gradient(depth, gradient)
+        return gradient
+
+    def _join(
+        self, micro: MicroBatch, depth: int, own_tbh: torch.Tensor, deeper_tbh: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the gradient for the layers below, of the exit's own and the deeper exits'.
+
+        Collective: that of ``GradientRule.join``.
+        """
+        if micro.with_meetings:
+            self.ledger.add_meeting(depth, own_tbh, deeper_tbh)
+        return self.gradient_rule.join(
+            own_tbh, deeper_tbh, sum(other > depth for other in micro.coefficients)
+        )

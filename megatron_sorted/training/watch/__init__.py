@@ -1,0 +1,1 @@
+"""Watch a run: stop requests, hangs, non-finite steps, profiles, failures."""

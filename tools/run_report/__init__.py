@@ -1,1 +1,0 @@
-"""What tools/report.py does: reads the reports of runs, draws them, and writes a page."""

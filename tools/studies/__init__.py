@@ -1,1 +1,0 @@
-"""Parts of tools/study.py: what is compared, the steps that train it, gaps and the front, the page and its pictures."""
