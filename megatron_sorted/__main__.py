@@ -1,11 +1,11 @@
 """``megatron-sorted COMMAND ...``, also ``python -m megatron_sorted COMMAND ...``."""
 
 import sys
-from difflib import get_close_matches
 from typing import NoReturn
 
-from megatron_sorted.command_line import start_command
+from megatron_sorted.command_line import run_main, start_command
 from megatron_sorted.commands import COMMANDS, run
+from megatron_sorted.settings.require import nearest
 
 OVERVIEW = f"""usage: megatron-sorted COMMAND ...
 
@@ -19,18 +19,22 @@ Example: megatron-sorted train --config examples/quickstart.yaml"""
 
 def main() -> NoReturn:
     """Run the command that the first word names."""
-    start_command()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        sys.argv[:2] = [f"megatron-sorted {name}"]
+        run(name)
+    start_command()
+    run_main(lambda: show(name))
+
+
+def show(name: str) -> int:
+    """Print what commands there are, or that there is none of this name; return the exit status."""
     if name in ("-h", "--help"):
         print(OVERVIEW)
-        sys.exit(0)
-    if name not in COMMANDS:
-        near = get_close_matches(name, COMMANDS, 1)
-        guess = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(COMMANDS)}."
-        print(f"error: {name!r}: there is no such command. {guess}", file=sys.stderr)
-        sys.exit(2)
-    sys.argv[:2] = [f"megatron-sorted {name}"]
-    run(name)
+        return 0
+    near = nearest(name, COMMANDS, f"Choose one of {', '.join(COMMANDS)}.")
+    print(f"error: {name!r}: there is no such command. {near}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

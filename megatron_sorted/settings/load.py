@@ -10,12 +10,11 @@ from typing import Any
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.reading.shown import shown
-from megatron_sorted.reading.text_file import read_text
 from megatron_sorted.settings.flags import SEE_HELP, field_groups, parse_flags
 from megatron_sorted.settings.require import nearest
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.values import convert, field_types
-from megatron_sorted.settings.yaml_file import read_yaml
+from megatron_sorted.settings.yaml_file import entries_of, read_settings_text
 
 
 def load_settings(argv: list[str] | None = None,
@@ -45,29 +44,25 @@ OLD_COMMENT = re.compile(r"^# (world-size|planned-device): (\S+)[ \t\r]*$", re.M
 """How files of 0.8 and before gave these two settings: as lines of the comment at the file's head."""
 
 
-def values_in_comment(path: str | Path) -> dict[str, str]:
-    """Return {key: word} of what the comment at the head of an old run file says of its machines.
-
-    Raises:
-        SettingsError: The file cannot be read, or is no text.
-    """
-    head = re.split(r"^\s*$", read_text(path, error=SettingsError), maxsplit=1, flags=re.MULTILINE)[0]
-    return dict(OLD_COMMENT.findall(head))
+def values_in_comment(text: str) -> dict[str, str]:
+    """Return {key: word} of what the comment at the head of an old run file says of its machines."""
+    return dict(OLD_COMMENT.findall(re.split(r"^\s*$", text, maxsplit=1, flags=re.MULTILINE)[0]))
 
 
 def notes_on_file(path: str | Path) -> list[str]:
     """Return a note for every setting that a run file gives in a comment, where programs of 0.8 and before read it."""
-    keys = {entry.key for entry in read_yaml(str(path))}
+    text = read_settings_text(str(path))
+    keys = {entry.key for entry in entries_of(str(path), text)}
     return [f"note: {path}: '# {key}: {word}' is a comment. Write it as a key of the file: {key}: {word}"
-            for key, word in values_in_comment(path).items() if key not in keys]
+            for key, word in values_in_comment(text).items() if key not in keys]
 
 
 def _values_of_file(path: str) -> dict[str, Any]:
-    values = {}
-    for key, word in values_in_comment(path).items():
+    values, text = {}, read_settings_text(path)
+    for key, word in values_in_comment(text).items():
         name = key.replace("-", "_")
         values[name] = convert(name, word, f"{path}, # {key}", strict=False)
-    for entry in read_yaml(path):
+    for entry in entries_of(path, text):
         source = f"{path}, line {entry.line}, {entry.key}"
         name = _field_name(entry.key, source)
         values[name] = convert(name, entry.value, source, strict=True)

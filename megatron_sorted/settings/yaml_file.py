@@ -34,13 +34,30 @@ class Entry:
 
 
 def read_yaml(path: str) -> list[Entry]:
-    """Returns the entries of the file's mapping in order; an empty file has none.
+    """Return the entries of the mapping in the file; see ``entries_of``."""
+    return entries_of(path, read_settings_text(path))
+
+
+def read_settings_text(path: str) -> str:
+    """Return the text of a file of settings, which is read once: it may be a pipe.
 
     Raises:
-        SettingsError: the file is missing, is not YAML, is not one mapping with text keys, or names a key twice; it uses tags or merge
-            keys, or its aliases stand for more than ``MOST_VALUES``.
+        SettingsError: The file is missing, too large, or no text.
     """
-    text = read_text(path, "Give a YAML file of settings.", SettingsError, MOST_FILE_BYTES)
+    return read_text(path, "Give a YAML file of settings.", SettingsError, MOST_FILE_BYTES)
+
+
+def entries_of(path: str, text: str) -> list[Entry]:
+    """Return the entries of the text's mapping in order; an empty text has none.
+
+    Args:
+        path: The file that holds the text, for messages.
+        text: What it holds.
+
+    Raises:
+        SettingsError: The text is not YAML, is not one mapping with text keys, or names a key twice;
+            it uses tags or merge keys, or its aliases stand for more than ``MOST_VALUES``.
+    """
     if found := NO_YAML.search(text):
         line = text.count("\n", 0, found.start()) + 1
         raise SettingsError(f"{shown(path)}, line {line}: the character {found.group()!r} is not one of YAML. Remove it.")

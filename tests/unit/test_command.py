@@ -213,3 +213,16 @@ def test_ctrl_c_is_one_line(body, begin, line):
     assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGINT)
     assert ended(process) == (130, "", f"\n{line}\n")
+
+
+@pytest.mark.parametrize(("words", "status", "out", "err"), [
+    ([], 0, "usage: megatron-sorted COMMAND ...", ""),
+    (["--help"], 0, "usage: megatron-sorted COMMAND ...", ""),
+    (["generat"], 2, "", "error: 'generat': there is no such command. Did you mean generate?\n"),
+    (["qqq"], 2, "", f"error: 'qqq': there is no such command. Choose one of {', '.join(COMMANDS)}.\n"),
+])
+def test_commands_are_listed_and_a_wrong_one_names_the_nearest(words, status, out, err):
+    process = subprocess.Popen([sys.executable, "-m", "megatron_sorted", *words], env=environment(), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    code, printed, told = ended(process)
+    assert (code, told) == (status, err) and printed.startswith(out) and bool(printed) == bool(out)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -177,3 +178,17 @@ def test_help_names_every_flag_with_its_default_and_ends_well(capsys):
     assert "Peak learning rate. (default: 0.0003)" in text
     assert "Kind of normalization. (default: RMSNorm)" in text
     assert "How the work" not in text and "Device and parallel layout" in text
+
+
+@pytest.mark.parametrize("keys", ["", "world-size: 3\n"])
+def test_a_file_that_can_be_read_once_is_read_whole(keys):
+    """As a shell's ``--config <(...)``; with what files of 0.8 and before said in a comment."""
+    text = f"# world-size: 2\n# A run.\n\n{keys}num-layers: 3\nvocab-size: 100\n"
+    reading, writing = os.pipe()
+    os.write(writing, text.encode())
+    os.close(writing)
+    try:
+        settings = load_settings(["--config", f"/dev/fd/{reading}"])
+    finally:
+        os.close(reading)
+    assert (settings.num_layers, settings.vocab_size, settings.world_size) == (3, 100, 3 if keys else 2)
