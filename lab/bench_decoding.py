@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lab.decoding.overhead import WIDTHS, alternate, full_and_theirs, made_network, passes, ratio, weight_bytes
+from lab.decoding.overhead import WIDTHS, alternate, full_and_theirs, passes, random_network, ratio, weight_bytes
 from megatron_sorted.decoding.network import Network, load_network
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.reporting.markdown import facts, table
@@ -63,7 +63,7 @@ def main() -> None:
         network, what = load_network(values.model), values.model.resolve().name
     else:
         shape = (2, 64, 172, 4, 256) if values.quick else (10, 640, 1728, 10, 4096)
-        network, what = made_network(*shape), "{} layers, hidden {}, feed-forward {}, {} heads, vocabulary {}, random".format(*shape)
+        network, what = random_network(*shape), "{} layers, hidden {}, feed-forward {}, {} heads, vocabulary {}, random".format(*shape)
     lines = ["# Decoding: what a token costs", "",
              f"{what}; {weight_bytes(network) / 1e6:.0f} MB of matrices a pass, prompt of 64 tokens, {values.tokens} tokens a round, "
              f"{values.rounds} rounds. *products*: the same matrix products alone; *memory*: reading as many bytes (a sum over them).", "",

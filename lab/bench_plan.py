@@ -22,7 +22,7 @@ from pathlib import Path
 from lab.benchmarks.report import machine
 from lab.benchmarks.worker import RETURN_FREED_MEMORY
 from lab.planning.cases import BALANCE, FOUR_EXITS, FOUR_STAGES, MEMORY, MEMORY_CASES, TIME, TIME_CASES
-from lab.planning.measured import Layout
+from lab.planning.measured import MeasuredLayout
 from megatron_sorted.dry_run.calibrate import calibrate
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.planning.devices import Device, device_named
@@ -58,7 +58,7 @@ def memory_rows(device: Device, names: list[str]) -> list[dict]:
         settings = replace(MEMORY, **changes)
         check_settings(settings, world_size)
         _tell(f"memory: {name}")
-        layout = Layout(settings, world_size, warm=True)
+        layout = MeasuredLayout(settings, world_size, warm=True)
         layout.ask("peak")  # the optimizer makes its state
         peaks = layout.ask("peak")
         layout.stop()
@@ -79,7 +79,7 @@ def time_rows(cases: dict[str, tuple[int, Settings]], device: Device, rounds: in
         check_settings(settings, world_size)
     for name, (world_size, settings) in cases.items():
         _tell(f"times: starting {name}")
-        layouts[name] = Layout(settings, world_size, warm=False)
+        layouts[name] = MeasuredLayout(settings, world_size, warm=False)
         layouts[name].ask("times")
     for number in range(rounds):
         for name, layout in layouts.items():

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from lab.decoding.proof import Comparison, Draws, compare, fit, greedy_draft_pairs, pairs_expected, sample_pairs
+from lab.decoding.proof import Draws, ProofComparison, compare, fit, greedy_draft_pairs, pairs_expected, sample_pairs
 from megatron_sorted.benchmark.questions import read_prompts
 from megatron_sorted.benchmark.trials import encode_prompts
 from megatron_sorted.commands.options.decoding import (
@@ -31,7 +31,7 @@ from megatron_sorted.commands.options.decoding import (
     check_prompt_options,
     writer_of,
 )
-from megatron_sorted.decoding.ways import Full, Sampling, SelfSpeculative, SortedSpeculative, Tree
+from megatron_sorted.decoding.strategies import Full, SamplingParameters, SelfSpeculative, SortedSpeculative, TreeSpeculative
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.reporting.markdown import facts, table
@@ -60,7 +60,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     return values
 
 
-def comparison_row(name: str, found: Comparison) -> list[str]:
+def comparison_row(name: str, found: ProofComparison) -> list[str]:
     """Return a row of the table of comparisons."""
     close = [one.margin / one.scale for one in found.differences if one.margin == one.margin]
     return [name, f"{found.num_tokens:,}", f"{found.num_texts:,}", f"{found.accepted / max(found.drafted, 1):.0%}",
@@ -83,25 +83,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = compare(network, prompts, values.num_tokens, values.seed, draws, "fp32")
     rows.append(comparison_row("fp32", found))
     ends = ", ".join(f"{name} {count:,}" for name, count in sorted(found.finishes.items()))
-    ways = ", ".join(f"{name} {count:,}" for name, count in sorted(found.by_way.items()))
+    strategies = ", ".join(f"{name} {count:,}" for name, count in sorted(found.by_strategy.items()))
     if found.differences:
         wrong.append(f"fp32: {len(found.differences)} of {found.num_texts} texts differ, first {found.differences[0]}")
     fits, biased = [], None
     if values.num_samples:
-        sampling, depths = Sampling(1.0, 50), network.depths[:-1]
+        sampling, depths = SamplingParameters(1.0, 50), network.depths[:-1]
         expected = pairs_expected(network, prompts[0], sampling)
-        for way in (Full(), SelfSpeculative(depths[0], 2), SortedSpeculative(depths, (0.3,) * len(depths), 2),
-                    Tree(depths[:1], (), 2, 3, 6)):
-            one = fit(sample_pairs(network, prompts[0], way, sampling, values.num_samples), expected)
-            fits.append([way.name, f"{one.num_samples:,}", str(one.cells), f"{one.chi_square:.1f}", f"{one.p:.3f}"])
+        for strategy in (Full(), SelfSpeculative(depths[0], 2), SortedSpeculative(depths, (0.3,) * len(depths), 2),
+                    TreeSpeculative(depths[:1], (), 2, 3, 6)):
+            one = fit(sample_pairs(network, prompts[0], strategy, sampling, values.num_samples), expected)
+            fits.append([strategy.name, f"{one.num_samples:,}", str(one.cells), f"{one.chi_square:.1f}", f"{one.p:.3f}"])
             if one.p < LEAST_P:
-                wrong.append(f"{way.name}: samples do not fit the distribution, chi-square {one.chi_square:.1f}, p {one.p:.2g}")
+                wrong.append(f"{strategy.name}: samples do not fit the distribution, chi-square {one.chi_square:.1f}, p {one.p:.2g}")
         biased = fit(greedy_draft_pairs(network, prompts[0], depths[0], sampling, values.num_samples), expected)
     for dtype in HALVES if values.num_half_tokens else ():
         other = writer_of(argparse.Namespace(**{**vars(values), "dtype": dtype}))
         rows.append(comparison_row(dtype, compare(other.network, prompts, values.num_half_tokens, values.seed, draws, dtype)))
     lines = [f"# {values.model.resolve().name}: speculation beside `full`", "",
-             f"{network.num_layers} layers, exits at {', '.join(map(str, network.depths))}. Drawn ways ({ways} tokens in fp32), batches of "
+             f"{network.num_layers} layers, exits at {', '.join(map(str, network.depths))}. Drawn ways ({strategies} tokens in fp32), batches of "
              f"1 to {values.most_rows}, limits, stop words, 30 % sampled; texts ended by {ends}.", "",
              *table(["numbers", "tokens", "texts", "drafts accepted", "texts that differ", "tokens before a difference", "widest"], rows),
              "*widest*: at the first token that differs (greedy texts), how far full's choice was ahead, over the largest logit; the "

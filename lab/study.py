@@ -23,7 +23,7 @@ from lab.results.steps import Runner
 from lab.results.tool import add_folder_options, open_folders, show_page
 from lab.studies.data_sets import plan_cldr, plan_instructions, plan_stories
 from lab.studies.page import chosen, write_page
-from lab.studies.plan import Plan
+from lab.studies.plan import StudyPlan
 from lab.studies.variants import VARIANTS
 from megatron_sorted.errors import SettingsError
 
@@ -58,7 +58,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     return values
 
 
-def run_all(plan: Plan, values: argparse.Namespace, folder: Path) -> Runner:
+def run_all(plan: StudyPlan, values: argparse.Namespace, folder: Path) -> Runner:
     """Return the runner after running what is not finished: data, rates, then everything of a seed before the next seed."""
     variants, cuts, tries = chosen(values.variants), plan.extract_steps(), plan.rate_steps()
     of_a_seed = (1 + values.teach_separate) * len(plan.depths) + len(variants)

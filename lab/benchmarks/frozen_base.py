@@ -14,7 +14,7 @@ import time
 
 EXITS = {"exit_layer_nums": (2, 4, 6)}
 TUNE = {**EXITS, "tune_exit": True}
-WAYS = {
+STRATEGIES = {
     "no exits": {},
     "exits, all trains": EXITS,
     "exits with block and norm, all trains": {**EXITS, "use_exit_block": True, "use_exit_norm": True},
@@ -50,9 +50,9 @@ def measure(changes: dict) -> dict[str, float]:
 def main() -> None:
     """Measure every way and prints the table."""
     if len(sys.argv) > 1:
-        print(json.dumps(measure(WAYS[sys.argv[1]])))
+        print(json.dumps(measure(STRATEGIES[sys.argv[1]])))
         return
-    found: dict[str, list[dict]] = {name: [] for name in WAYS}
+    found: dict[str, list[dict]] = {name: [] for name in STRATEGIES}
     for _ in range(ROUNDS):
         for name, results in found.items():
             command = [sys.executable, "-m", "lab.benchmarks.frozen_base", name]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lab.benchmarks.cases import MEMORY_SHAPES, Case, case_settings
 from lab.benchmarks.flops import step_flops
-from lab.benchmarks.worker import Worker, returning_freed_memory
+from lab.benchmarks.worker import StepWorker, returning_freed_memory
 
 EXTRA_ROUNDS = 4
 """Rounds of plain and ours without early exits alone: their ratio has the narrowest bound, and they are cheap."""
@@ -44,8 +44,8 @@ def _say(text: str) -> None:
     print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _start(shape: str, cases: list[Case], options: argparse.Namespace) -> list[Worker]:
-    workers = [Worker(shape, case, options.device, options.bf16, options.threads) for case in cases]
+def _start(shape: str, cases: list[Case], options: argparse.Namespace) -> list[StepWorker]:
+    workers = [StepWorker(shape, case, options.device, options.bf16, options.threads) for case in cases]
     for worker in workers:
         worker.answer()
     return workers

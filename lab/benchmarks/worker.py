@@ -42,7 +42,7 @@ def _serve(connection: Connection, shape: str, case: Case, device: str, bf16: bo
     os._exit(0)  # one process: there are no peers to part from in order
 
 
-class Worker:
+class StepWorker:
     """The other end of ``_serve``: starts the process.
 
     Questions: "step": (seconds, CPU seconds) of a step; "peak": bytes; "flops": operations of a step as torch counts them.

@@ -28,7 +28,7 @@ ASKING_LOCALES = ("en", *NAME_IN)
 
 
 @dataclass(frozen=True)
-class Sample:
+class QuestionSample:
     """One line of a question file; ``language`` is the locale of the answer."""
 
     instruction: str
@@ -58,7 +58,7 @@ class QuestionPlan:
         """Return how many training samples there are: trained facts times the phrasings each can be asked in."""
         return sum(len(phrasings(fact, self.asking)) for fact in self.trained)
 
-    def train(self, num_samples: int) -> Iterator[Sample]:
+    def train(self, num_samples: int) -> Iterator[QuestionSample]:
         """Yield ``num_samples`` different training samples: every fact once before any fact a second time.
 
         Raises:
@@ -69,16 +69,16 @@ class QuestionPlan:
                             "Ask for fewer, or give more --locales, --asking-locales or --kinds, or a larger --max-facts.")
         return islice(_in_rounds(self.trained, self.asking, held_out=False), num_samples)
 
-    def phrasing(self, num_facts: int, num_samples: int) -> list[Sample]:
+    def phrasing(self, num_facts: int, num_samples: int) -> list[QuestionSample]:
         """Return the first ``num_facts`` trained facts in phrasings that are never trained, up to ``num_samples``."""
         return list(islice(_in_rounds(self.trained[:num_facts], self.asking, held_out=True), num_samples))
 
-    def never_trained(self, num_samples: int) -> list[Sample]:
+    def never_trained(self, num_samples: int) -> list[QuestionSample]:
         """Return facts never trained, each once and in a phrasing that is trained: only the fact is new."""
         return list(islice(_in_rounds(self.unseen[:num_samples], self.asking, held_out=False), min(num_samples, len(self.unseen))))
 
 
-def _in_rounds(facts: tuple[Fact, ...], asking: tuple[str, ...], held_out: bool) -> Iterator[Sample]:
+def _in_rounds(facts: tuple[Fact, ...], asking: tuple[str, ...], held_out: bool) -> Iterator[QuestionSample]:
     """Yield every question about ``facts``; round r takes each fact's r-th phrasing, from a start of its own."""
     waiting = facts
     turn = 0
@@ -147,7 +147,7 @@ def _asking_names(kind: str, locale: str) -> dict[str, str]:
             if name.casefold() not in others and not is_unseen(Fact(kind, code, locale))}
 
 
-def ask(fact: Fact, locale: str, template: str) -> Sample:
+def ask(fact: Fact, locale: str, template: str) -> QuestionSample:
     """Return the sample that asks for ``fact`` with ``template``, written in ``locale``."""
     base = base_kind(fact.kind)
     name = own_names("territory" if fact.kind in LINK_KINDS else base, locale).get(fact.code, "")
@@ -161,4 +161,4 @@ def ask(fact: Fact, locale: str, template: str) -> Sample:
         "language": own_names("language", locale)[fact.locale],
     }
     instruction, _, given = template.partition("\n")
-    return Sample(instruction.format(**words), given.format(**words), answer(fact), fact.locale, fact.kind, str(fact))
+    return QuestionSample(instruction.format(**words), given.format(**words), answer(fact), fact.locale, fact.kind, str(fact))

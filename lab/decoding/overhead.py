@@ -11,8 +11,8 @@ from megatron_sorted.decoding.cache.matrix import Matrix
 from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.network import Network
+from megatron_sorted.decoding.strategies import Full, Strategy
 from megatron_sorted.decoding.tuning.costs import now
-from megatron_sorted.decoding.ways import Full, Way
 
 WIDTHS = (1, 2, 4, 8, 16)
 
@@ -71,10 +71,10 @@ def reading(network: Network, size: int) -> Callable[[], None]:
     return work
 
 
-def writing(network: Network, prompts: Sequence[list[int]], way: Way, count: int) -> Callable[[], None]:
+def writing(network: Network, prompts: Sequence[list[int]], strategy: Strategy, count: int) -> Callable[[], None]:
     """Return what writes ``count`` tokens behind each prompt."""
     def work() -> None:
-        generate(network, prompts, way, limits=Limits(count))
+        generate(network, prompts, strategy, limits=Limits(count))
 
     return work
 
@@ -136,7 +136,7 @@ def full_and_theirs(network: Network, batch: int, length: int, count: int, round
     return steps | {name: [one / count for one in found[name]] for name in ("products", "memory")}
 
 
-def made_network(layers: int, hidden: int, inner: int, heads: int, vocabulary: int) -> Network:
+def random_network(layers: int, hidden: int, inner: int, heads: int, vocabulary: int) -> Network:
     """Return a LLaMA of random numbers."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,

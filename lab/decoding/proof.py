@@ -11,7 +11,7 @@ from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.sampling import SURENESS, Sampler
-from megatron_sorted.decoding.ways import Full, Sampling, SelfSpeculative, SortedSpeculative, Tree, Way
+from megatron_sorted.decoding.strategies import Full, SamplingParameters, SelfSpeculative, SortedSpeculative, Strategy, TreeSpeculative
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,20 @@ class Difference:
         scale: The largest logit there, absolutely.
     """
 
-    way: Way
+    strategy: Strategy
     place: int
     margin: float
     scale: float
 
 
 @dataclass
-class Comparison:
+class ProofComparison:
     """What was compared.
 
     Attributes:
         num_tokens, num_texts: Written by speculation and compared with full.
         num_same: Tokens before the first difference of their text.
-        by_way: Tokens of each way.
+        by_strategy: Tokens of each way.
         finishes: How often texts ended for each reason.
         accepted, steps: Counts of all speculation, so that it is seen that drafts were taken and refused.
         differences: Texts that are not full's.
@@ -47,23 +47,23 @@ class Comparison:
     num_tokens: int = 0
     num_texts: int = 0
     num_same: int = 0
-    by_way: dict[str, int] = field(default_factory=dict)
+    by_strategy: dict[str, int] = field(default_factory=dict)
     finishes: dict[str, int] = field(default_factory=dict)
     drafted: int = 0
     accepted: int = 0
     differences: list[Difference] = field(default_factory=list)
 
 
-def draw_way(chance: random.Random, depths: Sequence[int]) -> Way:
+def draw_strategy(chance: random.Random, depths: Sequence[int]) -> Strategy:
     """Return a speculative way with options that were drawn: any exits, thresholds, lengths, trees."""
-    kind = chance.choice((SelfSpeculative, SortedSpeculative, Tree))
+    kind = chance.choice((SelfSpeculative, SortedSpeculative, TreeSpeculative))
     if kind is SelfSpeculative:
         return SelfSpeculative(chance.choice(depths), chance.randint(1, 12))
     some = tuple(sorted(chance.sample(list(depths), chance.randint(1, len(depths)))))
     thresholds = tuple(round(chance.random(), 3) for _ in some)
     if kind is SortedSpeculative:
         return SortedSpeculative(some, thresholds, chance.randint(1, 12), chance.choice(list(SURENESS)))
-    return Tree(some, thresholds[:-1], chance.randint(1, 6), chance.randint(1, 4), chance.randint(1, 24),
+    return TreeSpeculative(some, thresholds[:-1], chance.randint(1, 6), chance.randint(1, 4), chance.randint(1, 24),
                 chance.randint(0, 3), chance.choice(list(SURENESS)))
 
 
@@ -87,7 +87,7 @@ class Draws:
 
 
 def compare(network: Network, prompts: Sequence[list[int]], num_tokens: int, seed: int, draws: Draws,
-            what: str = "lossless") -> Comparison:
+            what: str = "lossless") -> ProofComparison:
     """Return how many tokens of drawn ways, batches, limits and stop words are full's, after at least ``num_tokens``.
 
     Args:
@@ -98,12 +98,12 @@ def compare(network: Network, prompts: Sequence[list[int]], num_tokens: int, see
         draws: What it is drawn from.
         what: Name on the progress bar.
     """
-    chance, found = random.Random(seed), Comparison()
+    chance, found = random.Random(seed), ProofComparison()
     with tqdm(total=num_tokens, desc=what, unit="token") as bar:
         while found.num_tokens < num_tokens:
             some = [chance.choice(prompts) for _ in range(chance.randint(1, draws.most_rows))]
-            sampling = Sampling(chance.choice((0.7, 1.0)), chance.choice((None, 20)), chance.choice((None, 0.9)),
-                                chance.choice((1.0, 1.2)), chance.randint(0, 1 << 30)) if chance.random() < draws.sampled else Sampling()
+            sampling = SamplingParameters(chance.choice((0.7, 1.0)), chance.choice((None, 20)), chance.choice((None, 0.9)),
+                                chance.choice((1.0, 1.2)), chance.randint(0, 1 << 30)) if chance.random() < draws.sampled else SamplingParameters()
             count = chance.randint(1, draws.most_new_tokens)
             limits = Limits(count, draws.end_ids)
             if draws.to_text is not None and chance.random() < 0.3:
@@ -113,20 +113,20 @@ def compare(network: Network, prompts: Sequence[list[int]], num_tokens: int, see
                     begin = chance.randrange(len(words) - 4)
                     limits = Limits(count, draws.end_ids, (words[begin : begin + 3],), draws.to_text)
             whole = generate(network, some, Full(), sampling, limits)
-            for way in (draw_way(chance, network.depths[:-1]) for _ in range(3)):
-                texts = generate(network, some, way, sampling, limits)
+            for strategy in (draw_strategy(chance, network.depths[:-1]) for _ in range(3)):
+                texts = generate(network, some, strategy, sampling, limits)
                 before = found.num_tokens
                 for prompt, text, other in zip(some, texts, whole, strict=True):
-                    take(found, network, way, prompt, text, other, sampling)
+                    take(found, network, strategy, prompt, text, other, sampling)
                 bar.update(found.num_tokens - before)
     return found
 
 
-def take(found: Comparison, network: Network, way: Way, prompt: list[int], text, other, sampling: Sampling) -> None:
+def take(found: ProofComparison, network: Network, strategy: Strategy, prompt: list[int], text, other, sampling: SamplingParameters) -> None:
     """Add one text and full's to what was found."""
     found.num_tokens += len(text.tokens)
     found.num_texts += 1
-    found.by_way[way.name] = found.by_way.get(way.name, 0) + len(text.tokens)
+    found.by_strategy[strategy.name] = found.by_strategy.get(strategy.name, 0) + len(text.tokens)
     found.finishes[text.finish] = found.finishes.get(text.finish, 0) + 1
     found.drafted, found.accepted = found.drafted + text.counts.num_drafted, found.accepted + text.counts.num_accepted
     if (text.tokens, text.finish) == (other.tokens, other.finish):
@@ -140,7 +140,7 @@ def take(found: Comparison, network: Network, way: Way, prompt: list[int], text,
         logits = next_logits(network, [*prompt, *other.tokens[:place]])
         margin = float(logits[other.tokens[place]] - logits[text.tokens[place]])
         scale = float(logits.abs().max())
-    found.differences.append(Difference(way, place, margin, scale))
+    found.differences.append(Difference(strategy, place, margin, scale))
 
 
 @torch.inference_mode()
@@ -170,7 +170,7 @@ class Fit:
 
 
 @torch.inference_mode()
-def pairs_expected(network: Network, prompt: list[int], sampling: Sampling) -> dict[tuple[int, int], float]:
+def pairs_expected(network: Network, prompt: list[int], sampling: SamplingParameters) -> dict[tuple[int, int], float]:
     """Return the probability of every pair of next tokens, by transformers' own model: what samples must be of."""
     def distribution(tokens: list[list[int]]) -> torch.Tensor:
         logits = network.model(torch.tensor(tokens, device=network.device)).logits[:, -1].float() / sampling.temperature
@@ -184,12 +184,12 @@ def pairs_expected(network: Network, prompt: list[int], sampling: Sampling) -> d
             for after, share in enumerate(row) if share > 0}
 
 
-def sample_pairs(network: Network, prompt: list[int], way: Way, sampling: Sampling, num_samples: int, rows: int = 200) -> dict:
+def sample_pairs(network: Network, prompt: list[int], strategy: Strategy, sampling: SamplingParameters, num_samples: int, rows: int = 200) -> dict:
     """Return how often each pair of tokens was written after the prompt, by a way."""
     seen: dict[tuple[int, int], int] = {}
-    for turn in tqdm(range(-(-num_samples // rows)), way.name, unit="batch"):
+    for turn in tqdm(range(-(-num_samples // rows)), strategy.name, unit="batch"):
         count = min(rows, num_samples - turn * rows)
-        texts = generate(network, [prompt] * count, way, Sampling(sampling.temperature, sampling.top_k, seed=turn), Limits(2))
+        texts = generate(network, [prompt] * count, strategy, SamplingParameters(sampling.temperature, sampling.top_k, seed=turn), Limits(2))
         for text in texts:
             seen[tuple(text.tokens)] = seen.get(tuple(text.tokens), 0) + 1
     return seen
@@ -212,7 +212,7 @@ def fit(seen: dict[tuple[int, int], int], expected: dict[tuple[int, int], float]
     return Fit(total, len(cells), statistic, float(p))
 
 
-def greedy_draft_pairs(network: Network, prompt: list[int], depth: int, sampling: Sampling, num_samples: int) -> dict:
+def greedy_draft_pairs(network: Network, prompt: list[int], depth: int, sampling: SamplingParameters, num_samples: int) -> dict:
     """Return counts as S2D's released code would sample: a greedy draft taken as if it had been sampled; to see that the test sees it.
 
     The draft is the exit's likeliest token, accepted with the full model's probability over the exit's; refused, the token is drawn from
@@ -225,7 +225,7 @@ def greedy_draft_pairs(network: Network, prompt: list[int], depth: int, sampling
             state = State(network, 1, len(prompt) + len(tokens) + 1, [depth, network.num_layers])
             state.append(torch.tensor([[*prompt, *tokens]], device=network.device))
             state.read(network.num_layers)
-            sampler = Sampler(Sampling(0.0), [0])
+            sampler = Sampler(SamplingParameters(0.0), [0])
             shares = []
             for at in (depth, network.num_layers):
                 logits = sampler.scores(state.logits(at, state.last_slots()), [[0]])[0, 0].float() / sampling.temperature

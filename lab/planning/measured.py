@@ -49,7 +49,7 @@ def _serve(connection: Connection, settings: Settings, rank: int, world_size: in
     os._exit(0)  # without parting from peers that may have left
 
 
-class Layout:
+class MeasuredLayout:
     """The processes of one layout; each question is one step of all of them.
 
     Args:

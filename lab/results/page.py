@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from lab.results.measured import NAMES, Numbers, read_json, read_numbers
-from lab.results.picture import Panel, draw
+from lab.results.picture import ResultPanel, draw
 from lab.results.rates import choose_rate, chosen_rate, sweep_losses, trained_depths, trainer_losses
 from lab.results.recipe import HEADS, METHODS, Recipe, shown
 from lab.results.steps import Step
@@ -54,15 +54,15 @@ def write_page(part: str, recipe: Recipe, steps: list[Step], methods: tuple[str,
     return page, picture
 
 
-def panels(part: str, recipe: Recipe, numbers: Numbers) -> list[Panel]:
+def panels(part: str, recipe: Recipe, numbers: Numbers) -> list[ResultPanel]:
     """Return what the picture shows: loss, and beside it the lower part of it enlarged or, where questions were asked, exact match."""
     text, first = numbers.names("texts")[0], recipe.exit_depths[0]
-    whole = Panel("texts", text, "loss", "Loss of every depth (lower is better)", "nats per token")
+    whole = ResultPanel("texts", text, "loss", "Loss of every depth (lower is better)", "nats per token")
     if numbers.names("questions"):
         asked = numbers.names("questions")[0]
-        return [whole, Panel("questions", asked, "exact_match", f"Exact match, {asked} (higher is better)", "questions answered right")]
+        return [whole, ResultPanel("questions", asked, "exact_match", f"Exact match, {asked} (higher is better)", "questions answered right")]
     top = 1.08 * max(numbers.number("texts", text, model, first, "loss").value for model in ("nested", HEADS))
-    return [whole, Panel("texts", text, "loss", f"The same from depth {first} on, enlarged", "nats per token", first, top)]
+    return [whole, ResultPanel("texts", text, "loss", f"The same from depth {first} on, enlarged", "nats per token", first, top)]
 
 
 def _page_name(part: str, recipe: Recipe) -> str:

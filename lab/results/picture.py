@@ -14,7 +14,7 @@ MARKERS = {"before": "v", "ordinary": "s", HEADS: "D", "nested": "o", "nested-li
 
 
 @dataclass(frozen=True)
-class Panel:
+class ResultPanel:
     """One panel.
 
     Attributes:
@@ -31,7 +31,7 @@ class Panel:
     top: float | None = None
 
 
-def draw(numbers: Numbers, panels: Sequence[Panel], output: Path) -> None:
+def draw(numbers: Numbers, panels: Sequence[ResultPanel], output: Path) -> None:
     """Write a PNG of 1400 x 620 points; bands are one standard error over documents, bars one standard deviation over seeds."""
     with drawing.figure_of(output, 7 * len(panels), 6.2, drawing.TITLED) as figure:
         row = figure.subplots(1, len(panels))
@@ -45,7 +45,7 @@ def draw(numbers: Numbers, panels: Sequence[Panel], output: Path) -> None:
                                       for model in numbers.models])
 
 
-def _draw(axes, panel: Panel, numbers: Numbers) -> None:
+def _draw(axes, panel: ResultPanel, numbers: Numbers) -> None:
     from matplotlib.ticker import PercentFormatter
 
     depths = _shown(panel, numbers)
@@ -76,9 +76,9 @@ def _draw(axes, panel: Panel, numbers: Numbers) -> None:
     axes.margins(x=0.06)
 
 
-def _shown(panel: Panel, numbers: Numbers) -> list[int]:
+def _shown(panel: ResultPanel, numbers: Numbers) -> list[int]:
     return [depth for depth in numbers.depths if depth >= panel.first]
 
 
-def _values(panel: Panel, numbers: Numbers, model: str) -> list[Number]:
+def _values(panel: ResultPanel, numbers: Numbers, model: str) -> list[Number]:
     return [numbers.number(panel.kind, panel.name, model, depth, panel.score) for depth in _shown(panel, numbers)]

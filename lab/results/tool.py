@@ -7,7 +7,7 @@ from pathlib import Path
 from lab.results.steps import ROOT
 
 
-def add_folder_options(part: argparse.ArgumentParser, folder: str, ways: str, seeds: int) -> None:
+def add_folder_options(part: argparse.ArgumentParser, folder: str, strategies: str, seeds: int) -> None:
     """Add the options of where everything goes and how much of it is done.
 
     Args:
@@ -19,7 +19,7 @@ def add_folder_options(part: argparse.ArgumentParser, folder: str, ways: str, se
     part.add_argument("--output", type=Path, help=f"folder for data and runs (default: {folder})")
     part.add_argument("--docs", type=Path,
                       help="folder that gets a page in results/ and images/ (default: docs; with --quick: in --output)")
-    part.add_argument("--seeds", type=int, default=seeds, help=f"trainings of each {ways}, with seeds 1, 2, ... (%(default)s)")
+    part.add_argument("--seeds", type=int, default=seeds, help=f"trainings of each {strategies}, with seeds 1, 2, ... (%(default)s)")
     part.add_argument("--quick", action="store_true", help="next to no training: only shows that everything runs")
     part.add_argument("--fresh", action="store_true", help="do everything again")
 

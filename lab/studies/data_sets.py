@@ -6,27 +6,27 @@ from pathlib import Path
 from lab.results.experiments import cldr, make_quick, stories
 from lab.results.recipe import Recipe, prefix
 from lab.results.steps import OURS, PYTHON, Step
-from lab.studies.plan import Plan
+from lab.studies.plan import StudyPlan
 from megatron_sorted.errors import DataError
 
 RATES = {"ordinary": ("1e-3", "3e-3", "1e-2"), "nested": ("1e-3", "3e-3", "1e-2"), "heads": ("1e-2",)}
 
 
-def plan_stories(folder: Path, model: Path, text: Path, quick: bool, num_steps: int = 400, seq_length: int = 128) -> Plan:
+def plan_stories(folder: Path, model: Path, text: Path, quick: bool, num_steps: int = 400, seq_length: int = 128) -> StudyPlan:
     """Return the study of a given model on a given text of documents."""
     recipe, steps = stories(folder, model, text, "<|endoftext|>", kept=(200, 100), quick=quick, seq_length=seq_length)
     if not quick:
         recipe = replace(recipe, rates=RATES, num_steps=num_steps, num_sweep_steps=100)
-    return Plan(recipe, steps)
+    return StudyPlan(recipe, steps)
 
 
-def plan_cldr(folder: Path, quick: bool) -> Plan:
+def plan_cldr(folder: Path, quick: bool) -> StudyPlan:
     """Return the study of the demo's questions; data and the ordinary model are made first."""
     recipe, steps = cldr(folder, quick)
-    return Plan(recipe, steps, held_out="phrasing")
+    return StudyPlan(recipe, steps, held_out="phrasing")
 
 
-def plan_instructions(folder: Path, train: Path, valid: Path, quick: bool) -> Plan:
+def plan_instructions(folder: Path, train: Path, valid: Path, quick: bool) -> StudyPlan:
     """Return the study of instruction samples in many languages; tokenizer and ordinary model are trained on them first.
 
     Raises:
@@ -59,4 +59,4 @@ def plan_instructions(folder: Path, train: Path, valid: Path, quick: bool) -> Pl
                  "--save-hf", str(original))
     base = Step("train-original", "Train an ordinary model from scratch, where all methods start", train_one,
                 (save / "evaluation.json", original / "config.json"), (save, original), ("prepare-train", "prepare-held_out"))
-    return Plan(replace(recipe, data_steps=("train-original",)), [tokens, held_out, base], tuning="train_valid")
+    return StudyPlan(replace(recipe, data_steps=("train-original",)), [tokens, held_out, base], tuning="train_valid")

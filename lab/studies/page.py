@@ -8,13 +8,13 @@ from lab.results.recipe import shown
 from lab.results.steps import Step
 from lab.studies.outcomes import Outcomes, beyond, front, meets_goal
 from lab.studies.picture import draw
-from lab.studies.plan import Plan
+from lab.studies.plan import StudyPlan
 from lab.studies.variants import FAMILIES, VARIANTS, Variant
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.reporting.markdown import facts, table
 
 
-def write_page(name: str, title: str, plan: Plan, outcomes: Outcomes, steps: Sequence[Step], docs: Path) -> tuple[Path, Path]:
+def write_page(name: str, title: str, plan: StudyPlan, outcomes: Outcomes, steps: Sequence[Step], docs: Path) -> tuple[Path, Path]:
     """Return the paths of page and picture, after writing both."""
     page, picture = docs / "results" / f"study_{name}.md", docs / "images" / f"study_{name}.png"
     draw(outcomes, title, picture)
@@ -26,7 +26,7 @@ def write_page(name: str, title: str, plan: Plan, outcomes: Outcomes, steps: Seq
     return page, picture
 
 
-def _opening(plan: Plan, outcomes: Outcomes) -> list[str]:
+def _opening(plan: StudyPlan, outcomes: Outcomes) -> list[str]:
     recipe, seeds = plan.recipe, len(outcomes.separate)
     columns = {"trained separately": outcomes.separate_loss}
     if outcomes.taught:
@@ -96,7 +96,7 @@ def _words(outcomes: Outcomes) -> list[str]:
     return [*lines, ""]
 
 
-def _gradients(plan: Plan, seeds: int) -> list[str]:
+def _gradients(plan: StudyPlan, seeds: int) -> list[str]:
     rows = [[str(depth), *(f"{number:.2f}" for number in numbers)] for depth, numbers in plan.gradients(seeds).items()]
     return ["## Do exits pull against each other?", "", "Uniform training: the gradient of an exit's own loss against the one that comes "
             "from all deeper exits, where they meet. A cosine below 0 would be conflict.", "",
@@ -113,7 +113,7 @@ def _losses(outcomes: Outcomes) -> list[str]:
     return ["## Losses", "", *table(["way", *(f"@{depth}" for depth in outcomes.depths)], rows)]
 
 
-def _recipe(plan: Plan, outcomes: Outcomes) -> list[str]:
+def _recipe(plan: StudyPlan, outcomes: Outcomes) -> list[str]:
     rows = []
     for name in outcomes.nested:
         flags = [word.replace(str(plan.recipe.model), plan.recipe.model.name) for word in plan.flags(VARIANTS[name], 1)]
@@ -124,7 +124,7 @@ def _recipe(plan: Plan, outcomes: Outcomes) -> list[str]:
     return ["## Flags", "", "| way | flags of pretrain_sorted.py |", "|---|---|", *rows, ""]
 
 
-def _commands(plan: Plan, steps: Sequence[Step]) -> list[str]:
+def _commands(plan: StudyPlan, steps: Sequence[Step]) -> list[str]:
     names = {"nested-uniform-1", f"separate-{plan.depths[0]}-1", *(step.name for step in plan.data_steps)}
     shown_steps = [step for step in steps if step.name in names]
     return ["## Commands", "", *facts(), "", "Data, one separate model and the uniform nested one; others differ in the flags above.", "",

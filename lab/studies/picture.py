@@ -15,7 +15,7 @@ SAME = 9.0
 """Pixels within which points share a label."""
 
 Point = tuple[float, float]
-Box = tuple[float, float, float, float]
+Rectangle = tuple[float, float, float, float]
 """Left, bottom, right, top."""
 
 
@@ -86,7 +86,7 @@ def _name_points(axes, points: Mapping[str, Point], half_widths: Mapping[str, Po
         text = "\n".join(", ".join(group[first : first + 3]) for first in range(0, len(group), 3))
         x, y = at[group[0]]
         width, height = 7.0 * max(map(len, text.split("\n"))), 15.0 * (1 + text.count("\n"))
-        boxes = [(x + dx, y + dy) for far in (9, 22, 38, 56, 76, 100) for dx, dy in (
+        rectangles = [(x + dx, y + dy) for far in (9, 22, 38, 56, 76, 100) for dx, dy in (
             (far / 2, far / 2), (-far / 2 - width, far / 2), (far / 2, -far / 2 - height), (-far / 2 - width, -far / 2 - height),
             (-width / 2, far), (-width / 2, -far - height), (far, -height / 2), (-far - width, -height / 2))]
 
@@ -95,12 +95,12 @@ def _name_points(axes, points: Mapping[str, Point], half_widths: Mapping[str, Po
             beyond = (max(inside.x0 - box[0], 0) + max(box[2] - inside.x1, 0)) * height
             return sum(_shared(box, other) for other in taken) + beyond
 
-        left, bottom = min(boxes, key=cost)
+        left, bottom = min(rectangles, key=cost)
         taken.append((left, bottom, left + width, bottom + height))
         axes.annotate(text, points[group[0]], xytext=(left - x, bottom - y), textcoords="offset pixels", fontsize=10, linespacing=1.1,
                       color=COLOURS[families.pop()] if len(families) == 1 else "#333333",
                       arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3})
 
 
-def _shared(one: Box, other: Box) -> float:
+def _shared(one: Rectangle, other: Rectangle) -> float:
     return max(0.0, min(one[2], other[2]) - max(one[0], other[0])) * max(0.0, min(one[3], other[3]) - max(one[1], other[1]))

@@ -12,7 +12,7 @@ from lab.studies.variants import UNIFORM, Variant, expand
 from megatron_sorted.reporting.run_reports import read_run
 
 
-class Plan:
+class StudyPlan:
     """Names and commands of one study.
 
     Args:

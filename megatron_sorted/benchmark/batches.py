@@ -3,21 +3,21 @@
 from collections.abc import Mapping, Sequence
 
 from megatron_sorted.benchmark.peer import HUGGING_FACE, peer_run
-from megatron_sorted.benchmark.trials import Trial, run_of, try_all
-from megatron_sorted.decoding.ways import Sampling, Way
-from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.benchmark.trials import StrategyTrial, run_of, try_all
+from megatron_sorted.decoding.strategies import SamplingParameters, Strategy
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.reporting.markdown import table
 
 
-def compare_batches(writer: Writer, ways: Mapping[str, Way], prompts: Sequence[list[int]], max_new_tokens: int,
-                    sizes: Sequence[int]) -> dict[int, dict[str, Trial]]:
+def compare_batches(writer: TextGenerator, strategies: Mapping[str, Strategy], prompts: Sequence[list[int]], max_new_tokens: int,
+                    sizes: Sequence[int]) -> dict[int, dict[str, StrategyTrial]]:
     """Return {batch size: {way: what it did}}, transformers beside ours."""
-    runs = {name: run_of(writer, way, max_new_tokens) for name, way in ways.items()}
-    runs[HUGGING_FACE] = peer_run(writer, max_new_tokens, Sampling())
+    runs = {name: run_of(writer, strategy, max_new_tokens) for name, strategy in strategies.items()}
+    runs[HUGGING_FACE] = peer_run(writer, max_new_tokens, SamplingParameters())
     return {size: try_all(runs, prompts, writer, f"batches of {size}", size) for size in sizes}
 
 
-def batch_lines(found: Mapping[int, Mapping[str, Trial]]) -> list[str]:
+def batch_lines(found: Mapping[int, Mapping[str, StrategyTrial]]) -> list[str]:
     """Return the section of the page."""
     sizes = list(found)
     rows = []

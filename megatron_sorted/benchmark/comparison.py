@@ -9,16 +9,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_sorted.benchmark.batches import batch_lines, compare_batches
-from megatron_sorted.benchmark.contest import Answer, Contestant, hold, ours, theirs
+from megatron_sorted.benchmark.contest import ContestAnswer, Contestant, hold, ours, theirs
 from megatron_sorted.benchmark.curve import curve_lines, draw_curve, quality_curve
 from megatron_sorted.benchmark.peer import HUGGING_FACE
-from megatron_sorted.benchmark.questions import Question, spread
+from megatron_sorted.benchmark.questions import MultiTurnQuestion, spread
 from megatron_sorted.benchmark.scores import Terms, draw, scores_of, write_page
 from megatron_sorted.benchmark.sweep import draw_sweep, sweep, sweep_lines
 from megatron_sorted.benchmark.trials import FULL, encode_prompts
-from megatron_sorted.decoding.choice import WayChoice
-from megatron_sorted.decoding.ways import SPECULATIVE, WAYS, Way
-from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.decoding.choice import StrategyChoice
+from megatron_sorted.decoding.strategies import SPECULATIVE, STRATEGIES, Strategy
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.evaluation.documents import encode_documents, read_documents
 from megatron_sorted.files import write_text_atomically
 
@@ -44,19 +44,19 @@ class Extras:
     num_prompts: int = 12
 
 
-def ways_of(writer: Writer, choice: WayChoice, names: Sequence[str]) -> dict[str, Way]:
+def strategies_of(writer: TextGenerator, choice: StrategyChoice, names: Sequence[str]) -> dict[str, Strategy]:
     """Return the ways of these names that the model supports, the full model's first."""
-    ways = {}
+    strategies = {}
     for name in dict.fromkeys([FULL, *names]):
-        draft = writer.draft_for(WAYS[name])
+        draft = writer.draft_for(STRATEGIES[name])
         if name == FULL or len(writer.network.depths) > 1 or draft is not None:
-            ways[name] = dataclasses.replace(choice, name=name).way(writer.network, draft)
-    return ways
+            strategies[name] = dataclasses.replace(choice, name=name).strategy(writer.network, draft)
+    return strategies
 
 
-def contestants_of(writer: Writer, ways: Mapping[str, Way], terms: Terms, with_transformers: bool) -> list[Contestant]:
+def contestants_of(writer: TextGenerator, strategies: Mapping[str, Strategy], terms: Terms, with_transformers: bool) -> list[Contestant]:
     """Return what answers: our ways, and transformers' own generate with and without its early exit."""
-    found = [ours(name, writer, way, terms.max_new_tokens, terms.sampling) for name, way in ways.items()]
+    found = [ours(name, writer, strategy, terms.max_new_tokens, terms.sampling) for name, strategy in strategies.items()]
     if with_transformers:
         network = writer.network
         found.append(theirs(HUGGING_FACE, writer, terms.max_new_tokens, terms.sampling))
@@ -65,7 +65,7 @@ def contestants_of(writer: Writer, ways: Mapping[str, Way], terms: Terms, with_t
     return found
 
 
-def compare_ways(writer: Writer, questions: Sequence[Question], ways: Mapping[str, Way], contestants: Sequence[Contestant], terms: Terms,
+def compare_strategies(writer: TextGenerator, questions: Sequence[MultiTurnQuestion], strategies: Mapping[str, Strategy], contestants: Sequence[Contestant], terms: Terms,
                  extras: Extras, output: Path) -> str:
     """Ask every question of every contestant, measure the extras, write all of it into a folder, and return the page."""
     for contestant in contestants:  # what is made at the first use is not measured
@@ -80,23 +80,23 @@ def compare_ways(writer: Writer, questions: Sequence[Question], ways: Mapping[st
         write_text_atomically(place, "\n".join(lines) + "\n")
     scores = scores_of(questions, answers, [contestant.name for contestant in contestants])
     draw(scores, terms.title, output / "decoding.png")
-    options = [f"`{name}`: {', '.join(f'{key} {value}' for key, value in dataclasses.asdict(way).items()) or 'no options'}"
-               for name, way in ways.items()]
+    options = [f"`{name}`: {', '.join(f'{key} {value}' for key, value in dataclasses.asdict(strategy).items()) or 'no options'}"
+               for name, strategy in strategies.items()]
     place = output / "decoding.md"
     write_page(place, terms, writer, questions, scores, options, [])  # what took long is kept, whatever happens to the rest
     write_text_atomically(output / "decoding.json", json.dumps(
         {group: {name: dataclasses.asdict(one) for name, one in row.items()} for group, row in scores.items()}, indent=2) + "\n")
-    return write_page(place, terms, writer, questions, scores, options, sections_of(writer, questions, ways, terms, extras, output))
+    return write_page(place, terms, writer, questions, scores, options, sections_of(writer, questions, strategies, terms, extras, output))
 
 
-def as_spec_bench(question: Question, name: str, answer: Answer) -> dict:
+def as_spec_bench(question: MultiTurnQuestion, name: str, answer: ContestAnswer) -> dict:
     """Return an answer in Spec-Bench's form."""
     choice = {"index": 0, "turns": answer.turns, "new_tokens": [len(ids) for ids in answer.ids], "wall_time": answer.seconds,
               "decoding_steps": [len(answer.accept_lengths)], "accept_lengths": answer.accept_lengths}
     return {"question_id": question.id, "category": question.category, "model_id": name, "choices": [choice]}
 
 
-def sections_of(writer: Writer, questions: Sequence[Question], ways: Mapping[str, Way], terms: Terms, extras: Extras,
+def sections_of(writer: TextGenerator, questions: Sequence[MultiTurnQuestion], strategies: Mapping[str, Strategy], terms: Terms, extras: Extras,
                 output: Path) -> list[str]:
     """Return the lines of the extras, after drawing their pictures."""
     if not (extras.batches or extras.sweep or extras.texts):
@@ -104,7 +104,7 @@ def sections_of(writer: Writer, questions: Sequence[Question], ways: Mapping[str
     lines, count = [], terms.max_new_tokens
     prompts = encode_prompts(writer, [question.turns[0] for question in spread(questions, extras.num_prompts)], True, count)
     if extras.batches:
-        lines += batch_lines(compare_batches(writer, ways, prompts, count, extras.batches))
+        lines += batch_lines(compare_batches(writer, strategies, prompts, count, extras.batches))
     if extras.sweep and len(writer.network.depths) > 1:
         grid = sweep(writer, prompts, count)
         draw_sweep(grid, f"{terms.title}: which exit should draft, and how many tokens", output / "sweep.png")
@@ -113,8 +113,8 @@ def sections_of(writer: Writer, questions: Sequence[Question], ways: Mapping[str
         texts = [one for path in extras.texts for one in read_documents(path, extras.separator, limit=extras.num_texts)]
         form = writer.form.prompt_form if writer.form.is_stored else None
         documents = encode_documents(texts, writer.tokenizer, append_eos=True, form=form)
-        lossless = {name: way for name, way in ways.items() if isinstance(way, SPECULATIVE)}
-        tuned = {"early_exit as tuned": ways["early_exit"]} if "early_exit" in ways else {}
+        lossless = {name: strategy for name, strategy in strategies.items() if isinstance(strategy, SPECULATIVE)}
+        tuned = {"early_exit as tuned": strategies["early_exit"]} if "early_exit" in strategies else {}
         points = quality_curve(writer, documents, prompts, count, lossless, tuned)
         draw_curve(points, f"{terms.title}: quality over speed", output / "curve.png")
         names = " and ".join(path.name for path in extras.texts)

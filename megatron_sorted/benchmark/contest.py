@@ -4,15 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_sorted.benchmark.peer import peer_run
-from megatron_sorted.benchmark.questions import Question
+from megatron_sorted.benchmark.questions import MultiTurnQuestion
 from megatron_sorted.decoding.generate import Limits, stream
+from megatron_sorted.decoding.strategies import SamplingParameters, Strategy
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.decoding.tuning.costs import now
-from megatron_sorted.decoding.ways import Sampling, Way
-from megatron_sorted.decoding.writer import Writer
 
 
 @dataclass
-class Answer:
+class ContestAnswer:
     """What one way wrote for one question.
 
     Attributes:
@@ -39,14 +39,14 @@ class Contestant:
     run: Callable[[list[int]], tuple[list[int], list[int], int | None, int | None]]
 
 
-def ours(name: str, writer: Writer, way: Way, max_new_tokens: int, sampling: Sampling) -> Contestant:
+def ours(name: str, writer: TextGenerator, strategy: Strategy, max_new_tokens: int, sampling: SamplingParameters) -> Contestant:
     """Return one of our ways."""
     limits = Limits(max_new_tokens, writer.end_ids)
-    draft = writer.draft_for(way)
+    draft = writer.draft_for(strategy)
 
     def run(prompt: list[int]):
         tokens, steps, drafted, accepted = [], [], 0, 0
-        for added in stream(writer.network, [prompt], way, sampling, limits=limits, draft=draft):
+        for added in stream(writer.network, [prompt], strategy, sampling, limits=limits, draft=draft):
             tokens += added.tokens
             steps.append(len(added.tokens))
             drafted, accepted = drafted + added.num_drafted, accepted + added.num_accepted
@@ -55,7 +55,7 @@ def ours(name: str, writer: Writer, way: Way, max_new_tokens: int, sampling: Sam
     return Contestant(name, run)
 
 
-def theirs(name: str, writer: Writer, max_new_tokens: int, sampling: Sampling, **more) -> Contestant:
+def theirs(name: str, writer: TextGenerator, max_new_tokens: int, sampling: SamplingParameters, **more) -> Contestant:
     """Return transformers' own ``generate`` of the same model; ``more`` such as assistant_early_exit."""
     run_batch = peer_run(writer, max_new_tokens, sampling, **more)
 
@@ -66,12 +66,12 @@ def theirs(name: str, writer: Writer, max_new_tokens: int, sampling: Sampling, *
     return Contestant(name, run)
 
 
-def hold(writer: Writer, question: Question, contestants: Sequence[Contestant], max_new_tokens: int, turn: int) -> dict[str, Answer]:
+def hold(writer: TextGenerator, question: MultiTurnQuestion, contestants: Sequence[Contestant], max_new_tokens: int, turn: int) -> dict[str, ContestAnswer]:
     """Return each contestant's answer, with its own answers before its later turns; who begins depends on ``turn``."""
     found = {}
     for place in range(len(contestants)):
         contestant = contestants[(turn + place) % len(contestants)]
-        answer, messages = Answer(), []
+        answer, messages = ContestAnswer(), []
         for text in question.turns:
             messages.append({"role": "user", "content": text})
             prompt = writer.encode_chat(messages)[-(writer.network.max_positions - max_new_tokens) :]
@@ -108,7 +108,7 @@ class Score:
     same: float
 
 
-def score(answers: Sequence[dict[str, Answer]], name: str, base: str) -> Score:
+def score(answers: Sequence[dict[str, ContestAnswer]], name: str, base: str) -> Score:
     """Return the score of a way over questions."""
     def speed(who: str) -> float:
         return sum(len(ids) for answer in answers for ids in answer[who].ids) / sum(sum(answer[who].seconds) for answer in answers)

@@ -10,8 +10,8 @@ from tqdm import tqdm
 from megatron_sorted.benchmark.trials import FULL, full_run, run_of, share_same, try_all
 from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.sampling import SURENESS
-from megatron_sorted.decoding.ways import EarlyExit, Fixed, Way
-from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.decoding.strategies import EarlyExit, Fixed, Strategy
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.evaluation.documents import EncodedDocument
 from megatron_sorted.reporting.drawing import drawing
 from megatron_sorted.reporting.markdown import table
@@ -22,7 +22,7 @@ KINDS = {"full": "#333333", "fixed": "#1f77b4", "early_exit": "#ff7f0e", "lossle
 
 
 @dataclass(frozen=True)
-class Said:
+class ExitScores:
     """What the exits say of held-out tokens.
 
     Attributes:
@@ -33,14 +33,14 @@ class Said:
     loss_dn: torch.Tensor
     sure_dn: dict[str, torch.Tensor]
 
-    def loss_of(self, way: Way, depths: Sequence[int]) -> float:
+    def loss_of(self, strategy: Strategy, depths: Sequence[int]) -> float:
         """Return the mean loss where each token is said by the exit that the way takes; any other way's is the full model's."""
         by = torch.full((self.loss_dn.size(1),), len(depths) - 1)
-        if isinstance(way, Fixed):
-            by[:] = depths.index(way.depth)
-        elif isinstance(way, EarlyExit):
-            for depth, threshold in reversed(list(zip(way.depths, way.thresholds, strict=True))):
-                by[self.sure_dn[way.measure][depths.index(depth)] > threshold] = depths.index(depth)
+        if isinstance(strategy, Fixed):
+            by[:] = depths.index(strategy.depth)
+        elif isinstance(strategy, EarlyExit):
+            for depth, threshold in reversed(list(zip(strategy.depths, strategy.thresholds, strict=True))):
+                by[self.sure_dn[strategy.measure][depths.index(depth)] > threshold] = depths.index(depth)
         return float(self.loss_dn.gather(0, by[None]).mean())
 
 
@@ -66,7 +66,7 @@ class Point:
 
 
 @torch.inference_mode()
-def listen(writer: Writer, documents: Sequence[EncodedDocument]) -> Said:
+def listen(writer: TextGenerator, documents: Sequence[EncodedDocument]) -> ExitScores:
     """Return what every exit says of the counted tokens of some documents."""
     network = writer.network
     losses, sure = [], {name: [] for name in SURENESS}
@@ -88,13 +88,13 @@ def listen(writer: Writer, documents: Sequence[EncodedDocument]) -> Said:
         losses.append(torch.stack(rows))
         for name, found in confident.items():
             sure[name].append(torch.stack(found))
-    return Said(torch.cat(losses, 1), {name: torch.cat(found, 1) for name, found in sure.items()})
+    return ExitScores(torch.cat(losses, 1), {name: torch.cat(found, 1) for name, found in sure.items()})
 
 
-def policies(said: Said, depths: Sequence[int]) -> dict[str, Way]:
+def policies(said: ExitScores, depths: Sequence[int]) -> dict[str, Strategy]:
     """Return what is tried: every exit alone, and thresholds at quantiles for one exit and for all exits together."""
     exits = list(depths[:-1])
-    found: dict[str, Way] = {f"fixed @{depth}": Fixed(depth) for depth in exits}
+    found: dict[str, Strategy] = {f"fixed @{depth}": Fixed(depth) for depth in exits}
     for measure in SURENESS:
         sure = said.sure_dn[measure]
         for share in SHARES:
@@ -105,31 +105,31 @@ def policies(said: Said, depths: Sequence[int]) -> dict[str, Way]:
     return found
 
 
-def front(said: Said, ways: Mapping[str, Way], depths: Sequence[int], most: int) -> dict[str, Way]:
+def front(said: ExitScores, strategies: Mapping[str, Strategy], depths: Sequence[int], most: int) -> dict[str, Strategy]:
     """Return the ways that promise a better loss at their mean depth than all others, thinned to ``most``, and every fixed exit."""
-    def mean_depth(way: Way) -> float:
-        if isinstance(way, Fixed):
-            return way.depth
+    def mean_depth(strategy: Strategy) -> float:
+        if isinstance(strategy, Fixed):
+            return strategy.depth
         left, total = torch.ones(said.loss_dn.size(1), dtype=torch.bool), 0.0
-        for depth, threshold in zip(way.depths, way.thresholds, strict=True):
-            leaves = left & (said.sure_dn[way.measure][depths.index(depth)] > threshold)
+        for depth, threshold in zip(strategy.depths, strategy.thresholds, strict=True):
+            leaves = left & (said.sure_dn[strategy.measure][depths.index(depth)] > threshold)
             total += depth * float(leaves.float().mean())
             left &= ~leaves
         return total + depths[-1] * float(left.float().mean())
 
-    ordered = sorted(ways, key=lambda name: (mean_depth(ways[name]), said.loss_of(ways[name], depths)))
+    ordered = sorted(strategies, key=lambda name: (mean_depth(strategies[name]), said.loss_of(strategies[name], depths)))
     kept, best = [], float("inf")
     for name in ordered:
-        if (loss := said.loss_of(ways[name], depths)) < best:
+        if (loss := said.loss_of(strategies[name], depths)) < best:
             best = loss
             kept.append(name)
-    early = [name for name in kept if not isinstance(ways[name], Fixed)]
+    early = [name for name in kept if not isinstance(strategies[name], Fixed)]
     thinned = early if len(early) <= most else [early[index * (len(early) - 1) // (most - 1)] for index in range(most)]
-    return {name: ways[name] for name in ways if isinstance(ways[name], Fixed) or name in thinned}
+    return {name: strategies[name] for name in strategies if isinstance(strategies[name], Fixed) or name in thinned}
 
 
-def quality_curve(writer: Writer, documents: Sequence[EncodedDocument], prompts: Sequence[list[int]], max_new_tokens: int,
-                  lossless: Mapping[str, Way], more: Mapping[str, Way], most: int = 16) -> list[Point]:
+def quality_curve(writer: TextGenerator, documents: Sequence[EncodedDocument], prompts: Sequence[list[int]], max_new_tokens: int,
+                  lossless: Mapping[str, Strategy], more: Mapping[str, Strategy], most: int = 16) -> list[Point]:
     """Return the points, fastest last.
 
     Args:
@@ -143,14 +143,14 @@ def quality_curve(writer: Writer, documents: Sequence[EncodedDocument], prompts:
     """
     depths = list(writer.network.depths)
     said = listen(writer, documents)
-    ways = {**front(said, policies(said, depths), depths, most), **more, **lossless}
-    runs = full_run(writer, max_new_tokens) | {name: run_of(writer, way, max_new_tokens) for name, way in ways.items()}
+    strategies = {**front(said, policies(said, depths), depths, most), **more, **lossless}
+    runs = full_run(writer, max_new_tokens) | {name: run_of(writer, strategy, max_new_tokens) for name, strategy in strategies.items()}
     found = try_all(runs, prompts, writer, "running what promises something")
     base, whole = float(said.loss_dn[-1].mean()), found[FULL]
     points = []
     for name, trial in found.items():
-        loss = base if name in lossless or name == FULL else said.loss_of(ways[name], depths)
-        kind = FULL if name == FULL else "lossless" if name in lossless else "fixed" if isinstance(ways[name], Fixed) else "early_exit"
+        loss = base if name in lossless or name == FULL else said.loss_of(strategies[name], depths)
+        kind = FULL if name == FULL else "lossless" if name in lossless else "fixed" if isinstance(strategies[name], Fixed) else "early_exit"
         speed = trial.tokens_per_second
         points.append(Point(name, kind, loss, loss / base - 1, speed, speed / whole.tokens_per_second, share_same(trial, whole)))
     return sorted(points, key=lambda point: point.speed_up)

@@ -4,13 +4,13 @@ import torch
 from transformers import GenerationConfig
 
 from megatron_sorted.benchmark.trials import Run
-from megatron_sorted.decoding.ways import Sampling
-from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.decoding.strategies import SamplingParameters
+from megatron_sorted.decoding.text_generator import TextGenerator
 
 HUGGING_FACE = "transformers"
 
 
-def generation_config(writer: Writer, max_new_tokens: int, sampling: Sampling) -> GenerationConfig:
+def generation_config(writer: TextGenerator, max_new_tokens: int, sampling: SamplingParameters) -> GenerationConfig:
     """Return the same wishes in transformers' words."""
     ends, is_drawn = sorted(writer.end_ids), sampling.temperature > 0
     words = {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0} if is_drawn else {}
@@ -18,7 +18,7 @@ def generation_config(writer: Writer, max_new_tokens: int, sampling: Sampling) -
                             repetition_penalty=sampling.repetition_penalty, **words)
 
 
-def peer_run(writer: Writer, max_new_tokens: int, sampling: Sampling, **more) -> Run:
+def peer_run(writer: TextGenerator, max_new_tokens: int, sampling: SamplingParameters, **more) -> Run:
     """Return transformers' ``generate``; prompts of a batch are filled at the left, as it asks.
 
     Args:

@@ -20,7 +20,7 @@ GROUPS = dict.fromkeys(MT_BENCH, CONVERSATION) | GROUPS
 
 
 @dataclass(frozen=True)
-class Question:
+class MultiTurnQuestion:
     """One conversation to hold.
 
     Attributes:
@@ -39,7 +39,7 @@ class Question:
         return GROUPS.get(self.category, self.category)
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path) -> list[MultiTurnQuestion]:
     """Return the questions of a file of JSON lines or records.
 
     Raises:
@@ -56,7 +56,7 @@ def read_questions(path: Path) -> list[Question]:
     return found
 
 
-def _question(entry: object) -> Question:
+def _question(entry: object) -> MultiTurnQuestion:
     if not isinstance(entry, dict):
         raise ValueError("not an object")
     for name in ("question_id", "category", "turns"):
@@ -69,7 +69,7 @@ def _question(entry: object) -> Question:
         raise ValueError("turns is not a list of texts")
     if has_half_pairs("".join([str(number), str(category), *turns])):
         raise ValueError("half of a UTF-16 pair is no text")
-    return Question(number, str(category), tuple(turns))
+    return MultiTurnQuestion(number, str(category), tuple(turns))
 
 
 def spread(items: list, count: int) -> list:

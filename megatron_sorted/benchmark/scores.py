@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_sorted.benchmark.contest import Answer, Score, score
+from megatron_sorted.benchmark.contest import ContestAnswer, Score, score
 from megatron_sorted.benchmark.peer import HUGGING_FACE
-from megatron_sorted.benchmark.questions import Question
+from megatron_sorted.benchmark.questions import MultiTurnQuestion
 from megatron_sorted.benchmark.trials import FULL
-from megatron_sorted.decoding.ways import Sampling
-from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.decoding.strategies import SamplingParameters
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.reporting.drawing import drawing
 from megatron_sorted.reporting.markdown import facts, table
@@ -39,12 +39,12 @@ class Terms:
     """
 
     title: str
-    sampling: Sampling
+    sampling: SamplingParameters
     max_new_tokens: int
     numbers: str
 
 
-def scores_of(questions: Sequence[Question], answers: Sequence[dict[str, Answer]], names: Sequence[str]) -> dict[str, dict[str, Score]]:
+def scores_of(questions: Sequence[MultiTurnQuestion], answers: Sequence[dict[str, ContestAnswer]], names: Sequence[str]) -> dict[str, dict[str, Score]]:
     """Return {group: {way: score}}, all questions together under "all"."""
     groups = {ALL: list(answers)}
     for question, answer in zip(questions, answers, strict=True):
@@ -52,7 +52,7 @@ def scores_of(questions: Sequence[Question], answers: Sequence[dict[str, Answer]
     return {group: {name: score(members, name, FULL) for name in names} for group, members in groups.items()}
 
 
-def write_page(path: Path, terms: Terms, writer: Writer, questions: Sequence[Question], scores: dict[str, dict[str, Score]],
+def write_page(path: Path, terms: Terms, writer: TextGenerator, questions: Sequence[MultiTurnQuestion], scores: dict[str, dict[str, Score]],
                options: Sequence[str], sections: Sequence[str]) -> str:
     """Write the page, and return it.
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sorted.benchmark.trials import FULL, full_run, run_of, try_all
-from megatron_sorted.decoding.ways import SelfSpeculative
-from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.decoding.strategies import SelfSpeculative
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.reporting.drawing import drawing
 from megatron_sorted.reporting.markdown import table
 
@@ -35,12 +35,12 @@ class Sweep:
                     for column, length in enumerate(self.lengths)), key=lambda point: point[2])
 
 
-def sweep(writer: Writer, prompts: Sequence[list[int]], max_new_tokens: int, lengths: Sequence[int] = LENGTHS) -> Sweep:
+def sweep(writer: TextGenerator, prompts: Sequence[list[int]], max_new_tokens: int, lengths: Sequence[int] = LENGTHS) -> Sweep:
     """Return the measured grid of every exit and length."""
     depths = writer.network.depths[:-1]
     grid = {(depth, length): SelfSpeculative(depth, length) for depth in depths for length in lengths}
     runs = full_run(writer, max_new_tokens)
-    runs |= {f"{depth} {length}": run_of(writer, way, max_new_tokens) for (depth, length), way in grid.items()}
+    runs |= {f"{depth} {length}": run_of(writer, strategy, max_new_tokens) for (depth, length), strategy in grid.items()}
     found = try_all(runs, prompts, writer, "depth x length")
     trials = [[found[f"{depth} {length}"] for length in lengths] for depth in depths]
     base = found[FULL].tokens_per_second

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from megatron_sorted.decoding.generate import Limits, generate
+from megatron_sorted.decoding.strategies import Full, Strategy
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.decoding.tuning.costs import now
-from megatron_sorted.decoding.ways import Full, Way
-from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import SettingsError
 
 FULL = "full"
@@ -19,7 +19,7 @@ Run = Callable[[list[list[int]]], tuple[list[list[int]], int]]
 
 
 @dataclass
-class Trial:
+class StrategyTrial:
     """What one way did with all prompts.
 
     Attributes:
@@ -48,7 +48,7 @@ class Trial:
         return self.num_tokens / self.num_steps if self.num_steps else float("nan")
 
 
-def encode_prompts(writer: Writer, texts: Sequence[str], are_asked: bool, max_new_tokens: int) -> list[list[int]]:
+def encode_prompts(writer: TextGenerator, texts: Sequence[str], are_asked: bool, max_new_tokens: int) -> list[list[int]]:
     """Return the tokens of prompts, cut at the front so that what is written fits.
 
     Args:
@@ -67,18 +67,18 @@ def encode_prompts(writer: Writer, texts: Sequence[str], are_asked: bool, max_ne
     return [prompt[-room:] for prompt in ids]
 
 
-def run_of(writer: Writer, way: Way, max_new_tokens: int) -> Run:
+def run_of(writer: TextGenerator, strategy: Strategy, max_new_tokens: int) -> Run:
     """Return one of our ways, greedily."""
     limits = Limits(max_new_tokens, writer.end_ids)
 
     def run(prompts: list[list[int]]) -> tuple[list[list[int]], int]:
-        texts = generate(writer.network, prompts, way, limits=limits, draft=writer.draft_for(way))
+        texts = generate(writer.network, prompts, strategy, limits=limits, draft=writer.draft_for(strategy))
         return [text.tokens for text in texts], sum(text.counts.num_steps for text in texts)
 
     return run
 
 
-def share_same(trial: Trial, base: Trial) -> float:
+def share_same(trial: StrategyTrial, base: StrategyTrial) -> float:
     """Return the share of tokens that stand before the first one in which a text differs from the base's."""
     same = 0
     for text, other in zip(trial.texts, base.texts, strict=True):
@@ -87,7 +87,7 @@ def share_same(trial: Trial, base: Trial) -> float:
     return same / max(base.num_tokens, 1)
 
 
-def try_all(runs: Mapping[str, Run], prompts: Sequence[list[int]], writer: Writer, what: str, batch: int = 1) -> dict[str, Trial]:
+def try_all(runs: Mapping[str, Run], prompts: Sequence[list[int]], writer: TextGenerator, what: str, batch: int = 1) -> dict[str, StrategyTrial]:
     """Return what every way did; who begins changes from batch to batch.
 
     Args:
@@ -97,7 +97,7 @@ def try_all(runs: Mapping[str, Run], prompts: Sequence[list[int]], writer: Write
         what: For the progress bar.
         batch: Prompts that are gone on with at once.
     """
-    names, found = list(runs), {name: Trial([], []) for name in runs}
+    names, found = list(runs), {name: StrategyTrial([], []) for name in runs}
     for run in runs.values():  # what is made at the first use is not measured
         run([prompts[0][:8]] * batch)
     enough = list(prompts) * -(-batch // len(prompts))  # fewer prompts than a batch has room for are asked several times
@@ -113,6 +113,6 @@ def try_all(runs: Mapping[str, Run], prompts: Sequence[list[int]], writer: Write
     return found
 
 
-def full_run(writer: Writer, max_new_tokens: int) -> dict[str, Run]:
+def full_run(writer: TextGenerator, max_new_tokens: int) -> dict[str, Run]:
     """Return {"full": ...}."""
     return {FULL: run_of(writer, Full(), max_new_tokens)}

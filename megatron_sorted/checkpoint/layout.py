@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "generation_config.json",
     "prompt_form.json",
 )
-LEFT_OVER = re.compile(r"\.iter_[0-9]{7,}\.(writing|removing[0-9]*)|\.(latest_checkpointed_iteration|run|stopped|evaluation)"
+LEFTOVER = re.compile(r"\.iter_[0-9]{7,}\.(writing|removing[0-9]*)|\.(latest_checkpointed_iteration|run|stopped|evaluation)"
                        r"\.[0-9]+\.(txt|json)")
 
 

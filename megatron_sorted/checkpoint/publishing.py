@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_sorted.checkpoint.candidates import steps_of_run
 from megatron_sorted.checkpoint.layout import (
     COMPLETE,
-    LEFT_OVER,
+    LEFTOVER,
     TRACKER,
     complete_directory,
     iteration_directory,
@@ -130,11 +130,11 @@ def finish_publishing(root: str | Path) -> None:
                 os.rename(path, final)
 
 
-def remove_left_overs(root: str | Path) -> None:
+def remove_leftovers(root: str | Path) -> None:
     """Delete what a run that was killed while it saved or deleted has left. Only the run that holds the directory may call it."""
     finish_publishing(root)
     for path in Path(root).iterdir():
-        if LEFT_OVER.fullmatch(path.name):
+        if LEFTOVER.fullmatch(path.name):
             discard_tree(path)
 
 

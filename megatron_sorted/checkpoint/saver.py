@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from megatron_sorted.checkpoint.layout import iteration_directory, writing_directory
 from megatron_sorted.checkpoint.manifest import FileRecord, Progress, manifest_text, record_file
-from megatron_sorted.checkpoint.publishing import Retention, publish, remove_left_overs
+from megatron_sorted.checkpoint.publishing import Retention, publish, remove_leftovers
 from megatron_sorted.checkpoint.staging import Stage
 from megatron_sorted.checkpoint.writer import HashingWriter
 from megatron_sorted.errors import CheckpointError
@@ -100,7 +100,7 @@ class Saver:
         self._job: _Job | None = None
         if dist.get_rank() == 0:
             self.root.mkdir(parents=True, exist_ok=True)
-            remove_left_overs(self.root)
+            remove_leftovers(self.root)
 
     @property
     def busy(self) -> bool:

@@ -9,21 +9,21 @@ from megatron_sorted.benchmark.questions import GROUPS, read_questions, spread
 from megatron_sorted.commands.options.decoding import (
     add_model_options,
     add_sampling_options,
-    add_way_options,
+    add_strategy_options,
     check_positive,
     sampling_of,
-    way_choice,
+    strategy_choice,
     writer_of,
 )
 from megatron_sorted.commands.parser import Parser
-from megatron_sorted.decoding.ways import WAYS
+from megatron_sorted.decoding.strategies import STRATEGIES
 from megatron_sorted.errors import SettingsError
 
 IF_STOPPED = "Nothing was written."
 DESCRIPTION = """\
 Compare ways to decode on questions in Spec-Bench's form, beside transformers' own generate.
 Writes answers, a page of scores and pictures; docs/decoding.md says what the figures are."""
-USUAL_WAYS = ("full", "self_speculative", "sorted_speculative", "tree", "early_exit")
+DEFAULT_STRATEGIES = ("full", "self_speculative", "sorted_speculative", "tree", "early_exit")
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -34,7 +34,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     group = parser.add_argument_group("comparison")
     group.add_argument("--questions", type=Path, required=True, metavar="FILE", help="JSON lines with question_id, category, turns")
     group.add_argument("--per-group", type=int, default=80, metavar="N", help="questions of each group, evenly spread (%(default)s)")
-    group.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=USUAL_WAYS, metavar="NAME", help="(all but fixed)")
+    group.add_argument("--strategies", nargs="+", choices=tuple(STRATEGIES), default=DEFAULT_STRATEGIES, metavar="NAME", help="(all but fixed)")
     group.add_argument("--without-transformers", action="store_true", help="leave out transformers' generate")
     group.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of every turn (%(default)s)")
     group.add_argument("--batches", type=int, nargs="*", default=[], metavar="N", help="also N prompts at once")
@@ -45,11 +45,11 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     group.add_argument("--num-prompts", type=int, default=12, metavar="N", help="of --batches, --sweep and --text (%(default)s)")
     group.add_argument("--output", type=Path, default=Path("runs/benchmark_decoding"), metavar="DIR", help="folder (%(default)s)")
     group.add_argument("--title", help="of the page (default: the model's directory)")
-    add_way_options(parser)
+    add_strategy_options(parser)
     add_sampling_options(parser)
     values = parser.parse_args(arguments)
-    if values.way is not None:
-        raise SettingsError("--way: several ways are compared. Use --ways.")
+    if values.strategy is not None:
+        raise SettingsError("--strategy: several strategies are compared. Use --strategies.")
     check_positive(values, "per_group", "max_new_tokens", "num_texts", "num_prompts")
     return values
 
@@ -61,14 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     groups = dict.fromkeys([*GROUPS.values(), *(question.group for question in questions)])
     chosen = [question for group in groups for question in spread([one for one in questions if one.group == group], values.per_group)]
     sampling = sampling_of(values)
-    from megatron_sorted.benchmark.comparison import Extras, compare_ways, contestants_of, ways_of
+    from megatron_sorted.benchmark.comparison import Extras, compare_strategies, contestants_of, strategies_of
     from megatron_sorted.benchmark.scores import Terms
 
     writer = writer_of(values)
     print(writer.form.line, file=sys.stderr, flush=True)
     terms = Terms(values.title or values.model.resolve().name, sampling, values.max_new_tokens, f"{values.dtype} on {values.device}")
-    ways = ways_of(writer, way_choice(values), values.ways)
-    contestants = contestants_of(writer, ways, terms, not values.without_transformers)
+    strategies = strategies_of(writer, strategy_choice(values), values.strategies)
+    contestants = contestants_of(writer, strategies, terms, not values.without_transformers)
     extras = Extras(values.batches, values.sweep, values.text or (), values.text_separator, values.num_texts, values.num_prompts)
-    print(compare_ways(writer, chosen, ways, contestants, terms, extras, values.output))
+    print(compare_strategies(writer, chosen, strategies, contestants, terms, extras, values.output))
     print(f"written: {values.output}/decoding.md, decoding.json, pictures and the answers")

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_sorted.commands.parser import Parser
 from megatron_sorted.doctor.devices.names import DEVICES
 from megatron_sorted.doctor.finding import FAIL, Finding, worst
-from megatron_sorted.doctor.local import Question, look_around
+from megatron_sorted.doctor.local import DoctorOptions, look_around
 from megatron_sorted.doctor.table import as_data, as_text
 from megatron_sorted.errors import PlatformError
 from megatron_sorted.platform.processes import World, read_world
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Examine this machine or a job and return the exit status."""
     environment = dict(os.environ)
     values, world = read_arguments(arguments, environment)
-    question = Question(environment, world, values.device, values.run, values.folder, values.world_size)
+    question = DoctorOptions(environment, world, values.device, values.run, values.folder, values.world_size)
     if values.network:
         from megatron_sorted.doctor.network.job import examine_job
 

@@ -30,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what exists")
     parser.add_argument("--no-verify", action="store_true", help="do not compare what was written with what there was")
     values = parser.parse_args(arguments)
-    from megatron_sorted.conversion.aside import check_destination
     from megatron_sorted.conversion.exporting import export_model
     from megatron_sorted.conversion.hugging_face.model_card import Origin, model_card, read_quality
     from megatron_sorted.conversion.open_model import open_model
     from megatron_sorted.conversion.report import parse_size, progress_bars
+    from megatron_sorted.conversion.staging import check_destination
     from megatron_sorted.conversion.submodel import cut_submodel
     from megatron_sorted.conversion.writing import Writing
     from megatron_sorted.settings.costs import sub_model_parameters

@@ -8,11 +8,11 @@ from megatron_sorted.commands.options.decoding import (
     add_generation_config,
     add_model_options,
     add_sampling_options,
-    add_way_options,
+    add_strategy_options,
     check_positive,
     sampling_of,
+    strategy_choice,
     usual_sampling,
-    way_choice,
     writer_of,
 )
 from megatron_sorted.commands.parser import Parser
@@ -28,7 +28,7 @@ tree write the same text, faster; early_exit and fixed another. docs/decoding.md
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's values, the prompts of a file among them."""
-    parser = Parser("megatron-sorted generate", DESCRIPTION, 'megatron-sorted generate MODEL --way tree --prompt "Once upon a time"',
+    parser = Parser("megatron-sorted generate", DESCRIPTION, 'megatron-sorted generate MODEL --strategy tree --prompt "Once upon a time"',
                     usage="%(prog)s MODEL (--prompt TEXT | --prompt-file FILE | --chat) [options]")
     add_model_options(parser)
     group = parser.add_argument_group("texts")
@@ -40,7 +40,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
                        help="auto (in terminals), always or never show where tokens left (%(default)s)")
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="at most (default: 128, or what the context leaves)")
     group.add_argument("--stop", nargs="+", default=[], metavar="WORD", help="words after which a text is over")
-    add_way_options(parser)
+    add_strategy_options(parser)
     add_generation_config(add_sampling_options(parser))
     values = parser.parse_args(arguments)
     check_positive(values, "max_new_tokens", "threads")
@@ -69,14 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     writer = writer_of(values)
     network, draft, form = writer.network, writer.draft, writer.form.prompt_form
     sampling = sampling_of(values, usual_sampling(values, writer, 0.0))
-    way = way_choice(values).way(network, draft)
+    strategy = strategy_choice(values).strategy(network, draft)
     depths = sorted({*network.depths, *(draft.depths if draft else ())})
     on_terminal = sys.stdout.isatty()
     page = Page(depths, values.colour == "always" or (values.colour == "auto" and on_terminal), on_terminal)
     exits = (f"exits at {', '.join(map(str, network.depths))}; " if len(network.depths) > 1
              else "" if draft else "no exits before the last layer, so only 'full' can be had (or --depths); ")
     drafts = f"drafts by {shown(values.draft)}; " if draft else ""
-    print(f"[{shown(values.model)}: {network.num_layers} layers, {exits}{drafts}way: {way.name}] {page.legend()}",
+    print(f"[{shown(values.model)}: {network.num_layers} layers, {exits}{drafts}way: {strategy.name}] {page.legend()}",
           file=sys.stderr, flush=True)
     asks = values.chat or values.prompt_template is not None
     if asks:
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif form is not None and form.is_conversation and writer.form.is_stored:
         print(f"[prompts are texts to go on with; --chat, or --prompt-template {form.label}, asks in the form that was trained]",
               file=sys.stderr, flush=True)
-    console = Console(writer, way, sampling, page, values.max_new_tokens, values.stop)
+    console = Console(writer, strategy, sampling, page, values.max_new_tokens, values.stop)
     if values.chat:
         console.chat()
     else:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_sorted.errors import SettingsError
+from megatron_sorted.old_names import rename_flags
 from megatron_sorted.reading.shown import one_line
 from megatron_sorted.settings.require import nearest
 
@@ -70,6 +71,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Return the values and the words left over, after a look for options that there are not: before what is missing is told."""
         words = sys.argv[1:] if args is None else list(args)
+        words = rename_flags(words, self._option_string_actions)
         if not self._takes_any and self._subparsers is None:
             for word in words[: words.index("--")] if "--" in words else words:
                 self._check_option(word.partition("=")[0])

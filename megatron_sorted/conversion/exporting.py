@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.conversion.hugging_face.config_settings import config_of_settings
 from megatron_sorted.conversion.hugging_face.families import CONFIG, EXITS
 from megatron_sorted.conversion.hugging_face.model_card import nested_files
 from megatron_sorted.conversion.hugging_face.safetensors_files import SafetensorsWriter
 from megatron_sorted.conversion.open_model import OpenModel
 from megatron_sorted.conversion.origins import Part, whole
+from megatron_sorted.conversion.staging import staged_directory
 from megatron_sorted.conversion.tensors.source import TensorInfo
 from megatron_sorted.conversion.tensors.table import tensor_table
 from megatron_sorted.conversion.tokenizers.export import write_for_transformers
@@ -70,7 +70,7 @@ def export_model(
          for name, shape in zip(pair.theirs, pair.shapes, strict=True)}
         for is_own in (False, True))
     total = sum(info.num_bytes for info in (*main.values(), *own.values()))
-    with written_aside(destination, writing.overwrite, total, model.directory) as aside:
+    with staged_directory(destination, writing.overwrite, total, model.directory) as aside:
         writers = {False: SafetensorsWriter(aside, main, shard_bytes, always_index=bool(own))}
         if own:
             writers[True] = SafetensorsWriter(aside, own, total + 1, EXITS)

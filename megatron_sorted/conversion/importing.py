@@ -20,12 +20,12 @@ from megatron_sorted.checkpoint.manifest import (
     manifest_text,
     network_shape,
 )
-from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.conversion.megatron.checkpoint_files import WeightsWriter
 from megatron_sorted.conversion.open_model import OpenModel
 from megatron_sorted.conversion.origins import Exits, Part, whole
+from megatron_sorted.conversion.staging import staged_directory
 from megatron_sorted.conversion.tensors.source import Renamed, TensorInfo
-from megatron_sorted.conversion.tensors.table import Pair, tensor_table
+from megatron_sorted.conversion.tensors.table import TensorPair, tensor_table
 from megatron_sorted.conversion.verifying.transformers_states import require_transformers
 from megatron_sorted.conversion.writing import Writing, Written
 from megatron_sorted.errors import CheckpointError
@@ -65,7 +65,7 @@ def import_model(
     tensors = {pair.ours: TensorInfo(pair.shape, model.dtype_of(origins[pair.ours]))
                for pair in pairs}
     total = sum(info.num_bytes for info in tensors.values())
-    with written_aside(destination, writing.overwrite, total, model.directory) as aside:
+    with staged_directory(destination, writing.overwrite, total, model.directory) as aside:
         directory = iteration_directory(aside, 0)
         directory.mkdir()
         writer = WeightsWriter(directory, tensors, settings.num_layers)
@@ -85,7 +85,7 @@ def import_model(
         return Written(writing.compared(part, aside, total, destination))
 
 
-def _with_parts(model: OpenModel, settings: Settings, origins: Mapping[str, Pair]) -> OpenModel:
+def _with_parts(model: OpenModel, settings: Settings, origins: Mapping[str, TensorPair]) -> OpenModel:
     """Return the model with the parts of exits that ``settings`` add to it.
 
     Its exits then say something else, which is to be compared.

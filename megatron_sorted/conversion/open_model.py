@@ -24,7 +24,7 @@ from megatron_sorted.conversion.tensors.merged_lora import MergedLora, merge_ada
 from megatron_sorted.conversion.tensors.source import TensorInfo, TensorSource
 from megatron_sorted.conversion.tensors.table import (
     OUR_LAYER_NORM,
-    Pair,
+    TensorPair,
     check_num_layers,
     check_ours,
     check_theirs,
@@ -61,13 +61,13 @@ class OpenModel:
     kind: str
     settings: Settings
     source: TensorSource
-    pairs: list[Pair]
+    pairs: list[TensorPair]
     config: dict[str, Any] | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
 
     @cached_property
-    def pair_of(self) -> dict[str, Pair]:
+    def pair_of(self) -> dict[str, TensorPair]:
         """Return {our name: pair} of its tensors."""
         return {pair.ours: pair for pair in self.pairs}
 
@@ -88,26 +88,26 @@ class OpenModel:
                 return open_tokenizer(path if name == SLOW else path.parent, None)
         return None
 
-    def read_ours(self, pair: Pair) -> torch.Tensor:
+    def read_ours(self, pair: TensorPair) -> torch.Tensor:
         """Return a tensor under our name and in our form, from either kind; without padding of the vocabulary."""
         if self.kind == "megatron":
             tensor = self.source.read(pair.ours)
             return tensor if tuple(tensor.shape) == pair.shape else pair.operation.split(tensor)[0]
         return pair.operation.join((self.source.read(name) for name in pair.theirs), pair.shape)
 
-    def read_theirs(self, pair: Pair) -> Iterator[torch.Tensor]:
+    def read_theirs(self, pair: TensorPair) -> Iterator[torch.Tensor]:
         """Yield the tensors of a pair under their names and in their form, from either kind."""
         if self.kind == "megatron":
             yield from pair.operation.split(self.source.read(pair.ours))
         else:
             yield from (self.source.read(name) for name in pair.theirs)
 
-    def dtype_of(self, pair: Pair) -> torch.dtype:
+    def dtype_of(self, pair: TensorPair) -> torch.dtype:
         """Return the kind of numbers a tensor is stored in."""
         return self.source.tensors[pair.ours if self.kind == "megatron" else pair.theirs[0]].dtype
 
 
-class _Together(TensorSource):
+class _JoinedSource(TensorSource):
     """The tensors of two sources."""
 
     def __init__(self, first: TensorSource, second: TensorSource):
@@ -170,7 +170,7 @@ def _open_hugging_face(path: Path) -> OpenModel:
         if not (path / EXITS).is_file():
             raise CheckpointError(f"{path}: {CONFIG} says that exits have norms, heads or parts of their own, but {EXITS} is missing. "
                                   "Fetch it.")
-        source = _Together(source, SafetensorsFile(path / EXITS))
+        source = _JoinedSource(source, SafetensorsFile(path / EXITS))
     if check_theirs(pairs, source.tensors, shown(path)):
         check_tied(source, shown(path))
     return OpenModel(path, "hugging_face", settings, source, pairs, config, {}, files_beside(path))
@@ -199,7 +199,7 @@ def _open_ours(directory: Path, manifest: Mapping[str, Any], rank_used: int | No
     return OpenModel(directory, "megatron", settings, source, pairs, config, manifest, files)
 
 
-def _table(settings: Settings, source: TensorSource, directory: Path) -> list[Pair]:
+def _table(settings: Settings, source: TensorSource, directory: Path) -> list[TensorPair]:
     """Return the pairs of a Megatron checkpoint, compared with the tensors that it holds."""
     check_num_layers(settings.num_layers, source.tensors, shown(directory), "num_layers", OUR_LAYER_NORM)
     pairs = tensor_table(settings)

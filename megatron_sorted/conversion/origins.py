@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from megatron_sorted.conversion.open_model import OpenModel
-from megatron_sorted.conversion.tensors.table import Pair, tensor_table
+from megatron_sorted.conversion.tensors.table import TensorPair, tensor_table
 from megatron_sorted.settings.exit_parts import check_exit_parts
 from megatron_sorted.settings.run import Settings
 
@@ -54,7 +54,7 @@ class Part:
 
     model: OpenModel
     settings: Settings
-    origins: Mapping[str, Pair]
+    origins: Mapping[str, TensorPair]
     exits: Mapping[int, int] = dataclasses.field(default_factory=dict)
     cast: torch.dtype | None = None
 
@@ -65,7 +65,7 @@ def whole(model: OpenModel, settings: Settings | None = None) -> Part:
     return Part(model, settings, origins_of(model, settings))
 
 
-def origins_of(model: OpenModel, settings: Settings) -> dict[str, Pair]:
+def origins_of(model: OpenModel, settings: Settings) -> dict[str, TensorPair]:
     """Return the origin of every tensor of a network of ``settings``, by our name.
 
     The network may have exits with parts that the model has not (``origin_of``). It may end at an
@@ -76,7 +76,7 @@ def origins_of(model: OpenModel, settings: Settings) -> dict[str, Pair]:
     return {name: pair for name, pair in found.items() if pair is not None}
 
 
-def origin_of(name: str, model: OpenModel, settings: Settings) -> Pair | None:
+def origin_of(name: str, model: OpenModel, settings: Settings) -> TensorPair | None:
     """Return the model's own tensor that a tensor of a network of ``settings`` is made of.
 
     None: it is made of nothing. Parts of exits that the model has not begin as copies: norm and

@@ -189,7 +189,7 @@ class IndexedWriter:
     def __enter__(self) -> "IndexedWriter":
         """Return itself with the unnamed .bin open."""
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        replacing.remove_left_overs(self.prefix)
+        replacing.remove_leftovers(self.prefix)
         self._bin = open(self._partial("bin"), "wb")  # closed in __exit__
         return self
 

@@ -5,24 +5,24 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_sorted.decoding.cache.room import bytes_needed, check_room, told_by_us
+from megatron_sorted.decoding.cache.capacity import as_memory_error, bytes_needed, check_cache_memory
 from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.cache.transfer import to_device
-from megatron_sorted.decoding.choice import check_way
+from megatron_sorted.decoding.choice import check_strategy
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.sampling import Sampler
-from megatron_sorted.decoding.speculation.steps import Batch, Chain, OneToken, Said, stops_of
+from megatron_sorted.decoding.speculation.steps import Chain, DecodingBatch, OneToken, StepOutput, stops_of
 from megatron_sorted.decoding.speculation.tree_steps import TreeStep
-from megatron_sorted.decoding.ways import (
+from megatron_sorted.decoding.strategies import (
     EarlyExit,
     Fixed,
     Full,
-    Sampling,
+    SamplingParameters,
     SelfSpeculative,
     SortedSpeculative,
-    Way,
+    Strategy,
     draft_depths,
-    draft_room,
+    draft_slots,
 )
 from megatron_sorted.errors import DataError, SettingsError
 
@@ -142,31 +142,31 @@ def check_prompts(prompts: Sequence[Sequence[int]], network: Network, max_new_to
             raise DataError(f"prompt {row}: a token is not in 0..{network.vocab_size - 1}. Use the model's own tokenizer.")
 
 
-def make_step(way: Way, batch: Batch) -> OneToken | Chain | TreeStep:
+def make_step(strategy: Strategy, batch: DecodingBatch) -> OneToken | Chain | TreeStep:
     """Return what does a step of the way."""
-    if isinstance(way, Full | Fixed):
+    if isinstance(strategy, Full | Fixed):
         return OneToken(batch, [batch.depth])
-    if isinstance(way, EarlyExit):
-        return OneToken(batch, [*way.depths, batch.depth], way.thresholds, way.measure)
-    if isinstance(way, SelfSpeculative):
-        return Chain(batch, [way.depth], None, way.num_draft_tokens, "probability")
-    if isinstance(way, SortedSpeculative):
-        return Chain(batch, way.depths, way.thresholds, way.num_draft_tokens, way.measure)
-    return TreeStep(batch, way)
+    if isinstance(strategy, EarlyExit):
+        return OneToken(batch, [*strategy.depths, batch.depth], strategy.thresholds, strategy.measure)
+    if isinstance(strategy, SelfSpeculative):
+        return Chain(batch, [strategy.depth], None, strategy.num_draft_tokens, "probability")
+    if isinstance(strategy, SortedSpeculative):
+        return Chain(batch, strategy.depths, strategy.thresholds, strategy.num_draft_tokens, strategy.measure)
+    return TreeStep(batch, strategy)
 
 
-def start_batch(network: Network, prompts: Sequence[Sequence[int]], way: Way, sampling: Sampling, max_new_tokens: int,
-                draft: Network | None) -> Batch:
+def start_batch(network: Network, prompts: Sequence[Sequence[int]], strategy: Strategy, sampling: SamplingParameters, max_new_tokens: int,
+                draft: Network | None) -> DecodingBatch:
     """Return the texts with their prompts, nothing read yet."""
-    capacity = max(map(len, prompts)) + max_new_tokens + draft_room(way) + 1
-    own = [way.depth] if isinstance(way, Fixed) else stops_of(network, way.depths if isinstance(way, EarlyExit) else
-                                                              () if draft else draft_depths(way))
-    check_room(network, len(prompts), capacity, own, 0 if draft is None else bytes_needed(draft, len(prompts), capacity, draft_depths(way)))
+    capacity = max(map(len, prompts)) + max_new_tokens + draft_slots(strategy) + 1
+    own = [strategy.depth] if isinstance(strategy, Fixed) else stops_of(network, strategy.depths if isinstance(strategy, EarlyExit) else
+                                                              () if draft else draft_depths(strategy))
+    check_cache_memory(network, len(prompts), capacity, own, 0 if draft is None else bytes_needed(draft, len(prompts), capacity, draft_depths(strategy)))
     longest = max(map(len, prompts))
     padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
     states = [State(network, len(prompts), capacity, own)]
     if draft is not None:
-        states.append(State(draft, len(prompts), capacity, draft_depths(way)))
+        states.append(State(draft, len(prompts), capacity, draft_depths(strategy)))
     for state in states:
         state.append(to_device(padded, state.device), [len(prompt) for prompt in prompts])
     seen = None
@@ -174,11 +174,11 @@ def start_batch(network: Network, prompts: Sequence[Sequence[int]], way: Way, sa
         seen = torch.zeros(len(prompts), network.vocab_size, dtype=torch.bool, device=network.device)
         for row, prompt in enumerate(prompts):
             seen[row, list(prompt)] = True
-    return Batch(states[0], Sampler(sampling, range(len(prompts))), seen, states[1] if draft is not None else None)
+    return DecodingBatch(states[0], Sampler(sampling, range(len(prompts))), seen, states[1] if draft is not None else None)
 
 
 @torch.inference_mode()
-def stream(network: Network, prompts: Sequence[Sequence[int]], way: Way | None = None, sampling: Sampling | None = None,
+def stream(network: Network, prompts: Sequence[Sequence[int]], strategy: Strategy | None = None, sampling: SamplingParameters | None = None,
            limits: Limits | None = None, draft: Network | None = None) -> Iterator[Added]:
     """Yield what each step adds to each text, until all are over.
 
@@ -195,14 +195,14 @@ def stream(network: Network, prompts: Sequence[Sequence[int]], way: Way | None =
         DataError: A prompt cannot be gone on with.
         MemoryExhaustedError: The texts do not fit into memory.
     """
-    way, sampling, limits = way or Full(), sampling or Sampling(), limits or Limits()
-    check_way(way, network, draft)
+    strategy, sampling, limits = strategy or Full(), sampling or SamplingParameters(), limits or Limits()
+    check_strategy(strategy, network, draft)
     check_prompts(prompts, network, limits.max_new_tokens)
     if limits.max_new_tokens < 1:
         return
-    with told_by_us():
-        batch = start_batch(network, prompts, way, sampling, limits.max_new_tokens, draft)
-        texts, rows, step = [Text() for _ in prompts], list(range(len(prompts))), make_step(way, batch)
+    with as_memory_error():
+        batch = start_batch(network, prompts, strategy, sampling, limits.max_new_tokens, draft)
+        texts, rows, step = [Text() for _ in prompts], list(range(len(prompts))), make_step(strategy, batch)
         while rows:
             said = step.step()
             for row, one in zip(rows, said, strict=True):
@@ -216,7 +216,7 @@ def stream(network: Network, prompts: Sequence[Sequence[int]], way: Way | None =
                     batch.select_rows(going_on)
 
 
-def cut(text: Text, said: Said, row: int, limits: Limits) -> Added:
+def cut(text: Text, said: StepOutput, row: int, limits: Limits) -> Added:
     """Return what a step adds to a text: no more than up to where it is over."""
     kept, finish = list(text.tokens), None
     for token in said.tokens:
@@ -233,10 +233,10 @@ def cut(text: Text, said: Said, row: int, limits: Limits) -> Added:
     return Added(row, said.tokens[:count], said.depths[:count], said.num_drafted, min(said.num_accepted, count), finish)
 
 
-def generate(network: Network, prompts: Sequence[Sequence[int]], way: Way | None = None, sampling: Sampling | None = None,
+def generate(network: Network, prompts: Sequence[Sequence[int]], strategy: Strategy | None = None, sampling: SamplingParameters | None = None,
              limits: Limits | None = None, draft: Network | None = None) -> list[Text]:
     """Return all texts when they are over; arguments and errors as for `stream`."""
     texts = [Text() for _ in prompts]
-    for added in stream(network, prompts, way, sampling, limits, draft):
+    for added in stream(network, prompts, strategy, sampling, limits, draft):
         texts[added.row].take(added)
     return texts

@@ -24,7 +24,7 @@ UNKNOWN_ROTATIONS = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
-class Reader:
+class ExitReadout:
     """What an exit makes of the hidden state after its layers.
 
     Attributes:
@@ -144,13 +144,13 @@ def window_of(config, index: int) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def make_reader(config, depth: int, found: Exit, matrices: Matrices) -> Reader:
+def make_reader(config, depth: int, found: Exit, matrices: Matrices) -> ExitReadout:
     """Return the reader of an exit."""
     head = matrices.of(found.head)
     if found.block is None:
-        return Reader(found.norm, head)
+        return ExitReadout(found.norm, head)
     module, adapter = (found.block.layer, found.block.adapter) if isinstance(found.block, ExitBlock) else (found.block, None)
-    return Reader(found.norm, head, Layer(module, matrices, window_of(config, min(depth, config.num_hidden_layers - 1))), adapter)
+    return ExitReadout(found.norm, head, Layer(module, matrices, window_of(config, min(depth, config.num_hidden_layers - 1))), adapter)
 
 
 def load_network(directory: str | Path, depths: Sequence[int] | None = None, dtype: torch.dtype = torch.float32,

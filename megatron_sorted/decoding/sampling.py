@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_sorted.decoding.cache.transfer import to_device
-from megatron_sorted.decoding.ways import MEASURES, Sampling
+from megatron_sorted.decoding.strategies import MEASURES, SamplingParameters
 
 
 class Sampler:
@@ -24,7 +24,7 @@ class Sampler:
         rows: What tells rows apart in the noise; a row's text does not depend on which others are in the batch.
     """
 
-    def __init__(self, sampling: Sampling, rows: Sequence[int]):
+    def __init__(self, sampling: SamplingParameters, rows: Sequence[int]):
         self.sampling, self.rows = sampling, list(rows)
         self._noise: dict[tuple[int, int], Tensor] = {}
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_sorted.decoding.ways import Sampling, Way
-from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.decoding.strategies import SamplingParameters, Strategy
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.errors import DataError
 from megatron_sorted.reading.shown import for_terminal
 from megatron_sorted.text.prompt_form import ALPACA, PLAIN
@@ -56,9 +56,9 @@ class Console:
         stop: Words after which a text is over.
     """
 
-    writer: Writer
-    way: Way
-    sampling: Sampling
+    writer: TextGenerator
+    strategy: Strategy
+    sampling: SamplingParameters
     page: Page
     max_new_tokens: int | None = None
     stop: Sequence[str] = ()
@@ -68,7 +68,7 @@ class Console:
         began, texts, shown = time.perf_counter(), [""] * len(ids), [""] * len(ids)
         tokens = steps = drafted = accepted = 0
         by_depth: dict[int, int] = {}
-        for piece in self.writer.write(ids, self.way, self.sampling, self._new_tokens(ids), self.stop):
+        for piece in self.writer.write(ids, self.strategy, self.sampling, self._new_tokens(ids), self.stop):
             texts[piece.row] += piece.text
             new = "".join(self.page.shown(*part) for part in piece.parts)
             shown[piece.row] += new
@@ -85,7 +85,7 @@ class Console:
         line = f"{tokens} tokens in {took:.1f} s, {tokens / took:.1f} tokens/s; said by {spread}"
         if drafted:
             line += f"; {tokens / steps:.2f} tokens a verification, {100 * accepted / drafted:.0f} % of drafts accepted"
-        print(("\n" if len(ids) == 1 else "") + f"[{self.way.name}: {line}]", file=sys.stderr, flush=True)
+        print(("\n" if len(ids) == 1 else "") + f"[{self.strategy.name}: {line}]", file=sys.stderr, flush=True)
         return texts
 
     def chat(self) -> None:

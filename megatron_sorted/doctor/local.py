@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_sorted.doctor import disks, interfaces, limits, packages, run_file
 from megatron_sorted.doctor.devices import variables
-from megatron_sorted.doctor.devices.here import Check, DevicesHere, read_devices
+from megatron_sorted.doctor.devices.local import Check, LocalDevices, read_devices
 from megatron_sorted.doctor.devices.names import OPTIONAL
 from megatron_sorted.doctor.finding import Finding, broken, doubtful
 from megatron_sorted.doctor.probes import Probe, probe_all, training_path
@@ -24,7 +24,7 @@ OLDEST_TORCH = (2, 6)
 
 
 @dataclass(frozen=True)
-class Question:
+class DoctorOptions:
     """What the doctor is asked about.
 
     Attributes:
@@ -57,7 +57,7 @@ def optional_libraries(path: list[str]) -> list[str]:
     return [name for name in OPTIONAL if importlib.machinery.PathFinder.find_spec(name, path) is not None]
 
 
-def look_around(question: Question) -> list[Finding]:
+def look_around(question: DoctorOptions) -> list[Finding]:
     """Return everything found on this host, in the order of the table."""
     environment, num_nodes, path = question.environment, question.world.num_nodes, training_path()
     probes = probe_all(optional_libraries(path), environment, IMPORT_SECONDS)
@@ -123,7 +123,7 @@ def check_megatron(probes: Mapping[str, Probe], path: list[str]) -> list[Finding
     return found
 
 
-def device_of(question: Question) -> str:
+def device_of(question: DoctorOptions) -> str:
     """Return the device that is asked for: ``--device``, or where that is "auto" the run's."""
     if question.device == "auto" and question.run is not None:
         settings, _ = run_file.load_run(question.run)
@@ -131,7 +131,7 @@ def device_of(question: Question) -> str:
     return question.device
 
 
-def folder_of(question: Question) -> Path:
+def folder_of(question: DoctorOptions) -> Path:
     """Return the folder the run writes to: as asked, else --save of the run, else the current one."""
     if question.folder is None and question.run is not None:
         settings, _ = run_file.load_run(question.run)
@@ -140,14 +140,14 @@ def folder_of(question: Question) -> Path:
     return question.folder or Path()
 
 
-def check_folder(question: Question) -> list[Finding]:
+def check_folder(question: DoctorOptions) -> list[Finding]:
     """Check the folder the run writes to."""
     folder = disks.existing_folder(folder_of(question))
     kind = disks.file_system_of(folder.resolve(), Path("/proc/self/mountinfo").read_text())
     return disks.check_disk(folder, kind, disks.try_disk(folder, DISK_SECONDS), question.world.num_nodes)
 
 
-def check_run_file(question: Question, devices: DevicesHere) -> list[Finding]:
+def check_run_file(question: DoctorOptions, devices: LocalDevices) -> list[Finding]:
     """Check that the run of a YAML file can be started here."""
     settings, found = run_file.load_run(question.run)
     if settings is None:

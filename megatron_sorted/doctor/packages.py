@@ -19,7 +19,7 @@ WHY = {"psutil": "; without it megatron's checkpoint writer hangs for ever"}
 
 
 @dataclass(frozen=True)
-class Copy:
+class InstalledCopy:
     """A package found in a folder.
 
     Attributes:
@@ -80,7 +80,7 @@ def version_in(folder: Path) -> str:
     return "unknown"
 
 
-def copies_of(package: str, distribution: str, path: Sequence[str]) -> list[Copy]:
+def copies_of(package: str, distribution: str, path: Sequence[str]) -> list[InstalledCopy]:
     """Return all copies of a package that Python could take, the one it takes first.
 
     Args:
@@ -88,11 +88,11 @@ def copies_of(package: str, distribution: str, path: Sequence[str]) -> list[Copy
         distribution: What it is installed as.
         path: Folders, as in ``sys.path``.
     """
-    folders: dict[Path, Copy] = {}
+    folders: dict[Path, InstalledCopy] = {}
     for entry in path:
         place = Path(entry or ".") / package
         if (place / "__init__.py").is_file():
-            folders.setdefault(place.resolve(), Copy(str(Path(entry or ".").resolve()), version_in(place)))
+            folders.setdefault(place.resolve(), InstalledCopy(str(Path(entry or ".").resolve()), version_in(place)))
     for installed in importlib.metadata.distributions(name=distribution, path=list(path)):
         origin = json.loads(installed.read_text("direct_url.json") or "{}")
         if origin.get("dir_info", {}).get("editable"):
@@ -100,11 +100,11 @@ def copies_of(package: str, distribution: str, path: Sequence[str]) -> list[Copy
             for folder in (root, root / "src"):
                 place = folder / package
                 if (place / "__init__.py").is_file():
-                    folders.setdefault(place.resolve(), Copy(str(folder), installed.version, editable=True))
+                    folders.setdefault(place.resolve(), InstalledCopy(str(folder), installed.version, editable=True))
     return list(folders.values())
 
 
-def check_megatron_copies(copies: Sequence[Copy]) -> list[Finding]:
+def check_megatron_copies(copies: Sequence[InstalledCopy]) -> list[Finding]:
     """Return whether there is one copy of megatron-core, of a version that training accepts.
 
     Args:
@@ -128,7 +128,7 @@ def check_megatron_copies(copies: Sequence[Copy]) -> list[Finding]:
     return [fine(name, first)]
 
 
-def check_own_copies(copies: Sequence[Copy]) -> list[Finding]:
+def check_own_copies(copies: Sequence[InstalledCopy]) -> list[Finding]:
     """Return whether this project's package is the only one of its kind, the checkout's own being first."""
     first, *others = copies
     if others:

@@ -13,14 +13,14 @@ Show = Callable[[Mapping[str, Sequence[Finding]], Sequence[Mapping[str, Any]]], 
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A finding and the hosts that share it."""
 
     hosts: tuple[str, ...]
     finding: Finding
 
 
-def merge_hosts(by_host: Mapping[str, Sequence[Finding]]) -> list[Row]:
+def merge_hosts(by_host: Mapping[str, Sequence[Finding]]) -> list[TableRow]:
     """Return one row for each finding that differs, in the order of the checks.
 
     What is fine takes one row whatever the hosts' values: the first host's stands for all.
@@ -38,7 +38,7 @@ def merge_hosts(by_host: Mapping[str, Sequence[Finding]]) -> list[Row]:
             hosts = [host for group in good.values() for host in group]
             good = {Finding(first.name, f"{first.value} (on {hosts[0]}; others differ)"): hosts}
         bad = {finding: hosts for finding, hosts in found.items() if finding.verdict != OK}
-        merged += [Row(tuple(hosts), finding) for finding, hosts in {**good, **bad}.items()]
+        merged += [TableRow(tuple(hosts), finding) for finding, hosts in {**good, **bad}.items()]
     return merged
 
 
@@ -72,7 +72,7 @@ def as_text(by_host: Mapping[str, Sequence[Finding]], width: int) -> str:
     return "\n".join([*(line.rstrip() for line in lines), summary(rows)])
 
 
-def summary(rows: Sequence[Row]) -> str:
+def summary(rows: Sequence[TableRow]) -> str:
     """Return how many rows there are of each verdict, in words."""
     count = {verdict: sum(row.finding.verdict == verdict for row in rows) for verdict in VERDICTS}
     ok, warn, fail = (count[verdict] for verdict in VERDICTS)

@@ -27,7 +27,7 @@ PADDING, SCALARS = 0.01, 1024
 
 
 @dataclass
-class RankFound:
+class MeasuredRank:
     """What was found of one rank.
 
     Attributes:
@@ -59,7 +59,7 @@ class DryRun:
         problems: Where anything differs from the plan or between ranks; empty if all is well.
     """
 
-    ranks: dict[int, RankFound]
+    ranks: dict[int, MeasuredRank]
     micro_batches: int
     messages: int
     problems: list[str]
@@ -103,7 +103,7 @@ def by_kind_of_group(settings: Settings, world_size: int,
 
 
 def visit(settings: Settings, vocab_size: int, rank: int, world_size: int, plan: Plan, platform: MetaPlatform,
-          micro_batches: int | None) -> RankFound:
+          micro_batches: int | None) -> MeasuredRank:
     """Return what is found of one rank; it is stepped if ``micro_batches`` says how long.
 
     Collective: groups of the pretended world.
@@ -113,7 +113,7 @@ def visit(settings: Settings, vocab_size: int, rank: int, world_size: int, plan:
         model = build_model(settings, platform, place, vocab_size)
         stage = plan.stages[place.stage]
         count = sum(p.numel() for chunk in model.chunks for p in chunk.parameters())
-        found = RankFound(place, count, sum(stage.parameters.values()), shapes_of_model(model))
+        found = MeasuredRank(place, count, sum(stage.parameters.values()), shapes_of_model(model))
         if micro_batches is not None:
             counter = _step(settings, model, platform, micro_batches)
             found.flops, found.sent, found.received = counter.flops, counter.sent, counter.received
@@ -130,7 +130,7 @@ def visit(settings: Settings, vocab_size: int, rank: int, world_size: int, plan:
     return found
 
 
-def _differences(found: dict[int, RankFound], kinds: dict[tuple, int]) -> Iterable[str]:
+def _differences(found: dict[int, MeasuredRank], kinds: dict[tuple, int]) -> Iterable[str]:
     """Yield in words where a rank differs from the plan, from ranks of its kind, or from what its neighbours send."""
     for rank, one in found.items():
         if one.parameters != one.planned_parameters:
@@ -173,7 +173,7 @@ def dry_run(settings: Settings, vocab_size: int, world_size: int, plan: Plan, ra
     if not whole:
         micro_batches = min(micro_batches, SHORT_STEP * settings.pipeline_model_parallel_size)
     stride = world_size // settings.pipeline_model_parallel_size
-    found: dict[int, RankFound] = {}
+    found: dict[int, MeasuredRank] = {}
     kinds: dict[tuple, int] = {}
     for rank in range(world_size) if ranks is None else ranks:
         kind = (rank // stride, real_rows(settings, vocab_size, rank % settings.tensor_model_parallel_size))

@@ -13,7 +13,7 @@ from megatron_sorted.exported.tokenizer import prefix_id
 from megatron_sorted.reading.json_lines import read_records
 from megatron_sorted.reading.shown import shown
 from megatron_sorted.reading.text_file import read_text
-from megatron_sorted.text.conversation import LeftOutError
+from megatron_sorted.text.conversation import SkippedConversationError
 from megatron_sorted.text.piece_ids import PieceEncoder
 from megatron_sorted.text.prompt_form import PromptForm
 from megatron_sorted.text.tokenizer.contract import Tokenizer
@@ -138,7 +138,7 @@ def _by_form(documents: Sequence[Document], tokenizer: Tokenizer, append_eos: bo
     for document in documents:
         try:
             sample = readers[document.kind].read(document.record)
-        except (BrokenSampleError, LeftOutError) as error:
+        except (BrokenSampleError, SkippedConversationError) as error:
             words = ": ".join(filter(None, error.args))
             raise DataError(f"{shown(document.record, 60)}: cannot be written in the form {form.label} ({shown(words)}). Leave it "
                             "out, or give --prompt-template.") from error

@@ -92,7 +92,7 @@ class Measures:
 
 
 @dataclass
-class Found:
+class ModelMeasurements:
     """What was measured of one model, still by document and by question, so that models can be compared pairwise."""
 
     name: str
@@ -106,10 +106,10 @@ class Found:
     tasks: dict[int, dict[str, dict]] = field(default_factory=dict)
 
 
-Keep = Callable[[list[Found]], None]
+Keep = Callable[[list[ModelMeasurements]], None]
 
 
-def evaluate(subjects: Sequence[Subject], measures: Measures, keep: Keep = lambda found: None) -> list[Found]:
+def evaluate(subjects: Sequence[Subject], measures: Measures, keep: Keep = lambda found: None) -> list[ModelMeasurements]:
     """Return what was measured of every model, in order; one model is in memory at a time.
 
     Args:
@@ -121,13 +121,13 @@ def evaluate(subjects: Sequence[Subject], measures: Measures, keep: Keep = lambd
     Raises:
         SortedError: as the parts do; what was measured before was kept.
     """
-    found: list[Found] = []
+    found: list[ModelMeasurements] = []
     for subject in subjects:
         _evaluate(subject, measures, found, keep)
     return found
 
 
-def _evaluate(subject: Subject, measures: Measures, found: list[Found], keep: Keep) -> None:
+def _evaluate(subject: Subject, measures: Measures, found: list[ModelMeasurements], keep: Keep) -> None:
     model = load_nested_model(subject.directory, measures.depths, measures.dtype, subject.name)
     tokenizer = open_tokenizer(subject.directory, measures.tokenizer)
     surplus = surplus_line(tokenizer, model.model.config.vocab_size, subject.name)
@@ -137,7 +137,7 @@ def _evaluate(subject: Subject, measures: Measures, found: list[Found], keep: Ke
     asked = form.prompt_form if form.is_stored or measures.prompt_template is not None else None
     if measures.bars and measures.asks:
         print(f"{subject.name}: {form.line if asked else UNFORMED}", flush=True)
-    found.append(Found(model.name, subject.is_baseline, _facts(model, subject, tokenizer, measures, None)))
+    found.append(ModelMeasurements(model.name, subject.is_baseline, _facts(model, subject, tokenizer, measures, None)))
     _measure(model, tokenizer, measures, asked, found[-1], lambda: keep(found))
     if subject.with_heads:
         documents = encode_documents(measures.head_documents or [], tokenizer, measures.append_eos, asked)
@@ -145,11 +145,11 @@ def _evaluate(subject: Subject, measures: Measures, found: list[Found], keep: Ke
                               f"{subject.name}: training heads" if measures.bars else None)
         if measures.save_heads is not None:
             save_with_heads(trained.model, subject.directory, measures.save_heads, measures.overwrite)
-        found.append(Found(trained.model.name, True, _facts(trained.model, subject, tokenizer, measures, trained)))
+        found.append(ModelMeasurements(trained.model.name, True, _facts(trained.model, subject, tokenizer, measures, trained)))
         _measure(trained.model, tokenizer, measures, asked, found[-1], lambda: keep(found))
 
 
-def _measure(model: NestedModel, tokenizer: Tokenizer, measures: Measures, form: PromptForm | None, found: Found,
+def _measure(model: NestedModel, tokenizer: Tokenizer, measures: Measures, form: PromptForm | None, found: ModelMeasurements,
              keep: Callable[[], None]) -> None:
     """Fill in what is measured of a model, part by part, and call ``keep`` after each."""
 

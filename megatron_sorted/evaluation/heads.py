@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.conversion.exporting import write_config
 from megatron_sorted.conversion.hugging_face.exit_keys import keys_of_exits, without_exits
 from megatron_sorted.conversion.hugging_face.families import EXITS, read_config
 from megatron_sorted.conversion.hugging_face.nested_exits import Exit
+from megatron_sorted.conversion.staging import staged_directory
 from megatron_sorted.errors import DataError, TrainingError
 from megatron_sorted.evaluation.documents import EncodedDocument
 from megatron_sorted.evaluation.held_out import LOGIT_BYTES, read_batch
@@ -189,7 +189,7 @@ def save_with_heads(model: NestedModel, source: Path, destination: Path, overwri
     tensors = {f"exits.{depth}.{part}.weight": module.weight.detach().contiguous() for depth in model.depths[:-1]
                for part, module in (("norm", model.exits[depth].norm), ("lm_head", model.exits[depth].head))}
     num_bytes = sum(path.stat().st_size for path in files) + sum(tensor.nbytes for tensor in tensors.values())
-    with written_aside(destination, overwrite, num_bytes, source) as aside:
+    with staged_directory(destination, overwrite, num_bytes, source) as aside:
         for path in files:
             shutil.copyfile(path, aside / path.name)
         write_config(aside, {**without_exits(read_config(source)), **keys_of_exits(model.depths, own_norms=True, own_heads=True)})

@@ -8,7 +8,7 @@ from megatron_sorted.exits.chance import uniform_number
 
 
 @dataclass(frozen=True)
-class Sampling:
+class ExitSampling:
     """How exits are drawn at each step.
 
     Attributes:
@@ -26,7 +26,7 @@ class Sampling:
 
 
 def select_exits(
-    step: int, coefficients: Mapping[int, float], sampling: Sampling, normalised: bool = True
+    step: int, coefficients: Mapping[int, float], sampling: ExitSampling, normalised: bool = True
 ) -> dict[int, float]:
     """Return {depth: coefficient} of the exits that train at this step, in increasing depth.
 

@@ -66,7 +66,7 @@ class LossRequest:
 
 
 class TokenLoss(Protocol):
-    """Computes losses of a chunk's logits; a ``Chunk`` or alike carries them to the gradient.
+    """Computes losses of a chunk's logits; a ``TokenChunk`` or alike carries them to the gradient.
 
     Attributes:
         request: What it is to compute.
@@ -90,7 +90,7 @@ class TokenLoss(Protocol):
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TokenChunk:
     """What a chunk's logits became: losses, correctness, and what the gradient to the logits is made of.
 
     Attributes:
@@ -186,7 +186,7 @@ class CrossEntropy:
     def prepare(self, span: slice, buffer_np: torch.Tensor) -> None:
         """Do nothing."""
 
-    def losses(self, span: slice, logits_np: torch.Tensor, work_np: torch.Tensor) -> Chunk:
+    def losses(self, span: slice, logits_np: torch.Tensor, work_np: torch.Tensor) -> TokenChunk:
         """Return the chunk; ``work_np`` (fp32, may be ``logits_np`` itself) is overwritten.
 
         Collective: two all-reduces over ``shard.group``, of n and 2n floats; with the choice a
@@ -214,9 +214,9 @@ class CrossEntropy:
             both = torch.stack((target, total))
             dist.all_reduce(both, group=shard.group)
             target, total = both[0], both[1]
-        return Chunk(total.log() - target, target >= 0, work_np, total, column, here, choice)
+        return TokenChunk(total.log() - target, target >= 0, work_np, total, column, here, choice)
 
-    def gradient(self, chunk: Chunk, scale_n: torch.Tensor, out_np: torch.Tensor) -> torch.Tensor:
+    def gradient(self, chunk: TokenChunk, scale_n: torch.Tensor, out_np: torch.Tensor) -> torch.Tensor:
         """Return the gradient of ``sum(scale * loss)`` to the logits, written to ``out_np`` (may be ``chunk.exponential_np`` itself).
 
         It is scale * (probability - 1 at the label). Normalising, scaling and rounding to the dtype

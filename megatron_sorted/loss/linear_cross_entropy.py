@@ -18,7 +18,7 @@ from megatron_sorted.loss.cross_entropy import LossRequest, TokenLoss, gather_co
 from megatron_sorted.loss.gradient import GradientSink
 
 
-class Reader(Protocol):
+class Readout(Protocol):
     """Makes of an exit's un-normed hidden state what its head reads; a norm is one."""
 
     def __call__(self, hidden_tbh: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class ExitLoss:
 
 def exit_loss(
     hidden_tbh: torch.Tensor,
-    norm: Reader,
+    norm: Readout,
     weight_ph: torch.nn.Parameter,
     token_loss: TokenLoss,
     factor: torch.Tensor | None = None,

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.monitoring.report import StepReport
-from megatron_sorted.monitoring.writer import Report, Writer
+from megatron_sorted.monitoring.writer import Report, ReportWriter
 from megatron_sorted.reading.json_lines import read_blocks, records
 
 TAIL_BYTES = 1 << 16
@@ -34,7 +34,7 @@ def json_line(report: Report) -> dict[str, Any]:
     return finite_or_none(values)
 
 
-class JsonLines(Writer):
+class JsonLines(ReportWriter):
     """Appends reports to a file; lines of a run that is continued follow those of the run before.
 
     A line is one write of a file opened for appending, so that it is there as a whole or, when the machine stops or the disk is full

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.monitoring.values import metric_values
-from megatron_sorted.monitoring.writer import Report, Writer
+from megatron_sorted.monitoring.writer import Report, ReportWriter
 
 
-class TensorBoard(Writer):
+class TensorBoard(ReportWriter):
     """Writes scalars over steps into a directory, one new event file a process.
 
     Args:

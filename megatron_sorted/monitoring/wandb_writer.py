@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_sorted.command_line import own_module
 from megatron_sorted.monitoring.values import metric_values
-from megatron_sorted.monitoring.writer import Report, Writer
+from megatron_sorted.monitoring.writer import Report, ReportWriter
 from megatron_sorted.settings.run import Settings
 
 QUEUED_REPORTS = 1000  # kept while wandb is slow; of more, the oldest are dropped. A report is a few kilobytes
@@ -132,7 +132,7 @@ class _Process:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-class Wandb(Writer):
+class Wandb(ReportWriter):
     """Sends reports to one run of Weights & Biases: one from one rank, continued after a resume.
 
     Args:

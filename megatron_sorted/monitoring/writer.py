@@ -7,7 +7,7 @@ from megatron_sorted.monitoring.report import EvaluationReport, StepReport
 Report = StepReport | EvaluationReport
 
 
-class Writer(ABC):
+class ReportWriter(ABC):
     """One place that reports go to. One process has one: the one that holds the reduced numbers.
 
     An error of ``start`` is a user's to mend and ends the run before training; one of ``write`` or ``close`` never does.

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_sorted.monitoring.json_lines import JsonLines
 from megatron_sorted.monitoring.tensorboard_events import TensorBoard
 from megatron_sorted.monitoring.wandb_writer import Wandb, wandb_plan
-from megatron_sorted.monitoring.writer import Report, Writer
+from megatron_sorted.monitoring.writer import Report, ReportWriter
 from megatron_sorted.settings.run import Settings
 
 
@@ -20,7 +20,7 @@ class Writers:
         say: Prints lines for the user; called from the process and thread that calls the methods.
     """
 
-    def __init__(self, writers: Sequence[Writer], say: Callable[..., None]):
+    def __init__(self, writers: Sequence[ReportWriter], say: Callable[..., None]):
         self._writers, self._say = writers, say
         self._failures = dict.fromkeys(writers, 0)
         self._tell()
@@ -41,7 +41,7 @@ class Writers:
                 self._say(f"{writer.name}: {count} reports could not be written")
         self._writers, self._failures = (), {}
 
-    def _guarded(self, writer: Writer, action: Callable[..., None], *arguments: Any) -> None:
+    def _guarded(self, writer: ReportWriter, action: Callable[..., None], *arguments: Any) -> None:
         try:
             action(*arguments)
         except Exception as error:  # a full disk must not end a run of a month
@@ -71,7 +71,7 @@ def open_writers(settings: Settings, run_id: str, resumed_step: int, description
         SettingsError: a file or directory cannot be written, or TensorBoard's package is missing.
     """
     path = settings.metrics_file or (str(Path(settings.save) / "metrics.jsonl") if settings.save else None)
-    writers: list[Writer] = [JsonLines(path)] if path else []
+    writers: list[ReportWriter] = [JsonLines(path)] if path else []
     if settings.tensorboard_dir is not None:
         writers.append(TensorBoard(settings.tensorboard_dir, settings.num_layers, resumed_step))
     if settings.wandb_project is not None:

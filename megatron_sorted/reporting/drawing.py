@@ -18,7 +18,7 @@ STRIDE = 4.0
 """Points between two places of a line that names should not cover."""
 MOST_PLACES = 12
 """Points of a line beside which its name may stand."""
-Box = tuple[float, float, float, float]
+Rectangle = tuple[float, float, float, float]
 """Left, bottom, right, top, in points."""
 NamedLine = tuple[str, str, Sequence[float], Sequence[float]]
 """Name, colour, x and y of a line."""
@@ -78,7 +78,7 @@ def name_lines(axes: Any, lines: Sequence[NamedLine]) -> None:
         for (x, y), (next_x, next_y) in pairwise(line):
             count = int(math.hypot(next_x - x, next_y - y) / STRIDE)
             obstacles += [(x + (next_x - x) * n / count, y + (next_y - y) * n / count) for n in range(1, count)]
-    taken: list[Box] = []
+    taken: list[Rectangle] = []
     for (name, colour, _, _), line in zip(lines, placed, strict=True):
         text = axes.annotate(name, (0, 0), xycoords="figure points", color=colour, weight="bold", fontsize=14, ha="left", va="bottom",
                              annotation_clip=False)
@@ -91,7 +91,7 @@ def name_lines(axes: Any, lines: Sequence[NamedLine]) -> None:
 
 
 def place_name(line: Sequence[tuple[float, float]], size: tuple[float, float], obstacles: Sequence[tuple[float, float]],
-               taken: Sequence[Box], panel: Box) -> Box:
+               taken: Sequence[Rectangle], panel: Rectangle) -> Rectangle:
     """Return where a name of this width and height stands: beside one of its line's points, in the panel, over as little as can be.
 
     Args:
@@ -100,24 +100,24 @@ def place_name(line: Sequence[tuple[float, float]], size: tuple[float, float], o
         taken: Boxes of the names that stand already.
     """
     width, height = size
-    boxes = []
+    rectangles = []
     for x, y in line:
         if panel[0] <= x <= panel[2] and panel[1] <= y <= panel[3]:
             lefts = (x + GAP, x - width / 2, x - GAP - width)
             bottoms = (y + GAP, y - height / 2, y - GAP - height)
-            boxes += [(left, bottom, left + width, bottom + height) for bottom in bottoms for left in lefts
+            rectangles += [(left, bottom, left + width, bottom + height) for bottom in bottoms for left in lefts
                       if (left, bottom) != (lefts[1], bottoms[1])]
-    if not boxes:  # no point of the line is in the panel
+    if not rectangles:  # no point of the line is in the panel
         return panel[0], panel[3], panel[0] + width, panel[3] + height
 
-    def count(box: Box, margin: float) -> int:
+    def count(box: Rectangle, margin: float) -> int:
         return sum(box[0] - margin <= x <= box[2] + margin and box[1] - margin <= y <= box[3] + margin for x, y in obstacles)
 
-    def faults(box: Box) -> tuple[float, float]:
+    def faults(box: Rectangle) -> tuple[float, float]:
         covered = 10 * count(box, 2) + count(box, 12)
         outside = sum(max(0.0, inner - outer) for inner, outer in ((panel[0], box[0]), (panel[1], box[1]), (box[2], panel[2]),
                                                                    (box[3], panel[3])))
         overlap = sum(box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken)
         return 1000 * overlap + 100 * outside + covered, box[0]
 
-    return min(boxes, key=faults)
+    return min(rectangles, key=faults)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.files import write_text_atomically
-from megatron_sorted.reporting.run_reports import Run
+from megatron_sorted.reporting.run_reports import RecordedRun
 
 COLUMNS = {
     "loss": ("loss", "{:.4f}", 1),
@@ -58,7 +58,7 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], name: str = "")
     return f'<div class="scroll"><table class="{name}"><tr>{head}</tr>\n{body}</table></div>'
 
 
-def exit_rows(run: Run, name: str | None) -> tuple[list[str], list[list[str]]]:
+def exit_rows(run: RecordedRun, name: str | None) -> tuple[list[str], list[list[str]]]:
     """Return (titles, rows) of the last numbers of every exit in training or on a set; a number nobody measured has no column."""
     _, exits = run.final(name)
     numbers = [number for number in COLUMNS if any(found.get(number) is not None for found in exits.values())]
@@ -74,7 +74,7 @@ def exit_rows(run: Run, name: str | None) -> tuple[list[str], list[list[str]]]:
     return titles, rows
 
 
-def _training(run: Run) -> str:
+def _training(run: RecordedRun) -> str:
     last = run.train[-1]
     titles, row = ["step"], [f"{last['step']:,}" + (f" of {last['total_steps']:,}" if "total_steps" in last else "")]
     for number, (title, *form) in TRAINING.items():
@@ -87,7 +87,7 @@ def _training(run: Run) -> str:
     return _table(titles, [row])
 
 
-def _section(run: Run) -> str:
+def _section(run: RecordedRun) -> str:
     parts = [f"<h2>{escape(run.name)}</h2>", f'<p class="note"><code>{escape(str(run.path))}</code></p>']
     if run.train:
         parts += ["<h3>Training, last report</h3>", _training(run), _table(*exit_rows(run, None))]
@@ -100,7 +100,7 @@ def _section(run: Run) -> str:
     return "\n".join(parts)
 
 
-def write_page(runs: Sequence[Run], picture: Path, output: Path) -> None:
+def write_page(runs: Sequence[RecordedRun], picture: Path, output: Path) -> None:
     """Write the page."""
     title = " and ".join(run.name for run in runs)
     image = base64.b64encode(picture.read_bytes()).decode("ascii")

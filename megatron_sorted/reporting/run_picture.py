@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from megatron_sorted.reporting.drawing import COLOURS, MARKERS, TITLED, figure_of
-from megatron_sorted.reporting.run_reports import Curve, Run
+from megatron_sorted.reporting.run_reports import Curve, RecordedRun
 
 RUN_LINES = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 3)))
 MAX_RUNS = len(COLOURS)
@@ -58,7 +58,7 @@ def depth_colours(depths: Sequence[int]) -> dict[int, tuple]:
     return {depth: scale(0.15 + 0.85 * ((depth - first) / (last - first) if last > first else 1.0)) for depth in depths}
 
 
-def panels_of(runs: Sequence[Run]) -> list[Panel]:
+def panels_of(runs: Sequence[RecordedRun]) -> list[Panel]:
     """Return the panels for which the runs have numbers."""
     depths = sorted({depth for run in runs for depth in run.depths})
     colours = depth_colours(depths)
@@ -79,7 +79,7 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
     return panels
 
 
-def draw(runs: Sequence[Run], output: Path) -> None:
+def draw(runs: Sequence[RecordedRun], output: Path) -> None:
     """Write the picture as PNG."""
     panels = panels_of(runs)
     narrow = [panel for panel in panels if not panel.wide]
@@ -100,11 +100,11 @@ def draw(runs: Sequence[Run], output: Path) -> None:
             axes.set_axisbelow(True)
 
 
-def _where(runs: Sequence[Run]) -> str:
+def _where(runs: Sequence[RecordedRun]) -> str:
     return "last evaluation" if any(run.evaluations for run in runs) else "last report of training"
 
 
-def _legend(axes, runs: Sequence[Run], colours: dict[int, tuple], dots: bool = False) -> None:
+def _legend(axes, runs: Sequence[RecordedRun], colours: dict[int, tuple], dots: bool = False) -> None:
     """Say which colour is which exit, and which line which run."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -131,11 +131,11 @@ def _legend(axes, runs: Sequence[Run], colours: dict[int, tuple], dots: bool = F
         axes.legend(handles=handles, frameon=False, ncols=-(-len(handles) // 8), fontsize=11)
 
 
-def _first_set(runs: Sequence[Run]) -> str:
+def _first_set(runs: Sequence[RecordedRun]) -> str:
     return next((name for run in runs for name in run.evaluations), "").removesuffix("_text_document")
 
 
-def _loss(axes, runs: Sequence[Run], colours: dict[int, tuple]) -> None:
+def _loss(axes, runs: Sequence[RecordedRun], colours: dict[int, tuple]) -> None:
     tops, bottoms, dots, few = [], [], False, len(colours) <= MANY_DEPTHS
     for run, line, marker in zip(runs, RUN_LINES, MARKERS, strict=False):
         for depth in run.depths:
@@ -170,7 +170,7 @@ def _loss(axes, runs: Sequence[Run], colours: dict[int, tuple]) -> None:
     _legend(axes, runs, colours, dots)
 
 
-def _over(axes, runs: Sequence[Run], cost: str | None) -> None:
+def _over(axes, runs: Sequence[RecordedRun], cost: str | None) -> None:
     """Draw the loss over depth, or over a cost of the sub-model."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -199,7 +199,7 @@ def _over(axes, runs: Sequence[Run], cost: str | None) -> None:
         axes.legend(frameon=False, fontsize=11)
 
 
-def _per_exit(axes, runs: Sequence[Run], colours: dict[int, tuple], number: str) -> None:
+def _per_exit(axes, runs: Sequence[RecordedRun], colours: dict[int, tuple], number: str) -> None:
     for run, line in zip(runs, RUN_LINES, strict=False):
         # the last exit agrees with itself
         for depth in run.depths if number == "grad_norm" else run.depths[:-1]:
@@ -209,7 +209,7 @@ def _per_exit(axes, runs: Sequence[Run], colours: dict[int, tuple], number: str)
     axes.set_xlabel("step; colours as above")
 
 
-def _training(axes, runs: Sequence[Run], number: str) -> None:
+def _training(axes, runs: Sequence[RecordedRun], number: str) -> None:
     top = 0.0
     for run, colour, line in zip(runs, COLOURS, RUN_LINES, strict=False):
         raw = run.curve(number)

@@ -22,7 +22,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A run, steps that were repeated after a resume counted once.
 
     Attributes:
@@ -76,7 +76,7 @@ def _curve(points: list[tuple[int, Any]]) -> Curve:
     return Curve([step for step, _ in known], [float(value) for _, value in known])
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> RecordedRun:
     """Return the run of a --save directory, or of a file of JSON lines.
 
     Raises:
@@ -95,7 +95,7 @@ def read_run(path: Path) -> Run:
     for line in sorted((line for line in lines if line["kind"] == "evaluation"), key=lambda line: line["step"]):
         evaluations.setdefault(line["name"], []).append(line)
     folder = file.resolve().parent
-    return Run(folder.name, file, [line for line in lines if line["kind"] == "train"], evaluations, _costs(folder), _settings(folder))
+    return RecordedRun(folder.name, file, [line for line in lines if line["kind"] == "train"], evaluations, _costs(folder), _settings(folder))
 
 
 def _check(line: dict[str, Any], place: str) -> None:

@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_sorted.decoding.choice import WayChoice
+from megatron_sorted.decoding.choice import StrategyChoice
 from megatron_sorted.decoding.network import draft_key
+from megatron_sorted.decoding.strategies import SPECULATIVE, STRATEGIES, Full, Strategy
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.decoding.tuning.choices import LEARNED
 from megatron_sorted.decoding.tuning.search import Bandit
-from megatron_sorted.decoding.ways import SPECULATIVE, WAYS, Full, Way
-from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.files import write_text_atomically
+from megatron_sorted.old_names import rename_keys
 from megatron_sorted.reading.json_text import parse_json, read_json_object
 from megatron_sorted.reading.shown import shown
 
 FORMAT = 1
-LOSSLESS = tuple(way.name for way in (Full, *SPECULATIVE))
+LOSSLESS = tuple(strategy.name for strategy in (Full, *SPECULATIVE))
 DEFAULT_TASK = "default"
 MOST_TASKS = 1000
 """Tasks that are remembered, so that a client cannot fill the memory; requests of further ones count as the default task."""
@@ -44,12 +45,12 @@ class Adaptation:
         SettingsError: It cannot be written.
     """
 
-    def __init__(self, ways: Sequence[Way], path: Path, origin: dict):
-        self.ways, self.path, self.unsaved = list(ways), path, 0
-        origin = {"format": FORMAT, **origin, "ways": [{"name": way.name, **asdict(way)} for way in ways]}
+    def __init__(self, strategies: Sequence[Strategy], path: Path, origin: dict):
+        self.strategies, self.path, self.unsaved = list(strategies), path, 0
+        origin = {"format": FORMAT, **origin, "strategies": [{"name": strategy.name, **asdict(strategy)} for strategy in strategies]}
         self.origin = parse_json(json.dumps(origin), "origin")  # lists, as in the file
         try:
-            self.bandit = Bandit(ways, self._read())
+            self.bandit = Bandit(strategies, self._read())
             self.bandit.begin(DEFAULT_TASK)
             self._write()
         except OSError as error:
@@ -91,6 +92,7 @@ class Adaptation:
         remedy = "Remove it, or name another with --adapt-file."
         kept = read_json_object(self.path, remedy)
         try:
+            kept = rename_keys(kept)
             tasks = _checked(kept)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{shown(self.path)}: not written by megatron-sorted serve --adapt ({shown(error)}). {remedy}") from error
@@ -103,8 +105,8 @@ class Adaptation:
         return {}
 
     def _row(self, task: str) -> list[dict]:
-        return [{"way": way.name, "times": int(times), "tokens_per_second": round(tokens / seconds, 2) if seconds else None}
-                for way, (times, tokens, seconds) in zip(self.ways, self.bandit.tasks[task], strict=True)]
+        return [{"strategy": strategy.name, "way": strategy.name, "times": int(times), "tokens_per_second": round(tokens / seconds, 2) if seconds else None}
+                for strategy, (times, tokens, seconds) in zip(self.strategies, self.bandit.tasks[task], strict=True)]
 
 
 def _checked(kept: dict) -> dict[str, list[list[float]]]:
@@ -115,7 +117,7 @@ def _checked(kept: dict) -> dict[str, list[list[float]]]:
     """
     if kept["format"] != FORMAT:
         raise ValueError(f"its format is not {FORMAT}")
-    tasks, size = kept["tasks"], len(kept["ways"])
+    tasks, size = kept["tasks"], len(kept["strategies"])
     for task, rows in tasks.items():
         for times, tokens, seconds in rows:
             if not (times == tokens == seconds == 0 or (1 <= times <= tokens < float("inf") and 0 < seconds < float("inf"))):
@@ -127,7 +129,7 @@ def _checked(kept: dict) -> dict[str, list[list[float]]]:
     return tasks
 
 
-def ways_to_try(choice: WayChoice, writer: Writer) -> list[Way]:
+def candidate_strategies(choice: StrategyChoice, writer: TextGenerator) -> list[Strategy]:
     """Return the lossless ways that were tuned for the model, and with its draft; where none were, usual ones.
 
     Raises:
@@ -137,15 +139,15 @@ def ways_to_try(choice: WayChoice, writer: Writer) -> list[Way]:
     if writer.draft is None and len(writer.network.depths) == 1:
         raise SettingsError("--adapt: the model has no exits before its last layer, so there is nothing to choose. Leave it out, or give "
                             "--depths or --draft.")
-    tuned = choice.tuned(writer.draft).get("ways") or LOSSLESS
+    tuned = choice.tuned(writer.draft).get("strategies") or LOSSLESS
     names = [name for name in LOSSLESS if name == Full.name or name in tuned]
-    return [choice.named(name).way(writer.network, writer.draft_for(WAYS[name])) for name in names]
+    return [choice.named(name).strategy(writer.network, writer.draft_for(STRATEGIES[name])) for name in names]
 
 
-def open_adaptation(choice: WayChoice, writer: Writer, machine: dict, path: Path | None = None) -> Adaptation:
+def open_adaptation(choice: StrategyChoice, writer: TextGenerator, machine: dict, path: Path | None = None) -> Adaptation:
     """Return what chooses the ways of a server, and keeps in ``path`` what it learns on this machine.
 
-    Errors as for `ways_to_try` and `Adaptation`.
+    Errors as for `candidate_strategies` and `Adaptation`.
     """
     origin = {"machine": machine, "draft": None if writer.draft is None else draft_key(choice.draft, writer.draft)}
-    return Adaptation(ways_to_try(choice, writer), path or choice.model / LEARNED, origin)
+    return Adaptation(candidate_strategies(choice, writer), path or choice.model / LEARNED, origin)

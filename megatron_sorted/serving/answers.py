@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 from fastapi.responses import JSONResponse
 
-from megatron_sorted.decoding.writer import Piece
+from megatron_sorted.decoding.text_generator import StreamedText
 from megatron_sorted.errors import MemoryExhaustedError, SortedError
 from megatron_sorted.serving.token_logprobs import TokenScore, as_chat_logprobs, as_text_logprobs
 
@@ -60,7 +60,7 @@ def failed(error: Exception, field: str | None) -> JSONResponse:
     return refuse(f"the server failed ({type(error).__name__}); it goes on with other requests.", None, 500)
 
 
-class Answer:
+class CompletionResponse:
     """An answer as OpenAI writes it.
 
     Args:
@@ -82,7 +82,7 @@ class Answer:
         self.offsets = [0] * len(self.texts)
         self.prompt_tokens, self.tokens = prompt_tokens, 0
 
-    def take(self, piece: Piece) -> str:
+    def take(self, piece: StreamedText) -> str:
         """Return the new text, after recording it; what an assistant says begins without the space before its first word."""
         text = piece.text if self.texts[piece.row] or not self.is_chat else piece.text.lstrip(" ")
         self.texts[piece.row] += text
@@ -102,7 +102,7 @@ class Answer:
             choices.append({"index": index, **said, "logprobs": self._logprobs(index), "finish_reason": FINISH[finish]})
         return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
 
-    async def stream(self, pieces: AsyncIterator[Piece | list], field: str, with_usage: bool) -> AsyncIterator[str]:
+    async def stream(self, pieces: AsyncIterator[StreamedText | list], field: str, with_usage: bool) -> AsyncIterator[str]:
         """Yield server-sent events; ``with_usage`` one of the tokens, without choices, before the last."""
         kind = "chat.completion.chunk" if self.is_chat else self.kind
         # with scores, which are there only when the texts are over, those of what stands before them come first

@@ -11,18 +11,18 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
 from megatron_sorted.decoding.generate import check_prompts
-from megatron_sorted.decoding.ways import Sampling, Way
-from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.decoding.strategies import SamplingParameters, Strategy
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.errors import DataError, SortedError
-from megatron_sorted.serving.answers import Answer, AsciiResponse, RefusedError, failed, refuse
+from megatron_sorted.serving.answers import AsciiResponse, CompletionResponse, RefusedError, failed, refuse
 from megatron_sorted.serving.body import MOST_PROMPTS, most_body_bytes, parse_body, read_body
 from megatron_sorted.serving.connections import pieces_of, until_gone
 from megatron_sorted.serving.requests import ChatRequest, CompletionRequest, Kind, read_prompts, read_request, read_stops, shown
 from megatron_sorted.serving.turns import read_messages
-from megatron_sorted.serving.worker import Job, Scoring, Worker, check_scoring
+from megatron_sorted.serving.worker import GenerationWorker, Job, Scoring, check_scoring
 
 DEFAULT_TOKENS = 256
-USUAL = Sampling(temperature=1.0)
+USUAL = SamplingParameters(temperature=1.0)
 PROBED_CHARACTERS = 8
 """A token: of a text longer than as many a token as the context has, so much is encoded first, which mostly shows that it is too long."""
 MANY_LETTERS = 20_000
@@ -31,13 +31,13 @@ MOST_TURNS, LETTERS_OF_A_TURN = 4096, 100
 """Of a conversation; what a chat template writes around a turn, about."""
 
 
-def make_app(worker: Worker, name: str, way_of: Callable[[str | None], Way | None], usual: Sampling = USUAL) -> FastAPI:
+def make_app(worker: GenerationWorker, name: str, strategy_of: Callable[[str | None], Strategy | None], usual: SamplingParameters = USUAL) -> FastAPI:
     """Return the application.
 
     Args:
         worker: Owns the model.
         name: Of the model, as clients call it.
-        way_of: The way for what a request asks, the server's own for None; None where the worker is to choose.
+        strategy_of: The way for what a request asks, the server's own for None; None where the worker is to choose.
         usual: How tokens are chosen where a request does not say.
     """
     app = FastAPI(title="megatron_sorted", docs_url=None, redoc_url=None, openapi_url=None, default_response_class=AsciiResponse)
@@ -77,27 +77,28 @@ def make_app(worker: Worker, name: str, way_of: Callable[[str | None], Way | Non
     async def adaptation():
         if worker.adaptation is None:
             return refuse("adaptation: this server chooses no ways by itself. Start it with --adapt.", None, 404)
-        return {"object": "adaptation", "ways": [way.name for way in worker.adaptation.ways], "tasks": worker.adaptation.learned}
+        names = [strategy.name for strategy in worker.adaptation.strategies]
+        return {"object": "adaptation", "strategies": names, "ways": names, "tasks": worker.adaptation.learned}
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        body = await asked_of(CompletionRequest, request)
+        body = await requested_of(CompletionRequest, request)
         prompts = read_prompts(body.prompt, MOST_PROMPTS, most_tokens, network.vocab_size)
         ids = await encoded(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), lambda: [
             tokens_of(prompt, "prompt", writer.encode) if isinstance(prompt, str) else prompt for prompt in prompts])
         echoes = [(prompt if isinstance(prompt, str) else writer.tokenizer.decode(prompt)) if body.echo else "" for prompt in prompts]
-        return await answer(body, request, ids, Answer("cmpl", "text_completion", name, echoes), "prompt")
+        return await answer(body, request, ids, CompletionResponse("cmpl", "text_completion", name, echoes), "prompt")
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        body = await asked_of(ChatRequest, request)
+        body = await requested_of(ChatRequest, request)
         messages = read_messages(body.messages, min(most_tokens, MOST_TURNS))
         said = "\n".join(message["content"] for message in messages)
         ids = await encoded(len(said) + LETTERS_OF_A_TURN * len(messages), lambda: [tokens_of(
             said, "messages", lambda text: writer.encode_chat(messages) if text is said else writer.encode(text))])
-        return await answer(body, request, ids, Answer("chatcmpl", "chat.completion", name, [""]), "messages")
+        return await answer(body, request, ids, CompletionResponse("chatcmpl", "chat.completion", name, [""]), "messages")
 
-    async def asked_of(kind: type[Kind], request: Request) -> Kind:
+    async def requested_of(kind: type[Kind], request: Request) -> Kind:
         """Return what a request asks."""
         values = parse_body(await read_body(request, most_bytes), request.headers.get("content-type", ""))
         body = read_request(kind, values)
@@ -138,18 +139,18 @@ def make_app(worker: Worker, name: str, way_of: Callable[[str | None], Way | Non
             raise RefusedError(f"{field}: {longest} tokens fill the model's context of {most_tokens}. Shorten it.", field)
         check_prompts(ids, network, 0)
         seed = body.seed if body.seed is not None else uuid.uuid4().int % (1 << 31)
-        num_top = body.top_logprobs_asked
+        num_top = body.num_top_logprobs
         try:
-            way = way_of(body.way)
+            strategy = strategy_of(body.strategy)
             if num_top is not None:
-                check_scoring(way)
+                check_scoring(strategy)
         except SortedError as error:
-            raise RefusedError(str(error), "way") from error
-        return Job([prompt for prompt in ids for _ in range(body.n)], way, body.sampling(usual, seed),
+            raise RefusedError(str(error), "strategy") from error
+        return Job([prompt for prompt in ids for _ in range(body.n)], strategy, body.sampling(usual, seed),
                    min(DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens, room), read_stops(body.stop), body.task,
                    None if num_top is None else Scoring(num_top, getattr(body, "echo", False)))
 
-    async def answer(body: Any, request: Request, ids: list[list[int]], form: Answer, field: str) -> Response:
+    async def answer(body: Any, request: Request, ids: list[list[int]], form: CompletionResponse, field: str) -> Response:
         job = job_of(body, ids, field)
         pieces = pieces_of(job)
         worker.submit(job)
@@ -173,6 +174,6 @@ def make_app(worker: Worker, name: str, way_of: Callable[[str | None], Way | Non
     return app
 
 
-def served_name(writer: Writer, given: str | None) -> str:
+def served_name(writer: TextGenerator, given: str | None) -> str:
     """Return what clients call the model: as given, else the name of its directory."""
     return given or str(getattr(writer.network.model.config, "_name_or_path", "") or "model").rstrip("/").rsplit("/", 1)[-1]

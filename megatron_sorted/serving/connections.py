@@ -8,12 +8,12 @@ from contextlib import suppress
 
 from fastapi import Request
 
-from megatron_sorted.decoding.writer import Piece
+from megatron_sorted.decoding.text_generator import StreamedText
 from megatron_sorted.serving.token_logprobs import TokenScore
 from megatron_sorted.serving.worker import Job
 
 
-def pieces_of(job: Job) -> AsyncIterator[Piece | list[list[TokenScore]]]:
+def pieces_of(job: Job) -> AsyncIterator[StreamedText | list[list[TokenScore]]]:
     """Return the pieces of a job that is not submitted yet; the job ends when nobody listens any more, or nobody ever did."""
     ready, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -27,7 +27,7 @@ def pieces_of(job: Job) -> AsyncIterator[Piece | list[list[TokenScore]]]:
     return pieces
 
 
-async def _listen(job: Job, ready: asyncio.Event) -> AsyncIterator[Piece | list[list[TokenScore]]]:
+async def _listen(job: Job, ready: asyncio.Event) -> AsyncIterator[StreamedText | list[list[TokenScore]]]:
     """Yield a job's pieces as they come; however many wait, none takes a thread."""
     try:
         while True:

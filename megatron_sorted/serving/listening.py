@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megatron_sorted.command_line import INTERRUPTED
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.serving.worker import Worker
+from megatron_sorted.serving.worker import GenerationWorker
 
 KEEP_ALIVE_SECONDS = 10
 """How long a connection may be idle after an answer."""
@@ -145,7 +145,7 @@ class Server(uvicorn.Server):
         announce: Called when clients can connect.
     """
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, seconds: float, announce: Callable[[], None]):
+    def __init__(self, config: uvicorn.Config, worker: GenerationWorker, seconds: float, announce: Callable[[], None]):
         super().__init__(config)
         self.worker, self.seconds, self.announce = worker, seconds, announce
         self.end_at = float("inf")
@@ -180,7 +180,7 @@ class Server(uvicorn.Server):
             connection.transport.abort()  # a client that does not read
 
 
-def serve(app: FastAPI, worker: Worker, bound: socket.socket, shutdown_seconds: float, announce: Callable[[], None]) -> NoReturn:
+def serve(app: FastAPI, worker: GenerationWorker, bound: socket.socket, shutdown_seconds: float, announce: Callable[[], None]) -> NoReturn:
     """Serve until the process is told to stop, and end it: with status 0, after Ctrl-C with 130.
 
     Raises:

@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_sorted.decoding.ways import Sampling
+from megatron_sorted.decoding.strategies import SamplingParameters
+from megatron_sorted.old_names import rename_keys
 from megatron_sorted.serving.adaptation import DEFAULT_TASK
 from megatron_sorted.serving.answers import RefusedError
 
@@ -44,7 +45,7 @@ class _Request(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    way: Literal["full", "fixed", "early_exit", "self_speculative", "sorted_speculative", "tree"] | None = None
+    strategy: Literal["full", "fixed", "early_exit", "self_speculative", "sorted_speculative", "tree"] | None = None
     task: str = Field(DEFAULT_TASK, min_length=1, max_length=64)
 
     def check(self) -> None:
@@ -58,7 +59,7 @@ class _Request(BaseModel):
         if self.best_of not in (None, self.n):
             raise RefusedError(f"best_of: {self.best_of} is not n ({self.n}); texts are not ranked here. Leave it out.", "best_of")
 
-    def sampling(self, usual: Sampling, seed: int) -> Sampling:
+    def sampling(self, usual: SamplingParameters, seed: int) -> SamplingParameters:
         """Return how tokens are chosen: as asked, else as usual. OpenAI's ``top_p`` 0 takes the most likely token alone."""
         given = {name: value for name in ("temperature", "top_p", "top_k", "repetition_penalty")
                  if (value := getattr(self, name)) is not None}
@@ -69,7 +70,7 @@ class _Request(BaseModel):
         return replace(usual, **given, seed=seed)
 
     @property
-    def top_logprobs_asked(self) -> int | None:
+    def num_top_logprobs(self) -> int | None:
         """Return how many of the most likely tokens are to be told of every token; None for no log-probabilities at all."""
         raise NotImplementedError
 
@@ -82,7 +83,7 @@ class CompletionRequest(_Request):
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
 
     @property
-    def top_logprobs_asked(self) -> int | None:
+    def num_top_logprobs(self) -> int | None:
         """See the base class."""
         return self.logprobs
 
@@ -107,7 +108,7 @@ class ChatRequest(_Request):
             raise RefusedError("top_logprobs: given without logprobs. Leave it out, or set logprobs to true.", "top_logprobs")
 
     @property
-    def top_logprobs_asked(self) -> int | None:
+    def num_top_logprobs(self) -> int | None:
         """See the base class."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
@@ -138,6 +139,10 @@ def read_request(kind: type[Kind], values: dict[str, Any]) -> Kind:
         RefusedError: A field is unknown, not supported, or has a value that cannot be.
     """
     given = {}
+    try:
+        values = rename_keys(values)
+    except ValueError as error:
+        raise RefusedError(str(error), "strategy") from error
     for name, value in values.items():
         if name not in kind.model_fields and name not in NEUTRAL and name not in FALSE_MEANS_NONE:
             raise RefusedError(f"{shown(name)}: there is no such field. Leave it out.", name[:SHOWN_LETTERS])

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.room import told_by_us
+from megatron_sorted.decoding.cache.capacity import as_memory_error
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.writer import ANCHOR, BROKEN
+from megatron_sorted.decoding.text_generator import ANCHOR, BROKEN
 from megatron_sorted.text.tokenizer.contract import Tokenizer
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -45,7 +45,7 @@ def logprobs_of(network: Network, tokens: Sequence[int], first: int, num_top: in
         MemoryExhaustedError: The text does not fit into memory.
     """
     found = []
-    with told_by_us():
+    with as_memory_error():
         ids_1s = torch.tensor([list(tokens)], device=network.device)
         hidden_sh = network.model.model(input_ids=ids_1s[:, :-1], use_cache=False).last_hidden_state[0]
         for begin in range(first, len(tokens), POSITIONS_AT_ONCE):

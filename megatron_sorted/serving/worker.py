@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_sorted.decoding.ways import EarlyExit, Fixed, Sampling, Way
-from megatron_sorted.decoding.writer import Piece, Writer
+from megatron_sorted.decoding.strategies import EarlyExit, Fixed, SamplingParameters, Strategy
+from megatron_sorted.decoding.text_generator import StreamedText, TextGenerator
 from megatron_sorted.errors import MemoryExhaustedError, SettingsError, SortedError
 from megatron_sorted.serving.adaptation import DEFAULT_TASK, JOBS_A_SAVE, Adaptation
 from megatron_sorted.serving.answers import BusyError
@@ -41,7 +41,7 @@ class Job:
 
     Attributes:
         prompts: Tokens of its texts.
-        way, sampling, max_new_tokens, stop: See ``Writer.write``; no way: the one that was learned for the task.
+        way, sampling, max_new_tokens, stop: See ``TextGenerator.write``; no way: the one that was learned for the task.
         scoring: Asks for log-probabilities; the scores of each text then come before the pieces, when all texts are over.
         pieces: What was written; an exception, or None at the end.
         gone: Set when nobody waits for it any more.
@@ -50,8 +50,8 @@ class Job:
     """
 
     prompts: Sequence[Sequence[int]]
-    way: Way | None
-    sampling: Sampling
+    strategy: Strategy | None
+    sampling: SamplingParameters
     max_new_tokens: int
     stop: Sequence[str]
     task: str = DEFAULT_TASK
@@ -61,7 +61,7 @@ class Job:
     told: Callable[[], None] = lambda: None
     left: Callable[["Job"], None] = lambda _: None
 
-    def give(self, found: Piece | list[list[TokenScore]] | BaseException | None) -> None:
+    def give(self, found: StreamedText | list[list[TokenScore]] | BaseException | None) -> None:
         """Add to the pieces."""
         self.pieces.put(found)
         self.told()
@@ -71,7 +71,7 @@ class Job:
         self.gone.set()
         self.left(self)
 
-    def results(self) -> Iterator[Piece | list[list[TokenScore]]]:
+    def results(self) -> Iterator[StreamedText | list[list[TokenScore]]]:
         """Yield the pieces.
 
         Raises:
@@ -83,7 +83,7 @@ class Job:
             yield found
 
 
-class Worker:
+class GenerationWorker:
     """Answers one job after another; a job that fails leaves the model as it is.
 
     Args:
@@ -92,7 +92,7 @@ class Worker:
         clock: Tells the seconds that jobs take.
     """
 
-    def __init__(self, writer: Writer, adaptation: Adaptation | None = None, clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, writer: TextGenerator, adaptation: Adaptation | None = None, clock: Callable[[], float] = time.perf_counter):
         self.writer, self.adaptation, self.clock = writer, adaptation, clock
         self.line: deque[Job] = deque()
         self.changed = threading.Condition()
@@ -179,13 +179,13 @@ class Worker:
         if job.gone.is_set():
             return
         # what a way is worth is not learned where nothing is written, or scored afterwards
-        if job.way is not None or self.adaptation is None or job.max_new_tokens < 1 or job.scoring is not None:
-            self._write(job, job.way)
+        if job.strategy is not None or self.adaptation is None or job.max_new_tokens < 1 or job.scoring is not None:
+            self._write(job, job.strategy)
             return
         task, place = self.adaptation.choose(job.task)
         began = self.clock()
         try:
-            num_tokens = self._write(job, self.adaptation.ways[place])
+            num_tokens = self._write(job, self.adaptation.strategies[place])
         except Exception as error:
             # other errors of ours are of the prompt: no fault of the way
             if not isinstance(error, SortedError) or isinstance(error, MemoryExhaustedError):
@@ -193,10 +193,10 @@ class Worker:
             raise
         self.adaptation.learn(task, place, num_tokens, self.clock() - began)
 
-    def _write(self, job: Job, way: Way | None) -> int:
+    def _write(self, job: Job, strategy: Strategy | None) -> int:
         """Return how many tokens were written until the texts were over or nobody waited any more."""
         num_tokens, held = 0, []
-        for piece in self.writer.write(job.prompts, way, job.sampling, job.max_new_tokens, job.stop):
+        for piece in self.writer.write(job.prompts, strategy, job.sampling, job.max_new_tokens, job.stop):
             num_tokens += len(piece.added.tokens)
             if job.gone.is_set():
                 break
@@ -210,7 +210,7 @@ class Worker:
                 job.give(piece)
         return num_tokens
 
-    def _scores(self, job: Job, pieces: Sequence[Piece]) -> list[list[TokenScore]]:
+    def _scores(self, job: Job, pieces: Sequence[StreamedText]) -> list[list[TokenScore]]:
         """Return the scores of each text; fewer of them where nobody waits any more."""
         added: list[list[int]] = [[] for _ in job.prompts]
         for piece in pieces:
@@ -223,14 +223,14 @@ class Worker:
         return scores
 
 
-def check_scoring(way: Way | None) -> None:
+def check_scoring(strategy: Strategy | None) -> None:
     """Check that a way writes what the full model writes, whose log-probabilities are told.
 
     Raises:
         SettingsError: It does not.
     """
-    if isinstance(way, Fixed | EarlyExit):
-        raise SettingsError(f"logprobs: they are the full model's, and way {way.name} writes other texts. Use another way.")
+    if isinstance(strategy, Fixed | EarlyExit):
+        raise SettingsError(f"logprobs: they are the full model's, and way {strategy.name} writes other texts. Use another way.")
 
 
 def without_frames(error: BaseException) -> BaseException:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from megatron_sorted.exits.coefficients import CoefficientRule
 from megatron_sorted.exits.depths import by_depth, normalise_depths
-from megatron_sorted.exits.selection import Sampling, select_exits
+from megatron_sorted.exits.selection import ExitSampling, select_exits
 from megatron_sorted.settings.field import AllSettings
 from megatron_sorted.settings.require import require
 
@@ -92,7 +92,7 @@ def step_coefficients(settings: AllSettings, rule: CoefficientRule, step: int) -
 
 def trained_exits(settings: AllSettings, rule: CoefficientRule, step: int) -> dict[int, float]:
     """Returns {depth: coefficient} of the exits that train at ``step``; the same on every rank without talking."""
-    sampling = Sampling(settings.seed, settings.exit_sampling, settings.num_sampled_exits, exit_probabilities(settings))
+    sampling = ExitSampling(settings.seed, settings.exit_sampling, settings.num_sampled_exits, exit_probabilities(settings))
     return select_exits(step, step_coefficients(settings, rule, step), sampling, rule.normalised)
 
 

@@ -13,19 +13,19 @@ from typing import Any
 
 from megatron_sorted.errors import DataError
 from megatron_sorted.text.chat_template import TemplateRefusal, compiled
-from megatron_sorted.text.prompt_form import CHAT, NamedToken, PromptForm
+from megatron_sorted.text.prompt_form import CHAT, ControlToken, PromptForm
 from megatron_sorted.text.tokenizer.contract import Tokenizer
 
 QUESTION, ANSWER = "Qv7question", "Wk3answer"
 """Words of no template, with which a template is tried."""
 
 
-class LeftOutError(ValueError):
+class SkippedConversationError(ValueError):
     """A conversation that cannot be trained; its first argument is a short reason for counting, the second says more."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextSpan:
     """A run of text.
 
     Attributes:
@@ -69,7 +69,7 @@ class Conversations:
         self.controls = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self.end, self.after = self._try(tokenizer)
         [number] = tokenizer.encode_rendered(self.end)
-        self.end_token = NamedToken(self.end, number)
+        self.end_token = ControlToken(self.end, number)
 
     def _try(self, tokenizer: Tokenizer) -> tuple[str, str]:
         """Return the token that ends an answer, and what the template writes after it."""
@@ -101,20 +101,20 @@ class Conversations:
         return end, rest[rest.index(end) + len(end):]
 
     def documents(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None,
-                  documents: Sequence[Any] | None = None) -> list[list[Piece]]:
+                  documents: Sequence[Any] | None = None) -> list[list[TextSpan]]:
         """Return the documents of a conversation, each as its pieces; messages after the last answer are left out.
 
         Raises:
-            LeftOutError: It has no answer, or the template does not take it.
+            SkippedConversationError: It has no answer, or the template does not take it.
         """
         turns = [place for place, message in enumerate(messages) if message.get("role") == "assistant"]
         if not turns:
-            raise LeftOutError("no_assistant_turn", "")
+            raise SkippedConversationError("no_assistant_turn", "")
         try:
             answers = [self._answer(messages[: place + 1], tools, documents) for place in turns]
         except TemplateRefusal as error:
-            raise LeftOutError("refused_by_template", str(error)) from error
-        found: list[list[Piece]] = []
+            raise SkippedConversationError("refused_by_template", str(error)) from error
+        found: list[list[TextSpan]] = []
         while answers:
             text = answers[-1].text
             shown = [answer for answer in answers if text.startswith(answer.text[: answer.end])]
@@ -128,14 +128,14 @@ class Conversations:
     def _answer(self, messages, tools, documents) -> _Answer:
         prompt, text = self._render(messages[:-1], True, tools, documents), self._render(messages, False, tools, documents)
         if not text.startswith(prompt):
-            raise LeftOutError("answer_not_after_prompt", "the template writes the prompt otherwise once there is an answer")
+            raise SkippedConversationError("answer_not_after_prompt", "the template writes the prompt otherwise once there is an answer")
         begin = len(prompt)
         token, end = self._end_of(text, begin)
         spans: tuple[tuple[int, int], ...] = ((begin, end),)
         if self.template.has_generation:
             marked, tagged = self.template.generation_spans(messages, self.tokens, tools, documents)
             if marked != text:
-                raise LeftOutError("generation_block_changes_text", "")
+                raise SkippedConversationError("generation_block_changes_text", "")
             inside = [(max(first, begin), min(last, end)) for first, last in tagged if last > begin and first < end]
             spans = _joined([*inside, (end - len(token), end)])
         return _Answer(text, begin, end, spans, token)
@@ -149,7 +149,7 @@ class Conversations:
         found = list(self.controls.finditer(text, begin))  # calls of tools may end otherwise
         if found and not text[found[-1].end():].strip():
             return found[-1].group(), found[-1].end()
-        raise LeftOutError("no_end_of_turn", "the template ends the answer without a control token")
+        raise SkippedConversationError("no_end_of_turn", "the template ends the answer without a control token")
 
 
 def _joined(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -163,15 +163,15 @@ def _joined(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def _pieces(text: str, answers: Sequence[_Answer]) -> list[Piece]:
+def _pieces(text: str, answers: Sequence[_Answer]) -> list[TextSpan]:
     """Return a text cut where answers begin and end."""
-    pieces: list[Piece] = []
+    pieces: list[TextSpan] = []
     place = 0
 
     def add(end: int, is_response: bool, token: str = "") -> None:
         nonlocal place
         if end > place:
-            pieces.append(Piece(text[place:end], is_response, token))
+            pieces.append(TextSpan(text[place:end], is_response, token))
             place = end
 
     for answer in answers:
@@ -198,7 +198,7 @@ def chat_form(tokenizer: Tokenizer, name: str | None) -> tuple[PromptForm, Conve
     begin = None
     if tokenizer.bos_id is not None and (word := tokenizer.special_tokens.get("bos_token")):
         text = writer.template.render([{"role": "user", "content": QUESTION}], writer.tokens, True)
-        begin = NamedToken(word, tokenizer.bos_id) if text.startswith(word) else None
+        begin = ControlToken(word, tokenizer.bos_id) if text.startswith(word) else None
     return PromptForm(CHAT, template, writer.tokens, begin, (writer.end_token,), chosen), writer
 
 

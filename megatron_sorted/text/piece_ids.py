@@ -12,7 +12,7 @@ matter; and in most vocabularies no token goes on behind a line break, so that a
 from collections.abc import Iterable, Sequence
 
 from megatron_sorted.errors import DataError
-from megatron_sorted.text.conversation import Piece
+from megatron_sorted.text.conversation import TextSpan
 from megatron_sorted.text.tokenizer.contract import Tokenizer
 
 BREAKS = ("\n", "\u010a")
@@ -39,7 +39,7 @@ class PieceEncoder:
         for text in ("\n", *ends):
             self.known[text] = tokenizer.encode_rendered(text)
 
-    def encode(self, documents: Sequence[Sequence[Piece]]) -> list[list[list[TrainedIds]]]:
+    def encode(self, documents: Sequence[Sequence[TextSpan]]) -> list[list[list[TrainedIds]]]:
         """Return for each document its sequences; where a token stands across the border of a turn, those of one document an answer."""
         plans = [self._plan(document) for document in documents]
         texts = list(dict.fromkeys(text for plan in plans for _, before, whole in plan for text in (before, whole)
@@ -51,7 +51,7 @@ class PieceEncoder:
             found.append(self._apart(document) if joined is None else [joined])
         return found
 
-    def _apart(self, document: Sequence[Piece]) -> list[list[TrainedIds]]:
+    def _apart(self, document: Sequence[TextSpan]) -> list[list[TrainedIds]]:
         """Return a document for each answer: the ids of all before it, and those of the answer, read as behind a control token."""
         found, before = [], ""
         for piece in document:
@@ -62,7 +62,7 @@ class PieceEncoder:
             before += piece.text
         return found
 
-    def _plan(self, document: Sequence[Piece]) -> list[tuple[Piece, str, str]]:
+    def _plan(self, document: Sequence[TextSpan]) -> list[tuple[TextSpan, str, str]]:
         """Return for each piece a text before it and that text with the piece: the ids of the piece are those that it adds."""
         plan, context = [], ""
         for piece in document:
@@ -74,7 +74,7 @@ class PieceEncoder:
         return plan
 
     @staticmethod
-    def _joined(plan: Sequence[tuple[Piece, str, str]], ids: dict[str, list[int]]) -> list[TrainedIds] | None:
+    def _joined(plan: Sequence[tuple[TextSpan, str, str]], ids: dict[str, list[int]]) -> list[TrainedIds] | None:
         found: list[TrainedIds] = []
         for piece, before, whole in plan:
             start, every = ids[before], ids[whole]

@@ -24,7 +24,7 @@ NO_FORM = "carries no prompt form (it was made by megatron_sorted 0.6.0 or befor
 
 
 @dataclass(frozen=True)
-class NamedToken:
+class ControlToken:
     """A control token: how it is written, and its id."""
 
     text: str
@@ -47,8 +47,8 @@ class PromptForm:
     name: str
     template: str
     special_tokens: Mapping[str, str]
-    begin: NamedToken | None
-    ends: tuple[NamedToken, ...]
+    begin: ControlToken | None
+    ends: tuple[ControlToken, ...]
     template_name: str | None = None
 
     @property
@@ -113,11 +113,11 @@ def form_from_dict(said: Any, where: str) -> PromptForm:
         raise DataError(f"{shown(where)}: not a prompt form as megatron_sorted writes it ({shown(error)}). {REMEDY}") from error
 
 
-def _token(said: Mapping[str, Any]) -> NamedToken:
+def _token(said: Mapping[str, Any]) -> ControlToken:
     text, number = said["text"], said["id"]
     if not isinstance(text, str) or not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 31:
         raise ValueError(f"{said!r:.60} is no token")
-    return NamedToken(text, number)
+    return ControlToken(text, number)
 
 
 def read_form(directory: Path) -> PromptForm | None:

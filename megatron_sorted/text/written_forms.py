@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_sorted.text.conversation import Piece
-from megatron_sorted.text.prompt_form import ALPACA, PLAIN, TEXT, NamedToken, PromptForm
+from megatron_sorted.text.conversation import TextSpan
+from megatron_sorted.text.prompt_form import ALPACA, PLAIN, TEXT, ControlToken, PromptForm
 from megatron_sorted.text.tokenizer.contract import Tokenizer
 
 WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -75,31 +75,31 @@ def text_form(tokenizer: Tokenizer, append_eod: bool) -> PromptForm:
     return PromptForm(TEXT, "", dict(tokenizer.special_tokens), begin, (end,) if append_eod and end is not None else ())
 
 
-def outer_tokens(tokenizer: Tokenizer) -> tuple[NamedToken | None, NamedToken | None]:
+def outer_tokens(tokenizer: Tokenizer) -> tuple[ControlToken | None, ControlToken | None]:
     """Return what a tokenizer's texts begin with, if anything, and what they end with.
 
     A tokenizer of numbers writes its eos as a number.
     """
-    begin, end = (None if number is None else NamedToken(tokenizer.special_tokens.get(name) or f" {number} ", number)
+    begin, end = (None if number is None else ControlToken(tokenizer.special_tokens.get(name) or f" {number} ", number)
                   for name, number in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)))
     return begin if tokenizer.adds_bos else None, end
 
 
-def written_pieces(form: PromptForm, turns: Sequence[Turn], opens: bool) -> list[Piece]:
+def written_pieces(form: PromptForm, turns: Sequence[Turn], opens: bool) -> list[TextSpan]:
     """Return the pieces of a conversation in the plain or alpaca form; turns after the last answer are left out."""
     write, end = WRITERS[form.name], form.ends[0].text if form.ends else ""
-    pieces: list[Piece] = []
+    pieces: list[TextSpan] = []
     prompt = form.begin.text if form.begin else ""
     for place, turn in enumerate(turns):
         if turn.role != "assistant":
             prompt += write(turn, opens and place == 0)
             continue
         if place == 0:
-            pieces.append(Piece(f"{prompt}{turn.content}{end}", True, end))
+            pieces.append(TextSpan(f"{prompt}{turn.content}{end}", True, end))
         else:
             if prompt:
-                pieces.append(Piece(prompt, False))
-            pieces.append(Piece(f"{turn.content}{end}", True, end))
+                pieces.append(TextSpan(prompt, False))
+            pieces.append(TextSpan(f"{turn.content}{end}", True, end))
         prompt = ""
     return pieces
 

@@ -7,19 +7,27 @@ import torch
 
 from megatron_sorted.decoding.generate import Limits, generate, make_step, start_batch
 from megatron_sorted.decoding.network import load_network
-from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, Sampling, SelfSpeculative, SortedSpeculative, Tree
+from megatron_sorted.decoding.strategies import (
+    EarlyExit,
+    Fixed,
+    Full,
+    SamplingParameters,
+    SelfSpeculative,
+    SortedSpeculative,
+    TreeSpeculative,
+)
 from tests.support.decoding import prompts
 from tests.support.exit_parts import save_nested
 
 pytestmark = pytest.mark.gpu
-WAYS = [Full(), Fixed(1), EarlyExit((1, 3), (0.02, 0.02)), SelfSpeculative(1, 4), SortedSpeculative((1, 3), (0.02, 0.02), 5),
-        Tree((1, 3), (0.02,), 3, 2, 6)]
-SPECULATIVE = WAYS[3:]
+STRATEGIES = [Full(), Fixed(1), EarlyExit((1, 3), (0.02, 0.02)), SelfSpeculative(1, 4), SortedSpeculative((1, 3), (0.02, 0.02), 5),
+        TreeSpeculative((1, 3), (0.02,), 3, 2, 6)]
+SPECULATIVE = STRATEGIES[3:]
 
 
-def texts_of(network, way, rows, sampling=None):
+def texts_of(network, strategy, rows, sampling=None):
     texts = prompts((11, 100, 3), 100)
-    return [text.tokens for text in generate(network, [texts[row] for row in rows], way, sampling, Limits(60))]
+    return [text.tokens for text in generate(network, [texts[row] for row in rows], strategy, sampling, Limits(60))]
 
 
 @pytest.fixture(params=["mistral", "qwen3"])
@@ -28,15 +36,15 @@ def networks(request, tmp_path):
     return load_network(tmp_path), *(load_network(tmp_path, device="cuda", graphs=graphs) for graphs in (False, True))
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
-def test_every_way_says_on_a_gpu_what_it_says_on_a_cpu(way, networks):
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
+def test_every_way_says_on_a_gpu_what_it_says_on_a_cpu(strategy, networks):
     cpu, eager, graphs = networks
-    for sampling in (None, Sampling(0.8, repetition_penalty=1.2)):
+    for sampling in (None, SamplingParameters(0.8, repetition_penalty=1.2)):
         for rows in ([0], [1], [0, 1, 2]):
-            wanted = texts_of(cpu, way, rows, sampling)
-            assert texts_of(eager, way, rows, sampling) == wanted
-            assert texts_of(graphs, way, rows, sampling) == wanted
-            if way in SPECULATIVE:
+            wanted = texts_of(cpu, strategy, rows, sampling)
+            assert texts_of(eager, strategy, rows, sampling) == wanted
+            assert texts_of(graphs, strategy, rows, sampling) == wanted
+            if strategy in SPECULATIVE:
                 assert wanted == texts_of(cpu, Full(), rows, sampling)
     assert not eager.idle and sum(memory.passes.num_replays for memory in graphs.idle) > 50
 
@@ -46,20 +54,20 @@ def test_half_precision_runs(dtype, tmp_path):
     save_nested(tmp_path, "qwen3", "block")
     network = load_network(tmp_path, dtype=dtype, device="cuda")
     assert network.graphs, "graphs are the default on a GPU"
-    for way in WAYS:
-        [tokens] = texts_of(network, way, [0])
+    for strategy in STRATEGIES:
+        [tokens] = texts_of(network, strategy, [0])
         assert len(tokens) == 60
     assert sum(memory.passes.num_replays for memory in network.idle) > 50
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_p=0.9, repetition_penalty=1.2)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [SamplingParameters(), SamplingParameters(0.9, top_p=0.9, repetition_penalty=1.2)], ids=["greedy", "sampled"])
 @torch.inference_mode()
 def test_a_draft_does_not_wait_for_the_gpu_and_a_step_once(graphs, sampling, tmp_path):
     save_nested(tmp_path, "mistral", "block")
-    network, way = load_network(tmp_path, device="cuda", graphs=graphs), SelfSpeculative(1, 4)
-    batch = start_batch(network, prompts((9,), 100), way, sampling, 200, None)
-    step, state = make_step(way, batch), batch.state
+    network, strategy = load_network(tmp_path, device="cuda", graphs=graphs), SelfSpeculative(1, 4)
+    batch = start_batch(network, prompts((9,), 100), strategy, sampling, 200, None)
+    step, state = make_step(strategy, batch), batch.state
     for _ in range(12):  # every width that drafting and verifying can have comes twice
         step.step()
     lengths = list(state.lengths)

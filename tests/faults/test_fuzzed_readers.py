@@ -30,7 +30,7 @@ from megatron_sorted.serving.requests import ChatRequest, CompletionRequest, rea
 from megatron_sorted.serving.turns import read_messages
 from megatron_sorted.settings.load import load_settings
 from megatron_sorted.text.chat_template import ChatTemplate, TemplateRefusal
-from megatron_sorted.text.prompt_form import NamedToken, PromptForm, form_from_bytes
+from megatron_sorted.text.prompt_form import ControlToken, PromptForm, form_from_bytes
 from megatron_sorted.text.tokenizer.contract import NullTokenizer
 from megatron_sorted.text.tokenizer.opening import open_tokenizer
 from tests.rules.sources import ROOT
@@ -41,7 +41,7 @@ TALK = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "
         {"role": "assistant", "content": "Ho", "tool_calls": None}]
 CALLED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 CALL = {"role": "assistant", "content": None, "tool_calls": [CALLED]}
-FORM = PromptForm("chat", CHATML, {"bos_token": "<s>"}, NamedToken("<s>", 1), (NamedToken("</s>", 2),))
+FORM = PromptForm("chat", CHATML, {"bos_token": "<s>"}, ControlToken("<s>", 1), (ControlToken("</s>", 2),))
 
 
 def lines(*rows) -> bytes:

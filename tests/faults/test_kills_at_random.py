@@ -13,8 +13,8 @@ from megatron_sorted import files
 from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.checkpoint.layout import iteration_directory
 from megatron_sorted.checkpoint.manifest import find_damage
-from megatron_sorted.checkpoint.publishing import Retention, remove_left_overs
-from megatron_sorted.conversion.aside import written_aside
+from megatron_sorted.checkpoint.publishing import Retention, remove_leftovers
+from megatron_sorted.conversion.staging import staged_directory
 from megatron_sorted.data.indexed import open_indexed
 from megatron_sorted.errors import CheckpointError
 from tests.faults.test_places import checkpoint, export, fresh, save, swaps, tmp_path, write_data
@@ -57,11 +57,11 @@ def test_saves_of_one_step_and_of_new_ones(tmp_path, swaps):
         found = find_candidates(root).usable[0]
         assert find_damage(found.directory, found.manifest, found.manifest["files"]) == [] and found.step >= newest[0]
         newest[0] = found.step
-        remove_left_overs(root)
+        remove_leftovers(root)
         assert find_candidates(root).usable[0].step == newest[0]
         assert not any(name.startswith(".iter") for name in os.listdir(root))
 
-    remove_left_overs(root)
+    remove_leftovers(root)
     killed(work, check)
     assert newest[0] > 20 and iteration_directory(root, newest[0]).is_dir()
 
@@ -82,7 +82,7 @@ def test_files_models_and_data(tmp_path, swaps):
         assert len(text) == 1000 and len(set(text)) == 1
         if not model.exists():
             assert not swaps
-            with pytest.raises(CheckpointError), written_aside(model, False, 10):
+            with pytest.raises(CheckpointError), staged_directory(model, False, 10):
                 pass
         assert len({(model / name).read_text() for name in ("config.json", "model.safetensors")}) == 1
         tokens = open_indexed(prefix).tokens.tolist()

@@ -17,8 +17,8 @@ from megatron_sorted import files
 from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.checkpoint.layout import TRACKER, iteration_directory, writing_directory
 from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, find_damage, manifest_text, record_file
-from megatron_sorted.checkpoint.publishing import Retention, publish, remove_left_overs
-from megatron_sorted.conversion.aside import written_aside
+from megatron_sorted.checkpoint.publishing import Retention, publish, remove_leftovers
+from megatron_sorted.conversion.staging import staged_directory
 from megatron_sorted.data.indexed import Documents, IndexedWriter, open_indexed
 from megatron_sorted.data.preparation.replacing import finish_interrupted
 from megatron_sorted.errors import CheckpointError
@@ -97,7 +97,7 @@ def test_a_save(tmp_path, step, kills, swaps):
         found = content_of_newest(root)
         seen.add(found)
         assert found in {(20, b"old"), (step, b"new")}
-        remove_left_overs(root)  # the next run
+        remove_leftovers(root)  # the next run
         assert content_of_newest(root) == found and sorted(names(root))[:2] == ["iter_0000010", "iter_0000020"]
         assert not any(name.startswith(".") for name in names(root))
     assert (20, b"old") in seen and (step, b"new") in seen
@@ -125,7 +125,7 @@ def test_a_save_that_removes_older_ones(tmp_path, kills):
     for _ in interrupted(lambda: save(root, 40, Retention(retain=2)), before, kills):
         assert content_of_newest(root) in {(30, b"30"), (40, b"new")}
         assert kept <= set(names(root))
-        remove_left_overs(root)
+        remove_leftovers(root)
     before()
     save(root, 40, Retention(retain=2))
     assert set(names(root)) == {*kept, "iter_0000040", TRACKER}
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_is_a_link(tmp_path, step, swaps):
     for _ in interrupted(lambda: save(root, step, Retention(retain=1)), before):
         assert content_of_newest(root) in {(20, b"old"), (step, b"new")}
         assert (elsewhere / "kept" / "__0_0.distcp").read_bytes() == b"old"
-        remove_left_overs(root)
+        remove_leftovers(root)
         assert not any(name.startswith(".") for name in names(root))
     before()
     text = written(writing_directory(root, step), step, b"new", "2026-01-02")
@@ -188,7 +188,7 @@ def test_a_file(tmp_path, kills, is_link):
 
 
 def export(destination: Path, content: str) -> None:
-    with written_aside(destination, True, 10) as aside:
+    with staged_directory(destination, True, 10) as aside:
         (aside / "config.json").write_text(content)
         (aside / "model.safetensors").write_text(content)
 
@@ -208,7 +208,7 @@ def test_a_model_that_is_overwritten(tmp_path, kills, is_link, swaps):
     for _ in interrupted(lambda: export(destination, "new"), before, kills):
         if not destination.exists():  # between two renames: the next conversion puts it back
             assert kills and not swaps
-            with pytest.raises(CheckpointError, match="exists and is not empty"), written_aside(destination, False, 10):
+            with pytest.raises(CheckpointError, match="exists and is not empty"), staged_directory(destination, False, 10):
                 pass
         found = {(destination / name).read_text() for name in ("config.json", "model.safetensors")}
         assert found in ({"old"}, {"new"}) and destination.is_symlink() == is_link

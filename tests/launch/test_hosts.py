@@ -55,9 +55,9 @@ def check_refused(folder: Path, launcher: subprocess.Popen, *texts: str) -> None
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("way", ["ssh", pytest.param("pdsh", marks=PDSH)])
-def test_a_run_on_three_hosts(three, hosts, way):
-    write_site(three, SSH_OPTIONS=hosts.options, REMOTE_SHELL=way, MASTER_PORT=free_port())
+@pytest.mark.parametrize("strategy", ["ssh", pytest.param("pdsh", marks=PDSH)])
+def test_a_run_on_three_hosts(three, hosts, strategy):
+    write_site(three, SSH_OPTIONS=hosts.options, REMOTE_SHELL=strategy, MASTER_PORT=free_port())
     assert launch(three, "--train-iters", 3).wait(timeout=300) == 0, console(three)
     assert "3 nodes agree: device cpu, " in console(three) and "3 processes on cpu: tp 1 x pp 1 x dp 3" in console(three)
     assert last_step(three) == 3 and not processes_in(three)
@@ -73,9 +73,9 @@ def test_a_failure_on_one_host_ends_all(three, tiny):
     assert not processes_in(three)
 
 
-@pytest.mark.parametrize("way", [pytest.param("ssh", marks=pytest.mark.long), pytest.param("pdsh", marks=PDSH)])
-def test_ctrl_c_saves_and_ends_all(three, hosts, way):
-    write_site(three, SSH_OPTIONS=hosts.options, REMOTE_SHELL=way, MASTER_PORT=free_port())
+@pytest.mark.parametrize("strategy", [pytest.param("ssh", marks=pytest.mark.long), pytest.param("pdsh", marks=PDSH)])
+def test_ctrl_c_saves_and_ends_all(three, hosts, strategy):
+    write_site(three, SSH_OPTIONS=hosts.options, REMOTE_SHELL=strategy, MASTER_PORT=free_port())
     launcher = launch(three, "--train-iters", 100000)
     wait_for("three steps", lambda: last_step(three) >= 3, 240, three)
     os.killpg(launcher.pid, signal.SIGINT)

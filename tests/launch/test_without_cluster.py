@@ -15,7 +15,7 @@ from tests.support.launch_programs import said_to_torchrun, stand_ins, write_pro
 from tests.support.ports import free_port
 
 PDSH = pytest.mark.skipif(not shutil.which("pdsh"), reason="pdsh missing: apt-get install pdsh")
-WAYS = ["ssh", pytest.param("pdsh", marks=PDSH)]
+STRATEGIES = ["ssh", pytest.param("pdsh", marks=PDSH)]
 STRANGE = ["--tensorboard-dir", "it's \"a\" = $HOME * \\ [ab] &", "--metrics-file=m n", "--lr", "1e-3"]
 
 
@@ -57,10 +57,10 @@ def check_words(folder: Path, place: Path, hosts: list[str]) -> None:
         assert f"--node-rank={rank}" in said[host]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_words_and_names_reach_hosts_as_they_are(folder, place, way):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_words_and_names_reach_hosts_as_they_are(folder, place, strategy):
     """Hosts in a file as an editor under Windows leaves it, one with a user's name, which pdsh would take away, one that is an address."""
-    write_site(place, PYTHON=folder / "bin" / "python", MASTER_PORT=free_port(), REMOTE_SHELL=way)
+    write_site(place, PYTHON=folder / "bin" / "python", MASTER_PORT=free_port(), REMOTE_SHELL=strategy)
     (place / "hosts").write_bytes(b"# the first node first\r\ntrain@n1   # one\r\n\r\nfe80::2\r\n\r\n\r\n")
     done = over_ssh(folder, "hosts", *STRANGE)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -114,9 +114,9 @@ def start(folder: Path, place: Path, hosts: str, project: Path = ROOT) -> subpro
     return launcher
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_nothing_outlives_a_launcher_that_is_killed(folder, place, way):
-    write_site(place, PYTHON=folder / "bin" / "python", MASTER_PORT=free_port(), REMOTE_SHELL=way)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nothing_outlives_a_launcher_that_is_killed(folder, place, strategy):
+    write_site(place, PYTHON=folder / "bin" / "python", MASTER_PORT=free_port(), REMOTE_SHELL=strategy)
     launcher = start(folder, place, "n0,n1")
     assert any("sleep 300" in name for name in processes_in(place))
     launcher.kill()
@@ -125,10 +125,10 @@ def test_nothing_outlives_a_launcher_that_is_killed(folder, place, way):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("way", WAYS)
-def test_a_launcher_that_waits_starts_no_program(folder, place, way):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_launcher_that_waits_starts_no_program(folder, place, strategy):
     """A Ctrl-C at the moment at which one ends would be lost on bash."""
-    write_site(place, PYTHON=folder / "bin" / "python", MASTER_PORT=free_port(), REMOTE_SHELL=way)
+    write_site(place, PYTHON=folder / "bin" / "python", MASTER_PORT=free_port(), REMOTE_SHELL=strategy)
     launcher = start(folder, place, "n0,n1")
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     wait_for("what shows the first host's log, the last to start",

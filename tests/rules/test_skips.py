@@ -29,8 +29,8 @@ def test_fails_as_expected():
 def cluster():
     pytest.skip("munged missing")
 
-@pytest.mark.parametrize("way", ["a[0]", "b"])
-def test_needs_a_cluster(cluster, way): pass
+@pytest.mark.parametrize("strategy", ["a[0]", "b"])
+def test_needs_a_cluster(cluster, strategy): pass
 """
 MODULE = 'import pytest\npytest.importorskip("no_such_package", reason="an extra")\n'
 

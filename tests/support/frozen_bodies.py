@@ -6,7 +6,7 @@ from megatron_sorted.settings.derived import trained_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.settings.weighting import coefficient_rule
 from megatron_sorted.training.run.checkpoints import Checkpoints
-from megatron_sorted.training.run.evaluate import Evaluation
+from megatron_sorted.training.run.evaluate import Evaluator
 from megatron_sorted.training.run.inputs import find_checkpoints
 from megatron_sorted.training.step.build import unwrap
 from megatron_sorted.training.step.forward_step import ForwardStep
@@ -32,7 +32,7 @@ def train_frozen(settings: Settings, steps: int) -> dict:
         assert result.stepped and result.grad_norm > 0
         if step in (0, steps - 1):
             losses.append({depth: e.loss for depth, e in reduce_ledger(forward_step.ledger, settings).exits.items()})
-    report = Evaluation(settings, model, platform, place, "set", EvaluationSet(InstructionSource())).run(0, lambda *_: None)
+    report = Evaluator(settings, model, platform, place, "set", EvaluationSet(InstructionSource())).run(0, lambda *_: None)
     after = {name: p.data for stage in stages for name, p in stage.named_parameters()}
     return {"frozen": {name: (tensor, after[name]) for name, tensor in frozen.items()}, "losses": losses, "evaluated": set(report.exits)}
 

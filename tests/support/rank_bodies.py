@@ -236,7 +236,7 @@ def steps_from(settings: Settings, root: str, load: bool, first: int, last: int,
 def evaluate_report(settings: Settings) -> dict:
     """Returns what evaluation says of every exit on the instruction samples, and this rank's shards of the weights."""
     from megatron_sorted.data.samples.dataset import EvaluationSet
-    from megatron_sorted.training.run.evaluate import Evaluation
+    from megatron_sorted.training.run.evaluate import Evaluator
     from tests.support.tiny import InstructionSource
 
     platform, place, model = start(settings)
@@ -247,7 +247,7 @@ def evaluate_report(settings: Settings) -> dict:
     for _ in range(6):  # until label 7 is the most likely one, so that some documents are exactly right
         train_step(model, settings, forward_step, batches, dict.fromkeys((1, 2, 3, 4), 1.0), settings.global_batch_size)
     seen = []
-    evaluation = Evaluation(settings, model, platform, place, "set", EvaluationSet(InstructionSource()))
+    evaluation = Evaluator(settings, model, platform, place, "set", EvaluationSet(InstructionSource()))
     report = evaluation.run(0, lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] == -(-11 // settings.global_batch_size)
     tied = not settings.untie_embeddings_and_output_weights

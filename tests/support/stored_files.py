@@ -33,9 +33,9 @@ def write_torch_dist(directory: Path, tensors: dict[str, tuple[torch.Tensor, lis
         files[file] += content.getvalue()
         return _StorageInfo(file, len(files[file]) - len(content.getvalue()), len(content.getvalue()))
 
-    for name, (whole, boxes) in tensors.items():
+    for name, (whole, rectangles) in tensors.items():
         chunks = []
-        for file, offsets, sizes in boxes:
+        for file, offsets, sizes in rectangles:
             box = whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))].clone()
             storage[MetadataIndex(name, offsets)] = put(file, box)
             chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))

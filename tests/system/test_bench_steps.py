@@ -5,12 +5,12 @@ import pytest
 
 from lab.benchmarks.cases import Case, case_settings
 from lab.benchmarks.flops import step_attention_flops, step_flops
-from lab.benchmarks.worker import Worker
+from lab.benchmarks.worker import StepWorker
 
 
 @pytest.mark.parametrize("case", [Case("plain", 0), Case("ours", 1), Case("eager", 1)], ids=lambda case: case.name)
 def test_a_trainer_takes_steps(case):
-    worker = Worker("B", case, "cpu", False, 1)
+    worker = StepWorker("B", case, "cpu", False, 1)
     assert worker.answer() == "ready"
     worker.ask("step")
     seconds, _ = worker.answer()

@@ -92,7 +92,7 @@ def test_answers_as_trained_and_stops_by_itself(tmp_path, family, kind, form):
     assert asked == prompts and written == answers
     texts = [as_written(own, {"content": answer}).removesuffix("<|im_end|>").removesuffix("<|eot_id|>").removesuffix("</s>").strip()
              if form == "own" else answer for answer in ANSWERS.values()]
-    shown = done("tools/generate.py", "hf", *(word for question in ANSWERS for word in ("--prompt", question)), "--way", "full",
+    shown = done("tools/generate.py", "hf", *(word for question in ANSWERS for word in ("--prompt", question)), "--strategy", "full",
                  "--prompt-template", label, "--max-new-tokens", LONGEST, cwd=tmp_path).stdout
     found = dict(zip(ANSWERS, [""] * len(ANSWERS), strict=True))
     for part in shown.split("--- prompt ")[1:]:

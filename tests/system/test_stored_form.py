@@ -71,7 +71,7 @@ def test_an_adapter_for_peft_brings_the_form_it_was_trained_in(folder):
 @pytest.mark.parametrize(("tool", "words"), [
     ("tools/tune_decoding.py", ("--num-prompts", 2, "--max-new-tokens", 8, "--output", "choices.json")),
     ("tools/benchmark_decoding.py",
-     ("--per-group", 2, "--ways", "full", "--without-transformers", "--max-new-tokens", 8, "--output", "benchmark"))])
+     ("--per-group", 2, "--strategies", "full", "--without-transformers", "--max-new-tokens", 8, "--output", "benchmark"))])
 def test_tuning_and_the_benchmark_ask_in_the_stored_form(folder, tool, words):
     shown = done(tool, "hf", "--questions", "questions.jsonl", *words, cwd=folder)
     assert STORED in shown.stdout + shown.stderr

@@ -5,17 +5,17 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_sorted.checkpoint.sharding.boxes import Box, boxes_of_range
+from megatron_sorted.checkpoint.sharding.rectangles import Rectangle, rectangles_of_range
 
 
 @pytest.mark.parametrize("shape", [(7,), (4, 5), (1, 6), (6, 1), (3, 2, 4), (2, 3, 1, 3)])
 def test_every_range_of_small_tensors(shape):
     numbers = np.arange(np.prod(shape)).reshape(shape)
     for start, end in itertools.combinations_with_replacement(range(numbers.size + 1), 2):
-        boxes = boxes_of_range(shape, start, end)
-        assert len(boxes) <= 2 * len(shape) - 1
+        rectangles = rectangles_of_range(shape, start, end)
+        assert len(rectangles) <= 2 * len(shape) - 1
         seen = []
-        for box in boxes:
+        for box in rectangles:
             part = numbers[tuple(slice(a, a + n) for a, n in zip(box.offset, box.shape, strict=True))]
             assert part.size > 0 and part.reshape(-1)[0] == box.first
             seen += part.reshape(-1).tolist()
@@ -23,6 +23,6 @@ def test_every_range_of_small_tensors(shape):
 
 
 def test_by_hand():
-    assert boxes_of_range((4, 5), 3, 17) == [Box(3, (0, 3), (1, 2)), Box(5, (1, 0), (2, 5)), Box(15, (3, 0), (1, 2))]
-    assert boxes_of_range((4, 5), 5, 15) == [Box(5, (1, 0), (2, 5))]
-    assert boxes_of_range((4, 5), 6, 8) == [Box(6, (1, 1), (1, 2))]
+    assert rectangles_of_range((4, 5), 3, 17) == [Rectangle(3, (0, 3), (1, 2)), Rectangle(5, (1, 0), (2, 5)), Rectangle(15, (3, 0), (1, 2))]
+    assert rectangles_of_range((4, 5), 5, 15) == [Rectangle(5, (1, 0), (2, 5))]
+    assert rectangles_of_range((4, 5), 6, 8) == [Rectangle(6, (1, 1), (1, 2))]

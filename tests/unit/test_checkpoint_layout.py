@@ -11,7 +11,7 @@ from megatron_sorted.checkpoint.layout import (
     steps_to_remove,
     writing_directory,
 )
-from megatron_sorted.checkpoint.publishing import remove_checkpoint, remove_left_overs
+from megatron_sorted.checkpoint.publishing import remove_checkpoint, remove_leftovers
 from megatron_sorted.files import write_text_atomically
 
 
@@ -41,7 +41,7 @@ def test_only_finished_directories_are_checkpoints(tmp_path):
         (tmp_path / name).mkdir()
     assert saved_steps(tmp_path) == [12345678, 20, 3]
     assert saved_steps(tmp_path / "missing") == []
-    remove_left_overs(tmp_path)
+    remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["iter_0000003", "iter_0000020", "iter_12345678", "iter_5", "release"]
 
 

@@ -107,7 +107,7 @@ def test_a_wrong_option_names_the_nearest_and_is_quick(name):
     (("evaluate", "model"), "nothing to measure"),
     (("generate", "model"), "Give --prompt, --prompt-file or --chat."),
     (("generate", "model", "--prompt", "a", "--temperature", "-1"), "temperature: -1.0 is not 0 or more"),
-    (("serve", "model", "--adapt", "--way", "tree"), "--adapt beside --way tree"),
+    (("serve", "model", "--adapt", "--strategy", "tree"), "--adapt beside --strategy tree"),
     (("prepare", "--input", "a", "--output-prefix", "b", "--workers", "0"), "--workers: 0 is not at least 1"),
     (("split", "--input", "a", "--output", "b", "--num-tokens", "3"), "--num-tokens: which tokens?"),
     (("report", "a", "b", "c", "d", "e", "f", "g"), "more than one picture can tell apart"),

@@ -2,12 +2,12 @@
 
 import pytest
 
-from megatron_sorted.conversion.aside import written_aside
+from megatron_sorted.conversion.staging import staged_directory
 from megatron_sorted.errors import CheckpointError
 
 
 def overwrite(destination, source=None) -> None:
-    with written_aside(destination, True, 10, source) as aside:
+    with staged_directory(destination, True, 10, source) as aside:
         (aside / "new").write_text("")
 
 

@@ -12,7 +12,7 @@ from megatron_sorted.errors import CheckpointError
 from tests.support.stored_files import tiny_arguments, tiny_weights, write_old, write_torch_dist
 
 
-def boxes(weights: dict) -> dict:
+def rectangles(weights: dict) -> dict:
     return {name: (value, [("__0_0.distcp", (0,) * value.dim(), tuple(value.shape))]) for name, value in weights.items()}
 
 
@@ -26,7 +26,7 @@ def test_the_tracker_is_followed(tracker, name, tmp_path):
 
 
 def test_torch_dist_says_arguments(tmp_path):
-    write_torch_dist(tmp_path / "iter_0000012", boxes(tiny_weights()))
+    write_torch_dist(tmp_path / "iter_0000012", rectangles(tiny_weights()))
     source, settings = open_megatron(tmp_path / "iter_0000012")
     assert (settings, len(source.tensors)) == (None, 26)
     torch.save({"args": tiny_arguments(1, 1), "iteration": 13}, tmp_path / "iter_0000012" / "common.pt")
@@ -55,6 +55,6 @@ def test_a_path_that_is_no_checkpoint_is_told(files, told, tmp_path):
 def test_a_missing_path_and_another_model_are_told(tmp_path):
     with pytest.raises(CheckpointError, match="is no directory"):
         open_megatron(tmp_path / "none")
-    write_torch_dist(tmp_path, boxes({"encoder.weight": torch.ones(2)}))
+    write_torch_dist(tmp_path, rectangles({"encoder.weight": torch.ones(2)}))
     with pytest.raises(CheckpointError, match=r"holds no embedding\.word_embeddings\.weight \(but encoder\.weight"):
         open_megatron(tmp_path)

@@ -28,7 +28,7 @@ from tests.support.model_directories import family_model, save_model, tokens
 ROOT_COMMANDS = (("tools/convert.py", "import", "m", "runs"), ("tools/extract_submodel.py", "m", "sub", "--depth", "2"),
                  ("tools/generate.py", "m", "--prompt", "x"), ("tools/evaluate.py", "m", "--text", "text.txt", "--output", "ev"))
 EMBEDDING, INDEX = "model.embed_tokens.weight", "model.safetensors.index.json"
-WAYS = {"convert": open_model, "evaluate": lambda path: load_with_exits(open_model_directory(path), torch.float32),
+STRATEGIES = {"convert": open_model, "evaluate": lambda path: load_with_exits(open_model_directory(path), torch.float32),
         "decode": lambda path: load_network(open_model_directory(path))}
 
 
@@ -53,10 +53,10 @@ def change(directory: Path, **values: object) -> None:
 def refusals(directory: Path) -> set[str]:
     """Return what each way in says; each must refuse."""
     said = set()
-    for way, read in WAYS.items():
+    for strategy, read in STRATEGIES.items():
         with pytest.raises(SortedError) as caught:
             read(directory)
-        assert type(caught.value) is CheckpointError and str(caught.value).isprintable(), way
+        assert type(caught.value) is CheckpointError and str(caught.value).isprintable(), strategy
         said.add(str(caught.value))
     return said
 

@@ -50,8 +50,8 @@ def test_order_is_that_of_the_files(tmp_path):
 
 
 def without(name: str, box: int) -> dict:
-    whole, boxes = TENSORS[name]
-    return {**TENSORS, name: (whole, boxes[:box] + boxes[box + 1 :])}
+    whole, rectangles = TENSORS[name]
+    return {**TENSORS, name: (whole, rectangles[:box] + rectangles[box + 1 :])}
 
 
 @pytest.mark.parametrize(("name", "box", "offered"), [
@@ -73,8 +73,8 @@ def test_a_missing_layer_is_told_at_once(tmp_path):
 
 
 def test_boxes_that_overlap_do_not_hide_a_hole(tmp_path):
-    boxes = [("__0_0.distcp", (0, 0), (4, 6)), ("__0_0.distcp", (3, 0), (4, 6))]
-    write_torch_dist(tmp_path, {"embedding.word_embeddings.weight": (EMBEDDING, boxes)})
+    rectangles = [("__0_0.distcp", (0, 0), (4, 6)), ("__0_0.distcp", (3, 0), (4, 6))]
+    write_torch_dist(tmp_path, {"embedding.word_embeddings.weight": (EMBEDDING, rectangles)})
     files = TorchDistFiles(tmp_path)
     with pytest.raises(CheckpointError, match="parts of it are in no file"):
         files.read("embedding.word_embeddings.weight")

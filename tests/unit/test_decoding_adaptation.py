@@ -11,25 +11,25 @@ pytest.importorskip("fastapi", reason="serving is an extra")
 from fastapi.testclient import TestClient
 
 from megatron_sorted.commands.serve import read_arguments
-from megatron_sorted.decoding.choice import WayChoice
+from megatron_sorted.decoding.choice import StrategyChoice
+from megatron_sorted.decoding.strategies import Full, SamplingParameters, SelfSpeculative, SortedSpeculative, TreeSpeculative
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.decoding.tuning.choices import CHOICES, LEARNED, write_choices
-from megatron_sorted.decoding.ways import Full, Sampling, SelfSpeculative, SortedSpeculative, Tree
-from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.serving import adaptation as adaptation_module
-from megatron_sorted.serving.adaptation import Adaptation, ways_to_try
+from megatron_sorted.serving.adaptation import Adaptation, candidate_strategies
 from megatron_sorted.serving.api import make_app
-from megatron_sorted.serving.worker import Job, Worker
+from megatron_sorted.serving.worker import GenerationWorker, Job
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_server import expected
 from tests.unit.test_decoding_writer import Letters
 
-WAYS = [Full(), SelfSpeculative(1, 4), SortedSpeculative((1, 2), (0.5, 0.3), 6), Tree((1,), (), 3, 3, 6)]
-NAMES = [way.name for way in WAYS]
+STRATEGIES = [Full(), SelfSpeculative(1, 4), SortedSpeculative((1, 2), (0.5, 0.3), 6), TreeSpeculative((1,), (), 3, 3, 6)]
+NAMES = [strategy.name for strategy in STRATEGIES]
 ORIGIN = {"machine": {"device": "cpu"}, "draft": None}
 
 
-class Timed(Writer):
+class Timed(TextGenerator):
     """A writer whose clock says what each way takes for a token.
 
     Attributes:
@@ -42,19 +42,19 @@ class Timed(Writer):
         super().__init__(plain_network("llama")[1], Letters())
         self.seconds, self.taken, self.now = seconds, [], 0.0
 
-    def write(self, prompts, way=None, *more):
-        self.taken.append(way.name)
-        for piece in super().write(prompts, way, *more):
-            self.now += self.seconds[way.name] * len(piece.added.tokens)
+    def write(self, prompts, strategy=None, *more):
+        self.taken.append(strategy.name)
+        for piece in super().write(prompts, strategy, *more):
+            self.now += self.seconds[strategy.name] * len(piece.added.tokens)
             yield piece
 
 
 @contextmanager
-def serving(path: Path, seconds=None, ways=WAYS, origin=ORIGIN):
+def serving(path: Path, seconds=None, strategies=STRATEGIES, origin=ORIGIN):
     """Yields a client, the writer and the worker."""
     writer = Timed(seconds or dict(zip(NAMES, (4.0, 3.0, 1.0, 2.0), strict=True)))
-    worker = Worker(writer, Adaptation(ways, path, origin), lambda: writer.now)
-    by_name = {way.name: way for way in ways}
+    worker = GenerationWorker(writer, Adaptation(strategies, path, origin), lambda: writer.now)
+    by_name = {strategy.name: strategy for strategy in strategies}
     with TestClient(make_app(worker, "tiny", by_name.get)) as client:
         yield client, writer, worker
         assert worker.close(60)
@@ -74,14 +74,14 @@ def test_each_way_is_tried_and_the_fastest_kept_and_the_text_is_fulls(tmp_path):
     with serving(tmp_path / LEARNED) as (client, writer, _):
         for number in range(60):
             prompt = "ab"[number % 2] * (number % 5 + 1)
-            sampling = Sampling(0.8, seed=number) if number % 3 else None
+            sampling = SamplingParameters(0.8, seed=number) if number % 3 else None
             more = {"temperature": 0.8, "seed": number} if number % 3 else {}
             assert ask(client, prompt, **more) == expected(writer, writer.encode(prompt), 6, sampling)
         assert writer.taken[:4] == NAMES and writer.taken[30:].count("sorted_speculative") > 24
         told = client.get("/v1/adaptation").json()
-        assert told["ways"] == NAMES and list(told["tasks"]) == ["default"]
+        assert told["strategies"] == NAMES and list(told["tasks"]) == ["default"]
         rows = told["tasks"]["default"]
-        assert [row["way"] for row in rows] == NAMES and sum(row["times"] for row in rows) == 60
+        assert [row["strategy"] for row in rows] == NAMES and sum(row["times"] for row in rows) == 60
         assert [row["tokens_per_second"] for row in rows] == [0.25, 0.33, 1.0, 0.5]
 
 
@@ -90,8 +90,8 @@ def test_tasks_are_kept_apart_and_a_way_that_is_named_is_taken_and_not_learned(t
         for number in range(40):
             writer.seconds = {name: 1.0 + ((name == "tree") != (number % 2 == 0)) for name in NAMES}
             ask(client, task="odd" if number % 2 else "even")
-        ask(client, way="full", task="odd")
-        ask(client, way="full", task="third")
+        ask(client, strategy="full", task="odd")
+        ask(client, strategy="full", task="third")
         assert sum(times_of(client, "odd")) == sum(times_of(client, "even")) == 20
         assert times_of(client, "even")[3] >= 12 and times_of(client, "odd")[3] <= 3
         assert writer.taken[-2:] == ["full", "full"] and list(client.get("/v1/adaptation").json()["tasks"]) == ["even", "odd"]
@@ -106,7 +106,7 @@ def test_what_was_learned_outlives_the_server(tmp_path):
         for number in range(16):
             assert json.loads(path.read_text())["tasks"] == {"default": [[0, 0, 0]] * 4}, f"written after {number} jobs"
             ask(client, task="a")
-        list(worker.submit(Job([[5]], Full(), Sampling(), 1, [])).results())  # behind it the file is written
+        list(worker.submit(Job([[5]], Full(), SamplingParameters(), 1, [])).results())  # behind it the file is written
         assert sum(times for times, _, _ in json.loads(path.read_text())["tasks"]["a"]) == 16
         ask(client, task="b")
         before = client.get("/v1/adaptation").json()
@@ -119,8 +119,8 @@ def test_what_was_learned_outlives_the_server(tmp_path):
 
 def test_what_was_learned_with_other_ways_or_elsewhere_is_set_aside(tmp_path, capsys):
     path = tmp_path / LEARNED
-    for number, (ways, origin) in enumerate([(WAYS, ORIGIN), (WAYS[:2], ORIGIN), (WAYS[:2], {**ORIGIN, "draft": "small@1"})]):
-        with serving(path, ways=ways, origin=origin) as (client, *_):
+    for number, (strategies, origin) in enumerate([(STRATEGIES, ORIGIN), (STRATEGIES[:2], ORIGIN), (STRATEGIES[:2], {**ORIGIN, "draft": "small@1"})]):
+        with serving(path, strategies=strategies, origin=origin) as (client, *_):
             ask(client, task=str(number))
             assert list(client.get("/v1/adaptation").json()["tasks"]) == [str(number)]
         lines = capsys.readouterr().out.splitlines()
@@ -135,18 +135,18 @@ def test_what_was_learned_with_other_ways_or_elsewhere_is_set_aside(tmp_path, ca
     {"tasks": {str(task): [[0, 0, 0]] * 4 for task in range(1001)}}], ids=lambda damage: str(damage)[:40].encode("unicode_escape").decode())
 def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, damage):
     path = tmp_path / LEARNED
-    Adaptation(WAYS, path, ORIGIN)
+    Adaptation(STRATEGIES, path, ORIGIN)
     text = damage if isinstance(damage, str) else json.dumps({**json.loads(path.read_text()), **damage})
     content = text.encode(errors="surrogatepass")
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"decoding_bandit\.json: .*Remove it, or name another with --adapt-file"):
-        Adaptation(WAYS, path, ORIGIN)
+        Adaptation(STRATEGIES, path, ORIGIN)
     assert path.read_bytes() == content and os.listdir(tmp_path) == [LEARNED]
 
 
 def test_a_file_that_cannot_be_written_is_told_at_the_start_and_survived_later(tmp_path, capsys):
     with pytest.raises(SettingsError, match=r"--adapt: .* cannot be written \(No such file or directory\)"):
-        Adaptation(WAYS, tmp_path / "none" / LEARNED, ORIGIN)
+        Adaptation(STRATEGIES, tmp_path / "none" / LEARNED, ORIGIN)
     (tmp_path / "some").mkdir()
     with serving(tmp_path / "some" / LEARNED) as (client, *_):
         (tmp_path / "some" / LEARNED).unlink()
@@ -173,10 +173,10 @@ def test_jobs_that_fail_teach_nothing_and_those_of_clients_that_left_do(tmp_path
             patch.setattr(writer, "write", lambda *_: (_ for _ in ()).throw(DataError("prompt 0: bad. Mend it.")))
             assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 400
         assert client.get("/v1/adaptation").json()["tasks"] == {}
-        job = Job([writer.encode("a")], None, Sampling(), 200, [])
+        job = Job([writer.encode("a")], None, SamplingParameters(), 200, [])
         job.told = job.gone.set
         worker.submit(job)
-        gone = Job([writer.encode("a")], None, Sampling(), 200, [])
+        gone = Job([writer.encode("a")], None, SamplingParameters(), 200, [])
         gone.gone.set()
         assert list(worker.submit(gone).results()) == [] and len(list(job.results())) == 1
         assert writer.taken == ["self_speculative"], "full failed and waits, who was gone before the start took nothing"
@@ -185,21 +185,21 @@ def test_jobs_that_fail_teach_nothing_and_those_of_clients_that_left_do(tmp_path
 
 def test_ways_to_try_are_the_tuned_lossless_ones_else_the_usual_ones(tmp_path):
     _, network = plain_network("llama")
-    writer, choice = Writer(network, Letters()), WayChoice(tmp_path)
-    assert [way.name for way in ways_to_try(choice, writer)] == NAMES
+    writer, choice = TextGenerator(network, Letters()), StrategyChoice(tmp_path)
+    assert [strategy.name for strategy in candidate_strategies(choice, writer)] == NAMES
     tuned = {"full": {}, "self_speculative": {"depth": 3, "num_draft_tokens": 2}, "early_exit": {"depths": [1], "thresholds": [0.9]}}
-    write_choices(tmp_path / CHOICES, {"best": "full", "ways": tuned})
-    assert ways_to_try(choice, writer) == [Full(), SelfSpeculative(3, 2)]
+    write_choices(tmp_path / CHOICES, {"best": "full", "strategies": tuned})
+    assert candidate_strategies(choice, writer) == [Full(), SelfSpeculative(3, 2)]
     (tmp_path / CHOICES).write_text("{")
     with pytest.raises(DataError, match="not JSON"):
-        ways_to_try(choice, writer)
+        candidate_strategies(choice, writer)
 
 
 def test_options_that_contradict_each_other():
     read_arguments(["m", "--adapt"])
-    read_arguments(["m", "--way", "tree"])
-    with pytest.raises(SettingsError, match="--adapt beside --way tree: it chooses the way"):
-        read_arguments(["m", "--adapt", "--way", "tree"])
+    read_arguments(["m", "--strategy", "tree"])
+    with pytest.raises(SettingsError, match="--adapt beside --strategy tree: it chooses the way"):
+        read_arguments(["m", "--adapt", "--strategy", "tree"])
     with pytest.raises(SettingsError, match="Leave out options of ways, or --adapt"):
         read_arguments(["m", "--adapt", "--num-nodes", "3"])
     with pytest.raises(SettingsError, match="--adapt-file: x is of no use without --adapt"):

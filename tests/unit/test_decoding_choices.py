@@ -5,18 +5,18 @@ import json
 
 import pytest
 
-from megatron_sorted.decoding.choice import WayChoice
+from megatron_sorted.decoding.choice import StrategyChoice
 from megatron_sorted.decoding.network import config_sha256, draft_key, load_network
+from megatron_sorted.decoding.strategies import EarlyExit, Full, SelfSpeculative, TreeSpeculative
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.decoding.tuning.choices import CHOICES, read_choices, write_choices
-from megatron_sorted.decoding.ways import EarlyExit, Full, SelfSpeculative, Tree
-from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import DataError, SettingsError
 from tests.support.evaluated import make_model
 from tests.unit.test_decoding_writer import Letters
 
 TREE = {"depths": [2], "thresholds": [], "num_levels": 3, "num_branches": 2, "num_nodes": 5}
-ALONE = {"best": "tree", "ways": {"full": {}, "tree": TREE}}
-BY_SMALL = {"best": "self_speculative", "ways": {"self_speculative": {"depth": 1, "num_draft_tokens": 7}}}
+ALONE = {"best": "tree", "strategies": {"full": {}, "tree": TREE}}
+BY_SMALL = {"best": "self_speculative", "strategies": {"self_speculative": {"depth": 1, "num_draft_tokens": 7}}}
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,10 @@ def models(tmp_path_factory):
     return found
 
 
-def way_of(models, name: str, draft: str | None = None, way: str | None = None, **options):
+def strategy_of(models, name: str, draft: str | None = None, strategy: str | None = None, **options):
     directory, network = models[name]
-    choice = WayChoice(directory, draft and models[draft][0], way, options)
-    return choice.way(network, models[draft][1] if draft else None)
+    choice = StrategyChoice(directory, draft and models[draft][0], strategy, options)
+    return choice.strategy(network, models[draft][1] if draft else None)
 
 
 def test_the_tuned_way_is_that_of_the_draft_which_is_given(models):
@@ -41,16 +41,16 @@ def test_the_tuned_way_is_that_of_the_draft_which_is_given(models):
         directory, key = models[name][0], draft_key(*models["small"])
         assert key == f"small@{config_sha256(models['small'][1])[:16]}"
         write_choices(directory / CHOICES, BY_SMALL, key)
-        assert way_of(models, name) == Full(), "nothing was tuned without a draft"
+        assert strategy_of(models, name) == Full(), "nothing was tuned without a draft"
         write_choices(directory / CHOICES, ALONE)
-        assert way_of(models, name) == Tree((2,), (), 3, 2, 5)
-        assert way_of(models, name, "small") == SelfSpeculative(1, 7)
-        assert way_of(models, name, "small", num_draft_tokens=2) == SelfSpeculative(1, 2)
-        assert way_of(models, name, "twin", way="self_speculative") == SelfSpeculative(1, 4), "the usual one"
+        assert strategy_of(models, name) == TreeSpeculative((2,), (), 3, 2, 5)
+        assert strategy_of(models, name, "small") == SelfSpeculative(1, 7)
+        assert strategy_of(models, name, "small", num_draft_tokens=2) == SelfSpeculative(1, 2)
+        assert strategy_of(models, name, "twin", strategy="self_speculative") == SelfSpeculative(1, 4), "the usual one"
         with pytest.raises(SettingsError, match="draft model: full drafts nothing"):
-            way_of(models, name, "twin")
+            strategy_of(models, name, "twin")
         with pytest.raises(SettingsError, match="draft model: it has 320 tokens and the model 300"):
-            way_of(models, name, "foreign", way="tree")
+            strategy_of(models, name, "foreign", strategy="tree")
 
 
 def test_what_was_tuned_with_others_stays(tmp_path):
@@ -61,21 +61,21 @@ def test_what_was_tuned_with_others_stays(tmp_path):
     write_choices(path, {**BY_SMALL, "best": "tree"}, "a@2")
     write_choices(path, {**ALONE, "best": "full"})
     assert read_choices(path, "a@1") == BY_SMALL and read_choices(path, "a@2") == {**BY_SMALL, "best": "tree"}
-    assert read_choices(path)["best"] == "full" and read_choices(path)["ways"] == ALONE["ways"]
+    assert read_choices(path)["best"] == "full" and read_choices(path)["strategies"] == ALONE["strategies"]
 
 
 def test_a_way_that_drafts_nothing_leaves_the_draft_alone(models):
     (directory, network), (small, draft) = models["target"], models["small"]
-    choice, writer = WayChoice(directory, small, "tree", {"num_levels": 2}), Writer(network, Letters(), draft)
-    assert choice.named("full").way(network, writer.draft_for(Full)) == Full()
-    assert isinstance(choice.named("early_exit").way(network, writer.draft_for(EarlyExit)), EarlyExit)
+    choice, writer = StrategyChoice(directory, small, "tree", {"num_levels": 2}), TextGenerator(network, Letters(), draft)
+    assert choice.named("full").strategy(network, writer.draft_for(Full)) == Full()
+    assert isinstance(choice.named("early_exit").strategy(network, writer.draft_for(EarlyExit)), EarlyExit)
     assert len(list(writer.write([[5, 6]], Full(), max_new_tokens=1))) == 1
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 1}', '{"format": 1, "ways": {"fast": {}}}', '{"format": 1, "ways": []}',
-                                  '{"format": 1, "best": "fast", "ways": {}}', '{"format": 1, "ways": {"tree": {"colour": 1}}}',
-                                  '{"format": 1, "ways": {"tree": []}}', '{"format": 1, "best": [], "ways": {}}',
-                                  '{"format": 2, "ways": {}}', '{"format": 1, "drafts": {"a@1": {}}}', '{"format": 1, "drafts": [1]}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 1}', '{"format": 1, "strategies": {"fast": {}}}', '{"format": 1, "strategies": []}',
+                                  '{"format": 1, "best": "fast", "strategies": {}}', '{"format": 1, "strategies": {"tree": {"colour": 1}}}',
+                                  '{"format": 1, "strategies": {"tree": []}}', '{"format": 1, "best": [], "strategies": {}}',
+                                  '{"format": 2, "strategies": {}}', '{"format": 1, "drafts": {"a@1": {}}}', '{"format": 1, "drafts": [1]}'])
 def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
     path = tmp_path / CHOICES
     path.write_text(text)
@@ -88,9 +88,9 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
 @pytest.mark.parametrize("options", [{"depths": "ab"}, {"depths": [1, "a"]}, {"num_nodes": "many"}, {"thresholds": 3}])
 def test_tuned_options_of_another_kind_are_told_of(models, options):
     directory = models["large"][0]
-    (directory / CHOICES).write_text(json.dumps({"format": 1, "best": "tree", "ways": {"tree": {**TREE, **options}}}))
+    (directory / CHOICES).write_text(json.dumps({"format": 1, "best": "tree", "strategies": {"tree": {**TREE, **options}}}))
     with pytest.raises(DataError, match=r"its options of tree are not as megatron-sorted tune writes them"):
-        way_of(models, "large")
+        strategy_of(models, "large")
     (directory / CHOICES).unlink()
 
 

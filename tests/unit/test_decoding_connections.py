@@ -11,12 +11,12 @@ pytest.importorskip("fastapi", reason="serving is an extra")
 from fastapi.testclient import TestClient
 
 from megatron_sorted.decoding.generate import Added
-from megatron_sorted.decoding.ways import Full, Sampling
-from megatron_sorted.decoding.writer import Piece, Writer
+from megatron_sorted.decoding.strategies import Full, SamplingParameters
+from megatron_sorted.decoding.text_generator import StreamedText, TextGenerator
 from megatron_sorted.errors import MemoryExhaustedError
 from megatron_sorted.serving import body
 from megatron_sorted.serving.api import make_app
-from megatron_sorted.serving.worker import MOST_WAITING, Job, Worker
+from megatron_sorted.serving.worker import MOST_WAITING, GenerationWorker, Job
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_server import NamedLetters as Letters
 
@@ -35,16 +35,16 @@ class Gated:
             assert self.turns.acquire(timeout=PATIENCE)
             self.written.append(len(prompts[0]))
             finish = "length" if number == 4 else None
-            yield Piece(0, [(f"<{number}>", 4)], Added(0, [number], [4], 0, 0, finish), finish)
+            yield StreamedText(0, [(f"<{number}>", 4)], Added(0, [number], [4], 0, 0, finish), finish)
 
 
 @pytest.fixture
 def gated(monkeypatch):
     """Returns a worker that writes what it is let, and its gate."""
-    writer = Writer(plain_network("llama")[1], Letters())
+    writer = TextGenerator(plain_network("llama")[1], Letters())
     gate = Gated()
     monkeypatch.setattr(writer, "write", gate)
-    worker = Worker(writer)
+    worker = GenerationWorker(writer)
     yield worker, gate
     gate.turns.release(1000)
     worker.close()
@@ -176,7 +176,7 @@ def test_a_worker_outlives_the_loop_of_its_clients(gated):
 
     asyncio.run(scene())
     gate.turns.release(5)
-    behind = worker.submit(Job([[1]], Full(), Sampling(), 5, []))
+    behind = worker.submit(Job([[1]], Full(), SamplingParameters(), 5, []))
     gate.turns.release(5)
     assert len(list(behind.results())) == 5
 
@@ -206,7 +206,7 @@ def test_a_failure_keeps_no_memory_and_one_that_nobody_caused_is_shown(gated, mo
             raise error from first
 
     monkeypatch.setattr(worker.writer, "write", fail)
-    found = worker.submit(Job([[1]], Full(), Sampling(), 5, [])).pieces.get(timeout=PATIENCE)
+    found = worker.submit(Job([[1]], Full(), SamplingParameters(), 5, [])).pieces.get(timeout=PATIENCE)
     assert found is error
     assert (found.__traceback__, found.__cause__, found.__context__) == (None, None, None), "frames hold the tensors of the text"
     assert ("in fail" in capsys.readouterr().err) is is_shown

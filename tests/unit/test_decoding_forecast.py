@@ -3,15 +3,15 @@
 import pytest
 
 from megatron_sorted.decoding.cache.state import State
-from megatron_sorted.decoding.choice import check_way
+from megatron_sorted.decoding.choice import check_strategy
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.network import Network
+from megatron_sorted.decoding.strategies import EarlyExit, Fixed, Full, SamplingParameters, SelfSpeculative, SortedSpeculative
 from megatron_sorted.decoding.tuning import costs as costs_module
 from megatron_sorted.decoding.tuning.costs import Costs, measure_costs
 from megatron_sorted.decoding.tuning.forecast import forecast
 from megatron_sorted.decoding.tuning.search import Bandit, Tuner
 from megatron_sorted.decoding.tuning.traces import Trace, record
-from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, Sampling, SelfSpeculative, SortedSpeculative
 from tests.support.decoding import last_logits, plain_network, prompts
 
 DEPTHS, LENGTH = [1, 2, 3], 40
@@ -44,13 +44,13 @@ def test_records_are_what_the_exits_say(recorded):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("way", [SelfSpeculative(1, 3), SelfSpeculative(3, 7), SortedSpeculative((2,), (0.0,), 4)])
-def test_steps_and_drafts_are_those_of_a_run(recorded, way, temperature):
+@pytest.mark.parametrize("strategy", [SelfSpeculative(1, 3), SelfSpeculative(3, 7), SortedSpeculative((2,), (0.0,), 4)])
+def test_steps_and_drafts_are_those_of_a_run(recorded, strategy, temperature):
     _, network, texts, _ = recorded
-    sampling = Sampling(temperature, seed=2)
+    sampling = SamplingParameters(temperature, seed=2)
     traces = record(network, texts, DEPTHS, sampling, Limits(LENGTH))
-    found = forecast(way, traces, DEPTHS, UNIT, 4)
-    runs = [generate(network, [text], way, sampling, Limits(LENGTH))[0] for text in texts]
+    found = forecast(strategy, traces, DEPTHS, UNIT, 4)
+    runs = [generate(network, [text], strategy, sampling, Limits(LENGTH))[0] for text in texts]
     assert found.num_tokens == 3 * LENGTH == found.num_same
     assert found.num_steps == sum(run.counts.num_steps for run in runs)
     assert found.num_drafted == sum(run.counts.num_drafted for run in runs)
@@ -58,14 +58,14 @@ def test_steps_and_drafts_are_those_of_a_run(recorded, way, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("way", [SelfSpeculative(1, 3), SelfSpeculative(4, 5), SortedSpeculative((2,), (0.0,), 4)])
-def test_steps_and_drafts_are_those_of_a_run_where_another_model_drafts(recorded, way, temperature):
+@pytest.mark.parametrize("strategy", [SelfSpeculative(1, 3), SelfSpeculative(4, 5), SortedSpeculative((2,), (0.0,), 4)])
+def test_steps_and_drafts_are_those_of_a_run_where_another_model_drafts(recorded, strategy, temperature):
     _, network, texts, _ = recorded
     _, draft = plain_network("llama", 0.2)
-    sampling = Sampling(temperature, seed=2)
+    sampling = SamplingParameters(temperature, seed=2)
     traces = record(network, texts, draft.depths, sampling, Limits(LENGTH), draft)
-    found = forecast(way, traces, draft.depths, TARGET, 4, UNIT)
-    runs = [generate(network, [text], way, sampling, Limits(LENGTH), draft)[0] for text in texts]
+    found = forecast(strategy, traces, draft.depths, TARGET, 4, UNIT)
+    runs = [generate(network, [text], strategy, sampling, Limits(LENGTH), draft)[0] for text in texts]
     assert [trace.tokens for trace in traces] == [run.tokens for run in runs] and found.num_same == 3 * LENGTH
     assert found.num_steps == sum(run.counts.num_steps for run in runs)
     assert found.num_drafted == sum(run.counts.num_drafted for run in runs)
@@ -119,8 +119,8 @@ def test_the_tuner_finds_ways_that_are_faster_and_fit_the_model(recorded):
     assert adaptive.expected.tokens_per_second >= fixed.expected.tokens_per_second
     early = tuner.early_exit(0.8)
     assert early.expected.share_same >= 0.8 and early.expected.tokens_per_second > tuner.base.tokens_per_second
-    for way in (fixed.way, adaptive.way, early.way, *tuner.trees()):
-        check_way(way, network)
+    for strategy in (fixed.strategy, adaptive.strategy, early.strategy, *tuner.trees()):
+        check_strategy(strategy, network)
 
 
 def test_the_tuner_finds_ways_of_another_model_that_drafts(recorded):
@@ -130,17 +130,17 @@ def test_the_tuner_finds_ways_of_another_model_that_drafts(recorded):
     tuner = Tuner(traces, draft.depths, Costs((1, 64), {4: (9.0, 9.0)}, {4: (0.1, 0.1)}), 4, FLAT)
     fixed, adaptive = tuner.self_speculative(), tuner.sorted_speculative()
     assert adaptive.expected.tokens_per_second >= fixed.expected.tokens_per_second > 1.3 * tuner.base.tokens_per_second
-    for way in (fixed.way, adaptive.way, *tuner.trees()):
-        check_way(way, network, draft)
+    for strategy in (fixed.strategy, adaptive.strategy, *tuner.trees()):
+        check_strategy(strategy, network, draft)
 
 
 def test_a_bandit_takes_the_faster_way_of_each_task():
-    ways, seconds = [Full(), SelfSpeculative(1, 4)], {"a": (1.0, 0.5), "b": (0.5, 1.0)}
-    bandit, taken = Bandit(ways), {"a": [0, 0], "b": [0, 0]}
+    strategies, seconds = [Full(), SelfSpeculative(1, 4)], {"a": (1.0, 0.5), "b": (0.5, 1.0)}
+    bandit, taken = Bandit(strategies), {"a": [0, 0], "b": [0, 0]}
     for turn in range(200):
         for task in seconds:
             if turn == 100:
-                bandit = Bandit(ways, bandit.state_dict())
+                bandit = Bandit(strategies, bandit.state_dict())
             place = bandit.choose(task)
             bandit.learn(task, place, 10, seconds[task][place] * 10)
             taken[task][place] += 1

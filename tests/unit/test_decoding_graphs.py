@@ -10,14 +10,22 @@ from megatron_sorted.decoding.cache.passes import Passes
 from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.generate import Limits, generate, stream
 from megatron_sorted.decoding.network import load_network
-from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, Sampling, SelfSpeculative, SortedSpeculative, Tree
+from megatron_sorted.decoding.strategies import (
+    EarlyExit,
+    Fixed,
+    Full,
+    SamplingParameters,
+    SelfSpeculative,
+    SortedSpeculative,
+    TreeSpeculative,
+)
 from tests.support.decoding import DEPTHS, last_logits, prompts
 from tests.support.exit_parts import save_nested
 from tests.support.model_directories import FAMILIES
 from tests.support.tape import Tape
 
-WAYS = [Full(), Fixed(1), EarlyExit((1, 3), (0.02, 0.02)), SelfSpeculative(1, 4), SortedSpeculative((1, 3), (0.02, 0.02), 5),
-        Tree((1, 3), (0.02,), 3, 2, 6)]
+STRATEGIES = [Full(), Fixed(1), EarlyExit((1, 3), (0.02, 0.02)), SelfSpeculative(1, 4), SortedSpeculative((1, 3), (0.02, 0.02), 5),
+        TreeSpeculative((1, 3), (0.02,), 3, 2, 6)]
 
 
 def loaded(tmp_path, family="mistral", kind="block", record=True):
@@ -55,23 +63,23 @@ def test_every_exit_of_every_family(family, kind, record, tmp_path):
         assert (state.memory.passes.num_replays > 0) == record
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
-def test_every_way_says_the_same_replayed(way, tmp_path):
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
+def test_every_way_says_the_same_replayed(strategy, tmp_path):
     _, plain, network = loaded(tmp_path)
     texts = prompts((11, 3, 100), 100)
-    for sampling, rows in itertools.product((Sampling(), Sampling(0.8, repetition_penalty=1.2)), ([0], [2], [0, 1, 2])):
+    for sampling, rows in itertools.product((SamplingParameters(), SamplingParameters(0.8, repetition_penalty=1.2)), ([0], [2], [0, 1, 2])):
         chosen = [texts[row] for row in rows]
-        wanted = [text.tokens for text in generate(plain, chosen, way, sampling, Limits(40))]
-        assert [text.tokens for text in generate(network, chosen, way, sampling, Limits(40))] == wanted
+        wanted = [text.tokens for text in generate(plain, chosen, strategy, sampling, Limits(40))]
+        assert [text.tokens for text in generate(network, chosen, strategy, sampling, Limits(40))] == wanted
     assert sum(memory.passes.num_replays for memory in network.idle) > 20
 
 
 def test_rows_that_leave_take_other_memory_and_all_of_it_comes_back(tmp_path):
     _, plain, network = loaded(tmp_path)
-    texts, way = prompts((11, 3, 24), 100), SelfSpeculative(1, 3)
-    ends = frozenset({generate(plain, [texts[0]], way, limits=Limits(10))[0].tokens[-1]})
-    wanted = [text.tokens for text in generate(plain, texts, way, limits=Limits(30, ends))]
-    assert [text.tokens for text in generate(network, texts, way, limits=Limits(30, ends))] == wanted
+    texts, strategy = prompts((11, 3, 24), 100), SelfSpeculative(1, 3)
+    ends = frozenset({generate(plain, [texts[0]], strategy, limits=Limits(10))[0].tokens[-1]})
+    wanted = [text.tokens for text in generate(plain, texts, strategy, limits=Limits(30, ends))]
+    assert [text.tokens for text in generate(network, texts, strategy, limits=Limits(30, ends))] == wanted
     assert len({memory.num_rows for memory in network.idle}) > 1
 
 

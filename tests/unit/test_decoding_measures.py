@@ -5,32 +5,32 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_sorted.benchmark.curve import Point, Said, best_within, front
+from megatron_sorted.benchmark.curve import ExitScores, Point, best_within, front
 from megatron_sorted.benchmark.peer import until_end
 from megatron_sorted.benchmark.sweep import Sweep
-from megatron_sorted.benchmark.trials import Trial, share_same, try_all
-from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative
+from megatron_sorted.benchmark.trials import StrategyTrial, share_same, try_all
+from megatron_sorted.decoding.strategies import EarlyExit, Fixed, Full, SelfSpeculative
 
 DEPTHS = [1, 2, 4]
-SAID = Said(torch.tensor([[4.0, 1.0, 8.0], [3.0, 2.0, 6.0], [1.0, 3.0, 5.0]]),
+SAID = ExitScores(torch.tensor([[4.0, 1.0, 8.0], [3.0, 2.0, 6.0], [1.0, 3.0, 5.0]]),
             {"margin": torch.tensor([[0.1, 0.9, 0.5], [0.2, 0.9, 0.6], [1.0, 1.0, 1.0]])})
 
 
-@pytest.mark.parametrize(("way", "loss"), [
+@pytest.mark.parametrize(("strategy", "loss"), [
     (Full(), 3.0), (SelfSpeculative(1), 3.0), (Fixed(1), 13 / 3), (Fixed(2), 11 / 3),
     (EarlyExit((1, 2), (0.6, 0.5), "margin"), (1.0 + 1.0 + 6.0) / 3),  # the second token leaves at 1, the third at 2
     (EarlyExit((2,), (0.6,), "margin"), (1.0 + 2.0 + 5.0) / 3),  # above, not at, its threshold
     (EarlyExit((1, 2), (1.0, 1.0), "margin"), 3.0)])
-def test_each_token_is_said_by_the_first_sure_exit(way, loss):
-    assert SAID.loss_of(way, DEPTHS) == pytest.approx(loss)
+def test_each_token_is_said_by_the_first_sure_exit(strategy, loss):
+    assert SAID.loss_of(strategy, DEPTHS) == pytest.approx(loss)
 
 
 def test_the_front_leaves_out_what_is_deeper_and_worse():
-    ways = {"shallow": EarlyExit((1,), (0.6,), "margin"), "worse": EarlyExit((2,), (0.15,), "margin"), "fixed @1": Fixed(1)}
+    strategies = {"shallow": EarlyExit((1,), (0.6,), "margin"), "worse": EarlyExit((2,), (0.15,), "margin"), "fixed @1": Fixed(1)}
     # mean depths 3 and 2; losses (1 + 1 + 5) / 3 and (3 + 2 + 6) / 3: both on the front
-    assert list(front(SAID, ways, DEPTHS, 16)) == ["shallow", "worse", "fixed @1"]
-    ways["deeper and no better"] = EarlyExit((1,), (0.95,), "margin")
-    assert "deeper and no better" not in front(SAID, ways, DEPTHS, 16)
+    assert list(front(SAID, strategies, DEPTHS, 16)) == ["shallow", "worse", "fixed @1"]
+    strategies["deeper and no better"] = EarlyExit((1,), (0.95,), "margin")
+    assert "deeper and no better" not in front(SAID, strategies, DEPTHS, 16)
     many = {f"{value:.2f}": EarlyExit((1,), (value,), "margin") for value in (0.05, 0.3, 0.6)}
     assert len(front(SAID, many, DEPTHS, 2)) == 2
 
@@ -43,10 +43,10 @@ def test_the_fastest_within_a_loss():
 
 
 def test_shares_and_speeds():
-    base = Trial([[1, 2, 3, 4], [5, 6]], [1.0, 2.0], 6)
+    base = StrategyTrial([[1, 2, 3, 4], [5, 6]], [1.0, 2.0], 6)
     assert base.tokens_per_second == 2.0 and base.tokens_per_step == 1.0
     assert share_same(base, base) == 1.0
-    assert share_same(Trial([[1, 2, 9, 4], [5]], [1.0]), base) == 3 / 6
+    assert share_same(StrategyTrial([[1, 2, 9, 4], [5]], [1.0]), base) == 3 / 6
     assert until_end([4, 2, 7, 2], frozenset({2})) == [4, 2] and until_end([4], frozenset({2})) == [4]
 
 

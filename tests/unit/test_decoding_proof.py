@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lab.decoding import proof
-from lab.decoding.proof import Draws, compare, draw_way, fit, greedy_draft_pairs, pairs_expected, sample_pairs
-from megatron_sorted.decoding.choice import check_way
+from lab.decoding.proof import Draws, compare, draw_strategy, fit, greedy_draft_pairs, pairs_expected, sample_pairs
+from megatron_sorted.decoding.choice import check_strategy
 from megatron_sorted.decoding.generate import generate
-from megatron_sorted.decoding.ways import Sampling, SelfSpeculative, Tree, draft_depths
+from megatron_sorted.decoding.strategies import SamplingParameters, SelfSpeculative, TreeSpeculative, draft_depths
 from tests.support.decoding import plain_network
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 6], [4, 4]]
@@ -27,30 +27,30 @@ def network():
 
 def test_drawn_ways_can_all_be_gone(network):
     chance = random.Random(0)
-    ways = [draw_way(chance, network.depths[:-1]) for _ in range(300)]
-    for way in ways:
-        check_way(way, network)
-    assert {way.name for way in ways} == {"self_speculative", "sorted_speculative", "tree"}
-    assert {depth for way in ways for depth in draft_depths(way)} == set(network.depths[:-1])
+    strategies = [draw_strategy(chance, network.depths[:-1]) for _ in range(300)]
+    for strategy in strategies:
+        check_strategy(strategy, network)
+    assert {strategy.name for strategy in strategies} == {"self_speculative", "sorted_speculative", "tree"}
+    assert {depth for strategy in strategies for depth in draft_depths(strategy)} == set(network.depths[:-1])
 
 
 def test_nothing_differs_and_texts_end_in_every_manner(network):
     found = compare(network, PROMPTS, 1500, seed=1, draws=Draws(24, frozenset({1, 2}), letters))
     assert found.num_tokens >= 1500 and found.num_same == found.num_tokens and not found.differences
-    assert set(found.finishes) == {"eos", "stop", "length"} and set(found.by_way) == {"self_speculative", "sorted_speculative", "tree"}
+    assert set(found.finishes) == {"eos", "stop", "length"} and set(found.by_strategy) == {"self_speculative", "sorted_speculative", "tree"}
     assert 0 < found.accepted < found.drafted
 
 
 def test_a_wrong_token_is_found(network, monkeypatch):
-    def slipped(network, prompts, way, sampling=None, limits=None, draft=None):
-        texts = generate(network, prompts, way, sampling, limits, draft)
-        if way.name == "tree" and len(texts[0].tokens) > 3:
+    def slipped(network, prompts, strategy, sampling=None, limits=None, draft=None):
+        texts = generate(network, prompts, strategy, sampling, limits, draft)
+        if strategy.name == "tree" and len(texts[0].tokens) > 3:
             texts[0] = dataclasses.replace(texts[0], tokens=[*texts[0].tokens[:3], (texts[0].tokens[3] + 1) % 8, *texts[0].tokens[4:]])
         return texts
 
     monkeypatch.setattr(proof, "generate", slipped)
     found = compare(network, PROMPTS, 600, seed=1, draws=Draws(24, sampled=0.0))
-    assert found.differences and all(one.way.name == "tree" and one.place == 3 for one in found.differences)
+    assert found.differences and all(one.strategy.name == "tree" and one.place == 3 for one in found.differences)
     assert found.num_same < found.num_tokens and all(one.margin >= 0 for one in found.differences)
 
 
@@ -63,12 +63,12 @@ def test_a_chi_square_is_that_of_the_tables():
     assert fit({(0, 0): 9990, (1, 3): 10}, rare).cells == 2, "rare pairs are counted together"
 
 
-@pytest.mark.parametrize("way", [SelfSpeculative(1, 2), Tree((1,), (), 2, 3, 6)])
-def test_samples_are_of_the_full_models_distribution_and_biased_ones_are_not(network, way):
-    sampling = Sampling(1.0, 6)
+@pytest.mark.parametrize("strategy", [SelfSpeculative(1, 2), TreeSpeculative((1,), (), 2, 3, 6)])
+def test_samples_are_of_the_full_models_distribution_and_biased_ones_are_not(network, strategy):
+    sampling = SamplingParameters(1.0, 6)
     expected = pairs_expected(network, PROMPTS[0], sampling)
     assert sum(expected.values()) == pytest.approx(1, abs=1e-5) and len(expected) == 36
-    assert fit(sample_pairs(network, PROMPTS[0], way, sampling, 2000), expected).p > 1e-4
+    assert fit(sample_pairs(network, PROMPTS[0], strategy, sampling, 2000), expected).p > 1e-4
     assert fit(greedy_draft_pairs(network, PROMPTS[0], 1, sampling, 1000), expected).p < 1e-4
 
 

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from megatron_sorted.benchmark.questions import CONVERSATION, Question, read_prompts, read_questions
+from megatron_sorted.benchmark.questions import CONVERSATION, MultiTurnQuestion, read_prompts, read_questions
 from megatron_sorted.errors import DataError
 
 
 def test_groups_of_categories():
-    groups = {name: Question(1, name, ("a",)).group for name in ("writing", "stem", "qa", "cooking", CONVERSATION)}
+    groups = {name: MultiTurnQuestion(1, name, ("a",)).group for name in ("writing", "stem", "qa", "cooking", CONVERSATION)}
     assert groups == {"writing": CONVERSATION, "stem": CONVERSATION, "qa": "question answering", "cooking": "cooking",
                       CONVERSATION: CONVERSATION}
 
@@ -22,7 +22,7 @@ GOOD = {"question_id": 81, "category": "writing", "turns": ["a\u2028b", "c"], "r
                                    lambda rows: json.dumps(rows, indent=1)])
 def test_lines_and_lists_are_read_alike(tmp_path, write):
     (tmp_path / "q").write_text(write([GOOD, GOOD | {"question_id": "x"}]), encoding="utf-8", newline="")
-    assert read_questions(tmp_path / "q") == [Question(81, "writing", ("a\u2028b", "c")), Question("x", "writing", ("a\u2028b", "c"))]
+    assert read_questions(tmp_path / "q") == [MultiTurnQuestion(81, "writing", ("a\u2028b", "c")), MultiTurnQuestion("x", "writing", ("a\u2028b", "c"))]
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 pytest.importorskip("fastapi", reason="serving is an extra")
-from megatron_sorted.decoding.ways import Sampling
+from megatron_sorted.decoding.strategies import SamplingParameters
 from megatron_sorted.serving.answers import RefusedError
 from megatron_sorted.serving.body import parse_body
 from megatron_sorted.serving.requests import ChatRequest, CompletionRequest, read_prompts, read_request, read_stops
@@ -35,7 +35,7 @@ def chat(**more) -> ChatRequest:
 @pytest.mark.parametrize("ask", [completion, chat])
 def test_what_changes_nothing_is_taken(ask, name, value):
     asked = ask(**{name: value})
-    assert asked.sampling(Sampling(temperature=1.0), 3) == Sampling(temperature=1.0, seed=3) and asked.top_logprobs_asked is None
+    assert asked.sampling(SamplingParameters(temperature=1.0), 3) == SamplingParameters(temperature=1.0, seed=3) and asked.num_top_logprobs is None
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -49,11 +49,11 @@ def test_what_would_change_something_is_refused_by_its_name(name, value):
 
 
 def test_numbers_that_other_servers_write_for_none():
-    usual = Sampling(temperature=0.7, top_k=40, top_p=0.9, repetition_penalty=1.1)
-    assert completion(top_k=-1, top_p=1).sampling(usual, 0) == Sampling(0.7, None, 1.0, 1.1, 0)
+    usual = SamplingParameters(temperature=0.7, top_k=40, top_p=0.9, repetition_penalty=1.1)
+    assert completion(top_k=-1, top_p=1).sampling(usual, 0) == SamplingParameters(0.7, None, 1.0, 1.1, 0)
     assert completion(top_k=0).sampling(usual, 0).top_k is None
-    assert completion(top_p=0).sampling(usual, 0) == Sampling(0.7, 1, None, 1.1, 0), "the fewest tokens that sum to 0: one"
-    assert completion().sampling(usual, 5) == Sampling(0.7, 40, 0.9, 1.1, 5)
+    assert completion(top_p=0).sampling(usual, 0) == SamplingParameters(0.7, 1, None, 1.1, 0), "the fewest tokens that sum to 0: one"
+    assert completion().sampling(usual, 5) == SamplingParameters(0.7, 40, 0.9, 1.1, 5)
     assert completion(max_tokens=0).max_tokens == 0 and chat(max_completion_tokens=4).max_tokens == 4
 
 

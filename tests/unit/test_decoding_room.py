@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from megatron_sorted.decoding.cache import room
-from megatron_sorted.decoding.cache.room import bytes_needed, check_room, free_host_bytes, told_by_us
+from megatron_sorted.decoding.cache import capacity as room
+from megatron_sorted.decoding.cache.capacity import as_memory_error, bytes_needed, check_cache_memory, free_host_bytes
 from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.generate import Limits, generate
-from megatron_sorted.decoding.ways import SelfSpeculative
+from megatron_sorted.decoding.strategies import SelfSpeculative
 from megatron_sorted.errors import MemoryExhaustedError
 from tests.support.decoding import nested, plain_network
 
@@ -35,11 +35,11 @@ def test_free_bytes_are_the_least_that_host_and_container_give(files, free, tmp_
 def test_what_does_not_fit_is_refused_before_it_is_begun(monkeypatch):
     _, network = plain_network("llama")
     monkeypatch.setattr(room, "free_host_bytes", lambda: 1_000_000)
-    check_room(network, 1, 64, (4,))
+    check_cache_memory(network, 1, 64, (4,))
     with pytest.raises(MemoryExhaustedError, match=r"out of memory: 500 texts of 208 tokens need 0\.\d\d GB of keys and values, 0.00 GB"):
         generate(network, [[1] * 7] * 500, limits=Limits(200))
     monkeypatch.setattr(room, "free_host_bytes", lambda: None)
-    check_room(network, 500, 1 << 30, (4,))
+    check_cache_memory(network, 500, 1 << 30, (4,))
 
 
 def test_what_a_model_that_drafts_needs_counts_too(monkeypatch):
@@ -54,10 +54,10 @@ def test_what_a_model_that_drafts_needs_counts_too(monkeypatch):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")])
 def test_every_allocator_is_told_alike(error):
-    with pytest.raises(MemoryExhaustedError, match=r"^out of memory \([^\n]+\)\. Shorten prompts"), told_by_us():
+    with pytest.raises(MemoryExhaustedError, match=r"^out of memory \([^\n]+\)\. Shorten prompts"), as_memory_error():
         raise error
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="broken"), told_by_us():
+    with pytest.raises(RuntimeError, match="broken"), as_memory_error():
         raise RuntimeError("broken")

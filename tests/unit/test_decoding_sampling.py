@@ -7,7 +7,7 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_sorted.decoding.sampling import Sampler, certainty, cut, gumbel, highest_probability, margin, penalise
-from megatron_sorted.decoding.ways import Sampling
+from megatron_sorted.decoding.strategies import SamplingParameters
 from megatron_sorted.errors import SettingsError
 
 
@@ -26,7 +26,7 @@ def test_penalty_and_temperature_are_those_of_transformers():
     seen = torch.zeros(2, 30, dtype=torch.bool).scatter_(1, text, True)
     wanted = RepetitionPenaltyLogitsProcessor(1.4)(text, logits.clone())
     assert torch.equal(penalise(logits, seen, 1.4), wanted)
-    sampler = Sampler(Sampling(temperature=0.7, repetition_penalty=1.4, seed=5), [0, 1])
+    sampler = Sampler(SamplingParameters(temperature=0.7, repetition_penalty=1.4, seed=5), [0, 1])
     scores = sampler.scores(logits[:, None], [[4], [6]], seen[:, None])[:, 0]
     noise = torch.stack([gumbel(5, 0, 4, 30), gumbel(5, 1, 6, 30)])
     torch.testing.assert_close((scores - noise).log_softmax(-1), TemperatureLogitsWarper(0.7)(text, wanted).log_softmax(-1))
@@ -36,7 +36,7 @@ def test_penalty_and_temperature_are_those_of_transformers():
 def test_a_very_low_temperature_takes_the_likeliest_token(temperature):
     logits = torch.tensor([[[3.0, 9.0, 12.0, 11.0, float("-inf")]]])
     for more in ({}, {"top_k": 3}, {"top_p": 0.9}):
-        assert Sampler(Sampling(temperature, **more), [0]).choose(logits, [[7]]).item() == 2
+        assert Sampler(SamplingParameters(temperature, **more), [0]).choose(logits, [[7]]).item() == 2
 
 
 def test_a_hundred_thousand_choices_are_samples_of_the_distribution():
@@ -58,8 +58,8 @@ def test_noise_of_neighbouring_places_seeds_and_rows_is_independent():
 def test_a_row_says_the_same_whatever_else_is_in_the_batch():
     logits = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(2))
     places = [[5, 6], [9, 10], [2, 3]]
-    together = Sampler(Sampling(temperature=1.0), [0, 1, 2]).choose(logits, places)
-    sampler = Sampler(Sampling(temperature=1.0), [0, 1, 2])
+    together = Sampler(SamplingParameters(temperature=1.0), [0, 1, 2]).choose(logits, places)
+    sampler = Sampler(SamplingParameters(temperature=1.0), [0, 1, 2])
     sampler.select_rows([2])
     assert torch.equal(sampler.choose(logits[2:], places[2:]), together[2:])
 
@@ -71,7 +71,7 @@ def test_a_row_says_the_same_whatever_else_is_in_the_batch():
     ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0 is not above 0")])
 def test_numbers_that_mean_nothing(words, message):
     with pytest.raises(SettingsError, match=message):
-        Sampling(**words)
+        SamplingParameters(**words)
 
 
 def test_how_sure_an_exit_is():

@@ -13,16 +13,16 @@ pytest.importorskip("fastapi", reason="serving is an extra")
 from fastapi.testclient import TestClient
 
 from megatron_sorted.decoding import generate as generate_module
-from megatron_sorted.decoding.choice import check_way
+from megatron_sorted.decoding.choice import check_strategy
 from megatron_sorted.decoding.generate import Limits, generate
-from megatron_sorted.decoding.ways import Fixed, Full, Sampling, SelfSpeculative
-from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.decoding.strategies import Fixed, Full, SamplingParameters, SelfSpeculative
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.serving.api import make_app
-from megatron_sorted.serving.worker import Job, Worker
+from megatron_sorted.serving.worker import GenerationWorker, Job
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_writer import Letters
 
-WAYS = {None: SelfSpeculative(2, 4), "full": Full(), "self_speculative": SelfSpeculative(1, 2), "fixed": SelfSpeculative(9, 2)}
+STRATEGIES = {None: SelfSpeculative(2, 4), "full": Full(), "self_speculative": SelfSpeculative(1, 2), "fixed": SelfSpeculative(9, 2)}
 
 
 class NamedLetters(Letters):
@@ -36,20 +36,20 @@ class NamedLetters(Letters):
 @pytest.fixture
 def served():
     _, network = plain_network("llama")
-    writer = Writer(network, NamedLetters())
-    worker = Worker(writer)
+    writer = TextGenerator(network, NamedLetters())
+    worker = GenerationWorker(writer)
 
-    def way_of(name):
-        way = WAYS[name]
-        check_way(way, network)
-        return way
+    def strategy_of(name):
+        strategy = STRATEGIES[name]
+        check_strategy(strategy, network)
+        return strategy
 
-    with TestClient(make_app(worker, "tiny", way_of)) as client:
+    with TestClient(make_app(worker, "tiny", strategy_of)) as client:
         yield client, writer, worker
     worker.close()
 
 
-def expected(writer: Writer, ids: list[int], count: int, sampling: Sampling | None = None) -> str:
+def expected(writer: TextGenerator, ids: list[int], count: int, sampling: SamplingParameters | None = None) -> str:
     [text] = generate(writer.network, [ids], Full(), sampling, Limits(count))
     return writer.tokenizer.decode(text.tokens)
 
@@ -62,14 +62,14 @@ def test_completions_of_one_and_of_many_prompts(served):
     assert said["object"] == "text_completion"
     assert said["choices"] == [{"index": 0, "text": wanted, "logprobs": None, "finish_reason": "length"}]
     assert said["usage"] == {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
-    many = client.post("/v1/completions", json={**ask, "prompt": ["hello", "b"], "echo": True, "way": "full"}).json()
+    many = client.post("/v1/completions", json={**ask, "prompt": ["hello", "b"], "echo": True, "strategy": "full"}).json()
     assert [choice["text"] for choice in many["choices"]] == ["hello" + wanted, "b" + expected(writer, writer.encode("b"), 12)]
     bare = client.post("/v1/completions", json={**ask, "prompt": [5, 6, 7]}).json()
     assert bare["choices"][0]["text"] == expected(writer, [5, 6, 7], 12)
     echoed = client.post("/v1/completions", json={**ask, "prompt": [5, 6, 7], "echo": True}).json()
     assert echoed["choices"][0]["text"] == writer.tokenizer.decode([5, 6, 7]) + bare["choices"][0]["text"]
     sampled = client.post("/v1/completions", json={**ask, "temperature": 0.8, "seed": 5, "top_p": 0.9, "n": 2}).json()
-    assert sampled["choices"][0]["text"] == expected(writer, writer.encode("hello"), 12, Sampling(0.8, top_p=0.9, seed=5))
+    assert sampled["choices"][0]["text"] == expected(writer, writer.encode("hello"), 12, SamplingParameters(0.8, top_p=0.9, seed=5))
     assert sampled["choices"][0]["text"] != sampled["choices"][1]["text"]
 
 
@@ -120,8 +120,8 @@ BAD = [
     ({"prompt": "a", "temperature": "hot"}, 400, "temperature"), ({"prompt": "a", "top_p": 2}, 400, "top_p"),
     ({"prompt": "a", "stop": ""}, 400, "stop"), ({"prompt": "a", "n": 99}, 400, "n"), ({"prompt": []}, 400, "prompt"), ({}, 400, "prompt"),
     ({"prompt": "a", "colour": "red"}, 400, "colour"), ({"prompt": "a", "model": "other"}, 404, "model"),
-    ({"prompt": "a" * 999}, 400, "prompt"), ({"prompt": [5000]}, 400, "prompt"), ({"prompt": "a", "way": "fast"}, 400, "way"),
-    ({"prompt": "a", "way": "fixed"}, 400, "way"), ({"prompt": {"a": 1}}, 400, "prompt"),
+    ({"prompt": "a" * 999}, 400, "prompt"), ({"prompt": [5000]}, 400, "prompt"), ({"prompt": "a", "strategy": "fast"}, 400, "strategy"),
+    ({"prompt": "a", "strategy": "fixed"}, 400, "strategy"), ({"prompt": {"a": 1}}, 400, "prompt"),
     ({"prompt": "a", "task": ""}, 400, "task"), ({"prompt": "a", "task": "a" * 65}, 400, "task"), ({"prompt": "a", "task": 3}, 400, "task"),
     ({"prompt": [5000], "echo": True}, 400, "prompt"), ({"prompt": [5000], "stream": True}, 400, "prompt"),
     ({"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options"),
@@ -183,13 +183,13 @@ def test_a_server_that_does_not_adapt_takes_tasks_and_says_so(served):
 
 def test_a_client_that_is_gone_ends_its_job(served):
     _, writer, worker = served
-    job = Job([writer.encode("a")], Full(), Sampling(), 200, [])
+    job = Job([writer.encode("a")], Full(), SamplingParameters(), 200, [])
     job.told = lambda: job.gone.set() if job.pieces.qsize() == 3 else None
     worker.submit(job)
-    behind = worker.submit(Job([writer.encode("a")], Full(), Sampling(), 2, []))
+    behind = worker.submit(Job([writer.encode("a")], Full(), SamplingParameters(), 2, []))
     assert len(list(behind.results())) == 2
     assert len(list(job.results())) == 3, "the job went on to its end"
-    late = Job([writer.encode("a")], Full(), Sampling(), 200, [])
+    late = Job([writer.encode("a")], Full(), SamplingParameters(), 200, [])
     late.gone.set()
     assert list(worker.submit(late).results()) == [], "nobody waited for it any more when its turn came"
 
@@ -221,11 +221,11 @@ def test_logprobs_of_prompts_and_texts_are_those_of_transformers(served):
     case, _ = plain_network("llama")
     prompts = [[5, 6, 7, 8], [11, 3]]
     ask = {"prompt": prompts, "max_tokens": 6, "temperature": 0.9, "seed": 3, "logprobs": 3, "echo": True}
-    for more in ({}, {"way": "full"}):  # its own way is speculative
+    for more in ({}, {"strategy": "full"}):  # its own way is speculative
         choices = client.post("/v1/completions", json={**ask, **more}).json()["choices"]
         for prompt, choice in zip(prompts, choices, strict=True):
             found = choice["logprobs"]
-            texts = generate(writer.network, prompts, Full(), Sampling(0.9, seed=3), Limits(6, writer.end_ids))
+            texts = generate(writer.network, prompts, Full(), SamplingParameters(0.9, seed=3), Limits(6, writer.end_ids))
             ids = [*prompt, *texts[prompts.index(prompt)].tokens]
             expected_sv = log_softmax_of(case, ids[:-1])
             assert len(found["tokens"]) == len(found["token_logprobs"]) == len(found["text_offset"]) == len(ids)
@@ -276,8 +276,8 @@ def test_logprobs_in_streams_are_those_of_whole_answers(served, path):
 
 def test_ways_that_write_other_texts_have_no_logprobs(served, monkeypatch):
     client, *_ = served
-    monkeypatch.setitem(WAYS, "fixed", Fixed(2))
-    answer = client.post("/v1/completions", json={"prompt": "a", "way": "fixed", "logprobs": 1})
+    monkeypatch.setitem(STRATEGIES, "fixed", Fixed(2))
+    answer = client.post("/v1/completions", json={"prompt": "a", "strategy": "fixed", "logprobs": 1})
     assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("logprobs: ")
 
 

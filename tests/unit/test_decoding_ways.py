@@ -12,29 +12,37 @@ from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.generate import Limits, generate, stream
 from megatron_sorted.decoding.sampling import SURENESS, gumbel
 from megatron_sorted.decoding.speculation.steps import first_sure
-from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, Sampling, SelfSpeculative, SortedSpeculative, Tree
+from megatron_sorted.decoding.strategies import (
+    EarlyExit,
+    Fixed,
+    Full,
+    SamplingParameters,
+    SelfSpeculative,
+    SortedSpeculative,
+    TreeSpeculative,
+)
 from tests.support.decoding import continue_greedily, last_logits, nested, plain_network, prompts
 
 SPECULATIVE = [
     SelfSpeculative(1, 1), SelfSpeculative(2, 5), SelfSpeculative(3, 9), SortedSpeculative((1,), (0.5,), 4),
-    SortedSpeculative((1, 2, 3), (0.6, 0.4, 0.2), 6), SortedSpeculative((2, 3), (0.9, 0.9), 12, "margin"), Tree((1,)),
-    Tree((2,), (), 1, 3, 3), Tree((1, 3), (0.5,), 4, 3, 7), Tree((1,), (), 6, 1, 6), Tree((2,), (), 3, 5, 40),
-    Tree((1, 2), (0.3,), 2, 6, 1, measure="entropy"), Tree((2,), (), 5, 1, 8, 2), Tree((1, 3), (0.4,), 4, 3, 9, 1)]
+    SortedSpeculative((1, 2, 3), (0.6, 0.4, 0.2), 6), SortedSpeculative((2, 3), (0.9, 0.9), 12, "margin"), TreeSpeculative((1,)),
+    TreeSpeculative((2,), (), 1, 3, 3), TreeSpeculative((1, 3), (0.5,), 4, 3, 7), TreeSpeculative((1,), (), 6, 1, 6), TreeSpeculative((2,), (), 3, 5, 40),
+    TreeSpeculative((1, 2), (0.3,), 2, 6, 1, measure="entropy"), TreeSpeculative((2,), (), 5, 1, 8, 2), TreeSpeculative((1, 3), (0.4,), 4, 3, 9, 1)]
 NUM_TOKENS = 40
 
 
-def name_of(way) -> str:
-    return "-".join(map(str, (way.name, *vars(way).values())))
+def name_of(strategy) -> str:
+    return "-".join(map(str, (strategy.name, *vars(strategy).values())))
 
 
 FAMILIES = ("llama", "mistral")
 OTHER_FAMILY = pytest.mark.long(reason="every way reads a llama; every third a mistral, whose window is shorter than the texts")
 
 
-def of_families(ways) -> list:
+def of_families(strategies) -> list:
     """Return (family, way) as parameters of a test."""
-    return [pytest.param(family, way, id=f"{family}-{name_of(way)}", marks=() if family == "llama" or number % 3 == 0 else OTHER_FAMILY)
-            for family in FAMILIES for number, way in enumerate(ways)]
+    return [pytest.param(family, strategy, id=f"{family}-{name_of(strategy)}", marks=() if family == "llama" or number % 3 == 0 else OTHER_FAMILY)
+            for family in FAMILIES for number, strategy in enumerate(strategies)]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -45,43 +53,43 @@ def case(request):
     return network, texts, wanted
 
 
-@pytest.mark.parametrize(("case", "way"), of_families([Full(), *SPECULATIVE]), indirect=["case"])
-def test_greedy_text_is_that_of_the_full_model_alone_and_in_a_batch(case, way):
+@pytest.mark.parametrize(("case", "strategy"), of_families([Full(), *SPECULATIVE]), indirect=["case"])
+def test_greedy_text_is_that_of_the_full_model_alone_and_in_a_batch(case, strategy):
     network, texts, wanted = case
-    together = generate(network, texts, way, limits=Limits(NUM_TOKENS))
+    together = generate(network, texts, strategy, limits=Limits(NUM_TOKENS))
     assert [text.tokens for text in together] == wanted
-    assert [generate(network, [text], way, limits=Limits(NUM_TOKENS))[0].tokens for text in texts] == wanted
+    assert [generate(network, [text], strategy, limits=Limits(NUM_TOKENS))[0].tokens for text in texts] == wanted
     for text in together:
         assert text.finish == "length" and len(text.counts.depths) == NUM_TOKENS
         assert text.counts.num_accepted <= text.counts.num_drafted
-        if not isinstance(way, Full):
+        if not isinstance(strategy, Full):
             assert NUM_TOKENS - 1 <= text.counts.num_accepted + text.counts.num_steps <= NUM_TOKENS + text.counts.num_steps
-    if not isinstance(way, Full) and way != SelfSpeculative(1, 1):
+    if not isinstance(strategy, Full) and strategy != SelfSpeculative(1, 1):
         assert sum(text.counts.num_accepted for text in together) > 20, "drafts are never accepted: the test shows little"
 
 
-SAMPLINGS = {"all": Sampling(0.7, top_k=8, top_p=0.9, repetition_penalty=1.3, seed=4), "plain": Sampling(1.0, seed=3),
-             "greedy penalty": Sampling(0.0, repetition_penalty=1.5)}
+SAMPLINGS = {"all": SamplingParameters(0.7, top_k=8, top_p=0.9, repetition_penalty=1.3, seed=4), "plain": SamplingParameters(1.0, seed=3),
+             "greedy penalty": SamplingParameters(0.0, repetition_penalty=1.5)}
 OTHERWISE = pytest.mark.long(reason="every way samples with all rules, and every third way with each rule alone")
 
 
-@pytest.mark.parametrize(("case", "way", "sampling"), [
-    pytest.param(family, way, sampling, id=f"{family}-{name}-{name_of(way)}",
+@pytest.mark.parametrize(("case", "strategy", "sampling"), [
+    pytest.param(family, strategy, sampling, id=f"{family}-{name}-{name_of(strategy)}",
                  marks=OTHERWISE if name != "all" and number % 3 != place else OTHER_FAMILY if family != "llama" and number % 3 else ())
-    for family in FAMILIES for place, (name, sampling) in enumerate(SAMPLINGS.items()) for number, way in enumerate(SPECULATIVE)],
+    for family in FAMILIES for place, (name, sampling) in enumerate(SAMPLINGS.items()) for number, strategy in enumerate(SPECULATIVE)],
     indirect=["case"])
-def test_sampled_text_is_that_of_the_full_model_with_the_same_seed(case, way, sampling):
+def test_sampled_text_is_that_of_the_full_model_with_the_same_seed(case, strategy, sampling):
     network, texts, _ = case
     wanted = [text.tokens for text in generate(network, texts, Full(), sampling, Limits(NUM_TOKENS))]
-    together = generate(network, texts, way, sampling, Limits(NUM_TOKENS))
+    together = generate(network, texts, strategy, sampling, Limits(NUM_TOKENS))
     assert [text.tokens for text in together] == wanted
-    assert generate(network, texts[:1], way, sampling, Limits(NUM_TOKENS))[0].tokens == wanted[0]
+    assert generate(network, texts[:1], strategy, sampling, Limits(NUM_TOKENS))[0].tokens == wanted[0]
 
 
 def test_sampled_text_is_what_a_plain_loop_samples():
     model, network = plain_network("llama")
     [prompt] = prompts((9,), 100)
-    settings = Sampling(0.8, repetition_penalty=1.3, seed=6)
+    settings = SamplingParameters(0.8, repetition_penalty=1.3, seed=6)
 
     def after(text):
         logits = last_logits(model, 4, text)
@@ -124,13 +132,13 @@ def test_tokens_leave_at_the_first_exit_that_is_sure(measure):
 
 
 @pytest.mark.parametrize("kind", ["block", "adapter and block", "mlp"])
-@pytest.mark.parametrize("way", [SelfSpeculative(1, 4), SortedSpeculative((1, 3), (0.5, 0.2), 5), Tree((1, 3), (0.4,), 3, 3, 6)],
+@pytest.mark.parametrize("strategy", [SelfSpeculative(1, 4), SortedSpeculative((1, 3), (0.5, 0.2), 5), TreeSpeculative((1, 3), (0.4,), 3, 3, 6)],
                          ids=name_of)
-def test_exits_with_parts_of_their_own_draft(kind, way, tmp_path):
+def test_exits_with_parts_of_their_own_draft(kind, strategy, tmp_path):
     case, network = nested(tmp_path, "qwen3", kind, norms=True)
     texts = prompts((5, 12), 100)
     wanted = [continue_greedily(text, 20, lambda whole: last_logits(case, 4, whole)) for text in texts]
-    assert [text.tokens for text in generate(network, texts, way, limits=Limits(20))] == wanted
+    assert [text.tokens for text in generate(network, texts, strategy, limits=Limits(20))] == wanted
 
 
 def test_a_draft_of_another_number_of_tokens_is_made_alike():
@@ -150,40 +158,40 @@ def test_a_draft_of_another_number_of_tokens_is_made_alike():
     assert [text.tokens for text in generate(larger, texts, SelfSpeculative(2, 4), limits=limits, draft=smaller.resized(130))] == wanted
 
 
-@pytest.mark.parametrize("way", [SelfSpeculative(2, 4), SortedSpeculative((1, 2), (0.5, 0.2), 5), Tree((1, 2), (0.4,), 3, 3, 6)],
+@pytest.mark.parametrize("strategy", [SelfSpeculative(2, 4), SortedSpeculative((1, 2), (0.5, 0.2), 5), TreeSpeculative((1, 2), (0.4,), 3, 3, 6)],
                          ids=name_of)
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_another_model_drafts(way, temperature):
+def test_another_model_drafts(strategy, temperature):
     (_, draft), (_, network) = plain_network("qwen3"), plain_network("llama")
-    texts, settings, limits = prompts((5, 12, 8), 100), Sampling(temperature), Limits(30)
+    texts, settings, limits = prompts((5, 12, 8), 100), SamplingParameters(temperature), Limits(30)
     wanted = [text.tokens for text in generate(network, texts, Full(), settings, limits)]
-    assert [text.tokens for text in generate(network, texts, way, settings, limits, draft)] == wanted
-    deepest = replace(way, **({"depth": 4} if hasattr(way, "depth") else {"depths": (2, 4)}))
+    assert [text.tokens for text in generate(network, texts, strategy, settings, limits, draft)] == wanted
+    deepest = replace(strategy, **({"depth": 4} if hasattr(strategy, "depth") else {"depths": (2, 4)}))
     itself = generate(network, texts, deepest, settings, limits, network)
     assert [text.tokens for text in itself] == wanted
     assert sum(text.counts.num_accepted for text in itself) > 30, "a model that drafts for itself is right nearly always"
 
 
-@pytest.mark.parametrize("way", [Full(), *SPECULATIVE[1::3]], ids=name_of)
-def test_texts_end_at_end_tokens_stop_texts_and_the_limit(case, way):
+@pytest.mark.parametrize("strategy", [Full(), *SPECULATIVE[1::3]], ids=name_of)
+def test_texts_end_at_end_tokens_stop_texts_and_the_limit(case, strategy):
     network, texts, wanted = case
     to_text = " ".join
     for row, cut_at in enumerate((17, 5, 30)):
         token = wanted[row][cut_at]
         first = wanted[row].index(token)
-        [ended] = generate(network, [texts[row]], way, limits=Limits(NUM_TOKENS, frozenset({token})))
+        [ended] = generate(network, [texts[row]], strategy, limits=Limits(NUM_TOKENS, frozenset({token})))
         assert (ended.tokens, ended.finish) == (wanted[row][: first + 1], "eos")
         word = " ".join(map(str, wanted[row][cut_at - 1 : cut_at + 1]))
         limits = Limits(NUM_TOKENS, stop=(word,), to_text=lambda tokens: to_text(map(str, tokens)))
-        [stopped] = generate(network, [texts[row]], way, limits=limits)
+        [stopped] = generate(network, [texts[row]], strategy, limits=limits)
         assert stopped.finish == "stop" and stopped.tokens == wanted[row][: len(stopped.tokens)] and len(stopped.tokens) <= cut_at + 1
         assert to_text(map(str, stopped.tokens)).endswith(word)
         for limit in (1, 2, 13):
-            [short] = generate(network, [texts[row]], way, limits=Limits(limit))
+            [short] = generate(network, [texts[row]], strategy, limits=Limits(limit))
             assert (short.tokens, short.finish) == (wanted[row][:limit], "length")
     ends = frozenset({wanted[0][9], wanted[1][2]})
-    alone = [generate(network, [text], way, limits=Limits(NUM_TOKENS, ends))[0] for text in texts]
-    together = generate(network, texts, way, limits=Limits(NUM_TOKENS, ends))
+    alone = [generate(network, [text], strategy, limits=Limits(NUM_TOKENS, ends))[0] for text in texts]
+    together = generate(network, texts, strategy, limits=Limits(NUM_TOKENS, ends))
     assert [(text.tokens, text.finish) for text in together] == [(text.tokens, text.finish) for text in alone]
 
 
@@ -207,8 +215,8 @@ def test_a_stream_gives_the_text_piece_by_piece(case):
     assert pieces == wanted
 
 
-@pytest.mark.parametrize("way", [SelfSpeculative(1, 2), SortedSpeculative((1, 2), (0.4, 0.3), 2), Tree((1,), (), 2, 2, 3)], ids=name_of)
-def test_over_all_noises_the_distribution_of_texts_is_the_full_models(way, monkeypatch):
+@pytest.mark.parametrize("strategy", [SelfSpeculative(1, 2), SortedSpeculative((1, 2), (0.4, 0.3), 2), TreeSpeculative((1,), (), 2, 2, 3)], ids=name_of)
+def test_over_all_noises_the_distribution_of_texts_is_the_full_models(strategy, monkeypatch):
     """A small vocabulary and three noises a place: all outcomes of all places, enumerated."""
     _, network = plain_network("llama")
     allowed, kinds, length = 6, 3, 4
@@ -216,11 +224,11 @@ def test_over_all_noises_the_distribution_of_texts_is_the_full_models(way, monke
     table[:, allowed:] = float("-inf")
     [prompt], now = prompts((5,), 100), {}
     monkeypatch.setattr(sampling_module, "gumbel", lambda seed, row, position, size: table[now["kinds"][(position - len(prompt)) % length]])
-    counts: dict[str, dict] = {"full": {}, "way": {}}
+    counts: dict[str, dict] = {"full": {}, "strategy": {}}
     for noise in itertools.product(range(kinds), repeat=length):
         now["kinds"] = noise
-        for name, which in (("full", Full()), ("way", way)):
-            [text] = generate(network, [prompt], which, Sampling(1.0), Limits(length))
+        for name, which in (("full", Full()), ("strategy", strategy)):
+            [text] = generate(network, [prompt], which, SamplingParameters(1.0), Limits(length))
             key = tuple(text.tokens)
             counts[name][key] = counts[name].get(key, 0) + 1
-    assert counts["way"] == counts["full"] and len(counts["full"]) > 20
+    assert counts["strategy"] == counts["full"] and len(counts["full"]) > 20

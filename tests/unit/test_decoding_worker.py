@@ -5,15 +5,15 @@ import threading
 import pytest
 
 pytest.importorskip("fastapi", reason="serving is an extra")
-from megatron_sorted.decoding.ways import Sampling
-from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.decoding.strategies import SamplingParameters
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.serving.answers import BusyError
-from megatron_sorted.serving.worker import MOST_WAITING, Job, Worker
+from megatron_sorted.serving.worker import MOST_WAITING, GenerationWorker, Job
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_writer import Letters
 
 
-class Waiting(Writer):
+class Waiting(TextGenerator):
     """A writer that begins a text and ends it when it may."""
 
     def __init__(self):
@@ -27,12 +27,12 @@ class Waiting(Writer):
 
 
 def job() -> Job:
-    return Job([[1, 2]], None, Sampling(), 1, [])
+    return Job([[1, 2]], None, SamplingParameters(), 1, [])
 
 
 def test_clients_that_left_leave_the_line():
     writer = Waiting()
-    worker = Worker(writer)
+    worker = GenerationWorker(writer)
     running = worker.submit(job())
     assert writer.has_begun.wait(60)
     waiting = [worker.submit(job()) for _ in range(MOST_WAITING)]

@@ -4,9 +4,9 @@ import pytest
 
 from megatron_sorted.decoding import generate as generate_module
 from megatron_sorted.decoding.generate import Limits, generate
-from megatron_sorted.decoding.speculation.steps import Said
-from megatron_sorted.decoding.ways import Full, SelfSpeculative
-from megatron_sorted.decoding.writer import Writer, open_writer
+from megatron_sorted.decoding.speculation.steps import StepOutput
+from megatron_sorted.decoding.strategies import Full, SelfSpeculative
+from megatron_sorted.decoding.text_generator import TextGenerator, open_writer
 from megatron_sorted.errors import DataError, SettingsError
 from tests.support.decoding import plain_network, prompts
 from tests.support.evaluated import write_model
@@ -37,7 +37,7 @@ class Letters:
 @pytest.fixture
 def writer():
     _, network = plain_network("llama")
-    return Writer(network, Letters())
+    return TextGenerator(network, Letters())
 
 
 def written(writer, texts, **more) -> tuple[list[str], list[str], list[int]]:
@@ -49,21 +49,21 @@ def written(writer, texts, **more) -> tuple[list[str], list[str], list[int]]:
     return found, finishes, depths
 
 
-@pytest.mark.parametrize("way", [Full(), SelfSpeculative(2, 5)])
-def test_pieces_are_the_whole(writer, way):
+@pytest.mark.parametrize("strategy", [Full(), SelfSpeculative(2, 5)])
+def test_pieces_are_the_whole(writer, strategy):
     texts = prompts((5, 9), 100)
-    found, finishes, counts = written(writer, texts, way=way, max_new_tokens=40)
+    found, finishes, counts = written(writer, texts, strategy=strategy, max_new_tokens=40)
     whole = [writer.tokenizer.decode(text.tokens) for text in generate(writer.network, texts, limits=Limits(40))]
     assert found == whole and finishes == ["length"] * 2 and counts == [40] * 2
 
 
-@pytest.mark.parametrize("way", [Full(), SelfSpeculative(2, 5)])
-def test_stop_words_are_left_out_wherever_they_stand(writer, way):
+@pytest.mark.parametrize("strategy", [Full(), SelfSpeculative(2, 5)])
+def test_stop_words_are_left_out_wherever_they_stand(writer, strategy):
     texts = prompts((5,), 100)
-    [whole], _, _ = written(writer, texts, way=way, max_new_tokens=40)
+    [whole], _, _ = written(writer, texts, strategy=strategy, max_new_tokens=40)
     for begin, size in ((3, 2), (10, 5), (17, 1), (25, 7)):
         word = whole[begin : begin + size]
-        [found], [finish], _ = written(writer, texts, way=way, max_new_tokens=40, stop=["not there", word])
+        [found], [finish], _ = written(writer, texts, strategy=strategy, max_new_tokens=40, stop=["not there", word])
         assert finish == "stop" and found == whole[: whole.index(word)]
 
 
@@ -73,9 +73,9 @@ class Script:
     def __init__(self, steps: list[list[int]]):
         self.steps = iter(steps)
 
-    def step(self) -> list[Said]:
+    def step(self) -> list[StepOutput]:
         tokens = next(self.steps)
-        return [Said(tokens, [4] * len(tokens))]
+        return [StepOutput(tokens, [4] * len(tokens))]
 
 
 EURO, A_UMLAUT, END, DOT, B = [0, 5, 10], [15, 20], 99, 9, 1
@@ -91,7 +91,7 @@ EURO, A_UMLAUT, END, DOT, B = [0, 5, 10], [15, 20], 99, 9, 1
 def test_characters_that_end_with_their_text_are_whole(writer, monkeypatch, steps, stop, text, finish):
     """Several tokens of one step are one character, and the text is over with that step; or over with half a character."""
     writer.end_ids = frozenset({END})
-    monkeypatch.setattr(generate_module, "make_step", lambda way, batch: Script(steps))
+    monkeypatch.setattr(generate_module, "make_step", lambda strategy, batch: Script(steps))
     found, finishes, _ = written(writer, [[5, 6]], max_new_tokens=6, stop=stop)
     assert (found, finishes) == ([text], [finish])
 
@@ -99,7 +99,7 @@ def test_characters_that_end_with_their_text_are_whole(writer, monkeypatch, step
 def test_a_tokenizer_that_writes_the_end_of_a_text_otherwise_does_no_harm(writer, monkeypatch):
     decode = writer.tokenizer.decode
     monkeypatch.setattr(writer.tokenizer, "decode", lambda ids: decode(ids).replace(" b b b", "Z"))
-    monkeypatch.setattr(generate_module, "make_step", lambda way, batch: Script([[B], [B], [B], [DOT]]))
+    monkeypatch.setattr(generate_module, "make_step", lambda strategy, batch: Script([[B], [B], [B], [DOT]]))
     assert written(writer, [[5, 6]], max_new_tokens=6, stop=["Z"])[:2] == ([" b b b"], ["stop"])
 
 
@@ -112,10 +112,10 @@ def test_a_text_goes_on_where_the_prompt_ends(tmp_path, monkeypatch):
     for end in range(2, len(whole)):
         rest = text.removeprefix(writer.tokenizer.decode(whole[:end], skip_special_tokens=True))
         for stop in ([], [rest[:2]], [rest[-2:]]):
-            monkeypatch.setattr(generate_module, "make_step", lambda way, batch, end=end: Script([whole[end:]]))
+            monkeypatch.setattr(generate_module, "make_step", lambda strategy, batch, end=end: Script([whole[end:]]))
             [found], [finish], _ = written(writer, [whole[:end]], max_new_tokens=len(whole) - end, stop=stop)
             assert (found, finish) == ((rest[: rest.index(stop[0])], "stop") if stop else (rest, "length"))
-    monkeypatch.setattr(generate_module, "make_step", lambda way, batch: Script([whole[1:]]))
+    monkeypatch.setattr(generate_module, "make_step", lambda strategy, batch: Script([whole[1:]]))
     assert written(writer, [whole[:1]], max_new_tokens=len(whole) - 1)[0] == [text], "nothing stands before it"
 
 

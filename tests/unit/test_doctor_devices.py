@@ -4,7 +4,7 @@
 import pytest
 
 from megatron_sorted.doctor.devices import ascend, extras, gpu, names, variables
-from megatron_sorted.doctor.devices.here import DevicesHere
+from megatron_sorted.doctor.devices.local import LocalDevices
 from megatron_sorted.doctor.finding import FAIL, OK, WARN, worst
 from megatron_sorted.doctor.probes import Probe
 
@@ -221,12 +221,12 @@ def test_adapters(environment, verdict):
 
 
 def test_devices_that_a_process_may_see():
-    here = DevicesHere({"torch": Probe(GPUS), "torch_npu": Probe(errors=("x",))}, GPUS, HOST, npu_host(device_files=0))
+    here = LocalDevices({"torch": Probe(GPUS), "torch_npu": Probe(errors=("x",))}, GPUS, HOST, npu_host(device_files=0))
     assert here.chosen("auto") == "cuda" and here.chosen("cpu") == "cpu" and here.present
     assert here.count("cuda", {}) == 2 and here.count("cuda", {"CUDA_VISIBLE_DEVICES": "1"}) == 1 and here.count("cpu", {}) == 0
     assert here.count("cuda", {"CUDA_VISIBLE_DEVICES": "-1"}) == 0 and here.has_bf16("cuda") and here.has_bf16("cpu")
     old = {**GPUS, "capabilities": [[9, 0], [7, 5]]}
-    assert not DevicesHere({"torch": Probe(old)}, old, HOST, npu_host()).has_bf16("cuda")
+    assert not LocalDevices({"torch": Probe(old)}, old, HOST, npu_host()).has_bf16("cuda")
 
 
 def test_published_links_and_what_adapters_say(tmp_path):

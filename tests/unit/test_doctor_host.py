@@ -67,7 +67,7 @@ def test_copies_on_the_path_and_editable_ones(tmp_path):
     (["0.16.1", "0.11.0"], WARN, "2 copies; taken: 0.16.1 in /a0; also: 0.11.0 in /a1"), (["0.11.0", "0.16.1"], FAIL, "taken: 0.11.0"),
 ])  # fmt: skip
 def test_copies_are_judged_by_the_one_that_is_taken(versions, verdict, words):
-    copies = [packages.Copy(f"/a{number}", version) for number, version in enumerate(versions)]
+    copies = [packages.InstalledCopy(f"/a{number}", version) for number, version in enumerate(versions)]
     found = only(packages.check_megatron_copies(copies))
     assert found.verdict == verdict and words in found.value and bool(found.remedy) == (verdict != OK)
 

@@ -10,7 +10,7 @@ from megatron_sorted.conversion.tokenizers.prompt_form_files import write_form, 
 from megatron_sorted.errors import DataError
 from megatron_sorted.exported.form import form_of_model
 from megatron_sorted.text.conversation import chat_form
-from megatron_sorted.text.prompt_form import FILE, NamedToken, form_from_bytes
+from megatron_sorted.text.prompt_form import FILE, ControlToken, form_from_bytes
 from megatron_sorted.text.tokenizer.opening import open_tokenizer
 from megatron_sorted.text.written_forms import text_form, written_form
 from tests.support.chat_templates import CHATML, INST, write_fast_tokenizer
@@ -60,10 +60,10 @@ def test_sampling_defaults(tmp_path, said, usual):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda form: dataclasses.replace(form, ends=(NamedToken("<|im_end|>", 9),)),
+    (lambda form: dataclasses.replace(form, ends=(ControlToken("<|im_end|>", 9),)),
      r"end token '<\|im_end\|>' was trained as id 9, but .* 4"),
-    (lambda form: dataclasses.replace(form, ends=(NamedToken("<|gone|>", 9),)), r"end token '<\|gone\|>' was trained as id 9"),
-    (lambda form: dataclasses.replace(form, begin=NamedToken("<s>", 5)), r"first token '<s>' was trained as id 5, but .* 1\.")])
+    (lambda form: dataclasses.replace(form, ends=(ControlToken("<|gone|>", 9),)), r"end token '<\|gone\|>' was trained as id 9"),
+    (lambda form: dataclasses.replace(form, begin=ControlToken("<s>", 5)), r"first token '<s>' was trained as id 5, but .* 1\.")])
 def test_a_form_of_another_tokenizer_is_refused(tmp_path, change, message):
     tokenizer = written(tmp_path)
     (tmp_path / FILE).write_text(change(chat_form(tokenizer, None)[0]).as_json())

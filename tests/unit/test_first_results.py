@@ -9,7 +9,7 @@ import pytest
 
 from lab.results.experiments import cldr, make_quick
 from lab.results.measured import Number, Numbers
-from lab.results.picture import Panel, draw
+from lab.results.picture import ResultPanel, draw
 from lab.results.rates import choose_rate, chosen_rate, trained_depths
 from lab.results.recipe import HEADS, evaluate_step, final_step, head_sweep_steps, shown, sweep_folder, sweep_steps
 from lab.results.steps import PYTHON, Runner, Step, StepError
@@ -171,7 +171,7 @@ def test_a_name_stands_beside_its_line_and_over_nothing():
 
 def test_the_picture_is_drawn(tmp_path):
     numbers = Numbers([evaluation(), evaluation(0.5)])
-    panels = [Panel("texts", "held_out", "loss", "all", "nats"), Panel("texts", "held_out", "loss", "part", "nats", 2, 3.5)]
+    panels = [ResultPanel("texts", "held_out", "loss", "all", "nats"), ResultPanel("texts", "held_out", "loss", "part", "nats", 2, 3.5)]
     draw(numbers, panels, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[16:24] == (1400).to_bytes(4, "big") + (620).to_bytes(4, "big")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

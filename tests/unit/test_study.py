@@ -10,7 +10,7 @@ from lab.results.steps import Runner, Step, StepError
 from lab.studies.outcomes import Estimate, Outcomes, beyond, estimate, front, meets_goal, read_losses
 from lab.studies.page import chosen, write_page
 from lab.studies.picture import in_view
-from lab.studies.plan import Plan
+from lab.studies.plan import StudyPlan
 from lab.studies.variants import FAMILIES, VARIANTS, expand
 from megatron_sorted.errors import DataError
 from megatron_sorted.settings.load import load_settings
@@ -113,13 +113,13 @@ def test_every_variant_is_a_run_that_can_be_started(name):
     assert VARIANTS[name].family in FAMILIES
 
 
-def make_plan(folder: Path) -> Plan:
+def make_plan(folder: Path) -> StudyPlan:
     recipe = Recipe(folder, Path("base"), (2,), (2, 4), seq_length=8, num_steps=20, num_sweep_steps=5, warmup=2, held_out=(), evaluate=(),
                     head_batch_size=1, rates={"ordinary": ("1e-3", "1e-2"), "nested": ("3e-3",), "heads": ("1",)})
-    return Plan(recipe, [])
+    return StudyPlan(recipe, [])
 
 
-def leave(plan: Plan, name: str, held_out: dict, tuning: dict | None = None) -> None:
+def leave(plan: StudyPlan, name: str, held_out: dict, tuning: dict | None = None) -> None:
     path = plan.recipe.folder / "runs" / name / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     sets = {"held_out": held_out, "tuning": tuning or held_out}

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from megatron_sorted.conversion.tokenizers.export import write_for_transformers
 from megatron_sorted.data.preparation.encode import EncodeOptions, Encoder
-from megatron_sorted.decoding.writer import Writer
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.evaluation.documents import Document, encode_documents
 from megatron_sorted.exported.tokenizer import for_transformers
 from megatron_sorted.exported.tokenizer import open_tokenizer as open_exported
@@ -80,7 +80,7 @@ def test_every_command_reads_the_same_ids(made, name):
     evaluated = encode_documents([Document({"text": text}, "text") for text in texts], exported) if (
         exported.bos_id is not None or exported.eos_id is not None) else []
     assert [document.ids[1:] for document in evaluated] == [ids[prepared.adds_bos:] for ids in wanted]
-    writer = Writer(_network(), exported)
+    writer = TextGenerator(_network(), exported)
     harness = for_transformers(exported)
     for reader in (run.encode_prompt, writer.encode, lambda text: harness(text).input_ids):
         assert [reader(text) for text in texts] == wanted

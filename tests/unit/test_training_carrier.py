@@ -4,7 +4,7 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 
-from megatron_sorted.training.step.carrier import TeacherBox, halves_of_message, narrow, teach, widen
+from megatron_sorted.training.step.carrier import TeacherSlot, halves_of_message, narrow, teach, widen
 from tests.support.tiny import tiny
 
 
@@ -13,7 +13,7 @@ def test_a_teacher_passes_two_stages_bit_for_bit(freed):
     torch.manual_seed(0)
     layers = [torch.nn.Linear(4, 4) for _ in range(3)]
     norm = torch.nn.RMSNorm(4)
-    boxes = [TeacherBox() for _ in layers]
+    rectangles = [TeacherSlot() for _ in layers]
     seen = {}
 
     # three stages: each receives a leaf, as from Megatron's schedule, and sends on its gradient
@@ -21,15 +21,15 @@ def test_a_teacher_passes_two_stages_bit_for_bit(freed):
     hidden = torch.randn(3, 2, 4)
     first = hidden
     for number in range(2):
-        output = widen(torch.tanh(layers[number](hidden)), boxes[number])
+        output = widen(torch.tanh(layers[number](hidden)), rectangles[number])
         assert output.shape == (6, 2, 4) and output._base is None and output[3:].eq(0).all()
         message = output.detach().clone().requires_grad_()
         messages.append((output, message))
-        hidden = narrow(message, boxes[number + 1])
+        hidden = narrow(message, rectangles[number + 1])
         assert torch.equal(hidden, output[:3])
-        hidden.register_hook(lambda d, number=number: seen.update({number: boxes[number + 1].normed_tbh}))
+        hidden.register_hook(lambda d, number=number: seen.update({number: rectangles[number + 1].normed_tbh}))
     last = torch.tanh(layers[2](hidden))
-    exit_backward = teach(lambda h, factor: factor * h, norm, boxes[2])
+    exit_backward = teach(lambda h, factor: factor * h, norm, rectangles[2])
     last.backward(exit_backward(last.detach(), torch.tensor(0.5)))
     teacher = norm(last).detach()
     for output, message in reversed(messages):
@@ -38,8 +38,8 @@ def test_a_teacher_passes_two_stages_bit_for_bit(freed):
             custom_backward(output, message.grad)
         else:
             output.backward(message.grad)
-    assert torch.equal(seen[1], teacher) and torch.equal(boxes[0].normed_tbh, teacher)
-    assert boxes[1].normed_tbh is None and boxes[2].normed_tbh is None, "a box is empty once the teacher has gone on"
+    assert torch.equal(seen[1], teacher) and torch.equal(rectangles[0].normed_tbh, teacher)
+    assert rectangles[1].normed_tbh is None and rectangles[2].normed_tbh is None, "a box is empty once the teacher has gone on"
     # the gradients are those of the same layers without messages
     got = [layer.weight.grad.clone() for layer in layers]
     for layer in layers:
@@ -53,7 +53,7 @@ def test_a_teacher_passes_two_stages_bit_for_bit(freed):
 
 
 def test_a_teacher_that_does_not_train_sends_no_gradient():
-    box = TeacherBox()
+    box = TeacherSlot()
     hidden = torch.randn(3, 2, 4)
     assert teach(None, torch.nn.RMSNorm(4), box)(hidden, torch.tensor(1.0)).eq(0).all()
     assert box.normed_tbh is not None and not box.normed_tbh.requires_grad

@@ -39,15 +39,15 @@ def save(run: Settings, step: int, start: str | None, **entries: object) -> Path
     return changed(write_checkpoint(Path(run.save), run, step), **{START: start, **entries})
 
 
-@pytest.mark.parametrize("way", ["load", "finetune", "pretrained", "nothing"])
-def test_the_same_command_goes_on_from_what_it_saved(run, way, monkeypatch):
+@pytest.mark.parametrize("strategy", ["load", "finetune", "pretrained", "nothing"])
+def test_the_same_command_goes_on_from_what_it_saved(run, strategy, monkeypatch):
     changes = {"load": {}, "finetune": {"finetune": True}, "nothing": {"load": None},
-               "pretrained": {"load": None, "pretrained_checkpoint": run.load}}[way]
+               "pretrained": {"load": None, "pretrained_checkpoint": run.load}}[strategy]
     run = dataclasses.replace(run, **changes)
     first = open_inputs(run)
-    assert first.going_on == () and first.settings.load == (None if way == "nothing" else str(Path(run.save).parent / "theirs"))
+    assert first.going_on == () and first.settings.load == (None if strategy == "nothing" else str(Path(run.save).parent / "theirs"))
     start = start_of(first.settings, newest_of(first.checkpoints))
-    assert start == ("weights drawn with seed 1234" if way == "nothing" else "weights of run theirs")
+    assert start == ("weights drawn with seed 1234" if strategy == "nothing" else "weights of run theirs")
     directory = save(run, 3, start)
     for spelled in (run.save, os.path.relpath(run.save) + "/"):
         again = open_inputs(dataclasses.replace(run, save=spelled))

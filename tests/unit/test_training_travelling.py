@@ -8,7 +8,7 @@ import pytest
 from megatron_sorted.checkpoint.candidates import Candidate
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.text.prompt_form import NamedToken, PromptForm, form_from_bytes
+from megatron_sorted.text.prompt_form import ControlToken, PromptForm, form_from_bytes
 from megatron_sorted.training.run.travelling import FORM, carry_files, files_of_checkpoint, tokenizer_files
 
 NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -84,8 +84,8 @@ def test_a_sentencepiece_file_keeps_the_fast_tokenizer_made_of_it():
 
 
 def test_the_form_of_the_data_replaces_the_one_before_and_text_only_adds_its_end():
-    chat = PromptForm("chat", "t", {}, None, (NamedToken("<|im_end|>", 4),))
-    plain, text = dataclasses.replace(chat, name="plain"), dataclasses.replace(chat, name="text", ends=(NamedToken("</s>", 2),))
+    chat = PromptForm("chat", "t", {}, None, (ControlToken("<|im_end|>", 4),))
+    plain, text = dataclasses.replace(chat, name="plain"), dataclasses.replace(chat, name="text", ends=(ControlToken("</s>", 2),))
     carried = {**CARRIED, FORM: chat.as_json().encode()}
     for files in ({}, {"tokenizer/tokenizer.json": b"words"}):  # a run that reads no tokenizer, and one that reads the same
         kept = carry_files(carried, files | {FORM: plain.as_json().encode()}, SAID)

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_sorted.checkpoint.sharding.boxes import boxes_of_range
+from megatron_sorted.checkpoint.sharding.rectangles import rectangles_of_range
 
 PREFIX = "optimizer.state"  # Megatron's
 
@@ -45,10 +45,10 @@ def _whole_tensors(base: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple
     assert first == base.data.numel(), f"{base.key}: parts and parameter differ in size"
 
 
-def own_boxes(base: ShardedTensor | ShardedTensorFactory, start: int, end: int) -> Iterator[tuple[int, ShardedTensor]]:
+def own_rectangles(base: ShardedTensor | ShardedTensorFactory, start: int, end: int) -> Iterator[tuple[int, ShardedTensor]]:
     """Yield (first element within the range, sharded tensor without data) of each rectangle of elements ``start``..``end`` - 1."""
     for first, whole in _whole_tensors(base):
-        inside = boxes_of_range(whole.local_shape, max(start - first, 0), min(end - first, whole.data.numel()))
+        inside = rectangles_of_range(whole.local_shape, max(start - first, 0), min(end - first, whole.data.numel()))
         for box in inside:
             stacked = whole.prepend_axis_num  # layers are saved as one tensor with the layer as first dimension
             offset = tuple(at + more for at, more in zip(whole.global_offset, (0,) * stacked + box.offset, strict=True))
@@ -71,23 +71,23 @@ def state_of_parts(optimizer: DistributedOptimizer, model_state: dict[str, Any],
     for index, parameter in enumerate(optimizer.model_param_group_index_map):
         within = optimizer._get_model_param_range_map(parameter)["param"]
         state = optimizer._get_main_param_and_optimizer_states(parameter)
-        boxes = list(own_boxes(bases[id(parameter)], within.start, within.end))
+        rectangles = list(own_rectangles(bases[id(parameter)], within.start, within.end))
         kept = {name: flat for name, flat in state.items() if name != "step"}
-        result[index] = named_boxes(kept, boxes, with_data)
+        result[index] = named_rectangles(kept, rectangles, with_data)
     return result
 
 
-def named_boxes(
-    state: Mapping[str, torch.Tensor], boxes: list[tuple[int, ShardedTensor]], with_data: bool,
+def named_rectangles(
+    state: Mapping[str, torch.Tensor], rectangles: list[tuple[int, ShardedTensor]], with_data: bool,
 ) -> dict[str, dict[int, ShardedTensor]]:
     """Return what an optimizer keeps of a parameter's part, as rectangles under Megatron's names."""
     return {name: {first: replace(box, key=f"{PREFIX}.{name}.{box.key}",
-                                  data=box_of(flat, first, box) if with_data else None)
-                   for first, box in boxes}
+                                  data=rectangle_of(flat, first, box) if with_data else None)
+                   for first, box in rectangles}
             for name, flat in state.items()}
 
 
-def box_of(part: torch.Tensor, first: int, box: ShardedTensor) -> torch.Tensor:
+def rectangle_of(part: torch.Tensor, first: int, box: ShardedTensor) -> torch.Tensor:
     """Return a view of a rectangle of a rank's part of a parameter, from element ``first`` on."""
     last = first + torch.Size(box.local_shape).numel()
     return part.detach().view(-1)[first:last].view(box.local_shape)
@@ -97,6 +97,6 @@ def take_state_of_parts(optimizer: DistributedOptimizer, loaded: dict[str, Any])
     """Copy what was loaded for ``state_of_parts`` into the optimizer."""
     for index, parameter in enumerate(optimizer.model_param_group_index_map):
         state = optimizer._get_main_param_and_optimizer_states(parameter)
-        for name, boxes in loaded[index].items():
-            for first, tensor in boxes.items():
+        for name, rectangles in loaded[index].items():
+            for first, tensor in rectangles.items():
                 state[name].detach()[first : first + tensor.numel()].copy_(tensor.reshape(-1))

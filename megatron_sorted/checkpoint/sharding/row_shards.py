@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_sorted.checkpoint.sharding.optimizer_shards import box_of, named_boxes, own_boxes, parts_of
+from megatron_sorted.checkpoint.sharding.optimizer_shards import named_rectangles, own_rectangles, parts_of, rectangle_of
 from megatron_sorted.checkpoint.sharding.optimizer_state import fill_empty_state
 
 ADAM = ("exp_avg", "exp_avg_sq")
@@ -24,12 +24,12 @@ def keeps_rows(chunk: torch.nn.Module) -> bool:
     return hasattr(chunk, "row_shards")
 
 
-def _boxes(chunk: Any) -> Iterator[tuple[Any, list[tuple[int, ShardedTensor]]]]:
+def _rectangles(chunk: Any) -> Iterator[tuple[Any, list[tuple[int, ShardedTensor]]]]:
     """Yield each parameter's rows with the rectangles of whole tensors that they are."""
     for shard in chunk.row_shards:
         row = shard.sharded.shape[1:].numel()
         start = shard.first_row * row
-        yield shard, list(own_boxes(chunk.states[shard.name], start, start + shard.rows.numel()))
+        yield shard, list(own_rectangles(chunk.states[shard.name], start, start + shard.rows.numel()))
 
 
 def row_states(chunk: Any, with_data: bool) -> dict[str, Any]:
@@ -40,31 +40,31 @@ def row_states(chunk: Any, with_data: bool) -> dict[str, Any]:
         with_data: True for saving: weights in the precision that layers see. For loading, tensors are made when they are read.
     """
     states = {name: state for name, state in chunk.states.items() if not isinstance(state, ShardedTensor | ShardedTensorFactory)}
-    for shard, boxes in _boxes(chunk):
+    for shard, rectangles in _rectangles(chunk):
         dtype = chunk.states[shard.name].data.dtype
         states[shard.name] = {
-            first: replace(box, dtype=dtype, data=box_of(shard.rows, first, box).to(dtype) if with_data else None) for first, box in boxes}
+            first: replace(box, dtype=dtype, data=rectangle_of(shard.rows, first, box).to(dtype) if with_data else None) for first, box in rectangles}
     return states
 
 
 def views_of_rows(chunk: Any) -> Rows:
     """Return this rank's rows as Megatron describes tensors that layers are stacked in, with views of the weights as data."""
     states: Rows = {}
-    for shard, boxes in _boxes(chunk):
+    for shard, rectangles in _rectangles(chunk):
         states[shard.name] = {}
-        for first, box in boxes:
+        for first, box in rectangles:
             stacked = len(box.local_shape) - shard.rows.dim()  # the dimension in which layers are stacked
             shape = box.local_shape[stacked:]
             states[shard.name][first] = replace(box, local_shape=shape, prepend_axis_num=stacked, dtype=shard.rows.dtype,
-                                                data=box_of(shard.rows, first, box).view(shape))
+                                                data=rectangle_of(shard.rows, first, box).view(shape))
     return states
 
 
 def take_rows(chunk: Any, loaded: Rows) -> None:
     """Copy what was loaded for ``row_states`` into the weights."""
-    for shard, boxes in _boxes(chunk):
-        for first, box in boxes:
-            box_of(shard.rows, first, box).copy_(loaded[shard.name][first])
+    for shard, rectangles in _rectangles(chunk):
+        for first, box in rectangles:
+            rectangle_of(shard.rows, first, box).copy_(loaded[shard.name][first])
 
 
 def _states_of(optimizer: Any, shard: Any) -> dict[str, torch.Tensor]:
@@ -89,8 +89,8 @@ def optimizer_rows(optimizer: Any, chunk: Any, steps: int, with_data: bool) -> d
     state: dict[str, Any] = {"optimizer": {"param_groups": groups}, "parts": {}}
     if getattr(part, "grad_scaler", None):
         state["grad_scaler"] = part.grad_scaler.state_dict()
-    for index, (shard, boxes) in enumerate(_boxes(chunk)):
-        state["parts"][index] = named_boxes(_states_of(part.optimizer, shard), boxes, with_data)
+    for index, (shard, rectangles) in enumerate(_rectangles(chunk)):
+        state["parts"][index] = named_rectangles(_states_of(part.optimizer, shard), rectangles, with_data)
     return state
 
 
@@ -106,7 +106,7 @@ def take_optimizer_rows(optimizer: Any, chunk: Any, loaded: dict[str, Any]) -> N
                 inner.state[rows]["step"].fill_(float(said["step"]))
     if getattr(part, "grad_scaler", None) and "grad_scaler" in loaded:
         part.grad_scaler.load_state_dict(loaded["grad_scaler"])
-    for index, (shard, boxes) in enumerate(_boxes(chunk)):
+    for index, (shard, rectangles) in enumerate(_rectangles(chunk)):
         for name, rows in _states_of(inner, shard).items():
-            for first, box in boxes:
-                box_of(rows, first, box).copy_(loaded["parts"][index][name][first])
+            for first, box in rectangles:
+                rectangle_of(rows, first, box).copy_(loaded["parts"][index][name][first])

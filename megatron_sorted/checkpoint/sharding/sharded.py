@@ -201,7 +201,7 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
     return {"more": loaded.get("more", {}), "opt_param_scheduler": loaded.get("opt_param_scheduler", {}), "random_state": same_place}
 
 
-def find_damage_together(directory: Path, manifest: Mapping[str, Any], shards_too: bool = True) -> list[str]:
+def find_damage_on_all_ranks(directory: Path, manifest: Mapping[str, Any], shards_too: bool = True) -> list[str]:
     """Return what is wrong with a checkpoint's files, the same on all ranks; each rank reads its share of the bytes.
 
     Collective: one all-gather of sentences over all ranks.

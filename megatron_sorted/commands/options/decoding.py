@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sorted.conversion.hugging_face.families import DTYPES
+from megatron_sorted.decoding.strategies import MEASURES, STRATEGIES, SamplingParameters
 from megatron_sorted.decoding.tuning.choices import CHOICES
-from megatron_sorted.decoding.ways import MEASURES, WAYS, Sampling
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.reading.shown import printable
 
 if TYPE_CHECKING:  # it loads torch
-    from megatron_sorted.decoding.choice import WayChoice
-    from megatron_sorted.decoding.writer import Writer
+    from megatron_sorted.decoding.choice import StrategyChoice
+    from megatron_sorted.decoding.text_generator import TextGenerator
 
-WAY_OPTIONS = ("depth", "depths", "measure", "thresholds", "num_draft_tokens", "num_levels", "num_branches", "num_nodes", "num_candidates")
-"""Options of ways; --exit-layers is ``way_depths`` on the command line, where ``depths`` are the model's."""
+STRATEGY_OPTIONS = ("depth", "depths", "measure", "thresholds", "num_draft_tokens", "num_levels", "num_branches", "num_nodes", "num_candidates")
+"""Options of ways; --exit-layers is ``strategy_depths`` on the command line, where ``depths`` are the model's."""
 
 
 def check_positive(values: argparse.Namespace, *names: str) -> None:
@@ -45,12 +45,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
 
 
-def add_way_options(parser: argparse.ArgumentParser) -> None:
+def add_strategy_options(parser: argparse.ArgumentParser) -> None:
     """Add what says how to generate; a way takes those options that it knows."""
     group = parser.add_argument_group(f"way (default: as tuned in MODEL/{CHOICES}, else full; its options likewise, else usual ones)")
-    group.add_argument("--way", choices=tuple(WAYS), metavar="NAME", help=", ".join(WAYS))
+    group.add_argument("--strategy", choices=tuple(STRATEGIES), metavar="NAME", help=", ".join(STRATEGIES))
     group.add_argument("--exit-layer", type=int, dest="depth", metavar="N", help="depth of the exit (fixed, self_speculative)")
-    group.add_argument("--exit-layers", type=int, nargs="+", dest="way_depths", metavar="N", help="depths of exits, increasing (others)")
+    group.add_argument("--exit-layers", type=int, nargs="+", dest="strategy_depths", metavar="N", help="depths of exits, increasing (others)")
     group.add_argument("--thresholds", type=float, nargs="+", metavar="P", help="how sure each of these exits must be, 0..1")
     group.add_argument("--measure", choices=MEASURES, metavar="NAME", help=f"of how sure: {', '.join(MEASURES)}")
     group.add_argument("--num-draft-tokens", type=int, metavar="N", help="tokens drafted before a verification")
@@ -94,7 +94,7 @@ def check_prompt_options(values: argparse.Namespace) -> None:
         raise SettingsError("Give --prompt-file or --questions, one of them: texts like those that will be written.")
 
 
-def usual_sampling(values: argparse.Namespace, writer: "Writer", temperature: float) -> Sampling:
+def usual_sampling(values: argparse.Namespace, writer: "TextGenerator", temperature: float) -> SamplingParameters:
     """Return how tokens are chosen where nobody asks otherwise.
 
     Args:
@@ -107,12 +107,12 @@ def usual_sampling(values: argparse.Namespace, writer: "Writer", temperature: fl
     """
     found = writer.form.sampling_defaults() if values.generation_config == "auto" else {}
     try:
-        return Sampling(**{"temperature": temperature, **found})
+        return SamplingParameters(**{"temperature": temperature, **found})
     except SettingsError as error:
         raise DataError(f"{writer.form.where}/generation_config.json: {error} --generation-config none does without it.") from error
 
 
-def sampling_of(values: argparse.Namespace, usual: Sampling | None = None) -> Sampling:
+def sampling_of(values: argparse.Namespace, usual: SamplingParameters | None = None) -> SamplingParameters:
     """Return how tokens are chosen: as the command line says, else as usual, else the most likely ones.
 
     Raises:
@@ -120,28 +120,28 @@ def sampling_of(values: argparse.Namespace, usual: Sampling | None = None) -> Sa
     """
     asked = {name: value for name in ("temperature", "top_k", "top_p", "repetition_penalty")
              if (value := getattr(values, name)) is not None}
-    return replace(usual or Sampling(), **asked, seed=values.seed)
+    return replace(usual or SamplingParameters(), **asked, seed=values.seed)
 
 
-def asks_a_way(values: argparse.Namespace) -> bool:
+def requests_strategy(values: argparse.Namespace) -> bool:
     """Return whether a way, or an option of one, is given."""
-    return values.way is not None or any(_way_option(values, name) is not None for name in WAY_OPTIONS)
+    return values.strategy is not None or any(_strategy_option(values, name) is not None for name in STRATEGY_OPTIONS)
 
 
-def way_choice(values: argparse.Namespace) -> "WayChoice":
+def strategy_choice(values: argparse.Namespace) -> "StrategyChoice":
     """Return which way is asked for."""
-    from megatron_sorted.decoding.choice import WayChoice
+    from megatron_sorted.decoding.choice import StrategyChoice
 
-    given = {name: value for name in WAY_OPTIONS if (value := _way_option(values, name)) is not None}
-    return WayChoice(values.model, values.draft, values.way,
+    given = {name: value for name in STRATEGY_OPTIONS if (value := _strategy_option(values, name)) is not None}
+    return StrategyChoice(values.model, values.draft, values.strategy,
                      {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
-def _way_option(values: argparse.Namespace, name: str) -> object:
-    return getattr(values, "way_depths" if name == "depths" else name)
+def _strategy_option(values: argparse.Namespace, name: str) -> object:
+    return getattr(values, "strategy_depths" if name == "depths" else name)
 
 
-def writer_of(values: argparse.Namespace) -> "Writer":
+def writer_of(values: argparse.Namespace) -> "TextGenerator":
     """Return the model, and say what must be known of it.
 
     Raises:
@@ -150,7 +150,7 @@ def writer_of(values: argparse.Namespace) -> "Writer":
     check_positive(values, "threads")
     import torch
 
-    from megatron_sorted.decoding.writer import open_writer
+    from megatron_sorted.decoding.text_generator import open_writer
 
     own = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     values.device = values.device or own

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sorted.commands.options.evaluation import DEFAULT_SEQ_LENGTH
-from megatron_sorted.conversion.aside import check_destination
 from megatron_sorted.conversion.exporting import KINDS
 from megatron_sorted.conversion.hugging_face.families import max_length_of_config, read_config
+from megatron_sorted.conversion.staging import check_destination
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.evaluation.documents import read_documents
 from megatron_sorted.evaluation.evaluate import Measures, QuestionSet, Subject

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.checkpoint.layout import TOKENIZER
-from megatron_sorted.conversion.aside import written_aside
 from megatron_sorted.conversion.hugging_face.safetensors_files import SafetensorsWriter
 from megatron_sorted.conversion.open_model import OpenModel
+from megatron_sorted.conversion.staging import staged_directory
 from megatron_sorted.conversion.tensors.merged_lora import AdapterOf, MergedLora
 from megatron_sorted.conversion.tensors.source import TensorInfo
-from megatron_sorted.conversion.tensors.table import Pair
+from megatron_sorted.conversion.tensors.table import TensorPair
 from megatron_sorted.conversion.tokenizers.prompt_form_files import form_of, trained_ends, write_form, write_generation_config
 from megatron_sorted.errors import CheckpointError
 
@@ -54,7 +54,7 @@ def export_adapter(model: OpenModel, destination: Path, base: str, overwrite: bo
                               "which merges the adapters and keeps what exits own.")
     form = form_of(model)
     ends = trained_ends(model, form)
-    halves: list[tuple[str, Pair, int, bool]] = []  # name of theirs, our matrix, part of it, whether A
+    halves: list[tuple[str, TensorPair, int, bool]] = []  # name of theirs, our matrix, part of it, whether A
     tensors: dict[str, TensorInfo] = {}
     pairs = [pair for pair in model.pairs if source.is_adapted(pair.ours)]
     for pair in pairs:
@@ -66,7 +66,7 @@ def export_adapter(model: OpenModel, destination: Path, base: str, overwrite: bo
                 halves.append((theirs, pair, part, letter == "A"))
     targets = sorted({name.split(".")[-2] for pair in pairs for name in pair.theirs})
     total = sum(info.num_bytes for info in tensors.values())
-    with written_aside(destination, overwrite, total, model.directory) as aside:
+    with staged_directory(destination, overwrite, total, model.directory) as aside:
         writer = SafetensorsWriter(aside, tensors, total + 1, WEIGHTS)
         for theirs, pair, part, is_a in halves:
             a_rc, b_or = source.pair(pair.ours)

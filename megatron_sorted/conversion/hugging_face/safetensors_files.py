@@ -35,7 +35,7 @@ AGAIN = "Fetch it again."
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a tensor's bytes are."""
 
     file: Path
@@ -43,7 +43,7 @@ class Place:
     info: TensorInfo
 
 
-def read_header(path: Path) -> dict[str, Place]:
+def read_header(path: Path) -> dict[str, TensorLocation]:
     """Return where every tensor of a safetensors file is, in the order of their bytes.
 
     Nothing in it is believed before the size of the file allows it: places lie within the file, leave neither holes nor
@@ -69,7 +69,7 @@ def read_header(path: Path) -> dict[str, Place]:
         if offset != at or end - offset != info.num_bytes:
             raise CheckpointError(f"{told} of shape {list(info.shape)} is said to lie from byte {offset} to {end}, where "
                                   f"{info.num_bytes} bytes from {at} on are its place. {AGAIN}")
-        places[name], at = Place(path, begin + offset, info), end
+        places[name], at = TensorLocation(path, begin + offset, info), end
     return places
 
 
@@ -126,7 +126,7 @@ class SafetensorsFile(TensorSource):
         return read_tensor(name, self._places[name])
 
 
-def read_tensor(name: str, place: Place) -> torch.Tensor:
+def read_tensor(name: str, place: TensorLocation) -> torch.Tensor:
     """Return a tensor in memory of its own.
 
     Raises:

@@ -51,7 +51,7 @@ def config_for_transformers(config: Mapping[str, Any], where: str) -> "PreTraine
     known = {field.name for field in dataclasses.fields(made)} | set(OLDER_KEYS)
     words = {key: float(config[key]) if key in DECIMAL else config[key]
              for key in RULES if key in config and key in known and key not in NOT_OF_THE_CONFIG}
-    with _in_our_words(where):
+    with _in_plain_words(where):
         return made(**words, architectures=[family.architecture])
 
 
@@ -70,7 +70,7 @@ def network_of_config(config: Mapping[str, Any], where: str, dtype: torch.dtype,
     from transformers import AutoModelForCausalLM
 
     made = config_for_transformers(config, where)
-    with _in_our_words(where), torch.device("meta"), warnings.catch_warnings():
+    with _in_plain_words(where), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=attention).eval()
     return network
@@ -82,7 +82,7 @@ def compute_rotations(network: nn.Module, where: str) -> None:
     Raises:
         CheckpointError: transformers refuses what config.json says of them.
     """
-    with _in_our_words(where):
+    with _in_plain_words(where):
         network.model.rotary_emb = type(network.model.rotary_emb)(network.config)
 
 
@@ -105,7 +105,7 @@ def fill_network(network: nn.Module, source: TensorSource, where: str) -> None:
 
 
 @contextmanager
-def _in_our_words(where: str) -> "Iterator[None]":
+def _in_plain_words(where: str) -> "Iterator[None]":
     """Pass on what transformers says of a config; it and what it calls raise what they like, also ZeroDivisionError."""
     from transformers.utils import logging
 

@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 
 from megatron_sorted.conversion.hugging_face.families import CONFIG, EXITS
-from megatron_sorted.conversion.hugging_face.safetensors_files import AGAIN, INDEX, MOST_NAME, SINGLE, Place, read_header, read_tensor
+from megatron_sorted.conversion.hugging_face.safetensors_files import (
+    AGAIN,
+    INDEX,
+    MOST_NAME,
+    SINGLE,
+    TensorLocation,
+    read_header,
+    read_tensor,
+)
 from megatron_sorted.conversion.tensors.source import TensorSource
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.json_text import read_json_object
@@ -44,7 +52,7 @@ class HuggingFaceFiles(TensorSource):
         elif named:
             self._places = self._of_shards(named)
         else:
-            raise CheckpointError(why_no_weights(directory))
+            raise CheckpointError(missing_weights_reason(directory))
         self.tensors = {name: place.info for name, place in self._places.items()}
         self.notes = tuple(self._notes(named))
         for note in self.notes:
@@ -60,13 +68,13 @@ class HuggingFaceFiles(TensorSource):
                                       f"lies outside the directory or is no name of a file. {AGAIN}")
         return found
 
-    def _of_shards(self, named: Mapping[str, str]) -> dict[str, Place]:
+    def _of_shards(self, named: Mapping[str, str]) -> dict[str, TensorLocation]:
         shards = sorted(set(named.values()))
         missing = [name for name in shards if not os.path.isfile(self.directory / name)]  # also for a name too long
         if missing:
             raise CheckpointError(f"{shown(self.directory)}: {INDEX} names {len(shards)} files and {len(missing)} are missing: "
                                   f"{_few(missing)}. The download did not finish; fetch them.")
-        places: dict[str, Place] = {}
+        places: dict[str, TensorLocation] = {}
         for shard in shards:
             for name, place in read_header(self.directory / shard).items():
                 if name in places:
@@ -76,7 +84,7 @@ class HuggingFaceFiles(TensorSource):
         self._compare(named, places)
         return places
 
-    def _compare(self, named: Mapping[str, str], places: Mapping[str, Place]) -> None:
+    def _compare(self, named: Mapping[str, str], places: Mapping[str, TensorLocation]) -> None:
         for name, place in places.items():
             if name not in named:
                 raise CheckpointError(f"{shown(self.directory)}: {shown(name, MOST_NAME)} in {shown(place.file.name)} is unknown to "
@@ -106,7 +114,7 @@ class HuggingFaceFiles(TensorSource):
         return read_tensor(name, self._places[name])
 
 
-def why_no_weights(directory: Path) -> str:
+def missing_weights_reason(directory: Path) -> str:
     """Return what is to be said of a directory that holds neither ``model.safetensors`` nor an index."""
     found = sorted(path.name for path in directory.glob("*.safetensors") if path.name != EXITS)
     pickled = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
@@ -128,7 +136,7 @@ def check_has_weights(directory: Path) -> None:
         CheckpointError: It holds none.
     """
     if not (directory / SINGLE).is_file() and not (directory / INDEX).is_file():
-        raise CheckpointError(why_no_weights(directory))
+        raise CheckpointError(missing_weights_reason(directory))
 
 
 def _few(names: Iterable[str]) -> str:

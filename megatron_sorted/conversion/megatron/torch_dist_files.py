@@ -153,9 +153,9 @@ class TorchDistFiles(TensorSource):
         place, info = self._places[name], self.tensors[name]
         stored = self._stored[place.stored]
         parts = [(chunk, part) for chunk in stored.chunks if (part := _overlap(chunk, place.layer))]
-        boxes = [target for _, (target, _, _) in parts]
+        rectangles = [target for _, (target, _, _) in parts]
         count = sum(numel for *_, (_, _, numel) in parts)
-        if count != torch.Size(info.shape).numel() or any(_meet(a, b) for i, a in enumerate(boxes) for b in boxes[:i]):
+        if count != torch.Size(info.shape).numel() or any(_meet(a, b) for i, a in enumerate(rectangles) for b in rectangles[:i]):
             raise self._hole(name, place)
         if len(parts) == 1:
             chunk, (_, source, numel) = parts[0]

@@ -21,7 +21,7 @@ COMPUTED = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
-class Pair:
+class TensorPair:
     """One tensor of ours and the tensors of theirs it is made of.
 
     Attributes:
@@ -44,65 +44,65 @@ class Pair:
         return self.operation.joined_shape(list(self.shapes))
 
 
-def tensor_table(settings: Settings) -> list[Pair]:
+def tensor_table(settings: Settings) -> list[TensorPair]:
     """Return the pairs of a network, in the order in which a token meets them."""
     h, v = settings.hidden_size, settings.vocab_size
-    pairs = [Pair("embedding.word_embeddings.weight", (EMBEDDING,), ((v, h),), Vocabulary(v))]
+    pairs = [TensorPair("embedding.word_embeddings.weight", (EMBEDDING,), ((v, h),), Vocabulary(v))]
     for layer in range(settings.num_layers):
         pairs += layer_pairs(settings, f"decoder.layers.{layer}", f"model.layers.{layer}")
-    pairs.append(Pair("decoder.final_layernorm.weight", ("model.norm.weight",), ((h,),), Copy()))
+    pairs.append(TensorPair("decoder.final_layernorm.weight", ("model.norm.weight",), ((h,),), Copy()))
     if settings.untie_embeddings_and_output_weights:
-        pairs.append(Pair("output_layer.weight", (HEAD,), ((v, h),), Vocabulary(v)))
+        pairs.append(TensorPair("output_layer.weight", (HEAD,), ((v, h),), Vocabulary(v)))
     for depth in exit_depths(settings)[:-1]:
         pairs += _part_pairs(settings, depth)
         if settings.use_exit_norm:
-            pairs.append(Pair(f"exit_norms.{depth}.weight", (f"exits.{depth}.norm.weight",), ((h,),), Copy(), True))
+            pairs.append(TensorPair(f"exit_norms.{depth}.weight", (f"exits.{depth}.norm.weight",), ((h,),), Copy(), True))
         if settings.untie_exit_output_weights:
-            pairs.append(Pair(f"exit_output_layers.{depth}.weight", (f"exits.{depth}.lm_head.weight",), ((v, h),), Vocabulary(v), True))
+            pairs.append(TensorPair(f"exit_output_layers.{depth}.weight", (f"exits.{depth}.lm_head.weight",), ((v, h),), Vocabulary(v), True))
     return pairs
 
 
-def layer_pairs(settings: Settings, ours: str, theirs: str, is_own_exit: bool = False) -> list[Pair]:
+def layer_pairs(settings: Settings, ours: str, theirs: str, is_own_exit: bool = False) -> list[TensorPair]:
     """Return the pairs of one layer, called ``ours`` and ``theirs``, in the order in which a token meets them."""
     shapes = layer_shapes(settings)
     h, d, rows = shapes.hidden, shapes.head, (shapes.query, shapes.key_value, shapes.key_value)
     fuse = QueryKeyValue(settings.num_attention_heads, num_query_groups(settings))
     names = tuple(f"{theirs}.self_attn.{part}_proj" for part in "qkv")
     pairs = [
-        Pair(f"{ours}.self_attention.linear_qkv.layer_norm_weight", (f"{theirs}.input_layernorm.weight",), ((h,),), Copy(), is_own_exit),
-        Pair(f"{ours}.self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in names),
+        TensorPair(f"{ours}.self_attention.linear_qkv.layer_norm_weight", (f"{theirs}.input_layernorm.weight",), ((h,),), Copy(), is_own_exit),
+        TensorPair(f"{ours}.self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in names),
              tuple((row, h) for row in rows), fuse, is_own_exit),
     ]
     if settings.add_qkv_bias:
-        pairs.append(Pair(f"{ours}.self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in names),
+        pairs.append(TensorPair(f"{ours}.self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in names),
                           tuple((row,) for row in rows), fuse, is_own_exit))
     if settings.qk_layernorm:
-        pairs += [Pair(f"{ours}.self_attention.{part}_layernorm.weight", (f"{theirs}.self_attn.{part}_norm.weight",), ((d,),), Copy(),
+        pairs += [TensorPair(f"{ours}.self_attention.{part}_layernorm.weight", (f"{theirs}.self_attn.{part}_norm.weight",), ((d,),), Copy(),
                        is_own_exit) for part in "qk"]
     return [
         *pairs,
-        Pair(f"{ours}.self_attention.linear_proj.weight", (f"{theirs}.self_attn.o_proj.weight",), (shapes.matrices["linear_proj"],),
+        TensorPair(f"{ours}.self_attention.linear_proj.weight", (f"{theirs}.self_attn.o_proj.weight",), (shapes.matrices["linear_proj"],),
              Copy(), is_own_exit),
         *_mlp_pairs(settings, f"{ours}.mlp", f"{theirs}.post_attention_layernorm.weight", f"{theirs}.mlp", is_own_exit)]
 
 
-def _mlp_pairs(settings: Settings, ours: str, their_norm: str, theirs: str, is_own_exit: bool) -> list[Pair]:
+def _mlp_pairs(settings: Settings, ours: str, their_norm: str, theirs: str, is_own_exit: bool) -> list[TensorPair]:
     """Return the pairs of an MLP and the norm before it."""
     shapes = layer_shapes(settings)
     h, ffn = shapes.hidden, shapes.ffn
     return [
-        Pair(f"{ours}.linear_fc1.layer_norm_weight", (their_norm,), ((h,),), Copy(), is_own_exit),
-        Pair(f"{ours}.linear_fc1.weight", tuple(f"{theirs}.{part}_proj.weight" for part in ("gate", "up")), ((ffn, h), (ffn, h)), Stack(),
+        TensorPair(f"{ours}.linear_fc1.layer_norm_weight", (their_norm,), ((h,),), Copy(), is_own_exit),
+        TensorPair(f"{ours}.linear_fc1.weight", tuple(f"{theirs}.{part}_proj.weight" for part in ("gate", "up")), ((ffn, h), (ffn, h)), Stack(),
              is_own_exit),
-        Pair(f"{ours}.linear_fc2.weight", (f"{theirs}.down_proj.weight",), ((h, ffn),), Copy(), is_own_exit),
+        TensorPair(f"{ours}.linear_fc2.weight", (f"{theirs}.down_proj.weight",), ((h, ffn),), Copy(), is_own_exit),
     ]
 
 
-def _part_pairs(settings: Settings, depth: int) -> list[Pair]:
+def _part_pairs(settings: Settings, depth: int) -> list[TensorPair]:
     """Return the pairs of what stands between an intermediate exit's hidden state and its norm."""
     h, rank, theirs, pairs = settings.hidden_size, settings.exit_adapter_rank, f"exits.{depth}", []
     if rank:
-        pairs += [Pair(f"exit_adapters.{depth}.{part}.weight", (f"{theirs}.adapter.{part}.weight",), (shape,), Copy(), True)
+        pairs += [TensorPair(f"exit_adapters.{depth}.{part}.weight", (f"{theirs}.adapter.{part}.weight",), (shape,), Copy(), True)
                   for part, shape in (("down", (rank, h)), ("up", (h, rank)))]
     if settings.use_exit_block:
         pairs += layer_pairs(settings, f"exit_blocks.{depth}", f"{theirs}.block", True)
@@ -177,7 +177,7 @@ def check_tied(source: TensorSource, where: str) -> None:
                               "One of the two is wrong.")
 
 
-def check_theirs(pairs: Iterable[Pair], tensors: Mapping[str, TensorInfo], where: str) -> bool:
+def check_theirs(pairs: Iterable[TensorPair], tensors: Mapping[str, TensorInfo], where: str) -> bool:
     """Return what ``check_shapes`` does, after comparing names, shapes and kinds with those of the table.
 
     Raises:
@@ -194,7 +194,7 @@ def check_theirs(pairs: Iterable[Pair], tensors: Mapping[str, TensorInfo], where
     return stored_twice
 
 
-def check_ours(pairs: Iterable[Pair], tensors: Mapping[str, TensorInfo], where: str) -> None:
+def check_ours(pairs: Iterable[TensorPair], tensors: Mapping[str, TensorInfo], where: str) -> None:
     """Check that a Megatron source holds the tensors of the table; a vocabulary may have padding.
 
     Raises:

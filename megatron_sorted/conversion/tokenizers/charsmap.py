@@ -57,13 +57,13 @@ def _apart_pattern(forms: dict[str, str], unknown: set[str]) -> str:
     order = unicodedata.combining
     marks = {chr(code) for code in range(0x300, 0x20000) if order(chr(code))} | {mark for parts in forms.values() for mark in parts[1:]}
     inner = {mark for parts in forms.values() for mark in parts[1:-1]}
-    ways = [f"(?<={_signs({*forms, *(marks - inner)})})(?={_signs(marks)})", r"(?=\x{344})"]
+    strategies = [f"(?<={_signs({*forms, *(marks - inner)})})(?={_signs(marks)})", r"(?=\x{344})"]
     for place in sorted({order(mark) for mark in inner} - {0}):
         earlier = {mark for mark in marks if 0 < order(mark) < place}
         if earlier:
-            ways.append(f"(?<={_signs(mark for mark in inner if order(mark) == place)})(?={_signs(earlier)})")
-    ways += [f"(?<={_signs(forms[sign][0])})(?={_signs(forms[sign][1])})" for sign in sorted(unknown) if len(forms[sign]) == 2]
-    return "|".join(ways)
+            strategies.append(f"(?<={_signs(mark for mark in inner if order(mark) == place)})(?={_signs(earlier)})")
+    strategies += [f"(?<={_signs(forms[sign][0])})(?={_signs(forms[sign][1])})" for sign in sorted(unknown) if len(forms[sign]) == 2]
+    return "|".join(strategies)
 
 
 def _signs(signs: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 @dataclass(frozen=True)
-class Piece:
+class VocabularyPiece:
     """One entry of the vocabulary; its place is its id."""
 
     text: str
@@ -34,7 +34,7 @@ class SentencePieceFile:
         changes_decoded: Texts are rewritten after decoding.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[VocabularyPiece, ...]
     algorithm: int
     byte_fallback: bool
     suffix_blank: bool
@@ -64,9 +64,9 @@ def read_sentencepiece(data: bytes) -> SentencePieceFile:
         bool(normalizer.get(5, 1)), bool(denormalizer.get(2, b"")))
 
 
-def _piece(content: bytes) -> Piece:
+def _piece(content: bytes) -> VocabularyPiece:
     found = dict(_fields(content))
-    return Piece(found.get(1, b"").decode(), struct.unpack("<f", found.get(2, bytes(4)))[0], found.get(3, NORMAL))
+    return VocabularyPiece(found.get(1, b"").decode(), struct.unpack("<f", found.get(2, bytes(4)))[0], found.get(3, NORMAL))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:

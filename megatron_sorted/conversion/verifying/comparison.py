@@ -9,7 +9,7 @@ import torch
 from megatron_sorted.conversion.open_model import OpenModel
 from megatron_sorted.conversion.origins import Part
 from megatron_sorted.conversion.tensors.memory import same_bits
-from megatron_sorted.conversion.tensors.table import Pair, check_names
+from megatron_sorted.conversion.tensors.table import TensorPair, check_names
 from megatron_sorted.conversion.verifying.nested_logits import nested_exits
 from megatron_sorted.conversion.verifying.streamed import ReadExit
 from megatron_sorted.conversion.verifying.transformers_states import transformers_exits
@@ -106,7 +106,7 @@ def compared_depths(model: OpenModel) -> tuple[int, ...]:
     return depths if len(depths) > 1 else tuple(sorted({*(max(1, layers * part // 4) for part in (1, 2, 3)), layers}))
 
 
-def _compare_tensor(first: OpenModel, origin: Pair, second: OpenModel, pair: Pair, cast: torch.dtype | None) -> TensorRow:
+def _compare_tensor(first: OpenModel, origin: TensorPair, second: OpenModel, pair: TensorPair, cast: torch.dtype | None) -> TensorRow:
     wanted, got = first.read_ours(origin), second.read_ours(pair)
     if cast is not None:
         wanted = wanted.to(got.dtype)

@@ -12,13 +12,13 @@ import numpy as np
 
 from megatron_sorted.data.indexed import PROMPT, RESPONSE, Documents, token_dtype
 from megatron_sorted.data.preparation.counts import Skipped
-from megatron_sorted.data.preparation.forms import Sample, SampleReader, resolved_label
+from megatron_sorted.data.preparation.forms import ConversationSample, SampleReader, resolved_label
 from megatron_sorted.data.preparation.templates import BrokenSampleError
 from megatron_sorted.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sorted.errors import DataError
 from megatron_sorted.reading.json_lines import Block, records
 from megatron_sorted.reading.shown import shown
-from megatron_sorted.text.conversation import LeftOutError, Piece
+from megatron_sorted.text.conversation import SkippedConversationError, TextSpan
 from megatron_sorted.text.piece_ids import PieceEncoder, TrainedIds
 from megatron_sorted.text.prompt_form import CHAT, PromptForm
 
@@ -119,7 +119,7 @@ class Encoder:
             DataError: with ``strict``, at the first line that cannot be used.
         """
         counts = Encoded(skipped=Skipped())
-        samples: list[tuple[int, Sample]] = []
+        samples: list[tuple[int, ConversationSample]] = []
         for number, sample, reason, more in self._samples(block):
             counts.num_samples += 1
             if sample is not None:
@@ -144,7 +144,7 @@ class Encoder:
         counts.train, counts.valid = train.finish(), valid.finish()
         return counts
 
-    def _samples(self, block: Block) -> Iterator[tuple[int, Sample | None, str, str]]:
+    def _samples(self, block: Block) -> Iterator[tuple[int, ConversationSample | None, str, str]]:
         """Yield (line number, sample, "", ""), or (line number, None, reason, words) for a line that cannot be used."""
         for number, record, reason in records(block):
             if reason is not None:
@@ -156,7 +156,7 @@ class Encoder:
                 yield number, sample, "", ""
             except BrokenSampleError as error:
                 yield number, None, str(error), ""
-            except LeftOutError as error:
+            except SkippedConversationError as error:
                 yield number, None, *error.args
             except UnicodeEncodeError:
                 yield number, None, "invalid_unicode", ""
@@ -167,7 +167,7 @@ class Encoder:
             raise DataError(f"{block.place(number)}: {reason}{words}. Mend the line, or leave --strict out to skip and count such lines.")
         counts.skipped.add(reason, [f"{block.place(number, Path(block.path).name)}{words}"])
 
-    def _ids(self, samples: list[tuple[int, Sample]]) -> Iterator[list[list[TrainedIds]]]:
+    def _ids(self, samples: list[tuple[int, ConversationSample]]) -> Iterator[list[list[TrainedIds]]]:
         """Yield, for every document of the samples in order, the sequences of what it becomes."""
         documents = [pieces for _, sample in samples for pieces in sample.documents]
         if self.options.data_format != "text":
@@ -225,10 +225,10 @@ class Encoder:
         return int.from_bytes(digest, "big") < self.options.valid_fraction * 2**64
 
 
-def usable_pieces(block: Block, reader: SampleReader) -> Iterator[Piece]:
+def usable_pieces(block: Block, reader: SampleReader) -> Iterator[TextSpan]:
     """Yield the pieces of every usable sample of a block."""
     for _, record, reason in records(block):
-        with contextlib.suppress(BrokenSampleError, LeftOutError, UnicodeEncodeError):
+        with contextlib.suppress(BrokenSampleError, SkippedConversationError, UnicodeEncodeError):
             if reason is None:
                 sample = reader.read(record)
                 sample.key.encode()

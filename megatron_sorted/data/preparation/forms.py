@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_sorted.data.preparation.templates import conversation_of, format_of_row, text_of, turns_of
 from megatron_sorted.errors import DataError
-from megatron_sorted.text.conversation import Conversations, Piece, chat_form
+from megatron_sorted.text.conversation import Conversations, TextSpan, chat_form
 from megatron_sorted.text.prompt_form import ALPACA, CHAT, PLAIN, PromptForm, parse_label
 from megatron_sorted.text.tokenizer.contract import Tokenizer
 from megatron_sorted.text.written_forms import text_form, written_form, written_pieces
@@ -16,7 +16,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Sample:
+class ConversationSample:
     """One usable record.
 
     Attributes:
@@ -24,7 +24,7 @@ class Sample:
         key: What says whether it is training or validation: its text, whatever the tokenizer writes around it.
     """
 
-    documents: list[list[Piece]]
+    documents: list[list[TextSpan]]
     key: str
 
 
@@ -73,38 +73,38 @@ class SampleReader:
     def _set(self, form: PromptForm, data_format: str, conversations: Conversations | None = None) -> None:
         self.form, self.data_format, self._chat = form, data_format, conversations
         self._opens = form.name == ALPACA and data_format == "instruction"
-        self._read: Callable[[Any], Sample] = (
+        self._read: Callable[[Any], ConversationSample] = (
             self._text if data_format == "text" else self._conversation if conversations is not None else self._written)
 
-    def read(self, record: Any) -> Sample:
+    def read(self, record: Any) -> ConversationSample:
         """Return the documents of a record.
 
         Raises:
             BrokenSampleError: It has another shape, or nothing to train on; its argument is the reason.
-            LeftOutError: The template does not take it.
+            SkippedConversationError: The template does not take it.
         """
         return self._read(record)
 
     def _format_of(self, record: Any) -> str:
         return format_of_row(record, self.data_format) if self._takes_both else self.data_format
 
-    def _text(self, record: Any) -> Sample:
+    def _text(self, record: Any) -> ConversationSample:
         text = text_of(record)
-        return Sample([[Piece(text, True)]], text)
+        return ConversationSample([[TextSpan(text, True)]], text)
 
-    def _written(self, record: Any) -> Sample:
+    def _written(self, record: Any) -> ConversationSample:
         turns = turns_of(record, self._format_of(record))
         pieces = written_pieces(self.form, turns, self._opens)
         begin, end = self.form.begin, self.form.ends[0].text if self.form.ends else ""
         texts = [piece.text.removesuffix(end) if piece.is_response else piece.text for piece in pieces]
         if begin is not None:
             texts[0] = texts[0].removeprefix(begin.text)
-        return Sample([pieces], "\0".join(texts))
+        return ConversationSample([pieces], "\0".join(texts))
 
-    def _conversation(self, record: Any) -> Sample:
+    def _conversation(self, record: Any) -> ConversationSample:
         found = conversation_of(record, self._format_of(record))
         documents = self._chat.documents(found.messages, found.tools, found.documents)
-        return Sample(documents, "".join(piece.text for piece in documents[-1]))
+        return ConversationSample(documents, "".join(piece.text for piece in documents[-1]))
 
 
 def resolved_label(label: str, data_format: str, tokenizer: Tokenizer) -> str:

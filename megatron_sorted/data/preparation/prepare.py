@@ -26,7 +26,7 @@ from megatron_sorted.errors import DataError
 from megatron_sorted.files import discard_tree, same_path, write_text_atomically
 from megatron_sorted.reading.json_lines import Block, read_blocks, records, total_bytes
 from megatron_sorted.reading.shown import shown
-from megatron_sorted.text.prompt_form import NamedToken, PromptForm
+from megatron_sorted.text.prompt_form import ControlToken, PromptForm
 from megatron_sorted.text.tokenizer.contract import NullTokenizer, Tokenizer
 
 BLOCKS_AHEAD = 4  # per worker: enough to keep all busy, few enough that memory does not grow with the input
@@ -88,14 +88,14 @@ def _check_outputs(options: PrepareOptions) -> None:
         raise DataError(f"--output-prefix: {taken[0]} is read, and would be replaced by what is written. Choose another prefix.")
 
 
-def _tokenizer_aside(prefix: str) -> Path:
+def _staged_tokenizer(prefix: str) -> Path:
     path = Path(f"{prefix}_tokenizer.model")
     return path.parent / f".{path.stem}.training" / path.name
 
 
 def _train_tokenizer(options: PrepareOptions, encode: EncodeOptions) -> str:
     """Return the path of a tokenizer trained on the texts of the input; it gets its name with the data that it encoded."""
-    path = str(_tokenizer_aside(options.output_prefix))
+    path = str(_staged_tokenizer(options.output_prefix))
 
     reader = SampleReader(encode.data_format, encode.prompt_template, NullTokenizer(1), append_eod=False, takes_both=encode.takes_both)
 
@@ -149,7 +149,7 @@ def prepare(options: PrepareOptions) -> Summary:
     finally:
         for name in output_names(options.output_prefix):  # of what failed; what was published has other names
             remove_partial(name)
-        discard_tree(_tokenizer_aside(options.output_prefix).parent)
+        discard_tree(_staged_tokenizer(options.output_prefix).parent)
 
 
 def _prepare(options: PrepareOptions, size: int) -> Summary:
@@ -198,7 +198,7 @@ def _prepare(options: PrepareOptions, size: int) -> Summary:
 def with_ends(form: PromptForm, ends: set[str], tokenizer: Tokenizer) -> PromptForm:
     """Return the form with every token that an answer of these data ends with; calls of tools may end otherwise than words."""
     known = {end.text for end in form.ends}
-    more = tuple(NamedToken(text, tokenizer.encode_rendered(text)[0]) for text in sorted(ends - known))
+    more = tuple(ControlToken(text, tokenizer.encode_rendered(text)[0]) for text in sorted(ends - known))
     return replace(form, ends=form.ends + more)
 
 
@@ -210,7 +210,7 @@ def _publish(options: PrepareOptions, names: list[str]) -> None:
     """
     write_text_atomically(f"{options.output_prefix}.json", json.dumps({"unfinished": True}) + "\n")
     if options.train_tokenizer:
-        os.replace(_tokenizer_aside(options.output_prefix), f"{options.output_prefix}_tokenizer.model")
+        os.replace(_staged_tokenizer(options.output_prefix), f"{options.output_prefix}_tokenizer.model")
     publish(names)
 
 

@@ -59,7 +59,7 @@ def finish_interrupted(prefix: str) -> None:
                         f"here ({error.strerror}). Make the folder writable, or prepare the data again.") from error
 
 
-def remove_left_overs(prefix: str) -> None:
+def remove_leftovers(prefix: str) -> None:
     """Remove what an earlier writer left under names of its own; a pair that only lacks its names gets them."""
     finish_interrupted(prefix)
     remove_partial(prefix)

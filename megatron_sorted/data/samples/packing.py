@@ -11,7 +11,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedWindows:
     """Places for documents, longest first.
 
     Shapes:
@@ -36,7 +36,7 @@ def shuffled(count: int, *seeds: int) -> np.ndarray:
     return np.argsort(random_keys(count, *seeds), kind="stable")
 
 
-def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> Layout:
+def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> PackedWindows:
     """Return windows of ``capacity`` filled best-fit decreasing: each document, longest first, goes where least room remains after it.
 
     Windows are kept in one stack per remaining room; the bits of one integer say which stacks are not empty, so finding the
@@ -74,7 +74,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> Layout:
             push(room - each * length, windows[:whole])
             push(room - rest * length, windows[whole:])
             count -= placed
-    return Layout(np.concatenate([np.zeros(0, np.int64), *window_of_place]), num_windows)
+    return PackedWindows(np.concatenate([np.zeros(0, np.int64), *window_of_place]), num_windows)
 
 
 def _by_length(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -82,7 +82,7 @@ def _by_length(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
     return zip(*(part[::-1].tolist() for part in np.unique(lengths, return_counts=True)), strict=True)
 
 
-def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> Layout:
+def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> PackedWindows:
     """Return windows of ``capacity`` filled first-fit decreasing: each document, longest first, goes into the first window with room.
 
     Documents of one length are placed together: the first window takes as many as it has room for, then the next one.
@@ -98,7 +98,7 @@ def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> Layout:
         in_new = left // (capacity // length)
         window_of_place.append(len(rooms) + in_new)
         rooms = np.concatenate([rooms, capacity - np.bincount(in_new) * length])
-    return Layout(np.concatenate([np.zeros(0, np.int64), *window_of_place]), len(rooms))
+    return PackedWindows(np.concatenate([np.zeros(0, np.int64), *window_of_place]), len(rooms))
 
 
 def lower_bound(lengths: np.ndarray, capacity: int) -> int:
@@ -120,7 +120,7 @@ def lower_bound(lengths: np.ndarray, capacity: int) -> int:
     return int(alone_or_first + np.maximum(0, -(-over // capacity)).max()) if len(lengths) else 0
 
 
-def lay_out(lengths: np.ndarray, capacity: int) -> Layout:
+def lay_out(lengths: np.ndarray, capacity: int) -> PackedWindows:
     """Return windows of ``capacity``: best-fit decreasing, or first-fit decreasing where that needs fewer.
 
     Neither is always the better one. Where the first reaches :func:`lower_bound`, as it nearly always does, the second is not tried.
@@ -133,7 +133,7 @@ def lay_out(lengths: np.ndarray, capacity: int) -> Layout:
     return first if first.num_windows < best.num_windows else best
 
 
-def assign_epoch(layout: Layout, lengths: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def assign_epoch(layout: PackedWindows, lengths: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the documents of one epoch in reading order and where each window starts among them.
 
     Shapes:

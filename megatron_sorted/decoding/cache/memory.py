@@ -15,7 +15,7 @@ from megatron_sorted.decoding.cache.passes import Passes
 from megatron_sorted.decoding.cache.places import Places, rotation_tables
 from megatron_sorted.decoding.cache.transfer import numbers, set_numbers
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.speculation.tree import Tree
+from megatron_sorted.decoding.speculation.tree import DraftTree
 
 MOST_WIDTH = 65
 """Tokens of a row that a replayed pass reads at most: the longest draft and the token before it."""
@@ -26,7 +26,7 @@ MOST_IDLE_BYTES = 4 << 30
 """How many memories, and how large together, a network keeps while nobody uses them."""
 
 
-class Run:
+class LayerSegment:
     """Layers that are always run together: from one stop to the next, or an exit's own block.
 
     Attributes:
@@ -63,8 +63,8 @@ class Memory:
         self.embedding, self.readers = network.embedding, network.readers
         self.tokens_bc = torch.zeros(num_rows, capacity, dtype=torch.long, device=network.device)
         self.cos_cd, self.sin_cd = rotation_tables(network.rotary, capacity, network.dtype, network.device)
-        self.runs: dict[int, Run] = {}
-        self.blocks: dict[int, Run] = {}
+        self.runs: dict[int, LayerSegment] = {}
+        self.blocks: dict[int, LayerSegment] = {}
         low = 0
         for stop in self.stops:
             self.runs[stop] = self._make_run(low, network.layers[low:stop])
@@ -77,19 +77,19 @@ class Memory:
             self._slots_bn = torch.zeros(num_rows, MOST_WIDTH, dtype=torch.long, device=network.device)
             self._counts: list[int] = []
 
-    def _make_run(self, source: int, layers: Sequence[Layer], adapter=None) -> Run:
+    def _make_run(self, source: int, layers: Sequence[Layer], adapter=None) -> LayerSegment:
         def empty(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=self.embedding.dtype, device=self.device)
 
         caches = [Keys(*(empty(self.num_rows, layer.num_groups, self.capacity, layer.head_size) for _ in range(2))) for layer in layers]
-        return Run(source, layers, adapter, caches, empty(self.num_rows, self.capacity, self.embedding.size(1)))
+        return LayerSegment(source, layers, adapter, caches, empty(self.num_rows, self.capacity, self.embedding.size(1)))
 
     @property
     def device(self) -> torch.device:
         """Where it is."""
         return self.tokens_bc.device
 
-    def all_runs(self) -> list[Run]:
+    def all_runs(self) -> list[LayerSegment]:
         """Return the runs, those of blocks last."""
         return [*self.runs.values(), *self.blocks.values()]
 
@@ -131,7 +131,7 @@ class Memory:
             run.hidden_bch, run.filled = run.hidden_bch[: len(rows)], [run.filled[row] for row in rows]
             run.caches = [Keys(cache.keys[: len(rows)], cache.values[: len(rows)]) for cache in run.caches]
 
-    def read(self, run: Run, at: tuple, places: Places) -> None:
+    def read(self, run: LayerSegment, at: tuple, places: Places) -> None:
         """Run layers on the tokens of the slots ``at``, which stand at ``places``."""
         hidden = F.embedding(self.tokens_bc[at], self.embedding) if run.source == 0 else self.runs[run.source].hidden_bch[at]
         if run.adapter is not None:
@@ -155,7 +155,7 @@ class Memory:
         """Return the rows [b, 1]."""
         return torch.arange(self.num_rows, device=self.device)[:, None]
 
-    def places(self, slots_bn: Tensor, counted_bn: Tensor, span: int, tree: Tree | None = None) -> Places:
+    def places(self, slots_bn: Tensor, counted_bn: Tensor, span: int, tree: DraftTree | None = None) -> Places:
         """Return places of rows that do not stand alike, or in a tree, or whose slots are known to the device only."""
         keys = torch.arange(span, device=self.device)
         seen = keys <= slots_bn[:, :, None]
@@ -174,7 +174,7 @@ class Memory:
         positions = positions.clamp(max=self.capacity - 1)
         return Places(self.cos_cd[positions], self.sin_cd[positions], span, None, self.rows(), slots_bn, positions, key_positions, seen)
 
-    def pass_(self, run: Run, starts: Sequence[int], counts: Sequence[int]) -> None:
+    def pass_(self, run: LayerSegment, starts: Sequence[int], counts: Sequence[int]) -> None:
         """Run layers on ``counts`` tokens of each row from its start on, told on the device where they stand."""
         n, end = max(counts), max(start + count for start, count in zip(starts, counts, strict=True))
         span = min(max(LEAST_SPAN, 1 << (end - 1).bit_length()), self.capacity)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.memory import MOST_WIDTH, Memory, Run, lend, move, take_back
+from megatron_sorted.decoding.cache.memory import MOST_WIDTH, LayerSegment, Memory, lend, move, take_back
 from megatron_sorted.decoding.cache.places import Places
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.speculation.tree import Tree
+from megatron_sorted.decoding.speculation.tree import DraftTree
 
 ROUND = 64
 """Capacities are multiples of it."""
@@ -36,7 +36,7 @@ class State:
     def __init__(self, network: Network, num_rows: int, capacity: int, stops: Sequence[int]):
         self.network, self.lengths = network, [0] * num_rows
         self.capacity = -(-(capacity + 1) // ROUND) * ROUND  # the last slot takes what is written for nobody
-        self.tree: Tree | None = None
+        self.tree: DraftTree | None = None
         self._take(self._memory(num_rows, stops))
 
     def _memory(self, num_rows: int, stops: Sequence[int]) -> Memory:
@@ -100,14 +100,14 @@ class State:
         """Return the slots [b, n] of the last n tokens of every row."""
         return slots_from([length - n for length in self.lengths], n, self.device)
 
-    def begin_tree(self) -> Tree:
+    def begin_tree(self) -> DraftTree:
         """Return the tree behind the texts, without nodes; `grow` adds some."""
-        self.tree = Tree.of(self.lengths, self.device)
+        self.tree = DraftTree.of(self.lengths, self.device)
         return self.tree
 
-    def plant(self, tokens_bt: Tensor, tree: Tree) -> None:
+    def plant(self, tokens_bt: Tensor, tree: DraftTree) -> None:
         """Begin with a tree that is there already, such as another model's draft of the same texts; share nothing with it."""
-        self.tree = Tree(list(self.lengths), tree.parents_bt, tree.levels_bt, tree.seen_btt)
+        self.tree = DraftTree(list(self.lengths), tree.parents_bt, tree.levels_bt, tree.seen_btt)
         self.append(tokens_bt)
 
     def grow(self, tokens_bk: Tensor, parents_bk: Tensor) -> None:
@@ -154,7 +154,7 @@ class State:
     def _slots(self, starts: Sequence[int], counts: Sequence[int], n: int) -> tuple[Tensor, Tensor]:
         return self.memory.slots(numbers(starts, self.device), numbers(counts, self.device), n)
 
-    def _fill(self, run: Run) -> None:
+    def _fill(self, run: LayerSegment) -> None:
         """Run these layers on the tokens that they have not read."""
         memory = self.memory
         while any(filled < length for filled, length in zip(run.filled, self.lengths, strict=True)):

@@ -13,7 +13,7 @@ from megatron_sorted.decoding.sampling import SURENESS, Sampler
 
 
 @dataclass
-class Said:
+class StepOutput:
     """What a step added to one text.
 
     Attributes:
@@ -30,7 +30,7 @@ class Said:
 
 
 @dataclass
-class Batch:
+class DecodingBatch:
     """Texts on their way, and how tokens are chosen.
 
     Attributes:
@@ -54,7 +54,7 @@ class Batch:
         """What drafts."""
         return self.drafting or self.state
 
-    def commit(self, said: Sequence[Said]) -> None:
+    def commit(self, said: Sequence[StepOutput]) -> None:
         """Note tokens that now belong to the texts."""
         if self.seen_bv is not None:
             longest = max(len(one.tokens) for one in said)
@@ -88,20 +88,20 @@ class OneToken:
         measure: Of how sure an exit is.
     """
 
-    def __init__(self, batch: Batch, depths: Sequence[int], thresholds: Sequence[float] = (), measure: str = "probability"):
+    def __init__(self, batch: DecodingBatch, depths: Sequence[int], thresholds: Sequence[float] = (), measure: str = "probability"):
         self.batch, self.depths, self.thresholds, self.measure = batch, list(depths), [*thresholds, -1.0], SURENESS[measure]
 
-    def step(self) -> list[Said]:
+    def step(self) -> list[StepOutput]:
         """Return what was added to each text."""
         batch, state = self.batch, self.batch.state
         tokens, depths = first_sure(batch, state, self.depths, self.thresholds, self.measure, batch.seen_bv)
         state.append(tokens[:, None])
-        said = [Said([token], [depth]) for token, depth in zip(tokens.tolist(), depths, strict=True)]
+        said = [StepOutput([token], [depth]) for token, depth in zip(tokens.tolist(), depths, strict=True)]
         batch.commit(said)
         return said
 
 
-def first_sure(batch: Batch, state: State, depths: Sequence[int], thresholds: Sequence[float], measure, seen_bv: Tensor | None,
+def first_sure(batch: DecodingBatch, state: State, depths: Sequence[int], thresholds: Sequence[float], measure, seen_bv: Tensor | None,
                asking: Sequence[bool] | None = None):
     """Return the tokens [b] that follow the rows, each by the first exit whose confidence is above its threshold, and those exits.
 
@@ -136,11 +136,11 @@ class Chain:
         measure: Of how sure an exit is.
     """
 
-    def __init__(self, batch: Batch, depths: Sequence[int], thresholds: Sequence[float] | None, num_draft_tokens: int, measure: str):
+    def __init__(self, batch: DecodingBatch, depths: Sequence[int], thresholds: Sequence[float] | None, num_draft_tokens: int, measure: str):
         self.batch, self.depths, self.num_draft_tokens = batch, list(depths), num_draft_tokens
         self.thresholds, self.measure = [-1.0] if thresholds is None else list(thresholds), SURENESS[measure]
 
-    def step(self) -> list[Said]:
+    def step(self) -> list[StepOutput]:
         """Return what was added to each text."""
         batch, state, drafter = self.batch, self.batch.state, self.batch.drafter
         starts = list(state.lengths)
@@ -157,7 +157,7 @@ class Chain:
             chosen, drafted, accepted = told[: most + 1], told[most + 1 :], 0
             while accepted < counts[row] and chosen[accepted] == drafted[accepted]:
                 accepted += 1
-            said.append(Said(chosen[: accepted + 1], [*by[row][:accepted], batch.depth], counts[row], accepted))
+            said.append(StepOutput(chosen[: accepted + 1], [*by[row][:accepted], batch.depth], counts[row], accepted))
         ends = [start + one.num_accepted for start, one in zip(starts, said, strict=True)]
         last = numbers([[one.tokens[-1]] for one in said], state.device)
         for one in {id(one): one for one in (state, drafter)}.values():

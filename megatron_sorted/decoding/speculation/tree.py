@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass
-class Tree:
+class DraftTree:
     """Nodes of every row in the order of their slots; a parent comes before its children. Rows have equally many, some filled up.
 
     Attributes:
@@ -29,7 +29,7 @@ class Tree:
         return self.parents_bt.size(1)
 
     @classmethod
-    def of(cls, first: Sequence[int], device: torch.device) -> "Tree":
+    def of(cls, first: Sequence[int], device: torch.device) -> "DraftTree":
         """Return a tree without nodes behind texts of lengths ``first``."""
         rows = len(first)
         return cls(list(first), torch.zeros(rows, 0, dtype=torch.long, device=device),

@@ -6,11 +6,11 @@ from torch import Tensor
 from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
 from megatron_sorted.decoding.sampling import SURENESS
-from megatron_sorted.decoding.speculation.steps import Batch, Said
-from megatron_sorted.decoding.ways import Tree as TreeWay
+from megatron_sorted.decoding.speculation.steps import DecodingBatch, StepOutput
+from megatron_sorted.decoding.strategies import TreeSpeculative as TreeStrategy
 
 
-class Candidates:
+class CandidateNodes:
     """Nodes that were looked at, parents before their children.
 
     Attributes:
@@ -48,10 +48,10 @@ class TreeStep:
         way: How the tree grows.
     """
 
-    def __init__(self, batch: Batch, way: TreeWay):
-        self.batch, self.way, self.measure = batch, way, SURENESS[way.measure]
+    def __init__(self, batch: DecodingBatch, strategy: TreeStrategy):
+        self.batch, self.strategy, self.measure = batch, strategy, SURENESS[strategy.measure]
 
-    def step(self) -> list[Said]:
+    def step(self) -> list[StepOutput]:
         """Return what was added to each text."""
         batch, state, drafter = self.batch, self.batch.state, self.batch.drafter
         starts = list(state.lengths)
@@ -70,7 +70,7 @@ class TreeStep:
         said = []
         for row, path in enumerate(paths):
             tokens = [chosen[row][0], *(chosen[row][node + 1] for node in path)]
-            said.append(Said(tokens, [*(by[levels[row][node] - 1] for node in path), batch.depth], size, len(path)))
+            said.append(StepOutput(tokens, [*(by[levels[row][node] - 1] for node in path), batch.depth], size, len(path)))
         last = numbers([[one.tokens[-1]] for one in said], state.device)
         for one in {id(one): one for one in (state, drafter)}.values():
             one.accept(paths)
@@ -80,22 +80,22 @@ class TreeStep:
 
     def _draft(self, drafter: State) -> list[int]:
         """Return the exit that drafted each level, after growing and cutting the drafter's tree."""
-        way, starts, by = self.way, list(drafter.lengths), []
-        tree, found = drafter.begin_tree(), Candidates(drafter.num_rows, drafter.device)
+        strategy, starts, by = self.strategy, list(drafter.lengths), []
+        tree, found = drafter.begin_tree(), CandidateNodes(drafter.num_rows, drafter.device)
         slots = drafter.last_slots()
         frontier = torch.full((drafter.num_rows, 1), -1, dtype=torch.long, device=drafter.device)
         values = torch.ones(drafter.num_rows, 1, device=drafter.device)
-        for level in range(1, way.num_levels + 1):
+        for level in range(1, strategy.num_levels + 1):
             depth, logits = self._read_level(drafter, slots)
             by.append(depth)
             positions = [[start + level - 1] * logits.size(1) for start in starts]
             seen = self._seen_at(drafter, frontier)
-            shares, tokens = self.batch.sampler.scores(logits, positions, seen).softmax(-1).topk(way.candidates, dim=-1)
+            shares, tokens = self.batch.sampler.scores(logits, positions, seen).softmax(-1).topk(strategy.candidates, dim=-1)
             first = found.tokens.size(1)
             found.add(tokens.flatten(1), frontier[:, :, None].expand_as(tokens).flatten(1), (values[:, :, None] * shares).flatten(1))
-            if level == way.num_levels:
+            if level == strategy.num_levels:
                 break
-            followed = found.best(way.num_branches, first)
+            followed = found.best(strategy.num_branches, first)
             size = tree.size
             nodes = size + torch.arange(followed.size(1), device=drafter.device).expand_as(followed)
             found.nodes.scatter_(1, followed, nodes)
@@ -107,8 +107,8 @@ class TreeStep:
 
     def _read_level(self, drafter: State, slots_bk: Tensor) -> tuple[int, Tensor]:
         """Return the first exit that is sure of the likeliest next token of a level in every row, and its logits [b, k, v]."""
-        *asked, last = self.way.depths
-        for depth, threshold in zip(asked, self.way.thresholds, strict=True):
+        *asked, last = self.strategy.depths
+        for depth, threshold in zip(asked, self.strategy.thresholds, strict=True):
             drafter.read(depth)
             logits = drafter.logits(depth, slots_bk)
             if bool((self.measure(logits).amax(1) > threshold).all()):
@@ -116,9 +116,9 @@ class TreeStep:
         drafter.read(last)
         return last, drafter.logits(last, slots_bk)
 
-    def _cut(self, drafter: State, found: Candidates) -> None:
+    def _cut(self, drafter: State, found: CandidateNodes) -> None:
         """Leave the best nodes in the tree: those that were followed as they are, the others added behind them."""
-        best, count = found.best(self.way.num_nodes), found.tokens.size(1)
+        best, count = found.best(self.strategy.num_nodes), found.tokens.size(1)
         told = torch.cat((found.nodes, found.tokens, found.parents, best), 1).tolist()
         nodes, tokens, parents, chosen = ([row[first : first + count] for row in told] for first in range(0, 4 * count, count))
         kept = [sorted({nodes[row][place] for place in places} - {-1}) for row, places in enumerate(chosen)]

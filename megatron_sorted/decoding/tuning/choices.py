@@ -4,9 +4,10 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_sorted.decoding.ways import WAYS
+from megatron_sorted.decoding.strategies import STRATEGIES
 from megatron_sorted.errors import DataError
 from megatron_sorted.files import write_text_atomically
+from megatron_sorted.old_names import rename_keys
 from megatron_sorted.reading.json_text import read_json_object
 from megatron_sorted.reading.shown import shown
 
@@ -44,17 +45,20 @@ def _read(path: Path) -> dict:
         return {}
     whole = read_json_object(path, "Remove it and tune again.")
     try:
+        whole = rename_keys(whole)
+        if "drafts" in whole:
+            whole["drafts"] = {key: rename_keys(part) for key, part in whole["drafts"].items()}
         if whole.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         drafts = whole.get("drafts", {})
-        parts = [*([whole] if "ways" in whole or not drafts else []), *drafts.values()]
-        if not all(isinstance(part["ways"], dict) and part["ways"].keys() <= WAYS.keys() for part in parts):
+        parts = [*([whole] if "strategies" in whole or not drafts else []), *drafts.values()]
+        if not all(isinstance(part["strategies"], dict) and part["strategies"].keys() <= STRATEGIES.keys() for part in parts):
             raise ValueError("it names unknown ways")
         for part in parts:
-            if part.get("best", "full") not in WAYS:
+            if part.get("best", "full") not in STRATEGIES:
                 raise ValueError(f"its best way is {part['best']!r}")
-            for name, options in part["ways"].items():
-                if unknown := options.keys() - {field.name for field in fields(WAYS[name])}:
+            for name, options in part["strategies"].items():
+                if unknown := options.keys() - {field.name for field in fields(STRATEGIES[name])}:
                     raise ValueError(f"{name} has no {min(unknown)}")
         return whole
     except (ValueError, TypeError, KeyError, AttributeError) as error:

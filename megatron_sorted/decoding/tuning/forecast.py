@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from megatron_sorted.decoding.strategies import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, Strategy
 from megatron_sorted.decoding.tuning.costs import Costs
 from megatron_sorted.decoding.tuning.traces import Trace
-from megatron_sorted.decoding.ways import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, Way
 
 
 @dataclass
@@ -86,7 +86,7 @@ class _Clock:
             reader.drop(count)
 
 
-def forecast(way: Way, traces: list[Trace], depths: list[int], costs: Costs, full: int, drafting: Costs | None = None) -> Forecast:
+def forecast(strategy: Strategy, traces: list[Trace], depths: list[int], costs: Costs, full: int, drafting: Costs | None = None) -> Forecast:
     """Return what a way would take for the recorded texts, their prompts left out.
 
     After a drafted token that is wrong, the exits are taken to be as sure as they were on the right text.
@@ -106,22 +106,22 @@ def forecast(way: Way, traces: list[Trace], depths: list[int], costs: Costs, ful
         clock.add(1)
         at, n = 0, len(trace.tokens)
         while at < n:
-            if isinstance(way, Full | Fixed | EarlyExit):
-                at += _one_token(way, trace, at, place, clock, full, found)
+            if isinstance(strategy, Full | Fixed | EarlyExit):
+                at += _one_token(strategy, trace, at, place, clock, full, found)
             else:
-                at += _chain(way, trace, at, place, clock, full, found)
+                at += _chain(strategy, trace, at, place, clock, full, found)
         found.num_tokens += n
         found.seconds += clock.seconds
     return found
 
 
-def _one_token(way: Full | Fixed | EarlyExit, trace: Trace, at: int, place: dict[int, int], clock: _Clock, full: int,
+def _one_token(strategy: Full | Fixed | EarlyExit, trace: Trace, at: int, place: dict[int, int], clock: _Clock, full: int,
                found: Forecast) -> int:
-    asked = {Full: ((), ())}.get(type(way)) or (((way.depth,), (-1.0,)) if isinstance(way, Fixed) else (way.depths, way.thresholds))
+    asked = {Full: ((), ())}.get(type(strategy)) or (((strategy.depth,), (-1.0,)) if isinstance(strategy, Fixed) else (strategy.depths, strategy.thresholds))
     by = full
     for depth, threshold in zip(*asked, strict=True):
         clock.model.read(depth, 1)
-        sure = 1.0 if isinstance(way, Fixed) else trace.sure_dn[way.measure][place[depth]][at]
+        sure = 1.0 if isinstance(strategy, Fixed) else trace.sure_dn[strategy.measure][place[depth]][at]
         if sure > threshold:
             by = depth
             break
@@ -133,17 +133,17 @@ def _one_token(way: Full | Fixed | EarlyExit, trace: Trace, at: int, place: dict
     return 1
 
 
-def _chain(way: SelfSpeculative | SortedSpeculative, trace: Trace, at: int, place: dict[int, int], clock: _Clock, full: int,
+def _chain(strategy: SelfSpeculative | SortedSpeculative, trace: Trace, at: int, place: dict[int, int], clock: _Clock, full: int,
            found: Forecast) -> int:
-    is_sorted, n = isinstance(way, SortedSpeculative), len(trace.tokens)
-    depths = way.depths if is_sorted else (way.depth,)
+    is_sorted, n = isinstance(strategy, SortedSpeculative), len(trace.tokens)
+    depths = strategy.depths if is_sorted else (strategy.depth,)
     drafted = right = 0
     is_right = True
-    for step in range(way.num_draft_tokens):
+    for step in range(strategy.num_draft_tokens):
         where, by, is_sure = min(at + step, n - 1), depths[-1], not is_sorted
         for depth in depths:
             clock.drafter.read(depth, 1)
-            if is_sorted and trace.sure_dn[way.measure][place[depth]][where] > way.thresholds[depths.index(depth)]:
+            if is_sorted and trace.sure_dn[strategy.measure][place[depth]][where] > strategy.thresholds[depths.index(depth)]:
                 by, is_sure = depth, True
                 break
         drafted += 1

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_sorted.decoding.sampling import SURENESS
+from megatron_sorted.decoding.strategies import EarlyExit, Full, SelfSpeculative, SortedSpeculative, Strategy, TreeSpeculative
 from megatron_sorted.decoding.tuning.costs import Costs
 from megatron_sorted.decoding.tuning.forecast import Forecast, forecast
 from megatron_sorted.decoding.tuning.traces import Trace
-from megatron_sorted.decoding.ways import EarlyExit, Full, SelfSpeculative, SortedSpeculative, Tree, Way
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 0.95)
@@ -22,7 +22,7 @@ MOST_EXITS = 3
 class Choice:
     """A way with its options, and what is expected of it."""
 
-    way: Way
+    strategy: Strategy
     expected: Forecast
 
 
@@ -53,11 +53,11 @@ class Tuner:
 
     def sorted_speculative(self) -> Choice:
         """Return the best exits, thresholds and draft length: exit by exit, each tuned coordinate by coordinate."""
-        start = self.self_speculative().way
+        start = self.self_speculative().strategy
         best = self._best([SortedSpeculative((start.depth,), (0.0,), start.num_draft_tokens)])
 
         def options(depths: tuple[int, ...]) -> list[Choice]:
-            return [self._climb(depths, measure, best.way.num_draft_tokens) for measure in SURENESS]
+            return [self._climb(depths, measure, best.strategy.num_draft_tokens) for measure in SURENESS]
 
         return max([best, *self._exit_by_exit(options)], key=_speed)
 
@@ -71,8 +71,8 @@ class Tuner:
             for measure in SURENESS:
                 tries = [[*thresholds_to_try(self.traces, self.depths.index(depth), measure), 1.0] for depth in depths]
                 for step in range(max(map(len, tries))):
-                    way = EarlyExit(depths, tuple(row[min(step, len(row) - 1)] for row in tries), measure)
-                    found.append(Choice(way, self._forecast(way)))
+                    strategy = EarlyExit(depths, tuple(row[min(step, len(row) - 1)] for row in tries), measure)
+                    found.append(Choice(strategy, self._forecast(strategy)))
             return [choice for choice in found if choice.expected.share_same >= least_same]
 
         return max(self._exit_by_exit(options), key=_speed, default=None)
@@ -85,15 +85,15 @@ class Tuner:
             if not more:
                 break
             found.append(max(more, key=_speed))
-            chosen = found[-1].way.depths
+            chosen = found[-1].strategy.depths
         return found
 
-    def trees(self, budget: int = 12) -> list[Tree]:
+    def trees(self, budget: int = 12) -> list[TreeSpeculative]:
         """Return trees worth running: their speed cannot be told from records of one path, so they are measured."""
-        by_length = {way.depth: self._forecast(way) for way in (SelfSpeculative(depth, 6) for depth in self.depths)}
+        by_length = {strategy.depth: self._forecast(strategy) for strategy in (SelfSpeculative(depth, 6) for depth in self.depths)}
         likely = sorted(by_length, key=lambda depth: -by_length[depth].tokens_per_second)[:2]
         shapes = [(3, 1, 6, 2), (4, 1, 8, 2), (5, 1, 8, 2), (6, 1, 8, 2), (6, 1, 12, 3), (4, 2, 8, 2)]
-        return [Tree((depth,), (), *shape) for depth in likely for shape in shapes][:budget]
+        return [TreeSpeculative((depth,), (), *shape) for depth in likely for shape in shapes][:budget]
 
     def _climb(self, depths: tuple[int, ...], measure: str, length: int) -> Choice:
         tries = [[0.0, *thresholds_to_try(self.traces, self.depths.index(depth), measure)] for depth in depths]
@@ -103,16 +103,16 @@ class Tuner:
             for index, row in enumerate(tries):
                 options = [(*thresholds[:index], value, *thresholds[index + 1 :]) for value in row]
                 best = self._best(SortedSpeculative(depths, option, length, measure) for option in options)
-                thresholds = list(best.way.thresholds)
+                thresholds = list(best.strategy.thresholds)
             best = self._best(SortedSpeculative(depths, tuple(thresholds), value, measure) for value in LENGTHS)
-            length = best.way.num_draft_tokens
+            length = best.strategy.num_draft_tokens
         return best
 
-    def _best(self, ways) -> Choice:
-        return max((Choice(way, self._forecast(way)) for way in ways), key=_speed)
+    def _best(self, strategies) -> Choice:
+        return max((Choice(strategy, self._forecast(strategy)) for strategy in strategies), key=_speed)
 
-    def _forecast(self, way: Way) -> Forecast:
-        return forecast(way, self.traces, self.depths, self.costs, self.full, self.drafting)
+    def _forecast(self, strategy: Strategy) -> Forecast:
+        return forecast(strategy, self.traces, self.depths, self.costs, self.full, self.drafting)
 
 
 def _speed(choice: Choice) -> float:
@@ -129,19 +129,19 @@ class Bandit:
         state: What `state_dict` gave, to go on from.
     """
 
-    def __init__(self, ways: Sequence[Way], state: dict | None = None):
-        self.ways = list(ways)
+    def __init__(self, strategies: Sequence[Strategy], state: dict | None = None):
+        self.strategies = list(strategies)
         self.tasks: dict[str, list[list[float]]] = {}
         self.failures: dict[str, list[int]] = {}
         for task, rows in (state or {}).items():
-            if len(rows) == len(self.ways):
+            if len(rows) == len(self.strategies):
                 self.begin(task)
                 self.tasks[task] = [list(row) for row in rows]
 
     def begin(self, task: str) -> None:
         """Remember a task."""
-        self.tasks.setdefault(task, [[0.0, 0.0, 0.0] for _ in self.ways])
-        self.failures.setdefault(task, [0] * len(self.ways))
+        self.tasks.setdefault(task, [[0.0, 0.0, 0.0] for _ in self.strategies])
+        self.failures.setdefault(task, [0] * len(self.strategies))
 
     def choose(self, task: str) -> int:
         """Return the place of the way to take next: each once at first, then the one with the highest bound.

@@ -10,7 +10,7 @@ from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.sampling import SURENESS, Sampler
 from megatron_sorted.decoding.speculation.steps import stops_of
-from megatron_sorted.decoding.ways import Full, Sampling
+from megatron_sorted.decoding.strategies import Full, SamplingParameters
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Trace:
 
 
 @torch.inference_mode()
-def record(network: Network, prompts: Sequence[Sequence[int]], depths: Sequence[int], sampling: Sampling | None = None,
+def record(network: Network, prompts: Sequence[Sequence[int]], depths: Sequence[int], sampling: SamplingParameters | None = None,
            limits: Limits | None = None, drafter: Network | None = None) -> list[Trace]:
     """Return what the exits say of the full model's own texts, each read once more.
 
@@ -41,7 +41,7 @@ def record(network: Network, prompts: Sequence[Sequence[int]], depths: Sequence[
         limits: Where texts end.
         drafter: Whose exits they are, if another model drafts.
     """
-    sampling, reader = sampling or Sampling(), drafter or network
+    sampling, reader = sampling or SamplingParameters(), drafter or network
     traces = []
     for prompt in prompts:
         [text] = generate(network, [prompt], Full(), sampling, limits)

@@ -17,16 +17,16 @@ from tqdm import tqdm
 from megatron_sorted.decoding.choice import check_draft
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.network import config_sha256, draft_key
+from megatron_sorted.decoding.strategies import SPECULATIVE, Full, Strategy
+from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.decoding.tuning.choices import write_choices
 from megatron_sorted.decoding.tuning.costs import measure_costs
 from megatron_sorted.decoding.tuning.search import Tuner
 from megatron_sorted.decoding.tuning.traces import record
-from megatron_sorted.decoding.ways import SPECULATIVE, Full, Way
-from megatron_sorted.decoding.writer import Writer
 from megatron_sorted.errors import SettingsError
 
 
-def depths_to_try(writer: Writer) -> list[int]:
+def depths_to_try(writer: TextGenerator) -> list[int]:
     """Return the exits that may draft: those before the model's last layer, or all of another model.
 
     Raises:
@@ -53,10 +53,10 @@ class Tuning:
         limits: Where texts end.
     """
 
-    def __init__(self, writer: Writer, draft: Path | None, depths: Sequence[int], prompts: Sequence[list[int]], limits: Limits):
+    def __init__(self, writer: TextGenerator, draft: Path | None, depths: Sequence[int], prompts: Sequence[list[int]], limits: Limits):
         """Record what the exits say of what the full model writes, and measure what reading costs here."""
         self.writer, self.draft, self.depths, self.prompts, self.limits = writer, draft, list(depths), list(prompts), limits
-        self.choices: dict[str, Way] = {}
+        self.choices: dict[str, Strategy] = {}
         self.speeds: dict[str, tuple[float, float]] = {}
         network, other = writer.network, writer.draft
         whose = f"{draft.resolve().name}, which drafts for {network.num_layers}" if other else str(network.num_layers)
@@ -79,30 +79,30 @@ class Tuning:
         """
         print("looking for the fastest options ...", flush=True)
         tuner = self.tuner
-        self.choices = {"full": Full(), "self_speculative": tuner.self_speculative().way,
-                        "sorted_speculative": tuner.sorted_speculative().way}
+        self.choices = {"full": Full(), "self_speculative": tuner.self_speculative().strategy,
+                        "sorted_speculative": tuner.sorted_speculative().strategy}
         early = None if self.writer.draft else tuner.early_exit(least_same)
         if early is not None:
-            self.choices["early_exit"] = early.way
-        self.speeds = {name: self._run(way, self.prompts) for name, way in tqdm(self.choices.items(), "trying them", unit="way")}
+            self.choices["early_exit"] = early.strategy
+        self.speeds = {name: self._run(strategy, self.prompts) for name, strategy in tqdm(self.choices.items(), "trying them", unit="strategy")}
         trees = {tree: self._run(tree, self.prompts[:4]) for tree in tqdm(tuner.trees(), "trying trees", unit="tree")}
         self.choices["tree"] = max(trees, key=lambda tree: trees[tree][0])
         self.speeds["tree"] = self._run(self.choices["tree"], self.prompts)
         print(f"\n{'way':20} {'tokens/s':>9} {'speed-up':>9} {'tokens/step':>12}  options")
-        for name, way in self.choices.items():
-            options = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(way).items())
+        for name, strategy in self.choices.items():
+            options = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(strategy).items())
             speed, tokens_a_step = self.speeds[name]
             print(f"{name:20} {speed:9.1f} {speed / self.speed('full'):8.2f}x {tokens_a_step:12.2f}  {options}")
 
     def keep(self, path: Path, machine: Mapping[str, str]) -> str:
         """Write what was chosen, and return the name of the fastest way that changes no text."""
         tuner, draft = self.tuner, self.writer.draft
-        fit = {name: way for name, way in self.choices.items() if draft is None or isinstance(way, SPECULATIVE)}
+        fit = {name: strategy for name, strategy in self.choices.items() if draft is None or isinstance(strategy, SPECULATIVE)}
         best = max((name for name in fit if name != "early_exit"), key=self.speed)
         num_tokens = sum(len(trace.tokens) for trace in tuner.traces)
         found = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                  "machine": {**machine, "threads": torch.get_num_threads(), "processor": platform.processor()},
-                 "best": best, "ways": {name: dataclasses.asdict(way) for name, way in fit.items()},
+                 "best": best, "strategies": {name: dataclasses.asdict(strategy) for name, strategy in fit.items()},
                  "tokens_per_second": {name: round(speed, 2) for name, (speed, _) in self.speeds.items()},
                  "agreement": {str(depth): round(sum(sum(trace.same_dn[place]) for trace in tuner.traces) / num_tokens, 4)
                                for place, depth in enumerate(self.depths)},
@@ -115,12 +115,12 @@ class Tuning:
             write_choices(path, found, draft_key(self.draft, draft))
         return best
 
-    def _run(self, way: Way, prompts: Sequence[list[int]]) -> tuple[float, float]:
+    def _run(self, strategy: Strategy, prompts: Sequence[list[int]]) -> tuple[float, float]:
         """Return tokens a second and tokens a step of a way."""
-        network, draft = self.writer.network, self.writer.draft_for(way)
-        generate(network, prompts[:1], way, limits=dataclasses.replace(self.limits, max_new_tokens=8), draft=draft)
+        network, draft = self.writer.network, self.writer.draft_for(strategy)
+        generate(network, prompts[:1], strategy, limits=dataclasses.replace(self.limits, max_new_tokens=8), draft=draft)
         began, tokens, steps = time.perf_counter(), 0, 0
         for prompt in prompts:
-            [text] = generate(network, [prompt], way, limits=self.limits, draft=draft)
+            [text] = generate(network, [prompt], strategy, limits=self.limits, draft=draft)
             tokens, steps = tokens + len(text.tokens), steps + text.counts.num_steps
         return tokens / (time.perf_counter() - began), tokens / steps

@@ -58,11 +58,11 @@ def make_card(world: World, environment: Mapping[str, str], device: str, error: 
     """Return this process's card, with the name of its device or why it has none."""
     variables = {name: value for name, value in environment.items() if SHOWN.match(name) and not OF_ONE_NODE.fullmatch(name)}
     variables["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "unset")
-    return Card(world.rank, world.node, world.local_rank, os.uname().nodename, os.getpid(), versions_here(), variables,
+    return Card(world.rank, world.node, world.local_rank, os.uname().nodename, os.getpid(), installed_versions(), variables,
                 adapter_gigabits(Path("/sys/class/infiniband")), device, error)
 
 
-def versions_here() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Return the version of everything that must be the same in all processes, as this process takes it."""
     import torch
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_sorted.doctor.disks import existing_folder
 from megatron_sorted.doctor.finding import Finding, broken, doubtful, fine, some
-from megatron_sorted.doctor.local import DISK_SECONDS, IMPORT_SECONDS, Question, device_of, folder_of, look_around
+from megatron_sorted.doctor.local import DISK_SECONDS, IMPORT_SECONDS, DoctorOptions, device_of, folder_of, look_around
 from megatron_sorted.doctor.network.cards import Card, check_alike, make_card, node_names
 from megatron_sorted.doctor.network.meeting import (
     PATIENCE_SECONDS,
@@ -25,10 +25,10 @@ from megatron_sorted.doctor.network.meeting import (
     meet,
     open_store,
     put,
-    told_to_end,
     wait_for_the_end,
+    was_told_to_stop,
 )
-from megatron_sorted.doctor.network.trial import Trial, judge
+from megatron_sorted.doctor.network.trial import NetworkTrial, judge
 from megatron_sorted.doctor.network.watch import Heart, Watch
 from megatron_sorted.doctor.table import Show
 from megatron_sorted.errors import PlatformError
@@ -63,7 +63,7 @@ def check_missing(error: MissingRanksError, world: World, limit_seconds: float, 
                   "Look at their output and hosts: not started, still importing (--limit-seconds), or MASTER_ADDR not reachable there.")
 
 
-def examine(question: Question, limit_seconds: float, show: Show) -> int:
+def examine(question: DoctorOptions, limit_seconds: float, show: Show) -> int:
     """Examine the nodes and return the exit status of this process; rank 0 prints. See ``job.examine_job``.
 
     Collective: every process of the job.
@@ -76,7 +76,7 @@ def examine(question: Question, limit_seconds: float, show: Show) -> int:
         cards = meet(store, world, card, limit_seconds)
     except MissingRanksError as missing:
         if world.rank == 0:
-            ended = told_to_end()  # then there is no time to look around
+            ended = was_told_to_stop()  # then there is no time to look around
             here = [] if ended else look_around(question)
             status = show({card.host: [*here, check_missing(missing, world, limit_seconds, ended)]}, ())
             dismiss(store, world.size)
@@ -115,7 +115,7 @@ def examine(question: Question, limit_seconds: float, show: Show) -> int:
     return status
 
 
-def _take_part(store: dist.Store, cards: list[Card], platform: Platform, question: Question, limit_seconds: float,
+def _take_part(store: dist.Store, cards: list[Card], platform: Platform, question: DoctorOptions, limit_seconds: float,
                on_end: Callable[[Finding], int] | None) -> tuple[list[Finding], list[dict]]:
     """Return, on rank 0, what the test of the network found, and its figures.
 
@@ -134,7 +134,7 @@ def _take_part(store: dist.Store, cards: list[Card], platform: Platform, questio
     try:
         dist.init_process_group(platform.backend, store=dist.PrefixStore("group", store), rank=world.rank, world_size=world.size,
                                 timeout=timedelta(seconds=limit_seconds + PATIENCE_SECONDS))
-        trial = Trial(store, cards, platform, world.rank)
+        trial = NetworkTrial(store, cards, platform, world.rank)
         results = trial.run()
         shared = share_folder(store, trial, existing_folder(folder_of(question)), world, cards)
     except Exception as error:
@@ -152,7 +152,7 @@ def _take_part(store: dist.Store, cards: list[Card], platform: Platform, questio
     return judge(figures, cards) + shared, figures
 
 
-def share_folder(store: dist.Store, trial: Trial, folder: Path, world: World, cards: list[Card]) -> list[Finding]:
+def share_folder(store: dist.Store, trial: NetworkTrial, folder: Path, world: World, cards: list[Card]) -> list[Finding]:
     """Return, on rank 0, whether all nodes see the same folder.
 
     Collective: two all-reduces of 8 bytes over all processes.

@@ -5,7 +5,7 @@ import signal
 import sys
 
 from megatron_sorted.doctor.finding import FAIL, broken
-from megatron_sorted.doctor.local import Question, look_around
+from megatron_sorted.doctor.local import DoctorOptions, look_around
 from megatron_sorted.doctor.table import Show, as_text
 
 
@@ -17,7 +17,7 @@ def hold_termination() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
-def examine_job(question: Question, limit_seconds: float, show: Show) -> int:
+def examine_job(question: DoctorOptions, limit_seconds: float, show: Show) -> int:
     """Examine all nodes and return the exit status; rank 0 prints one table, the others nothing unless they cannot reach it.
 
     Collective: every process of the job.
@@ -43,7 +43,7 @@ def examine_job(question: Question, limit_seconds: float, show: Show) -> int:
         return _alone(question, show, f"rank {question.world.rank} and {address}: {' '.join(str(error).split())[:300]}")
 
 
-def _alone(question: Question, show: Show, why: str) -> int:
+def _alone(question: DoctorOptions, show: Show, why: str) -> int:
     """Say what is wrong on this host, if nobody of the same node or of rank 0's does."""
     if question.world.local_rank > 0:
         return 1

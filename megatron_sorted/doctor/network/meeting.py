@@ -54,7 +54,7 @@ def gather(store: dist.Store, what: str, ranks: Sequence[int], limit_seconds: fl
         for rank in ranks:
             if rank not in found and store.check([f"{what}/{rank}"]):
                 found[rank] = json.loads(store.get(f"{what}/{rank}"))
-        if len(found) == len(ranks) or time.monotonic() > until or told_to_end():
+        if len(found) == len(ranks) or time.monotonic() > until or was_told_to_stop():
             return found
         time.sleep(POLL_SECONDS)
 
@@ -74,7 +74,7 @@ def wait_for_the_end(store: dist.Store, rank: int, limit_seconds: float) -> None
         return
 
 
-def told_to_end() -> bool:
+def was_told_to_stop() -> bool:
     """Return whether the launcher has told this process to end, which held the signal back."""
     return signal.SIGTERM in signal.sigpending()
 

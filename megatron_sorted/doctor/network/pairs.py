@@ -7,7 +7,7 @@ WITHIN, ACROSS = "within a node", "across nodes"
 
 
 @dataclass(frozen=True)
-class Pair:
+class RankPair:
     """Two ranks and how they are placed: within a node or across nodes."""
 
     first: int
@@ -27,16 +27,16 @@ def ring_rounds(members: Sequence[int]) -> list[list[tuple[int, int]]]:
     return [pairs for pairs in rounds if pairs]
 
 
-def pair_rounds(nodes: Mapping[int, Sequence[int]]) -> list[list[Pair]]:
+def pair_rounds(nodes: Mapping[int, Sequence[int]]) -> list[list[RankPair]]:
     """Return rounds of pairs: neighbours within every node, all nodes at once, then each node with the next, all local ranks at once.
 
     Args:
         nodes: Ranks of every node, by local rank.
     """
-    rounds: list[list[Pair]] = []
+    rounds: list[list[RankPair]] = []
     within = [ring_rounds(ranks) for ranks in nodes.values()]
     for number in range(max(map(len, within), default=0)):
-        rounds.append([Pair(*pair, WITHIN) for one in within if number < len(one) for pair in one[number]])
+        rounds.append([RankPair(*pair, WITHIN) for one in within if number < len(one) for pair in one[number]])
     for links in ring_rounds(list(nodes)):
-        rounds.append([Pair(a, b, ACROSS) for one, other in links for a, b in zip(nodes[one], nodes[other], strict=False)])
+        rounds.append([RankPair(a, b, ACROSS) for one, other in links for a, b in zip(nodes[one], nodes[other], strict=False)])
     return rounds

@@ -22,7 +22,7 @@ SIZES_ON_DEVICES = (4 * 2**10, 2**20, 64 * 2**20, 256 * 2**20)
 EVERYONE = "all processes"
 
 
-class Trial:
+class NetworkTrial:
     """One process's part in the measurements.
 
     Args:

@@ -15,7 +15,7 @@ LOOK_SECONDS, LAST_WORDS_SECONDS = 0.5, 3.0
 
 
 def explain(phases: Mapping[int, tuple[int, str]], errors: Mapping[int, str], silent: Collection[int], names: Mapping[int, str],
-            told_to_end: bool, limit_seconds: float) -> Finding:
+            was_told_to_stop: bool, limit_seconds: float) -> Finding:
     """Return why a test ended early.
 
     Args:
@@ -23,7 +23,7 @@ def explain(phases: Mapping[int, tuple[int, str]], errors: Mapping[int, str], si
         errors: What ranks said before they gave up.
         silent: Ranks that give no sign of life any more.
         names: Names of all ranks, with their hosts.
-        told_to_end: Whether the launcher ended the job.
+        was_told_to_stop: Whether the launcher ended the job.
         limit_seconds: After which a test that stands still is ended.
     """
     at = {rank: phases.get(rank, (0, "start")) for rank in names}
@@ -34,7 +34,7 @@ def explain(phases: Mapping[int, tuple[int, str]], errors: Mapping[int, str], si
         value = f"{where} the others wait for {some([names[rank] for rank in late], 8)}" + (", without a sign of life" if silent else "")
     else:
         value = f"all processes stand still {where}" if not errors else f"failed {where}"
-    if told_to_end:
+    if was_told_to_stop:
         value = f"the launcher ended the job, since a process had ended; {value}"
     elif not errors:
         value += f", for {limit_seconds:.0f} s"

@@ -23,7 +23,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Row:
+class PictureRow:
     """One row of the picture; ``percent``: values are shares."""
 
     title: str
@@ -32,22 +32,22 @@ class Row:
     percent: bool
 
 
-def rows_of(results: dict) -> list[Row]:
+def rows_of(results: dict) -> list[PictureRow]:
     """Return the rows: the loss on every text, exact match on every question set, the first metric of every task."""
     rows = []
     for name, text in results["texts"].items():
-        rows.append(Row(f"Held-out loss, {name} (lower is better)", "nats per token",
+        rows.append(PictureRow(f"Held-out loss, {name} (lower is better)", "nats per token",
                         _lines(results, text, lambda numbers: (numbers["loss"], numbers["loss_standard_error"])), False))
     for name, data in results.get("data", {}).items():
-        rows.append(Row(f"Loss, {name}, prepared (lower is better)", "nats per token",
+        rows.append(PictureRow(f"Loss, {name}, prepared (lower is better)", "nats per token",
                         _lines(results, data, lambda numbers: (numbers["loss"], numbers["loss_standard_error"])), False))
     for name, asked in results["questions"].items():
-        rows.append(Row(f"Exact match, {name} (higher is better)", "questions answered right",
+        rows.append(PictureRow(f"Exact match, {name} (higher is better)", "questions answered right",
                         _lines(results, asked, lambda numbers: (numbers["exact_match"], numbers["exact_match_standard_error"])), True))
     for name, task in results["tasks"].items():
         metrics = [metric for numbers in next(iter(task["models"].values()))["exits"].values() for metric in numbers if metric != "samples"]
         if metrics:
-            rows.append(Row(f"{name}, {metrics[0]}", metrics[0], _lines(
+            rows.append(PictureRow(f"{name}, {metrics[0]}", metrics[0], _lines(
                 results, task, lambda numbers, metric=metrics[0]: (numbers[metric]["value"], numbers[metric]["standard_error"])), False))
     return rows
 
@@ -81,7 +81,7 @@ def _lines(results: dict, measured: dict, number: Callable[[dict], tuple[float, 
     return lines
 
 
-def _draw(axes, row: Row, where: Callable[[Line], Sequence[float]]) -> None:
+def _draw(axes, row: PictureRow, where: Callable[[Line], Sequence[float]]) -> None:
     from matplotlib.ticker import EngFormatter, PercentFormatter
 
     for line, colour, marker in zip(row.lines, COLOURS, MARKERS, strict=False):
@@ -102,7 +102,7 @@ def _draw(axes, row: Row, where: Callable[[Line], Sequence[float]]) -> None:
         axes.set_xlabel("forward FLOPs per token of that sub-model")
 
 
-def _ticks(axes, row: Row) -> None:
+def _ticks(axes, row: PictureRow) -> None:
     depths = sorted({depth for line in row.lines for depth in line.depths})
     step = -(-len(depths) // 12)
     shown = depths[::-1][::step][::-1]  # the full model always

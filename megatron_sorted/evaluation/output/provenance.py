@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from megatron_sorted.evaluation.evaluate import Found, Measures
+from megatron_sorted.evaluation.evaluate import Measures, ModelMeasurements
 from megatron_sorted.settings.derived import document_masks
 
 
@@ -39,7 +39,7 @@ def _describe_data(measures: Measures) -> dict | None:
             "split": settings.split if settings.data_path else None, **document_masks(settings)}
 
 
-def answers_of(found: Sequence[Found], measures: Measures) -> dict[str, str]:
+def answers_of(found: Sequence[ModelMeasurements], measures: Measures) -> dict[str, str]:
     """Return {set of questions: what every model answered, one JSON object a question} of the sets that were asked."""
     written = {}
     for name, asked in measures.questions.items():

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 
 from megatron_sorted.evaluation.closed_book import Answered
-from megatron_sorted.evaluation.evaluate import Found, Measures
+from megatron_sorted.evaluation.evaluate import Measures, ModelMeasurements
 from megatron_sorted.evaluation.held_out import HeldOut
 
 SCORES = ("exact_match", "f1", "exact_match_with_case")
 
 
-def results_of(found: Sequence[Found], measures: Measures) -> dict:
+def results_of(found: Sequence[ModelMeasurements], measures: Measures) -> dict:
     """Return the numbers of all models as plain objects: ``models``, ``texts``, ``data``, ``questions`` and ``tasks``, each by name.
 
     What was not measured yet is left out.
@@ -34,7 +34,7 @@ def results_of(found: Sequence[Found], measures: Measures) -> dict:
     return {"models": {one.name: one.facts for one in found}, "texts": texts, "data": data, "questions": questions, "tasks": tasks}
 
 
-def _text_numbers(one: Found, name: str, num_bytes: int, baselines: Sequence[Found]) -> dict:
+def _text_numbers(one: ModelMeasurements, name: str, num_bytes: int, baselines: Sequence[ModelMeasurements]) -> dict:
     exits = _losses(one.texts[name], {other.name: other.texts.get(name, {}) for other in baselines if other is not one})
     for depth, held in one.texts[name].items():
         exits[depth]["bits_per_byte"] = held.bits_per_byte(num_bytes)
@@ -42,7 +42,7 @@ def _text_numbers(one: Found, name: str, num_bytes: int, baselines: Sequence[Fou
     return {"tokens": int(last.tokens_d.sum()), "unknown_tokens": one.unknown_tokens[name], "exits": exits}
 
 
-def _data_numbers(one: Found, name: str, baselines: Sequence[Found]) -> dict:
+def _data_numbers(one: ModelMeasurements, name: str, baselines: Sequence[ModelMeasurements]) -> dict:
     exits = _losses(one.prepared[name], {other.name: other.prepared.get(name, {}) for other in baselines if other is not one})
     for depth, held in one.prepared[name].items():
         exits[depth]["exact_match"] = held.exact_match
@@ -65,7 +65,7 @@ def _losses(by_depth: dict[int, HeldOut], others: dict[str, dict[int, HeldOut]])
     return exits
 
 
-def _question_numbers(one: Found, name: str, baselines: Sequence[Found]) -> dict:
+def _question_numbers(one: ModelMeasurements, name: str, baselines: Sequence[ModelMeasurements]) -> dict:
     exits = {}
     for depth, answered in one.questions[name].items():
         exits[depth] = {score: answered.mean(score) for score in SCORES}

@@ -28,7 +28,7 @@ FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 @dataclass(frozen=True)
-class NamedToken:
+class AddedToken:
     """A token that files add to a vocabulary, or name.
 
     Attributes:
@@ -62,14 +62,14 @@ class TokenizerFiles:
     used: dict[str, Path]
     config: dict[str, Any]
     model_type: str | None
-    added: dict[int, NamedToken]
-    named: dict[str, NamedToken]
-    extra: tuple[NamedToken, ...]
+    added: dict[int, AddedToken]
+    named: dict[str, AddedToken]
+    extra: tuple[AddedToken, ...]
     chat_templates: dict[str, str]
     notes: tuple[str, ...]
 
     @property
-    def special(self) -> tuple[NamedToken, ...]:
+    def special(self) -> tuple[AddedToken, ...]:
         """Return the special tokens that files name, those with a name of their own first."""
         return (*self.named.values(), *self.extra)
 
@@ -135,16 +135,16 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
         added, named, extra, read_chat_templates(directory, config), tuple(notes))
 
 
-def _token(value: object, where: str) -> NamedToken:
+def _token(value: object, where: str) -> AddedToken:
     if isinstance(value, str) and value:
-        return NamedToken(value)
+        return AddedToken(value)
     if isinstance(value, dict) and isinstance(value.get("content"), str) and value["content"]:
-        return NamedToken(
+        return AddedToken(
             value["content"], {name: bool(value[name]) for name in FLAGS if name in value})
     raise DataError(f"{where}: {value!r:.80} is not a token. Give an intact directory.")
 
 
-def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, NamedToken]:
+def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
     """Return {id: token} as tokenizer_config.json says, or else added_tokens.json."""
     where = f"{directory / CONFIG}: added_tokens_decoder"
     tokens = config.get("added_tokens_decoder") or {}
@@ -165,7 +165,7 @@ def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, Named
 
 def _named_tokens(
     directory: Path, config: Mapping[str, Any], older: Mapping[str, Any], notes: list[str],
-) -> dict[str, NamedToken]:
+) -> dict[str, AddedToken]:
     """Return the special tokens by name.
 
     As in transformers, special_tokens_map.json replaces entries of a tokenizer_config.json that
@@ -185,7 +185,7 @@ def _named_tokens(
     return found
 
 
-def _named(settings: Mapping[str, Any], where: str) -> dict[str, NamedToken]:
+def _named(settings: Mapping[str, Any], where: str) -> dict[str, AddedToken]:
     further = settings.get("extra_special_tokens")
     entries = {**(further if isinstance(further, dict) else {}), **settings}
     return {name: _token(value, f"{where}: {name}") for name, value in entries.items()
@@ -195,8 +195,8 @@ def _named(settings: Mapping[str, Any], where: str) -> dict[str, NamedToken]:
 
 def _extra_tokens(
     directory: Path, config: Mapping[str, Any], older: Mapping[str, Any],
-) -> tuple[NamedToken, ...]:
-    found: dict[str, NamedToken] = {}
+) -> tuple[AddedToken, ...]:
+    found: dict[str, AddedToken] = {}
     for settings, name in ((config, CONFIG), (older, SPECIAL_TOKENS)):
         for key in ("additional_special_tokens", "extra_special_tokens"):
             listed = settings.get(key)
@@ -207,7 +207,7 @@ def _extra_tokens(
 
 
 def check_place(
-    files: TokenizerFiles, number: int | None, place: int, token: NamedToken,
+    files: TokenizerFiles, number: int | None, place: int, token: AddedToken,
 ) -> None:
     """Check that an added token stands where the settings say.
 

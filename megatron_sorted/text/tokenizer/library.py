@@ -13,7 +13,7 @@ from megatron_sorted.text.tokenizer.files import (
     MERGES,
     REMEDY,
     VOCABULARY,
-    NamedToken,
+    AddedToken,
     TokenizerFiles,
     check_place,
 )
@@ -40,14 +40,14 @@ def read_with_library(files: TokenizerFiles, data: bytes) -> "tokenizers.Tokeniz
     if files.main.name == VOCABULARY:
         fast = _pairs_of_bytes(files)
     else:
-        with _in_our_words(f"{files.main}: not a tokenizer"):
+        with _in_plain_words(f"{files.main}: not a tokenizer"):
             fast = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
     _add_tokens(fast, files)
     return fast
 
 
 @contextmanager
-def _in_our_words(what: str) -> Iterator[None]:
+def _in_plain_words(what: str) -> Iterator[None]:
     """Pass on what the library says; it raises bare Exception, and its panics are not even that."""
     try:
         yield
@@ -71,7 +71,7 @@ def _pairs_of_bytes(files: TokenizerFiles) -> "tokenizers.Tokenizer":
     vocabulary = read_json_object(files.main, REMEDY)
     if not all(type(i) is int and 0 <= i < 1 << 31 for i in vocabulary.values()):
         raise DataError(f"{files.main}: not {{token: id}}. Give an intact directory.")
-    with _in_our_words(f"{directory}: {VOCABULARY} and {MERGES} are no tokenizer"):
+    with _in_plain_words(f"{directory}: {VOCABULARY} and {MERGES} are no tokenizer"):
         lines = read_bounded(files.used[MERGES], REMEDY).decode("utf-8").split("\n")
         merges = [tuple(line.split()) for line in map(str.strip, lines)
                   if line and not line.startswith("#version")]
@@ -98,7 +98,7 @@ def _add_tokens(fast: "tokenizers.Tokenizer", files: TokenizerFiles) -> None:
             known[token.content] = token
 
 
-def _added_token(token: NamedToken, is_special: bool) -> "tokenizers.AddedToken":
+def _added_token(token: AddedToken, is_special: bool) -> "tokenizers.AddedToken":
     from tokenizers import AddedToken
 
     flags: Mapping[str, Any] = {"normalized": not is_special, "special": is_special, **token.flags}

@@ -16,7 +16,7 @@ from megatron_sorted.checkpoint.lock import DirectoryLock
 from megatron_sorted.checkpoint.manifest import Progress
 from megatron_sorted.checkpoint.publishing import Retention
 from megatron_sorted.checkpoint.saver import SaveOutcome, Saver, require_saved
-from megatron_sorted.checkpoint.sharding.sharded import find_damage_together, load_sharded, sharded_state
+from megatron_sorted.checkpoint.sharding.sharded import find_damage_on_all_ranks, load_sharded, sharded_state
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.exits.coefficients import CoefficientRule
@@ -27,7 +27,7 @@ from megatron_sorted.platform.state import seed_everything
 from megatron_sorted.reading.json_text import read_json_object
 from megatron_sorted.settings.derived import global_batch_size
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.run.hugging_face import is_hugging_face_candidate, load_by_name, travelling_files_of
+from megatron_sorted.training.run.hugging_face import carried_files_of, is_hugging_face_candidate, load_by_name
 from megatron_sorted.training.run.resume import check_can_continue, gives_new_parts, loaded_line, set_schedule, takes_weights_only
 from megatron_sorted.training.run.same_run import START
 from megatron_sorted.training.run.travelling import carry_files, files_of_checkpoint
@@ -90,7 +90,7 @@ def choose_checkpoint(candidates: Candidates, settings: Settings, tokenizer: Tok
     candidates, data = box
     taken = None
     for candidate in candidates.usable:
-        problems = find_damage_together(candidate.directory, candidate.manifest, shards_too=settings.verify_checkpoint)
+        problems = find_damage_on_all_ranks(candidate.directory, candidate.manifest, shards_too=settings.verify_checkpoint)
         if not problems:
             taken = candidate
             break
@@ -146,7 +146,7 @@ class Checkpoints:
         if self.saver is None or self.place.rank != 0:
             return
         self._tokenizer = candidate.manifest.get("tokenizer")
-        files = travelling_files_of(candidate.directory) if is_hugging_face_candidate(candidate) else files_of_checkpoint(candidate)
+        files = carried_files_of(candidate.directory) if is_hugging_face_candidate(candidate) else files_of_checkpoint(candidate)
         self.saver.extra_files = carry_files(files, self.saver.extra_files, self._tokenizer)
 
     def load(self, candidate: Candidate) -> Progress:

@@ -108,7 +108,7 @@ class EvaluationStep:
         self.feed.finish()
 
 
-class Evaluation:
+class Evaluator:
     """Measures every exit on one set: loss, accuracy, exact match, agreement, accept length.
 
     Args:

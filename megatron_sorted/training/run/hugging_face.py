@@ -15,12 +15,12 @@ from megatron_sorted.checkpoint.candidates import Candidate
 from megatron_sorted.checkpoint.layout import iteration_directory
 from megatron_sorted.checkpoint.manifest import WEIGHTS_ONLY, network_shape, with_new_parts
 from megatron_sorted.checkpoint.sharding.sharded import weights_in_place
-from megatron_sorted.conversion.aside import check_destination
 from megatron_sorted.conversion.exporting import export_model
 from megatron_sorted.conversion.hugging_face.families import CONFIG, family_of_settings
 from megatron_sorted.conversion.importing import tokenizer_description
 from megatron_sorted.conversion.open_model import files_beside, open_model
 from megatron_sorted.conversion.origins import origin_of
+from megatron_sorted.conversion.staging import check_destination
 from megatron_sorted.conversion.verifying.transformers_states import require_transformers
 from megatron_sorted.conversion.writing import Writing
 from megatron_sorted.errors import CheckpointError, SettingsError
@@ -105,7 +105,7 @@ def _copy_part(whole: torch.Tensor, shard: ShardedTensor) -> None:
     target[tuple(slice(0, size) for size in source.shape)].copy_(source)
 
 
-def travelling_files_of(directory: Path) -> dict[str, bytes]:
+def carried_files_of(directory: Path) -> dict[str, bytes]:
     """Return the content of the small files that go on into every checkpoint of a run that starts here, by name within one."""
     return {name: path.read_bytes() for name, path in files_beside(directory).items()}
 

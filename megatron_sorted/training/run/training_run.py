@@ -11,7 +11,7 @@ from megatron_sorted.parallel.groups import start_process_groups, stop_process_g
 from megatron_sorted.reading.shown import printable
 from megatron_sorted.training.run.checkpoints import Checkpoints
 from megatron_sorted.training.run.describe import description, opening_lines, write_evaluation
-from megatron_sorted.training.run.evaluate import Evaluation, ShownProgress
+from megatron_sorted.training.run.evaluate import Evaluator, ShownProgress
 from megatron_sorted.training.run.hugging_face import export_last
 from megatron_sorted.training.run.same_run import START
 from megatron_sorted.training.run.start import Prepared, find_beginning
@@ -98,7 +98,7 @@ class TrainingRun:
         sets = self.inputs.eval_sets | (self.inputs.test_sets if last else {})
         for name, samples in sets.items():
             self.watchdog.mark(f"step {self.progress.step}, evaluation of {name!r}")
-            evaluation = Evaluation(
+            evaluation = Evaluator(
                 self.settings, self.model, self.platform, self.place, name, samples
             )
             shown = ShownProgress(name, self.watchdog.alive, self.place.rank == 0)

@@ -19,7 +19,7 @@ from megatron_sorted.settings.run import Settings
 
 
 @dataclass
-class TeacherBox:
+class TeacherSlot:
     """Where a chunk keeps the teacher of one micro-batch while its backward runs.
 
     Attributes:
@@ -70,7 +70,7 @@ def halves_of_message(settings: Settings, depths: Iterable[int], forward_only: b
     return 2 if settings.pipeline_model_parallel_size > 1 and not forward_only and taught_exits(settings, depths) else 1
 
 
-def narrow(wide_tbh: torch.Tensor, box: TeacherBox) -> torch.Tensor:
+def narrow(wide_tbh: torch.Tensor, box: TeacherSlot) -> torch.Tensor:
     """Return the hidden state [t, b, h] of a message [2t, b, h]; in backward the teacher in ``box`` travels on.
 
     ``box`` gets what the carrier holds now.
@@ -78,7 +78,7 @@ def narrow(wide_tbh: torch.Tensor, box: TeacherBox) -> torch.Tensor:
     return _Narrow.apply(wide_tbh, box)
 
 
-def widen(hidden_tbh: torch.Tensor, box: TeacherBox) -> torch.Tensor:
+def widen(hidden_tbh: torch.Tensor, box: TeacherSlot) -> torch.Tensor:
     """Return a message [2t, b, h] of a hidden state [t, b, h]; in backward the teacher comes into ``box``.
 
     The carrier is ``box.hidden_tbh``, or zeros.
@@ -86,7 +86,7 @@ def widen(hidden_tbh: torch.Tensor, box: TeacherBox) -> torch.Tensor:
     return _Widen.apply(hidden_tbh, box)
 
 
-def teach(backward: ExitBackward | None, norm: torch.nn.Module, box: TeacherBox) -> ExitBackward:
+def teach(backward: ExitBackward | None, norm: torch.nn.Module, box: TeacherSlot) -> ExitBackward:
     """Return the last exit's backward that first puts the teacher into ``box``; ``backward`` is None where the exit does not train."""
 
     def teach_and_compute(hidden_tbh: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

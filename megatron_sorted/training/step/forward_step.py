@@ -15,7 +15,7 @@ from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.derived import deepest_layer_run, taught_exits
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.step.build import Model, unwrap
-from megatron_sorted.training.step.carrier import TeacherBox, halves_of_message, narrow, widen
+from megatron_sorted.training.step.carrier import TeacherSlot, halves_of_message, narrow, widen
 from megatron_sorted.training.step.exits import ExitLosses, TrainedExits
 from megatron_sorted.training.step.loss_rule import LossRule
 from megatron_sorted.training.step.micro_batches import Feed
@@ -96,7 +96,7 @@ class ForwardStep:
             self.losses.confidences.num_counted[number] = int((batch.loss_mask_bs != 0).sum())
         if stage.layer_dropout is not None:
             stage.layer_dropout.draw(self.step, self._global_indices(number), self.platform)
-        box = TeacherBox() if taught_exits(settings, coefficients) else None
+        box = TeacherSlot() if taught_exits(settings, coefficients) else None
         micro = replace(
             micro,
             deepest=deepest_layer_run(settings, coefficients),

@@ -15,7 +15,7 @@ from megatron_sorted.model.config import parameter_dtype
 from megatron_sorted.model.stage import SortedStage
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.settings.run import Settings
-from megatron_sorted.training.step.carrier import TeacherBox
+from megatron_sorted.training.step.carrier import TeacherSlot
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class MicroBatch:
     coefficients: Mapping[int, float] = field(default_factory=dict)
     factor: torch.Tensor | None = None
     with_meetings: bool = False
-    box: TeacherBox | None = None
+    box: TeacherSlot | None = None
     attached: list[AttachedExit] = field(default_factory=list)
 
 

@@ -23,7 +23,7 @@ from megatron_sorted.settings.derived import padded_vocab_size
 from megatron_sorted.settings.layout import ChunkLayout, Layout, layout_of, num_virtual_chunks
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.run.hugging_face import load_by_name
-from megatron_sorted.training.step.carrier import TeacherBox
+from megatron_sorted.training.step.carrier import TeacherSlot
 
 
 def teacher_settings(settings: Settings) -> Settings:
@@ -97,7 +97,7 @@ class FrozenTeacher:
         load_by_name(Path(settings.exit_kd_teacher), own, self.chunks, None)
 
     @torch.no_grad()
-    def run(self, plan: ChunkLayout, box: TeacherBox, batch: Batch, attention_mask: torch.Tensor | None) -> None:
+    def run(self, plan: ChunkLayout, box: TeacherSlot, batch: Batch, attention_mask: torch.Tensor | None) -> None:
         """Take the teacher's hidden state in ``box`` through a chunk; after the last one it is the normed one that exits learn from.
 
         Collective: Megatron's, of the layers (tensor parallel group).

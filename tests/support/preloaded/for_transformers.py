@@ -14,8 +14,8 @@ LIBRARIES = """
 OURS = """
     megatron_sorted.conversion.exporting megatron_sorted.conversion.importing megatron_sorted.conversion.verifying.comparison
     megatron_sorted.data.preparation.prepare
-    megatron_sorted.decoding.ways
-    megatron_sorted.decoding.writer megatron_sorted.evaluation.evaluate megatron_sorted.exported.load megatron_sorted.exported.tokenizer
+    megatron_sorted.decoding.strategies
+    megatron_sorted.decoding.text_generator megatron_sorted.evaluation.evaluate megatron_sorted.exported.load megatron_sorted.exported.tokenizer
     megatron_sorted.settings.load
 """
 

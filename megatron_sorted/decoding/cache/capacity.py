@@ -45,7 +45,7 @@ def free_host_bytes(root: Path = Path("/")) -> int | None:
     return min(found, default=None)
 
 
-def check_room(network: Network, num_rows: int, capacity: int, stops: Sequence[int], more_bytes: int = 0) -> None:
+def check_cache_memory(network: Network, num_rows: int, capacity: int, stops: Sequence[int], more_bytes: int = 0) -> None:
     """Check that the texts fit; a device's own allocator says so by itself.
 
     Args:
@@ -67,7 +67,7 @@ def check_room(network: Network, num_rows: int, capacity: int, stops: Sequence[i
 
 
 @contextmanager
-def told_by_us() -> Iterator[None]:
+def as_memory_error() -> Iterator[None]:
     """Say in one kind of error that memory is exhausted, whoever noticed.
 
     Raises:

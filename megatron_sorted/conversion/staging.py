@@ -55,7 +55,7 @@ def _check_replaceable(destination: Path, source: Path | None) -> None:
 
 
 @contextmanager
-def written_aside(destination: Path, overwrite: bool, num_bytes: int, source: Path | None = None) -> Iterator[Path]:
+def staged_directory(destination: Path, overwrite: bool, num_bytes: int, source: Path | None = None) -> Iterator[Path]:
     """Yield a directory beside ``destination`` that takes its name when the block ends well, and is removed when it does not.
 
     A directory that is replaced keeps its name until the new one is complete. Of a link, what it

@@ -9,7 +9,7 @@ MEASURES = ("probability", "margin", "entropy")
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParameters:
     """How tokens are chosen.
 
     Attributes:
@@ -116,7 +116,7 @@ class SortedSpeculative:
 
 
 @dataclass(frozen=True)
-class Tree:
+class TreeSpeculative:
     """A tree of drafted tokens, grown where paths are likely and cut to the likeliest nodes; verified at once.
 
     Source: EAGLE-2 (arXiv 2406.16858, sections 4.1 and 4.2); that a whole level leaves at the first exit that is sure: SD2's code.
@@ -147,21 +147,21 @@ class Tree:
         return self.num_candidates or self.num_branches
 
 
-Way = Full | Fixed | EarlyExit | SelfSpeculative | SortedSpeculative | Tree
-SPECULATIVE = (SelfSpeculative, SortedSpeculative, Tree)
-WAYS = {way.name: way for way in (Full, Fixed, EarlyExit, SelfSpeculative, SortedSpeculative, Tree)}
+Strategy = Full | Fixed | EarlyExit | SelfSpeculative | SortedSpeculative | TreeSpeculative
+SPECULATIVE = (SelfSpeculative, SortedSpeculative, TreeSpeculative)
+STRATEGIES = {strategy.name: strategy for strategy in (Full, Fixed, EarlyExit, SelfSpeculative, SortedSpeculative, TreeSpeculative)}
 
 
-def draft_depths(way: Way) -> tuple[int, ...]:
+def draft_depths(strategy: Strategy) -> tuple[int, ...]:
     """Return the exits that draft, increasing."""
-    if isinstance(way, SelfSpeculative):
-        return (way.depth,)
-    return way.depths if isinstance(way, SortedSpeculative | Tree) else ()
+    if isinstance(strategy, SelfSpeculative):
+        return (strategy.depth,)
+    return strategy.depths if isinstance(strategy, SortedSpeculative | TreeSpeculative) else ()
 
 
-def draft_room(way: Way) -> int:
+def draft_slots(strategy: Strategy) -> int:
     """Return the most tokens that stand behind a text while it is drafted."""
-    if isinstance(way, Tree):
+    if isinstance(strategy, TreeSpeculative):
         # what is grown before it is cut to num_nodes
-        return 1 + way.num_branches * (way.num_levels - 1) + way.num_nodes + way.candidates
-    return way.num_draft_tokens if isinstance(way, SPECULATIVE) else 0
+        return 1 + strategy.num_branches * (strategy.num_levels - 1) + strategy.num_nodes + strategy.candidates
+    return strategy.num_draft_tokens if isinstance(strategy, SPECULATIVE) else 0

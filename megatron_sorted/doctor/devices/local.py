@@ -14,7 +14,7 @@ Check = tuple[str, Callable[[], list[Finding]]]
 
 
 @dataclass(frozen=True)
-class DevicesHere:
+class LocalDevices:
     """What a host has, and what the libraries say of it.
 
     Attributes:
@@ -74,7 +74,7 @@ class DevicesHere:
         ]
 
 
-def read_devices(probes: Mapping[str, Probe], environment: Mapping[str, str]) -> DevicesHere:
+def read_devices(probes: Mapping[str, Probe], environment: Mapping[str, str]) -> LocalDevices:
     """Return the devices of this host, given what became of importing libraries."""
     torch = probes["torch"].facts or probes.get("torch alone", Probe()).facts
-    return DevicesHere(probes, torch, gpu.read_gpu_host(Path("/")), ascend.read_npu_host(Path("/"), environment))
+    return LocalDevices(probes, torch, gpu.read_gpu_host(Path("/")), ascend.read_npu_host(Path("/"), environment))

@@ -9,7 +9,7 @@ import torch
 
 from megatron_sorted.decoding.generate import Added, Limits, stream
 from megatron_sorted.decoding.network import Network, load_network
-from megatron_sorted.decoding.ways import SPECULATIVE, Sampling, Way
+from megatron_sorted.decoding.strategies import SPECULATIVE, SamplingParameters, Strategy
 from megatron_sorted.errors import DataError, SettingsError
 from megatron_sorted.exported.form import ModelForm, form_of_model
 from megatron_sorted.exported.model_directory import open_model_directory
@@ -24,7 +24,7 @@ ANCHOR = "a"
 
 
 @dataclass
-class Piece:
+class StreamedText:
     """What came to one text.
 
     Attributes:
@@ -62,7 +62,7 @@ class _Row:
     held: list[tuple[str, int]] = field(default_factory=list)
 
 
-class Writer:
+class TextGenerator:
     """A model that writes.
 
     Args:
@@ -82,9 +82,9 @@ class Writer:
         line = surplus_line(tokenizer, network.vocab_size, "--tokenizer")
         self.notes = tokenizer.notes if line is None else (*tokenizer.notes, line)
 
-    def draft_for(self, way: Way | type[Way] | None) -> Network | None:
+    def draft_for(self, strategy: Strategy | type[Strategy] | None) -> Network | None:
         """Return the other model that drafts; None for ways, or kinds of them, that draft nothing."""
-        kind = way if isinstance(way, type) else type(way)
+        kind = strategy if isinstance(strategy, type) else type(strategy)
         return self.draft if issubclass(kind, SPECULATIVE) else None
 
     def encode(self, text: str) -> list[int]:
@@ -111,8 +111,8 @@ class Writer:
             return self.encode("".join(f"{message['content']}\n" for message in messages))
         return self.tokenizer.encode_rendered(form.render(messages, tools))
 
-    def write(self, prompts: Sequence[Sequence[int]], way: Way | None = None, sampling: Sampling | None = None, max_new_tokens: int = 128,
-              stop: Sequence[str] = ()) -> Iterator[Piece]:
+    def write(self, prompts: Sequence[Sequence[int]], strategy: Strategy | None = None, sampling: SamplingParameters | None = None, max_new_tokens: int = 128,
+              stop: Sequence[str] = ()) -> Iterator[StreamedText]:
         """Yield what comes to each text; stop words are left out. The draft model is left alone by ways that draft nothing.
 
         Errors as for ``generate.stream``.
@@ -125,7 +125,7 @@ class Writer:
             return self.tokenizer.decode([*anchor, *tokens[-(4 * longest + 8) :]])[before:]
 
         limits = Limits(max_new_tokens, self.end_ids, tuple(stop), tail)
-        for added in stream(self.network, prompts, way, sampling, limits, self.draft_for(way)):
+        for added in stream(self.network, prompts, strategy, sampling, limits, self.draft_for(strategy)):
             row = rows[added.row]
             for place, (token, depth) in enumerate(zip(added.tokens, added.depths, strict=True), 1):
                 if token not in self.end_ids:
@@ -134,7 +134,7 @@ class Writer:
                 text = self._new_text(row, added.finish is not None and place == len(added.tokens))
                 if text or token not in self.end_ids:
                     row.held.append((text, depth))
-            yield Piece(added.row, self._release(row, stop, added.finish), added, added.finish)
+            yield StreamedText(added.row, self._release(row, stop, added.finish), added, added.finish)
 
     def _begin(self, prompt: Sequence[int], anchor: list[int]) -> _Row:
         """Return a row without new text, which stands behind the anchor if it stands behind any text."""
@@ -173,7 +173,7 @@ class Writer:
 
 
 def open_writer(directory: Path, draft: Path | None = None, depths: Sequence[int] | None = None, tokenizer: Path | None = None,
-                dtype: torch.dtype = torch.float32, device: str = "cpu", prompt_template: str | None = None) -> Writer:
+                dtype: torch.dtype = torch.float32, device: str = "cpu", prompt_template: str | None = None) -> TextGenerator:
     """Return the model of a Hugging Face directory, or of a checkpoint, ready to write.
 
     Args:
@@ -194,7 +194,7 @@ def open_writer(directory: Path, draft: Path | None = None, depths: Sequence[int
     network = load_network(place, depths, dtype, device)
     form.check_rows(network.vocab_size)
     other = None if draft is None else open_draft(open_model_directory(draft), network, words, tokenizer)
-    return Writer(network, words, other, form)
+    return TextGenerator(network, words, other, form)
 
 
 def open_draft(directory: Path, network: Network, tokenizer: Tokenizer, option: Path | None = None) -> Network:

@@ -1,0 +1,63 @@
+"""Names that users knew before they were renamed: one table, and the translation that keeps them working.
+
+Tests take the table as their input: every old name works, prints one line that names the new one, and is refused
+beside it.
+"""
+
+import sys
+from collections.abc import Container, Mapping
+from typing import Any
+
+from megatron_sorted.errors import SettingsError
+
+FLAGS = {"--way": "--strategy", "--ways": "--strategies"}
+"""Options of commands: old name -> new name."""
+KEYS = {"way": "strategy", "ways": "strategies"}
+"""Keys of decoding.json, decoding_bandit.json and of requests to the server: old name -> new name."""
+
+_printed: set[str] = set()
+
+
+def rename_flags(words: list[str], known: Container[str]) -> list[str]:
+    """Return the words of a command line with old flags replaced by new ones, after one line for each.
+
+    Args:
+        words: The command line.
+        known: Flags that the command has; others are left alone.
+
+    Raises:
+        SettingsError: An old flag and its new name are given together.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    renamed = list(words)
+    given = {word.partition("=")[0] for word in words[:end]}
+    for position, word in enumerate(words[:end]):
+        old, equals, value = word.partition("=")
+        new = FLAGS.get(old)
+        if new is None or old in known or new not in known:
+            continue
+        if new in given:
+            raise SettingsError(
+                f"{old} and {new}: two names of one option are given. Leave out {old}."
+            )
+        renamed[position] = f"{new}{equals}{value}"
+        _print_once(old, new)
+    return renamed
+
+
+def rename_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping with old keys replaced by new ones; order and values stay.
+
+    Raises:
+        ValueError: An old key and its new name are given together.
+    """
+    for old, new in KEYS.items():
+        if old in values and new in values:
+            raise ValueError(f"{old} and {new}: two names of one value are given. Leave out {old}.")
+    return {KEYS.get(key, key): value for key, value in values.items()}
+
+
+def _print_once(old: str, new: str) -> None:
+    if old not in _printed:
+        _printed.add(old)
+        print(f"note: {old} is now called {new}; the old name still works.", file=sys.stderr)
