@@ -54,6 +54,7 @@ demo: $(READY)
 
 # two workers, each file's tests in one of them; WORKERS=0 runs all tests in one process
 check: $(READY)
+	@$(BIN)/ruff format --check -q . || { echo "error: some files are not formatted. $(BIN)/ruff format . does it."; exit 1; }
 	@$(BIN)/ruff check .
 	@$(TESTS) -m "not long and not faults" tests/rules tests/unit
 

@@ -13,13 +13,42 @@ PACKAGE = (ROOT / "megatron_sorted" / "__init__.py").read_text(encoding="utf-8")
 SHIPPED = {"megatron_sorted.examples": "examples", "megatron_sorted.slurm": "slurm"}
 
 # psutil: megatron's checkpoint writer needs it
-TRAIN = ["torch>=2.6", "megatron-core>=0.12.1,<0.17", "numpy", "psutil", "sentencepiece", "safetensors", "jinja2"]
+TRAIN = [
+    "torch>=2.6",
+    "megatron-core>=0.12.1,<0.17",
+    "numpy",
+    "psutil",
+    "sentencepiece",
+    "safetensors",
+    "jinja2",
+]
 MONITORING = ["wandb", "tensorboard"]
-CONVERT = ["torch>=2.6", "numpy", "safetensors", "transformers>=5", "tokenizers", "sentencepiece", "jinja2"]
-EVALUATE = [*CONVERT, "lm-eval", "accelerate", "datasets", "matplotlib"]  # lm-eval's models of transformers need accelerate
+CONVERT = [
+    "torch>=2.6",
+    "numpy",
+    "safetensors",
+    "transformers>=5",
+    "tokenizers",
+    "sentencepiece",
+    "jinja2",
+]
+EVALUATE = [
+    *CONVERT,
+    "lm-eval",
+    "accelerate",
+    "datasets",
+    "matplotlib",
+]  # lm-eval's models of transformers need accelerate
 SERVE = [*CONVERT, "fastapi", "uvicorn"]
 DEMO = ["Babel", "matplotlib"]
-DEV = ["pytest", "pytest-xdist", "ruff", "import-linter", "httpx2", "hypothesis"]  # httpx2: for tests of the server
+DEV = [
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "import-linter",
+    "httpx2",
+    "hypothesis",
+]  # httpx2: for tests of the server
 
 
 class CleanBuild(build_py):
@@ -56,7 +85,10 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["megatron_sorted", "megatron_sorted.*"]), *SHIPPED],
     package_dir=SHIPPED,
-    package_data={"megatron_sorted.examples": ["*.yaml", "sites/*.site"], "megatron_sorted.slurm": ["*.sh", "*.awk", "*.sbatch"]},
+    package_data={
+        "megatron_sorted.examples": ["*.yaml", "sites/*.site"],
+        "megatron_sorted.slurm": ["*.sh", "*.awk", "*.sbatch"],
+    },
     install_requires=["pydantic>=2", "pyyaml", "tqdm"],
     extras_require={
         "train": TRAIN,

@@ -21,7 +21,13 @@ from lab.benchmarks.report import write_report
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's options."""
     parser = step_options(__doc__)
-    parser.add_argument("--shapes", nargs="+", choices=sorted(VOCABULARY), default=sorted(VOCABULARY), help="which shapes")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=sorted(VOCABULARY),
+        default=sorted(VOCABULARY),
+        help="which shapes",
+    )
     parser.add_argument("--quick", action="store_true", help="0 and 7 exits only, one full round")
     return parser.parse_args()
 

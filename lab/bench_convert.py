@@ -44,29 +44,64 @@ def run_worker(verb: str, source: Path, target: Path, verify: bool = False) -> d
     """
     shutil.rmtree(target, ignore_errors=True)
     job, load = target.with_name("job.json"), os.getloadavg()[0]
-    job.write_text(json.dumps({"verb": verb, "source": str(source), "target": str(target), "verify": verify,
-                               "result": str(target.with_name("result.json"))}), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "lab.benchmarks.convert_worker", str(job)], env=environment(),
-                          capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+    job.write_text(
+        json.dumps(
+            {
+                "verb": verb,
+                "source": str(source),
+                "target": str(target),
+                "verify": verify,
+                "result": str(target.with_name("result.json")),
+            }
+        ),
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "lab.benchmarks.convert_worker", str(job)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
     if done.returncode:
-        raise RuntimeError(f"{verb} of {source.name} ended with status {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+        raise RuntimeError(
+            f"{verb} of {source.name} ended with status {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
+        )
     return {**json.loads(target.with_name("result.json").read_text(encoding="utf-8")), "load": load}
 
 
 def measure(shape: Shape, folder: Path, rounds: int) -> dict[str, Any]:
     """Return the rounds of one model; the first is also verified."""
-    model, checkpoint, back, plain = (folder / name for name in ("model", "checkpoint", "back", "plain"))
+    model, checkpoint, back, plain = (
+        folder / name for name in ("model", "checkpoint", "back", "plain")
+    )
     write_model(model, shape)
-    found: dict[str, Any] = {"bytes": shape.num_bytes, "largest_bytes": shape.largest_bytes, "rounds": []}
+    found: dict[str, Any] = {
+        "bytes": shape.num_bytes,
+        "largest_bytes": shape.largest_bytes,
+        "rounds": [],
+    }
     for number in range(rounds):
         one: dict[str, Any] = {}
         for verb, source, target in (("import", model, checkpoint), ("export", checkpoint, back)):
-            work = {f"plain beside {verb}": ("plain", source, plain, False), verb: (verb, source, target, number == 0)}
+            work = {
+                f"plain beside {verb}": ("plain", source, plain, False),
+                verb: (verb, source, target, number == 0),
+            }
             for name in sorted(work, reverse=bool(number % 2)):  # each begins every other time
                 one[name] = run_worker(*work[name])
                 seconds, load = one[name]["seconds"], one[name]["load"]
-                verified = f" + {one[name]['verify_seconds']:.1f} s" if "verify_seconds" in one[name] else ""
-                print(f"round {number + 1}, {name}: {seconds:.1f} s{verified}, load {load:.1f}", file=sys.stderr, flush=True)
+                verified = (
+                    f" + {one[name]['verify_seconds']:.1f} s"
+                    if "verify_seconds" in one[name]
+                    else ""
+                )
+                print(
+                    f"round {number + 1}, {name}: {seconds:.1f} s{verified}, load {load:.1f}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 shutil.rmtree(plain, ignore_errors=True)
         found["rounds"].append(one)
     return found
@@ -74,11 +109,21 @@ def measure(shape: Shape, folder: Path, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
-    parser.add_argument("--rounds", type=int, help="how often everything is measured (default 3, and once the deeper model)")
-    parser.add_argument("--folder", type=Path, help="where to work (18 GB at most); by default a temporary folder")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="where the reports go")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="how often everything is measured (default 3, and once the deeper model)",
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where to work (18 GB at most); by default a temporary folder"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/benchmarks"), help="where the reports go"
+    )
     options = parser.parse_args()
     start, before, models = time.monotonic(), os.getloadavg()[0], {}
     # before somebody goes on working here
@@ -90,14 +135,19 @@ def main() -> None:
         for name, shape in (QUICK if options.quick else SHAPES).items():
             place = Path(temporary) / name.replace(" ", "_")
             place.mkdir()
-            models[name] = measure(shape, place, 1 if options.quick else options.rounds or ROUNDS[name])
+            models[name] = measure(
+                shape, place, 1 if options.quick else options.rounds or ROUNDS[name]
+            )
             shutil.rmtree(place)
-    loads = [run["load"] for model in models.values() for one in model["rounds"] for run in one.values()]
+    loads = [
+        run["load"] for model in models.values() for one in model["rounds"] for run in one.values()
+    ]
     facts = {
-        **measured, "file system": disk,
+        **measured,
+        "file system": disk,
         "models": "LLaMA shapes of hidden size 2048, MLP 5632, 32 heads in 4 groups, vocabulary 32,000, untied, in files of 1 GB",
         "load of the machine": f"{before:.1f} before the first run, {min(loads):.1f} to {max(loads):.1f} before the others (1-minute mean; "
-                               "the runs themselves are in it)",
+        "the runs themselves are in it)",
     }
     print(write_convert_page(models, options.output, facts))
     print(f"{time.monotonic() - start:.0f} s")

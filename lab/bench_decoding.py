@@ -18,7 +18,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lab.decoding.overhead import WIDTHS, alternate, full_and_theirs, passes, random_network, ratio, weight_bytes
+from lab.decoding.overhead import (
+    WIDTHS,
+    alternate,
+    full_and_theirs,
+    passes,
+    random_network,
+    ratio,
+    weight_bytes,
+)
 from megatron_sorted.decoding.network import Network, load_network
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.reporting.markdown import facts, table
@@ -28,12 +36,22 @@ BATCHES = (1, 8)
 
 def read_arguments() -> argparse.Namespace:
     """Return the command line's values."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="Hugging Face directory (default: random numbers)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, help="Hugging Face directory (default: random numbers)"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
     parser.add_argument("--tokens", type=int, default=48, help="written in a round (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a tiny model: a trial of the measurement, its numbers mean nothing")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="where the page goes")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a tiny model: a trial of the measurement, its numbers mean nothing",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/benchmarks"), help="where the page goes"
+    )
     return parser.parse_args()
 
 
@@ -43,16 +61,27 @@ def step_table(network: Network, values: argparse.Namespace) -> list[str]:
     for batch in tqdm(BATCHES, "steps", unit="batch size"):
         found = full_and_theirs(network, batch, 64, values.tokens, values.rounds)
         for name in found:
-            rows.append([f"batch {batch}: {name}", f"{1000 * statistics.median(found[name]):.2f}",
-                         f"{ratio(found, name, 'transformers'):.2f}", f"{ratio(found, name, 'products'):.2f}",
-                         f"{ratio(found, name, 'memory'):.2f}"])
+            rows.append(
+                [
+                    f"batch {batch}: {name}",
+                    f"{1000 * statistics.median(found[name]):.2f}",
+                    f"{ratio(found, name, 'transformers'):.2f}",
+                    f"{ratio(found, name, 'products'):.2f}",
+                    f"{ratio(found, name, 'memory'):.2f}",
+                ]
+            )
     return table(["", "ms a step", "over transformers", "over products", "over memory"], rows)
 
 
 def pass_table(network: Network, values: argparse.Namespace) -> list[str]:
     """Return the table of passes over several tokens."""
-    found = alternate(passes(network, 256, True) | passes(network, 256, False), values.rounds * 3, network)
-    rows = [[kind, *(f"{ratio(found, f'{kind} {width}', 'plain 1'):.2f}" for width in WIDTHS)] for kind in ("packed", "plain")]
+    found = alternate(
+        passes(network, 256, True) | passes(network, 256, False), values.rounds * 3, network
+    )
+    rows = [
+        [kind, *(f"{ratio(found, f'{kind} {width}', 'plain 1'):.2f}" for width in WIDTHS)]
+        for kind in ("packed", "plain")
+    ]
     return table(["matrices", *(f"{width} tokens" for width in WIDTHS)], rows)
 
 
@@ -63,16 +92,26 @@ def main() -> None:
         network, what = load_network(values.model), values.model.resolve().name
     else:
         shape = (2, 64, 172, 4, 256) if values.quick else (10, 640, 1728, 10, 4096)
-        network, what = random_network(*shape), "{} layers, hidden {}, feed-forward {}, {} heads, vocabulary {}, random".format(*shape)
-    lines = ["# Decoding: what a token costs", "",
-             f"{what}; {weight_bytes(network) / 1e6:.0f} MB of matrices a pass, prompt of 64 tokens, {values.tokens} tokens a round, "
-             f"{values.rounds} rounds. *products*: the same matrix products alone; *memory*: reading as many bytes (a sum over them).", "",
-             *step_table(network, values),
-             "Passes of all layers over several tokens at once behind a text of 256, over one token with torch's plain matrices: what "
-             "makes verification cheap is that matrices are packed once (`decoding/cache/matrix.py`).", "",
-             *pass_table(network, values),
-             "    python -m lab.bench_decoding", "",
-             *facts(f"{torch.get_num_threads()} threads, fp32", ("torch", "transformers")), ""]
+        network, what = (
+            random_network(*shape),
+            "{} layers, hidden {}, feed-forward {}, {} heads, vocabulary {}, random".format(*shape),
+        )
+    lines = [
+        "# Decoding: what a token costs",
+        "",
+        f"{what}; {weight_bytes(network) / 1e6:.0f} MB of matrices a pass, prompt of 64 tokens, {values.tokens} tokens a round, "
+        f"{values.rounds} rounds. *products*: the same matrix products alone; *memory*: reading as many bytes (a sum over them).",
+        "",
+        *step_table(network, values),
+        "Passes of all layers over several tokens at once behind a text of 256, over one token with torch's plain matrices: what "
+        "makes verification cheap is that matrices are packed once (`decoding/cache/matrix.py`).",
+        "",
+        *pass_table(network, values),
+        "    python -m lab.bench_decoding",
+        "",
+        *facts(f"{torch.get_num_threads()} threads, fp32", ("torch", "transformers")),
+        "",
+    ]
     values.output.mkdir(parents=True, exist_ok=True)
     write_text_atomically(values.output / "decoding.md", "\n".join(lines))
     print("\n".join(lines))

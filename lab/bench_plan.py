@@ -21,7 +21,15 @@ from pathlib import Path
 
 from lab.benchmarks.report import machine
 from lab.benchmarks.worker import RETURN_FREED_MEMORY
-from lab.planning.cases import BALANCE, FOUR_EXITS, FOUR_STAGES, MEMORY, MEMORY_CASES, TIME, TIME_CASES
+from lab.planning.cases import (
+    BALANCE,
+    FOUR_EXITS,
+    FOUR_STAGES,
+    MEMORY,
+    MEMORY_CASES,
+    TIME,
+    TIME_CASES,
+)
 from lab.planning.measured import MeasuredLayout
 from megatron_sorted.dry_run.calibrate import calibrate
 from megatron_sorted.files import write_text_atomically
@@ -42,6 +50,7 @@ def _tell(text: str) -> None:
 
 def spearman(one: list[float], other: list[float]) -> float:
     """Return the rank correlation of two lists without ties: 1 - 6 sum d^2 / (n (n^2 - 1))."""
+
     def ranks(values: list[float]) -> list[int]:
         return [sorted(values).index(value) for value in values]
 
@@ -65,10 +74,19 @@ def memory_rows(device: Device, names: list[str]) -> list[dict]:
         plan = make_plan(settings, settings.vocab_size, world_size, device, CPU_CHUNK_TOKENS)
         per_stage = world_size // plan.pipeline_size
         for stage in plan.stages:
-            measured = max(peaks[stage.stage * per_stage:][:per_stage])
-            rows.append({"layout": name, "stage": stage.stage, "planned": stage.memory.total, "measured": measured,
-                         "states": stage.memory.states})
-            _tell(f"{name}, stage {stage.stage}: planned {stage.memory.total / MB:.0f} MB, measured {measured / MB:.0f}\n")
+            measured = max(peaks[stage.stage * per_stage :][:per_stage])
+            rows.append(
+                {
+                    "layout": name,
+                    "stage": stage.stage,
+                    "planned": stage.memory.total,
+                    "measured": measured,
+                    "states": stage.memory.states,
+                }
+            )
+            _tell(
+                f"{name}, stage {stage.stage}: planned {stage.memory.total / MB:.0f} MB, measured {measured / MB:.0f}\n"
+            )
     return rows
 
 
@@ -91,68 +109,156 @@ def time_rows(cases: dict[str, tuple[int, Settings]], device: Device, rounds: in
     for name, (world_size, settings) in cases.items():
         plan = make_plan(settings, settings.vocab_size, world_size, device, CPU_CHUNK_TOKENS)
         busy = [min(answers[rank][1] for answers in times[name]) for rank in range(world_size)]
-        rows.append({"layout": name, "planned": plan.seconds, "measured": min(max(wall for wall, _ in answers) for answers in times[name]),
-                     "busy": busy, "planned_busy": [stage.busy_seconds for stage in plan.stages], "imbalance": plan.imbalance})
+        rows.append(
+            {
+                "layout": name,
+                "planned": plan.seconds,
+                "measured": min(max(wall for wall, _ in answers) for answers in times[name]),
+                "busy": busy,
+                "planned_busy": [stage.busy_seconds for stage in plan.stages],
+                "imbalance": plan.imbalance,
+            }
+        )
     return rows
 
 
 def balance_cases() -> dict[str, tuple[int, Settings]]:
     """Return models in equal shares and as the plan splits them: early exits on two stages, an exit on each of four, none on four."""
     cases = {}
-    for text, settings in (("exits after 1, 2, 3 and 10", BALANCE), ("an exit on every stage", FOUR_EXITS), ("plain", FOUR_STAGES)):
+    for text, settings in (
+        ("exits after 1, 2, 3 and 10", BALANCE),
+        ("an exit on every stage", FOUR_EXITS),
+        ("plain", FOUR_STAGES),
+    ):
         stages = settings.pipeline_model_parallel_size
         equal = [settings.num_layers // stages] * stages
-        for lengths in (equal, balanced_split(weights_of_layers(settings, settings.vocab_size), stages, 1)):
-            cases[f"{text}: {' '.join(map(str, lengths))}"] = (stages, with_split(settings, lengths))
+        for lengths in (
+            equal,
+            balanced_split(weights_of_layers(settings, settings.vocab_size), stages, 1),
+        ):
+            cases[f"{text}: {' '.join(map(str, lengths))}"] = (
+                stages,
+                with_split(settings, lengths),
+            )
     return cases
 
 
-def page(memory: list[dict], times: list[dict], balance: list[dict], device: Device, rounds: int) -> str:
+def page(
+    memory: list[dict], times: list[dict], balance: list[dict], device: Device, rounds: int
+) -> str:
     """Return the page of results."""
-    lines = ["# Plans beside measurements", "",
-             f"{datetime.date.today()}, commit {commit()}, {machine('cpu', 1)}, load while it ran {os.getloadavg()[1]:.0f}. "
-             f"`{shlex.join(['python', *sys.argv])}`", ""]
+    lines = [
+        "# Plans beside measurements",
+        "",
+        f"{datetime.date.today()}, commit {commit()}, {machine('cpu', 1)}, load while it ran {os.getloadavg()[1]:.0f}. "
+        f"`{shlex.join(['python', *sys.argv])}`",
+        "",
+    ]
     if memory:
         worst = max(abs(row["planned"] / row["measured"] - 1) for row in memory)
-        lines += ["## Memory of a step", "", f"Largest difference: {worst:.1%}. MB beyond what a process had before its "
-                  "model was built.", ""]
-        lines += table(["layout", "stage", "planned", "of it states", "measured", "planned / measured"], [
-            [row["layout"], str(row["stage"]), *(f"{row[name] / MB:.0f}" for name in ("planned", "states", "measured")),
-             f"{row['planned'] / row['measured']:.3f}"] for row in memory])
+        lines += [
+            "## Memory of a step",
+            "",
+            f"Largest difference: {worst:.1%}. MB beyond what a process had before its "
+            "model was built.",
+            "",
+        ]
+        lines += table(
+            ["layout", "stage", "planned", "of it states", "measured", "planned / measured"],
+            [
+                [
+                    row["layout"],
+                    str(row["stage"]),
+                    *(f"{row[name] / MB:.0f}" for name in ("planned", "states", "measured")),
+                    f"{row['planned'] / row['measured']:.3f}",
+                ]
+                for row in memory
+            ],
+        )
     if times:
         rho = spearman([row["planned"] for row in times], [row["measured"] for row in times])
-        lines += ["## Order of step times", "", f"Spearman {rho:.3f}. Least of {rounds} rounds; one core, measured before them: "
-                  f"{device.single_flops / 1e9:.0f} GFLOP/s in fp32, {device.memory_rate / 1e9:.1f} GB/s.", ""]
-        lines += table(["layout", "planned s", "measured s", "measured / planned"], [
-            [row["layout"], f"{row['planned']:.2f}", f"{row['measured']:.2f}", f"{row['measured'] / row['planned']:.2f}"]
-            for row in sorted(times, key=lambda row: row["planned"])])
+        lines += [
+            "## Order of step times",
+            "",
+            f"Spearman {rho:.3f}. Least of {rounds} rounds; one core, measured before them: "
+            f"{device.single_flops / 1e9:.0f} GFLOP/s in fp32, {device.memory_rate / 1e9:.1f} GB/s.",
+            "",
+        ]
+        lines += table(
+            ["layout", "planned s", "measured s", "measured / planned"],
+            [
+                [
+                    row["layout"],
+                    f"{row['planned']:.2f}",
+                    f"{row['measured']:.2f}",
+                    f"{row['measured'] / row['planned']:.2f}",
+                ]
+                for row in sorted(times, key=lambda row: row["planned"])
+            ],
+        )
     if balance:
-        lines += ["## Exits weighed against layers", "", "Layers of each stage in equal shares, and as the plan splits them. CPU seconds "
-                  "of each process: stages share this machine's cores, so that a step's wall time says nothing of their balance.", ""]
-        lines += table(["exits: layers of stages", "planned slowest / mean operations", "CPU s of stages", "slowest / mean", "step s"], [
-            [row["layout"], f"{row['imbalance']:.3f}", ", ".join(f"{busy:.2f}" for busy in row["busy"]),
-             f"{max(row['busy']) * len(row['busy']) / sum(row['busy']):.3f}", f"{row['measured']:.2f}"] for row in balance])
+        lines += [
+            "## Exits weighed against layers",
+            "",
+            "Layers of each stage in equal shares, and as the plan splits them. CPU seconds "
+            "of each process: stages share this machine's cores, so that a step's wall time says nothing of their balance.",
+            "",
+        ]
+        lines += table(
+            [
+                "exits: layers of stages",
+                "planned slowest / mean operations",
+                "CPU s of stages",
+                "slowest / mean",
+                "step s",
+            ],
+            [
+                [
+                    row["layout"],
+                    f"{row['imbalance']:.3f}",
+                    ", ".join(f"{busy:.2f}" for busy in row["busy"]),
+                    f"{max(row['busy']) * len(row['busy']) / sum(row['busy']):.3f}",
+                    f"{row['measured']:.2f}",
+                ]
+                for row in balance
+            ],
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measure and writes the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = ["memory", "times", "balance"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="which")
-    parser.add_argument("--layouts", nargs="+", choices=list(MEMORY_CASES), default=list(MEMORY_CASES), help="of memory")
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        choices=list(MEMORY_CASES),
+        default=list(MEMORY_CASES),
+        help="of memory",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="steps of each layout")
     page_of = Path("docs/results/plan_measured.md")
-    parser.add_argument("--output", type=Path, default=page_of, help="the page; numbers beside it as .json")
+    parser.add_argument(
+        "--output", type=Path, default=page_of, help="the page; numbers beside it as .json"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         calibrate(Path(folder, "cpu.json"), len(os.sched_getaffinity(0)))
         device = device_named("cpu", Path(folder, "cpu.json"))
-    os.environ.update(RETURN_FREED_MEMORY)  # of the fork server, which starts with the first process
+    os.environ.update(
+        RETURN_FREED_MEMORY
+    )  # of the fork server, which starts with the first process
     memory = memory_rows(device, options.layouts) if "memory" in options.parts else []
     times = balance = []
     if "times" in options.parts:
-        cases = {name: (world_size, replace(TIME, **changes)) for name, (world_size, changes) in TIME_CASES.items()}
+        cases = {
+            name: (world_size, replace(TIME, **changes))
+            for name, (world_size, changes) in TIME_CASES.items()
+        }
         times = time_rows(cases, device, options.rounds)
     if "balance" in options.parts:
         balance = time_rows(balance_cases(), device, options.rounds)

@@ -31,11 +31,19 @@ PARTS = {"loop": loop_cases, "checkpoint": checkpoint_cases}
 
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
-    parser.add_argument("--folder", type=Path, help="where to work (4.5 GB at most); by default a temporary folder")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="where the reports go")
+    parser.add_argument(
+        "--folder", type=Path, help="where to work (4.5 GB at most); by default a temporary folder"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/benchmarks"), help="where the reports go"
+    )
     return parser.parse_args()
 
 

@@ -23,19 +23,29 @@ from lab.benchmarks.worker import RETURN_FREED_MEMORY
 from lab.reliability.task import environment
 from megatron_sorted.reporting.markdown import commit, table
 
-FORMS = {"ddp": {}, "ddp, distributed optimizer": {"use_distributed_optimizer": True}, "fsdp": {"data_parallel": "fsdp"}}
+FORMS = {
+    "ddp": {},
+    "ddp, distributed optimizer": {"use_distributed_optimizer": True},
+    "fsdp": {"data_parallel": "fsdp"},
+}
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="numbers of data parallel ranks")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[2, 4], help="numbers of data parallel ranks"
+    )
     parser.add_argument("--device", default="cpu", help="where to run")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 instead of fp32")
     parser.add_argument("--num-layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)  # of a process that measures
+    parser.add_argument(
+        "--form", choices=FORMS, help=argparse.SUPPRESS
+    )  # of a process that measures
     return parser.parse_args()
 
 
@@ -45,9 +55,18 @@ def settings_of(options: argparse.Namespace):
 
     heads = options.hidden_size // 64
     base = Settings(
-        num_layers=options.num_layers, hidden_size=options.hidden_size, num_attention_heads=heads, vocab_size=options.vocab_size,
-        seq_length=64, exit_layer_nums=tuple(range(2, options.num_layers, 2)), mock_data=True, device=options.device, bf16=options.bf16,
-        untie_embeddings_and_output_weights=True, lr_decay_style="constant")
+        num_layers=options.num_layers,
+        hidden_size=options.hidden_size,
+        num_attention_heads=heads,
+        vocab_size=options.vocab_size,
+        seq_length=64,
+        exit_layer_nums=tuple(range(2, options.num_layers, 2)),
+        mock_data=True,
+        device=options.device,
+        bf16=options.bf16,
+        untie_embeddings_and_output_weights=True,
+        lr_decay_style="constant",
+    )
     return replace(base, **FORMS[options.form])
 
 
@@ -68,7 +87,11 @@ def measure(options: argparse.Namespace) -> None:
     for _ in range(3):
         platform.reset_peak_memory()
         train()
-    numbers = {"libraries": libraries, "build": build - libraries, "step": platform.peak_memory_bytes() - libraries}
+    numbers = {
+        "libraries": libraries,
+        "build": build - libraries,
+        "step": platform.peak_memory_bytes() - libraries,
+    }
     print(json.dumps(numbers), flush=True)
 
 
@@ -77,10 +100,23 @@ def run_form(form: str, processes: int) -> dict[str, int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    given = {**environment(), **RETURN_FREED_MEMORY, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    given = {
+        **environment(),
+        **RETURN_FREED_MEMORY,
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     command = [sys.executable, "-m", "lab.bench_sharding", *sys.argv[1:], "--form", form]
-    ranks = [subprocess.Popen(command, env={**given, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-             for rank in range(processes)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**given, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
     answers = [json.loads(rank.communicate(timeout=900)[0].splitlines()[-1]) for rank in ranks]
     return {name: max(answer[name] for answer in answers) for name in answers[0]}
 
@@ -98,10 +134,26 @@ def main() -> None:
             print(f"{form} on {processes} processes", file=sys.stderr, flush=True)
             found[form] = run_form(form, processes)
         base = found["ddp, distributed optimizer"]["step"]
-        rows += [[form, str(processes), f"{n['step'] / 1e6:,.0f}", f"{n['step'] / base:.2f}", f"{n['build'] / 1e6:,.0f}"]
-                 for form, n in found.items()]
-    print(f"{datetime.date.today()}, {commit()}, {machine(options.device, 1)}, {'bf16' if options.bf16 else 'fp32'}\n")
-    print("\n".join(table(["form", "ranks", "step, MB a rank", "to distributed optimizer", "build, MB"], rows)))
+        rows += [
+            [
+                form,
+                str(processes),
+                f"{n['step'] / 1e6:,.0f}",
+                f"{n['step'] / base:.2f}",
+                f"{n['build'] / 1e6:,.0f}",
+            ]
+            for form, n in found.items()
+        ]
+    print(
+        f"{datetime.date.today()}, {commit()}, {machine(options.device, 1)}, {'bf16' if options.bf16 else 'fp32'}\n"
+    )
+    print(
+        "\n".join(
+            table(
+                ["form", "ranks", "step, MB a rank", "to distributed optimizer", "build, MB"], rows
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

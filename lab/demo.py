@@ -30,8 +30,34 @@ from megatron_sorted.settings.yaml_file import read_yaml
 CONFIG = ROOT / "examples" / "demo_nested.yaml"
 
 # Few enough that both models have learned them after a minute or so of training.
-QUESTIONS = ("--asking-locales", "en", "--kinds", "territory", "language", "month", "weekday", "--max-name-length", "12",
-             "--locales", "de", "fr", "es", "it", "fi", "tr", "pl", "sv", "pt", "nl", "cs", "hu", "ru", "el", "ja", "zh")
+QUESTIONS = (
+    "--asking-locales",
+    "en",
+    "--kinds",
+    "territory",
+    "language",
+    "month",
+    "weekday",
+    "--max-name-length",
+    "12",
+    "--locales",
+    "de",
+    "fr",
+    "es",
+    "it",
+    "fi",
+    "tr",
+    "pl",
+    "sv",
+    "pt",
+    "nl",
+    "cs",
+    "hu",
+    "ru",
+    "el",
+    "ja",
+    "zh",
+)
 OPENING = """A nested language model is one network with several exits: after some of its layers, and not only after the last, a norm and an
 output head are trained to predict the next token. So its first layers are models by themselves: train once, run what you can afford.
 
@@ -67,7 +93,9 @@ def exit_depths() -> list[int]:
 
 def demo_steps(folder: Path, quick: bool) -> list[Step]:
     """Return the steps in order; every path they write is inside ``folder``, and commands run in the project's folder."""
-    folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder  # commands that can be read and copied
+    folder = (
+        folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    )  # commands that can be read and copied
     python, data = sys.executable, folder / "data"
     ours = (python, "-m", "megatron_sorted")
     tokenizer = data / "train_tokenizer.model"
@@ -75,40 +103,119 @@ def demo_steps(folder: Path, quick: bool) -> list[Step]:
     few_steps = ("--train-iters", "6", "--lr-warmup-iters", "2") if quick else ()
 
     def prepare(name: str) -> Step:
-        source = ("--train-tokenizer", vocabulary) if name == "train" else ("--tokenizer-model", str(tokenizer))
-        command = (*ours, "prepare", "--input", str(data / f"{name}.jsonl"), "--output-prefix", str(data / name),
-                   "--seq-length", "128", "--workers", "2", "--overwrite", *source)
+        source = (
+            ("--train-tokenizer", vocabulary)
+            if name == "train"
+            else ("--tokenizer-model", str(tokenizer))
+        )
+        command = (
+            *ours,
+            "prepare",
+            "--input",
+            str(data / f"{name}.jsonl"),
+            "--output-prefix",
+            str(data / name),
+            "--seq-length",
+            "128",
+            "--workers",
+            "2",
+            "--overwrite",
+            *source,
+        )
         makes = tuple(data / f"{name}_text_document{ending}" for ending in (".bin", ".idx"))
-        purpose = {"train": "Make a tokenizer for the training questions and turn them into tokens",
-                   "phrasing": "Turn the first test into tokens: trained facts, worded as never in training",
-                   "unseen": "Turn the second test into tokens: facts that are never trained"}[name]
+        purpose = {
+            "train": "Make a tokenizer for the training questions and turn them into tokens",
+            "phrasing": "Turn the first test into tokens: trained facts, worded as never in training",
+            "unseen": "Turn the second test into tokens: facts that are never trained",
+        }[name]
         made = makes + ((tokenizer,) if name == "train" else ())
         return Step(f"prepare-{name}", purpose, command, made, seconds=10 if name == "train" else 3)
 
     def train(name: str, purpose: str, *flags: str) -> Step:
         save = folder / name
         valid = [str(data / f"{kind}_text_document") for kind in ("phrasing", "unseen")]
-        command = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain_sorted.py",
-                   "--config", str(CONFIG.relative_to(ROOT)), "--data-path", str(data / "train_text_document"),
-                   "--valid-data-path", *valid, "--tokenizer-model", str(tokenizer), "--save", str(save), *few_steps, *flags)
-        return Step(f"train-{name}", purpose, command, (save / "evaluation.json",), (save,), reads=(CONFIG,),
-                    seconds=20 if quick else 90)
+        command = (
+            python,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "pretrain_sorted.py",
+            "--config",
+            str(CONFIG.relative_to(ROOT)),
+            "--data-path",
+            str(data / "train_text_document"),
+            "--valid-data-path",
+            *valid,
+            "--tokenizer-model",
+            str(tokenizer),
+            "--save",
+            str(save),
+            *few_steps,
+            *flags,
+        )
+        return Step(
+            f"train-{name}",
+            purpose,
+            command,
+            (save / "evaluation.json",),
+            (save,),
+            reads=(CONFIG,),
+            seconds=20 if quick else 90,
+        )
 
     steps = [
-        Step("questions", "Write questions such as `How do you say Monday in Finnish?`, with true answers from Unicode CLDR",
-             (python, "-m", "lab.make_cldr_questions", "--output", str(data), *QUESTIONS, "--max-facts", facts,
-              "--num-eval-samples", questions),
-             tuple(data / f"{name}.jsonl" for name in ("train", "phrasing", "unseen")), seconds=5),
+        Step(
+            "questions",
+            "Write questions such as `How do you say Monday in Finnish?`, with true answers from Unicode CLDR",
+            (
+                python,
+                "-m",
+                "lab.make_cldr_questions",
+                "--output",
+                str(data),
+                *QUESTIONS,
+                "--max-facts",
+                facts,
+                "--num-eval-samples",
+                questions,
+            ),
+            tuple(data / f"{name}.jsonl" for name in ("train", "phrasing", "unseen")),
+            seconds=5,
+        ),
         *map(prepare, ("train", "phrasing", "unseen")),
-        train("nested", "Train the nested model, half of its layers on each of 2 processes; `@N` is the loss after N layers"),
-        train("plain", "Train the ordinary model equally long; its only loss is after the last layer",
-              "--exit-layer-weight", *["0"] * (len(exit_depths()) - 1)),
-        Step("picture", "Compare every prefix of both models",
-             (*ours, "report", str(folder / "nested" / "evaluation.json"), str(folder / "plain" / "evaluation.json"),
-              "--output", str(folder / "exits.png")), (folder / "exits.png",), seconds=5, always=True),
+        train(
+            "nested",
+            "Train the nested model, half of its layers on each of 2 processes; `@N` is the loss after N layers",
+        ),
+        train(
+            "plain",
+            "Train the ordinary model equally long; its only loss is after the last layer",
+            "--exit-layer-weight",
+            *["0"] * (len(exit_depths()) - 1),
+        ),
+        Step(
+            "picture",
+            "Compare every prefix of both models",
+            (
+                *ours,
+                "report",
+                str(folder / "nested" / "evaluation.json"),
+                str(folder / "plain" / "evaluation.json"),
+                "--output",
+                str(folder / "exits.png"),
+            ),
+            (folder / "exits.png",),
+            seconds=5,
+            always=True,
+        ),
     ]
     # after a step that had to run, all later ones run too; the picture is quick, and its table should be seen every time
-    return [replace(step, needs=tuple(earlier.name for earlier in steps[:number])) for number, step in enumerate(steps)]
+    return [
+        replace(step, needs=tuple(earlier.name for earlier in steps[:number]))
+        for number, step in enumerate(steps)
+    ]
 
 
 def run_all(steps: Sequence[Step], folder: Path) -> int:
@@ -124,16 +231,20 @@ def run_all(steps: Sequence[Step], folder: Path) -> int:
 
 def in_short(folder: Path) -> str:
     """Return the result in one sentence, from the evaluation files of both models."""
-    nested, plain = (read_json_object(folder / name / "evaluation.json") for name in ("nested", "plain"))
+    nested, plain = (
+        read_json_object(folder / name / "evaluation.json") for name in ("nested", "plain")
+    )
     first, last = (str(exit_depths()[index]) for index in (0, -1))
     share = nested["exits"][first]["flops_per_token"] / nested["exits"][last]["flops_per_token"]
 
     def right(run: dict, depth: str) -> str:
         return f"{100 * next(iter(run['sets'].values()))[depth]['exact_match']:.0f} %"
 
-    return (f"In short: {first} of {last} layers, {100 * share:.0f} % of the computing, answer {right(nested, first)} of the reworded "
-            f"questions in the nested model\nand {right(plain, first)} in the ordinary one; all {last} layers answer "
-            f"{right(nested, last)} and {right(plain, last)}.")
+    return (
+        f"In short: {first} of {last} layers, {100 * share:.0f} % of the computing, answer {right(nested, first)} of the reworded "
+        f"questions in the nested model\nand {right(plain, first)} in the ordinary one; all {last} layers answer "
+        f"{right(nested, last)} and {right(plain, last)}."
+    )
 
 
 def trained_question(folder: Path) -> tuple[str, str]:
@@ -145,38 +256,76 @@ def trained_question(folder: Path) -> tuple[str, str]:
 def use_commands(folder: Path) -> dict[str, tuple[str, ...]]:
     """Return what can be done with the nested model: for each purpose the command, which runs in the project's folder as it is."""
     shown = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-    python, model, data = os.path.relpath(sys.executable, ROOT), str(shown / "nested_hf"), shown / "data"
+    python, model, data = (
+        os.path.relpath(sys.executable, ROOT),
+        str(shown / "nested_hf"),
+        shown / "data",
+    )
     ours = (python, "-m", "megatron_sorted")
     question, _ = trained_question(folder)
     return {
         "export it": (*ours, "convert", "export", str(shown / "nested"), model, "--overwrite"),
         "ask it": (*ours, "generate", model, "--prompt-template", "plain", "--prompt", question),
-        "question it": (*ours, "evaluate", model, "--questions", str(data / "phrasing.jsonl"), "--num-questions", "200",
-                        "--output", str(shown / "evaluation")),
-        "measure it": (*ours, "evaluate", model, "--data-path", str(data / "phrasing_text_document"),
-                       "--output", str(shown / "measured")),
+        "question it": (
+            *ours,
+            "evaluate",
+            model,
+            "--questions",
+            str(data / "phrasing.jsonl"),
+            "--num-questions",
+            "200",
+            "--output",
+            str(shown / "evaluation"),
+        ),
+        "measure it": (
+            *ours,
+            "evaluate",
+            model,
+            "--data-path",
+            str(data / "phrasing_text_document"),
+            "--output",
+            str(shown / "measured"),
+        ),
         "serve it": (*ours, "serve", model, "--port", "8000"),
     }
 
 
 def request_of(question: str) -> str:
     """Return what a client sends to the server: the question as a conversation of one turn."""
-    return json.dumps({"messages": [{"role": "user", "content": question}], "max_tokens": 32}, ensure_ascii=False)
+    return json.dumps(
+        {"messages": [{"role": "user", "content": question}], "max_tokens": 32}, ensure_ascii=False
+    )
 
 
 def afterwards(folder: Path) -> str:
     """Return the demo's last words: from the model it made to its use."""
     question, answer = trained_question(folder)
-    commands = "\n".join(f"  {purpose:<12} {shlex.join(command)}" for purpose, command in use_commands(folder).items())
-    return AFTERWARDS.format(commands=commands, answer=answer, request=shlex.quote(request_of(question)),
-                             python=os.path.relpath(sys.executable, ROOT))
+    commands = "\n".join(
+        f"  {purpose:<12} {shlex.join(command)}"
+        for purpose, command in use_commands(folder).items()
+    )
+    return AFTERWARDS.format(
+        commands=commands,
+        answer=answer,
+        request=shlex.quote(request_of(question)),
+        python=os.path.relpath(sys.executable, ROOT),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code of the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=None, help="folder for all it writes (default: runs/demo or runs/demo_quick)")
-    parser.add_argument("--quick", action="store_true", help="next to no training: only shows that everything runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="folder for all it writes (default: runs/demo or runs/demo_quick)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="next to no training: only shows that everything runs"
+    )
     parser.add_argument("--fresh", action="store_true", help="do every step again")
     values = parser.parse_args(arguments)
     folder = (values.output or ROOT / "runs" / ("demo_quick" if values.quick else "demo")).resolve()
@@ -184,15 +333,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(folder / "finished_steps", ignore_errors=True)
     steps = demo_steps(folder, values.quick)
     minutes, depths = max(1, sum(step.seconds for step in steps) / 60), exit_depths()
-    print(OPENING.format(minutes=minutes, folder=folder, depths=f"{', '.join(map(str, depths[:-1]))} and all {depths[-1]}") + "\n")
+    print(
+        OPENING.format(
+            minutes=minutes,
+            folder=folder,
+            depths=f"{', '.join(map(str, depths[:-1]))} and all {depths[-1]}",
+        )
+        + "\n"
+    )
     try:
         code = run_all(steps, folder)
     except KeyboardInterrupt:
-        print("\nStopped. The same command again goes on from the unfinished step.", file=sys.stderr)
+        print(
+            "\nStopped. The same command again goes on from the unfinished step.", file=sys.stderr
+        )
         return 130
     if code == 0:
-        words = "With --quick nothing was learned: the numbers mean nothing." if values.quick else in_short(folder)
-        print(f"\n{HOW_TO_READ}\n\n{words}\n\nThe picture: {folder / 'exits.png'}\n\n{afterwards(folder)}")
+        words = (
+            "With --quick nothing was learned: the numbers mean nothing."
+            if values.quick
+            else in_short(folder)
+        )
+        print(
+            f"\n{HOW_TO_READ}\n\n{words}\n\nThe picture: {folder / 'exits.png'}\n\n{afterwards(folder)}"
+        )
     return code if code >= 0 else 128 - code
 
 

@@ -21,7 +21,14 @@ from pathlib import Path
 from lab.results.experiments import cldr, stories
 from lab.results.page import write_page
 from lab.results.rates import chosen_rate
-from lab.results.recipe import METHODS, Recipe, evaluate_step, final_step, head_sweep_steps, sweep_steps
+from lab.results.recipe import (
+    METHODS,
+    Recipe,
+    evaluate_step,
+    final_step,
+    head_sweep_steps,
+    sweep_steps,
+)
 from lab.results.steps import Runner, Step
 from lab.results.tool import add_folder_options, open_folders, show_page
 from megatron_sorted.errors import SettingsError
@@ -29,34 +36,74 @@ from megatron_sorted.errors import SettingsError
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's values."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
-    for name, purpose in (("stories", "a given model and a given text"), ("cldr", "the demo's questions, and a model trained on them")):
+    for name, purpose in (
+        ("stories", "a given model and a given text"),
+        ("cldr", "the demo's questions, and a model trained on them"),
+    ):
         part = parts.add_parser(name, help=purpose)
         add_folder_options(part, "runs/first_results/PART", "method", 1)
-        part.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=["ordinary", "nested"],
-                          help="what is trained; ordinary always is (%(default)s)")
+        part.add_argument(
+            "--methods",
+            nargs="+",
+            choices=tuple(METHODS),
+            default=["ordinary", "nested"],
+            help="what is trained; ordinary always is (%(default)s)",
+        )
         if name == "stories":
-            part.add_argument("--model", type=Path, required=True, help="Hugging Face directory with a sentencepiece tokenizer.model")
-            part.add_argument("--text", type=Path, required=True, help="UTF-8 text of many documents")
-            part.add_argument("--separator", default="<|endoftext|>", help="what stands between two documents (%(default)s)")
-            part.add_argument("--num-held-out", type=int, default=200, help="documents to measure on, the first ones (%(default)s)")
-            part.add_argument("--num-tuning", type=int, default=100, help="documents to choose rates by, the next ones (%(default)s)")
+            part.add_argument(
+                "--model",
+                type=Path,
+                required=True,
+                help="Hugging Face directory with a sentencepiece tokenizer.model",
+            )
+            part.add_argument(
+                "--text", type=Path, required=True, help="UTF-8 text of many documents"
+            )
+            part.add_argument(
+                "--separator",
+                default="<|endoftext|>",
+                help="what stands between two documents (%(default)s)",
+            )
+            part.add_argument(
+                "--num-held-out",
+                type=int,
+                default=200,
+                help="documents to measure on, the first ones (%(default)s)",
+            )
+            part.add_argument(
+                "--num-tuning",
+                type=int,
+                default=100,
+                help="documents to choose rates by, the next ones (%(default)s)",
+            )
     values = parser.parse_args(arguments)
     if values.seeds < 1:
         raise SettingsError(f"--seeds: {values.seeds} is not at least 1. Use 1 or more.")
-    values.methods = [method for method in METHODS if method == "ordinary" or method in values.methods]
+    values.methods = [
+        method for method in METHODS if method == "ordinary" or method in values.methods
+    ]
     if "nested" not in values.methods:
         raise SettingsError("--methods: nested is missing, which is what this measures. Add it.")
     return values
 
 
-def run_all(recipe: Recipe, data_steps: Sequence[Step], methods: tuple[str, ...], seeds: int, folder: Path) -> list[Step]:
+def run_all(
+    recipe: Recipe, data_steps: Sequence[Step], methods: tuple[str, ...], seeds: int, folder: Path
+) -> list[Step]:
     """Return the steps after running those that are not finished: data, rates, then everything of a seed before the next seed."""
     tries, head_tries = sweep_steps(recipe), head_sweep_steps(recipe)
-    runner = Runner(folder, len(data_steps) + len(tries) + len(head_tries) + seeds * (len(methods) + 1))
+    runner = Runner(
+        folder, len(data_steps) + len(tries) + len(head_tries) + seeds * (len(methods) + 1)
+    )
     runner.run([*data_steps, *tries])
-    rates = {method: chosen_rate(recipe, "ordinary" if method == "ordinary" else "nested") for method in methods}
+    rates = {
+        method: chosen_rate(recipe, "ordinary" if method == "ordinary" else "nested")
+        for method in methods
+    }
     for seed in range(1, seeds + 1):
         runner.run([final_step(recipe, method, rates[method], seed) for method in methods])
         runner.run(head_tries if seed == 1 else [])
@@ -69,8 +116,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = read_arguments(arguments)
     folder, inside, docs = open_folders(values, "first_results")
     if values.part == "stories":
-        recipe, steps = stories(inside, values.model.resolve(), values.text.resolve(), values.separator,
-                                (values.num_held_out, values.num_tuning), values.quick)
+        recipe, steps = stories(
+            inside,
+            values.model.resolve(),
+            values.text.resolve(),
+            values.separator,
+            (values.num_held_out, values.num_tuning),
+            values.quick,
+        )
     else:
         recipe, steps = cldr(inside, values.quick)
     done = run_all(recipe, steps, tuple(values.methods), values.seeds, folder)

@@ -31,11 +31,31 @@ from megatron_sorted.platform.processes import silence_library_warnings
 def main() -> int:
     """Return 0 if both runs ended alike."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=25, metavar="N", help="How often (default: %(default)s).")
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="Steps of the run (default: %(default)s).")
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="Ranks (default: %(default)s).")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="Of the moments and victims (default: %(default)s).")
-    parser.add_argument("--folder", type=Path, help="Where to work; by default a temporary folder, removed afterwards.")
+    parser.add_argument(
+        "--kills", type=int, default=25, metavar="N", help="How often (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=60,
+        metavar="N",
+        help="Steps of the run (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=2, metavar="N", help="Ranks (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Of the moments and victims (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="Where to work; by default a temporary folder, removed afterwards.",
+    )
     parser.add_argument("--result", type=Path, help="JSON file for the figures.")
     parser.add_argument("settings", nargs="*", help="Further settings of both runs, after --.")
     given = parser.parse_args()
@@ -53,21 +73,36 @@ def kill_test(folder: Path, given: argparse.Namespace) -> int:
     peace = RunningJob(folder, "peace", given.steps, given.processes, given.settings)
     peace.wait_until_finished(seconds=60 + 5 * given.steps)
     print(f"2 of 3: the same under {given.kills} kills", flush=True)
-    killer = Killer(folder, given.steps, given.processes, given.kills, given.settings, random.Random(given.seed))
+    killer = Killer(
+        folder, given.steps, given.processes, given.kills, given.settings, random.Random(given.seed)
+    )
     killer.run()
     print("3 of 3: comparison", flush=True)
     tensors, different = differing_tensors(folder / "peace", folder / "killed", given.steps)
-    lines, unlike = differing_reports(folder / "peace" / "metrics.jsonl", folder / "killed" / "metrics.jsonl", given.steps)
-    figures = {**killer.figures(), "tensors_compared": tensors, "reports_compared": lines, "differences": different + unlike,
-               "seconds": round(time.monotonic() - began)}
+    lines, unlike = differing_reports(
+        folder / "peace" / "metrics.jsonl", folder / "killed" / "metrics.jsonl", given.steps
+    )
+    figures = {
+        **killer.figures(),
+        "tensors_compared": tensors,
+        "reports_compared": lines,
+        "differences": different + unlike,
+        "seconds": round(time.monotonic() - began),
+    }
     for name, value in figures.items():
-        print(f"  {name.replace('_', ' '):42} {value if not isinstance(value, list) else len(value)}")
+        print(
+            f"  {name.replace('_', ' '):42} {value if not isinstance(value, list) else len(value)}"
+        )
     for difference in (different + unlike)[:10]:
         print(f"  differs: {difference}")
     if given.result:
         write_text_atomically(given.result, json.dumps(figures, indent=1) + "\n")
     failed = bool(different or unlike or not tensors)
-    print("FAILED: the runs differ" if failed else "equal: weights, optimizer state, losses and data order, bit for bit")
+    print(
+        "FAILED: the runs differ"
+        if failed
+        else "equal: weights, optimizer state, losses and data order, bit for bit"
+    )
     return int(failed)
 
 

@@ -25,16 +25,47 @@ from megatron_sorted.files import write_text_atomically
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's values."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="directory the three files are written to")
-    parser.add_argument("--num-samples", type=int, default=None, help="samples of train.jsonl; default: all there are")
-    parser.add_argument("--num-eval-samples", type=int, default=1000, help="at most this many samples in the two others")
-    parser.add_argument("--locales", nargs="+", default=None, help="locales of the answers; default: 66 of them")
-    parser.add_argument("--asking-locales", nargs="+", default=None, help="languages the questions are written in; default: 19 of them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="directory the three files are written to"
+    )
+    parser.add_argument(
+        "--num-samples",
+        type=int,
+        default=None,
+        help="samples of train.jsonl; default: all there are",
+    )
+    parser.add_argument(
+        "--num-eval-samples",
+        type=int,
+        default=1000,
+        help="at most this many samples in the two others",
+    )
+    parser.add_argument(
+        "--locales", nargs="+", default=None, help="locales of the answers; default: 66 of them"
+    )
+    parser.add_argument(
+        "--asking-locales",
+        nargs="+",
+        default=None,
+        help="languages the questions are written in; default: 19 of them",
+    )
     parser.add_argument("--kinds", nargs="+", default=None, help="kinds of questions; default: all")
     parser.add_argument("--max-facts", type=int, default=None, help="train at most this many facts")
-    parser.add_argument("--max-name-length", type=int, default=None, help="leave out facts with a longer name (characters)")
-    parser.add_argument("--seed", type=int, default=1234, help="which facts come first, and the order of the samples")
+    parser.add_argument(
+        "--max-name-length",
+        type=int,
+        default=None,
+        help="leave out facts with a longer name (characters)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1234,
+        help="which facts come first, and the order of the samples",
+    )
     values = parser.parse_args(arguments)
     for name in ("num_samples", "num_eval_samples", "max_facts", "max_name_length"):
         if (value := getattr(values, name)) is not None and value < 1:
@@ -42,28 +73,46 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return values
 
 
-def write_samples(path: Path, samples: Iterable, total: int, order: random.Random | None = None) -> list:
+def write_samples(
+    path: Path, samples: Iterable, total: int, order: random.Random | None = None
+) -> list:
     """Return the samples after writing them as JSON lines, shuffled when ``order`` is given."""
     written = list(tqdm(samples, desc=path.name, total=total, unit=" samples", disable=None))
     if order is not None:
         order.shuffle(written)
-    assert len({(sample.instruction, sample.input) for sample in written}) == len(written), "one question was made twice"
-    write_text_atomically(path, "".join(json.dumps(sample.as_dict(), ensure_ascii=False) + "\n" for sample in written))
+    assert len({(sample.instruction, sample.input) for sample in written}) == len(written), (
+        "one question was made twice"
+    )
+    write_text_atomically(
+        path, "".join(json.dumps(sample.as_dict(), ensure_ascii=False) + "\n" for sample in written)
+    )
     return written
 
 
 def summary_table(sets: dict[str, list]) -> str:
     """Return one row per file and one row per kind of question in the first of them."""
+
     def row(name: str, samples: list) -> str:
-        counts = (len(samples), len({s.fact for s in samples}), len({s.language for s in samples}), len({s.kind for s in samples}))
+        counts = (
+            len(samples),
+            len({s.fact for s in samples}),
+            len({s.language for s in samples}),
+            len({s.kind for s in samples}),
+        )
         return f"{name:<22}" + "".join(f"{count:>12,}" for count in counts)
 
-    title = f"{'':<22}" + "".join(f"{word:>12}" for word in ("samples", "facts", "locales", "kinds"))
+    title = f"{'':<22}" + "".join(
+        f"{word:>12}" for word in ("samples", "facts", "locales", "kinds")
+    )
     first = next(iter(sets.values()))
-    by_kind = {kind: [s for s in first if s.kind == kind] for kind in sorted({s.kind for s in first})}
+    by_kind = {
+        kind: [s for s in first if s.kind == kind] for kind in sorted({s.kind for s in first})
+    }
     rule = "-" * len(title)
     files = [row(*item) for item in sets.items()]
-    return "\n".join([title, rule, *files, rule, *(row(f"  {kind}", found) for kind, found in by_kind.items())])
+    return "\n".join(
+        [title, rule, *files, rule, *(row(f"  {kind}", found) for kind, found in by_kind.items())]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -72,21 +121,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         import babel  # noqa: F401
     except ImportError as error:
-        raise DataError("Babel, which carries the CLDR data, is not installed. Install it: pip install Babel") from error
+        raise DataError(
+            "Babel, which carries the CLDR data, is not installed. Install it: pip install Babel"
+        ) from error
     from lab.cldr.facts import DEFAULT_LOCALES, KINDS
     from lab.cldr.questions import ASKING_LOCALES, plan_questions
 
-    plan = plan_questions(tuple(values.locales or DEFAULT_LOCALES), tuple(values.asking_locales or ASKING_LOCALES),
-                          tuple(values.kinds or KINDS), seed=values.seed, max_facts=values.max_facts,
-                          max_name_length=values.max_name_length)
+    plan = plan_questions(
+        tuple(values.locales or DEFAULT_LOCALES),
+        tuple(values.asking_locales or ASKING_LOCALES),
+        tuple(values.kinds or KINDS),
+        seed=values.seed,
+        max_facts=values.max_facts,
+        max_name_length=values.max_name_length,
+    )
     num_train = values.num_samples or plan.capacity()
     train = plan.train(num_train)
     values.output.mkdir(parents=True, exist_ok=True)
-    sets = {"train.jsonl": write_samples(values.output / "train.jsonl", train, num_train, random.Random(values.seed))}
+    sets = {
+        "train.jsonl": write_samples(
+            values.output / "train.jsonl", train, num_train, random.Random(values.seed)
+        )
+    }
     # The first round takes facts in order, so exactly this many are really trained.
     phrasing = plan.phrasing(min(num_train, len(plan.trained)), values.num_eval_samples)
     unseen = plan.never_trained(values.num_eval_samples)
-    sets["phrasing.jsonl"] = write_samples(values.output / "phrasing.jsonl", phrasing, len(phrasing))
+    sets["phrasing.jsonl"] = write_samples(
+        values.output / "phrasing.jsonl", phrasing, len(phrasing)
+    )
     sets["unseen.jsonl"] = write_samples(values.output / "unseen.jsonl", unseen, len(unseen))
     print(f"\n{summary_table(sets)}\n\nwritten to {values.output}")
 

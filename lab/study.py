@@ -27,34 +27,78 @@ from lab.studies.plan import StudyPlan
 from lab.studies.variants import VARIANTS
 from megatron_sorted.errors import SettingsError
 
-TITLES = {"stories": "A small story model", "cldr": "A small model of facts",
-          "instructions": "A small model of instructions in many languages"}
+TITLES = {
+    "stories": "A small story model",
+    "cldr": "A small model of facts",
+    "instructions": "A small model of instructions in many languages",
+}
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's values."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = parser.add_subparsers(dest="part", required=True, metavar="DATA")
     for name in TITLES:
         part = parts.add_parser(name, help=TITLES[name])
         add_folder_options(part, "runs/study/DATA", "way", 3)
-        part.add_argument("--page", default=name, help="name of the page, study_PAGE.md, and of its picture (%(default)s)")
-        part.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), metavar="WAY",
-                          help=f"what is trained; uniform always is (all: {', '.join(VARIANTS)})")
-        part.add_argument("--teach-separate", action="store_true", help="train the separate models a second time, the full one teaching")
-        part.add_argument("--jobs", type=int, default=1, help="trainings at a time, one core each (%(default)s)")
+        part.add_argument(
+            "--page",
+            default=name,
+            help="name of the page, study_PAGE.md, and of its picture (%(default)s)",
+        )
+        part.add_argument(
+            "--variants",
+            nargs="+",
+            choices=tuple(VARIANTS),
+            metavar="WAY",
+            help=f"what is trained; uniform always is (all: {', '.join(VARIANTS)})",
+        )
+        part.add_argument(
+            "--teach-separate",
+            action="store_true",
+            help="train the separate models a second time, the full one teaching",
+        )
+        part.add_argument(
+            "--jobs", type=int, default=1, help="trainings at a time, one core each (%(default)s)"
+        )
         if name == "stories":
-            part.add_argument("--model", type=Path, required=True, help="Hugging Face directory with a sentencepiece tokenizer.model")
-            part.add_argument("--text", type=Path, required=True, help="UTF-8 text of documents, <|endoftext|> between them")
-            part.add_argument("--steps", type=int, default=400, help="steps of every training, of 8 samples (%(default)s)")
-            part.add_argument("--seq-length", type=int, default=128, help="tokens of a sample (%(default)s)")
+            part.add_argument(
+                "--model",
+                type=Path,
+                required=True,
+                help="Hugging Face directory with a sentencepiece tokenizer.model",
+            )
+            part.add_argument(
+                "--text",
+                type=Path,
+                required=True,
+                help="UTF-8 text of documents, <|endoftext|> between them",
+            )
+            part.add_argument(
+                "--steps",
+                type=int,
+                default=400,
+                help="steps of every training, of 8 samples (%(default)s)",
+            )
+            part.add_argument(
+                "--seq-length", type=int, default=128, help="tokens of a sample (%(default)s)"
+            )
         if name == "instructions":
-            part.add_argument("--train", type=Path, required=True, help="JSON lines with instruction, input and output, plain or gzipped")
+            part.add_argument(
+                "--train",
+                type=Path,
+                required=True,
+                help="JSON lines with instruction, input and output, plain or gzipped",
+            )
             part.add_argument("--valid", type=Path, required=True, help="the same, held out")
     values = parser.parse_args(arguments)
     for name in ("seeds", "jobs", "steps", "seq_length"):
         if getattr(values, name, 1) < 1:
-            raise SettingsError(f"--{name.replace('_', '-')}: {getattr(values, name)} is not at least 1. Use 1 or more.")
+            raise SettingsError(
+                f"--{name.replace('_', '-')}: {getattr(values, name)} is not at least 1. Use 1 or more."
+            )
     return values
 
 
@@ -62,7 +106,11 @@ def run_all(plan: StudyPlan, values: argparse.Namespace, folder: Path) -> Runner
     """Return the runner after running what is not finished: data, rates, then everything of a seed before the next seed."""
     variants, cuts, tries = chosen(values.variants), plan.extract_steps(), plan.rate_steps()
     of_a_seed = (1 + values.teach_separate) * len(plan.depths) + len(variants)
-    runner = Runner(folder, len(plan.data_steps) + len(cuts) + len(tries) + values.seeds * of_a_seed, values.jobs)
+    runner = Runner(
+        folder,
+        len(plan.data_steps) + len(cuts) + len(tries) + values.seeds * of_a_seed,
+        values.jobs,
+    )
     for step in [*plan.data_steps, *cuts]:
         runner.run([step])  # each needs the one before
     runner.run(tries)
@@ -78,13 +126,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = read_arguments(arguments)
     folder, inside, docs = open_folders(values, "study")
     if values.part == "stories":
-        plan = plan_stories(inside, values.model.resolve(), values.text.resolve(), values.quick, values.steps, values.seq_length)
+        plan = plan_stories(
+            inside,
+            values.model.resolve(),
+            values.text.resolve(),
+            values.quick,
+            values.steps,
+            values.seq_length,
+        )
     elif values.part == "cldr":
         plan = plan_cldr(inside, values.quick)
     else:
-        plan = plan_instructions(inside, values.train.resolve(), values.valid.resolve(), values.quick)
+        plan = plan_instructions(
+            inside, values.train.resolve(), values.valid.resolve(), values.quick
+        )
     runner = run_all(plan, values, folder)
-    outcomes = plan.outcomes(chosen(values.variants), values.seeds, with_taught=values.teach_separate)
+    outcomes = plan.outcomes(
+        chosen(values.variants), values.seeds, with_taught=values.teach_separate
+    )
     page, picture = write_page(values.page, TITLES[values.part], plan, outcomes, runner.steps, docs)
     show_page(page, picture, values.quick)
 

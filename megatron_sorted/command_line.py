@@ -34,17 +34,27 @@ def start_command() -> None:
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks is shown as \xe9, not fatal
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # what a terminal's encoding lacks is shown as \xe9, not fatal
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="strict")  # in the C locale Python would let bytes through that are no text
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored, as after nohup
+        sys.stdin.reconfigure(
+            errors="strict"
+        )  # in the C locale Python would let bytes through that are no text
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # it may be ignored, as after nohup
         signal.signal(signal.SIGINT, _stop_at_once)
     if sys.argv[1:] == ["--version"]:
         run_main(lambda: print(f"megatron_sorted {__version__}"))
 
 
-def run_main(main: Callable[[], int | None], stopped: str = "", clean_up: Callable[[], None] = lambda: None,
-             report: Callable[[Exception], NoReturn] | None = None) -> NoReturn:
+def run_main(
+    main: Callable[[], int | None],
+    stopped: str = "",
+    clean_up: Callable[[], None] = lambda: None,
+    report: Callable[[Exception], NoReturn] | None = None,
+) -> NoReturn:
     """Run ``main`` and end the process with its exit status, or with one line and 1 (an error), 130 (Ctrl-C) or 141 (broken pipe).
 
     Args:
@@ -78,16 +88,28 @@ def _sentence(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, UnicodeEncodeError) and has_half_pairs(error.object):
         return f"{error.object[:80]!r} is not text: it holds bytes that are not UTF-8. Correct it."
-    if isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in FULL):
-        names = " -> ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike))
+    if (
+        isinstance(error, OSError)
+        and error.strerror
+        and (error.filename is not None or error.errno in FULL)
+    ):
+        names = " -> ".join(
+            os.fsdecode(name)
+            for name in (error.filename, error.filename2)
+            if isinstance(name, str | bytes | os.PathLike)
+        )
         return f"{names}{': ' if names else ''}{error.strerror}. Check the path, its permissions and the free space."
     if isinstance(error, MemoryError):
         return "out of memory. Ask for less at once, or use a machine with more."
     return None
 
 
-def _status_of(main: Callable[[], int | None], stopped: str, clean_up: Callable[[], None],
-               report: Callable[[Exception], NoReturn] | None) -> int:
+def _status_of(
+    main: Callable[[], int | None],
+    stopped: str,
+    clean_up: Callable[[], None],
+    report: Callable[[Exception], NoReturn] | None,
+) -> int:
     try:
         _check_words(sys.argv[1:])
         return main() or 0
@@ -125,7 +147,9 @@ def _check_words(words: list[str]) -> None:
     """
     for word in words:
         if has_half_pairs(word) and not any(map(os.path.lexists, (word, word.partition("=")[2]))):
-            raise SortedError(f"{word[:80]!r} on the command line is not UTF-8, and no file has this name. Write it in UTF-8.")
+            raise SortedError(
+                f"{word[:80]!r} on the command line is not UTF-8, and no file has this name. Write it in UTF-8."
+            )
 
 
 def has_half_pairs(text: str) -> bool:
@@ -179,7 +203,9 @@ def _stop_at_once(*_: object) -> NoReturn:
     os._exit(INTERRUPTED)
 
 
-def own_module(name: str, *words: object, environment: Mapping[str, str] = os.environ) -> tuple[list[str], dict[str, str]]:
+def own_module(
+    name: str, *words: object, environment: Mapping[str, str] = os.environ
+) -> tuple[list[str], dict[str, str]]:
     """Return the command that runs a module of this package with its arguments, and the environment that finds the package.
 
     The current folder is not for imports; Python 3.10 has no word for that.
@@ -188,4 +214,7 @@ def own_module(name: str, *words: object, environment: Mapping[str, str] = os.en
     if IS_CHECKOUT and str(ROOT) not in entries:
         entries.insert(0, str(ROOT))
     safe = ["-P"] if sys.version_info >= (3, 11) else []
-    return [sys.executable, *safe, "-m", name, *map(str, words)], {**environment, "PYTHONPATH": os.pathsep.join(entries)}
+    return [sys.executable, *safe, "-m", name, *map(str, words)], {
+        **environment,
+        "PYTHONPATH": os.pathsep.join(entries),
+    }

@@ -5,8 +5,12 @@ import signal
 
 from tests.support.preloaded.session import close_session, open_session
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two workers with two threads each get in each other's way
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background; programs under test are started as in a terminal
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported: two workers with two threads each get in each other's way
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # started in the background; programs under test are started as in a terminal
     signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest_plugins = ["tests.support.order", "tests.support.skips", "tests.support.timing"]
 

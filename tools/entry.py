@@ -14,4 +14,8 @@ def run(module: str, *words: str) -> NoReturn:
     A process of its own, because Python would find the files beside this one before packages of the same names.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.execve(sys.executable, [sys.executable, "-m", module, *words, *sys.argv[1:]], {**os.environ, "PYTHONPATH": path})
+    os.execve(
+        sys.executable,
+        [sys.executable, "-m", module, *words, *sys.argv[1:]],
+        {**os.environ, "PYTHONPATH": path},
+    )

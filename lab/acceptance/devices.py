@@ -39,24 +39,40 @@ def check_device(platform: NpuPlatform) -> None:
     """Tell what the device is, and whether it counts in float64 and has infinities."""
     name = torch.npu.get_device_name()
     peak = platform.peak_tflops(torch.bfloat16) or platform.peak_tflops(torch.float16)
-    tell("device", peak is not None,
-         f"{torch.npu.device_count()} x {name}, peak {peak} TFLOP/s in half precision, bf16 {platform.has_bf16()}")
+    tell(
+        "device",
+        peak is not None,
+        f"{torch.npu.device_count()} x {name}, peak {peak} TFLOP/s in half precision, bf16 {platform.has_bf16()}",
+    )
     wide = torch.full((1000,), 1.0 + 2.0**-40, dtype=torch.float64, device=platform.device())
-    tell("float64 sums", wide.square().sum().item() == (1000 * (1.0 + 2.0**-40) ** 2), f"{wide.square().sum().item():.17g}")
+    tell(
+        "float64 sums",
+        wide.square().sum().item() == (1000 * (1.0 + 2.0**-40) ** 2),
+        f"{wide.square().sum().item():.17g}",
+    )
     large = torch.full((4,), 60000.0, dtype=torch.float16, device=platform.device()) * 2
-    tell("fp16 overflow is infinite", large.isinf().all().item(),
-         f"{large[0].item()}: a device that saturates hides overflow from the loss scale")
+    tell(
+        "fp16 overflow is infinite",
+        large.isinf().all().item(),
+        f"{large[0].item()}: a device that saturates hides overflow from the loss scale",
+    )
 
 
 def check_copies(platform: NpuPlatform, num_bytes: int, least_gigabytes: float) -> None:
     """Measure copies between host and device and on the device."""
     device = torch.zeros(num_bytes, dtype=torch.uint8, device=platform.device())
     host, other = platform.host_buffer(device), torch.empty_like(device)
-    for name, work in (("copy host to device", lambda: device.copy_(host, non_blocking=True)),
-                       ("copy device to host", lambda: host.copy_(device, non_blocking=True)),
-                       ("copy on the device", lambda: other.copy_(device))):
+    for name, work in (
+        ("copy host to device", lambda: device.copy_(host, non_blocking=True)),
+        ("copy device to host", lambda: host.copy_(device, non_blocking=True)),
+        ("copy on the device", lambda: other.copy_(device)),
+    ):
         rate = num_bytes / seconds_of(platform, work) / 1e9
-        tell(name, rate >= least_gigabytes, f"{rate:.1f} GB/s of {num_bytes // MIB} MiB (at least {least_gigabytes:g})")
+        tell(
+            name,
+            rate >= least_gigabytes,
+            f"{rate:.1f} GB/s of {num_bytes // MIB} MiB (at least {least_gigabytes:g})",
+        )
 
 
 def check_collectives(platform: NpuPlatform, num_bytes: int, least_gigabytes: float) -> None:
@@ -67,39 +83,67 @@ def check_collectives(platform: NpuPlatform, num_bytes: int, least_gigabytes: fl
     size, rank, place = dist.get_world_size(), dist.get_rank(), platform.device()
     count = num_bytes // 4 // size * size
     mine = torch.full((count,), float(rank + 1), device=place)
-    gathered, part = torch.empty(count * size, device=place), torch.empty(count // size, device=place)
+    gathered, part = (
+        torch.empty(count * size, device=place),
+        torch.empty(count // size, device=place),
+    )
     total = size * (size + 1) / 2
 
     def exchange() -> None:
         """Send to the next rank. Collective: one message each way."""
         towards, back = (rank + 1) % size, (rank - 1) % size
-        messages = [dist.P2POp(dist.isend, mine, towards), dist.P2POp(dist.irecv, gathered[:count], back)]
+        messages = [
+            dist.P2POp(dist.isend, mine, towards),
+            dist.P2POp(dist.irecv, gathered[:count], back),
+        ]
         for work in dist.batch_isend_irecv(messages):
             work.wait()
 
     summed = mine.clone()
     dist.all_reduce(summed)
     checks = {
-        "all-reduce": (lambda: dist.all_reduce(torch.empty_like(mine)), lambda: (summed == total).all()),
-        "all-gather": (lambda: dist.all_gather_into_tensor(gathered, mine), lambda: gathered[::count].sum() == total),
-        "reduce-scatter": (lambda: dist.reduce_scatter_tensor(part, mine), lambda: (part == total).all()),
+        "all-reduce": (
+            lambda: dist.all_reduce(torch.empty_like(mine)),
+            lambda: (summed == total).all(),
+        ),
+        "all-gather": (
+            lambda: dist.all_gather_into_tensor(gathered, mine),
+            lambda: gathered[::count].sum() == total,
+        ),
+        "reduce-scatter": (
+            lambda: dist.reduce_scatter_tensor(part, mine),
+            lambda: (part == total).all(),
+        ),
     }
     if size > 1:
-        checks["messages to the next rank"] = (exchange, lambda: (gathered[:count] == (rank - 1) % size + 1).all())
+        checks["messages to the next rank"] = (
+            exchange,
+            lambda: (gathered[:count] == (rank - 1) % size + 1).all(),
+        )
     for name, (work, is_right) in checks.items():
         rate = num_bytes / seconds_of(platform, work) / 1e9
-        tell(name, is_right().item() and rate >= least_gigabytes, f"{rate:.2f} GB/s of {num_bytes // MIB} MiB a device (at least "
-             f"{least_gigabytes:g}), values {'right' if is_right().item() else 'WRONG'}")
+        tell(
+            name,
+            is_right().item() and rate >= least_gigabytes,
+            f"{rate:.2f} GB/s of {num_bytes // MIB} MiB a device (at least "
+            f"{least_gigabytes:g}), values {'right' if is_right().item() else 'WRONG'}",
+        )
     exact = torch.tensor([2.0**40 + rank, 1 + 2.0**-40], dtype=torch.float64, device=place)
     dist.all_reduce(exact)
     wanted = [size * 2.0**40 + size * (size - 1) / 2, size * (1 + 2.0**-40)]
     tell("all-reduce of float64, by the mend", exact.tolist() == wanted, f"{exact.tolist()}")
     outputs = [torch.empty(count * size, device=place) for _ in range(2)]
-    with dist._coalescing_manager(dist.group.WORLD, async_ops=True) as together:  # as Megatron's buckets do
+    with dist._coalescing_manager(
+        dist.group.WORLD, async_ops=True
+    ) as together:  # as Megatron's buckets do
         for output in outputs:
             dist.all_gather_into_tensor(output, mine)
     together.wait()
-    tell("coalesced all-gathers", all((output[::count].sum() == total).item() for output in outputs), f"{len(outputs)} in one")
+    tell(
+        "coalesced all-gathers",
+        all((output[::count].sum() == total).item() for output in outputs),
+        f"{len(outputs)} in one",
+    )
 
 
 def main() -> None:

@@ -53,7 +53,10 @@ def measure_bounds(folder: Path, num_bytes: int) -> dict[str, float]:
         path.unlink(missing_ok=True)
     sample = min(num_bytes, SAMPLE_BYTES)
     scale = num_bytes / sample
-    source, target = torch.ones(sample, dtype=torch.uint8, device="cpu"), torch.ones(sample, dtype=torch.uint8, device="cpu")
+    source, target = (
+        torch.ones(sample, dtype=torch.uint8, device="cpu"),
+        torch.ones(sample, dtype=torch.uint8, device="cpu"),
+    )
     copy = seconds_of(lambda: target.copy_(source)) * scale
     digest = hashlib.sha256()
     mine = memoryview(source.numpy())[: sample // 2]

@@ -33,12 +33,28 @@ class Case:
 
 def all_cases(exit_counts: list[int]) -> list[Case]:
     """Return the rows: plain, ours with each number of exits, eager with each number but 0 (that is plain)."""
-    return [Case("plain", 0), *(Case("ours", n) for n in exit_counts), *(Case("eager", n) for n in exit_counts if n)]
+    return [
+        Case("plain", 0),
+        *(Case("ours", n) for n in exit_counts),
+        *(Case("eager", n) for n in exit_counts if n),
+    ]
 
 
 def case_settings(shape: str, case: Case, device: str, bf16: bool) -> Settings:
     """Return the run of a case: 8 LLaMA layers (RMSNorm, rotary, SwiGLU), hidden 512, embedding and head tied, 2 x 512 tokens."""
     return Settings(
-        num_layers=NUM_LAYERS, hidden_size=512, num_attention_heads=8, seq_length=512, vocab_size=VOCABULARY[shape], micro_batch_size=2,
-        global_batch_size=2, exit_layer_nums=EXIT_LAYERS[case.num_exits], mock_data=True, device=device, bf16=bf16, train_iters=1000,
-        lr=1e-4, lr_decay_style="constant")
+        num_layers=NUM_LAYERS,
+        hidden_size=512,
+        num_attention_heads=8,
+        seq_length=512,
+        vocab_size=VOCABULARY[shape],
+        micro_batch_size=2,
+        global_batch_size=2,
+        exit_layer_nums=EXIT_LAYERS[case.num_exits],
+        mock_data=True,
+        device=device,
+        bf16=bf16,
+        train_iters=1000,
+        lr=1e-4,
+        lr_decay_style="constant",
+    )

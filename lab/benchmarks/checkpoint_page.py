@@ -46,42 +46,117 @@ they fit.
 
 def parameters_of(settings: dict[str, Any]) -> int:
     """Return the parameters of the whole model of a case."""
-    plain = replace(Settings(), **{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
+    plain = replace(
+        Settings(),
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in settings.items()
+        },
+    )
     return sub_model_parameters(plain, plain.vocab_size)[plain.num_layers]
 
 
 def _saving(rows: dict[str, dict[str, Any]]) -> list[str]:
     return table(
-        ["run", "MB", "bytes a parameter", "foreground, s", "not read back, s", "in the background, s", "held up, first, ms",
-         "held up, later, ms", "told, later, ms", "steps beside a save"],
-        [[name, f"{row['bytes'] / 1e6:,.0f}", f"{row['bytes_a_parameter']:.2f}", f"{row['save']:.2f}", f"{row['save_unverified']:.2f}",
-          f"{row['background']:.2f}", f"{1e3 * row['held_first']:,.0f}", f"{1e3 * row['held']:,.0f}", f"{1e3 * row['stall']:,.0f}",
-          f"{'-' if row['slowdown'] is None else format(row['slowdown'], '.2f')} ({row['saving_steps']} / {row['quiet_steps']})"]
-         for name, row in rows.items()])
+        [
+            "run",
+            "MB",
+            "bytes a parameter",
+            "foreground, s",
+            "not read back, s",
+            "in the background, s",
+            "held up, first, ms",
+            "held up, later, ms",
+            "told, later, ms",
+            "steps beside a save",
+        ],
+        [
+            [
+                name,
+                f"{row['bytes'] / 1e6:,.0f}",
+                f"{row['bytes_a_parameter']:.2f}",
+                f"{row['save']:.2f}",
+                f"{row['save_unverified']:.2f}",
+                f"{row['background']:.2f}",
+                f"{1e3 * row['held_first']:,.0f}",
+                f"{1e3 * row['held']:,.0f}",
+                f"{1e3 * row['stall']:,.0f}",
+                f"{'-' if row['slowdown'] is None else format(row['slowdown'], '.2f')} ({row['saving_steps']} / {row['quiet_steps']})",
+            ]
+            for name, row in rows.items()
+        ],
+    )
 
 
 def _bounds(rows: dict[str, dict[str, Any]]) -> list[str]:
     return table(
-        ["run", "write and flush, s", "read, s", "sha256, s", "memcpy, s", "save / write", "not read back / write", "save / all parts",
-         "held up, later / memcpy"],
-        [[name, *(f"{row['bounds'][part]:.{digits}f}" for part, digits in (("write", 2), ("read", 2), ("sha256", 2), ("memcpy", 3))),
-          f"{row['save_over_write']:.2f}", f"{row['unverified_over_write']:.2f}", f"{row['save_over_bounds']:.2f}",
-          f"{row['held_over_memcpy']:.1f}"] for name, row in rows.items()])
+        [
+            "run",
+            "write and flush, s",
+            "read, s",
+            "sha256, s",
+            "memcpy, s",
+            "save / write",
+            "not read back / write",
+            "save / all parts",
+            "held up, later / memcpy",
+        ],
+        [
+            [
+                name,
+                *(
+                    f"{row['bounds'][part]:.{digits}f}"
+                    for part, digits in (("write", 2), ("read", 2), ("sha256", 2), ("memcpy", 3))
+                ),
+                f"{row['save_over_write']:.2f}",
+                f"{row['unverified_over_write']:.2f}",
+                f"{row['save_over_bounds']:.2f}",
+                f"{row['held_over_memcpy']:.1f}",
+            ]
+            for name, row in rows.items()
+        ],
+    )
 
 
 def _core(rows: dict[str, dict[str, Any]]) -> list[str]:
     return table(
-        ["run", "first call, s", "later, s", "later / write", "ours / its later", "ours, not read back / its later"],
-        [[name, f"{row['core_first']:.2f}", "-" if row["core"] is None else f"{row['core']:.2f}",
-          *("-" if row[ratio] is None else f"{row[ratio]:.2f}" for ratio in ("core_over_write", "over_core", "unverified_over_core"))]
-         for name, row in rows.items()])
+        [
+            "run",
+            "first call, s",
+            "later, s",
+            "later / write",
+            "ours / its later",
+            "ours, not read back / its later",
+        ],
+        [
+            [
+                name,
+                f"{row['core_first']:.2f}",
+                "-" if row["core"] is None else f"{row['core']:.2f}",
+                *(
+                    "-" if row[ratio] is None else f"{row[ratio]:.2f}"
+                    for ratio in ("core_over_write", "over_core", "unverified_over_core")
+                ),
+            ]
+            for name, row in rows.items()
+        ],
+    )
 
 
 def _loading(rows: dict[str, dict[str, Any]]) -> list[str]:
     return table(
         ["run", "with --verify-checkpoint, s", "without, s", "without / (read + memcpy)", "rounds"],
-        [[name, f"{row['load']:.2f}", f"{row['load_unverified']:.2f}", f"{row['load_over_bound']:.2f}", str(row["rounds"])]
-         for name, row in rows.items()])
+        [
+            [
+                name,
+                f"{row['load']:.2f}",
+                f"{row['load_unverified']:.2f}",
+                f"{row['load_over_bound']:.2f}",
+                str(row["rounds"]),
+            ]
+            for name, row in rows.items()
+        ],
+    )
 
 
 def write_checkpoint_page(results: list[CaseResult], folder: Path, disk: str) -> str:
@@ -89,12 +164,28 @@ def write_checkpoint_page(results: list[CaseResult], folder: Path, disk: str) ->
     facts, rows = facts_of(results) | {"file system": disk}, {}
     for result in results:
         parameters = parameters_of(result.case.settings)
-        rows[f"{parameters / 1e6:.1f} M, {result.case.layout}"] = checkpoint_row(result.ranks, parameters)
+        rows[f"{parameters / 1e6:.1f} M, {result.case.layout}"] = checkpoint_row(
+            result.ranks, parameters
+        )
     lines = [
-        OPENING, *bullets(facts), "",
-        "## Saving", "", *_saving(rows),
-        "## Beside what the machine needs for the same bytes", "", *_bounds(rows),
-        "## Beside megatron-core's own save", "",
-        "`dist_checkpointing.save` of the same state, synchronous; no hashes, nothing read back.", "", *_core(rows),
-        "## Loading", "", *_loading(rows), WORDS, READING]
+        OPENING,
+        *bullets(facts),
+        "",
+        "## Saving",
+        "",
+        *_saving(rows),
+        "## Beside what the machine needs for the same bytes",
+        "",
+        *_bounds(rows),
+        "## Beside megatron-core's own save",
+        "",
+        "`dist_checkpointing.save` of the same state, synchronous; no hashes, nothing read back.",
+        "",
+        *_core(rows),
+        "## Loading",
+        "",
+        *_loading(rows),
+        WORDS,
+        READING,
+    ]
     return write_run_page(folder, "run_checkpoint", lines, {**facts, "rows": rows}, results)

@@ -41,7 +41,9 @@ class CheckpointTimes:
         run.checkpoints.tell = self._keep_outcome
 
     def _keep_outcome(self, outcome, last: bool) -> None:
-        self.outcomes.append({"bytes": outcome.num_bytes, "stall": outcome.stall_seconds, "seconds": outcome.seconds})
+        self.outcomes.append(
+            {"bytes": outcome.num_bytes, "stall": outcome.stall_seconds, "seconds": outcome.seconds}
+        )
         self._tell(outcome, last)
 
     def _together(self, work: Callable[[], Any]) -> float:
@@ -62,7 +64,9 @@ class CheckpointTimes:
         quiet = train_leg(self.run, self.tally, STEPS_AT_LEAST)
         first = self._background()
         again = self._background()
-        step_seconds = statistics.median(sum(wall for wall, _ in step.values()) for step in quiet[1:])
+        step_seconds = statistics.median(
+            sum(wall for wall, _ in step.values()) for step in quiet[1:]
+        )
         training = self._in_training(max(2, rounds), again["seconds"], step_seconds)
         found = [self._round(number) for number in range(rounds)]
         shutil.rmtree(self.root, ignore_errors=True)
@@ -76,9 +80,16 @@ class CheckpointTimes:
         train_leg(self.run, self.tally, 1)
         held = self._together(self.run.save)
         outcome = self.run.checkpoints.finished(wait=True)
-        return {"held": held, "stall": outcome.stall_seconds, "seconds": outcome.seconds, "bytes": outcome.num_bytes}
+        return {
+            "held": held,
+            "stall": outcome.stall_seconds,
+            "seconds": outcome.seconds,
+            "bytes": outcome.num_bytes,
+        }
 
-    def _in_training(self, num_saves: int, save_seconds: float, step_seconds: float) -> dict[str, Any]:
+    def _in_training(
+        self, num_saves: int, save_seconds: float, step_seconds: float
+    ) -> dict[str, Any]:
         """Return steps with and without a save behind them, in turns, and the saves.
 
         Collective: that of steps and saves, and one all-reduce of a number.
@@ -95,10 +106,22 @@ class CheckpointTimes:
         if (outcome := self.run.checkpoints.finished(wait=True)) is not None:
             self.run.checkpoints.tell(outcome, last=False)
         held = [step["save"][0] for step in steps if "save" in step]
-        walls = [sum(wall for cause, (wall, _) in step.items() if cause != "save") for step in steps]
-        saving = [before if before == after else None for before, after in zip(self.busy, self.busy[1:], strict=False)]
-        told = [{"seconds": wall, "saving": beside} for wall, beside in zip(walls, saving, strict=True)]
-        return {"save_interval": interval, "held": held, "outcomes": list(self.outcomes), "steps": told[1:]}
+        walls = [
+            sum(wall for cause, (wall, _) in step.items() if cause != "save") for step in steps
+        ]
+        saving = [
+            before if before == after else None
+            for before, after in zip(self.busy, self.busy[1:], strict=False)
+        ]
+        told = [
+            {"seconds": wall, "saving": beside} for wall, beside in zip(walls, saving, strict=True)
+        ]
+        return {
+            "save_interval": interval,
+            "held": held,
+            "outcomes": list(self.outcomes),
+            "steps": told[1:],
+        }
 
     def _round(self, number: int) -> dict[str, Any]:
         """Return one round of foreground saves, of megatron-core's save, of the bounds and of loads, one after another.
@@ -116,14 +139,23 @@ class CheckpointTimes:
         saver.background = saver.verify = True
         found["core"] = self._core(number)
         found["bounds"] = {}
-        self._together(lambda: found["bounds"].update(measure_bounds(self.folder, found["bytes"] // dist.get_world_size())))
+        self._together(
+            lambda: found["bounds"].update(
+                measure_bounds(self.folder, found["bytes"] // dist.get_world_size())
+            )
+        )
         for name, verify in (("load", True), ("load_unverified", False)):
             found[name] = self._load(verify)
         return found
 
     def _state(self) -> dict[str, Any]:
         model = self.run.model
-        return sharded_state(model.chunks, model.optimizer, model.schedule, {"coefficient_rule": self.run.rule.state_dict()})
+        return sharded_state(
+            model.chunks,
+            model.optimizer,
+            model.schedule,
+            {"coefficient_rule": self.run.rule.state_dict()},
+        )
 
     def _core(self, number: int) -> float:
         """Return the seconds of megatron-core's own save of the same state.
@@ -152,7 +184,9 @@ class CheckpointTimes:
             part.optimizer.state.clear()  # as before the first step
 
         def load() -> None:
-            candidate = choose_checkpoint(find_candidates(self.root), settings, run.inputs.tokenizer, run.inputs.data, run.say)
+            candidate = choose_checkpoint(
+                find_candidates(self.root), settings, run.inputs.tokenizer, run.inputs.data, run.say
+            )
             run.progress = run.checkpoints.load(candidate)
 
         return self._together(load)

@@ -30,15 +30,31 @@ class Shape:
         """Return its network."""
         heads = self.hidden_size // 64
         return Settings(
-            num_layers=self.num_layers, hidden_size=self.hidden_size, ffn_hidden_size=self.ffn_hidden_size, num_attention_heads=heads,
-            kv_channels=64, group_query_attention=True, num_query_groups=max(1, heads // 8), vocab_size=self.vocab_size,
-            untie_embeddings_and_output_weights=True, normalization="RMSNorm", swiglu=True, disable_bias_linear=True,
-            position_embedding_type="rope", seq_length=2048, max_position_embeddings=2048, bf16=True)
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=heads,
+            kv_channels=64,
+            group_query_attention=True,
+            num_query_groups=max(1, heads // 8),
+            vocab_size=self.vocab_size,
+            untie_embeddings_and_output_weights=True,
+            normalization="RMSNorm",
+            swiglu=True,
+            disable_bias_linear=True,
+            position_embedding_type="rope",
+            seq_length=2048,
+            max_position_embeddings=2048,
+            bf16=True,
+        )
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Return its tensors under Hugging Face's names, in bf16."""
-        return {name: TensorInfo(shape, torch.bfloat16) for pair in tensor_table(self.settings())
-                for name, shape in zip(pair.theirs, pair.shapes, strict=True)}
+        return {
+            name: TensorInfo(shape, torch.bfloat16)
+            for pair in tensor_table(self.settings())
+            for name, shape in zip(pair.theirs, pair.shapes, strict=True)
+        }
 
     @property
     def num_bytes(self) -> int:
@@ -57,7 +73,9 @@ def write_model(directory: Path, shape: Shape) -> None:
     tensors, generator = shape.tensors(), torch.Generator("cpu").manual_seed(0)
     writer = SafetensorsWriter(directory, tensors, SHARD_BYTES)
     for name, info in tensors.items():
-        numbers = torch.empty(info.shape, dtype=torch.bfloat16, device="cpu").normal_(0.0, DEVIATION, generator=generator)
+        numbers = torch.empty(info.shape, dtype=torch.bfloat16, device="cpu").normal_(
+            0.0, DEVIATION, generator=generator
+        )
         writer.write(name, numbers + 1 if len(info.shape) == 1 else numbers)
     writer.close()
     write_config(directory, config_of_settings(shape.settings(), "bfloat16"))

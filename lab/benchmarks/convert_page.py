@@ -30,47 +30,129 @@ WORDS = """\
 
 def model_row(model: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of one model from its rounds."""
-    row: dict[str, Any] = {"bytes": model["bytes"], "largest_bytes": model["largest_bytes"], "rounds": len(model["rounds"]),
-                           "bound_bytes": 2 * model["largest_bytes"] + MEMORY_BOUND_BYTES}
+    row: dict[str, Any] = {
+        "bytes": model["bytes"],
+        "largest_bytes": model["largest_bytes"],
+        "rounds": len(model["rounds"]),
+        "bound_bytes": 2 * model["largest_bytes"] + MEMORY_BOUND_BYTES,
+    }
     for verb in ("import", "export"):
         runs = [one[verb] for one in model["rounds"]]
         row[verb] = {
             "seconds": statistics.median(run["seconds"] for run in runs),
-            "plain_seconds": statistics.median(one[f"plain beside {verb}"]["seconds"] for one in model["rounds"]),
-            "ratio": statistics.median(one[verb]["seconds"] / one[f"plain beside {verb}"]["seconds"] for one in model["rounds"]),
-            "start_bytes": max(run["imported_bytes"] for run in runs), "peak_bytes": max(run["peak_bytes"] for run in runs),
-            "verify_seconds": statistics.median(run["verify_seconds"] for run in runs if "verify_seconds" in run),
-            "verify_peak_bytes": max(run["verify_peak_bytes"] for run in runs if "verify_peak_bytes" in run)}
+            "plain_seconds": statistics.median(
+                one[f"plain beside {verb}"]["seconds"] for one in model["rounds"]
+            ),
+            "ratio": statistics.median(
+                one[verb]["seconds"] / one[f"plain beside {verb}"]["seconds"]
+                for one in model["rounds"]
+            ),
+            "start_bytes": max(run["imported_bytes"] for run in runs),
+            "peak_bytes": max(run["peak_bytes"] for run in runs),
+            "verify_seconds": statistics.median(
+                run["verify_seconds"] for run in runs if "verify_seconds" in run
+            ),
+            "verify_peak_bytes": max(
+                run["verify_peak_bytes"] for run in runs if "verify_peak_bytes" in run
+            ),
+        }
     return row
 
 
 def verdicts(rows: dict[str, dict[str, Any]]) -> dict[str, bool]:
     """Return the targets and whether they hold."""
     sides = [(row, row[verb]) for row in rows.values() for verb in ("import", "export")]
-    peaks = {verb: [max(row[verb]["peak_bytes"], row[verb]["verify_peak_bytes"]) for row in rows.values()] for verb in ("import", "export")}
+    peaks = {
+        verb: [
+            max(row[verb]["peak_bytes"], row[verb]["verify_peak_bytes"]) for row in rows.values()
+        ]
+        for verb in ("import", "export")
+    }
     return {
-        f"a conversion takes at most {TIME_BOUND} x plain reading and writing": all(side["ratio"] <= TIME_BOUND for _, side in sides),
+        f"a conversion takes at most {TIME_BOUND} x plain reading and writing": all(
+            side["ratio"] <= TIME_BOUND for _, side in sides
+        ),
         "peak memory, verified, is at most two largest tensors + 600 MB": all(
-            max(side["peak_bytes"], side["verify_peak_bytes"]) <= row["bound_bytes"] for row, side in sides),
-        "peak memory does not grow with the model": all(max(values) - min(values) <= FLAT_BYTES for values in peaks.values()),
+            max(side["peak_bytes"], side["verify_peak_bytes"]) <= row["bound_bytes"]
+            for row, side in sides
+        ),
+        "peak memory does not grow with the model": all(
+            max(values) - min(values) <= FLAT_BYTES for values in peaks.values()
+        ),
     }
 
 
-def write_convert_page(models: dict[str, dict[str, Any]], folder: Path, facts: dict[str, str]) -> str:
+def write_convert_page(
+    models: dict[str, dict[str, Any]], folder: Path, facts: dict[str, str]
+) -> str:
     """Return the page, after writing it and its numbers; ``models`` holds what was measured of each, by name."""
     rows = {name: model_row(model) for name, model in models.items()}
     targets = verdicts(rows)
     lines = [
-        OPENING, *bullets(facts), "", *held(targets), "",
-        "## Time", "", *table(
-            ["model", "direction", "MB", "convert, s", "plain, s", "convert / plain", "rounds", "verify, s"],
-            [[name, verb, f"{row['bytes'] / 1e6:,.0f}", f"{row[verb]['seconds']:.1f}", f"{row[verb]['plain_seconds']:.1f}",
-              f"{row[verb]['ratio']:.2f}", str(row["rounds"]), f"{row[verb]['verify_seconds']:.1f}"]
-             for name, row in rows.items() for verb in ("import", "export")]),
-        "## Memory, MB", "", *table(
-            ["model", "direction", "start", "peak of converting", "peak of verifying", "largest tensor", "bound"],
-            [[name, verb, *(f"{row[verb][part] / 1e6:,.0f}" for part in ("start_bytes", "peak_bytes", "verify_peak_bytes")),
-              *(f"{row[part] / 1e6:,.0f}" for part in ("largest_bytes", "bound_bytes"))]
-             for name, row in rows.items() for verb in ("import", "export")]),
-        WORDS]
-    return write_page(folder, "convert", "\n".join(lines), {**facts, "holds": targets, "rows": rows, "runs": models})
+        OPENING,
+        *bullets(facts),
+        "",
+        *held(targets),
+        "",
+        "## Time",
+        "",
+        *table(
+            [
+                "model",
+                "direction",
+                "MB",
+                "convert, s",
+                "plain, s",
+                "convert / plain",
+                "rounds",
+                "verify, s",
+            ],
+            [
+                [
+                    name,
+                    verb,
+                    f"{row['bytes'] / 1e6:,.0f}",
+                    f"{row[verb]['seconds']:.1f}",
+                    f"{row[verb]['plain_seconds']:.1f}",
+                    f"{row[verb]['ratio']:.2f}",
+                    str(row["rounds"]),
+                    f"{row[verb]['verify_seconds']:.1f}",
+                ]
+                for name, row in rows.items()
+                for verb in ("import", "export")
+            ],
+        ),
+        "## Memory, MB",
+        "",
+        *table(
+            [
+                "model",
+                "direction",
+                "start",
+                "peak of converting",
+                "peak of verifying",
+                "largest tensor",
+                "bound",
+            ],
+            [
+                [
+                    name,
+                    verb,
+                    *(
+                        f"{row[verb][part] / 1e6:,.0f}"
+                        for part in ("start_bytes", "peak_bytes", "verify_peak_bytes")
+                    ),
+                    *(f"{row[part] / 1e6:,.0f}" for part in ("largest_bytes", "bound_bytes")),
+                ]
+                for name, row in rows.items()
+                for verb in ("import", "export")
+            ],
+        ),
+        WORDS,
+    ]
+    return write_page(
+        folder,
+        "convert",
+        "\n".join(lines),
+        {**facts, "holds": targets, "rows": rows, "runs": models},
+    )

@@ -24,7 +24,9 @@ def forget_peak() -> None:
 
 def weight_files(directory: Path) -> list[Path]:
     """Return the files of a model that hold tensors."""
-    return sorted(path for path in directory.rglob("*") if path.suffix in (".safetensors", ".distcp"))
+    return sorted(
+        path for path in directory.rglob("*") if path.suffix in (".safetensors", ".distcp")
+    )
 
 
 def settle(directory: Path) -> None:
@@ -39,7 +41,10 @@ def copy_plainly(source: Path, target: Path) -> dict[str, Any]:
     settle(source)
     piece, num_bytes, start = bytearray(PIECE_BYTES), 0, time.perf_counter()
     for path in weight_files(source):
-        with open(path, "rb", buffering=0) as file, open(target / path.name, "wb", buffering=0) as copy:
+        with (
+            open(path, "rb", buffering=0) as file,
+            open(target / path.name, "wb", buffering=0) as copy,
+        ):
             while got := file.readinto(piece):
                 num_bytes += copy.write(memoryview(piece)[:got])
             os.fsync(copy.fileno())
@@ -66,17 +71,30 @@ def convert(verb: str, source: Path, target: Path, verify: bool) -> dict[str, An
 
     model = open_model(source)
     writing = Writing(verify=verify, watch=watch)
-    written = import_model(model, target, Exits(), writing) if verb == "import" else export_model(
-        model, target, writing, shard_bytes=10**9)
+    written = (
+        import_model(model, target, Exits(), writing)
+        if verb == "import"
+        else export_model(model, target, writing, shard_bytes=10**9)
+    )
     comparison = written.comparison
     if comparison is None:
         return {**found, "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
-    return {**found, "verify_seconds": time.perf_counter() - start - found["seconds"], "verify_peak_bytes": peak_bytes(),
-            "largest_difference": max(row.largest_difference / row.largest_logit for row in comparison.exits)}
+    return {
+        **found,
+        "verify_seconds": time.perf_counter() - start - found["seconds"],
+        "verify_peak_bytes": peak_bytes(),
+        "largest_difference": max(
+            row.largest_difference / row.largest_logit for row in comparison.exits
+        ),
+    }
 
 
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     places = Path(job["source"]), Path(job["target"])
-    result = copy_plainly(*places) if job["verb"] == "plain" else convert(job["verb"], *places, job["verify"])
+    result = (
+        copy_plainly(*places)
+        if job["verb"] == "plain"
+        else convert(job["verb"], *places, job["verify"])
+    )
     Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")

@@ -22,7 +22,13 @@ def attention_flops_per_token(settings: Settings) -> int:
 
 def step_attention_flops(settings: Settings) -> int:
     """Return the part of ``step_flops`` that attention's two products take."""
-    return 3 * settings.global_batch_size * settings.seq_length * settings.num_layers * attention_flops_per_token(settings)
+    return (
+        3
+        * settings.global_batch_size
+        * settings.seq_length
+        * settings.num_layers
+        * attention_flops_per_token(settings)
+    )
 
 
 def step_flops(settings: Settings, num_heads: int) -> int:

@@ -17,11 +17,19 @@ TUNE = {**EXITS, "tune_exit": True}
 STRATEGIES = {
     "no exits": {},
     "exits, all trains": EXITS,
-    "exits with block and norm, all trains": {**EXITS, "use_exit_block": True, "use_exit_norm": True},
+    "exits with block and norm, all trains": {
+        **EXITS,
+        "use_exit_block": True,
+        "use_exit_norm": True,
+    },
     "block and norm, --tune-exit": {**TUNE, "use_exit_block": True, "use_exit_norm": True},
     "MLP and norm, --tune-exit": {**TUNE, "use_exit_mlp": True, "use_exit_norm": True},
     "adapter of rank 16, --tune-exit": {**TUNE, "exit_adapter_rank": 16},
-    "own norm and head, --tune-exit": {**TUNE, "use_exit_norm": True, "untie_exit_output_weights": True},
+    "own norm and head, --tune-exit": {
+        **TUNE,
+        "use_exit_norm": True,
+        "untie_exit_output_weights": True,
+    },
 }
 STEPS, ROUNDS = 3, 3
 
@@ -32,8 +40,19 @@ def measure(changes: dict) -> dict[str, float]:
     from megatron_sorted.parallel.groups import start_process_groups
     from megatron_sorted.settings.run import Settings
 
-    settings = Settings(num_layers=8, hidden_size=384, ffn_hidden_size=1024, num_attention_heads=6, seq_length=512, vocab_size=8000,
-                        mock_data=True, device="cpu", micro_batch_size=2, global_batch_size=2, **changes)
+    settings = Settings(
+        num_layers=8,
+        hidden_size=384,
+        ffn_hidden_size=1024,
+        num_attention_heads=6,
+        seq_length=512,
+        vocab_size=8000,
+        mock_data=True,
+        device="cpu",
+        micro_batch_size=2,
+        global_batch_size=2,
+        **changes,
+    )
     platform = start_platform("cpu", 1)
     train = Trainer(settings, platform, start_process_groups(settings, platform))
     seconds, peak = [], 0
@@ -43,7 +62,9 @@ def measure(changes: dict) -> dict[str, float]:
         train()
         seconds.append(time.process_time() - began)
         peak = max(peak, platform.peak_memory_bytes())
-    trained = sum(p.numel() for chunk in train.model.chunks for p in chunk.parameters() if p.requires_grad)
+    trained = sum(
+        p.numel() for chunk in train.model.chunks for p in chunk.parameters() if p.requires_grad
+    )
     return {"seconds": statistics.median(seconds[1:]), "peak": peak, "trained": trained}
 
 
@@ -59,10 +80,14 @@ def main() -> None:
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             results.append(json.loads(output.splitlines()[-1]))
     reference = min(one["seconds"] for one in found["exits, all trains"])
-    print("| what trains | parameters that train | time of a step | of that of all | peak memory |\n|---|---|---|---|---|")
+    print(
+        "| what trains | parameters that train | time of a step | of that of all | peak memory |\n|---|---|---|---|---|"
+    )
     for name, results in found.items():
         seconds, peak = (min(one[key] for one in results) for key in ("seconds", "peak"))
-        print(f"| {name} | {results[0]['trained'] / 1e6:.2f} M | {seconds:.2f} s | {seconds / reference:.2f} | {peak / 1e6:,.0f} MB |")
+        print(
+            f"| {name} | {results[0]['trained'] / 1e6:.2f} M | {seconds:.2f} s | {seconds / reference:.2f} | {peak / 1e6:,.0f} MB |"
+        )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ REPORTED_INTERVALS = (1, 10)
 WORDS = f"""\
 - *overhead*: the step minus the schedule (reduction of gradients is in it), minus the optimizer, minus setting gradients to zero, minus
   waits; mean over steps, of the rank that has most. *CPU*: the part of it in which the thread worked.
-- *waits*: for a slower rank, where ranks meet between two steps ({', '.join(SHARED)}): what a rank needs there
+- *waits*: for a slower rank, where ranks meet between two steps ({", ".join(SHARED)}): what a rank needs there
   beyond the rank that comes last. It would wait as long in the next step's first message.
 - *strictest*: overhead with the waits, with setting gradients to zero, and with the comparison of exits inside the schedule counted too.
 - *{WORK[1]}*: Megatron's gradient buffers, once a step as in any Megatron loop: a memory write of 4 bytes a parameter.
@@ -35,8 +35,13 @@ they stay the milliseconds they are. A report costs its two small all-reduces an
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, bool]:
     """Return the target of each row (``loop_row`` with its layout) and whether it holds."""
-    return {f"{row['layout']}, a report every {row['log_interval']}: at most {OVERHEAD_BOUND:.0%} of a step of 1 s":
-            row["overhead_ms"] <= 1e3 * OVERHEAD_BOUND for row in rows}
+    return {
+        f"{row['layout']}, a report every {row['log_interval']}: at most {OVERHEAD_BOUND:.0%} of a step of 1 s": row[
+            "overhead_ms"
+        ]
+        <= 1e3 * OVERHEAD_BOUND
+        for row in rows
+    }
 
 
 def _row(result: CaseResult, interval: int) -> dict[str, Any]:
@@ -49,7 +54,9 @@ def write_loop_page(results: list[CaseResult], folder: Path) -> str:
     """Return the page on the loop's overhead, after writing it and its numbers."""
     facts = facts_of(results)
     rows = [_row(result, interval) for result in results for interval in REPORTED_INTERVALS]
-    comparing = [{"layout": result.case.layout, **cost_of_comparing(result.ranks)} for result in results]
+    comparing = [
+        {"layout": result.case.layout, **cost_of_comparing(result.ranks)} for result in results
+    ]
     settings = results[0].case.settings
 
     def cause(name: str) -> list[str]:
@@ -57,24 +64,80 @@ def write_loop_page(results: list[CaseResult], folder: Path) -> str:
         return [name, *(f"{cell['wall']:.2f} ({cell['cpu']:.2f})" for cell in cells)]
 
     lines = [
-        "# The loop's overhead outside forward, backward and optimizer", "",
+        "# The loop's overhead outside forward, backward and optimizer",
+        "",
         f"Real runs of the training loop on gloo, one thread a process: {settings['num_layers']} layers, hidden {settings['hidden_size']}, "
         f"vocabulary {settings['vocab_size']:,},",
         f"exits at {', '.join(map(str, settings['exit_layer_nums']))} and the last layer, samples of {settings['seq_length']} tokens "
         "packed from documents. JSON lines and TensorBoard are written.",
-        "Clocks stand around the functions that the loop calls; nothing of the loop is changed.", "", *bullets(facts), "",
-        *table(["layout", "a report every", "ms a step", "overhead, ms", "CPU, ms", "share of the step", "share of 1 s", "waits, ms",
-                "strictest, share of 1 s", "steps"],
-               [[row["layout"], str(row["log_interval"]), f"{row['step_ms']:,.0f}", f"{row['overhead_ms']:.2f}",
-                 f"{row['overhead_cpu_ms']:.2f}", f"{row['share']:.2%}", f"{row['overhead_ms'] / 1e3:.2%}", f"{row['waits_ms']:.2f}",
-                 f"{row['strictest_ms'] / 1e3:.2%}", str(row["steps"])] for row in rows]),
-        *held(verdicts(rows)), "",
-        "Means of each cause, ms a step on the wall, and in brackets CPU time of the thread:", "",
-        *table(["cause", *(f"{row['layout']}, every {row['log_interval']}" for row in rows)],
-               [*map(cause, [*CAUSES, REST]), ["*not overhead:*", *("" for _ in rows)], *map(cause, WORK)]),
-        "Exits are compared with the last one in steps that report, inside the schedule. Steps with and without it in turns:", "",
-        *table(["layout", "CPU ms longer", "CPU ratio", "wall ratio", "pairs of steps"],
-               [[row["layout"], f"{row['cpu_ms']:+.1f}", f"{row['cpu_ratio']:.3f}", f"{row['wall_ratio']:.3f}", str(row["pairs"])]
-                for row in comparing]),
-        *(f"- *{name}*: {meaning}." for name, meaning in CAUSES.items()), WORDS, READING]
-    return write_run_page(folder, "run_loop", lines, {**facts, "rows": rows, "comparing": comparing, "targets": verdicts(rows)}, results)
+        "Clocks stand around the functions that the loop calls; nothing of the loop is changed.",
+        "",
+        *bullets(facts),
+        "",
+        *table(
+            [
+                "layout",
+                "a report every",
+                "ms a step",
+                "overhead, ms",
+                "CPU, ms",
+                "share of the step",
+                "share of 1 s",
+                "waits, ms",
+                "strictest, share of 1 s",
+                "steps",
+            ],
+            [
+                [
+                    row["layout"],
+                    str(row["log_interval"]),
+                    f"{row['step_ms']:,.0f}",
+                    f"{row['overhead_ms']:.2f}",
+                    f"{row['overhead_cpu_ms']:.2f}",
+                    f"{row['share']:.2%}",
+                    f"{row['overhead_ms'] / 1e3:.2%}",
+                    f"{row['waits_ms']:.2f}",
+                    f"{row['strictest_ms'] / 1e3:.2%}",
+                    str(row["steps"]),
+                ]
+                for row in rows
+            ],
+        ),
+        *held(verdicts(rows)),
+        "",
+        "Means of each cause, ms a step on the wall, and in brackets CPU time of the thread:",
+        "",
+        *table(
+            ["cause", *(f"{row['layout']}, every {row['log_interval']}" for row in rows)],
+            [
+                *map(cause, [*CAUSES, REST]),
+                ["*not overhead:*", *("" for _ in rows)],
+                *map(cause, WORK),
+            ],
+        ),
+        "Exits are compared with the last one in steps that report, inside the schedule. Steps with and without it in turns:",
+        "",
+        *table(
+            ["layout", "CPU ms longer", "CPU ratio", "wall ratio", "pairs of steps"],
+            [
+                [
+                    row["layout"],
+                    f"{row['cpu_ms']:+.1f}",
+                    f"{row['cpu_ratio']:.3f}",
+                    f"{row['wall_ratio']:.3f}",
+                    str(row["pairs"]),
+                ]
+                for row in comparing
+            ],
+        ),
+        *(f"- *{name}*: {meaning}." for name, meaning in CAUSES.items()),
+        WORDS,
+        READING,
+    ]
+    return write_run_page(
+        folder,
+        "run_loop",
+        lines,
+        {**facts, "rows": rows, "comparing": comparing, "targets": verdicts(rows)},
+        results,
+    )

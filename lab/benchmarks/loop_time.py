@@ -52,7 +52,9 @@ def watch_loop(run: TrainingRun, tally: Tally, at_step: Callable[[], None] = lam
         while True:
             yield take()
 
-    def first_of_a_step(*arguments: Any):  # the loop asks for the step's coefficients before anything else
+    def first_of_a_step(
+        *arguments: Any,
+    ):  # the loop asks for the step's coefficients before anything else
         tally.next_step()
         at_step()
         return coefficients(*arguments)
@@ -60,7 +62,9 @@ def watch_loop(run: TrainingRun, tally: Tally, at_step: Callable[[], None] = lam
     loop.make_train_batches, loop.trained_exits = make_timed_batches, first_of_a_step
 
 
-def train_leg(run: TrainingRun, tally: Tally, num_steps: int, **settings: Any) -> list[dict[str, Times]]:
+def train_leg(
+    run: TrainingRun, tally: Tally, num_steps: int, **settings: Any
+) -> list[dict[str, Times]]:
     """Return the seconds by cause of each of the next ``num_steps`` steps of a run whose loop is watched.
 
     Collective: that of the steps; every process must call it.
@@ -72,13 +76,17 @@ def train_leg(run: TrainingRun, tally: Tally, num_steps: int, **settings: Any) -
         **settings: Settings of the loop to change for them.
     """
     tally.steps.clear()
-    run.settings = dataclasses.replace(run.settings, train_iters=run.progress.step + num_steps, **settings)
+    run.settings = dataclasses.replace(
+        run.settings, train_iters=run.progress.step + num_steps, **settings
+    )
     loop.train(run)
     tally.next_step()
     return tally.steps[1:]  # the first entry is what came before the first step
 
 
-def measure_loop(run: TrainingRun, rounds: int, leg_steps: int, intervals: tuple[int, ...]) -> list[dict[str, Any]]:
+def measure_loop(
+    run: TrainingRun, rounds: int, leg_steps: int, intervals: tuple[int, ...]
+) -> list[dict[str, Any]]:
     """Return the seconds by cause of steps at each log interval in turns, the first and last of a leg left out: they always report.
 
     Collective: that of the steps; every process must call it.
@@ -91,6 +99,14 @@ def measure_loop(run: TrainingRun, rounds: int, leg_steps: int, intervals: tuple
         for interval in intervals:
             first = run.progress.step + 1
             seconds = train_leg(run, tally, leg_steps, log_interval=interval)
-            measured += [{"round": number, "log_interval": interval, "step": first + index, "reported": (first + index) % interval == 0,
-                          "seconds": seconds[index]} for index in range(1, leg_steps - 1)]
+            measured += [
+                {
+                    "round": number,
+                    "log_interval": interval,
+                    "step": first + index,
+                    "reported": (first + index) % interval == 0,
+                    "seconds": seconds[index],
+                }
+                for index in range(1, leg_steps - 1)
+            ]
     return measured

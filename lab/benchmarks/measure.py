@@ -29,7 +29,10 @@ class Measured:
 
     def times(self, other: "Measured", cpu: bool) -> float:
         """Return the median over common rounds of this case's time over the other's."""
-        return statistics.median(self.rounds[n][cpu] / other.rounds[n][cpu] for n in self.rounds.keys() & other.rounds.keys())
+        return statistics.median(
+            self.rounds[n][cpu] / other.rounds[n][cpu]
+            for n in self.rounds.keys() & other.rounds.keys()
+        )
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ def _say(text: str) -> None:
 
 
 def _start(shape: str, cases: list[Case], options: argparse.Namespace) -> list[StepWorker]:
-    workers = [StepWorker(shape, case, options.device, options.bf16, options.threads) for case in cases]
+    workers = [
+        StepWorker(shape, case, options.device, options.bf16, options.threads) for case in cases
+    ]
     for worker in workers:
         worker.answer()
     return workers
@@ -75,11 +80,17 @@ def _turns(cases: list[Case], quick: bool, rounds: int) -> list[list[int]]:
     return [everything] + [main] * (0 if quick else rounds - 1) + [pair] * EXTRA_ROUNDS
 
 
-def _times(shape: str, cases: list[Case], options: argparse.Namespace) -> tuple[list[dict[int, tuple[float, float]]], int]:
+def _times(
+    shape: str, cases: list[Case], options: argparse.Namespace
+) -> tuple[list[dict[int, tuple[float, float]]], int]:
     """Return for each case {round: (seconds, CPU seconds)}, and torch's count of the plain model's operations."""
     _say(f"shape {shape}: starting {len(cases)} models")
     starts = range(0, len(cases), STARTED_AT_ONCE)
-    workers = [worker for first in starts for worker in _start(shape, cases[first : first + STARTED_AT_ONCE], options)]
+    workers = [
+        worker
+        for first in starts
+        for worker in _start(shape, cases[first : first + STARTED_AT_ONCE], options)
+    ]
     workers[0].ask("flops")
     counted = workers[0].answer()
     times: list[dict[int, tuple[float, float]]] = [{} for _ in cases]
@@ -101,6 +112,8 @@ def measure_shape(shape: str, cases: list[Case], options: argparse.Namespace) ->
     _say("")
     rows = []
     for case, peak, rounds in zip(cases, peaks, times, strict=True):
-        flops = step_flops(case_settings(shape, case, options.device, options.bf16), case.num_exits + 1)
+        flops = step_flops(
+            case_settings(shape, case, options.device, options.bf16), case.num_exits + 1
+        )
         rows.append(Measured(case, rounds, peak, flops))
     return ShapeResult(rows, counted)

@@ -5,7 +5,11 @@ from dataclasses import dataclass, field
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
 
 from lab.benchmarks.cases import Case
@@ -46,7 +50,11 @@ class PlainForwardStep:
         """
         batch = next(batches).to(self.device)
         losses_bs = chunk(batch.tokens_bs, batch.positions_bs, None, labels=batch.labels_bs)
-        return losses_bs, lambda losses: ((losses * batch.loss_mask_bs).sum(), batch.loss_mask_bs.sum().int(), {})
+        return losses_bs, lambda losses: (
+            (losses * batch.loss_mask_bs).sum(),
+            batch.loss_mask_bs.sum().int(),
+            {},
+        )
 
 
 @dataclass
@@ -76,40 +84,79 @@ class EagerForwardStep:
         def at_exit(depth: int, hidden_sbh: torch.Tensor) -> torch.Tensor:
             head = stage.head(depth)
             logits_sbv, _ = self.output_layer(head.norm(hidden_sbh), weight=head.weight_ph)
-            losses.append(self.coefficients[depth] * tensor_parallel.vocab_parallel_cross_entropy(logits_sbv, labels_sb))
+            losses.append(
+                self.coefficients[depth]
+                * tensor_parallel.vocab_parallel_cross_entropy(logits_sbv, labels_sb)
+            )
             return hidden_sbh
 
-        chunk(batch.tokens_bs, batch.positions_bs, None, at_exit=at_exit, deepest=max(self.coefficients))
+        chunk(
+            batch.tokens_bs,
+            batch.positions_bs,
+            None,
+            at_exit=at_exit,
+            deepest=max(self.coefficients),
+        )
         mask_sb = batch.loss_mask_bs.t()
-        return torch.stack(losses).sum(0), lambda total: ((total * mask_sb).sum(), mask_sb.sum().int(), {})
+        return torch.stack(losses).sum(0), lambda total: (
+            (total * mask_sb).sum(),
+            mask_sb.sum().int(),
+            {},
+        )
 
 
 def _wrapped(module: torch.nn.Module, config, settings: Settings) -> Model:
     """Return a Model of one chunk, as ``build_model`` makes it, with Megatron's own gradient reduction."""
     for parameter in module.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    chunk = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), module)
+    chunk = DistributedDataParallel(
+        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), module
+    )
     config.finalize_model_grads_func = finalize_model_grads
-    return Model([chunk], config, layout_of(settings), [], vocabulary_shard(settings, settings.vocab_size), settings.vocab_size)
+    return Model(
+        [chunk],
+        config,
+        layout_of(settings),
+        [],
+        vocabulary_shard(settings, settings.vocab_size),
+        settings.vocab_size,
+    )
 
 
 def _build_plain(settings: Settings, platform: Platform) -> tuple[Model, PlainForwardStep]:
     seed_everything(settings.seed)
     config = make_config(settings, platform)
     module = GPTModel(
-        config, layer_spec(settings, uses_transformer_engine(settings, platform)), padded_vocab_size(settings.vocab_size, settings),
-        settings.seq_length, share_embeddings_and_output_weights=True, position_embedding_type="rope", rotary_base=settings.rotary_base)
-    return _wrapped(module.to(platform.device()), config, settings), PlainForwardStep(platform.device())
+        config,
+        layer_spec(settings, uses_transformer_engine(settings, platform)),
+        padded_vocab_size(settings.vocab_size, settings),
+        settings.seq_length,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="rope",
+        rotary_base=settings.rotary_base,
+    )
+    return _wrapped(module.to(platform.device()), config, settings), PlainForwardStep(
+        platform.device()
+    )
 
 
 def _build_eager(settings: Settings, platform: Platform) -> tuple[Model, EagerForwardStep]:
     seed_everything(settings.seed)
-    config, vocab_size = make_config(settings, platform), padded_vocab_size(settings.vocab_size, settings)
+    config, vocab_size = (
+        make_config(settings, platform),
+        padded_vocab_size(settings.vocab_size, settings),
+    )
     spec = layer_spec(settings, uses_transformer_engine(settings, platform))
     (plan,) = layout_of(settings).chunks
     stage = SortedStage(settings, config, spec, vocab_size, plan).to(platform.device())
     output_layer = tensor_parallel.ColumnParallelLinear(
-        settings.hidden_size, vocab_size, config=config, init_method=config.init_method, bias=False, skip_weight_param_allocation=True)
+        settings.hidden_size,
+        vocab_size,
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        skip_weight_param_allocation=True,
+    )
     return _wrapped(stage, config, settings), EagerForwardStep(platform.device(), output_layer)
 
 
@@ -121,7 +168,9 @@ def make_trainer(case: Case, settings: Settings, platform: Platform) -> Callable
     place = start_process_groups(settings, platform)
     if case.kind == "ours":
         return Trainer(settings, platform, place)
-    model, forward_step = (_build_plain if case.kind == "plain" else _build_eager)(settings, platform)
+    model, forward_step = (_build_plain if case.kind == "plain" else _build_eager)(
+        settings, platform
+    )
     build_optimizer(model, settings, place.world_size)
     batches = make_train_batches(settings, None, 0, 1)
     forward_step.coefficients = trained_exits(settings, coefficient_rule(settings), 0)

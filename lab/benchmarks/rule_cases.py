@@ -23,11 +23,18 @@ CASES: dict[str, dict] = {
     "dwa": {"exit_layer_weight_rule": "dwa"},
     "gradnorm": {"exit_layer_weight_rule": "gradnorm"},
     "simulated exit": {"exit_layer_weight_rule": "simulated_exit"},
-    "excess loss": {"exit_layer_weight_rule": "excess_loss", "exit_reference_loss": (4.0, 3.0, 2.0, 1.0)},
+    "excess loss": {
+        "exit_layer_weight_rule": "excess_loss",
+        "exit_reference_loss": (4.0, 3.0, 2.0, 1.0),
+    },
     "guard": {"exit_guard": True, "exit_guard_loss": 1.0},
     "distillation": {"exit_kd_weight": 0.5},
     "distillation, T 2": {"exit_kd_weight": 0.5, "exit_kd_temperature": 2.0},
-    "distillation, T 2, top 50": {"exit_kd_weight": 0.5, "exit_kd_temperature": 2.0, "exit_kd_top_k": 50},
+    "distillation, T 2, top 50": {
+        "exit_kd_weight": 0.5,
+        "exit_kd_temperature": 2.0,
+        "exit_kd_top_k": 50,
+    },
     "a frozen teacher": {"exit_kd_weight": 0.5, "exit_kd_teacher": RANDOM_TEACHER},
 }
 """Name -> settings that differ from the first, which every other is compared with."""
@@ -36,8 +43,21 @@ CASES: dict[str, dict] = {
 def rule_settings(name: str, device: str, bf16: bool) -> Settings:
     """Return the run of a case: 8 LLaMA layers with 3 early exits; a head costs 1.3 layers, as in models of a billion parameters."""
     base = Settings(
-        num_layers=8, hidden_size=768, num_attention_heads=12, seq_length=256, vocab_size=12_032, micro_batch_size=1, global_batch_size=1,
-        exit_layer_nums=(2, 4, 6), mock_data=True, device=device, bf16=bf16, train_iters=1000, lr=1e-4, lr_decay_style="constant")
+        num_layers=8,
+        hidden_size=768,
+        num_attention_heads=12,
+        seq_length=256,
+        vocab_size=12_032,
+        micro_batch_size=1,
+        global_batch_size=1,
+        exit_layer_nums=(2, 4, 6),
+        mock_data=True,
+        device=device,
+        bf16=bf16,
+        train_iters=1000,
+        lr=1e-4,
+        lr_decay_style="constant",
+    )
     return replace(base, **CASES[name])
 
 
@@ -47,5 +67,11 @@ def case_flops(settings: Settings) -> int:
     trained = trained_exits(settings, coefficient_rule(settings), 0)
     tokens = settings.global_batch_size * settings.seq_length
     fourth = 2 * settings.hidden_size * settings.vocab_size * tokens
-    layers = tokens * settings.num_layers * forward_flops_per_token(settings)[0] if settings.exit_kd_teacher is not None else 0
-    return step_flops(settings, len(trained)) + len(taught_exits(settings, trained)) * fourth + layers
+    layers = (
+        tokens * settings.num_layers * forward_flops_per_token(settings)[0]
+        if settings.exit_kd_teacher is not None
+        else 0
+    )
+    return (
+        step_flops(settings, len(trained)) + len(taught_exits(settings, trained)) * fourth + layers
+    )

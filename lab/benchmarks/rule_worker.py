@@ -10,7 +10,9 @@ from lab.benchmarks.rule_cases import rule_settings
 from lab.benchmarks.worker import SPAWN
 
 
-def make_steps(names: list[str], device: str, bf16: bool, platform) -> dict[str, Callable[[], None]]:
+def make_steps(
+    names: list[str], device: str, bf16: bool, platform
+) -> dict[str, Callable[[], None]]:
     """Return {case: a function that trains one step}; cases that change only what is computed share one network and its optimizer.
 
     Collective: starts the process groups of this one process.
@@ -21,7 +23,11 @@ def make_steps(names: list[str], device: str, bf16: bool, platform) -> dict[str,
     from megatron_sorted.parallel.groups import start_process_groups
     from megatron_sorted.settings.exit_parts import ExitPartSettings
 
-    parts = [field.name for field in fields(ExitPartSettings)] + ["use_exit_norm", "untie_exit_output_weights", "exit_kd_teacher"]
+    parts = [field.name for field in fields(ExitPartSettings)] + [
+        "use_exit_norm",
+        "untie_exit_output_weights",
+        "exit_kd_teacher",
+    ]
     place, networks, steps = None, {}, {}
     for name in names:
         settings = rule_settings(name, device, bf16)
@@ -47,14 +53,29 @@ def save_random_model(settings) -> str:
 
     folder = tempfile.mkdtemp(prefix="random_model_")
     torch.manual_seed(1)
-    LlamaForCausalLM(LlamaConfig(
-        hidden_size=settings.hidden_size, intermediate_size=ffn_hidden_size(settings), num_hidden_layers=settings.num_layers,
-        num_attention_heads=settings.num_attention_heads, vocab_size=settings.vocab_size, max_position_embeddings=settings.seq_length,
-        tie_word_embeddings=not settings.untie_embeddings_and_output_weights)).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=settings.hidden_size,
+            intermediate_size=ffn_hidden_size(settings),
+            num_hidden_layers=settings.num_layers,
+            num_attention_heads=settings.num_attention_heads,
+            vocab_size=settings.vocab_size,
+            max_position_embeddings=settings.seq_length,
+            tie_word_embeddings=not settings.untie_embeddings_and_output_weights,
+        )
+    ).save_pretrained(folder)
     return folder
 
 
-def time_in_turns(connection: Connection, base: str, names: list[str], device: str, bf16: bool, threads: int, rounds: int) -> None:
+def time_in_turns(
+    connection: Connection,
+    base: str,
+    names: list[str],
+    device: str,
+    bf16: bool,
+    threads: int,
+    rounds: int,
+) -> None:
     """Send (round, case, its times, the base's times) of every step; a round is a step of each case, a first round only warms up.
 
     Times are (seconds, CPU seconds). A shared machine is slower in one second than in another, so each case stands between two steps of
@@ -76,7 +97,14 @@ def time_in_turns(connection: Connection, base: str, names: list[str], device: s
         before = timed(base)
         for name in names:
             own, after = timed(name), timed(base)
-            connection.send((number, name, own, tuple((one + other) / 2 for one, other in zip(before, after, strict=True))))
+            connection.send(
+                (
+                    number,
+                    name,
+                    own,
+                    tuple((one + other) / 2 for one, other in zip(before, after, strict=True)),
+                )
+            )
             before = after
     connection.close()
     os._exit(0)  # one process: there are no peers to part from in order
@@ -119,5 +147,3 @@ def answers(target: Callable, num_answers: int, *arguments):
 def num_timed(names: list[str], rounds: int) -> int:
     """Return how many answers ``time_in_turns`` sends."""
     return len(names) * (rounds + 1)
-
-

@@ -3,7 +3,14 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-BATCHED = {"micro_batch_size": 1, "log_interval": 10, "lr": 1e-4, "lr_decay_style": "constant", "device": "cpu", "train_iters": 100_000}
+BATCHED = {
+    "micro_batch_size": 1,
+    "log_interval": 10,
+    "lr": 1e-4,
+    "lr_decay_style": "constant",
+    "device": "cpu",
+    "train_iters": 100_000,
+}
 """Of every case. Legs of the measurement end before the last step, so no run saves or evaluates by itself."""
 SMALL = {"num_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "vocab_size": 8192}
 LARGE = {"num_layers": 16, "hidden_size": 768, "num_attention_heads": 12, "vocab_size": 8192}
@@ -50,23 +57,57 @@ class RunCase:
         return asdict(self)
 
 
-def _case(kind: str, layout: str, model: dict[str, int], rounds: int, leg_steps: int = 12, **more: Any) -> RunCase:
-    return RunCase(kind, layout, {**BATCHED, **model, **LAYOUTS[layout][1], **more}, rounds, leg_steps)
+def _case(
+    kind: str, layout: str, model: dict[str, int], rounds: int, leg_steps: int = 12, **more: Any
+) -> RunCase:
+    return RunCase(
+        kind, layout, {**BATCHED, **model, **LAYOUTS[layout][1], **more}, rounds, leg_steps
+    )
 
 
 def loop_cases(quick: bool) -> list[RunCase]:
     """Return the runs whose loop is measured: four exits, real data, sized so that a step takes about a second on one thread each."""
     if quick:
-        return [_case("loop", layout, TINY, 1, seq_length=64, global_batch_size=2, exit_layer_nums=[1, 2])
-                for layout in ("1 process", "pp 2")]
-    return [_case("loop", layout, SMALL, 2, seq_length=128, global_batch_size=batch, exit_layer_nums=[2, 4, 6])
-            for layout, batch in (("1 process", 2), ("pp 2", 3))]
+        return [
+            _case(
+                "loop", layout, TINY, 1, seq_length=64, global_batch_size=2, exit_layer_nums=[1, 2]
+            )
+            for layout in ("1 process", "pp 2")
+        ]
+    return [
+        _case(
+            "loop",
+            layout,
+            SMALL,
+            2,
+            seq_length=128,
+            global_batch_size=batch,
+            exit_layer_nums=[2, 4, 6],
+        )
+        for layout, batch in (("1 process", 2), ("pp 2", 3))
+    ]
 
 
 def checkpoint_cases(quick: bool) -> list[RunCase]:
     """Return the runs whose checkpoints are measured; steps are short, so that many of them fall into a save."""
     if quick:
-        return [_case("checkpoint", layout, TINY, 1, seq_length=64, exit_layer_nums=[2]) for layout in LAYOUTS]
-    return [_case("checkpoint", layout, model, rounds, seq_length=64, exit_layer_nums=[model["num_layers"] // 2])
-            for layout, model, rounds in (("1 process", SMALL, 3), ("1 process", LARGE, 2), ("pp 2", SMALL, 3),
-                                          ("dp 2, distributed optimizer", SMALL, 3))]
+        return [
+            _case("checkpoint", layout, TINY, 1, seq_length=64, exit_layer_nums=[2])
+            for layout in LAYOUTS
+        ]
+    return [
+        _case(
+            "checkpoint",
+            layout,
+            model,
+            rounds,
+            seq_length=64,
+            exit_layer_nums=[model["num_layers"] // 2],
+        )
+        for layout, model, rounds in (
+            ("1 process", SMALL, 3),
+            ("1 process", LARGE, 2),
+            ("pp 2", SMALL, 3),
+            ("dp 2, distributed optimizer", SMALL, 3),
+        )
+    ]

@@ -29,15 +29,25 @@ class CaseResult:
 
 def command_words(case: RunCase, data: Path) -> list[str]:
     """Return the run's command line; ``data`` is the folder of the task, what the run writes goes where it is started."""
-    words = ["--data-path", str(data / "data" / "task_text_document"), "--tokenizer-model", str(data / "data" / "task_tokenizer.model"),
-             "--split", "100,0"]
+    words = [
+        "--data-path",
+        str(data / "data" / "task_text_document"),
+        "--tokenizer-model",
+        str(data / "data" / "task_tokenizer.model"),
+        "--split",
+        "100,0",
+    ]
     if case.kind == "loop":
         words += ["--metrics-file", "metrics.jsonl", "--tensorboard-dir", "tensorboard"]
     else:
         words += ["--save", "save", "--save-retain", "2", "--metrics-file", "metrics.jsonl"]
     for name, value in case.settings.items():
         flag = f"--{name.replace('_', '-')}"
-        words += [flag] if value is True else [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+        words += (
+            [flag]
+            if value is True
+            else [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+        )
     return words
 
 
@@ -53,17 +63,41 @@ def run_case(case: RunCase, folder: Path, data: Path) -> CaseResult:
         RuntimeError: A rank failed; the message holds the end of its output.
     """
     began, load_before = time.monotonic(), os.getloadavg()[0]
-    job = {"kind": case.kind, "words": command_words(case, data), "folder": str(folder), "rounds": case.rounds,
-           "leg_steps": case.leg_steps, "intervals": LOG_INTERVALS}
+    job = {
+        "kind": case.kind,
+        "words": command_words(case, data),
+        "folder": str(folder),
+        "rounds": case.rounds,
+        "leg_steps": case.leg_steps,
+        "intervals": LOG_INTERVALS,
+    }
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     launch = [sys.executable]
     if case.num_processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.num_processes)]
+        launch += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(case.num_processes),
+        ]
     log = folder / "log"
     with open(log, "w", encoding="utf-8") as output:
-        done = subprocess.run([*launch, "-m", "lab.benchmarks.run_worker", "job.json"], cwd=folder, env=environment(), stdout=output,
-                              stderr=output, timeout=LIMIT_SECONDS, check=False)
+        done = subprocess.run(
+            [*launch, "-m", "lab.benchmarks.run_worker", "job.json"],
+            cwd=folder,
+            env=environment(),
+            stdout=output,
+            stderr=output,
+            timeout=LIMIT_SECONDS,
+            check=False,
+        )
     if done.returncode:
-        raise RuntimeError(f"{case.name}: ended with status {done.returncode}; the end of its output:\n{log.read_text()[-3000:]}")
-    ranks = [json.loads((folder / f"rank_{rank}.json").read_text(encoding="utf-8")) for rank in range(case.num_processes)]
+        raise RuntimeError(
+            f"{case.name}: ended with status {done.returncode}; the end of its output:\n{log.read_text()[-3000:]}"
+        )
+    ranks = [
+        json.loads((folder / f"rank_{rank}.json").read_text(encoding="utf-8"))
+        for rank in range(case.num_processes)
+    ]
     return CaseResult(case, ranks, load_before, os.getloadavg()[0], time.monotonic() - began)

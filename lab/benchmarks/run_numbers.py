@@ -26,9 +26,16 @@ def overhead(seconds: dict[str, list[float]], clock: int) -> float:
 
 def causes_of(steps: Steps) -> dict[str, dict[str, float]]:
     """Return {cause: {"wall": ms, "cpu": ms}}, means a step, in the order of a step, what any loop has to do first."""
-    names = dict.fromkeys([*WORK, *(name for step in steps for name in step["seconds"] if name != REST), REST])
-    return {name: {clock: _mean_ms(step["seconds"].get(name, (0.0, 0.0))[index] for step in steps)
-                   for index, clock in enumerate(("wall", "cpu"))} for name in names}
+    names = dict.fromkeys(
+        [*WORK, *(name for step in steps for name in step["seconds"] if name != REST), REST]
+    )
+    return {
+        name: {
+            clock: _mean_ms(step["seconds"].get(name, (0.0, 0.0))[index] for step in steps)
+            for index, clock in enumerate(("wall", "cpu"))
+        }
+        for name in names
+    }
 
 
 def waiting(ranks: list[Steps], rank: int) -> float:
@@ -36,8 +43,13 @@ def waiting(ranks: list[Steps], rank: int) -> float:
 
     Whoever comes last to a meeting of ranks does not wait: what it needs is the meeting itself, what the others need beyond is waiting.
     """
-    return _mean_ms(sum(_wall(step, cause) - min(_wall(other[index], cause) for other in ranks) for cause in SHARED)
-                    for index, step in enumerate(ranks[rank]))
+    return _mean_ms(
+        sum(
+            _wall(step, cause) - min(_wall(other[index], cause) for other in ranks)
+            for cause in SHARED
+        )
+        for index, step in enumerate(ranks[rank])
+    )
 
 
 def _wall(step: dict[str, Any], cause: str) -> float:
@@ -50,11 +62,25 @@ def loop_row(ranks: list[Steps], interval: int) -> dict[str, Any]:
     rows = []
     for rank, steps in enumerate(chosen):
         step_ms = _mean_ms(sum(wall for wall, _ in step["seconds"].values()) for step in steps)
-        wall, cpu = (_mean_ms(overhead(step["seconds"], clock) for step in steps) for clock in (0, 1))
+        wall, cpu = (
+            _mean_ms(overhead(step["seconds"], clock) for step in steps) for clock in (0, 1)
+        )
         waits, causes = waiting(chosen, rank), causes_of(steps)
-        rows.append({"log_interval": interval, "rank": rank, "steps": len(steps), "step_ms": step_ms, "with_waits_ms": wall,
-                     "waits_ms": waits, "overhead_ms": wall - waits, "overhead_cpu_ms": cpu, "share": (wall - waits) / step_ms,
-                     "zeroing_ms": causes[WORK[1]]["wall"], "causes": causes})
+        rows.append(
+            {
+                "log_interval": interval,
+                "rank": rank,
+                "steps": len(steps),
+                "step_ms": step_ms,
+                "with_waits_ms": wall,
+                "waits_ms": waits,
+                "overhead_ms": wall - waits,
+                "overhead_cpu_ms": cpu,
+                "share": (wall - waits) / step_ms,
+                "zeroing_ms": causes[WORK[1]]["wall"],
+                "causes": causes,
+            }
+        )
     return max(rows, key=lambda row: row["overhead_ms"])
 
 
@@ -64,17 +90,38 @@ def cost_of_comparing(ranks: list[Steps]) -> dict[str, float]:
     On the rank where it is most; a pair is a step that compares and the one before it, both of the runs with log interval 2.
     """
     found = []
-    for clock in (1, 0):  # CPU time of the thread, which other programs disturb least; then the wall
+    for clock in (
+        1,
+        0,
+    ):  # CPU time of the thread, which other programs disturb least; then the wall
         by_rank = []
         for steps in ranks:
             mine = {step["step"]: step for step in steps if step["log_interval"] == 2}
-            pairs = [(mine[number - 1], step) for number, step in mine.items() if step["reported"] and number - 1 in mine]
-            times = [(_in_schedule(plain, clock), _in_schedule(compared, clock)) for plain, compared in pairs]
-            by_rank.append((statistics.median(with_ / without for without, with_ in times),
-                            1e3 * statistics.median(with_ - without for without, with_ in times), len(times)))
+            pairs = [
+                (mine[number - 1], step)
+                for number, step in mine.items()
+                if step["reported"] and number - 1 in mine
+            ]
+            times = [
+                (_in_schedule(plain, clock), _in_schedule(compared, clock))
+                for plain, compared in pairs
+            ]
+            by_rank.append(
+                (
+                    statistics.median(with_ / without for without, with_ in times),
+                    1e3 * statistics.median(with_ - without for without, with_ in times),
+                    len(times),
+                )
+            )
         found.append(max(by_rank))
     (cpu, cpu_ms, pairs), (wall, wall_ms, _) = found
-    return {"cpu_ratio": cpu, "cpu_ms": cpu_ms, "wall_ratio": wall, "wall_ms": wall_ms, "pairs": pairs}
+    return {
+        "cpu_ratio": cpu,
+        "cpu_ms": cpu_ms,
+        "wall_ratio": wall,
+        "wall_ms": wall_ms,
+        "pairs": pairs,
+    }
 
 
 def _in_schedule(step: dict[str, Any], clock: int) -> float:
@@ -108,19 +155,38 @@ def checkpoint_row(ranks: list[dict[str, Any]], parameters: int) -> dict[str, An
     num_bytes = ranks[0]["rounds"][0]["bytes"]
     training = [rank["training"] for rank in ranks]
     saves = [list(entries) for entries in zip(*(one["outcomes"] for one in training), strict=True)]
-    row = {"parameters": parameters, "bytes": num_bytes, "bytes_a_parameter": num_bytes / parameters, "rounds": len(rounds)}
+    row = {
+        "parameters": parameters,
+        "bytes": num_bytes,
+        "bytes_a_parameter": num_bytes / parameters,
+        "rounds": len(rounds),
+    }
     for name in ("save", "save_unverified", "load", "load_unverified"):
         row[name] = median_of(rounds, lambda entry, name=name: entry[name])
-    row |= {"background": median_of(saves, lambda save: save["seconds"]),
-            "held_first": max(rank["first"]["held"] for rank in ranks), "stall_first": max(rank["first"]["stall"] for rank in ranks),
-            "held": statistics.median(max(both) for both in zip(*(one["held"] for one in training), strict=True)),
-            "stall": median_of(saves, lambda save: save["stall"])}
-    row["bounds"] = {name: median_of(rounds, lambda entry, name=name: entry["bounds"][name]) for name in rounds[0][0]["bounds"]}
-    row |= {"save_over_write": ratio_of(rounds, lambda entry: entry["save"], lambda entry: entry["bounds"]["write"]),
-            "save_over_bounds": ratio_of(rounds, lambda entry: entry["save"], all_bounds),
-            "unverified_over_write": ratio_of(rounds, lambda entry: entry["save_unverified"], lambda entry: entry["bounds"]["write"]),
-            "load_over_bound": ratio_of(rounds, lambda entry: entry["load_unverified"], load_bound),
-            "core_first": max(entry["core"] for entry in rounds[0])}
+    row |= {
+        "background": median_of(saves, lambda save: save["seconds"]),
+        "held_first": max(rank["first"]["held"] for rank in ranks),
+        "stall_first": max(rank["first"]["stall"] for rank in ranks),
+        "held": statistics.median(
+            max(both) for both in zip(*(one["held"] for one in training), strict=True)
+        ),
+        "stall": median_of(saves, lambda save: save["stall"]),
+    }
+    row["bounds"] = {
+        name: median_of(rounds, lambda entry, name=name: entry["bounds"][name])
+        for name in rounds[0][0]["bounds"]
+    }
+    row |= {
+        "save_over_write": ratio_of(
+            rounds, lambda entry: entry["save"], lambda entry: entry["bounds"]["write"]
+        ),
+        "save_over_bounds": ratio_of(rounds, lambda entry: entry["save"], all_bounds),
+        "unverified_over_write": ratio_of(
+            rounds, lambda entry: entry["save_unverified"], lambda entry: entry["bounds"]["write"]
+        ),
+        "load_over_bound": ratio_of(rounds, lambda entry: entry["load_unverified"], load_bound),
+        "core_first": max(entry["core"] for entry in rounds[0]),
+    }
     row["held_over_memcpy"] = row["held"] / row["bounds"]["memcpy"]
     return row | _beside_core(rounds[1:]) | steps_beside_saves(training[0]["steps"])
 
@@ -129,10 +195,16 @@ def _beside_core(later: Rounds) -> dict[str, float | None]:
     """Return megatron-core's save after its first in the process, and ours over it; None where there was only one."""
     if not later:
         return dict.fromkeys(("core", "over_core", "unverified_over_core", "core_over_write"))
-    return {"core": median_of(later, lambda entry: entry["core"]),
-            "over_core": ratio_of(later, lambda entry: entry["save"], lambda entry: entry["core"]),
-            "unverified_over_core": ratio_of(later, lambda entry: entry["save_unverified"], lambda entry: entry["core"]),
-            "core_over_write": ratio_of(later, lambda entry: entry["core"], lambda entry: entry["bounds"]["write"])}
+    return {
+        "core": median_of(later, lambda entry: entry["core"]),
+        "over_core": ratio_of(later, lambda entry: entry["save"], lambda entry: entry["core"]),
+        "unverified_over_core": ratio_of(
+            later, lambda entry: entry["save_unverified"], lambda entry: entry["core"]
+        ),
+        "core_over_write": ratio_of(
+            later, lambda entry: entry["core"], lambda entry: entry["bounds"]["write"]
+        ),
+    }
 
 
 def steps_beside_saves(steps: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -140,6 +212,10 @@ def steps_beside_saves(steps: list[dict[str, Any]]) -> dict[str, float | None]:
     quiet = [step["seconds"] for step in steps if step["saving"] is False]
     saving = [step["seconds"] for step in steps if step["saving"]]
     both = bool(quiet and saving)
-    return {"quiet_steps": len(quiet), "saving_steps": len(saving), "quiet_step": statistics.median(quiet) if quiet else None,
-            "saving_step": statistics.median(saving) if saving else None,
-            "slowdown": statistics.median(saving) / statistics.median(quiet) if both else None}
+    return {
+        "quiet_steps": len(quiet),
+        "saving_steps": len(saving),
+        "quiet_step": statistics.median(quiet) if quiet else None,
+        "saving_step": statistics.median(saving) if saving else None,
+        "slowdown": statistics.median(saving) / statistics.median(quiet) if both else None,
+    }

@@ -23,7 +23,9 @@ def measure(job: dict[str, Any]) -> Any:
     settings = load_settings(job["words"])
     check_settings(settings, read_world_of_training(os.environ).size)
     silence_library_warnings()
-    logging.disable(logging.WARNING)  # of Megatron, on CPU: one random state serves where it expects two
+    logging.disable(
+        logging.WARNING
+    )  # of Megatron, on CPU: one random state serves where it expects two
     from megatron_sorted.training.run.start import prepare
     from megatron_sorted.training.run.training_run import TrainingRun
 

@@ -22,7 +22,9 @@ from megatron_sorted.training.step.train_step import train_step  # noqa: E402
 
 def start_platform(device: str, threads: int = 1) -> Platform:
     """Return the platform, ready."""
-    logging.disable(logging.WARNING)  # of Megatron, on CPU: one random state serves where it expects two
+    logging.disable(
+        logging.WARNING
+    )  # of Megatron, on CPU: one random state serves where it expects two
     torch.set_num_threads(threads)
     platform = choose_platform(device)
     platform.prepare()
@@ -39,14 +41,24 @@ class Trainer:
         model: A network with its optimizer; by default a new one.
     """
 
-    def __init__(self, settings: Settings, platform: Platform, place: Any, model: Model | None = None):
+    def __init__(
+        self, settings: Settings, platform: Platform, place: Any, model: Model | None = None
+    ):
         if model is None:
             model = build_model(settings, platform, place, settings.vocab_size)
             build_optimizer(model, settings, place.world_size)
         self.settings, self.model = settings, model
-        self._forward_step, self._rule = ForwardStep(settings, model, platform), coefficient_rule(settings)
-        self._batches = make_train_batches(settings, settings.vocab_size, place.data_rank, place.data_size)
-        self._samples, self._parts = global_batch_size(settings, place.world_size), num_micro_batches(settings, place.world_size)
+        self._forward_step, self._rule = (
+            ForwardStep(settings, model, platform),
+            coefficient_rule(settings),
+        )
+        self._batches = make_train_batches(
+            settings, settings.vocab_size, place.data_rank, place.data_size
+        )
+        self._samples, self._parts = (
+            global_batch_size(settings, place.world_size),
+            num_micro_batches(settings, place.world_size),
+        )
         self._number = 0
 
     def __call__(self) -> None:
@@ -57,7 +69,9 @@ class Trainer:
         self._forward_step.begin_step(self._number, self._rule)
         batches = [next(self._batches) for _ in range(self._parts)]
         coefficients = trained_exits(self.settings, self._rule, self._number)
-        result = train_step(self.model, self.settings, self._forward_step, batches, coefficients, self._samples)
+        result = train_step(
+            self.model, self.settings, self._forward_step, batches, coefficients, self._samples
+        )
         if result.observed is not None:
             self._rule.observe(self._number, result.observed)
         self._forward_step.ledger.clear()

@@ -13,7 +13,9 @@ RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHO
 """glibc gives freed blocks back at once, so that resident memory is memory in use; slower, so not where time is measured."""
 
 
-def _serve(connection: Connection, shape: str, case: Case, device: str, bf16: bool, threads: int) -> None:
+def _serve(
+    connection: Connection, shape: str, case: Case, device: str, bf16: bool, threads: int
+) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from lab.benchmarks.cases import case_settings
@@ -37,7 +39,9 @@ def _serve(connection: Connection, shape: str, case: Case, device: str, bf16: bo
         step()
         platform.synchronize()
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        connection.send({"step": (seconds, cpu_seconds), "peak": platform.peak_memory_bytes()}[question])
+        connection.send(
+            {"step": (seconds, cpu_seconds), "peak": platform.peak_memory_bytes()}[question]
+        )
     connection.close()
     os._exit(0)  # one process: there are no peers to part from in order
 
@@ -51,7 +55,9 @@ class StepWorker:
     def __init__(self, shape: str, case: Case, device: str, bf16: bool, threads: int):
         self.connection, theirs = SPAWN.Pipe()
         self.case = case
-        self.process = SPAWN.Process(target=_serve, args=(theirs, shape, case, device, bf16, threads), daemon=True)
+        self.process = SPAWN.Process(
+            target=_serve, args=(theirs, shape, case, device, bf16, threads), daemon=True
+        )
         self.process.start()
         theirs.close()
 

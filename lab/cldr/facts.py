@@ -16,8 +16,13 @@ from babel.numbers import get_territory_currencies
 from megatron_sorted.errors import DataError
 
 NAME_KINDS = ("territory", "language", "script", "currency", "month", "weekday")
-CODE_KINDS = tuple(f"{kind}_code" for kind in NAME_KINDS)  # the same names, asked for by code instead of by English name
-LINK_KINDS = ("currency_of", "language_of")  # one step further: territory -> its currency or language
+CODE_KINDS = tuple(
+    f"{kind}_code" for kind in NAME_KINDS
+)  # the same names, asked for by code instead of by English name
+LINK_KINDS = (
+    "currency_of",
+    "language_of",
+)  # one step further: territory -> its currency or language
 KINDS = NAME_KINDS + CODE_KINDS + LINK_KINDS
 
 _EUROPE = "en de fr es it pt nl sv da no fi pl cs sk hu ro hr sl sr bg mk ru uk lt lv et el ca gl eu cy ga is sq"
@@ -29,10 +34,35 @@ _EXCLUDED = {
     "territory": {"ZZ", "XA", "XB", "QO", "EU", "EZ", "UN"},
     "language": {"und", "mul", "zxx", "mis", "root"},
     "script": {"Qaag", "Zanb", "Zinh", "Zmth", "Zsye", "Zsym", "Zxxx", "Zyyy", "Zzzz"},
-    "currency": {"XAG", "XAU", "XBA", "XBB", "XBC", "XBD", "XDR", "XEU", "XFO", "XFU", "XPD", "XPT", "XRE", "XSU", "XTS", "XUA", "XXX"},
+    "currency": {
+        "XAG",
+        "XAU",
+        "XBA",
+        "XBB",
+        "XBC",
+        "XBD",
+        "XDR",
+        "XEU",
+        "XFO",
+        "XFU",
+        "XPD",
+        "XPT",
+        "XRE",
+        "XSU",
+        "XTS",
+        "XUA",
+        "XXX",
+    },
 }
-_CLDR_FIELD = {"territory": "territories", "language": "languages", "script": "scripts", "currency": "currency_names"}
-_LINK_DATE = date(2024, 1, 1)  # fixed, so that the questions do not change with the day they are made
+_CLDR_FIELD = {
+    "territory": "territories",
+    "language": "languages",
+    "script": "scripts",
+    "currency": "currency_names",
+}
+_LINK_DATE = date(
+    2024, 1, 1
+)  # fixed, so that the questions do not change with the day they are made
 _INVISIBLE = "^[\u200b\u200e\u200f]+|[\u200b\u200e\u200f]+$|\u00ad"  # space of no width, direction marks, soft hyphen
 _UNSEEN_OF_1000 = 100
 
@@ -52,7 +82,9 @@ class Fact:
 
 def stable_hash(*parts: object) -> int:
     """Return a 64-bit number that is the same in every process and on every machine."""
-    return int.from_bytes(blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest(), "big"
+    )
 
 
 @cache
@@ -63,15 +95,30 @@ def own_names(kind: str, locale: str) -> dict[str, str]:
         DataError: Babel has no such locale.
     """
     if not localedata.exists(locale):
-        raise DataError(f"--locales: {locale!r} is not a CLDR locale known to Babel. Use names such as de, fr, zh or pt_PT.")
+        raise DataError(
+            f"--locales: {locale!r} is not a CLDR locale known to Babel. Use names such as de, fr, zh or pt_PT."
+        )
     data = localedata.load(locale, merge_inherited=False)
     if kind in ("month", "weekday"):
         widths = data.get("months" if kind == "month" else "days", {})
         # "stand-alone" is the name by itself (Russian "март"); "format" is the form inside a date ("марта").
-        found = next((widths[form]["wide"] for form in ("stand-alone", "format") if isinstance(widths.get(form, {}).get("wide"), dict)), {})
-        names = {str(number if kind == "month" else number + 1): name for number, name in found.items()}
+        found = next(
+            (
+                widths[form]["wide"]
+                for form in ("stand-alone", "format")
+                if isinstance(widths.get(form, {}).get("wide"), dict)
+            ),
+            {},
+        )
+        names = {
+            str(number if kind == "month" else number + 1): name for number, name in found.items()
+        }
     else:
-        names = {code: name for code, name in data.get(_CLDR_FIELD[kind], {}).items() if isinstance(name, str)}
+        names = {
+            code: name
+            for code, name in data.get(_CLDR_FIELD[kind], {}).items()
+            if isinstance(name, str)
+        }
     names = {code: re.sub(_INVISIBLE, "", name).strip() for code, name in names.items()}
     return {code: name for code, name in names.items() if _is_a_name(kind, code, name)}
 
@@ -90,8 +137,11 @@ def links(kind: str) -> dict[str, str]:
     """Return territory -> its one currency (``currency_of``) or one official language (``language_of``); others are absent."""
     found = {}
     for territory in own_names("territory", "en"):
-        linked = (get_territory_currencies(territory, start_date=_LINK_DATE, end_date=_LINK_DATE) if kind == "currency_of"
-                  else get_official_languages(territory, de_facto=True))
+        linked = (
+            get_territory_currencies(territory, start_date=_LINK_DATE, end_date=_LINK_DATE)
+            if kind == "currency_of"
+            else get_official_languages(territory, de_facto=True)
+        )
         if len(linked) == 1:
             found[territory] = linked[0]
     return found
@@ -122,10 +172,16 @@ def is_unseen(fact: Fact) -> bool:
     """
     if fact.kind in LINK_KINDS:
         return stable_hash("unseen", fact.kind, fact.code) % 1000 < _UNSEEN_OF_1000
-    return fact.locale != "en" and stable_hash("unseen", base_kind(fact.kind), fact.code, fact.locale) % 1000 < _UNSEEN_OF_1000
+    return (
+        fact.locale != "en"
+        and stable_hash("unseen", base_kind(fact.kind), fact.code, fact.locale) % 1000
+        < _UNSEEN_OF_1000
+    )
 
 
-def all_facts(locales: tuple[str, ...], kinds: tuple[str, ...] = KINDS, max_name_length: int | None = None) -> list[Fact]:
+def all_facts(
+    locales: tuple[str, ...], kinds: tuple[str, ...] = KINDS, max_name_length: int | None = None
+) -> list[Fact]:
     """Return every fact of these kinds and locales that has an answer and can be asked for in English.
 
     ``max_name_length`` drops facts whose English name or answer has more characters.
@@ -135,11 +191,15 @@ def all_facts(locales: tuple[str, ...], kinds: tuple[str, ...] = KINDS, max_name
     """
     for kind in kinds:
         if kind not in KINDS:
-            raise DataError(f"--kinds: {kind!r} is no kind of question. Use some of {', '.join(KINDS)}.")
+            raise DataError(
+                f"--kinds: {kind!r} is no kind of question. Use some of {', '.join(KINDS)}."
+            )
     for locale in locales:
         own_names("territory", locale)
         if locale not in own_names("language", "en"):
-            raise DataError(f"--locales: English has no name for the language {locale!r}, so no question can ask for it. Leave it out.")
+            raise DataError(
+                f"--locales: English has no name for the language {locale!r}, so no question can ask for it. Leave it out."
+            )
     longest = max_name_length or 10**6
     found = []
     for kind in kinds:
@@ -147,5 +207,9 @@ def all_facts(locales: tuple[str, ...], kinds: tuple[str, ...] = KINDS, max_name
         codes = sorted(code for code, name in asked.items() if len(name) <= longest)
         for locale in locales:
             facts = (Fact(kind, code, locale) for code in codes)
-            found += [fact for fact in facts if (name := answer(fact)) is not None and len(name) <= longest]
+            found += [
+                fact
+                for fact in facts
+                if (name := answer(fact)) is not None and len(name) <= longest
+            ]
     return found

@@ -46,10 +46,7 @@ ENGLISH_NAME = Phrasings(
         "Translate into {language}.\n{thing}",
         "By which name is {thing} known in {language}?",
     ),
-    held_out=(
-        "In {language}, what is {thing} called?",
-        "Tell me the {language} name of {thing}.",
-    ),
+    held_out=("In {language}, what is {thing} called?", "Tell me the {language} name of {thing}."),
 )
 ENGLISH_CODE = Phrasings(
     train=(

@@ -21,7 +21,14 @@ from lab.cldr.facts import (
     own_names,
     stable_hash,
 )
-from lab.cldr.phrasings import ENGLISH_CODE, ENGLISH_LINK, ENGLISH_NAME, ENGLISH_NOUNS, ENGLISH_THINGS, NAME_IN
+from lab.cldr.phrasings import (
+    ENGLISH_CODE,
+    ENGLISH_LINK,
+    ENGLISH_NAME,
+    ENGLISH_NOUNS,
+    ENGLISH_THINGS,
+    NAME_IN,
+)
 from megatron_sorted.errors import DataError
 
 ASKING_LOCALES = ("en", *NAME_IN)
@@ -65,20 +72,31 @@ class QuestionPlan:
             DataError: There are fewer.
         """
         if num_samples > (capacity := self.capacity()):
-            raise DataError(f"--num-samples: {num_samples:,} is more than the {capacity:,} questions there are. "
-                            "Ask for fewer, or give more --locales, --asking-locales or --kinds, or a larger --max-facts.")
+            raise DataError(
+                f"--num-samples: {num_samples:,} is more than the {capacity:,} questions there are. "
+                "Ask for fewer, or give more --locales, --asking-locales or --kinds, or a larger --max-facts."
+            )
         return islice(_in_rounds(self.trained, self.asking, held_out=False), num_samples)
 
     def phrasing(self, num_facts: int, num_samples: int) -> list[QuestionSample]:
         """Return the first ``num_facts`` trained facts in phrasings that are never trained, up to ``num_samples``."""
-        return list(islice(_in_rounds(self.trained[:num_facts], self.asking, held_out=True), num_samples))
+        return list(
+            islice(_in_rounds(self.trained[:num_facts], self.asking, held_out=True), num_samples)
+        )
 
     def never_trained(self, num_samples: int) -> list[QuestionSample]:
         """Return facts never trained, each once and in a phrasing that is trained: only the fact is new."""
-        return list(islice(_in_rounds(self.unseen[:num_samples], self.asking, held_out=False), min(num_samples, len(self.unseen))))
+        return list(
+            islice(
+                _in_rounds(self.unseen[:num_samples], self.asking, held_out=False),
+                min(num_samples, len(self.unseen)),
+            )
+        )
 
 
-def _in_rounds(facts: tuple[Fact, ...], asking: tuple[str, ...], held_out: bool) -> Iterator[QuestionSample]:
+def _in_rounds(
+    facts: tuple[Fact, ...], asking: tuple[str, ...], held_out: bool
+) -> Iterator[QuestionSample]:
     """Yield every question about ``facts``; round r takes each fact's r-th phrasing, from a start of its own."""
     waiting = facts
     turn = 0
@@ -93,8 +111,15 @@ def _in_rounds(facts: tuple[Fact, ...], asking: tuple[str, ...], held_out: bool)
         turn += 1
 
 
-def plan_questions(locales: tuple[str, ...], asking: tuple[str, ...] = ASKING_LOCALES, kinds: tuple[str, ...] = KINDS, *,
-                   seed: int = 1234, max_facts: int | None = None, max_name_length: int | None = None) -> QuestionPlan:
+def plan_questions(
+    locales: tuple[str, ...],
+    asking: tuple[str, ...] = ASKING_LOCALES,
+    kinds: tuple[str, ...] = KINDS,
+    *,
+    seed: int = 1234,
+    max_facts: int | None = None,
+    max_name_length: int | None = None,
+) -> QuestionPlan:
     """Return the plan of all questions; ``max_facts`` bounds the trained facts.
 
     Raises:
@@ -102,11 +127,19 @@ def plan_questions(locales: tuple[str, ...], asking: tuple[str, ...] = ASKING_LO
     """
     for locale in asking:
         if locale not in ASKING_LOCALES:
-            raise DataError(f"--asking-locales: no questions are written in {locale!r}. Use some of {', '.join(ASKING_LOCALES)}.")
-    askable = [fact for fact in all_facts(locales, kinds, max_name_length) if phrasings(fact, asking)]
+            raise DataError(
+                f"--asking-locales: no questions are written in {locale!r}. Use some of {', '.join(ASKING_LOCALES)}."
+            )
+    askable = [
+        fact for fact in all_facts(locales, kinds, max_name_length) if phrasings(fact, asking)
+    ]
     askable.sort(key=lambda fact: stable_hash("order", seed, fact))
     trained = [fact for fact in askable if not is_unseen(fact)]
-    return QuestionPlan(tuple(trained[:max_facts]), tuple(fact for fact in askable if is_unseen(fact)), tuple(asking))
+    return QuestionPlan(
+        tuple(trained[:max_facts]),
+        tuple(fact for fact in askable if is_unseen(fact)),
+        tuple(asking),
+    )
 
 
 def phrasings(fact: Fact, asking: tuple[str, ...], held_out: bool = False) -> list[tuple[str, str]]:
@@ -118,19 +151,32 @@ def phrasings(fact: Fact, asking: tuple[str, ...], held_out: bool = False) -> li
     found = []
     for locale in asking:
         if locale == "en":
-            table = ENGLISH_CODE if fact.kind in CODE_KINDS else ENGLISH_LINK.get(fact.kind, ENGLISH_NAME)
+            table = (
+                ENGLISH_CODE
+                if fact.kind in CODE_KINDS
+                else ENGLISH_LINK.get(fact.kind, ENGLISH_NAME)
+            )
         elif fact.kind in NAME_KINDS and locale != fact.locale and _can_ask_in(fact, locale):
             table = NAME_IN[locale]
         else:
             continue
-        found += [(order, locale, template) for order, template in enumerate(table.held_out if held_out else table.train)]
-    return [(locale, template) for _, locale, template in sorted(found, key=lambda entry: entry[0])]  # languages take turns
+        found += [
+            (order, locale, template)
+            for order, template in enumerate(table.held_out if held_out else table.train)
+        ]
+    return [
+        (locale, template) for _, locale, template in sorted(found, key=lambda entry: entry[0])
+    ]  # languages take turns
 
 
 def _can_ask_in(fact: Fact, locale: str) -> bool:
     """Return whether ``locale``'s own words can ask for this fact without ambiguity and without giving the answer away."""
     name = _asking_names(fact.kind, locale).get(fact.code)
-    return name is not None and fact.locale in own_names("language", locale) and name.casefold() != answer(fact).casefold()
+    return (
+        name is not None
+        and fact.locale in own_names("language", locale)
+        and name.casefold() != answer(fact).casefold()
+    )
 
 
 @cache
@@ -142,9 +188,17 @@ def _asking_names(kind: str, locale: str) -> dict[str, str]:
     """
     if kind == "script":
         return {}
-    others = {name.casefold() for other in NAME_KINDS if other not in (kind, "script") for name in own_names(other, locale).values()}
-    return {code: name for code, name in own_names(kind, locale).items()
-            if name.casefold() not in others and not is_unseen(Fact(kind, code, locale))}
+    others = {
+        name.casefold()
+        for other in NAME_KINDS
+        if other not in (kind, "script")
+        for name in own_names(other, locale).values()
+    }
+    return {
+        code: name
+        for code, name in own_names(kind, locale).items()
+        if name.casefold() not in others and not is_unseen(Fact(kind, code, locale))
+    }
 
 
 def ask(fact: Fact, locale: str, template: str) -> QuestionSample:
@@ -161,4 +215,11 @@ def ask(fact: Fact, locale: str, template: str) -> QuestionSample:
         "language": own_names("language", locale)[fact.locale],
     }
     instruction, _, given = template.partition("\n")
-    return QuestionSample(instruction.format(**words), given.format(**words), answer(fact), fact.locale, fact.kind, str(fact))
+    return QuestionSample(
+        instruction.format(**words),
+        given.format(**words),
+        answer(fact),
+        fact.locale,
+        fact.kind,
+        str(fact),
+    )

@@ -17,7 +17,9 @@ from megatron_sorted.decoding.tuning.costs import now
 WIDTHS = (1, 2, 4, 8, 16)
 
 
-def alternate(works: dict[str, Callable[[], None]], rounds: int, network: Network) -> dict[str, list[float]]:
+def alternate(
+    works: dict[str, Callable[[], None]], rounds: int, network: Network
+) -> dict[str, list[float]]:
     """Return the seconds of each work in every round; all take turns, and who begins changes."""
     names, found = list(works), {name: [] for name in works}
     for work in works.values():
@@ -33,20 +35,30 @@ def alternate(works: dict[str, Callable[[], None]], rounds: int, network: Networ
 
 def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
     """Return the median over rounds of one work's seconds over another's."""
-    return statistics.median(one / two for one, two in zip(seconds[name], seconds[base], strict=True))
+    return statistics.median(
+        one / two for one, two in zip(seconds[name], seconds[base], strict=True)
+    )
 
 
 def matrices_of(network: Network) -> list[Matrix]:
     """Return the matrices that one pass through all layers and the last head reads, in order."""
-    layers = [matrix for layer in network.layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    layers = [
+        matrix
+        for layer in network.layers
+        for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)
+    ]
     return [*layers, network.readers[network.num_layers].head]
 
 
 def products(network: Network, rows: int) -> Callable[[], None]:
     """Return the matrix products of one pass over ``rows`` tokens, all layers and the last head, and nothing else."""
     matrices = matrices_of(network)
-    inputs = {matrix.weight.size(1): torch.randn(1, rows, matrix.weight.size(1), dtype=network.dtype, device=network.device)
-              for matrix in matrices}
+    inputs = {
+        matrix.weight.size(1): torch.randn(
+            1, rows, matrix.weight.size(1), dtype=network.dtype, device=network.device
+        )
+        for matrix in matrices
+    }
 
     @torch.inference_mode()
     def work() -> None:
@@ -58,7 +70,9 @@ def products(network: Network, rows: int) -> Callable[[], None]:
 
 def weight_bytes(network: Network) -> int:
     """Return the bytes of the matrices that one pass reads."""
-    return sum(matrix.weight.numel() * matrix.weight.element_size() for matrix in matrices_of(network))
+    return sum(
+        matrix.weight.numel() * matrix.weight.element_size() for matrix in matrices_of(network)
+    )
 
 
 def reading(network: Network, size: int) -> Callable[[], None]:
@@ -71,8 +85,11 @@ def reading(network: Network, size: int) -> Callable[[], None]:
     return work
 
 
-def writing(network: Network, prompts: Sequence[list[int]], strategy: Strategy, count: int) -> Callable[[], None]:
+def writing(
+    network: Network, prompts: Sequence[list[int]], strategy: Strategy, count: int
+) -> Callable[[], None]:
     """Return what writes ``count`` tokens behind each prompt."""
+
     def work() -> None:
         generate(network, prompts, strategy, limits=Limits(count))
 
@@ -99,6 +116,7 @@ def passes(network: Network, length: int, packed: bool) -> dict[str, Callable[[]
             state.read(used.num_layers)
             state.logits(used.num_layers, state.last_slots(width)).argmax(-1).tolist()
             state.crop([length])
+
         return work
 
     return {f"{'packed' if packed else 'plain'} {width}": work_of(width) for width in WIDTHS}
@@ -107,7 +125,13 @@ def passes(network: Network, length: int, packed: bool) -> dict[str, Callable[[]
 def theirs(network: Network, prompts: Sequence[list[int]], count: int) -> Callable[[], None]:
     """Return transformers' ``generate`` writing as many tokens; prompts are equally long."""
     ids = torch.tensor(prompts, device=network.device)
-    config = GenerationConfig(do_sample=False, max_new_tokens=count, min_new_tokens=count, eos_token_id=None, pad_token_id=0)
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
 
     @torch.inference_mode()
     def work() -> None:
@@ -116,7 +140,9 @@ def theirs(network: Network, prompts: Sequence[list[int]], count: int) -> Callab
     return work
 
 
-def full_and_theirs(network: Network, batch: int, length: int, count: int, rounds: int) -> dict[str, list[float]]:
+def full_and_theirs(
+    network: Network, batch: int, length: int, count: int, rounds: int
+) -> dict[str, list[float]]:
     """Return seconds a token step of full, transformers, the products alone, and of reading their weights."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(network.vocab_size, (batch, length), generator=generator).tolist()
@@ -127,21 +153,39 @@ def full_and_theirs(network: Network, batch: int, length: int, count: int, round
         return lambda: [work() for _ in range(count)] and None
 
     # the prompt is read by both; what it takes is taken off below by asking for one token too
-    works = {"full": writing(network, prompts, Full(), count + 1), "full, one": writing(network, prompts, Full(), 1),
-             "transformers": theirs(network, prompts, count + 1), "transformers, one": theirs(network, prompts, 1),
-             "products": times(once), "memory": times(read)}
+    works = {
+        "full": writing(network, prompts, Full(), count + 1),
+        "full, one": writing(network, prompts, Full(), 1),
+        "transformers": theirs(network, prompts, count + 1),
+        "transformers, one": theirs(network, prompts, 1),
+        "products": times(once),
+        "memory": times(read),
+    }
     found = alternate(works, rounds, network)
-    steps = {name: [(one - two) / count for one, two in zip(found[name], found[f"{name}, one"], strict=True)]
-             for name in ("full", "transformers")}
+    steps = {
+        name: [
+            (one - two) / count for one, two in zip(found[name], found[f"{name}, one"], strict=True)
+        ]
+        for name in ("full", "transformers")
+    }
     return steps | {name: [one / count for one in found[name]] for name in ("products", "memory")}
 
 
 def random_network(layers: int, hidden: int, inner: int, heads: int, vocabulary: int) -> Network:
     """Return a LLaMA of random numbers."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-                         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, tie_word_embeddings=True,
-                         eos_token_id=None, bos_token_id=None)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     model.generation_config.eos_token_id = None
     return Network(model, full_exit(model))

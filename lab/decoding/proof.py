@@ -11,7 +11,14 @@ from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.sampling import SURENESS, Sampler
-from megatron_sorted.decoding.strategies import Full, SamplingParameters, SelfSpeculative, SortedSpeculative, Strategy, TreeSpeculative
+from megatron_sorted.decoding.strategies import (
+    Full,
+    SamplingParameters,
+    SelfSpeculative,
+    SortedSpeculative,
+    Strategy,
+    TreeSpeculative,
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,18 @@ def draw_strategy(chance: random.Random, depths: Sequence[int]) -> Strategy:
     some = tuple(sorted(chance.sample(list(depths), chance.randint(1, len(depths)))))
     thresholds = tuple(round(chance.random(), 3) for _ in some)
     if kind is SortedSpeculative:
-        return SortedSpeculative(some, thresholds, chance.randint(1, 12), chance.choice(list(SURENESS)))
-    return TreeSpeculative(some, thresholds[:-1], chance.randint(1, 6), chance.randint(1, 4), chance.randint(1, 24),
-                chance.randint(0, 3), chance.choice(list(SURENESS)))
+        return SortedSpeculative(
+            some, thresholds, chance.randint(1, 12), chance.choice(list(SURENESS))
+        )
+    return TreeSpeculative(
+        some,
+        thresholds[:-1],
+        chance.randint(1, 6),
+        chance.randint(1, 4),
+        chance.randint(1, 24),
+        chance.randint(0, 3),
+        chance.choice(list(SURENESS)),
+    )
 
 
 @dataclass(frozen=True)
@@ -86,8 +102,14 @@ class Draws:
     most_rows: int = 8
 
 
-def compare(network: Network, prompts: Sequence[list[int]], num_tokens: int, seed: int, draws: Draws,
-            what: str = "lossless") -> ProofComparison:
+def compare(
+    network: Network,
+    prompts: Sequence[list[int]],
+    num_tokens: int,
+    seed: int,
+    draws: Draws,
+    what: str = "lossless",
+) -> ProofComparison:
     """Return how many tokens of drawn ways, batches, limits and stop words are full's, after at least ``num_tokens``.
 
     Args:
@@ -102,8 +124,17 @@ def compare(network: Network, prompts: Sequence[list[int]], num_tokens: int, see
     with tqdm(total=num_tokens, desc=what, unit="token") as bar:
         while found.num_tokens < num_tokens:
             some = [chance.choice(prompts) for _ in range(chance.randint(1, draws.most_rows))]
-            sampling = SamplingParameters(chance.choice((0.7, 1.0)), chance.choice((None, 20)), chance.choice((None, 0.9)),
-                                chance.choice((1.0, 1.2)), chance.randint(0, 1 << 30)) if chance.random() < draws.sampled else SamplingParameters()
+            sampling = (
+                SamplingParameters(
+                    chance.choice((0.7, 1.0)),
+                    chance.choice((None, 20)),
+                    chance.choice((None, 0.9)),
+                    chance.choice((1.0, 1.2)),
+                    chance.randint(0, 1 << 30),
+                )
+                if chance.random() < draws.sampled
+                else SamplingParameters()
+            )
             count = chance.randint(1, draws.most_new_tokens)
             limits = Limits(count, draws.end_ids)
             if draws.to_text is not None and chance.random() < 0.3:
@@ -111,7 +142,9 @@ def compare(network: Network, prompts: Sequence[list[int]], num_tokens: int, see
                 words = draws.to_text(text.tokens)
                 if len(words) > 8:
                     begin = chance.randrange(len(words) - 4)
-                    limits = Limits(count, draws.end_ids, (words[begin : begin + 3],), draws.to_text)
+                    limits = Limits(
+                        count, draws.end_ids, (words[begin : begin + 3],), draws.to_text
+                    )
             whole = generate(network, some, Full(), sampling, limits)
             for strategy in (draw_strategy(chance, network.depths[:-1]) for _ in range(3)):
                 texts = generate(network, some, strategy, sampling, limits)
@@ -122,21 +155,39 @@ def compare(network: Network, prompts: Sequence[list[int]], num_tokens: int, see
     return found
 
 
-def take(found: ProofComparison, network: Network, strategy: Strategy, prompt: list[int], text, other, sampling: SamplingParameters) -> None:
+def take(
+    found: ProofComparison,
+    network: Network,
+    strategy: Strategy,
+    prompt: list[int],
+    text,
+    other,
+    sampling: SamplingParameters,
+) -> None:
     """Add one text and full's to what was found."""
     found.num_tokens += len(text.tokens)
     found.num_texts += 1
     found.by_strategy[strategy.name] = found.by_strategy.get(strategy.name, 0) + len(text.tokens)
     found.finishes[text.finish] = found.finishes.get(text.finish, 0) + 1
-    found.drafted, found.accepted = found.drafted + text.counts.num_drafted, found.accepted + text.counts.num_accepted
+    found.drafted, found.accepted = (
+        found.drafted + text.counts.num_drafted,
+        found.accepted + text.counts.num_accepted,
+    )
     if (text.tokens, text.finish) == (other.tokens, other.finish):
         found.num_same += len(text.tokens)
         return
     pairs = zip(text.tokens, other.tokens, strict=False)
-    place = next((index for index, (one, two) in enumerate(pairs) if one != two), min(len(text.tokens), len(other.tokens)))
+    place = next(
+        (index for index, (one, two) in enumerate(pairs) if one != two),
+        min(len(text.tokens), len(other.tokens)),
+    )
     found.num_same += place
     margin = scale = float("nan")
-    if place < min(len(text.tokens), len(other.tokens)) and sampling.temperature == 0 and sampling.repetition_penalty == 1:
+    if (
+        place < min(len(text.tokens), len(other.tokens))
+        and sampling.temperature == 0
+        and sampling.repetition_penalty == 1
+    ):
         logits = next_logits(network, [*prompt, *other.tokens[:place]])
         margin = float(logits[other.tokens[place]] - logits[text.tokens[place]])
         scale = float(logits.abs().max())
@@ -170,26 +221,49 @@ class Fit:
 
 
 @torch.inference_mode()
-def pairs_expected(network: Network, prompt: list[int], sampling: SamplingParameters) -> dict[tuple[int, int], float]:
+def pairs_expected(
+    network: Network, prompt: list[int], sampling: SamplingParameters
+) -> dict[tuple[int, int], float]:
     """Return the probability of every pair of next tokens, by transformers' own model: what samples must be of."""
+
     def distribution(tokens: list[list[int]]) -> torch.Tensor:
-        logits = network.model(torch.tensor(tokens, device=network.device)).logits[:, -1].float() / sampling.temperature
+        logits = (
+            network.model(torch.tensor(tokens, device=network.device)).logits[:, -1].float()
+            / sampling.temperature
+        )
         lowest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         return logits.masked_fill(logits < lowest, float("-inf")).softmax(-1)
 
     first = distribution([prompt])[0]
     tokens = first.nonzero()[:, 0].tolist()
     second = distribution([[*prompt, token] for token in tokens])
-    return {(token, after): float(first[token]) * share for token, row in zip(tokens, second.tolist(), strict=True)
-            for after, share in enumerate(row) if share > 0}
+    return {
+        (token, after): float(first[token]) * share
+        for token, row in zip(tokens, second.tolist(), strict=True)
+        for after, share in enumerate(row)
+        if share > 0
+    }
 
 
-def sample_pairs(network: Network, prompt: list[int], strategy: Strategy, sampling: SamplingParameters, num_samples: int, rows: int = 200) -> dict:
+def sample_pairs(
+    network: Network,
+    prompt: list[int],
+    strategy: Strategy,
+    sampling: SamplingParameters,
+    num_samples: int,
+    rows: int = 200,
+) -> dict:
     """Return how often each pair of tokens was written after the prompt, by a way."""
     seen: dict[tuple[int, int], int] = {}
     for turn in tqdm(range(-(-num_samples // rows)), strategy.name, unit="batch"):
         count = min(rows, num_samples - turn * rows)
-        texts = generate(network, [prompt] * count, strategy, SamplingParameters(sampling.temperature, sampling.top_k, seed=turn), Limits(2))
+        texts = generate(
+            network,
+            [prompt] * count,
+            strategy,
+            SamplingParameters(sampling.temperature, sampling.top_k, seed=turn),
+            Limits(2),
+        )
         for text in texts:
             seen[tuple(text.tokens)] = seen.get(tuple(text.tokens), 0) + 1
     return seen
@@ -208,11 +282,16 @@ def fit(seen: dict[tuple[int, int], int], expected: dict[tuple[int, int], float]
         cells.append((others, rest * total))
     statistic = sum((count - mean) ** 2 / mean for count, mean in cells)
     freedom = max(len(cells) - 1, 1)
-    p = torch.special.gammaincc(torch.tensor(freedom / 2, dtype=torch.float64), torch.tensor(statistic / 2, dtype=torch.float64))
+    p = torch.special.gammaincc(
+        torch.tensor(freedom / 2, dtype=torch.float64),
+        torch.tensor(statistic / 2, dtype=torch.float64),
+    )
     return Fit(total, len(cells), statistic, float(p))
 
 
-def greedy_draft_pairs(network: Network, prompt: list[int], depth: int, sampling: SamplingParameters, num_samples: int) -> dict:
+def greedy_draft_pairs(
+    network: Network, prompt: list[int], depth: int, sampling: SamplingParameters, num_samples: int
+) -> dict:
     """Return counts as S2D's released code would sample: a greedy draft taken as if it had been sampled; to see that the test sees it.
 
     The draft is the exit's likeliest token, accepted with the full model's probability over the exit's; refused, the token is drawn from
@@ -228,8 +307,15 @@ def greedy_draft_pairs(network: Network, prompt: list[int], depth: int, sampling
             sampler = Sampler(SamplingParameters(0.0), [0])
             shares = []
             for at in (depth, network.num_layers):
-                logits = sampler.scores(state.logits(at, state.last_slots()), [[0]])[0, 0].float() / sampling.temperature
-                shares.append(logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf")).softmax(-1))
+                logits = (
+                    sampler.scores(state.logits(at, state.last_slots()), [[0]])[0, 0].float()
+                    / sampling.temperature
+                )
+                shares.append(
+                    logits.masked_fill(
+                        logits < logits.topk(sampling.top_k).values[-1], float("-inf")
+                    ).softmax(-1)
+                )
             state_tokens[tokens] = shares[0], shares[1]
         return state_tokens[tokens]
 
@@ -241,7 +327,9 @@ def greedy_draft_pairs(network: Network, prompt: list[int], depth: int, sampling
                 small, large = both(pair)
                 token = int(small.argmax())
                 if float(torch.rand((), generator=generator)) > float(large[token] / small[token]):
-                    token = int(torch.multinomial((large - small).clamp(min=0), 1, generator=generator))
+                    token = int(
+                        torch.multinomial((large - small).clamp(min=0), 1, generator=generator)
+                    )
                 pair = (*pair, token)
             seen[pair] = seen.get(pair, 0) + 1
     return seen

@@ -18,10 +18,19 @@ FORK_SERVER.set_forkserver_preload(["lab.benchmarks.trainer"])
 
 def _resident_bytes() -> int:
     """Return this process's resident memory now."""
-    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
 
 
-def _serve(connection: Connection, settings: Settings, rank: int, world_size: int, rendezvous: str, warm: bool) -> None:
+def _serve(
+    connection: Connection,
+    settings: Settings,
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    warm: bool,
+) -> None:
     """Answer questions about one rank's steps.
 
     Collective: the run's.
@@ -32,9 +41,17 @@ def _serve(connection: Connection, settings: Settings, rank: int, world_size: in
 
     platform = start_platform("cpu")
     place = start_process_groups(settings, platform, rendezvous)
-    small = replace(settings, hidden_size=16 * settings.num_attention_heads, ffn_hidden_size=64, vocab_size=64, seq_length=16)
+    small = replace(
+        settings,
+        hidden_size=16 * settings.num_attention_heads,
+        ffn_hidden_size=64,
+        vocab_size=64,
+        seq_length=16,
+    )
     if warm:
-        Trainer(small, platform, place)()  # the pages of libraries that a step needs are there afterwards
+        Trainer(
+            small, platform, place
+        )()  # the pages of libraries that a step needs are there afterwards
         gc.collect()
     before = _resident_bytes()
     step = Trainer(settings, platform, place)
@@ -63,7 +80,11 @@ class MeasuredLayout:
         self.connections, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = FORK_SERVER.Pipe()
-            process = FORK_SERVER.Process(target=_serve, args=(theirs, settings, rank, world_size, rendezvous, warm), daemon=True)
+            process = FORK_SERVER.Process(
+                target=_serve,
+                args=(theirs, settings, rank, world_size, rendezvous, warm),
+                daemon=True,
+            )
             process.start()
             theirs.close()
             self.connections.append(ours)

@@ -11,18 +11,31 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_sorted.monitoring.json_lines import read_json_lines
 
 # What a clock or the machine decides.
-CLOCK = frozenset((
-    "time", "step_seconds", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device", "mfu", "seconds_left", "seconds",
-    "memory_bytes", "phases",
-))
+CLOCK = frozenset(
+    (
+        "time",
+        "step_seconds",
+        "tokens_per_second",
+        "tokens_per_second_per_device",
+        "tflops_per_device",
+        "mfu",
+        "seconds_left",
+        "seconds",
+        "memory_bytes",
+        "phases",
+    )
+)
 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """Return every tensor of a torch_dist checkpoint by its global name, read by torch alone."""
     reader = FileSystemReader(str(directory))
     described = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(said.size, dtype=said.properties.dtype) for name, said in described.items()
-               if isinstance(said, TensorStorageMetadata)}
+    tensors = {
+        name: torch.empty(said.size, dtype=said.properties.dtype)
+        for name, said in described.items()
+        if isinstance(said, TensorStorageMetadata)
+    }
     load(tensors, storage_reader=FileSystemReader(str(directory)), no_dist=True)
     return tensors
 
@@ -33,7 +46,9 @@ def differing_tensors(one: Path, other: Path, step: int) -> tuple[int, list[str]
     different = [f"{name}: only in one checkpoint" for name in sorted(ours.keys() ^ theirs.keys())]
     for name in sorted(ours.keys() & theirs.keys()):
         if not torch.equal(ours[name], theirs[name]):
-            different.append(f"{name}: by up to {(ours[name].double() - theirs[name].double()).abs().max():.3g}")
+            different.append(
+                f"{name}: by up to {(ours[name].double() - theirs[name].double()).abs().max():.3g}"
+            )
     return len(ours), different
 
 
@@ -47,8 +62,14 @@ def differing_reports(one: Path, other: Path, steps: int) -> tuple[int, list[str
 
     Steps that were done again after a kill are compared each time.
     """
-    expected = {line["step"]: without_clock(line) for line in read_json_lines(one) if line["kind"] == "train"}
-    different = [f"step {step}: not reported" for step in range(1, steps + 1) if step not in expected]
+    expected = {
+        line["step"]: without_clock(line)
+        for line in read_json_lines(one)
+        if line["kind"] == "train"
+    }
+    different = [
+        f"step {step}: not reported" for step in range(1, steps + 1) if step not in expected
+    ]
     lines = [without_clock(line) for line in read_json_lines(other) if line["kind"] == "train"]
     missing = set(expected) - {line["step"] for line in lines}
     different += [f"step {step}: not reported by the killed run" for step in sorted(missing)]

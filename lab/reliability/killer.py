@@ -22,9 +22,23 @@ class Killer:
     the next steps or for the next save.
     """
 
-    def __init__(self, folder: Path, steps: int, num_processes: int, kills: int, settings: list[str], chance: random.Random):
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        num_processes: int,
+        kills: int,
+        settings: list[str],
+        chance: random.Random,
+    ):
         self.folder, self.steps, self.num_processes, self.kills, self.settings, self.chance = (
-            folder, steps, num_processes, kills, settings, chance)
+            folder,
+            steps,
+            num_processes,
+            kills,
+            settings,
+            chance,
+        )
         self.save = folder / "killed"
         self.counts: Counter[str] = Counter()
         self.lost_steps = 0
@@ -44,18 +58,30 @@ class Killer:
             self.counts[f"kills of {victims}"] += 1
             self.counts["kills in the middle of a save"] += in_save
             self.lost_steps += before - saved
-            print(f"  kill {number + 1} of {self.kills}: {victims}, at step {before}{', in the middle of a save' * in_save}", flush=True)
+            print(
+                f"  kill {number + 1} of {self.kills}: {victims}, at step {before}{', in the middle of a save' * in_save}",
+                flush=True,
+            )
             if victims == VICTIMS[2]:
                 job = self._start()
         job.wait_until_finished(seconds=300 + 5 * self.steps)
-        self.counts["restarts by torchrun itself"] = self.counts["kills"] - self.counts[f"kills of {VICTIMS[2]}"]
+        self.counts["restarts by torchrun itself"] = (
+            self.counts["kills"] - self.counts[f"kills of {VICTIMS[2]}"]
+        )
 
     def figures(self) -> dict[str, int]:
         """Return what happened, in numbers."""
         return {**self.counts, "steps": self.steps, "steps done again": self.lost_steps}
 
     def _start(self) -> RunningJob:
-        return RunningJob(self.folder, "killed", self.steps, self.num_processes, self.settings, max_restarts=self.kills)
+        return RunningJob(
+            self.folder,
+            "killed",
+            self.steps,
+            self.num_processes,
+            self.settings,
+            max_restarts=self.kills,
+        )
 
     def _last_step(self) -> int:
         path = self.save / "metrics.jsonl"
@@ -68,7 +94,9 @@ class Killer:
         seen = path.stat().st_size if path.exists() else 0
         while not (path.exists() and path.stat().st_size > seen and self._last_step() >= step):
             if job.finished() or time.monotonic() > until:
-                raise RuntimeError(f"the run did not come to step {step}; the end of {job.log}:\n{job.log.read_text()[-3000:]}")
+                raise RuntimeError(
+                    f"the run did not come to step {step}; the end of {job.log}:\n{job.log.read_text()[-3000:]}"
+                )
             time.sleep(0.01)
 
     def _wait_for_moment(self, job: RunningJob, wants_save: bool) -> bool:

@@ -41,11 +41,34 @@ exit-on-missing-checkpoint: false
 def write_task(folder: Path) -> None:
     """Write data, tokenizer and ``run.yaml`` into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    samples = ({"instruction": f"Add {i % 97} and {i % 89}", "output": f"The sum is {i % 97 + i % 89}."} for i in range(2000))
-    (folder / "task.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "megatron_sorted", "prepare", "--input", "task.jsonl", "--output-prefix", "data/task",
-                    "--seq-length", "64", "--train-tokenizer", "300", "--overwrite"], cwd=folder, env=environment(), check=True,
-                   stdout=subprocess.DEVNULL)
+    samples = (
+        {"instruction": f"Add {i % 97} and {i % 89}", "output": f"The sum is {i % 97 + i % 89}."}
+        for i in range(2000)
+    )
+    (folder / "task.jsonl").write_text(
+        "".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8"
+    )
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "megatron_sorted",
+            "prepare",
+            "--input",
+            "task.jsonl",
+            "--output-prefix",
+            "data/task",
+            "--seq-length",
+            "64",
+            "--train-tokenizer",
+            "300",
+            "--overwrite",
+        ],
+        cwd=folder,
+        env=environment(),
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     (folder / "run.yaml").write_text(SETTINGS, encoding="utf-8")
 
 
@@ -57,13 +80,47 @@ def environment() -> dict[str, str]:
 class RunningJob:
     """A torchrun job of the task, in a session of its own so that it can be killed whole."""
 
-    def __init__(self, folder: Path, name: str, steps: int, num_processes: int, settings: list[str], max_restarts: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        steps: int,
+        num_processes: int,
+        settings: list[str],
+        max_restarts: int = 0,
+    ):
         self.save, self.log = folder / name, folder / f"{name}.log"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes),
-                   "--max-restarts", str(max_restarts), "--monitor-interval", "0.1", str(ROOT / "pretrain_sorted.py"),
-                   "--config", "run.yaml", "--train-iters", str(steps), "--save", name, "--load", name, *settings]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(num_processes),
+            "--max-restarts",
+            str(max_restarts),
+            "--monitor-interval",
+            "0.1",
+            str(ROOT / "pretrain_sorted.py"),
+            "--config",
+            "run.yaml",
+            "--train-iters",
+            str(steps),
+            "--save",
+            name,
+            "--load",
+            name,
+            *settings,
+        ]
         with open(self.log, "a", encoding="utf-8") as log:
-            self.process = psutil.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True)
+            self.process = psutil.Popen(
+                command,
+                cwd=folder,
+                env=environment(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def finished(self) -> bool:
         """Return whether the job has ended well.
@@ -73,7 +130,9 @@ class RunningJob:
         """
         status = self.process.poll()
         if status:
-            raise RuntimeError(f"the job ended with status {status}; the end of {self.log}:\n{self.log.read_text()[-3000:]}")
+            raise RuntimeError(
+                f"the job ended with status {status}; the end of {self.log}:\n{self.log.read_text()[-3000:]}"
+            )
         return status == 0
 
     def wait_until_finished(self, seconds: float) -> None:
@@ -94,7 +153,9 @@ class RunningJob:
         """Return the processes that train."""
         try:
             children = self.process.children()
-            return [child for child in children if "pretrain_sorted.py" in " ".join(child.cmdline())]
+            return [
+                child for child in children if "pretrain_sorted.py" in " ".join(child.cmdline())
+            ]
         except psutil.NoSuchProcess:
             return []
 

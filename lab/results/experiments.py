@@ -15,11 +15,25 @@ from megatron_sorted.exported.model_directory import open_model_directory
 def make_quick(recipe: Recipe) -> Recipe:
     """Return the recipe with next to no training and a single rate for each method: it only shows that everything runs."""
     rates = {method: rates[:1] for method, rates in recipe.rates.items()}
-    return replace(recipe, num_steps=3, num_sweep_steps=2, warmup=1, rates=rates, flags=(*recipe.flags, "--no-async-save"))
+    return replace(
+        recipe,
+        num_steps=3,
+        num_sweep_steps=2,
+        warmup=1,
+        rates=rates,
+        flags=(*recipe.flags, "--no-async-save"),
+    )
 
 
-def stories(folder: Path, model: Path, text: Path, separator: str, kept: tuple[int, int],
-            quick: bool = False, seq_length: int = 256) -> tuple[Recipe, list[Step]]:
+def stories(
+    folder: Path,
+    model: Path,
+    text: Path,
+    separator: str,
+    kept: tuple[int, int],
+    quick: bool = False,
+    seq_length: int = 256,
+) -> tuple[Recipe, list[Step]]:
     """Return recipe and data steps for a given model and a text of many documents.
 
     ``kept``: how many documents are held out, and how many are set aside for choosing rates. Every intermediate depth but the first
@@ -31,22 +45,57 @@ def stories(folder: Path, model: Path, text: Path, separator: str, kept: tuple[i
     """
     if not text.is_file():
         raise DataError(f"--text: {text}: no such file. Give a text file.")
-    num_layers = json.loads((open_model_directory(model) / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    num_layers = json.loads(
+        (open_model_directory(model) / "config.json").read_text(encoding="utf-8")
+    )["num_hidden_layers"]
     if num_layers < 3:
-        raise DataError(f"--model: {model} has {num_layers} layers, no depth between the first and the last. Give one with at least 3.")
+        raise DataError(
+            f"--model: {model} has {num_layers} layers, no depth between the first and the last. Give one with at least 3."
+        )
     if not (model / "tokenizer.model").is_file():
-        raise DataError(f"--model: {model} has no tokenizer.model. Give a directory with a sentencepiece file.")
+        raise DataError(
+            f"--model: {model} has no tokenizer.model. Give a directory with a sentencepiece file."
+        )
     data = folder / "data"
-    recipe = Recipe(folder, model, tuple(range(2, num_layers)), tuple(range(1, num_layers + 1)), seq_length=seq_length, num_steps=800,
-                    num_sweep_steps=150, warmup=10, held_out=(prefix(folder, "held_out"),), head_batch_size=10,
-                    rates={"ordinary": ("1e-4", "3e-4", "1e-3", "3e-3"), "nested": ("3e-4", "1e-3", "3e-3", "1e-2"),
-                           "heads": ("5e-3", "1.5e-2", "5e-2", "1.5e-1")},
-                    evaluate=("--text", str(data / "held_out.jsonl")))
+    recipe = Recipe(
+        folder,
+        model,
+        tuple(range(2, num_layers)),
+        tuple(range(1, num_layers + 1)),
+        seq_length=seq_length,
+        num_steps=800,
+        num_sweep_steps=150,
+        warmup=10,
+        held_out=(prefix(folder, "held_out"),),
+        head_batch_size=10,
+        rates={
+            "ordinary": ("1e-4", "3e-4", "1e-3", "3e-3"),
+            "nested": ("3e-4", "1e-3", "3e-3", "1e-2"),
+            "heads": ("5e-3", "1.5e-2", "5e-2", "1.5e-1"),
+        },
+        evaluate=("--text", str(data / "held_out.jsonl")),
+    )
     recipe = make_quick(recipe) if quick else recipe
-    split = _split_step(recipe, text, kept[1], ("--separator", separator, "--num-held-out", str(kept[0])), model, (text,), ())
+    split = _split_step(
+        recipe,
+        text,
+        kept[1],
+        ("--separator", separator, "--num-held-out", str(kept[0])),
+        model,
+        (text,),
+        (),
+    )
     names = ("train", "tuning", "held_out")
-    prepared = [prepare_step(folder, name, recipe.seq_length, ("--tokenizer-model", str(model / "tokenizer.model")), ("split",))
-                for name in names]
+    prepared = [
+        prepare_step(
+            folder,
+            name,
+            recipe.seq_length,
+            ("--tokenizer-model", str(model / "tokenizer.model")),
+            ("split",),
+        )
+        for name in names
+    ]
     return replace(recipe, data_steps=tuple(step.name for step in prepared)), [split, *prepared]
 
 
@@ -56,41 +105,165 @@ def cldr(folder: Path, quick: bool = False) -> tuple[Recipe, list[Step]]:
     tokenizer, sets = data / "all_tokenizer.model", ("phrasing", "unseen")
     files = tuple(str(asked / f"{name}.jsonl") for name in sets)
     facts, questions, vocabulary = ("40", "40", "600") if quick else ("500", "1000", "1500")
-    recipe = Recipe(folder, original, (1, 2, 3, 4), (1, 2, 3, 4, 6), seq_length=128, num_steps=250, num_sweep_steps=100, warmup=10,
-                    held_out=tuple(prefix(folder, name) for name in sets), head_batch_size=64, append_eos=True,
-                    flags=("--adam-beta2", "0.95", "--weight-decay", "1.0"),
-                    rates={"ordinary": ("4e-4", "1.2e-3", "4e-3"), "nested": ("4e-4", "1.2e-3", "4e-3"),
-                           "heads": ("5e-3", "1.5e-2", "5e-2")},
-                    evaluate=("--text", *files, "--questions", *files, "--shots", "0", "--question-template", "{question}\\n",
-                              "--batch-size", "100", *(("--num-questions", "10") if quick else ())))
+    recipe = Recipe(
+        folder,
+        original,
+        (1, 2, 3, 4),
+        (1, 2, 3, 4, 6),
+        seq_length=128,
+        num_steps=250,
+        num_sweep_steps=100,
+        warmup=10,
+        held_out=tuple(prefix(folder, name) for name in sets),
+        head_batch_size=64,
+        append_eos=True,
+        flags=("--adam-beta2", "0.95", "--weight-decay", "1.0"),
+        rates={
+            "ordinary": ("4e-4", "1.2e-3", "4e-3"),
+            "nested": ("4e-4", "1.2e-3", "4e-3"),
+            "heads": ("5e-3", "1.5e-2", "5e-2"),
+        },
+        evaluate=(
+            "--text",
+            *files,
+            "--questions",
+            *files,
+            "--shots",
+            "0",
+            "--question-template",
+            "{question}\\n",
+            "--batch-size",
+            "100",
+            *(("--num-questions", "10") if quick else ()),
+        ),
+    )
     recipe = make_quick(recipe) if quick else recipe
-    ask = Step("questions", "Write questions such as `How do you say Monday in Finnish?`, with true answers from Unicode CLDR",
-               (PYTHON, "-m", "lab.make_cldr_questions", "--output", str(asked), *QUESTIONS, "--max-facts", facts,
-                "--num-eval-samples", questions), tuple(asked / f"{name}.jsonl" for name in ("train", *sets)))
-    tokens = (*OURS, "prepare", "--input", str(asked / "train.jsonl"), "--output-prefix", str(data / "all"),
-              "--train-tokenizer", vocabulary, "--seq-length", str(recipe.seq_length), "--workers", "1", "--overwrite")
-    learn = Step("tokenizer", "Train a tokenizer on the questions", tokens, (tokenizer,), needs=("questions",))
-    split = _split_step(recipe, asked / "train.jsonl", 30 if quick else 300, (), tokenizer, (), ("tokenizer",))
+    ask = Step(
+        "questions",
+        "Write questions such as `How do you say Monday in Finnish?`, with true answers from Unicode CLDR",
+        (
+            PYTHON,
+            "-m",
+            "lab.make_cldr_questions",
+            "--output",
+            str(asked),
+            *QUESTIONS,
+            "--max-facts",
+            facts,
+            "--num-eval-samples",
+            questions,
+        ),
+        tuple(asked / f"{name}.jsonl" for name in ("train", *sets)),
+    )
+    tokens = (
+        *OURS,
+        "prepare",
+        "--input",
+        str(asked / "train.jsonl"),
+        "--output-prefix",
+        str(data / "all"),
+        "--train-tokenizer",
+        vocabulary,
+        "--seq-length",
+        str(recipe.seq_length),
+        "--workers",
+        "1",
+        "--overwrite",
+    )
+    learn = Step(
+        "tokenizer",
+        "Train a tokenizer on the questions",
+        tokens,
+        (tokenizer,),
+        needs=("questions",),
+    )
+    split = _split_step(
+        recipe, asked / "train.jsonl", 30 if quick else 300, (), tokenizer, (), ("tokenizer",)
+    )
     source = ("--tokenizer-model", str(tokenizer))
-    prepared = [prepare_step(folder, name, recipe.seq_length, source, ("split",)) for name in ("train", "tuning")]
-    prepared += [prepare_step(folder, name, recipe.seq_length, source, ("tokenizer",), asked) for name in sets]
-    save, few = folder / "runs" / "original", (("--train-iters", "3", "--lr-warmup-iters", "1") if quick else ())
-    train = (PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain_sorted.py",
-             "--config", str(CONFIG.relative_to(ROOT)), "--exit-layer-weight", "0", "0", "0", "0",
-             "--data-path", str(prefix(folder, "train")), "--valid-data-path", *(str(prefix(folder, name)) for name in sets),
-             "--tokenizer-model", str(tokenizer), "--save", str(save), "--save-hf", str(original), *few)
-    learned = Step("train-original", "Train an ordinary model from scratch, as the demo does; it is where all methods start", train,
-                   (save / "evaluation.json", original / "config.json"), (save, original), tuple(step.name for step in prepared),
-                   (CONFIG,))
+    prepared = [
+        prepare_step(folder, name, recipe.seq_length, source, ("split",))
+        for name in ("train", "tuning")
+    ]
+    prepared += [
+        prepare_step(folder, name, recipe.seq_length, source, ("tokenizer",), asked)
+        for name in sets
+    ]
+    save, few = (
+        folder / "runs" / "original",
+        (("--train-iters", "3", "--lr-warmup-iters", "1") if quick else ()),
+    )
+    train = (
+        PYTHON,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "pretrain_sorted.py",
+        "--config",
+        str(CONFIG.relative_to(ROOT)),
+        "--exit-layer-weight",
+        "0",
+        "0",
+        "0",
+        "0",
+        "--data-path",
+        str(prefix(folder, "train")),
+        "--valid-data-path",
+        *(str(prefix(folder, name)) for name in sets),
+        "--tokenizer-model",
+        str(tokenizer),
+        "--save",
+        str(save),
+        "--save-hf",
+        str(original),
+        *few,
+    )
+    learned = Step(
+        "train-original",
+        "Train an ordinary model from scratch, as the demo does; it is where all methods start",
+        train,
+        (save / "evaluation.json", original / "config.json"),
+        (save, original),
+        tuple(step.name for step in prepared),
+        (CONFIG,),
+    )
     return replace(recipe, data_steps=("train-original",)), [ask, learn, split, *prepared, learned]
 
 
-def _split_step(recipe: Recipe, text: Path, num_tuning: int, flags: tuple[str, ...], tokenizer: Path, reads: tuple[Path, ...],
-                needs: tuple[str, ...]) -> Step:
+def _split_step(
+    recipe: Recipe,
+    text: Path,
+    num_tuning: int,
+    flags: tuple[str, ...],
+    tokenizer: Path,
+    reads: tuple[Path, ...],
+    needs: tuple[str, ...],
+) -> Step:
     data = recipe.folder / "data"
     numbers = dict.fromkeys((recipe.num_tokens, recipe.num_sweep_tokens))
-    command = (*OURS, "split", "--input", str(text), *flags, "--num-tuning", str(num_tuning), "--output", str(data),
-               "--tokenizer", str(tokenizer), "--num-tokens", *map(str, numbers))
+    command = (
+        *OURS,
+        "split",
+        "--input",
+        str(text),
+        *flags,
+        "--num-tuning",
+        str(num_tuning),
+        "--output",
+        str(data),
+        "--tokenizer",
+        str(tokenizer),
+        "--num-tokens",
+        *map(str, numbers),
+    )
     names = ("train", "tuning", *(f"train_{number}" for number in numbers))
-    return Step("split", "Set samples aside: to measure on, and to choose learning rates by; the rest is trained on", command,
-                (data / "split.json", *(data / f"{name}.jsonl" for name in names)), needs=needs, reads=reads)
+    return Step(
+        "split",
+        "Set samples aside: to measure on, and to choose learning rates by; the rest is trained on",
+        command,
+        (data / "split.json", *(data / f"{name}.jsonl" for name in names)),
+        needs=needs,
+        reads=reads,
+    )

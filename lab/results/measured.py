@@ -8,8 +8,13 @@ from lab.results.recipe import HEADS, Recipe, evaluation_folder
 from megatron_sorted.errors import DataError
 from megatron_sorted.reading.json_text import read_json_object
 
-NAMES = {"before": "before", "ordinary": "ordinary fine-tuning", HEADS: "SFT+ICT", "nested": "nested fine-tuning",
-         "nested-linear": "nested, linear weights"}
+NAMES = {
+    "before": "before",
+    "ordinary": "ordinary fine-tuning",
+    HEADS: "SFT+ICT",
+    "nested": "nested fine-tuning",
+    "nested-linear": "nested, linear weights",
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,10 @@ class Numbers:
     def __init__(self, evaluations: list[dict]):
         self.evaluations = evaluations
         self.models = [name for name in NAMES if name in evaluations[0]["models"]]
-        self.costs = {int(depth): cost for depth, cost in evaluations[0]["models"]["ordinary"]["exits"].items()}
+        self.costs = {
+            int(depth): cost
+            for depth, cost in evaluations[0]["models"]["ordinary"]["exits"].items()
+        }
         self.depths = sorted(self.costs)
 
     def names(self, kind: str) -> list[str]:
@@ -45,9 +53,13 @@ class Numbers:
         found = [exits[str(depth)] for exits in self._exits(kind, name, model)]
         return _mean([(numbers[score], numbers[f"{score}_standard_error"]) for numbers in found])
 
-    def difference(self, kind: str, name: str, model: str, other: str, depth: int, score: str) -> Number:
+    def difference(
+        self, kind: str, name: str, model: str, other: str, depth: int, score: str
+    ) -> Number:
         """Return the paired difference between two models at a depth; ``other`` is ``ordinary`` or SFT+ICT."""
-        found = [exits[str(depth)][f"{score}_minus"][other] for exits in self._exits(kind, name, model)]
+        found = [
+            exits[str(depth)][f"{score}_minus"][other] for exits in self._exits(kind, name, model)
+        ]
         return _mean([(numbers["value"], numbers["standard_error"]) for numbers in found])
 
     def _exits(self, kind: str, name: str, model: str) -> list[dict]:
@@ -66,7 +78,9 @@ def read_numbers(recipe: Recipe, seeds: int) -> Numbers:
         path = evaluation_folder(recipe, seed) / "evaluation.json"
         found.append(read_json(path))
         if not {"ordinary", "nested", HEADS} <= set(found[-1].get("models", {})):
-            raise DataError(f"{path}: it lacks the ordinary or the nested model. Start again with --fresh.")
+            raise DataError(
+                f"{path}: it lacks the ordinary or the nested model. Start again with --fresh."
+            )
     return Numbers(found)
 
 
@@ -81,4 +95,8 @@ def read_json(path: Path) -> dict:
 
 def _mean(pairs: list[tuple[float, float | None]]) -> Number:
     values = [value for value, _ in pairs]
-    return Number(fmean(values), fmean(error or 0.0 for _, error in pairs), stdev(values) if len(values) > 1 else None)
+    return Number(
+        fmean(values),
+        fmean(error or 0.0 for _, error in pairs),
+        stdev(values) if len(values) > 1 else None,
+    )

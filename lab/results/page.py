@@ -8,48 +8,80 @@ from lab.results.picture import ResultPanel, draw
 from lab.results.rates import choose_rate, chosen_rate, sweep_losses, trained_depths, trainer_losses
 from lab.results.recipe import HEADS, METHODS, Recipe, shown
 from lab.results.steps import Step
-from lab.results.tables import answers_in_words, differences_table, findings, measures_table, spread_table
+from lab.results.tables import (
+    answers_in_words,
+    differences_table,
+    findings,
+    measures_table,
+    spread_table,
+)
 from megatron_sorted.files import write_text_atomically
 from megatron_sorted.reporting.markdown import facts
 
 OPENINGS = {
-    "stories": ("A really trained small language model, fine-tuned on stories", """\
+    "stories": (
+        "A really trained small language model, fine-tuned on stories",
+        """\
 {model} is an ordinary LLaMA of {layers} layers, trained with a loss after its last layer only. It was imported
 (`pretrain_sorted.py --load`), fine-tuned on {train:,} stories, exported to a Hugging Face directory (`--save-hf`, verified against
 transformers) and measured there at every depth (megatron-sorted evaluate), on {held_out:,} stories that were in no training here
-({tokens:,} tokens)."""),
-    "cldr": ("A model trained from scratch on facts, fine-tuned", """\
+({tokens:,} tokens).""",
+    ),
+    "cldr": (
+        "A model trained from scratch on facts, fine-tuned",
+        """\
 The ordinary model of the demo: {layers} layers, trained from scratch on {train:,} questions such as "How do you say Monday in Finnish?"
 with a loss after its last layer only, exported to a Hugging Face directory. From there it is fine-tuned on the same questions, exported
 again and measured at every depth (megatron-sorted evaluate). *phrasing*: trained facts in wordings that are never trained. *unseen*:
-facts that are never trained, so what it shows is guessing.""")}
+facts that are never trained, so what it shows is guessing.""",
+    ),
+}
 LIMITS = {
-    "stories": ["One small model and one small set of stories. How much of it holds for large models is not shown here.",
-                "The model's first training may have seen these very stories, held-out ones among them. All methods start from it alike.",
-                "Fine-tuning here goes on in the domain of the first training, so ordinary fine-tuning has little to win.",
-                "Rates were tried at a few values, in shorter runs; other settings (warm-up, weight decay, batch) at none."],
-    "cldr": ["A tiny model and a few hundred facts that need few layers; it shows what exits do, not what they do to a large model.",
-             "Fine-tuning repeats the questions of the first training. What it adds at full depth is more training, not new data.",
-             "Rates were chosen on questions in trained wordings, for all methods alike; on new wordings others may be better. Most of all "
-             "for SFT+ICT, whose heads are very sure of wrong answers (loss on *unseen*).",
-             "Rates were tried at a few values, in shorter runs; other settings (warm-up, weight decay, batch) at none."]}
+    "stories": [
+        "One small model and one small set of stories. How much of it holds for large models is not shown here.",
+        "The model's first training may have seen these very stories, held-out ones among them. All methods start from it alike.",
+        "Fine-tuning here goes on in the domain of the first training, so ordinary fine-tuning has little to win.",
+        "Rates were tried at a few values, in shorter runs; other settings (warm-up, weight decay, batch) at none.",
+    ],
+    "cldr": [
+        "A tiny model and a few hundred facts that need few layers; it shows what exits do, not what they do to a large model.",
+        "Fine-tuning repeats the questions of the first training. What it adds at full depth is more training, not new data.",
+        "Rates were chosen on questions in trained wordings, for all methods alike; on new wordings others may be better. Most of all "
+        "for SFT+ICT, whose heads are very sure of wrong answers (loss on *unseen*).",
+        "Rates were tried at a few values, in shorter runs; other settings (warm-up, weight decay, batch) at none.",
+    ],
+}
 
 
-def write_page(part: str, recipe: Recipe, steps: list[Step], methods: tuple[str, ...], seeds: int, docs: Path) -> tuple[Path, Path]:
+def write_page(
+    part: str, recipe: Recipe, steps: list[Step], methods: tuple[str, ...], seeds: int, docs: Path
+) -> tuple[Path, Path]:
     """Return the paths of page and picture, after writing both.
 
     Raises:
         DataError: A measured file is missing or damaged.
     """
     numbers = read_numbers(recipe, seeds)
-    page, picture = docs / "results" / f"{_page_name(part, recipe)}.md", docs / "images" / f"result_{part}.png"
+    page, picture = (
+        docs / "results" / f"{_page_name(part, recipe)}.md",
+        docs / "images" / f"result_{part}.png",
+    )
     draw(numbers, panels(part, recipe, numbers), picture)
     page.parent.mkdir(parents=True, exist_ok=True)
-    lines = [*_opening(part, recipe, numbers), *_measures(recipe, numbers),
-             f"![Quality of every depth]({os.path.relpath(picture, page.parent)})", "",
-             *_in_words(part, recipe, numbers), *_recipe(recipe, numbers, methods, seeds), *_trainer(recipe, methods),
-             "## Commands", "", *facts(), "",
-             *(f"{shown(step, recipe)}\n" for step in steps)]
+    lines = [
+        *_opening(part, recipe, numbers),
+        *_measures(recipe, numbers),
+        f"![Quality of every depth]({os.path.relpath(picture, page.parent)})",
+        "",
+        *_in_words(part, recipe, numbers),
+        *_recipe(recipe, numbers, methods, seeds),
+        *_trainer(recipe, methods),
+        "## Commands",
+        "",
+        *facts(),
+        "",
+        *(f"{shown(step, recipe)}\n" for step in steps),
+    ]
     write_text_atomically(page, "\n".join(lines).rstrip() + "\n")
     return page, picture
 
@@ -57,12 +89,36 @@ def write_page(part: str, recipe: Recipe, steps: list[Step], methods: tuple[str,
 def panels(part: str, recipe: Recipe, numbers: Numbers) -> list[ResultPanel]:
     """Return what the picture shows: loss, and beside it the lower part of it enlarged or, where questions were asked, exact match."""
     text, first = numbers.names("texts")[0], recipe.exit_depths[0]
-    whole = ResultPanel("texts", text, "loss", "Loss of every depth (lower is better)", "nats per token")
+    whole = ResultPanel(
+        "texts", text, "loss", "Loss of every depth (lower is better)", "nats per token"
+    )
     if numbers.names("questions"):
         asked = numbers.names("questions")[0]
-        return [whole, ResultPanel("questions", asked, "exact_match", f"Exact match, {asked} (higher is better)", "questions answered right")]
-    top = 1.08 * max(numbers.number("texts", text, model, first, "loss").value for model in ("nested", HEADS))
-    return [whole, ResultPanel("texts", text, "loss", f"The same from depth {first} on, enlarged", "nats per token", first, top)]
+        return [
+            whole,
+            ResultPanel(
+                "questions",
+                asked,
+                "exact_match",
+                f"Exact match, {asked} (higher is better)",
+                "questions answered right",
+            ),
+        ]
+    top = 1.08 * max(
+        numbers.number("texts", text, model, first, "loss").value for model in ("nested", HEADS)
+    )
+    return [
+        whole,
+        ResultPanel(
+            "texts",
+            text,
+            "loss",
+            f"The same from depth {first} on, enlarged",
+            "nats per token",
+            first,
+            top,
+        ),
+    ]
 
 
 def _page_name(part: str, recipe: Recipe) -> str:
@@ -73,8 +129,13 @@ def _opening(part: str, recipe: Recipe, numbers: Numbers) -> list[str]:
     title, text = OPENINGS[part]
     split = read_json(recipe.folder / "data" / "split.json")
     measured = numbers.evaluations[0]["texts"][numbers.names("texts")[0]]
-    words = text.format(model=recipe.model.name, layers=numbers.depths[-1], train=split["train"], held_out=measured["documents"],
-                        tokens=measured["models"]["ordinary"]["tokens"])
+    words = text.format(
+        model=recipe.model.name,
+        layers=numbers.depths[-1],
+        train=split["train"],
+        held_out=measured["documents"],
+        tokens=measured["models"]["ordinary"]["tokens"],
+    )
     return [f"# {title}", "", *words.splitlines(), ""]
 
 
@@ -83,25 +144,57 @@ def _measures(recipe: Recipe, numbers: Numbers) -> list[str]:
     for kind, unit in (("texts", "nats per token"), ("questions", "exact match, greedy answers")):
         for name in numbers.names(kind):
             found = numbers.evaluations[0][kind][name]
-            size = f"{found['documents']:,} documents, {found['models']['ordinary']['tokens']:,} counted tokens" if kind == "texts" \
+            size = (
+                f"{found['documents']:,} documents, {found['models']['ordinary']['tokens']:,} counted tokens"
+                if kind == "texts"
                 else f"{found['questions']:,} questions"
-            lines += [f"## {name}: {unit}", "", f"{size}.", "", *measures_table(numbers, kind, name, recipe.exit_depths)]
-            lines += ["Differences, paired:", "", *differences_table(numbers, kind, name), *spread_table(numbers, kind, name)]
-    stars = [depth for depth in numbers.depths if depth not in (*recipe.exit_depths, numbers.depths[-1])]
-    notes = ["± is one standard error over documents or questions. *before* is the model all methods start from; *SFT+ICT* the "
-             "ordinarily fine-tuned model, frozen, with a norm and a head of its own trained for each depth. FLOPs: forward, share of the "
-             "whole model."]
+            )
+            lines += [
+                f"## {name}: {unit}",
+                "",
+                f"{size}.",
+                "",
+                *measures_table(numbers, kind, name, recipe.exit_depths),
+            ]
+            lines += [
+                "Differences, paired:",
+                "",
+                *differences_table(numbers, kind, name),
+                *spread_table(numbers, kind, name),
+            ]
+    stars = [
+        depth for depth in numbers.depths if depth not in (*recipe.exit_depths, numbers.depths[-1])
+    ]
+    notes = [
+        "± is one standard error over documents or questions. *before* is the model all methods start from; *SFT+ICT* the "
+        "ordinarily fine-tuned model, frozen, with a norm and a head of its own trained for each depth. FLOPs: forward, share of the "
+        "whole model."
+    ]
     if stars:
-        notes[0] += f" \\* no exit in nested training: depth {', '.join(map(str, stars))} is measured all the same."
+        notes[0] += (
+            f" \\* no exit in nested training: depth {', '.join(map(str, stars))} is measured all the same."
+        )
     return [*lines, *notes, ""]
 
 
 def _in_words(part: str, recipe: Recipe, numbers: Numbers) -> list[str]:
     said = findings(numbers, numbers.names("texts")[0], recipe.exit_depths)
-    said += [*_rate_in_words(recipe), *(answers_in_words(numbers, name) for name in numbers.names("questions"))]
-    return ["## What it shows", "", *said, "", "## What it does not show", "", *(f"- {limit}" for limit in LIMITS[part]),
-            f"- {'One seed' if len(numbers.evaluations) == 1 else f'{len(numbers.evaluations)} seeds'}: standard errors are over "
-            "documents, and say nothing about another training.", ""]
+    said += [
+        *_rate_in_words(recipe),
+        *(answers_in_words(numbers, name) for name in numbers.names("questions")),
+    ]
+    return [
+        "## What it shows",
+        "",
+        *said,
+        "",
+        "## What it does not show",
+        "",
+        *(f"- {limit}" for limit in LIMITS[part]),
+        f"- {'One seed' if len(numbers.evaluations) == 1 else f'{len(numbers.evaluations)} seeds'}: standard errors are over "
+        "documents, and say nothing about another training.",
+        "",
+    ]
 
 
 def _rate_in_words(recipe: Recipe) -> list[str]:
@@ -111,31 +204,42 @@ def _rate_in_words(recipe: Recipe) -> list[str]:
     if not losses or (best := choose_rate(losses, (last,))) == taken:
         return []
     first = recipe.exit_depths[0]
-    return ["- **The learning rate moves along the same exchange.** Nested training has the rate that is best for the mean of its exits. "
-            f"In the short runs {best} instead of {taken} gave {losses[best][last] - losses[taken][last]:+.3f} at depth {last} and "
-            f"{losses[best][first] - losses[taken][first]:+.3f} at depth {first}."]
+    return [
+        "- **The learning rate moves along the same exchange.** Nested training has the rate that is best for the mean of its exits. "
+        f"In the short runs {best} instead of {taken} gave {losses[best][last] - losses[taken][last]:+.3f} at depth {last} and "
+        f"{losses[best][first] - losses[taken][first]:+.3f} at depth {first}."
+    ]
 
 
 def _recipe(recipe: Recipe, numbers: Numbers, methods: tuple[str, ...], seeds: int) -> list[str]:
     split = read_json(recipe.folder / "data" / "split.json")
     heads = numbers.evaluations[0]["models"][HEADS]["trained_heads"]
     held_out = f"{split['held_out']:,} held out, " if split["held_out"] else ""
-    lines = ["## Recipe", "", f"- Data: {split['samples']:,} samples, {split['copies_dropped']:,} copies dropped; {held_out}"
-             f"{split['tuning']:,} to choose rates by, {split['train']:,} trained on ({split['train_tokens']:,} tokens).",
-             f"- Fine-tuning: {recipe.num_steps} steps of {recipe.batch_size} x {recipe.seq_length} tokens, AdamW, cosine to 0 after "
-             f"{recipe.warmup} steps of warm-up; the same data, order and seeds for every method ({seeds} seed{'s' * (seeds > 1)}).",
-             f"- Nested: exits after {', '.join(map(str, recipe.exit_depths))} and {numbers.depths[-1]} layers, one norm and one head for "
-             "all, mean of their losses. Ordinary: the same command with no loss before the last layer.",
-             f"- SFT+ICT: {heads['num_new_parameters']:,} new parameters, {heads['num_tokens']:,} trained tokens in {heads['num_steps']:,} "
-             f"steps (the ordinary fine-tuning before it not counted).",
-             "- Learning rates: for each method the one with the least loss on the samples kept for that, over the depths it trains, after "
-             f"{recipe.num_sweep_steps} steps:", ""]
+    lines = [
+        "## Recipe",
+        "",
+        f"- Data: {split['samples']:,} samples, {split['copies_dropped']:,} copies dropped; {held_out}"
+        f"{split['tuning']:,} to choose rates by, {split['train']:,} trained on ({split['train_tokens']:,} tokens).",
+        f"- Fine-tuning: {recipe.num_steps} steps of {recipe.batch_size} x {recipe.seq_length} tokens, AdamW, cosine to 0 after "
+        f"{recipe.warmup} steps of warm-up; the same data, order and seeds for every method ({seeds} seed{'s' * (seeds > 1)}).",
+        f"- Nested: exits after {', '.join(map(str, recipe.exit_depths))} and {numbers.depths[-1]} layers, one norm and one head for "
+        "all, mean of their losses. Ordinary: the same command with no loss before the last layer.",
+        f"- SFT+ICT: {heads['num_new_parameters']:,} new parameters, {heads['num_tokens']:,} trained tokens in {heads['num_steps']:,} "
+        f"steps (the ordinary fine-tuning before it not counted).",
+        "- Learning rates: for each method the one with the least loss on the samples kept for that, over the depths it trains, after "
+        f"{recipe.num_sweep_steps} steps:",
+        "",
+    ]
     for method in ("ordinary", "nested", "heads"):
         losses, depths = sweep_losses(recipe, method), trained_depths(recipe, method)
         tried = ", ".join(f"{rate}: {_mean_of(found, depths)}" for rate, found in losses.items())
         name = "SFT+ICT" if method == "heads" else METHODS[method]
         rates, taken = recipe.rates[method], chosen_rate(recipe, method)
-        edge = "" if not losses or taken not in (rates[0], rates[-1]) else f", the {'largest' if taken == rates[-1] else 'smallest'} tried"
+        edge = (
+            ""
+            if not losses or taken not in (rates[0], rates[-1])
+            else f", the {'largest' if taken == rates[-1] else 'smallest'} tried"
+        )
         lines.append(f"  - {name}: {tried or 'not tried'}; taken: {taken}{edge}")
     if "nested-linear" in methods:
         lines.append("  - nested with linear weights: the rate of nested")
@@ -145,7 +249,11 @@ def _recipe(recipe: Recipe, numbers: Numbers, methods: tuple[str, ...], seeds: i
 def _mean_of(losses: dict[int, float], depths: tuple[int, ...]) -> str:
     """Return the mean over depths, and behind it each of them where there are several: rates move them in different directions."""
     mean = f"{sum(losses[depth] for depth in depths) / len(depths):.3f}"
-    return mean if len(depths) == 1 else f"{mean} ({' '.join(f'@{depth} {losses[depth]:.3f}' for depth in depths)})"
+    return (
+        mean
+        if len(depths) == 1
+        else f"{mean} ({' '.join(f'@{depth} {losses[depth]:.3f}' for depth in depths)})"
+    )
 
 
 def _trainer(recipe: Recipe, methods: tuple[str, ...]) -> list[str]:
@@ -154,5 +262,13 @@ def _trainer(recipe: Recipe, methods: tuple[str, ...]) -> list[str]:
     words = []
     for method in methods:
         losses = trainer_losses(recipe.folder / "runs" / f"{method}-1" / "evaluation.json")
-        words.append(f"- {NAMES[method]}: " + ", ".join(f"@{depth} {loss:.3f}" for depth, loss in sorted(losses.items())))
-    return [f"The trainer's own evaluation of *{name}* (packed windows, eos counted, seed 1):", "", *words, ""]
+        words.append(
+            f"- {NAMES[method]}: "
+            + ", ".join(f"@{depth} {loss:.3f}" for depth, loss in sorted(losses.items()))
+        )
+    return [
+        f"The trainer's own evaluation of *{name}* (packed windows, eos counted, seed 1):",
+        "",
+        *words,
+        "",
+    ]

@@ -8,7 +8,9 @@ from lab.results.measured import NAMES, Number, Numbers
 from lab.results.recipe import HEADS
 from megatron_sorted.reporting import drawing
 
-COLOURS = dict(zip(("nested", "ordinary", HEADS, "nested-linear"), drawing.COLOURS, strict=False)) | {"before": "#777777"}
+COLOURS = dict(
+    zip(("nested", "ordinary", HEADS, "nested-linear"), drawing.COLOURS, strict=False)
+) | {"before": "#777777"}
 """Grey is where all started."""
 MARKERS = {"before": "v", "ordinary": "s", HEADS: "D", "nested": "o", "nested-linear": "^"}
 
@@ -41,8 +43,18 @@ def draw(numbers: Numbers, panels: Sequence[ResultPanel], output: Path) -> None:
         figure.canvas.draw()  # names need to know where points lie
         for axes, panel in zip(row, panels, strict=True):
             depths = _shown(panel, numbers)
-            drawing.name_lines(axes, [(NAMES[model], COLOURS[model], depths, [number.value for number in _values(panel, numbers, model)])
-                                      for model in numbers.models])
+            drawing.name_lines(
+                axes,
+                [
+                    (
+                        NAMES[model],
+                        COLOURS[model],
+                        depths,
+                        [number.value for number in _values(panel, numbers, model)],
+                    )
+                    for model in numbers.models
+                ],
+            )
 
 
 def _draw(axes, panel: ResultPanel, numbers: Numbers) -> None:
@@ -54,18 +66,43 @@ def _draw(axes, panel: ResultPanel, numbers: Numbers) -> None:
         line = _values(panel, numbers, model)
         values, colour = [number.value for number in line], COLOURS[model]
         largest = max(largest, *values)
-        axes.fill_between(depths, [number.value - number.error for number in line], [number.value + number.error for number in line],
-                          color=colour, alpha=0.15, linewidth=0)
-        axes.plot(depths, values, color=colour, marker=MARKERS[model], linewidth=2.5, markersize=8, markeredgecolor="white",
-                  markeredgewidth=1.0, clip_on=panel.top is not None)
+        axes.fill_between(
+            depths,
+            [number.value - number.error for number in line],
+            [number.value + number.error for number in line],
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+        )
+        axes.plot(
+            depths,
+            values,
+            color=colour,
+            marker=MARKERS[model],
+            linewidth=2.5,
+            markersize=8,
+            markeredgecolor="white",
+            markeredgewidth=1.0,
+            clip_on=panel.top is not None,
+        )
         if any(number.spread for number in line):
-            axes.errorbar(depths, values, [number.spread or 0.0 for number in line], color=colour, fmt="none", capsize=4, linewidth=1.5)
+            axes.errorbar(
+                depths,
+                values,
+                [number.spread or 0.0 for number in line],
+                color=colour,
+                fmt="none",
+                capsize=4,
+                linewidth=1.5,
+            )
     axes.set_title(panel.title, pad=14)
     axes.set_ylabel(panel.unit)
     axes.set_xlabel("layers run")
     axes.set_xticks(depths)
     if panel.top is not None:
-        lowest = min(number.value for model in numbers.models for number in _values(panel, numbers, model))
+        lowest = min(
+            number.value for model in numbers.models for number in _values(panel, numbers, model)
+        )
         axes.set_ylim(lowest - 0.06 * (panel.top - lowest), panel.top)
     else:
         axes.set_ylim(0, 1.06 * largest or 1.0)
@@ -81,4 +118,7 @@ def _shown(panel: ResultPanel, numbers: Numbers) -> list[int]:
 
 
 def _values(panel: ResultPanel, numbers: Numbers, model: str) -> list[Number]:
-    return [numbers.number(panel.kind, panel.name, model, depth, panel.score) for depth in _shown(panel, numbers)]
+    return [
+        numbers.number(panel.kind, panel.name, model, depth, panel.score)
+        for depth in _shown(panel, numbers)
+    ]

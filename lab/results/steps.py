@@ -66,7 +66,13 @@ class Runner:
     """
 
     def __init__(self, folder: Path, total: int, jobs: int | None = None):
-        self._folder, self._records, self._total, self._number, self._jobs = folder, folder / "finished_steps", total, 0, jobs
+        self._folder, self._records, self._total, self._number, self._jobs = (
+            folder,
+            folder / "finished_steps",
+            total,
+            0,
+            jobs,
+        )
         self._keys: dict[str, str] = {}
         self.steps: list[Step] = []
 
@@ -83,9 +89,19 @@ class Runner:
                 self._number += 1
                 self.steps.append(step)
                 key = self._keys[step.name] = self._key(step)
-                title, record = f"step {self._number} of {self._total}, {step.name}", self._records / step.name
-                if record.is_file() and record.read_text(encoding="utf-8") == key and not _missing(step) and not step.always:
-                    print(f"== {title}: finished before, skipped (--fresh does it again)", flush=True)
+                title, record = (
+                    f"step {self._number} of {self._total}, {step.name}",
+                    self._records / step.name,
+                )
+                if (
+                    record.is_file()
+                    and record.read_text(encoding="utf-8") == key
+                    and not _missing(step)
+                    and not step.always
+                ):
+                    print(
+                        f"== {title}: finished before, skipped (--fresh does it again)", flush=True
+                    )
                     continue
                 record.unlink(missing_ok=True)
                 ends.append(pool.submit(self._run_and_record, step, title, record, key))
@@ -109,28 +125,49 @@ class Runner:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _run(self, step: Step, title: str) -> None:
-        opening = f"== {title}: {step.purpose}" + (f" (about {step.seconds} s)" if step.seconds else "")
-        print(opening if self._jobs else f"\n{opening}\n   {shlex.join(step.command)}\n", flush=True)
+        opening = f"== {title}: {step.purpose}" + (
+            f" (about {step.seconds} s)" if step.seconds else ""
+        )
+        print(
+            opening if self._jobs else f"\n{opening}\n   {shlex.join(step.command)}\n", flush=True
+        )
         for path in step.clears:
             shutil.rmtree(ROOT / path, ignore_errors=True)
         began = time.monotonic()
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, *step.command[1:]] if step.command[0] == PYTHON else list(step.command)
+        command = (
+            [sys.executable, *step.command[1:]] if step.command[0] == PYTHON else list(step.command)
+        )
         log = self._folder / "logs" / f"{step.name}.log" if self._jobs else None
         # One thread: several processes that each take every core slow each other down, and sums keep one order.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         if log:
             log.parent.mkdir(exist_ok=True)
         with open(log, "wb") if log else nullcontext() as output:
-            ended = subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=output, stderr=output and subprocess.STDOUT)
+            ended = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=environment,
+                check=False,
+                stdout=output,
+                stderr=output and subprocess.STDOUT,
+            )
         code = ended.returncode
         if code != 0:
             if log:
-                print("\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]), flush=True)
-            raise StepError(f"{title}: ended with exit code {code}; the message above says why. "
-                            "The same command again goes on there.", code)
+                print(
+                    "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]),
+                    flush=True,
+                )
+            raise StepError(
+                f"{title}: ended with exit code {code}; the message above says why. "
+                "The same command again goes on there.",
+                code,
+            )
         if missing := _missing(step):
-            raise StepError(f"{title}: ended well but did not write {', '.join(missing)}. Report this as a bug.")
+            raise StepError(
+                f"{title}: ended well but did not write {', '.join(missing)}. Report this as a bug."
+            )
         done = f"done after {time.monotonic() - began:.0f} s"
         print(f"   {title}: {done}" if self._jobs else f"\n   {done}", flush=True)
 

@@ -21,17 +21,36 @@ def measures_table(numbers: Numbers, kind: str, name: str, exits: tuple[int, ...
         cost = numbers.costs[depth]
         star = "" if depth in exits or depth == numbers.depths[-1] else " *"
         share = cost["flops_per_token"] / numbers.costs[numbers.depths[-1]]["flops_per_token"]
-        rows.append([f"{depth}{star}", f"{cost['parameters']:,}", f"{100 * share:.0f} %",
-                     *(show(numbers.number(kind, name, model, depth, SCORES[kind]), kind) for model in numbers.models)])
-    return table(["depth", "parameters", "FLOPs", *(NAMES[model] for model in numbers.models)], rows)
+        rows.append(
+            [
+                f"{depth}{star}",
+                f"{cost['parameters']:,}",
+                f"{100 * share:.0f} %",
+                *(
+                    show(numbers.number(kind, name, model, depth, SCORES[kind]), kind)
+                    for model in numbers.models
+                ),
+            ]
+        )
+    return table(
+        ["depth", "parameters", "FLOPs", *(NAMES[model] for model in numbers.models)], rows
+    )
 
 
 def differences_table(numbers: Numbers, kind: str, name: str) -> list[str]:
     """Return the paired differences of the nested models to the ordinary one and to SFT+ICT."""
     nested = [model for model in numbers.models if model.startswith("nested")]
     pairs = [(model, other) for model in nested for other in ("ordinary", HEADS)]
-    rows = [[str(depth), *(show(numbers.difference(kind, name, model, other, depth, SCORES[kind]), kind, "+") for model, other in pairs)]
-            for depth in numbers.depths]
+    rows = [
+        [
+            str(depth),
+            *(
+                show(numbers.difference(kind, name, model, other, depth, SCORES[kind]), kind, "+")
+                for model, other in pairs
+            ),
+        ]
+        for depth in numbers.depths
+    ]
     return table(["depth", *(f"{NAMES[model]} - {NAMES[other]}" for model, other in pairs)], rows)
 
 
@@ -40,34 +59,61 @@ def spread_table(numbers: Numbers, kind: str, name: str) -> list[str]:
     trained = [model for model in numbers.models if model != "before"]
     if len(numbers.evaluations) < 2:
         return []
-    rows = [[str(depth), *(_spread(numbers.number(kind, name, model, depth, SCORES[kind]), kind) for model in trained)]
-            for depth in numbers.depths]
-    return [f"Standard deviation over {len(numbers.evaluations)} seeds (order of the data), same columns:", "",
-            *table(["depth", *(NAMES[model] for model in trained)], rows)]
+    rows = [
+        [
+            str(depth),
+            *(
+                _spread(numbers.number(kind, name, model, depth, SCORES[kind]), kind)
+                for model in trained
+            ),
+        ]
+        for depth in numbers.depths
+    ]
+    return [
+        f"Standard deviation over {len(numbers.evaluations)} seeds (order of the data), same columns:",
+        "",
+        *table(["depth", *(NAMES[model] for model in trained)], rows),
+    ]
 
 
 def findings(numbers: Numbers, name: str, exits: tuple[int, ...]) -> list[str]:
     """Return what the losses on a text say, as lines of a list."""
+
     def loss(model: str, depth: int) -> float:
         return numbers.number("texts", name, model, depth, "loss").value
 
     last, first = numbers.depths[-1], exits[0]
     cost = numbers.difference("texts", name, "nested", "ordinary", last, "loss")
-    lines = [f"- **Intermediate depths learn to speak.** After {first} of {last} layers: {loss('before', first):.2f} nats per token "
-             f"before, {loss('ordinary', first):.2f} after ordinary fine-tuning, {loss('nested', first):.2f} after nested fine-tuning of "
-             "equal length.",
-             f"- **{words_of_cost(cost)} at full depth**: {show(cost, 'texts', '+')} nats against ordinary fine-tuning "
-             f"({100 * cost.value / loss('ordinary', last):+.1f} %; paired over documents)."]
+    lines = [
+        f"- **Intermediate depths learn to speak.** After {first} of {last} layers: {loss('before', first):.2f} nats per token "
+        f"before, {loss('ordinary', first):.2f} after ordinary fine-tuning, {loss('nested', first):.2f} after nested fine-tuning of "
+        "equal length.",
+        f"- **{words_of_cost(cost)} at full depth**: {show(cost, 'texts', '+')} nats against ordinary fine-tuning "
+        f"({100 * cost.value / loss('ordinary', last):+.1f} %; paired over documents).",
+    ]
     if "nested-linear" in numbers.models:
         other = numbers.difference("texts", name, "nested-linear", "ordinary", last, "loss")
-        lines.append(f"- **Loss weights linear in depth** move along that exchange: {show(other, 'texts', '+')} at full depth, "
-                     f"{loss('nested-linear', first):.3f} instead of {loss('nested', first):.3f} at depth {first}.")
-    against = [(depth, numbers.difference("texts", name, "nested", HEADS, depth, "loss")) for depth in exits]
+        lines.append(
+            f"- **Loss weights linear in depth** move along that exchange: {show(other, 'texts', '+')} at full depth, "
+            f"{loss('nested-linear', first):.3f} instead of {loss('nested', first):.3f} at depth {first}."
+        )
+    against = [
+        (depth, numbers.difference("texts", name, "nested", HEADS, depth, "loss"))
+        for depth in exits
+    ]
     better = [depth for depth, number in against if number.value < 0]
     words = ", ".join(f"{number.value:+.3f} at depth {depth}" for depth, number in against)
-    place = "ahead at every exit" if len(better) == len(exits) else f"ahead at {better}" if better else "behind at every exit"
-    lines.append("- **Against heads on frozen layers (SFT+ICT)**, which have a norm and a head of their own at each depth, nested "
-                 f"training is {place}: {words}. SFT+ICT leaves the last depth as it is; nested training adds no parameter.")
+    place = (
+        "ahead at every exit"
+        if len(better) == len(exits)
+        else f"ahead at {better}"
+        if better
+        else "behind at every exit"
+    )
+    lines.append(
+        "- **Against heads on frozen layers (SFT+ICT)**, which have a norm and a head of their own at each depth, nested "
+        f"training is {place}: {words}. SFT+ICT leaves the last depth as it is; nested training adds no parameter."
+    )
     return lines
 
 
@@ -80,8 +126,12 @@ def words_of_cost(difference: Number) -> str:
 
 def answers_in_words(numbers: Numbers, name: str) -> str:
     """Return what the exact match of a question set says, as a line of a list: of the first depth and of the last."""
+
     def right(depth: int) -> str:
-        shares = {model: 100 * numbers.number("questions", name, model, depth, "exact_match").value for model in numbers.models}
+        shares = {
+            model: 100 * numbers.number("questions", name, model, depth, "exact_match").value
+            for model in numbers.models
+        }
         return ", ".join(f"{NAMES[model]} {share:.1f} %" for model, share in shares.items())
 
     first, last = numbers.depths[0], numbers.depths[-1]

@@ -7,7 +7,9 @@ from pathlib import Path
 from lab.results.steps import ROOT
 
 
-def add_folder_options(part: argparse.ArgumentParser, folder: str, strategies: str, seeds: int) -> None:
+def add_folder_options(
+    part: argparse.ArgumentParser, folder: str, strategies: str, seeds: int
+) -> None:
     """Add the options of where everything goes and how much of it is done.
 
     Args:
@@ -17,10 +19,20 @@ def add_folder_options(part: argparse.ArgumentParser, folder: str, strategies: s
         seeds: Default of --seeds.
     """
     part.add_argument("--output", type=Path, help=f"folder for data and runs (default: {folder})")
-    part.add_argument("--docs", type=Path,
-                      help="folder that gets a page in results/ and images/ (default: docs; with --quick: in --output)")
-    part.add_argument("--seeds", type=int, default=seeds, help=f"trainings of each {strategies}, with seeds 1, 2, ... (%(default)s)")
-    part.add_argument("--quick", action="store_true", help="next to no training: only shows that everything runs")
+    part.add_argument(
+        "--docs",
+        type=Path,
+        help="folder that gets a page in results/ and images/ (default: docs; with --quick: in --output)",
+    )
+    part.add_argument(
+        "--seeds",
+        type=int,
+        default=seeds,
+        help=f"trainings of each {strategies}, with seeds 1, 2, ... (%(default)s)",
+    )
+    part.add_argument(
+        "--quick", action="store_true", help="next to no training: only shows that everything runs"
+    )
     part.add_argument("--fresh", action="store_true", help="do everything again")
 
 
@@ -29,7 +41,9 @@ def open_folders(values: argparse.Namespace, kind: str) -> tuple[Path, Path, Pat
 
     With --fresh what is finished is forgotten.
     """
-    folder = (values.output or ROOT / "runs" / f"{kind}{'_quick' if values.quick else ''}" / values.part).resolve()
+    folder = (
+        values.output or ROOT / "runs" / f"{kind}{'_quick' if values.quick else ''}" / values.part
+    ).resolve()
     docs = (values.docs or (folder / "docs" if values.quick else ROOT / "docs")).resolve()
     if values.fresh:
         shutil.rmtree(folder / "finished_steps", ignore_errors=True)
@@ -39,4 +53,7 @@ def open_folders(values: argparse.Namespace, kind: str) -> tuple[Path, Path, Pat
 def show_page(page: Path, picture: Path, quick: bool) -> None:
     """Print the page and where it is."""
     print(page.read_text(encoding="utf-8"))
-    print(f"written: {page}, {picture}" + (" (--quick: nothing was learned, the numbers mean nothing)" if quick else ""))
+    print(
+        f"written: {page}, {picture}"
+        + (" (--quick: nothing was learned, the numbers mean nothing)" if quick else "")
+    )

@@ -9,12 +9,20 @@ from lab.results.steps import OURS, PYTHON, Step
 from lab.studies.plan import StudyPlan
 from megatron_sorted.errors import DataError
 
-RATES = {"ordinary": ("1e-3", "3e-3", "1e-2"), "nested": ("1e-3", "3e-3", "1e-2"), "heads": ("1e-2",)}
+RATES = {
+    "ordinary": ("1e-3", "3e-3", "1e-2"),
+    "nested": ("1e-3", "3e-3", "1e-2"),
+    "heads": ("1e-2",),
+}
 
 
-def plan_stories(folder: Path, model: Path, text: Path, quick: bool, num_steps: int = 400, seq_length: int = 128) -> StudyPlan:
+def plan_stories(
+    folder: Path, model: Path, text: Path, quick: bool, num_steps: int = 400, seq_length: int = 128
+) -> StudyPlan:
     """Return the study of a given model on a given text of documents."""
-    recipe, steps = stories(folder, model, text, "<|endoftext|>", kept=(200, 100), quick=quick, seq_length=seq_length)
+    recipe, steps = stories(
+        folder, model, text, "<|endoftext|>", kept=(200, 100), quick=quick, seq_length=seq_length
+    )
     if not quick:
         recipe = replace(recipe, rates=RATES, num_steps=num_steps, num_sweep_steps=100)
     return StudyPlan(recipe, steps)
@@ -34,29 +42,134 @@ def plan_instructions(folder: Path, train: Path, valid: Path, quick: bool) -> St
     """
     for path in (train, valid):
         if not path.is_file():
-            raise DataError(f"--train, --valid: {path}: no such file. Give JSON lines with instruction, input and output.")
+            raise DataError(
+                f"--train, --valid: {path}: no such file. Give JSON lines with instruction, input and output."
+            )
     data, original = folder / "data", folder / "original"
-    recipe = Recipe(folder, original, (2, 4, 6), (2, 4, 6, 8), seq_length=128, num_steps=400, num_sweep_steps=100, warmup=10,
-                    held_out=(prefix(folder, "held_out"),), head_batch_size=8, rates=RATES, evaluate=(), flags=("--adam-beta2", "0.95"))
+    recipe = Recipe(
+        folder,
+        original,
+        (2, 4, 6),
+        (2, 4, 6, 8),
+        seq_length=128,
+        num_steps=400,
+        num_sweep_steps=100,
+        warmup=10,
+        held_out=(prefix(folder, "held_out"),),
+        head_batch_size=8,
+        rates=RATES,
+        evaluate=(),
+        flags=("--adam-beta2", "0.95"),
+    )
     recipe = make_quick(recipe) if quick else recipe
     limit, vocabulary, steps = ("300", "600", "3") if quick else ("30000", "1500", "4000")
-    learn = (*OURS, "prepare", "--input", str(train), "--output-prefix", str(data / "train"),
-             "--train-tokenizer", vocabulary, "--limit", limit,
-             "--valid-fraction", "0.02", "--seq-length", "128", "--workers", "1", "--overwrite")
+    learn = (
+        *OURS,
+        "prepare",
+        "--input",
+        str(train),
+        "--output-prefix",
+        str(data / "train"),
+        "--train-tokenizer",
+        vocabulary,
+        "--limit",
+        limit,
+        "--valid-fraction",
+        "0.02",
+        "--seq-length",
+        "128",
+        "--workers",
+        "1",
+        "--overwrite",
+    )
     tokenizer = data / "train_tokenizer.model"
     made = tuple(data / f"train_{part}text_document.bin" for part in ("", "valid_"))
-    tokens = Step("prepare-train", "Train a tokenizer on the samples, and turn them into tokens", learn, (tokenizer, *made), reads=(train,))
-    measure = (*OURS, "prepare", "--input", str(valid), "--output-prefix", str(data / "held_out"), "--tokenizer-model",
-               str(tokenizer), "--limit", "100" if quick else "700", "--seq-length", "128", "--workers", "1", "--overwrite")
-    held_out = Step("prepare-held_out", "Turn the held-out samples into tokens", measure, (data / "held_out_text_document.bin",),
-                    needs=("prepare-train",), reads=(valid,))
+    tokens = Step(
+        "prepare-train",
+        "Train a tokenizer on the samples, and turn them into tokens",
+        learn,
+        (tokenizer, *made),
+        reads=(train,),
+    )
+    measure = (
+        *OURS,
+        "prepare",
+        "--input",
+        str(valid),
+        "--output-prefix",
+        str(data / "held_out"),
+        "--tokenizer-model",
+        str(tokenizer),
+        "--limit",
+        "100" if quick else "700",
+        "--seq-length",
+        "128",
+        "--workers",
+        "1",
+        "--overwrite",
+    )
+    held_out = Step(
+        "prepare-held_out",
+        "Turn the held-out samples into tokens",
+        measure,
+        (data / "held_out_text_document.bin",),
+        needs=("prepare-train",),
+        reads=(valid,),
+    )
     save = folder / "runs" / "original"
-    train_one = (PYTHON, "pretrain_sorted.py", "--num-layers", "8", "--hidden-size", "64", "--ffn-hidden-size", "192",
-                 "--num-attention-heads", "4", "--init-method-std", "0.1", "--seq-length", "128", "--tokenizer-model", str(tokenizer),
-                 "--data-path", str(prefix(folder, "train")), "--valid-data-path", str(prefix(folder, "held_out")), "--full-validation",
-                 "--device", "cpu", "--micro-batch-size", "8", "--train-iters", steps, "--lr", "4e-3", "--min-lr", "4e-4",
-                 "--lr-warmup-iters", "2" if quick else "50", "--adam-beta2", "0.95", "--log-interval", "100", "--save", str(save),
-                 "--save-hf", str(original))
-    base = Step("train-original", "Train an ordinary model from scratch, where all methods start", train_one,
-                (save / "evaluation.json", original / "config.json"), (save, original), ("prepare-train", "prepare-held_out"))
-    return StudyPlan(replace(recipe, data_steps=("train-original",)), [tokens, held_out, base], tuning="train_valid")
+    train_one = (
+        PYTHON,
+        "pretrain_sorted.py",
+        "--num-layers",
+        "8",
+        "--hidden-size",
+        "64",
+        "--ffn-hidden-size",
+        "192",
+        "--num-attention-heads",
+        "4",
+        "--init-method-std",
+        "0.1",
+        "--seq-length",
+        "128",
+        "--tokenizer-model",
+        str(tokenizer),
+        "--data-path",
+        str(prefix(folder, "train")),
+        "--valid-data-path",
+        str(prefix(folder, "held_out")),
+        "--full-validation",
+        "--device",
+        "cpu",
+        "--micro-batch-size",
+        "8",
+        "--train-iters",
+        steps,
+        "--lr",
+        "4e-3",
+        "--min-lr",
+        "4e-4",
+        "--lr-warmup-iters",
+        "2" if quick else "50",
+        "--adam-beta2",
+        "0.95",
+        "--log-interval",
+        "100",
+        "--save",
+        str(save),
+        "--save-hf",
+        str(original),
+    )
+    base = Step(
+        "train-original",
+        "Train an ordinary model from scratch, where all methods start",
+        train_one,
+        (save / "evaluation.json", original / "config.json"),
+        (save, original),
+        ("prepare-train", "prepare-held_out"),
+    )
+    return StudyPlan(
+        replace(recipe, data_steps=("train-original",)),
+        [tokens, held_out, base],
+        tuning="train_valid",
+    )

@@ -14,7 +14,18 @@ Losses = Mapping[int, float]
 """{depth: nats per token} of one trained model on the held-out samples."""
 
 # Two-sided 95 % points of Student's t distribution by degrees of freedom; beyond the table the normal distribution's.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+STUDENT = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+    10: 2.228,
+}
 
 
 @dataclass(frozen=True)
@@ -39,14 +50,18 @@ class Estimate:
         return self.half_width is not None and self.value - self.half_width > 0
 
     def __str__(self) -> str:
-        return f"{round(self.value, 3) + 0.0:+.3f}" + (f" ± {self.half_width:.3f}" if self.half_width is not None else "")
+        return f"{round(self.value, 3) + 0.0:+.3f}" + (
+            f" ± {self.half_width:.3f}" if self.half_width is not None else ""
+        )
 
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Return mean and confidence interval of one value a seed."""
     if len(values) < 2:
         return Estimate(fmean(values), None)
-    return Estimate(fmean(values), STUDENT.get(len(values) - 1, 1.96) * stdev(values) / math.sqrt(len(values)))
+    return Estimate(
+        fmean(values), STUDENT.get(len(values) - 1, 1.96) * stdev(values) / math.sqrt(len(values))
+    )
 
 
 def read_losses(path: Path, name: str) -> dict[int, float]:
@@ -59,7 +74,9 @@ def read_losses(path: Path, name: str) -> dict[int, float]:
         found = read_json_object(path, "Start again with --fresh.")["sets"][name]
         return {int(depth): float(numbers["loss"]) for depth, numbers in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: no evaluation of {name!r} by the trainer ({error}). Start again with --fresh.") from error
+        raise DataError(
+            f"{path}: no evaluation of {name!r} by the trainer ({error}). Start again with --fresh."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -97,12 +114,21 @@ class Outcomes:
 
     def gap(self, variant: str, depth: int) -> Estimate:
         """Return nested minus separate at a depth, paired by seed."""
-        return estimate([losses[depth] - alone[depth] for losses, alone in zip(self.nested[variant], self.separate, strict=False)])
+        return estimate(
+            [
+                losses[depth] - alone[depth]
+                for losses, alone in zip(self.nested[variant], self.separate, strict=False)
+            ]
+        )
 
     def mean_gap(self, variant: str) -> Estimate:
         """Return the gap's mean over depths."""
-        return estimate([fmean(losses[depth] - alone[depth] for depth in self.depths)
-                         for losses, alone in zip(self.nested[variant], self.separate, strict=False)])
+        return estimate(
+            [
+                fmean(losses[depth] - alone[depth] for depth in self.depths)
+                for losses, alone in zip(self.nested[variant], self.separate, strict=False)
+            ]
+        )
 
     def full_gap(self, variant: str) -> Estimate:
         """Return the gap of the full model."""
@@ -116,7 +142,9 @@ class Outcomes:
         """Return the mean loss over ``depths`` (all by default) minus that of uniform, paired by seed."""
         chosen = depths or self.depths
         pairs = zip(self.nested[variant], self.nested[self.uniform], strict=False)
-        return estimate([fmean(losses[depth] - plain[depth] for depth in chosen) for losses, plain in pairs])
+        return estimate(
+            [fmean(losses[depth] - plain[depth] for depth in chosen) for losses, plain in pairs]
+        )
 
     def closed(self, variant: str, full: bool = False) -> float | None:
         """Return which share of uniform's mean (or ``full``-depth) gap the variant closes.

@@ -21,8 +21,19 @@ class StudyPlan:
         held_out, tuning: Names of the sets that are measured, and that rates and references are chosen by.
     """
 
-    def __init__(self, recipe: Recipe, data_steps: Sequence[Step], held_out: str = "held_out", tuning: str = "tuning"):
-        self.recipe, self.data_steps, self.held_out, self.tuning = recipe, list(data_steps), held_out, tuning
+    def __init__(
+        self,
+        recipe: Recipe,
+        data_steps: Sequence[Step],
+        held_out: str = "held_out",
+        tuning: str = "tuning",
+    ):
+        self.recipe, self.data_steps, self.held_out, self.tuning = (
+            recipe,
+            list(data_steps),
+            held_out,
+            tuning,
+        )
         self.depths = (*recipe.exit_depths, recipe.measured[-1])
 
     def extract_steps(self) -> list[Step]:
@@ -30,34 +41,87 @@ class StudyPlan:
         steps = []
         for depth in self.recipe.exit_depths:
             target = self._start_of(depth)
-            command = (*OURS, "extract", str(self.recipe.model), str(target), "--depth", str(depth), "--overwrite",
-                       "--no-verify")
-            steps.append(Step(f"cut-{depth}", f"Cut out the first {depth} layers", command, (target / "config.json",), (),
-                              self.recipe.data_steps))
+            command = (
+                *OURS,
+                "extract",
+                str(self.recipe.model),
+                str(target),
+                "--depth",
+                str(depth),
+                "--overwrite",
+                "--no-verify",
+            )
+            steps.append(
+                Step(
+                    f"cut-{depth}",
+                    f"Cut out the first {depth} layers",
+                    command,
+                    (target / "config.json",),
+                    (),
+                    self.recipe.data_steps,
+                )
+            )
         return steps
 
     def rate_steps(self) -> list[Step]:
         """Return short trainings that choose a learning rate: for uniform nested training, and for separate models of each depth."""
         steps = []
         for rate in self._rates_to_try("nested"):
-            steps.append(self._train(f"rate-nested-{rate}", self._nested_flags(()), self.recipe.model, rate, 1,
-                                     self.recipe.num_sweep_steps))
+            steps.append(
+                self._train(
+                    f"rate-nested-{rate}",
+                    self._nested_flags(()),
+                    self.recipe.model,
+                    rate,
+                    1,
+                    self.recipe.num_sweep_steps,
+                )
+            )
         for depth in self.depths:
             for rate in self._rates_to_try("ordinary"):
-                steps.append(self._train(f"rate-{depth}-{rate}", (), self._start_of(depth), rate, 1, self.recipe.num_sweep_steps,
-                                         self._needs_cut(depth)))
+                steps.append(
+                    self._train(
+                        f"rate-{depth}-{rate}",
+                        (),
+                        self._start_of(depth),
+                        rate,
+                        1,
+                        self.recipe.num_sweep_steps,
+                        self._needs_cut(depth),
+                    )
+                )
         return steps
 
     def separate_steps(self, seed: int) -> list[Step]:
         """Return the separate training of a model of each depth."""
-        return [self._train(f"separate-{depth}-{seed}", (), self._start_of(depth), self.rate(depth), seed, self.recipe.num_steps,
-                            self._needs_cut(depth)) for depth in self.depths]
+        return [
+            self._train(
+                f"separate-{depth}-{seed}",
+                (),
+                self._start_of(depth),
+                self.rate(depth),
+                seed,
+                self.recipe.num_steps,
+                self._needs_cut(depth),
+            )
+            for depth in self.depths
+        ]
 
     def taught_steps(self, seed: int) -> list[Step]:
         """Return the same, taught by the separate model of full depth: what of a taught nested model's gain is not due to nesting."""
         flags = ("--exit-kd-weight", "1", "--exit-kd-teacher", self._teachers(seed)["separate"])
-        return [self._train(f"taught-{depth}-{seed}", flags, self._start_of(depth), self.rate(depth), seed, self.recipe.num_steps,
-                            (*self._needs_cut(depth), self._full_model(seed))) for depth in self.depths]
+        return [
+            self._train(
+                f"taught-{depth}-{seed}",
+                flags,
+                self._start_of(depth),
+                self.rate(depth),
+                seed,
+                self.recipe.num_steps,
+                (*self._needs_cut(depth), self._full_model(seed)),
+            )
+            for depth in self.depths
+        ]
 
     def variant_step(self, variant: Variant, seed: int) -> Step:
         """Return the training of one variant; the separate models of the seed, and for references those of seed 1, come before it."""
@@ -66,13 +130,30 @@ class StudyPlan:
         if variant.needs_full_model:
             needs = (self._full_model(seed),)
         if variant.goes_on:
-            start, flags = Path(self._teachers(seed)["separate"]), (*flags, "--finetune", "--use-checkpoint-args")
-        return self._train(f"nested-{variant.name}-{seed}", flags, start, rate, seed, self.recipe.num_steps * variant.steps, needs)
+            start, flags = (
+                Path(self._teachers(seed)["separate"]),
+                (*flags, "--finetune", "--use-checkpoint-args"),
+            )
+        return self._train(
+            f"nested-{variant.name}-{seed}",
+            flags,
+            start,
+            rate,
+            seed,
+            self.recipe.num_steps * variant.steps,
+            needs,
+        )
 
     def flags(self, variant: Variant, seed: int) -> list[str]:
         """Return the flags in which a variant differs from uniform."""
         references = self.references() if variant.needs_references else {}
-        return expand(variant, self.depths, references, self.recipe.num_steps * variant.steps, self._teachers(seed))
+        return expand(
+            variant,
+            self.depths,
+            references,
+            self.recipe.num_steps * variant.steps,
+            self._teachers(seed),
+        )
 
     def rate(self, depth: int | None) -> str:
         """Return the rate that was chosen for a separate model of this depth, or for nested training (None).
@@ -84,14 +165,26 @@ class StudyPlan:
         rates = self._rates_to_try(kind)
         if not rates:
             return self.recipe.rates[kind][0]
-        losses = {rate: read_losses(self._evaluation(f"rate-{name}-{rate}"), self.tuning) for rate in rates}
+        losses = {
+            rate: read_losses(self._evaluation(f"rate-{name}-{rate}"), self.tuning)
+            for rate in rates
+        }
         return choose_rate(losses, self.depths if depth is None else (depth,))
 
     def references(self) -> dict[int, float]:
         """Return {depth: loss} of the separate models of seed 1 on the samples that are kept for choosing; held-out ones stay unseen."""
-        return {depth: read_losses(self._evaluation(f"separate-{depth}-1"), self.tuning)[depth] for depth in self.depths}
+        return {
+            depth: read_losses(self._evaluation(f"separate-{depth}-1"), self.tuning)[depth]
+            for depth in self.depths
+        }
 
-    def outcomes(self, variants: Sequence[Variant], seeds: int, name: str | None = None, with_taught: bool = False) -> Outcomes:
+    def outcomes(
+        self,
+        variants: Sequence[Variant],
+        seeds: int,
+        name: str | None = None,
+        with_taught: bool = False,
+    ) -> Outcomes:
         """Return what all trainings gave on the samples ``name``, by default the held-out ones.
 
         Args:
@@ -105,10 +198,23 @@ class StudyPlan:
         """
         name = name or self.held_out
         kinds = ("separate", "taught") if with_taught else ("separate",)
-        alone = {kind: [{depth: read_losses(self._evaluation(f"{kind}-{depth}-{seed}"), name)[depth] for depth in self.depths}
-                        for seed in range(1, seeds + 1)] for kind in kinds}
-        nested = {variant.name: [read_losses(self._evaluation(f"nested-{variant.name}-{seed}"), name) for seed in range(1, seeds + 1)]
-                  for variant in variants}
+        alone = {
+            kind: [
+                {
+                    depth: read_losses(self._evaluation(f"{kind}-{depth}-{seed}"), name)[depth]
+                    for depth in self.depths
+                }
+                for seed in range(1, seeds + 1)
+            ]
+            for kind in kinds
+        }
+        nested = {
+            variant.name: [
+                read_losses(self._evaluation(f"nested-{variant.name}-{seed}"), name)
+                for seed in range(1, seeds + 1)
+            ]
+            for variant in variants
+        }
         return Outcomes(alone["separate"], alone.get("taught", []), nested, UNIFORM)
 
     def gradients(self, seeds: int) -> dict[int, tuple[float, float, float]]:
@@ -124,20 +230,31 @@ class StudyPlan:
         for depth in self.recipe.exit_depths:
             cosines = [run.exit_curve(depth, "gradient_cosine").values for run in runs]
             ratios = [run.exit_curve(depth, "gradient_ratio").values for run in runs]
-            found[depth] = (fmean(one[0] for one in cosines), fmean(one[-1] for one in cosines), fmean(one[-1] for one in ratios))
+            found[depth] = (
+                fmean(one[0] for one in cosines),
+                fmean(one[-1] for one in cosines),
+                fmean(one[-1] for one in ratios),
+            )
         return found
 
     def _rates_to_try(self, kind: str) -> tuple[str, ...]:
         return self.recipe.rates[kind] if len(self.recipe.rates[kind]) > 1 else ()
 
     def _start_of(self, depth: int) -> Path:
-        return self.recipe.model if depth == self.depths[-1] else self.recipe.folder / "cut" / str(depth)
+        return (
+            self.recipe.model
+            if depth == self.depths[-1]
+            else self.recipe.folder / "cut" / str(depth)
+        )
 
     def _full_model(self, seed: int) -> str:
         return f"separate-{self.depths[-1]}-{seed}"
 
     def _teachers(self, seed: int) -> dict[str, str]:
-        return {"start": str(self.recipe.model), "separate": str(self.recipe.folder / "runs" / self._full_model(seed))}
+        return {
+            "start": str(self.recipe.model),
+            "separate": str(self.recipe.folder / "runs" / self._full_model(seed)),
+        }
 
     def _needs_cut(self, depth: int) -> tuple[str, ...]:
         return () if depth == self.depths[-1] else (f"cut-{depth}",)
@@ -151,14 +268,55 @@ class StudyPlan:
     def _evaluation(self, name: str) -> Path:
         return self._run(name) / "evaluation.json"
 
-    def _train(self, name: str, flags: Sequence[str], start: Path, rate: str, seed: int, num_steps: int,
-               needs: tuple[str, ...] = ()) -> Step:
+    def _train(
+        self,
+        name: str,
+        flags: Sequence[str],
+        start: Path,
+        rate: str,
+        seed: int,
+        num_steps: int,
+        needs: tuple[str, ...] = (),
+    ) -> Step:
         recipe, save = self.recipe, self.recipe.folder / "runs" / name
-        command = (PYTHON, "pretrain_sorted.py", "--load", str(start), "--tokenizer-model", str(recipe.model / "tokenizer.model"),
-                   "--seq-length", str(recipe.seq_length), "--data-path", str(prefix(recipe.folder, "train")),
-                   "--valid-data-path", *(str(prefix(recipe.folder, each)) for each in (self.held_out, self.tuning)),
-                   "--device", "cpu", "--micro-batch-size", str(recipe.batch_size), "--lr-warmup-iters", str(recipe.warmup), *recipe.flags,
-                   "--full-validation", "--log-interval", "50", "--seed", str(seed), "--train-iters", str(num_steps), "--lr", rate,
-                   "--save", str(save), *flags)
-        return Step(name, f"{num_steps} steps at learning rate {rate}, seed {seed}", command, (save / "evaluation.json",), (save,),
-                    (*recipe.data_steps, *needs))
+        command = (
+            PYTHON,
+            "pretrain_sorted.py",
+            "--load",
+            str(start),
+            "--tokenizer-model",
+            str(recipe.model / "tokenizer.model"),
+            "--seq-length",
+            str(recipe.seq_length),
+            "--data-path",
+            str(prefix(recipe.folder, "train")),
+            "--valid-data-path",
+            *(str(prefix(recipe.folder, each)) for each in (self.held_out, self.tuning)),
+            "--device",
+            "cpu",
+            "--micro-batch-size",
+            str(recipe.batch_size),
+            "--lr-warmup-iters",
+            str(recipe.warmup),
+            *recipe.flags,
+            "--full-validation",
+            "--log-interval",
+            "50",
+            "--seed",
+            str(seed),
+            "--train-iters",
+            str(num_steps),
+            "--lr",
+            rate,
+            "--save",
+            str(save),
+            *flags,
+        )
+        return Step(
+            name,
+            f"{num_steps} steps at learning rate {rate}, seed {seed}",
+            command,
+            (save / "evaluation.json",),
+            (save,),
+            (*recipe.data_steps, *needs),
+        )

@@ -39,14 +39,22 @@ class Contestant:
     run: Callable[[list[int]], tuple[list[int], list[int], int | None, int | None]]
 
 
-def ours(name: str, writer: TextGenerator, strategy: Strategy, max_new_tokens: int, sampling: SamplingParameters) -> Contestant:
+def ours(
+    name: str,
+    writer: TextGenerator,
+    strategy: Strategy,
+    max_new_tokens: int,
+    sampling: SamplingParameters,
+) -> Contestant:
     """Return one of our ways."""
     limits = Limits(max_new_tokens, writer.end_ids)
     draft = writer.draft_for(strategy)
 
     def run(prompt: list[int]):
         tokens, steps, drafted, accepted = [], [], 0, 0
-        for added in stream(writer.network, [prompt], strategy, sampling, limits=limits, draft=draft):
+        for added in stream(
+            writer.network, [prompt], strategy, sampling, limits=limits, draft=draft
+        ):
             tokens += added.tokens
             steps.append(len(added.tokens))
             drafted, accepted = drafted + added.num_drafted, accepted + added.num_accepted
@@ -55,7 +63,9 @@ def ours(name: str, writer: TextGenerator, strategy: Strategy, max_new_tokens: i
     return Contestant(name, run)
 
 
-def theirs(name: str, writer: TextGenerator, max_new_tokens: int, sampling: SamplingParameters, **more) -> Contestant:
+def theirs(
+    name: str, writer: TextGenerator, max_new_tokens: int, sampling: SamplingParameters, **more
+) -> Contestant:
     """Return transformers' own ``generate`` of the same model; ``more`` such as assistant_early_exit."""
     run_batch = peer_run(writer, max_new_tokens, sampling, **more)
 
@@ -66,7 +76,13 @@ def theirs(name: str, writer: TextGenerator, max_new_tokens: int, sampling: Samp
     return Contestant(name, run)
 
 
-def hold(writer: TextGenerator, question: MultiTurnQuestion, contestants: Sequence[Contestant], max_new_tokens: int, turn: int) -> dict[str, ContestAnswer]:
+def hold(
+    writer: TextGenerator,
+    question: MultiTurnQuestion,
+    contestants: Sequence[Contestant],
+    max_new_tokens: int,
+    turn: int,
+) -> dict[str, ContestAnswer]:
     """Return each contestant's answer, with its own answers before its later turns; who begins depends on ``turn``."""
     found = {}
     for place in range(len(contestants)):
@@ -74,7 +90,9 @@ def hold(writer: TextGenerator, question: MultiTurnQuestion, contestants: Sequen
         answer, messages = ContestAnswer(), []
         for text in question.turns:
             messages.append({"role": "user", "content": text})
-            prompt = writer.encode_chat(messages)[-(writer.network.max_positions - max_new_tokens) :]
+            prompt = writer.encode_chat(messages)[
+                -(writer.network.max_positions - max_new_tokens) :
+            ]
             began = now(writer.network)
             tokens, steps, drafted, accepted = contestant.run(prompt)
             answer.seconds.append(now(writer.network) - began)
@@ -110,13 +128,21 @@ class Score:
 
 def score(answers: Sequence[dict[str, ContestAnswer]], name: str, base: str) -> Score:
     """Return the score of a way over questions."""
+
     def speed(who: str) -> float:
-        return sum(len(ids) for answer in answers for ids in answer[who].ids) / sum(sum(answer[who].seconds) for answer in answers)
+        return sum(len(ids) for answer in answers for ids in answer[who].ids) / sum(
+            sum(answer[who].seconds) for answer in answers
+        )
 
     steps = [length for answer in answers for length in answer[name].accept_lengths]
     drafted = [answer[name].num_drafted for answer in answers]
     accepted = [answer[name].num_accepted for answer in answers]
     told = None not in drafted and sum(drafted)
     same = sum(answer[name].ids == answer[base].ids for answer in answers) / len(answers)
-    return Score(speed(name), speed(name) / speed(base), sum(steps) / len(steps) if steps else None,
-                 sum(accepted) / sum(drafted) if told else None, same)
+    return Score(
+        speed(name),
+        speed(name) / speed(base),
+        sum(steps) / len(steps) if steps else None,
+        sum(accepted) / sum(drafted) if told else None,
+        same,
+    )

@@ -10,15 +10,33 @@ from megatron_sorted.decoding.text_generator import TextGenerator
 HUGGING_FACE = "transformers"
 
 
-def generation_config(writer: TextGenerator, max_new_tokens: int, sampling: SamplingParameters) -> GenerationConfig:
+def generation_config(
+    writer: TextGenerator, max_new_tokens: int, sampling: SamplingParameters
+) -> GenerationConfig:
     """Return the same wishes in transformers' words."""
     ends, is_drawn = sorted(writer.end_ids), sampling.temperature > 0
-    words = {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0} if is_drawn else {}
-    return GenerationConfig(do_sample=is_drawn, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=min(ends, default=0),
-                            repetition_penalty=sampling.repetition_penalty, **words)
+    words = (
+        {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k or 0,
+            "top_p": sampling.top_p or 1.0,
+        }
+        if is_drawn
+        else {}
+    )
+    return GenerationConfig(
+        do_sample=is_drawn,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=min(ends, default=0),
+        repetition_penalty=sampling.repetition_penalty,
+        **words,
+    )
 
 
-def peer_run(writer: TextGenerator, max_new_tokens: int, sampling: SamplingParameters, **more) -> Run:
+def peer_run(
+    writer: TextGenerator, max_new_tokens: int, sampling: SamplingParameters, **more
+) -> Run:
     """Return transformers' ``generate``; prompts of a batch are filled at the left, as it asks.
 
     Args:
@@ -32,9 +50,15 @@ def peer_run(writer: TextGenerator, max_new_tokens: int, sampling: SamplingParam
     @torch.inference_mode()
     def run(prompts: list[list[int]]) -> tuple[list[list[int]], int]:
         longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        rows = writer.network.model.generate(ids, attention_mask=mask, generation_config=config, **more)[:, longest:].tolist()
+        ids = torch.tensor(
+            [[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device
+        )
+        mask = torch.tensor(
+            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
+        )
+        rows = writer.network.model.generate(
+            ids, attention_mask=mask, generation_config=config, **more
+        )[:, longest:].tolist()
         return [until_end(row, writer.end_ids) for row in rows], 0
 
     return run

@@ -12,9 +12,23 @@ from megatron_sorted.reading.text_file import read_text, split_lines
 REMEDY = "Give JSON lines with question_id, category and turns."
 
 CONVERSATION = "multi-turn conversation"
-MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-GROUPS = {"translation": "translation", "summarization": "summarization", "qa": "question answering",
-          "math_reasoning": "mathematical reasoning", "rag": "retrieval-augmented generation"}
+MT_BENCH = (
+    "writing",
+    "roleplay",
+    "reasoning",
+    "math",
+    "coding",
+    "extraction",
+    "stem",
+    "humanities",
+)
+GROUPS = {
+    "translation": "translation",
+    "summarization": "summarization",
+    "qa": "question answering",
+    "math_reasoning": "mathematical reasoning",
+    "rag": "retrieval-augmented generation",
+}
 GROUPS = dict.fromkeys(MT_BENCH, CONVERSATION) | GROUPS
 """Spec-Bench's category -> its group; MT-Bench's eight categories are conversations (Xia et al., arXiv 2401.07851, section 5)."""
 
@@ -65,7 +79,11 @@ def _question(entry: object) -> MultiTurnQuestion:
     number, category, turns = entry["question_id"], entry["category"], entry["turns"]
     if not isinstance(number, int | str) or not isinstance(category, int | str):
         raise ValueError("question_id and category are neither texts nor numbers")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or not all(isinstance(turn, str) and turn for turn in turns)
+    ):
         raise ValueError("turns is not a list of texts")
     if has_half_pairs("".join([str(number), str(category), *turns])):
         raise ValueError("half of a UTF-16 pair is no text")
@@ -74,7 +92,11 @@ def _question(entry: object) -> MultiTurnQuestion:
 
 def spread(items: list, count: int) -> list:
     """Return ``count`` of the items, evenly spread; all if there are no more."""
-    return items if count >= len(items) else [items[index * len(items) // count] for index in range(count)]
+    return (
+        items
+        if count >= len(items)
+        else [items[index * len(items) // count] for index in range(count)]
+    )
 
 
 def read_prompts(prompt_file: Path | None, questions: Path | None, count: int) -> list[str]:

@@ -48,7 +48,9 @@ class StrategyTrial:
         return self.num_tokens / self.num_steps if self.num_steps else float("nan")
 
 
-def encode_prompts(writer: TextGenerator, texts: Sequence[str], are_asked: bool, max_new_tokens: int) -> list[list[int]]:
+def encode_prompts(
+    writer: TextGenerator, texts: Sequence[str], are_asked: bool, max_new_tokens: int
+) -> list[list[int]]:
     """Return the tokens of prompts, cut at the front so that what is written fits.
 
     Args:
@@ -62,8 +64,15 @@ def encode_prompts(writer: TextGenerator, texts: Sequence[str], are_asked: bool,
     """
     room = writer.network.max_positions - max_new_tokens
     if room < 1:
-        raise SettingsError(f"--max-new-tokens: {max_new_tokens} fill the context of {writer.network.max_positions}. Ask for fewer.")
-    ids = [writer.encode_chat([{"role": "user", "content": text}]) if are_asked else writer.encode(text) for text in texts]
+        raise SettingsError(
+            f"--max-new-tokens: {max_new_tokens} fill the context of {writer.network.max_positions}. Ask for fewer."
+        )
+    ids = [
+        writer.encode_chat([{"role": "user", "content": text}])
+        if are_asked
+        else writer.encode(text)
+        for text in texts
+    ]
     return [prompt[-room:] for prompt in ids]
 
 
@@ -72,7 +81,9 @@ def run_of(writer: TextGenerator, strategy: Strategy, max_new_tokens: int) -> Ru
     limits = Limits(max_new_tokens, writer.end_ids)
 
     def run(prompts: list[list[int]]) -> tuple[list[list[int]], int]:
-        texts = generate(writer.network, prompts, strategy, limits=limits, draft=writer.draft_for(strategy))
+        texts = generate(
+            writer.network, prompts, strategy, limits=limits, draft=writer.draft_for(strategy)
+        )
         return [text.tokens for text in texts], sum(text.counts.num_steps for text in texts)
 
     return run
@@ -83,11 +94,20 @@ def share_same(trial: StrategyTrial, base: StrategyTrial) -> float:
     same = 0
     for text, other in zip(trial.texts, base.texts, strict=True):
         pairs = zip(text, other, strict=False)
-        same += next((place for place, (one, two) in enumerate(pairs) if one != two), min(len(text), len(other)))
+        same += next(
+            (place for place, (one, two) in enumerate(pairs) if one != two),
+            min(len(text), len(other)),
+        )
     return same / max(base.num_tokens, 1)
 
 
-def try_all(runs: Mapping[str, Run], prompts: Sequence[list[int]], writer: TextGenerator, what: str, batch: int = 1) -> dict[str, StrategyTrial]:
+def try_all(
+    runs: Mapping[str, Run],
+    prompts: Sequence[list[int]],
+    writer: TextGenerator,
+    what: str,
+    batch: int = 1,
+) -> dict[str, StrategyTrial]:
     """Return what every way did; who begins changes from batch to batch.
 
     Args:
@@ -100,7 +120,9 @@ def try_all(runs: Mapping[str, Run], prompts: Sequence[list[int]], writer: TextG
     names, found = list(runs), {name: StrategyTrial([], []) for name in runs}
     for run in runs.values():  # what is made at the first use is not measured
         run([prompts[0][:8]] * batch)
-    enough = list(prompts) * -(-batch // len(prompts))  # fewer prompts than a batch has room for are asked several times
+    enough = list(prompts) * -(
+        -batch // len(prompts)
+    )  # fewer prompts than a batch has room for are asked several times
     batches = [enough[first : first + batch] for first in range(0, len(enough) - batch + 1, batch)]
     for turn, some in enumerate(tqdm(batches, what, unit="batch" if batch > 1 else "prompt")):
         for place in range(len(names)):

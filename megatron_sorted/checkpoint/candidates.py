@@ -5,7 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sorted.checkpoint.layout import TRACKER, checkpoint_directory, iteration_directory, saved_steps
+from megatron_sorted.checkpoint.layout import (
+    TRACKER,
+    checkpoint_directory,
+    iteration_directory,
+    saved_steps,
+)
 from megatron_sorted.checkpoint.manifest import WEIGHTS_ONLY, check_name, check_sizes, read_manifest
 from megatron_sorted.errors import CheckpointError
 
@@ -75,7 +80,9 @@ def _open(root: str | Path, step: int) -> Candidate:
     manifest = read_manifest(directory)
     check_name(directory, manifest)
     if not {"run_id", "saved_at"} <= manifest.keys():
-        raise CheckpointError(f"{directory}: its manifest names no run or no time, so no version of ours wrote it.")
+        raise CheckpointError(
+            f"{directory}: its manifest names no run or no time, so no version of ours wrote it."
+        )
     check_sizes(directory, manifest)
     return Candidate(directory, manifest)
 
@@ -114,7 +121,9 @@ def find_candidates(root: str | Path, step: int | None = None) -> Candidates:
     if step is not None:
         if not checkpoint_directory(root, step).is_dir():
             there = ", ".join(map(str, saved_steps(root))) or "none"
-            raise CheckpointError(f"--ckpt-step: {root} holds no checkpoint of step {step}; there are: {there}. Give one of these.")
+            raise CheckpointError(
+                f"--ckpt-step: {root} holds no checkpoint of step {step}; there are: {there}. Give one of these."
+            )
         found.usable.append(_open(root, step))
         return found
     try:
@@ -128,7 +137,12 @@ def find_candidates(root: str | Path, step: int | None = None) -> Candidates:
         except CheckpointError as error:
             found.skipped.append((number, str(error)))
     if tracked is not None and not checkpoint_directory(root, tracked).is_dir():
-        found.skipped.append((tracked, f"{iteration_directory(root, tracked)}: missing, although {TRACKER} names it."))
+        found.skipped.append(
+            (
+                tracked,
+                f"{iteration_directory(root, tracked)}: missing, although {TRACKER} names it.",
+            )
+        )
     if found.usable:
         _keep_those_of_one_run(found, tracked)
     return found
@@ -142,19 +156,37 @@ def _keep_those_of_one_run(found: Candidates, tracked: int | None) -> None:
     """
     below = [one for one in found.usable if tracked is not None and one.step <= tracked]
     base = below[0] if below else max(found.usable, key=lambda one: one.saved_at)
-    if base.weights_only:  # a run that started from it may have been killed before its first checkpoint was named
-        base = max((one for one in found.usable if one.saved_at > base.saved_at), key=lambda one: one.saved_at, default=base)
+    if (
+        base.weights_only
+    ):  # a run that started from it may have been killed before its first checkpoint was named
+        base = max(
+            (one for one in found.usable if one.saved_at > base.saved_at),
+            key=lambda one: one.saved_at,
+            default=base,
+        )
     keep = []
     for one in found.usable:
         if one is base:
             keep.append(one)
         elif one.weights_only:
-            found.skipped.append((one.step, f"{one.directory}: weights only, with which a run can start but not go on."))
+            found.skipped.append(
+                (
+                    one.step,
+                    f"{one.directory}: weights only, with which a run can start but not go on.",
+                )
+            )
         elif not base.weights_only and one.manifest["run_id"] != base.manifest["run_id"]:
-            found.skipped.append((one.step, f"{one.directory}: of run {one.manifest['run_id']}, not of {base.manifest['run_id']}."))
+            found.skipped.append(
+                (
+                    one.step,
+                    f"{one.directory}: of run {one.manifest['run_id']}, not of {base.manifest['run_id']}.",
+                )
+            )
         elif one.step > base.step and one.saved_at < base.saved_at:
             what = "which was imported since" if base.weights_only else "to which the run went back"
-            found.skipped.append((one.step, f"{one.directory}: saved before {base.directory.name}, {what}."))
+            found.skipped.append(
+                (one.step, f"{one.directory}: saved before {base.directory.name}, {what}.")
+            )
         else:
             keep.append(one)
     found.usable = keep

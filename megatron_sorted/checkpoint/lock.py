@@ -50,11 +50,16 @@ class DirectoryLock:
                     file.close()
                     raise CheckpointError(
                         f"--save: another run is saving into {self.path.parent} ({holder}). Wait for it, end it, or give another "
-                        "directory.") from None
+                        "directory."
+                    ) from None
                 time.sleep(0.2)
         file.seek(0)
         file.truncate()
-        holder = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        holder = {
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         if "SLURM_JOB_ID" in os.environ:
             holder["job"] = os.environ["SLURM_JOB_ID"]
         file.write(json.dumps(holder) + "\n")

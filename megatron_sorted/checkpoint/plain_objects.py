@@ -40,21 +40,50 @@ class Named:
         return f"{type(self).__name__}{self.arguments}"
 
 
-ENUMS = ("ModelType", "LayerType", "AttnType", "AttnMaskType", "PositionEmbeddingType", "AttnBackend", "CudaGraphScope", "Fp8Recipe")
+ENUMS = (
+    "ModelType",
+    "LayerType",
+    "AttnType",
+    "AttnMaskType",
+    "PositionEmbeddingType",
+    "AttnBackend",
+    "CudaGraphScope",
+    "Fp8Recipe",
+)
 """Names of Megatron's enumerations, wherever its versions keep them."""
-HOMES = ("megatron.core.enums", "megatron.core.transformer.enums", "megatron.model.enums", "megatron.legacy.model.enums",
-         "megatron.core.models.common.embeddings.enums")
+HOMES = (
+    "megatron.core.enums",
+    "megatron.core.transformer.enums",
+    "megatron.model.enums",
+    "megatron.legacy.model.enums",
+    "megatron.core.models.common.embeddings.enums",
+)
 RECORDS = (
     *(f"{home}.{name}" for home in HOMES for name in ENUMS),
-    *(f"megatron.core.rerun_state_machine.{name}" for name in ("RerunDiagnostic", "RerunMode", "RerunState")),
+    *(
+        f"megatron.core.rerun_state_machine.{name}"
+        for name in ("RerunDiagnostic", "RerunMode", "RerunState")
+    ),
     "megatron.core.optimizer.optimizer_config.OptimizerConfig",
     "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout",
-    "signal.Signals", "pathlib.PosixPath", "pathlib._local.PosixPath", "types.SimpleNamespace", "_io.BytesIO",
-    *(f"{home}.{name}" for home in ("numpy.core.multiarray", "numpy._core.multiarray") for name in ("_reconstruct", "scalar")),
-    "numpy.ndarray", "numpy.dtype", "numpy.dtypes.UInt32DType",
+    "signal.Signals",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+    "types.SimpleNamespace",
+    "_io.BytesIO",
+    *(
+        f"{home}.{name}"
+        for home in ("numpy.core.multiarray", "numpy._core.multiarray")
+        for name in ("_reconstruct", "scalar")
+    ),
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy.dtypes.UInt32DType",
 )
 """Names besides torch's own that may stand in a checkpoint."""
-STAND_INS = [(type(name.rpartition(".")[2], (Named,), {"__module__": __name__}), name) for name in RECORDS]
+STAND_INS = [
+    (type(name.rpartition(".")[2], (Named,), {"__module__": __name__}), name) for name in RECORDS
+]
 
 
 @contextmanager
@@ -113,18 +142,25 @@ def load_plain(source: Path | io.BufferedIOBase, told: str, **how: Any) -> Any:
                     f"{told}: refused: it asks for {shown(', '.join(sorted(foreign)))}. Only plain values, argparse.Namespace and "
                     "Megatron's enumerations are read, since any other class may run a program. Load it once with the program that "
                     "wrote it and save "
-                    "it again without (in Megatron-LM: --no-save-optim --no-save-rng, and no objects of your own in args).")
-            return torch.load(source, map_location=how.pop("map_location", "cpu"), weights_only=True, **how)
+                    "it again without (in Megatron-LM: --no-save-optim --no-save-rng, and no objects of your own in args)."
+                )
+            return torch.load(
+                source, map_location=how.pop("map_location", "cpu"), weights_only=True, **how
+            )
     except FileNotFoundError:
         raise CheckpointError(f"{told}: is missing.") from None
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
         reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-        raise CheckpointError(f"{told}: refused or damaged ({shown((reason.splitlines() or [''])[0])}).") from error
+        raise CheckpointError(
+            f"{told}: refused or damaged ({shown((reason.splitlines() or [''])[0])})."
+        ) from error
     except Exception as error:  # a damaged file shows as anything from EOFError to RuntimeError
-        raise CheckpointError(f"{told}: not readable ({type(error).__name__}: {shown((str(error).splitlines() or [''])[0])}). "
-                              "It is damaged, or was not written by torch.save.") from error
+        raise CheckpointError(
+            f"{told}: not readable ({type(error).__name__}: {shown((str(error).splitlines() or [''])[0])}). "
+            "It is damaged, or was not written by torch.save."
+        ) from error
 
 
 def _object_bytes(directory: Path, name: str, piece: StoredPiece | None) -> io.BytesIO:
@@ -135,10 +171,14 @@ def _object_bytes(directory: Path, name: str, piece: StoredPiece | None) -> io.B
             file.seek(piece.offset)
             content = file.read(piece.num_bytes)
     except OSError as error:
-        raise CheckpointError(f"{directory}: {name}: {piece.file} cannot be read ({error.strerror}).") from error
+        raise CheckpointError(
+            f"{directory}: {name}: {piece.file} cannot be read ({error.strerror})."
+        ) from error
     if len(content) < piece.num_bytes:
-        raise CheckpointError(f"{directory}: {name}: {piece.file} ends after {piece.offset + len(content)} bytes, "
-                              f"{piece.offset + piece.num_bytes} are needed; it was cut off.")
+        raise CheckpointError(
+            f"{directory}: {name}: {piece.file} ends after {piece.offset + len(content)} bytes, "
+            f"{piece.offset + piece.num_bytes} are needed; it was cut off."
+        )
     return io.BytesIO(content)
 
 

@@ -1,9 +1,9 @@
 """How a checkpoint gets its name and how one is deleted, so that a kill at any instruction loses none.
 
-    write .iter_N.writing, its manifest last      not there for anybody yet
-    name it iter_N                                takes the place of an older one of its step in one step
-    write the tracker                             a resume finds the newest without it, too
-    delete what is not kept                       each is renamed first, so that it is whole or gone
+write .iter_N.writing, its manifest last      not there for anybody yet
+name it iter_N                                takes the place of an older one of its step in one step
+write the tracker                             a resume finds the newest without it, too
+delete what is not kept                       each is renamed first, so that it is whole or gone
 """
 
 import itertools
@@ -22,7 +22,14 @@ from megatron_sorted.checkpoint.layout import (
     writing_directory,
 )
 from megatron_sorted.checkpoint.manifest import MANIFEST
-from megatron_sorted.files import discard_tree, exchange, remove_tree, sync_directory, take_place, write_text_atomically
+from megatron_sorted.files import (
+    discard_tree,
+    exchange,
+    remove_tree,
+    sync_directory,
+    take_place,
+    write_text_atomically,
+)
 
 
 @dataclass(frozen=True)
@@ -58,13 +65,18 @@ def publish(root: Path, step: int, manifest: str, run_id: str | None, keep: Rete
     try:
         write_text_atomically(root / TRACKER, str(step))
     except OSError as error:  # a resume finds the checkpoint without it; deleting others on top would be too bold
-        return [*filter(None, notes), f"{root / TRACKER}: could not be written ({error.strerror or error})"]
+        return [
+            *filter(None, notes),
+            f"{root / TRACKER}: could not be written ({error.strerror or error})",
+        ]
     own = steps_of_run(root, run_id) if keep.retain is not None else []
     for old in steps_to_remove(own, step, keep.retain, keep.interval):
         try:
             notes.append(remove_checkpoint(root, old))
         except OSError as error:  # it is complete, and the next save tries again
-            notes.append(f"the checkpoint of step {old} could not be removed ({error.strerror or error})")
+            notes.append(
+                f"the checkpoint of step {old} could not be removed ({error.strerror or error})"
+            )
     return [note for note in notes if note]
 
 

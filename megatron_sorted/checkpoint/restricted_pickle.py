@@ -85,21 +85,57 @@ class _BytesRecord(_Record): ...
 class _Anything(_Record): ...
 
 
-TORCH_METADATA, TORCH_FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
-TORCH_PLANNER, MEGATRON = "torch.distributed.checkpoint.planner", "megatron.core.dist_checkpointing.strategies.torch"
-DTYPES = {name: value for name in dir(torch) if isinstance(value := getattr(torch, name), torch.dtype)}
+TORCH_METADATA, TORCH_FILES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+)
+TORCH_PLANNER, MEGATRON = (
+    "torch.distributed.checkpoint.planner",
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
+DTYPES = {
+    name: value for name in dir(torch) if isinstance(value := getattr(torch, name), torch.dtype)
+}
 PERMITTED: dict[tuple[str, str], Any] = {
-    **{(TORCH_METADATA, name): _Anything for name in (
-        "Metadata", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING")},
-    (TORCH_METADATA, "TensorStorageMetadata"): _TensorRecord, (TORCH_METADATA, "BytesStorageMetadata"): _BytesRecord,
-    (TORCH_FILES, "_StorageInfo"): _Anything, (TORCH_FILES, "_StoragePrefix"): _Anything,
+    **{
+        (TORCH_METADATA, name): _Anything
+        for name in (
+            "Metadata",
+            "ChunkStorageMetadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "_MEM_FORMAT_ENCODING",
+        )
+    },
+    (TORCH_METADATA, "TensorStorageMetadata"): _TensorRecord,
+    (TORCH_METADATA, "BytesStorageMetadata"): _BytesRecord,
+    (TORCH_FILES, "_StorageInfo"): _Anything,
+    (TORCH_FILES, "_StoragePrefix"): _Anything,
     # Megatron keeps the plan of the save beside it, and once had classes of its own for both
-    **{(TORCH_PLANNER, name): _Anything for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")},
+    **{
+        (TORCH_PLANNER, name): _Anything
+        for name in (
+            "SavePlan",
+            "WriteItem",
+            "WriteItemType",
+            "TensorWriteData",
+            "BytesIOWriteData",
+        )
+    },
     **{(MEGATRON, name): _Anything for name in ("MCoreMetadata", "MCoreSavePlan")},
-    ("torch", "Size"): tuple, ("torch.serialization", "_get_layout"): _Anything,
+    ("torch", "Size"): tuple,
+    ("torch.serialization", "_get_layout"): _Anything,
     **{("torch", name): dtype for name, dtype in DTYPES.items()},
-    **{("torch", name): _Anything for name in ("strided", "contiguous_format", "preserve_format", "channels_last")},
-    **{(module, name): _Anything for module in ("pathlib", "pathlib._local") for name in ("Path", "PosixPath", "PurePosixPath")},
+    **{
+        ("torch", name): _Anything
+        for name in ("strided", "contiguous_format", "preserve_format", "channels_last")
+    },
+    **{
+        (module, name): _Anything
+        for module in ("pathlib", "pathlib._local")
+        for name in ("Path", "PosixPath", "PurePosixPath")
+    },
     ("collections", "OrderedDict"): OrderedDict,
 }
 """Every (module, name) that a ``.metadata`` may ask for, and what it is given in its place."""
@@ -130,10 +166,17 @@ class RestrictedUnpickler(pickle._Unpickler):
 def _piece(info: Any) -> StoredPiece:
     if getattr(info, "transform_descriptors", None):
         raise ValueError(f"pieces are stored transformed ({info.transform_descriptors})")
-    if not isinstance(info.relative_path, str) or Path(info.relative_path).name != info.relative_path:
-        raise ValueError(f"a piece is said to lie in {info.relative_path!r}, which is not a file of this directory")
+    if (
+        not isinstance(info.relative_path, str)
+        or Path(info.relative_path).name != info.relative_path
+    ):
+        raise ValueError(
+            f"a piece is said to lie in {info.relative_path!r}, which is not a file of this directory"
+        )
     if min(info.offset, info.length) < 0:
-        raise ValueError(f"a piece of {info.relative_path} begins at {info.offset} and has {info.length} bytes")
+        raise ValueError(
+            f"a piece of {info.relative_path} begins at {info.offset} and has {info.length} bytes"
+        )
     return StoredPiece(info.relative_path, info.offset, info.length)
 
 
@@ -146,7 +189,10 @@ def _tensor(name: str, record: Any, pieces: dict) -> StoredTensor:
         offsets, sizes = tuple(map(int, chunk.offsets)), tuple(map(int, chunk.sizes))
         if not len(offsets) == len(sizes) == len(shape):
             raise ValueError(f"{name} {shape} has a chunk of other dimensions ({offsets}, {sizes})")
-        if any(o < 0 or n < 0 or o + n > whole for o, n, whole in zip(offsets, sizes, shape, strict=True)):
+        if any(
+            o < 0 or n < 0 or o + n > whole
+            for o, n, whole in zip(offsets, sizes, shape, strict=True)
+        ):
             raise ValueError(f"{name} {shape} has a chunk outside it (at {offsets} of {sizes})")
         chunks.append(StoredChunk(offsets, sizes, pieces.get((name, offsets))))
     return StoredTensor(dtype, shape, tuple(chunks))
@@ -176,12 +222,18 @@ def read_stored_names(directory: str | Path) -> StoredNames:
             else:
                 objects[name] = pieces.get((name, None))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing, so this is no complete torch_dist checkpoint.") from None
+        raise CheckpointError(
+            f"{path}: is missing, so this is no complete torch_dist checkpoint."
+        ) from None
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{shown(path)}: {shown(error)}. Either it is damaged, or it was made to run a program of somebody "
-                              "else's when it is read. "
-                              "Take the checkpoint from a source you trust.") from error
+        raise CheckpointError(
+            f"{shown(path)}: {shown(error)}. Either it is damaged, or it was made to run a program of somebody "
+            "else's when it is read. "
+            "Take the checkpoint from a source you trust."
+        ) from error
     except Exception as error:  # a damaged pickle shows as anything from EOFError to MemoryError
-        raise CheckpointError(f"{shown(path)}: not readable ({type(error).__name__}: {shown(error)}). It is damaged, or no metadata "
-                              "of a torch_dist checkpoint.") from error
+        raise CheckpointError(
+            f"{shown(path)}: not readable ({type(error).__name__}: {shown(error)}). It is damaged, or no metadata "
+            "of a torch_dist checkpoint."
+        ) from error
     return StoredNames(tensors, objects)

@@ -85,8 +85,16 @@ class Saver:
         progress_mark: Called from the writing thread as it gets on, for a watchdog.
     """
 
-    def __init__(self, root: str, platform: Platform, background: bool, verify: bool, keep: Retention,
-                 extra_files: Mapping[str, bytes], progress_mark: Callable[[], None]):
+    def __init__(
+        self,
+        root: str,
+        platform: Platform,
+        background: bool,
+        verify: bool,
+        keep: Retention,
+        extra_files: Mapping[str, bytes],
+        progress_mark: Callable[[], None],
+    ):
         """Clear what an earlier run left unfinished.
 
         Collective: creates a process group of all ranks; every process must make a saver.
@@ -107,7 +115,9 @@ class Saver:
         """Return whether a save of this rank is still on its way."""
         return self._thread is not None and self._thread.is_alive()
 
-    def save(self, state: dict[str, Any], progress: Progress, description: dict[str, Any], began: float) -> None:
+    def save(
+        self, state: dict[str, Any], progress: Progress, description: dict[str, Any], began: float
+    ) -> None:
         """Start a save of ``state``, a Megatron sharded state dict, which may change afterwards. The save before must be taken.
 
         Collective: Megatron's checks of the state dict over all ranks (the first time), then nothing on the main thread.
@@ -122,13 +132,19 @@ class Saver:
         sharded, common = save_preprocess(state, validate_access_integrity=not self._validated)
         self._validated = True
         self.stage.copy(sharded)
-        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded, keep_only_main_replica=True
+        )
         shards = mcore_to_pyt_state_dict(flat)
         serialised = io.BytesIO()
         if dist.get_rank() == 0:
             torch.save(common, serialised)
-        self._job = _Job(progress, shards, serialised.getvalue(), description, began, time.monotonic() - began)
-        self._thread = threading.Thread(target=self._run, args=(self._job,), name="save", daemon=True)
+        self._job = _Job(
+            progress, shards, serialised.getvalue(), description, began, time.monotonic() - began
+        )
+        self._thread = threading.Thread(
+            target=self._run, args=(self._job,), name="save", daemon=True
+        )
         self._thread.start()
         if not self.background:
             self._thread.join()
@@ -164,8 +180,15 @@ class Saver:
             error, notes = self._agree(lambda: self._publish(job, files))
         if error and dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        job.outcome = SaveOutcome(step, None if error else final, error, sum(record.num_bytes for record in files.values()),
-                                  job.stall_seconds, time.monotonic() - job.started, tuple(notes[0]) if notes else ())
+        job.outcome = SaveOutcome(
+            step,
+            None if error else final,
+            error,
+            sum(record.num_bytes for record in files.values()),
+            job.stall_seconds,
+            time.monotonic() - job.started,
+            tuple(notes[0]) if notes else (),
+        )
 
     def _agree(self, work: Callable[[], Any]) -> tuple[str | None, list[Any]]:
         """Return (None, what ``work`` returned on every rank), or (what went wrong and on which rank, []).
@@ -176,12 +199,22 @@ class Saver:
         mine: tuple[str | None, Any]
         try:
             mine = (None, work())
-        except (Exception, CheckpointException) as error:  # torch's is no Exception; whatever it is, other ranks must hear of it
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # torch's is no Exception; whatever it is, other ranks must hear of it
             mine = (_cause(error), None)
         self.progress_mark()
         everybody: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everybody, mine, group=self.group)
-        failed = next((said if "on rank" in said else f"{said}, on rank {rank}" for rank, (said, _) in enumerate(everybody) if said), None)
+        failed = next(
+            (
+                said if "on rank" in said else f"{said}, on rank {rank}"
+                for rank, (said, _) in enumerate(everybody)
+                if said
+            ),
+            None,
+        )
         return failed, [] if failed else [value for _, value in everybody]
 
     def _make_directory(self, aside: Path) -> None:
@@ -236,5 +269,7 @@ def require_saved(outcome: SaveOutcome) -> None:
         CheckpointError: It did not.
     """
     if outcome.error:
-        raise CheckpointError(f"the checkpoint of step {outcome.step} could not be written ({outcome.error}). "
-                              "Earlier checkpoints are as they were. Make room or mend the file system, then start again with --load.")
+        raise CheckpointError(
+            f"the checkpoint of step {outcome.step} could not be written ({outcome.error}). "
+            "Earlier checkpoints are as they were. Make room or mend the file system, then start again with --load."
+        )

@@ -17,7 +17,12 @@ class _HashingStream(io.RawIOBase):
     """Hands bytes on to a file and adds them to a hash."""
 
     def __init__(self, file, progress_mark: Callable[[], None]):
-        self.file, self.progress_mark, self.digest, self.num_bytes = file, progress_mark, hashlib.sha256(), 0
+        self.file, self.progress_mark, self.digest, self.num_bytes = (
+            file,
+            progress_mark,
+            hashlib.sha256(),
+            0,
+        )
         self.failure: OSError | None = None
 
     def writable(self) -> bool:
@@ -68,7 +73,9 @@ class HashingFileSystem(FileSystem):
             try:
                 yield stream
             except Exception as error:
-                if stream.failure is not None:  # torch says "unexpected pos" of a stream that could not be written
+                if (
+                    stream.failure is not None
+                ):  # torch says "unexpected pos" of a stream that could not be written
                     raise stream.failure from error
                 raise
             if not file.closed:
@@ -99,8 +106,10 @@ class HashingFileSystem(FileSystem):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             found = record_file(path, self.progress_mark)
             if found != record:
-                raise OSError(f"{path}: {record.num_bytes} bytes with sha256 {record.sha256[:12]} were written, "
-                              f"{found.num_bytes} bytes with {found.sha256[:12]} came back")
+                raise OSError(
+                    f"{path}: {record.num_bytes} bytes with sha256 {record.sha256[:12]} were written, "
+                    f"{found.num_bytes} bytes with {found.sha256[:12]} came back"
+                )
 
 
 class HashingWriter(FileSystemWriter):
@@ -110,5 +119,11 @@ class HashingWriter(FileSystemWriter):
     """
 
     def __init__(self, directory: Path, progress_mark: Callable[[], None]):
-        super().__init__(directory, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
+        super().__init__(
+            directory,
+            single_file_per_rank=True,
+            sync_files=True,
+            thread_count=1,
+            per_thread_copy_ahead=0,
+        )
         self.fs = HashingFileSystem(progress_mark)

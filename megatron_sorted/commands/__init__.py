@@ -39,5 +39,9 @@ def run(name: str, words: Sequence[str] | None = None) -> NoReturn:
     """
     start_command()
     module = import_module(f"{__name__}.{name}")
-    run_main(lambda: module.main(words), getattr(module, "IF_STOPPED", ""), getattr(module, "clean_up", lambda: None),
-             getattr(module, "report_error", None))
+    run_main(
+        lambda: module.main(words),
+        getattr(module, "IF_STOPPED", ""),
+        getattr(module, "clean_up", lambda: None),
+        getattr(module, "report_error", None),
+    )

@@ -28,22 +28,73 @@ DEFAULT_STRATEGIES = ("full", "self_speculative", "sorted_speculative", "tree", 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's values."""
-    parser = Parser("megatron-sorted benchmark", DESCRIPTION, "megatron-sorted benchmark MODEL --questions questions.jsonl --per-group 10",
-                    usage="%(prog)s MODEL --questions FILE [options]")
+    parser = Parser(
+        "megatron-sorted benchmark",
+        DESCRIPTION,
+        "megatron-sorted benchmark MODEL --questions questions.jsonl --per-group 10",
+        usage="%(prog)s MODEL --questions FILE [options]",
+    )
     add_model_options(parser)
     group = parser.add_argument_group("comparison")
-    group.add_argument("--questions", type=Path, required=True, metavar="FILE", help="JSON lines with question_id, category, turns")
-    group.add_argument("--per-group", type=int, default=80, metavar="N", help="questions of each group, evenly spread (%(default)s)")
-    group.add_argument("--strategies", nargs="+", choices=tuple(STRATEGIES), default=DEFAULT_STRATEGIES, metavar="NAME", help="(all but fixed)")
-    group.add_argument("--without-transformers", action="store_true", help="leave out transformers' generate")
-    group.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of every turn (%(default)s)")
-    group.add_argument("--batches", type=int, nargs="*", default=[], metavar="N", help="also N prompts at once")
-    group.add_argument("--sweep", action="store_true", help="also self_speculative at every exit and draft length")
-    group.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="also loss on these held-out texts over speed")
+    group.add_argument(
+        "--questions",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON lines with question_id, category, turns",
+    )
+    group.add_argument(
+        "--per-group",
+        type=int,
+        default=80,
+        metavar="N",
+        help="questions of each group, evenly spread (%(default)s)",
+    )
+    group.add_argument(
+        "--strategies",
+        nargs="+",
+        choices=tuple(STRATEGIES),
+        default=DEFAULT_STRATEGIES,
+        metavar="NAME",
+        help="(all but fixed)",
+    )
+    group.add_argument(
+        "--without-transformers", action="store_true", help="leave out transformers' generate"
+    )
+    group.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="of every turn (%(default)s)"
+    )
+    group.add_argument(
+        "--batches", type=int, nargs="*", default=[], metavar="N", help="also N prompts at once"
+    )
+    group.add_argument(
+        "--sweep", action="store_true", help="also self_speculative at every exit and draft length"
+    )
+    group.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="also loss on these held-out texts over speed",
+    )
     group.add_argument("--text-separator", metavar="TEXT", help="between texts of a plain file")
-    group.add_argument("--num-texts", type=int, default=100, metavar="N", help="of each file at most (%(default)s)")
-    group.add_argument("--num-prompts", type=int, default=12, metavar="N", help="of --batches, --sweep and --text (%(default)s)")
-    group.add_argument("--output", type=Path, default=Path("runs/benchmark_decoding"), metavar="DIR", help="folder (%(default)s)")
+    group.add_argument(
+        "--num-texts", type=int, default=100, metavar="N", help="of each file at most (%(default)s)"
+    )
+    group.add_argument(
+        "--num-prompts",
+        type=int,
+        default=12,
+        metavar="N",
+        help="of --batches, --sweep and --text (%(default)s)",
+    )
+    group.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/benchmark_decoding"),
+        metavar="DIR",
+        help="folder (%(default)s)",
+    )
     group.add_argument("--title", help="of the page (default: the model's directory)")
     add_strategy_options(parser)
     add_sampling_options(parser)
@@ -59,16 +110,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = read_arguments(arguments)
     questions = read_questions(values.questions)
     groups = dict.fromkeys([*GROUPS.values(), *(question.group for question in questions)])
-    chosen = [question for group in groups for question in spread([one for one in questions if one.group == group], values.per_group)]
+    chosen = [
+        question
+        for group in groups
+        for question in spread([one for one in questions if one.group == group], values.per_group)
+    ]
     sampling = sampling_of(values)
-    from megatron_sorted.benchmark.comparison import Extras, compare_strategies, contestants_of, strategies_of
+    from megatron_sorted.benchmark.comparison import (
+        Extras,
+        compare_strategies,
+        contestants_of,
+        strategies_of,
+    )
     from megatron_sorted.benchmark.scores import Terms
 
     writer = writer_of(values)
     print(writer.form.line, file=sys.stderr, flush=True)
-    terms = Terms(values.title or values.model.resolve().name, sampling, values.max_new_tokens, f"{values.dtype} on {values.device}")
+    terms = Terms(
+        values.title or values.model.resolve().name,
+        sampling,
+        values.max_new_tokens,
+        f"{values.dtype} on {values.device}",
+    )
     strategies = strategies_of(writer, strategy_choice(values), values.strategies)
     contestants = contestants_of(writer, strategies, terms, not values.without_transformers)
-    extras = Extras(values.batches, values.sweep, values.text or (), values.text_separator, values.num_texts, values.num_prompts)
+    extras = Extras(
+        values.batches,
+        values.sweep,
+        values.text or (),
+        values.text_separator,
+        values.num_texts,
+        values.num_prompts,
+    )
     print(compare_strategies(writer, chosen, strategies, contestants, terms, extras, values.output))
     print(f"written: {values.output}/decoding.md, decoding.json, pictures and the answers")

@@ -14,12 +14,31 @@ DESCRIPTION = """\
 Convert models between Hugging Face directories and checkpoints, and verify them: every tensor bit for
 bit, and the logits of every exit. VERB --help says what each of these takes."""
 VERBS = {
-    "import": ("MODEL", "CHECKPOINTS", "Make a checkpoint of a Hugging Face model or of a Megatron-LM checkpoint.",
-               "Llama-3.2-1B runs/llama --exit-layer-nums 4 8 12"),
-    "export": ("CHECKPOINTS", "MODEL", "Make a Hugging Face model of a checkpoint.", "runs/llama my-llama --dtype bfloat16"),
-    "verify": ("ONE", "OTHER", "Compare two directories of any kind: are they the same model?", "runs/llama my-llama"),
-    "export-adapter": ("CHECKPOINTS", "ADAPTER", "Write the low-rank adapters of a checkpoint in the format of peft.",
-                       "runs/llama my-adapter --base-model NAME")}
+    "import": (
+        "MODEL",
+        "CHECKPOINTS",
+        "Make a checkpoint of a Hugging Face model or of a Megatron-LM checkpoint.",
+        "Llama-3.2-1B runs/llama --exit-layer-nums 4 8 12",
+    ),
+    "export": (
+        "CHECKPOINTS",
+        "MODEL",
+        "Make a Hugging Face model of a checkpoint.",
+        "runs/llama my-llama --dtype bfloat16",
+    ),
+    "verify": (
+        "ONE",
+        "OTHER",
+        "Compare two directories of any kind: are they the same model?",
+        "runs/llama my-llama",
+    ),
+    "export-adapter": (
+        "CHECKPOINTS",
+        "ADAPTER",
+        "Write the low-rank adapters of a checkpoint in the format of peft.",
+        "runs/llama my-adapter --base-model NAME",
+    ),
+}
 """Verb -> its two directories, what it does, and the words of an example."""
 
 
@@ -31,42 +50,111 @@ def clean_up() -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return what the command line says."""
-    parser = Parser("megatron-sorted convert", DESCRIPTION, f"megatron-sorted convert import {VERBS['import'][3]}")
+    parser = Parser(
+        "megatron-sorted convert",
+        DESCRIPTION,
+        f"megatron-sorted convert import {VERBS['import'][3]}",
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
     commands = {}
     for verb, (first, second, what, words) in VERBS.items():
         name = f"megatron-sorted convert {verb}"
-        command = commands[verb] = verbs.add_parser(verb, prog=name, help=what, description=what, example=f"{name} {words}",
-                                                    usage=f"{name} {first} {second} [options]")
+        command = commands[verb] = verbs.add_parser(
+            verb,
+            prog=name,
+            help=what,
+            description=what,
+            example=f"{name} {words}",
+            usage=f"{name} {first} {second} [options]",
+        )
         command.add_argument("first", type=Path, nargs="?", metavar=first, help="what is read")
-        command.add_argument("second", type=Path, nargs="?", metavar=second,
-                             help="what is compared with it" if verb == "verify" else "what is written")
-        command.add_argument("--load-dir", type=Path, metavar="DIR", help=f"another way to write {first}")
-        command.add_argument("--save-dir", type=Path, metavar="DIR", help=f"another way to write {second}")
-        command.add_argument("--ckpt-step", type=int, metavar="N", help="step of the checkpoint (default: the newest complete one)")
-        command.add_argument("--vocab-size", type=int, metavar="N",
-                             help="real tokens, for a Megatron-LM checkpoint that knows the padded number")
-        command.add_argument("--lora-rank-used", type=int, metavar="RANK", help="of nested adapters (--dylora); 0: none (default: all)")
+        command.add_argument(
+            "second",
+            type=Path,
+            nargs="?",
+            metavar=second,
+            help="what is compared with it" if verb == "verify" else "what is written",
+        )
+        command.add_argument(
+            "--load-dir", type=Path, metavar="DIR", help=f"another way to write {first}"
+        )
+        command.add_argument(
+            "--save-dir", type=Path, metavar="DIR", help=f"another way to write {second}"
+        )
+        command.add_argument(
+            "--ckpt-step",
+            type=int,
+            metavar="N",
+            help="step of the checkpoint (default: the newest complete one)",
+        )
+        command.add_argument(
+            "--vocab-size",
+            type=int,
+            metavar="N",
+            help="real tokens, for a Megatron-LM checkpoint that knows the padded number",
+        )
+        command.add_argument(
+            "--lora-rank-used",
+            type=int,
+            metavar="RANK",
+            help="of nested adapters (--dylora); 0: none (default: all)",
+        )
         if verb != "export-adapter":
-            command.add_argument("--tolerance", type=float, metavar="X", help="difference of logits, relative to the largest (1e-4)")
-            command.add_argument("--report", type=Path, metavar="FILE", help="also write the comparison of every tensor as JSON")
+            command.add_argument(
+                "--tolerance",
+                type=float,
+                metavar="X",
+                help="difference of logits, relative to the largest (1e-4)",
+            )
+            command.add_argument(
+                "--report",
+                type=Path,
+                metavar="FILE",
+                help="also write the comparison of every tensor as JSON",
+            )
         if verb != "verify":
-            command.add_argument("--overwrite", action="store_true", help="replace the destination if it exists")
+            command.add_argument(
+                "--overwrite", action="store_true", help="replace the destination if it exists"
+            )
         if verb in ("import", "export"):
-            command.add_argument("--no-verify", action="store_true", help="do not compare what was written with what there was")
+            command.add_argument(
+                "--no-verify",
+                action="store_true",
+                help="do not compare what was written with what there was",
+            )
             for axis in ("tensor", "pipeline"):
-                command.add_argument(f"--target-{axis}-parallel-size", type=int, help=argparse.SUPPRESS)
+                command.add_argument(
+                    f"--target-{axis}-parallel-size", type=int, help=argparse.SUPPRESS
+                )
     command = commands["import"]
-    command.add_argument("--exit-layer-nums", type=int, nargs="+", metavar="DEPTH", help="exits of the checkpoint (default: the model's)")
-    for flag, what in (("--use-exit-norm", "norm of its own, a copy of the last"),
-                       ("--untie-exit-output-weights", "head of its own, a copy of the last"),
-                       ("--use-exit-block", "layer of its own, a copy of the last (Balcony)"),
-                       ("--use-exit-mlp", "normed MLP of its own, a copy of the last layer's")):
-        command.add_argument(flag, action="store_true", default=None, help=f"every exit has a {what}")
-    commands["export"].add_argument("--dtype", choices=DTYPES, metavar="KIND", help=f"{', '.join(DTYPES)} (default: as stored)")
-    commands["export"].add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file at most (%(default)s)")
-    commands["export-adapter"].add_argument("--base-model", required=True, metavar="NAME",
-                                            help="the Hugging Face model they were trained on")
+    command.add_argument(
+        "--exit-layer-nums",
+        type=int,
+        nargs="+",
+        metavar="DEPTH",
+        help="exits of the checkpoint (default: the model's)",
+    )
+    for flag, what in (
+        ("--use-exit-norm", "norm of its own, a copy of the last"),
+        ("--untie-exit-output-weights", "head of its own, a copy of the last"),
+        ("--use-exit-block", "layer of its own, a copy of the last (Balcony)"),
+        ("--use-exit-mlp", "normed MLP of its own, a copy of the last layer's"),
+    ):
+        command.add_argument(
+            flag, action="store_true", default=None, help=f"every exit has a {what}"
+        )
+    commands["export"].add_argument(
+        "--dtype", choices=DTYPES, metavar="KIND", help=f"{', '.join(DTYPES)} (default: as stored)"
+    )
+    commands["export"].add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file at most (%(default)s)"
+    )
+    commands["export-adapter"].add_argument(
+        "--base-model",
+        required=True,
+        metavar="NAME",
+        help="the Hugging Face model they were trained on",
+    )
     values = parser.parse_args(arguments)
     values.first, values.second = values.first or values.load_dir, values.second or values.save_dir
     if values.first is None or values.second is None:
@@ -91,30 +179,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(describe(model), flush=True)
     if values.verb == "export-adapter":
         count, num_bytes = export_adapter(model, values.second, values.base_model, values.overwrite)
-        print(f"wrote {values.second}: {count} tensors, {num_bytes / 1e6:,.1f} MB ({time.monotonic() - began:.1f} s)")
+        print(
+            f"wrote {values.second}: {count} tensors, {num_bytes / 1e6:,.1f} MB ({time.monotonic() - began:.1f} s)"
+        )
         return
     tolerance = TOLERANCE if values.tolerance is None else values.tolerance
     if values.verb == "verify":
         other = open_model(values.second)
         print(describe(other), flush=True)
-        written = Written(compare(model, other, tolerance, progress_bars("verifying", other.num_bytes)))
+        written = Written(
+            compare(model, other, tolerance, progress_bars("verifying", other.num_bytes))
+        )
     else:
         if values.target_tensor_parallel_size or values.target_pipeline_parallel_size:
             print("note: a checkpoint loads in any layout; the --target sizes are not needed")
         writing = Writing(values.overwrite, not values.no_verify, tolerance, progress_bars)
         if values.verb == "import":
             depths = None if values.exit_layer_nums is None else tuple(values.exit_layer_nums)
-            exits = Exits(depths, values.use_exit_norm, values.untie_exit_output_weights, values.use_exit_block, values.use_exit_mlp)
+            exits = Exits(
+                depths,
+                values.use_exit_norm,
+                values.untie_exit_output_weights,
+                values.use_exit_block,
+                values.use_exit_mlp,
+            )
             written = import_model(model, values.second, exits, writing)
         else:
-            written = export_model(model, values.second, writing, values.dtype, parse_size(values.max_shard_size))
+            written = export_model(
+                model, values.second, writing, values.dtype, parse_size(values.max_shard_size)
+            )
     if (comparison := written.comparison) is not None:
         print(f"\n{comparison.table()}\n")
         if values.report is not None:
             write_report(values.report, comparison)
     if values.verb == "verify":
         if comparison.problems:
-            raise SortedError(f"{values.first} and {values.second} are not the same model. {'; '.join(comparison.problems[:5])}")
+            raise SortedError(
+                f"{values.first} and {values.second} are not the same model. {'; '.join(comparison.problems[:5])}"
+            )
         print(f"the same model ({time.monotonic() - began:.1f} s)")
     else:
         state = "not verified" if comparison is None else "verified"

@@ -23,17 +23,49 @@ for long) or FAIL, with a remedy. With --network, one process on every device: t
 MASTER_ADDR and MASTER_PORT."""
 
 
-def read_arguments(arguments: Sequence[str] | None, environment: Mapping[str, str]) -> tuple[argparse.Namespace, World]:
+def read_arguments(
+    arguments: Sequence[str] | None, environment: Mapping[str, str]
+) -> tuple[argparse.Namespace, World]:
     """Return the command line's values and the job this process is part of; ends with status 2 if they cannot be."""
-    parser = Parser("megatron-sorted doctor", DESCRIPTION, "torchrun --nproc-per-node 8 -m megatron_sorted doctor RUN.yaml --network")
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN.yaml", help="settings of a run to check as well")
-    parser.add_argument("--device", choices=DEVICES, default="auto", metavar="NAME",
-                        help=f"{', '.join(DEVICES)}: where to run (%(default)s)")
-    parser.add_argument("--world-size", type=int, metavar="N", help="processes the run is meant for (default: those of the job)")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="where to try the disk (default: --save of the run, else here)")
-    parser.add_argument("--network", action=argparse.BooleanOptionalAction, help="test communication (default: in a job)")
-    parser.add_argument("--limit-seconds", type=float, default=120.0, metavar="S",
-                        help="how long a process may keep others waiting (%(default)s)")
+    parser = Parser(
+        "megatron-sorted doctor",
+        DESCRIPTION,
+        "torchrun --nproc-per-node 8 -m megatron_sorted doctor RUN.yaml --network",
+    )
+    parser.add_argument(
+        "run", nargs="?", type=Path, metavar="RUN.yaml", help="settings of a run to check as well"
+    )
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        metavar="NAME",
+        help=f"{', '.join(DEVICES)}: where to run (%(default)s)",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="processes the run is meant for (default: those of the job)",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="where to try the disk (default: --save of the run, else here)",
+    )
+    parser.add_argument(
+        "--network",
+        action=argparse.BooleanOptionalAction,
+        help="test communication (default: in a job)",
+    )
+    parser.add_argument(
+        "--limit-seconds",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="how long a process may keep others waiting (%(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     values = parser.parse_args(arguments)
     try:
@@ -46,15 +78,23 @@ def read_arguments(arguments: Sequence[str] | None, environment: Mapping[str, st
         values.network = world.size > 1
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     if values.network and world.size < 2:
-        parser.error("--network: this is one process. Start one on every device: torchrun ... -m megatron_sorted doctor --network.")
+        parser.error(
+            "--network: this is one process. Start one on every device: torchrun ... -m megatron_sorted doctor --network."
+        )
     if values.network and missing:
-        parser.error(f"--network: {' and '.join(missing)} unset. Export the first node's name and a free port, the same on all nodes.")
+        parser.error(
+            f"--network: {' and '.join(missing)} unset. Export the first node's name and a free port, the same on all nodes."
+        )
     if values.network and values.limit_seconds <= 0:
         parser.error(f"--limit-seconds: {values.limit_seconds} is not above 0.")
     return values, world
 
 
-def show(by_host: Mapping[str, Sequence[Finding]], figures: Sequence[Mapping[str, Any]], values: argparse.Namespace) -> int:
+def show(
+    by_host: Mapping[str, Sequence[Finding]],
+    figures: Sequence[Mapping[str, Any]],
+    values: argparse.Namespace,
+) -> int:
     """Print what was found; returns the exit status."""
     if values.json:
         print(json.dumps(as_data(by_host, figures), indent=1), flush=True)
@@ -68,11 +108,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Examine this machine or a job and return the exit status."""
     environment = dict(os.environ)
     values, world = read_arguments(arguments, environment)
-    question = DoctorOptions(environment, world, values.device, values.run, values.folder, values.world_size)
+    question = DoctorOptions(
+        environment, world, values.device, values.run, values.folder, values.world_size
+    )
     if values.network:
         from megatron_sorted.doctor.network.job import examine_job
 
-        return examine_job(question, values.limit_seconds, lambda found, figures: show(found, figures, values))
+        return examine_job(
+            question, values.limit_seconds, lambda found, figures: show(found, figures, values)
+        )
     if world.local_rank > 0:
         return 0
     return show({os.uname().nodename: look_around(question)}, (), values)

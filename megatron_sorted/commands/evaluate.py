@@ -22,12 +22,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         values.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"--output: {values.output} cannot be written ({error.strerror}). Give another folder.") from error
+        raise DataError(
+            f"--output: {values.output} cannot be written ({error.strerror}). Give another folder."
+        ) from error
     kept = {name: plain(getattr(values, name)) for name in KEPT} | {"texts": plain(values.text)}
     described, record = describe(measures, kept), Record(values.output)
     try:
-        found = evaluate(subjects, measures, lambda so_far: record.keep(described | results_of(so_far, measures),
-                                                                        answers_of(so_far, measures)))
+        found = evaluate(
+            subjects,
+            measures,
+            lambda so_far: record.keep(
+                described | results_of(so_far, measures), answers_of(so_far, measures)
+            ),
+        )
     except SortedError as error:
         if record.kept is None:
             raise
@@ -42,5 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         written.append(picture)
     else:
         picture.unlink(missing_ok=True)  # of an earlier evaluation, which these numbers are not
-        print(f"\nno picture: {len(found)} models are more than the {MAX_MODELS} that one can tell apart; the tables have them all")
-    print(f"\nwritten: {', '.join(map(str, [*written, *[values.save_heads] * bool(values.save_heads)]))}")
+        print(
+            f"\nno picture: {len(found)} models are more than the {MAX_MODELS} that one can tell apart; the tables have them all"
+        )
+    print(
+        f"\nwritten: {', '.join(map(str, [*written, *[values.save_heads] * bool(values.save_heads)]))}"
+    )

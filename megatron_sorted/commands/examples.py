@@ -14,7 +14,12 @@ installed package; give its Python in the site file, or start them by megatron-s
 def main(arguments: Sequence[str] | None = None) -> None:
     """Copy and say what was written."""
     parser = Parser("megatron-sorted examples", DESCRIPTION, "megatron-sorted examples my_runs")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="folder to copy into; it is made where it does not exist")
+    parser.add_argument(
+        "directory",
+        type=Path,
+        metavar="DIR",
+        help="folder to copy into; it is made where it does not exist",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     values = parser.parse_args(arguments)
     for path in copy_out(values.directory, values.overwrite):

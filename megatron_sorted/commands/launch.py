@@ -20,12 +20,25 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Become the launcher."""
     folder = shipped("slurm")
     kinds = sorted(path.stem for path in folder.glob("*.sbatch"))
-    parser = Parser("megatron-sorted launch", DESCRIPTION, "megatron-sorted launch slurm gpu --site mine.site RUN.yaml",
-                    usage="%(prog)s slurm|hosts KIND [options] RUN.yaml [settings]")
-    parser.add_argument("how", choices=("slurm", "hosts"), metavar="HOW", help="slurm: as a job; hosts: over ssh, without a scheduler")
-    parser.add_argument("kind", choices=kinds, metavar="KIND", help=f"{' or '.join(kinds)}, what the nodes have")
+    parser = Parser(
+        "megatron-sorted launch",
+        DESCRIPTION,
+        "megatron-sorted launch slurm gpu --site mine.site RUN.yaml",
+        usage="%(prog)s slurm|hosts KIND [options] RUN.yaml [settings]",
+    )
+    parser.add_argument(
+        "how",
+        choices=("slurm", "hosts"),
+        metavar="HOW",
+        help="slurm: as a job; hosts: over ssh, without a scheduler",
+    )
+    parser.add_argument(
+        "kind", choices=kinds, metavar="KIND", help=f"{' or '.join(kinds)}, what the nodes have"
+    )
     words = list(sys.argv[1:] if arguments is None else arguments)
     values = parser.parse_args(words[:2])
-    script = [f"{values.kind}.sbatch"] if values.how == "slurm" else ["launch_hosts.sh", values.kind]
+    script = (
+        [f"{values.kind}.sbatch"] if values.how == "slurm" else ["launch_hosts.sh", values.kind]
+    )
     command = ["bash", str(folder / script[0]), *script[1:], *words[2:]]
     os.execvpe("bash", command, {**os.environ, "SORTED_OWN_PYTHON": sys.executable})

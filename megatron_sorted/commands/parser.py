@@ -31,7 +31,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str, example: str = "", **more: Any):
         more.setdefault("epilog", f"example: {example}" if example else None)
-        super().__init__(prog=prog, description=description, formatter_class=_Help, add_help=False, **more)
+        super().__init__(
+            prog=prog, description=description, formatter_class=_Help, add_help=False, **more
+        )
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         self._takes_any = False
 
@@ -45,7 +47,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End the process with one line about a mistake in the command line."""
         text = one_line(message.removeprefix("argument "))
-        self.exit(2, f"error: {text}{'' if text.endswith(('.', '?')) else f'. {self.prog} --help says what it takes.'}\n")
+        self.exit(
+            2,
+            f"error: {text}{'' if text.endswith(('.', '?')) else f'. {self.prog} --help says what it takes.'}\n",
+        )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Return the values; a word that is none of its own is a mistake."""
@@ -54,7 +59,9 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{unknown[0]!r}: a word too many. {self.prog} --help says what it takes.")
         return values
 
-    def parse_some(self, args: Sequence[str] | None, others: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    def parse_some(
+        self, args: Sequence[str] | None, others: Sequence[str]
+    ) -> tuple[argparse.Namespace, list[str]]:
         """Return the values, and the words that are left, whose options are ``others``.
 
         Raises:
@@ -64,7 +71,11 @@ class Parser(argparse.ArgumentParser):
         values, left = self.parse_known_args(args)
         for option in (word.partition("=")[0] for word in left):
             if option.startswith("--") and option not in others:
-                near = nearest(option, [*self._option_string_actions, *others], f"{self.prog} --help names them.")
+                near = nearest(
+                    option,
+                    [*self._option_string_actions, *others],
+                    f"{self.prog} --help names them.",
+                )
                 raise SettingsError(f"{option}: there is no such option. {near}")
         return values, left
 
@@ -82,8 +93,15 @@ class Parser(argparse.ArgumentParser):
         if not option.startswith("--") or " " in option or option in known:
             return
         if not (self.allow_abbrev and any(name.startswith(option) for name in known)):
-            shown = [name for name in known if self._option_string_actions[name].help is not argparse.SUPPRESS or name == "--help"]
-            self.error(f"{option}: there is no such option. {nearest(option, shown, f'{self.prog} --help names them.')}")
+            shown = [
+                name
+                for name in known
+                if self._option_string_actions[name].help is not argparse.SUPPRESS
+                or name == "--help"
+            ]
+            self.error(
+                f"{option}: there is no such option. {nearest(option, shown, f'{self.prog} --help names them.')}"
+            )
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -94,6 +112,7 @@ class Parser(argparse.ArgumentParser):
 
 def at_least(least: int) -> Any:
     """Return the type of a whole number that is not below ``least``."""
+
     def number(text: str) -> int:
         if (value := int(text)) < least:
             raise argparse.ArgumentTypeError(f"{value} is not at least {least}")

@@ -31,26 +31,91 @@ def _form(text: str) -> str:
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's values."""
-    parser = Parser("megatron-sorted prepare", "Turn JSON lines into Megatron's indexed token files. docs/data.md says what they hold.",
-                    "megatron-sorted prepare --input train.jsonl --output-prefix data/train --tokenizer-model t",
-                    usage="%(prog)s --input FILE ... --output-prefix P [options]")
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines, plain or gzipped")
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_text_document.bin, P_text_document.idx and P.json")
-    parser.add_argument("--tokenizer-type", default=TOKENIZERS[0], choices=TOKENIZERS, metavar="TYPE", help=", ".join(TOKENIZERS))
-    parser.add_argument("--tokenizer-model", metavar="PATH", help="sentencepiece file or Hugging Face directory")
-    parser.add_argument("--vocab-size", type=at_least(1), metavar="N", help="vocabulary of NullTokenizer")
-    parser.add_argument("--train-tokenizer", type=at_least(1), metavar="N", help="first train P_tokenizer.model, of N tokens, on the input")
-    parser.add_argument("--format", default="auto", choices=("auto", *FORMATS), metavar="NAME",
-                        help=f"{', '.join(FORMATS)} (default: by the first usable line)")
-    parser.add_argument("--prompt-template", default="auto", type=_form, metavar="FORM",
-                        help="plain, alpaca, chat or chat:NAME (default: chat for messages, else plain)")
-    parser.add_argument("--seq-length", type=at_least(1), metavar="N", help="that of training; longer samples are cut or skipped")
-    parser.add_argument("--too-long", default="truncate", choices=("truncate", "skip"), metavar="WHAT", help="truncate or skip them")
-    parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="end responses and texts with eos")
-    parser.add_argument("--valid-fraction", type=_fraction, default=0.0, metavar="F", help="share written to P_valid_text_document")
-    parser.add_argument("--strict", action="store_true", help="stop at the first line that cannot be used")
+    parser = Parser(
+        "megatron-sorted prepare",
+        "Turn JSON lines into Megatron's indexed token files. docs/data.md says what they hold.",
+        "megatron-sorted prepare --input train.jsonl --output-prefix data/train --tokenizer-model t",
+        usage="%(prog)s --input FILE ... --output-prefix P [options]",
+    )
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="JSON lines, plain or gzipped"
+    )
+    parser.add_argument(
+        "--output-prefix",
+        required=True,
+        metavar="P",
+        help="writes P_text_document.bin, P_text_document.idx and P.json",
+    )
+    parser.add_argument(
+        "--tokenizer-type",
+        default=TOKENIZERS[0],
+        choices=TOKENIZERS,
+        metavar="TYPE",
+        help=", ".join(TOKENIZERS),
+    )
+    parser.add_argument(
+        "--tokenizer-model", metavar="PATH", help="sentencepiece file or Hugging Face directory"
+    )
+    parser.add_argument(
+        "--vocab-size", type=at_least(1), metavar="N", help="vocabulary of NullTokenizer"
+    )
+    parser.add_argument(
+        "--train-tokenizer",
+        type=at_least(1),
+        metavar="N",
+        help="first train P_tokenizer.model, of N tokens, on the input",
+    )
+    parser.add_argument(
+        "--format",
+        default="auto",
+        choices=("auto", *FORMATS),
+        metavar="NAME",
+        help=f"{', '.join(FORMATS)} (default: by the first usable line)",
+    )
+    parser.add_argument(
+        "--prompt-template",
+        default="auto",
+        type=_form,
+        metavar="FORM",
+        help="plain, alpaca, chat or chat:NAME (default: chat for messages, else plain)",
+    )
+    parser.add_argument(
+        "--seq-length",
+        type=at_least(1),
+        metavar="N",
+        help="that of training; longer samples are cut or skipped",
+    )
+    parser.add_argument(
+        "--too-long",
+        default="truncate",
+        choices=("truncate", "skip"),
+        metavar="WHAT",
+        help="truncate or skip them",
+    )
+    parser.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end responses and texts with eos",
+    )
+    parser.add_argument(
+        "--valid-fraction",
+        type=_fraction,
+        default=0.0,
+        metavar="F",
+        help="share written to P_valid_text_document",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first line that cannot be used"
+    )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="read only the first lines")
-    parser.add_argument("--workers", type=at_least(1), default=1, metavar="N", help="processes; the output does not depend on it")
+    parser.add_argument(
+        "--workers",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="processes; the output does not depend on it",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     args = parser.parse_args(arguments)
     if args.train_tokenizer and args.tokenizer_model:
@@ -65,10 +130,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from megatron_sorted.data.preparation.prepare import PrepareOptions, prepare
 
     encode = EncodeOptions(
-        tokenizer_type=args.tokenizer_type, tokenizer_model=args.tokenizer_model, vocab_size=args.vocab_size, data_format=args.format,
-        prompt_template=args.prompt_template, seq_length=args.seq_length, too_long=args.too_long, append_eod=args.append_eod,
-        valid_fraction=args.valid_fraction, strict=args.strict)
-    options = PrepareOptions(tuple(args.input), args.output_prefix, encode, args.train_tokenizer, args.workers, args.limit, args.overwrite)
+        tokenizer_type=args.tokenizer_type,
+        tokenizer_model=args.tokenizer_model,
+        vocab_size=args.vocab_size,
+        data_format=args.format,
+        prompt_template=args.prompt_template,
+        seq_length=args.seq_length,
+        too_long=args.too_long,
+        append_eod=args.append_eod,
+        valid_fraction=args.valid_fraction,
+        strict=args.strict,
+    )
+    options = PrepareOptions(
+        tuple(args.input),
+        args.output_prefix,
+        encode,
+        args.train_tokenizer,
+        args.workers,
+        args.limit,
+        args.overwrite,
+    )
     summary = prepare(options)
     for line in summary.notes:
         print(f"note: {printable(line)}", file=sys.stderr)

@@ -17,10 +17,24 @@ evaluation files (evaluation.json): their exits alone, as a table and a picture.
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the runs, write the picture and the page."""
-    parser = Parser("megatron-sorted report", DESCRIPTION, "megatron-sorted report runs/nested runs/plain --output compared")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="--save directory of each run, or its metrics.jsonl; or evaluation files")
-    parser.add_argument("--output", type=Path, metavar="NAME", help="of picture and page, without .png and .html (report; exits)")
+    parser = Parser(
+        "megatron-sorted report",
+        DESCRIPTION,
+        "megatron-sorted report runs/nested runs/plain --output compared",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="--save directory of each run, or its metrics.jsonl; or evaluation files",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="NAME",
+        help="of picture and page, without .png and .html (report; exits)",
+    )
     values = parser.parse_args(arguments)
     evaluations = [path for path in values.runs if path.suffix == ".json"]
     output = values.output or Path("exits" if evaluations else "report")
@@ -30,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{compare_exits(values.runs, picture)}\n\npicture: {picture}")
         return
     if len(values.runs) > MAX_RUNS:
-        raise DataError(f"{len(values.runs)} runs are more than one picture can tell apart. Give at most {MAX_RUNS}.")
+        raise DataError(
+            f"{len(values.runs)} runs are more than one picture can tell apart. Give at most {MAX_RUNS}."
+        )
     runs = [read_run(path) for path in values.runs]
     draw(runs, picture)
     write_page(runs, picture, page)

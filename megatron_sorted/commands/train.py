@@ -4,7 +4,11 @@ import faulthandler
 import os
 
 from megatron_sorted.conversion.network import network_to_start_from
-from megatron_sorted.platform.processes import keep_device_packages_out, read_world_of_training, silence_library_warnings
+from megatron_sorted.platform.processes import (
+    keep_device_packages_out,
+    read_world_of_training,
+    silence_library_warnings,
+)
 from megatron_sorted.platform.versions import check_megatron_version
 from megatron_sorted.settings.load import load_settings
 from megatron_sorted.settings.rules import check_settings

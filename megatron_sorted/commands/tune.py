@@ -23,15 +23,32 @@ fastest options of every way in decoding.json beside the model."""
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's values."""
-    parser = Parser("megatron-sorted tune", DESCRIPTION, "megatron-sorted tune MODEL --prompt-file prompts.txt --least-same 0.99",
-                    usage="%(prog)s MODEL (--prompt-file FILE | --questions FILE) [options]")
+    parser = Parser(
+        "megatron-sorted tune",
+        DESCRIPTION,
+        "megatron-sorted tune MODEL --prompt-file prompts.txt --least-same 0.99",
+        usage="%(prog)s MODEL (--prompt-file FILE | --questions FILE) [options]",
+    )
     add_model_options(parser)
     add_prompt_options(parser, 16)
     group = parser.add_argument_group("tuning")
-    group.add_argument("--max-new-tokens", type=int, default=96, metavar="N", help="written for each prompt (%(default)s)")
-    group.add_argument("--least-same", type=float, default=0.99, metavar="SHARE",
-                       help="of tokens that early_exit has in common with full (%(default)s)")
-    group.add_argument("--output", type=Path, metavar="FILE", help=f"file to write (default: MODEL/{CHOICES})")
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=96,
+        metavar="N",
+        help="written for each prompt (%(default)s)",
+    )
+    group.add_argument(
+        "--least-same",
+        type=float,
+        default=0.99,
+        metavar="SHARE",
+        help="of tokens that early_exit has in common with full (%(default)s)",
+    )
+    group.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"file to write (default: MODEL/{CHOICES})"
+    )
     values = parser.parse_args(arguments)
     check_positive(values, "max_new_tokens", "num_prompts")
     check_prompt_options(values)
@@ -52,8 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(writer.form.line, flush=True)
     depths = depths_to_try(writer)
     prompts = encode_prompts(writer, texts, values.questions is not None, values.max_new_tokens)
-    tuning = Tuning(writer, values.draft, depths, prompts, Limits(values.max_new_tokens, writer.end_ids))
+    tuning = Tuning(
+        writer, values.draft, depths, prompts, Limits(values.max_new_tokens, writer.end_ids)
+    )
     tuning.choose(values.least_same)
     best = tuning.keep(path, {"device": values.device, "dtype": values.dtype})
     slower = writer.draft and tuning.speed(best) <= tuning.speed("full")
-    print(f"\nfastest without a difference: {best}{'; without --draft, full is faster here' if slower else ''}; written: {path}")
+    print(
+        f"\nfastest without a difference: {best}{'; without --draft, full is faster here' if slower else ''}; written: {path}"
+    )

@@ -33,8 +33,11 @@ KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 def export_model(
-    model: OpenModel | Part, destination: Path, writing: Writing | None = None,
-    dtype: str | None = None, shard_bytes: int = SHARD_BYTES,
+    model: OpenModel | Part,
+    destination: Path,
+    writing: Writing | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
     more_files: Mapping[str, str] | None = None,
 ) -> Written:
     """Write a Hugging Face directory.
@@ -65,10 +68,14 @@ def export_model(
     form = form_of(model)
     ends = trained_ends(model, form)
     main, own = (
-        {name: TensorInfo(shape, cast or model.dtype_of(origins[pair.ours]))
-         for pair in pairs if pair.is_own_exit == is_own
-         for name, shape in zip(pair.theirs, pair.shapes, strict=True)}
-        for is_own in (False, True))
+        {
+            name: TensorInfo(shape, cast or model.dtype_of(origins[pair.ours]))
+            for pair in pairs
+            if pair.is_own_exit == is_own
+            for name, shape in zip(pair.theirs, pair.shapes, strict=True)
+        }
+        for is_own in (False, True)
+    )
     total = sum(info.num_bytes for info in (*main.values(), *own.values()))
     with staged_directory(destination, writing.overwrite, total, model.directory) as aside:
         writers = {False: SafetensorsWriter(aside, main, shard_bytes, always_index=bool(own))}
@@ -100,7 +107,7 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def _write_small_files(
-    directory: Path, files: Mapping[str, Path], config: Mapping[str, Any],
+    directory: Path, files: Mapping[str, Path], config: Mapping[str, Any]
 ) -> None:
     """Write tokenizer, chat template and generation config into a Hugging Face directory."""
     for name, path in files.items():
@@ -119,5 +126,7 @@ def _add_token_ids(config: dict[str, Any], model: OpenModel) -> None:
     tokenizer = model.open_tokenizer()
     # left out, transformers would take LLaMA's own ids, and generation would stop at a token that
     # means something else
-    config |= {"bos_token_id": tokenizer and tokenizer.bos_id,
-               "eos_token_id": tokenizer and tokenizer.eos_id}
+    config |= {
+        "bos_token_id": tokenizer and tokenizer.bos_id,
+        "eos_token_id": tokenizer and tokenizer.eos_id,
+    }

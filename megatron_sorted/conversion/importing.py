@@ -35,7 +35,7 @@ from megatron_sorted.settings.run import Settings
 
 
 def import_model(
-    model: OpenModel, destination: Path, exits: Exits, writing: Writing | None = None,
+    model: OpenModel, destination: Path, exits: Exits, writing: Writing | None = None
 ) -> Written:
     """Write a checkpoint made of a model; it loads in any layout.
 
@@ -56,14 +56,18 @@ def import_model(
     settings = exits.on(model.settings)
     pairs, origins = tensor_table(settings), whole(model, settings).origins
     if left := [pair.ours for pair in model.pairs if pair not in origins.values()]:
-        raise CheckpointError(f"{model.directory}: the exits asked for leave {', '.join(left[:3])} "
-                              "unused. Keep the exits it has.")
+        raise CheckpointError(
+            f"{model.directory}: the exits asked for leave {', '.join(left[:3])} "
+            "unused. Keep the exits it has."
+        )
     if new := [pair.ours for pair in pairs if pair.ours not in origins]:
         raise CheckpointError(
             f"{model.directory}: {', '.join(new[:3])} would be made of nothing. Keep the exits it "
-            "has; a run that loads the model makes new adapters (--exit-adapter-rank).")
-    tensors = {pair.ours: TensorInfo(pair.shape, model.dtype_of(origins[pair.ours]))
-               for pair in pairs}
+            "has; a run that loads the model makes new adapters (--exit-adapter-rank)."
+        )
+    tensors = {
+        pair.ours: TensorInfo(pair.shape, model.dtype_of(origins[pair.ours])) for pair in pairs
+    }
     total = sum(info.num_bytes for info in tensors.values())
     with staged_directory(destination, writing.overwrite, total, model.directory) as aside:
         directory = iteration_directory(aside, 0)
@@ -85,7 +89,9 @@ def import_model(
         return Written(writing.compared(part, aside, total, destination))
 
 
-def _with_parts(model: OpenModel, settings: Settings, origins: Mapping[str, TensorPair]) -> OpenModel:
+def _with_parts(
+    model: OpenModel, settings: Settings, origins: Mapping[str, TensorPair]
+) -> OpenModel:
     """Return the model with the parts of exits that ``settings`` add to it.
 
     Its exits then say something else, which is to be compared.
@@ -94,8 +100,11 @@ def _with_parts(model: OpenModel, settings: Settings, origins: Mapping[str, Tens
     names: dict[str, str] = {}
     for pair in (pair for pair in pairs if pair.ours not in own):
         origin = origins[pair.ours]
-        names |= {pair.ours: origin.ours} if model.kind == "megatron" else dict(
-            zip(pair.theirs, origin.theirs, strict=True))
+        names |= (
+            {pair.ours: origin.ours}
+            if model.kind == "megatron"
+            else dict(zip(pair.theirs, origin.theirs, strict=True))
+        )
     source = Renamed(model.source, names)
     return dataclasses.replace(model, settings=settings, pairs=pairs, source=source)
 
@@ -121,15 +130,27 @@ def _description(model: OpenModel, settings: Settings) -> dict[str, Any]:
         settings = dataclasses.replace(settings, tokenizer_type=tokenizer["type"])
     now = datetime.now(timezone.utc)
     return {
-        "contents": WEIGHTS_ONLY, "run_id": uuid.uuid4().hex[:8],
+        "contents": WEIGHTS_ONLY,
+        "run_id": uuid.uuid4().hex[:8],
         "saved_at": now.isoformat(timespec="milliseconds"),
         "origin": {"name": model.directory.name, "kind": model.kind},
-        "versions": {"megatron_sorted": __version__, "torch": torch.__version__,
-                     "python": platform.python_version()},
+        "versions": {
+            "megatron_sorted": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "exits": exits_description(settings),
         "shape": network_shape(settings, settings.vocab_size),
         "settings": settings_as_dict(settings),
-        "layout": {"world_size": 1, "tensor": 1, "stages": 1, "data": 1, "chunks": 1,
-                   "random_place": [1, 1]},
-        "samples_a_step": 1, "tokenizer": tokenizer, "data": None,
+        "layout": {
+            "world_size": 1,
+            "tensor": 1,
+            "stages": 1,
+            "data": 1,
+            "chunks": 1,
+            "random_place": [1, 1],
+        },
+        "samples_a_step": 1,
+        "tokenizer": tokenizer,
+        "data": None,
     }

@@ -17,8 +17,16 @@ from megatron_sorted.settings.run import Settings
 
 EXITS = ("exit_layer_nums", *OWN_PART_FIELDS)
 # Of the network's settings, those that say how it is run and not what it is.
-OF_THE_RUN = ("seq_length", "transformer_impl", "init_method_std", "make_vocab_size_divisible_by", "moe_token_dispatcher_type",
-              "moe_aux_loss_coeff", "hidden_dropout", "attention_dropout")
+OF_THE_RUN = (
+    "seq_length",
+    "transformer_impl",
+    "init_method_std",
+    "make_vocab_size_divisible_by",
+    "moe_token_dispatcher_type",
+    "moe_aux_loss_coeff",
+    "hidden_dropout",
+    "attention_dropout",
+)
 
 
 def is_hugging_face(path: str | Path) -> bool:
@@ -28,7 +36,9 @@ def is_hugging_face(path: str | Path) -> bool:
 
 def network_fields(settings: Settings) -> dict[str, Any]:
     """Return the settings that say what the network is, by field name."""
-    names = [field.name for field in dataclasses.fields(ModelSettings) if field.name not in OF_THE_RUN]
+    names = [
+        field.name for field in dataclasses.fields(ModelSettings) if field.name not in OF_THE_RUN
+    ]
     return {name: getattr(settings, name) for name in (*names, *EXITS)}
 
 
@@ -50,9 +60,15 @@ def network_to_start_from(given: Mapping[str, Any]) -> dict[str, Any]:
             settings = settings_of_config(read_config(Path(path)), str(Path(path) / CONFIG))
             _check_size(settings, Path(path))
             return {**network_fields(settings), **_tokenizer_fields(Path(path), given)}
-        if given.get("use_checkpoint_args") and (found := find_candidates(path, given.get("ckpt_step"))).usable:
+        if (
+            given.get("use_checkpoint_args")
+            and (found := find_candidates(path, given.get("ckpt_step"))).usable
+        ):
             newest = found.usable[0]
-            return {**network_fields(settings_of_manifest(newest.manifest, str(path))), **_saved_tokenizer(newest, given)}
+            return {
+                **network_fields(settings_of_manifest(newest.manifest, str(path))),
+                **_saved_tokenizer(newest, given),
+            }
     return {}
 
 
@@ -64,27 +80,39 @@ def _check_size(settings: Settings, path: Path) -> None:
     """
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if settings.num_layers * settings.hidden_size > size:
-        raise CheckpointError(f"{shown(path / CONFIG)}: num_hidden_layers is {settings.num_layers:,} (of {settings.hidden_size:,} "
-                              f"channels), and its weight files have {size:,} bytes in all. Fetch the files again, or mend the number.")
+        raise CheckpointError(
+            f"{shown(path / CONFIG)}: num_hidden_layers is {settings.num_layers:,} (of {settings.hidden_size:,} "
+            f"channels), and its weight files have {size:,} bytes in all. Fetch the files again, or mend the number."
+        )
 
 
 def _saved_tokenizer(candidate: Candidate, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the tokenizer that lies in a checkpoint, where the user gave none."""
-    kind, folder = candidate.manifest["settings"].get("tokenizer_type"), candidate.directory / TOKENIZER
+    kind, folder = (
+        candidate.manifest["settings"].get("tokenizer_type"),
+        candidate.directory / TOKENIZER,
+    )
     if candidate.manifest.get("tokenizer") is None or kind is None or not folder.is_dir():
         return {}
     if given.get("tokenizer_model") is not None or given.get("tokenizer_type") is not None:
         return {}
     named = folder / "tokenizer.model"
-    return {"tokenizer_type": kind, "tokenizer_model": str(named if kind == "SentencePieceTokenizer" and named.is_file() else folder)}
+    return {
+        "tokenizer_type": kind,
+        "tokenizer_model": str(
+            named if kind == "SentencePieceTokenizer" and named.is_file() else folder
+        ),
+    }
 
 
 def _tokenizer_fields(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("tokenizer_model") is not None or given.get("tokenizer_type") is not None:
         return {}
-    for name, kind in (("tokenizer.json", "HuggingFaceTokenizer"), ("tokenizer.model", "SentencePieceTokenizer"),
-                       ("merges.txt", "HuggingFaceTokenizer")):
+    for name, kind in (
+        ("tokenizer.json", "HuggingFaceTokenizer"),
+        ("tokenizer.model", "SentencePieceTokenizer"),
+        ("merges.txt", "HuggingFaceTokenizer"),
+    ):
         if (path / name).is_file():
             return {"tokenizer_type": kind, "tokenizer_model": str(path)}
     return {}
-

@@ -10,8 +10,22 @@ from typing import Any
 import torch
 
 from megatron_sorted.checkpoint.candidates import find_candidates
-from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER, TRACKER, checkpoint_directory, saved_steps, tokenizer_files_in
-from megatron_sorted.checkpoint.manifest import MANIFEST, check_name, check_sizes, find_damage, read_manifest, settings_of_manifest
+from megatron_sorted.checkpoint.layout import (
+    HUGGING_FACE,
+    TOKENIZER,
+    TRACKER,
+    checkpoint_directory,
+    saved_steps,
+    tokenizer_files_in,
+)
+from megatron_sorted.checkpoint.manifest import (
+    MANIFEST,
+    check_name,
+    check_sizes,
+    find_damage,
+    read_manifest,
+    settings_of_manifest,
+)
 from megatron_sorted.conversion.hugging_face.config_settings import settings_of_config
 from megatron_sorted.conversion.hugging_face.families import CONFIG, EXITS, read_config
 from megatron_sorted.conversion.hugging_face.safetensors_files import SafetensorsFile
@@ -38,7 +52,9 @@ from megatron_sorted.text.tokenizer.contract import Tokenizer
 from megatron_sorted.text.tokenizer.opening import open_tokenizer
 
 SHARDS = ".distcp"
-FAST, SLOW, VOCABULARY = (f"{TOKENIZER}/{name}" for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+FAST, SLOW, VOCABULARY = (
+    f"{TOKENIZER}/{name}" for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+)
 CARRIED_FILES = ("config.json", "generation_config.json")
 
 
@@ -119,7 +135,12 @@ class _JoinedSource(TensorSource):
         return (self.first if name in self.first.tensors else self.second).read(name)
 
 
-def open_model(path: Path, ckpt_step: int | None = None, vocab_size: int | None = None, rank_used: int | None = None) -> OpenModel:
+def open_model(
+    path: Path,
+    ckpt_step: int | None = None,
+    vocab_size: int | None = None,
+    rank_used: int | None = None,
+) -> OpenModel:
     """Return the model in a directory, its names and shapes checked; no tensor is read.
 
     Args:
@@ -133,16 +154,24 @@ def open_model(path: Path, ckpt_step: int | None = None, vocab_size: int | None 
     """
     model = _open(path, ckpt_step, vocab_size, rank_used)
     if vocab_size not in (None, model.settings.vocab_size):
-        raise CheckpointError(f"--vocab-size: {vocab_size}, but {model.directory} says that it has {model.settings.vocab_size} tokens. "
-                              "Leave the option out.")
+        raise CheckpointError(
+            f"--vocab-size: {vocab_size}, but {model.directory} says that it has {model.settings.vocab_size} tokens. "
+            "Leave the option out."
+        )
     if rank_used is not None and not isinstance(model.source, MergedLora):
-        raise CheckpointError(f"--lora-rank-used: {rank_used}, but {model.directory} has no adapters. Leave the option out.")
+        raise CheckpointError(
+            f"--lora-rank-used: {rank_used}, but {model.directory} has no adapters. Leave the option out."
+        )
     return model
 
 
-def _open(path: Path, ckpt_step: int | None, vocab_size: int | None, rank_used: int | None) -> OpenModel:
+def _open(
+    path: Path, ckpt_step: int | None, vocab_size: int | None, rank_used: int | None
+) -> OpenModel:
     if not path.is_dir():
-        raise CheckpointError(f"{path}: not a directory. Give a Hugging Face directory or a directory of checkpoints.")
+        raise CheckpointError(
+            f"{path}: not a directory. Give a Hugging Face directory or a directory of checkpoints."
+        )
     if is_hugging_face(path):
         return _open_hugging_face(path)
     if (path / MANIFEST).is_file():
@@ -152,12 +181,20 @@ def _open(path: Path, ckpt_step: int | None, vocab_size: int | None, rank_used: 
     if any((checkpoint_directory(path, step) / MANIFEST).is_file() for step in saved_steps(path)):
         found = find_candidates(path, ckpt_step)
         if not found.usable:
-            raise CheckpointError(f"{path}: holds no complete checkpoint: {' '.join(found.passed_over(None))}")
+            raise CheckpointError(
+                f"{path}: holds no complete checkpoint: {' '.join(found.passed_over(None))}"
+            )
         return _open_ours(found.usable[0].directory, found.usable[0].manifest, rank_used)
-    if (path / TRACKER).is_file() or any(path.glob("mp_rank_*")) or (path / "metadata.json").is_file():
+    if (
+        (path / TRACKER).is_file()
+        or any(path.glob("mp_rank_*"))
+        or (path / "metadata.json").is_file()
+    ):
         return _open_foreign(path, vocab_size)
-    raise CheckpointError(f"{path}: neither a Hugging Face model ({CONFIG} and safetensors) nor a checkpoint ({TRACKER}, iter_*). "
-                          f"It holds {', '.join(shown(entry.name, 60) for entry in sorted(path.iterdir())[:5]) or 'nothing'}.")
+    raise CheckpointError(
+        f"{path}: neither a Hugging Face model ({CONFIG} and safetensors) nor a checkpoint ({TRACKER}, iter_*). "
+        f"It holds {', '.join(shown(entry.name, 60) for entry in sorted(path.iterdir())[:5]) or 'nothing'}."
+    )
 
 
 def _open_hugging_face(path: Path) -> OpenModel:
@@ -168,8 +205,10 @@ def _open_hugging_face(path: Path) -> OpenModel:
     pairs = tensor_table(settings)
     if any(pair.is_own_exit for pair in pairs):
         if not (path / EXITS).is_file():
-            raise CheckpointError(f"{path}: {CONFIG} says that exits have norms, heads or parts of their own, but {EXITS} is missing. "
-                                  "Fetch it.")
+            raise CheckpointError(
+                f"{path}: {CONFIG} says that exits have norms, heads or parts of their own, but {EXITS} is missing. "
+                "Fetch it."
+            )
         source = _JoinedSource(source, SafetensorsFile(path / EXITS))
     if check_theirs(pairs, source.tensors, shown(path)):
         check_tied(source, shown(path))
@@ -178,30 +217,46 @@ def _open_hugging_face(path: Path) -> OpenModel:
 
 def files_beside(path: Path) -> dict[str, Path]:
     """Return the small files of a Hugging Face directory that travel with its model, by name within a checkpoint."""
-    return tokenizer_files_in(path) | {f"{HUGGING_FACE}/{name}": path / name for name in CARRIED_FILES if (path / name).is_file()}
+    return tokenizer_files_in(path) | {
+        f"{HUGGING_FACE}/{name}": path / name for name in CARRIED_FILES if (path / name).is_file()
+    }
 
 
 def _open_ours(directory: Path, manifest: Mapping[str, Any], rank_used: int | None) -> OpenModel:
     check_sizes(directory, manifest)
     # of the files of tensors, those that are read are compared with their own checksums on the way
-    damaged = find_damage(directory, manifest, [name for name in manifest["files"] if not name.endswith(SHARDS)])
+    damaged = find_damage(
+        directory, manifest, [name for name in manifest["files"] if not name.endswith(SHARDS)]
+    )
     if damaged:
-        raise CheckpointError(f"{damaged[0]}. Copy the checkpoint again, or take another step of it with --ckpt-step.")
+        raise CheckpointError(
+            f"{damaged[0]}. Copy the checkpoint again, or take another step of it with --ckpt-step."
+        )
     settings = settings_of_manifest(manifest, str(directory / MANIFEST))
     origin = directory / HUGGING_FACE / CONFIG
     config = read_config(origin.parent) if origin.is_file() else None
-    files = {name: directory / name for name in manifest["files"] if name.split("/")[0] in (TOKENIZER, HUGGING_FACE)}
+    files = {
+        name: directory / name
+        for name in manifest["files"]
+        if name.split("/")[0] in (TOKENIZER, HUGGING_FACE)
+    }
     pieces = [name for name in files if name.startswith("tokenizer/") and name.endswith(".model")]
-    if len(pieces) == 1 and FAST not in files:  # a run keeps the name it was given; others look for the usual one
+    if (
+        len(pieces) == 1 and FAST not in files
+    ):  # a run keeps the name it was given; others look for the usual one
         files[SLOW] = files.pop(pieces[0])
-    source, settings = merge_adapters(TorchDistFiles(directory), settings, rank_used, str(directory))
+    source, settings = merge_adapters(
+        TorchDistFiles(directory), settings, rank_used, str(directory)
+    )
     pairs = _table(settings, source, directory)
     return OpenModel(directory, "megatron", settings, source, pairs, config, manifest, files)
 
 
 def _table(settings: Settings, source: TensorSource, directory: Path) -> list[TensorPair]:
     """Return the pairs of a Megatron checkpoint, compared with the tensors that it holds."""
-    check_num_layers(settings.num_layers, source.tensors, shown(directory), "num_layers", OUR_LAYER_NORM)
+    check_num_layers(
+        settings.num_layers, source.tensors, shown(directory), "num_layers", OUR_LAYER_NORM
+    )
     pairs = tensor_table(settings)
     check_ours(pairs, source.tensors, shown(directory))
     return pairs
@@ -210,12 +265,18 @@ def _table(settings: Settings, source: TensorSource, directory: Path) -> list[Te
 def _open_foreign(path: Path, vocab_size: int | None) -> OpenModel:
     source, said = open_megatron(path)
     if said is None:
-        raise CheckpointError(f"{path}: this checkpoint holds no arguments, so the shape of its network is unknown.")
+        raise CheckpointError(
+            f"{path}: this checkpoint holds no arguments, so the shape of its network is unknown."
+        )
     settings = Settings(**said)
     rows = source.tensors[EMBEDDING_OURS].shape[0]
-    if vocab_size is not None and settings.vocab_size == rows:  # it may have been padded, and does not say
+    if (
+        vocab_size is not None and settings.vocab_size == rows
+    ):  # it may have been padded, and does not say
         if not 1 <= vocab_size <= rows:
-            raise CheckpointError(f"--vocab-size: {vocab_size}, but the embedding of {path} has {rows} rows. Give 1..{rows}.")
+            raise CheckpointError(
+                f"--vocab-size: {vocab_size}, but the embedding of {path} has {rows} rows. Give 1..{rows}."
+            )
         settings = dataclasses.replace(settings, vocab_size=vocab_size)
     pairs = _table(settings, source, path)
     return OpenModel(path, "megatron", settings, source, pairs)

@@ -31,11 +31,15 @@ class Exits:
             SettingsError: A depth is not a layer of the model, or exits cannot have these parts.
         """
         changes = {
-            "exit_layer_nums": self.depths, "use_exit_norm": self.own_norms,
-            "untie_exit_output_weights": self.own_heads, "use_exit_block": self.own_blocks,
-            "use_exit_mlp": self.own_mlps}
+            "exit_layer_nums": self.depths,
+            "use_exit_norm": self.own_norms,
+            "untie_exit_output_weights": self.own_heads,
+            "use_exit_block": self.own_blocks,
+            "use_exit_mlp": self.own_mlps,
+        }
         changed = dataclasses.replace(
-            settings, **{name: value for name, value in changes.items() if value is not None})
+            settings, **{name: value for name, value in changes.items() if value is not None}
+        )
         check_exit_parts(dataclasses.replace(changed, tune_exit=False))
         return changed
 

@@ -58,13 +58,20 @@ def describe(model: OpenModel) -> str:
     exits = f"exits {' '.join(map(str, depths))}" if len(depths) > 1 else "one exit, the last layer"
     if own := part_names(settings):
         exits += f", each with {', '.join(own)} of its own"
-    return (f"{model.directory}: {kind}, {settings.num_layers} layers, hidden {settings.hidden_size}, vocabulary {settings.vocab_size}, "
-            f"{model.num_bytes / 1e6:,.1f} MB in {len(model.source.tensors)} tensors, {exits}")
+    return (
+        f"{model.directory}: {kind}, {settings.num_layers} layers, hidden {settings.hidden_size}, vocabulary {settings.vocab_size}, "
+        f"{model.num_bytes / 1e6:,.1f} MB in {len(model.source.tensors)} tensors, {exits}"
+    )
 
 
 def write_report(path: Path, comparison: Comparison) -> None:
     """Write every tensor and exit of a comparison as JSON."""
     rows = [{**asdict(row), "dtype": str(row.dtype)} for row in comparison.tensors]
-    content = {"computed_by": comparison.computed_by, "tolerance": comparison.tolerance, "problems": comparison.problems,
-               "exits": [asdict(row) for row in comparison.exits], "tensors": rows}
+    content = {
+        "computed_by": comparison.computed_by,
+        "tolerance": comparison.tolerance,
+        "problems": comparison.problems,
+        "exits": [asdict(row) for row in comparison.exits],
+        "tensors": rows,
+    }
     write_text_atomically(path, json.dumps(content, indent=1) + "\n")

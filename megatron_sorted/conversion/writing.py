@@ -35,7 +35,7 @@ class Writing:
     watch: Watch = silent
 
     def compared(
-        self, part: Part, written: Path, num_bytes: int, destination: Path,
+        self, part: Part, written: Path, num_bytes: int, destination: Path
     ) -> Comparison | None:
         """Return how what was written compares with what it was made of; None: not verified.
 
@@ -56,7 +56,8 @@ class Writing:
             more = " ..." if len(problems) > 5 else ""
             raise CheckpointError(
                 f"{destination}: the conversion does not match its origin, so nothing was "
-                f"written. {'; '.join(problems[:5])}{more}")
+                f"written. {'; '.join(problems[:5])}{more}"
+            )
         return found
 
 

@@ -10,12 +10,23 @@ import torch
 
 from megatron_sorted.data.samples.blend import BlendedSamples, BlendPart
 from megatron_sorted.data.samples.corpus import Corpus
-from megatron_sorted.data.samples.dataset import EVALUATION_SEED, EvaluationSet, MockSamples, open_samples
+from megatron_sorted.data.samples.dataset import (
+    EVALUATION_SEED,
+    EvaluationSet,
+    MockSamples,
+    open_samples,
+)
 from megatron_sorted.data.samples.sample import Sample, SampleSource, empty_sample
 from megatron_sorted.data.samples.text_samples import DocumentMasks
 from megatron_sorted.data.tokenizer import Tokenizer
 from megatron_sorted.errors import DataError, SettingsError
-from megatron_sorted.settings.derived import data_blend, data_prefixes, document_masks, samples_per_step, split_ranges
+from megatron_sorted.settings.derived import (
+    data_blend,
+    data_prefixes,
+    document_masks,
+    samples_per_step,
+    split_ranges,
+)
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.text.tokenizer.fit import fitting_pad, surplus_line
 
@@ -53,13 +64,23 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on another device."""
-        moved = (None if tensor is None else tensor.to(device, non_blocking=True)
-                 for tensor in (self.tokens_bs, self.labels_bs, self.loss_mask_bs, self.segments_bs, self.positions_bs))
+        moved = (
+            None if tensor is None else tensor.to(device, non_blocking=True)
+            for tensor in (
+                self.tokens_bs,
+                self.labels_bs,
+                self.loss_mask_bs,
+                self.segments_bs,
+                self.positions_bs,
+            )
+        )
         return Batch(*moved, self.checksum)
 
 
 def _checksum(sample: Sample) -> int:
-    tokens, labels = (np.ascontiguousarray(part, "<i8") for part in (sample.tokens_s, sample.labels_s))
+    tokens, labels = (
+        np.ascontiguousarray(part, "<i8") for part in (sample.tokens_s, sample.labels_s)
+    )
     return crc32(labels, crc32(tokens))
 
 
@@ -82,33 +103,49 @@ def collate(samples: Sequence[Sample]) -> Batch:
         tokens_bs=torch.from_numpy(np.stack([sample.tokens_s for sample in samples])),
         labels_bs=torch.from_numpy(np.stack([sample.labels_s for sample in samples])),
         loss_mask_bs=torch.from_numpy(np.stack([sample.loss_mask_s for sample in samples])),
-        segments_bs=torch.from_numpy(np.stack([sample.segments_s for sample in samples])) if packed else None,
+        segments_bs=torch.from_numpy(np.stack([sample.segments_s for sample in samples]))
+        if packed
+        else None,
         positions_bs=torch.from_numpy(np.stack([_positions(sample, packed) for sample in samples])),
-        checksum=sum(map(_checksum, samples)))
+        checksum=sum(map(_checksum, samples)),
+    )
 
 
 def _vocabulary(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None) -> tuple[int, int]:
     """Return the model's vocabulary and the padding token."""
-    given = tokenizer_or_vocab if isinstance(tokenizer_or_vocab, int | None) else tokenizer_or_vocab.vocab_size
+    given = (
+        tokenizer_or_vocab
+        if isinstance(tokenizer_or_vocab, int | None)
+        else tokenizer_or_vocab.vocab_size
+    )
     vocab_size = settings.vocab_size or given
     if not vocab_size:
-        raise SettingsError("--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size.")
+        raise SettingsError(
+            "--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size."
+        )
     if isinstance(tokenizer_or_vocab, Tokenizer):
         surplus_line(tokenizer_or_vocab, vocab_size, "--vocab-size")
         return vocab_size, fitting_pad(tokenizer_or_vocab, vocab_size)
     if given is not None and given > vocab_size:
-        raise DataError(f"--vocab-size {vocab_size}: the tokenizer has {given} tokens, which do not fit. "
-                        f"Leave --vocab-size out or give at least {given}.")
+        raise DataError(
+            f"--vocab-size {vocab_size}: the tokenizer has {given} tokens, which do not fit. "
+            f"Leave --vocab-size out or give at least {given}."
+        )
     return vocab_size, 0
 
 
 def make_document_masks(settings: Settings, tokenizer: Tokenizer | None) -> DocumentMasks:
     """Return how documents of text share a sample; without a tokenizer they end where the indexed file says, and nowhere else."""
-    return DocumentMasks(**document_masks(settings), eod_id=None if tokenizer is None else tokenizer.eos_id)
+    return DocumentMasks(
+        **document_masks(settings), eod_id=None if tokenizer is None else tokenizer.eos_id
+    )
 
 
-def open_train_samples(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None,
-                       masks: DocumentMasks | None = None) -> SampleSource:
+def open_train_samples(
+    settings: Settings,
+    tokenizer_or_vocab: Tokenizer | int | None,
+    masks: DocumentMasks | None = None,
+) -> SampleSource:
     """Return the training samples that the settings name: of each file the first share of ``--split``, without --valid-data-path.
 
     Files without weights are one set of documents, each seen once an epoch. In a blend each file is packed and shuffled by itself.
@@ -121,15 +158,21 @@ def open_train_samples(settings: Settings, tokenizer_or_vocab: Tokenizer | int |
     masks = masks or make_document_masks(settings, None)
     vocab_size, pad_id = _vocabulary(settings, tokenizer_or_vocab)
     if settings.mock_data:
-        return MockSamples(settings.seq_length, vocab_size, settings.seed, samples_per_epoch=1 << 40)
+        return MockSamples(
+            settings.seq_length, vocab_size, settings.seed, samples_per_epoch=1 << 40
+        )
     if not settings.data_path:
-        raise SettingsError("--data-path: no training data. Give the prefix that megatron-sorted prepare wrote, or --mock-data.")
+        raise SettingsError(
+            "--data-path: no training data. Give the prefix that megatron-sorted prepare wrote, or --mock-data."
+        )
     share = split_ranges(settings)[0]
 
     def opened(*prefixes: str) -> SampleSource:
         corpus = Corpus(prefixes, share)
         corpus.require_trained_tokens()
-        return open_samples(corpus, settings.seq_length, vocab_size, pad_id, settings.seed, masks=masks)
+        return open_samples(
+            corpus, settings.seq_length, vocab_size, pad_id, settings.seed, masks=masks
+        )
 
     blend = data_blend(settings)
     if blend is None:
@@ -156,8 +199,14 @@ def _own_indices(settings: Settings, dp_rank: int, dp_size: int, start: int) -> 
         start += size
 
 
-def make_train_batches(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None, dp_rank: int, dp_size: int, start_sample: int = 0,
-                       source: SampleSource | None = None) -> Iterator[Batch]:
+def make_train_batches(
+    settings: Settings,
+    tokenizer_or_vocab: Tokenizer | int | None,
+    dp_rank: int,
+    dp_size: int,
+    start_sample: int = 0,
+    source: SampleSource | None = None,
+) -> Iterator[Batch]:
     """Return this rank's micro-batches without end, after ``start_sample`` samples were trained on over all ranks.
 
     Global batch g is samples ``start_sample + [g * G, (g + 1) * G)``; its micro-batch m on rank d takes the b samples from
@@ -168,26 +217,43 @@ def make_train_batches(settings: Settings, tokenizer_or_vocab: Tokenizer | int |
     return _batches((source.sample(index) for index in indices), settings)
 
 
-def make_eval_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None,
-                   masks: DocumentMasks | None = None) -> dict[str, EvaluationSet]:
+def make_eval_sets(
+    settings: Settings,
+    tokenizer_or_vocab: Tokenizer | int | None,
+    masks: DocumentMasks | None = None,
+) -> dict[str, EvaluationSet]:
     """Return the evaluation sets by name: each --valid-data-path, or the second share of --split (none if that is 0)."""
     if settings.mock_data:
         vocab_size, _ = _vocabulary(settings, tokenizer_or_vocab)
         count = settings.eval_iters * samples_per_step(settings, 1)
-        return {"mock": EvaluationSet(MockSamples(settings.seq_length, vocab_size, EVALUATION_SEED, count))}
+        return {
+            "mock": EvaluationSet(
+                MockSamples(settings.seq_length, vocab_size, EVALUATION_SEED, count)
+            )
+        }
     return _held_out_sets(settings, tokenizer_or_vocab, masks, 1)
 
 
-def make_test_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None,
-                   masks: DocumentMasks | None = None) -> dict[str, EvaluationSet]:
+def make_test_sets(
+    settings: Settings,
+    tokenizer_or_vocab: Tokenizer | int | None,
+    masks: DocumentMasks | None = None,
+) -> dict[str, EvaluationSet]:
     """Return the sets for the end of the run by name: each --test-data-path, or the third share of --split (none if that is 0)."""
     return {} if settings.mock_data else _held_out_sets(settings, tokenizer_or_vocab, masks, 2)
 
 
-def _held_out_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | None, masks: DocumentMasks | None,
-                   share: int) -> dict[str, EvaluationSet]:
+def _held_out_sets(
+    settings: Settings,
+    tokenizer_or_vocab: Tokenizer | int | None,
+    masks: DocumentMasks | None,
+    share: int,
+) -> dict[str, EvaluationSet]:
     """Return a set of each given prefix, or, if none is given, of that share of each training file, where it holds documents."""
-    flag, given = (("--valid-data-path", settings.valid_data_path), ("--test-data-path", settings.test_data_path))[share - 1]
+    flag, given = (
+        ("--valid-data-path", settings.valid_data_path),
+        ("--test-data-path", settings.test_data_path),
+    )[share - 1]
     masks = masks or make_document_masks(settings, None)
     vocab_size, pad_id = _vocabulary(settings, tokenizer_or_vocab)
     part = (0.0, 1.0) if given else split_ranges(settings)[share]
@@ -198,13 +264,24 @@ def _held_out_sets(settings: Settings, tokenizer_or_vocab: Tokenizer | int | Non
             continue
         name = Path(prefix).name.removesuffix("_text_document")
         if name in sets:
-            raise SettingsError(f"{flag}: two sets are called {name!r} and could not be told apart in reports. Rename one.")
-        sets[name] = EvaluationSet(open_samples(corpus, settings.seq_length, vocab_size, pad_id, settings.seed, True, masks))
+            raise SettingsError(
+                f"{flag}: two sets are called {name!r} and could not be told apart in reports. Rename one."
+            )
+        sets[name] = EvaluationSet(
+            open_samples(
+                corpus, settings.seq_length, vocab_size, pad_id, settings.seed, True, masks
+            )
+        )
     return sets
 
 
-def make_eval_batches(settings: Settings, samples: EvaluationSet, dp_rank: int, dp_size: int,
-                      num_batches: int | None = None) -> Iterator[Batch]:
+def make_eval_batches(
+    settings: Settings,
+    samples: EvaluationSet,
+    dp_rank: int,
+    dp_size: int,
+    num_batches: int | None = None,
+) -> Iterator[Batch]:
     """Return this rank's micro-batches of one pass (or its first ``num_batches`` global batches); every rank gets equally many.
 
     What is missing to the last global batch is filled with samples that count nowhere.
@@ -222,7 +299,9 @@ def make_eval_batches(settings: Settings, samples: EvaluationSet, dp_rank: int, 
     return _batches(own(), settings)
 
 
-def num_eval_batches(settings: Settings, samples: EvaluationSet, dp_size: int, num_batches: int | None = None) -> int:
+def num_eval_batches(
+    settings: Settings, samples: EvaluationSet, dp_size: int, num_batches: int | None = None
+) -> int:
     """Return the number of global batches :func:`make_eval_batches` gives."""
     whole = -(-len(samples) // samples_per_step(settings, dp_size))
     return whole if num_batches is None else min(whole, num_batches)

@@ -41,8 +41,11 @@ def data_identity(settings: Settings) -> dict[str, Any]:
         "seq_length": settings.seq_length,
         "training_share": None if settings.mock_data else split_ranges(settings)[0][1],
         "files": [
-            {"name": Path(prefix).name, "weight": None if blend is None else blend[place][0],
-             **{ending: found[Path(f"{prefix}.{ending}")] for ending in ("idx", "bin")}}
+            {
+                "name": Path(prefix).name,
+                "weight": None if blend is None else blend[place][0],
+                **{ending: found[Path(f"{prefix}.{ending}")] for ending in ("idx", "bin")},
+            }
             for place, prefix in enumerate(prefixes)
         ],
     }
@@ -65,7 +68,9 @@ def fingerprint(path: Path) -> dict[str, Any]:
             for block in _blocks(stream, size, path.suffix == ".idx" or size <= WHOLE_BYTES):
                 digest.update(block)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Data must stay readable while it is trained on.") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}). Data must stay readable while it is trained on."
+        ) from error
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
@@ -91,22 +96,41 @@ def describe_changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     A file is the same one under its name, or, where its name is gone, under another with the same content. Weights are compared
     as shares: 3 and 7 are 0.3 and 0.7.
     """
-    words = [f"{name} {_shown(saved.get(key))} -> {_shown(now.get(key))}" for key, name in FIELDS.items() if saved.get(key) != now.get(key)]
+    words = [
+        f"{name} {_shown(saved.get(key))} -> {_shown(now.get(key))}"
+        for key, name in FIELDS.items()
+        if saved.get(key) != now.get(key)
+    ]
     before, after = saved["files"], now["files"]
     place_before = _matches(before, after)
-    words += [f"{file['name']} was removed" for place, file in enumerate(before) if place not in place_before.values()]
-    words += [f"{file['name']} was added" for place, file in enumerate(after) if place not in place_before]
+    words += [
+        f"{file['name']} was removed"
+        for place, file in enumerate(before)
+        if place not in place_before.values()
+    ]
+    words += [
+        f"{file['name']} was added" for place, file in enumerate(after) if place not in place_before
+    ]
     both = [(before[old], after[new]) for new, old in sorted(place_before.items())]
     for old, new in both:
-        words += [text for ending in ("idx", "bin") for text in _content(f"{new['name']}.{ending}", old[ending], new[ending])]
+        words += [
+            text
+            for ending in ("idx", "bin")
+            for text in _content(f"{new['name']}.{ending}", old[ending], new[ending])
+        ]
     shares_before, shares_after = _shares(before), _shares(after)
     if any(shares_before[old] != shares_after[new] for new, old in place_before.items()):
-        words += [f"weight of {new['name']} {_shown(old['weight'])} -> {_shown(new['weight'])}" for old, new in both
-                  if old["weight"] != new["weight"]]
+        words += [
+            f"weight of {new['name']} {_shown(old['weight'])} -> {_shown(new['weight'])}"
+            for old, new in both
+            if old["weight"] != new["weight"]
+        ]
     order = [place_before[new] for new in sorted(place_before)]
     if order != sorted(order):
-        words.append(f"order of files {', '.join(before[old]['name'] for old in sorted(order))} -> "
-                     f"{', '.join(new['name'] for _, new in both)}")
+        words.append(
+            f"order of files {', '.join(before[old]['name'] for old in sorted(order))} -> "
+            f"{', '.join(new['name'] for _, new in both)}"
+        )
     return words
 
 
@@ -115,7 +139,11 @@ def _matches(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[
     places: dict[int, int] = {}
     for keys in (("name", "idx", "bin"), ("name",), ("idx", "bin")):
         for new, file in enumerate(after):
-            free = (old for old, other in enumerate(before) if old not in places.values() and all(file[key] == other[key] for key in keys))
+            free = (
+                old
+                for old, other in enumerate(before)
+                if old not in places.values() and all(file[key] == other[key] for key in keys)
+            )
             if new not in places and (old := next(free, None)) is not None:
                 places[new] = old
     return places
@@ -133,8 +161,16 @@ def _content(name: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if old == new:
         return []
     size = f"{old['bytes']} -> {new['bytes']} bytes, " if old["bytes"] != new["bytes"] else ""
-    return [f"{name}: content differs ({size}fingerprint {old['sha256'][:SHOWN_DIGITS]}.. -> {new['sha256'][:SHOWN_DIGITS]}..)"]
+    return [
+        f"{name}: content differs ({size}fingerprint {old['sha256'][:SHOWN_DIGITS]}.. -> {new['sha256'][:SHOWN_DIGITS]}..)"
+    ]
 
 
 def _shown(value: Any) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
+    return (
+        "none"
+        if value is None
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value).lower()
+    )

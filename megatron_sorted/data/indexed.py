@@ -91,26 +91,36 @@ def check_indexed(prefix: str) -> IndexHeader:
     replacing.finish_interrupted(prefix)
     for path in (idx_path, bin_path):
         if not path.is_file():
-            raise DataError(f"{path}: no such file; indexed data needs PREFIX.bin and PREFIX.idx. Give the prefix without an ending, "
-                            "or write the data with megatron-sorted prepare.")
+            raise DataError(
+                f"{path}: no such file; indexed data needs PREFIX.bin and PREFIX.idx. Give the prefix without an ending, "
+                "or write the data with megatron-sorted prepare."
+            )
     idx_bytes = idx_path.stat().st_size
     if idx_bytes < HEADER_BYTES:
-        raise DataError(f"{idx_path}: {idx_bytes} bytes, but the header alone takes {HEADER_BYTES}; the file is truncated. {REMEDY}")
+        raise DataError(
+            f"{idx_path}: {idx_bytes} bytes, but the header alone takes {HEADER_BYTES}; the file is truncated. {REMEDY}"
+        )
     with open(idx_path, "rb") as stream:
         head = stream.read(HEADER_BYTES)
     if head[:9] != MAGIC:
-        raise DataError(f"{idx_path}: starts with {head[:9]!r} where an index of Megatron starts with {MAGIC!r}. {REMEDY}")
+        raise DataError(
+            f"{idx_path}: starts with {head[:9]!r} where an index of Megatron starts with {MAGIC!r}. {REMEDY}"
+        )
     version, code, num_sequences, num_bounds = struct.unpack("<QBQQ", head[9:])
     if version != 1:
         raise DataError(f"{idx_path}: format version {version}; only version 1 is known. {REMEDY}")
     if code not in DTYPE_OF_CODE:
-        raise DataError(f"{idx_path}: token type code {code} is not one of {sorted(DTYPE_OF_CODE)}. {REMEDY}")
+        raise DataError(
+            f"{idx_path}: token type code {code} is not one of {sorted(DTYPE_OF_CODE)}. {REMEDY}"
+        )
     without_modes = HEADER_BYTES + 12 * num_sequences + 8 * num_bounds
     with_modes = without_modes + num_sequences
     if num_bounds < 1 or idx_bytes not in (without_modes, with_modes):
         state = "truncated" if idx_bytes < without_modes else "damaged"
-        raise DataError(f"{idx_path}: {idx_bytes} bytes, but {num_sequences} sequences and {num_bounds - 1} documents take {without_modes} "
-                        f"({with_modes} with modes); the file is {state}. {REMEDY}")
+        raise DataError(
+            f"{idx_path}: {idx_bytes} bytes, but {num_sequences} sequences and {num_bounds - 1} documents take {without_modes} "
+            f"({with_modes} with modes); the file is {state}. {REMEDY}"
+        )
     with open(idx_path, "rb") as stream:
         stream.seek(HEADER_BYTES)
         num_tokens = int(np.fromfile(stream, "<i4", num_sequences).sum(dtype=np.int64))
@@ -118,9 +128,13 @@ def check_indexed(prefix: str) -> IndexHeader:
     bin_bytes = bin_path.stat().st_size
     if bin_bytes != num_tokens * dtype.itemsize:
         state = "truncated" if bin_bytes < num_tokens * dtype.itemsize else "too long"
-        raise DataError(f"{bin_path}: {bin_bytes} bytes, but {idx_path.name} lists {num_tokens} tokens of {dtype.itemsize} bytes = "
-                        f"{num_tokens * dtype.itemsize} bytes; the file is {state}, or the two are not of one run. {REMEDY}")
-    return IndexHeader(dtype, num_sequences, num_bounds - 1, idx_bytes == with_modes and num_sequences > 0)
+        raise DataError(
+            f"{bin_path}: {bin_bytes} bytes, but {idx_path.name} lists {num_tokens} tokens of {dtype.itemsize} bytes = "
+            f"{num_tokens * dtype.itemsize} bytes; the file is {state}, or the two are not of one run. {REMEDY}"
+        )
+    return IndexHeader(
+        dtype, num_sequences, num_bounds - 1, idx_bytes == with_modes and num_sequences > 0
+    )
 
 
 def open_indexed(prefix: str) -> Indexed:
@@ -141,15 +155,23 @@ def open_indexed(prefix: str) -> Indexed:
     if not starts[-1]:
         raise DataError(f"{prefix}.bin: holds no tokens. {REMEDY}")
     if (lengths < 0).any() or (pointers != starts[:-1] * header.dtype.itemsize).any():
-        raise DataError(f"{idx_path}: sequence lengths and byte offsets contradict each other; the file is damaged. {REMEDY}")
+        raise DataError(
+            f"{idx_path}: sequence lengths and byte offsets contradict each other; the file is damaged. {REMEDY}"
+        )
     if bounds[0] != 0 or bounds[-1] != header.num_sequences or (np.diff(bounds) < 0).any():
-        raise DataError(f"{idx_path}: document boundaries do not run from 0 to {header.num_sequences}; the file is damaged. {REMEDY}")
+        raise DataError(
+            f"{idx_path}: document boundaries do not run from 0 to {header.num_sequences}; the file is damaged. {REMEDY}"
+        )
     if modes is None and (np.diff(bounds) > 1).any():
         # An instruction index that lost exactly its modes looks like this; training on it would silently include the prompts.
-        raise DataError(f"{idx_path}: documents of several sequences but no modes that say which are trained on (the last "
-                        f"{header.num_sequences} bytes may be missing). {REMEDY}")
+        raise DataError(
+            f"{idx_path}: documents of several sequences but no modes that say which are trained on (the last "
+            f"{header.num_sequences} bytes may be missing). {REMEDY}"
+        )
     if modes is not None and not np.isin(modes, (PROMPT, RESPONSE)).all():
-        raise DataError(f"{idx_path}: sequence modes {np.unique(modes).tolist()}; only 0 (prompt) and 1 (response) are known. {REMEDY}")
+        raise DataError(
+            f"{idx_path}: sequence modes {np.unique(modes).tolist()}; only 0 (prompt) and 1 (response) are known. {REMEDY}"
+        )
     return Indexed(prefix, np.memmap(f"{prefix}.bin", header.dtype, "r"), starts, bounds, modes)
 
 
@@ -180,7 +202,12 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: str, dtype: np.dtype, with_modes: bool, publishes: bool = True):
-        self.prefix, self.dtype, self.with_modes, self.publishes = prefix, np.dtype(dtype), with_modes, publishes
+        self.prefix, self.dtype, self.with_modes, self.publishes = (
+            prefix,
+            np.dtype(dtype),
+            with_modes,
+            publishes,
+        )
         self.num_tokens = 0
         self._lengths: list[np.ndarray] = []
         self._modes: list[np.ndarray] = []
@@ -203,7 +230,10 @@ class IndexedWriter:
 
     def append(self, documents: Documents) -> None:
         """Append documents in their order."""
-        assert documents.tokens.size == documents.lengths.sum() and documents.lengths.size == documents.num_sequences.sum()
+        assert (
+            documents.tokens.size == documents.lengths.sum()
+            and documents.lengths.size == documents.num_sequences.sum()
+        )
         self._bin.write(np.ascontiguousarray(documents.tokens, self.dtype).data)
         self.num_tokens += documents.tokens.size
         self._lengths.append(documents.lengths)
@@ -215,13 +245,27 @@ class IndexedWriter:
         ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
         bounds = np.cumsum(np.concatenate([np.zeros(1, "<i8"), *self._num_sequences]), dtype="<i8")
         with open(self._partial("idx"), "wb") as stream:
-            stream.write(MAGIC + struct.pack("<QBQQ", 1, CODE_OF_DTYPE[self.dtype.name], len(lengths), len(bounds)))
-            for table in (lengths, np.concatenate([np.zeros(1, "<i8"), ends[:-1]])[: len(lengths)], bounds):
+            stream.write(
+                MAGIC
+                + struct.pack("<QBQQ", 1, CODE_OF_DTYPE[self.dtype.name], len(lengths), len(bounds))
+            )
+            for table in (
+                lengths,
+                np.concatenate([np.zeros(1, "<i8"), ends[:-1]])[: len(lengths)],
+                bounds,
+            ):
                 stream.write(table.tobytes())
             if self.with_modes:
-                stream.write(np.concatenate([np.zeros(0, "i1"), *self._modes]).astype("i1").tobytes())
+                stream.write(
+                    np.concatenate([np.zeros(0, "i1"), *self._modes]).astype("i1").tobytes()
+                )
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Name both files, or remove what was written if the block failed."""
         self._bin.close()
         waits = False

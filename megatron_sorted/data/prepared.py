@@ -33,7 +33,9 @@ def stored_options(prefix: str) -> dict:
     return {} if path is None else read_json_object(path, REMEDY)
 
 
-def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer, owner: str = "--tokenizer-model is") -> None:
+def check_same_tokenizer(
+    prefixes: Sequence[str], tokenizer: Tokenizer, owner: str = "--tokenizer-model is"
+) -> None:
     """Check that no summary names another tokenizer than ``tokenizer``, in whatever form of its vocabulary.
 
     Raises:
@@ -48,10 +50,14 @@ def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer, owner: s
             name, sha256 = shown(made_with["name"]), shown(made_with["sha256"])
         except (KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {shown(error)}"
-            raise DataError(f"{shown(path)}: not readable as the summary of prepared data ({reason}). {REMEDY}") from error
+            raise DataError(
+                f"{shown(path)}: not readable as the summary of prepared data ({reason}). {REMEDY}"
+            ) from error
         if sha256 not in tokenizer.hashes:
-            raise DataError(f"{prefix}: prepared with tokenizer {name} (sha256 {sha256[:16]}), but {owner} {tokenizer.name} "
-                            f"(sha256 {tokenizer.sha256[:16]}). Give the tokenizer the data was prepared with, or prepare it again.")
+            raise DataError(
+                f"{prefix}: prepared with tokenizer {name} (sha256 {sha256[:16]}), but {owner} {tokenizer.name} "
+                f"(sha256 {tokenizer.sha256[:16]}). Give the tokenizer the data was prepared with, or prepare it again."
+            )
 
 
 def read_prompt_form(prefix: str) -> PromptForm | None:
@@ -85,7 +91,9 @@ def form_of_data(sources: Sequence[tuple[float, str]]) -> tuple[PromptForm | Non
         first.setdefault(known, prefix)
         weights[known] = weights.get(known, 0.0) + weight
     if without:
-        lines.append(f"{', '.join(without[:3])} {NO_FORM}; nothing is known of how its prompts are written")
+        lines.append(
+            f"{', '.join(without[:3])} {NO_FORM}; nothing is known of how its prompts are written"
+        )
     talks = [form for form in weights if form.is_conversation] or list(weights)
     if not talks:
         return None, lines
@@ -94,9 +102,13 @@ def form_of_data(sources: Sequence[tuple[float, str]]) -> tuple[PromptForm | Non
     ends = {end.id: end for form in alike for end in form.ends}
     if len(talks) > len(alike):
         said = ", ".join(f"{form.label} ({first[form]})" for form in talks)
-        lines.append(f"the training data are written in several forms: {said}. The model will be asked in that of most weight, "
-                     f"{chosen.label} ({first[chosen]}); --prompt-template of generate, serve and evaluate takes another")
+        lines.append(
+            f"the training data are written in several forms: {said}. The model will be asked in that of most weight, "
+            f"{chosen.label} ({first[chosen]}); --prompt-template of generate, serve and evaluate takes another"
+        )
     found = dataclasses.replace(chosen, ends=tuple(ends.values()))
     words = " ".join(end.text for end in found.ends) or "nothing"
-    lines.append(f"prompt form: {found.label}; {'answers' if found.is_conversation else 'documents'} end with {words}")
+    lines.append(
+        f"prompt form: {found.label}; {'answers' if found.is_conversation else 'documents'} end with {words}"
+    )
     return found, lines

@@ -25,7 +25,7 @@ SMALLEST_VOCABULARY = 3 + 256
 
 
 def load_tokenizer(
-    tokenizer_type: str, tokenizer_model: str | None, vocab_size: int | None = None,
+    tokenizer_type: str, tokenizer_model: str | None, vocab_size: int | None = None
 ) -> Tokenizer:
     """Return the tokenizer that a run names; ``vocab_size`` is for NullTokenizer.
 
@@ -37,10 +37,14 @@ def load_tokenizer(
     """
     if tokenizer_type == "NullTokenizer":
         if not vocab_size or vocab_size < 1:
-            raise DataError("--tokenizer-type NullTokenizer knows no vocabulary. Give --vocab-size.")
+            raise DataError(
+                "--tokenizer-type NullTokenizer knows no vocabulary. Give --vocab-size."
+            )
         return NullTokenizer(vocab_size)
     if tokenizer_type not in TYPES:
-        raise DataError(f"--tokenizer-type: {tokenizer_type} is unknown. Use {', '.join(TYPES)} or NullTokenizer.")
+        raise DataError(
+            f"--tokenizer-type: {tokenizer_type} is unknown. Use {', '.join(TYPES)} or NullTokenizer."
+        )
     if not tokenizer_model:
         raise DataError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model.")
     path = Path(tokenizer_model)
@@ -59,13 +63,21 @@ def frequent_characters(texts: Iterable[str], vocab_size: int) -> frozenset[str]
         if total >= COUNTED_CHARACTERS:
             break
     room = max(vocab_size - SMALLEST_VOCABULARY, 0)
-    if bisect_left(list(accumulate(sorted(counts.values(), reverse=True))), COVERAGE * total) < room:
+    if (
+        bisect_left(list(accumulate(sorted(counts.values(), reverse=True))), COVERAGE * total)
+        < room
+    ):
         return None
     return frozenset(character for character, _ in counts.most_common(room // 2))
 
 
-def train_sentencepiece(read_texts: Callable[[], Iterable[str]], path: str, vocab_size: int, model_type: str = "bpe",
-                        num_threads: int = 1) -> Tokenizer:
+def train_sentencepiece(
+    read_texts: Callable[[], Iterable[str]],
+    path: str,
+    vocab_size: int,
+    model_type: str = "bpe",
+    num_threads: int = 1,
+) -> Tokenizer:
     """Return a tokenizer trained on the lines of texts and written to ``path``; the same texts give the same file.
 
     Text is kept as it is (no normalisation, spaces and newlines survive) and every byte can be written, as in LLaMA's tokenizer.
@@ -85,21 +97,38 @@ def train_sentencepiece(read_texts: Callable[[], Iterable[str]], path: str, voca
     partial = f"{path}.partial"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     known = frequent_characters(read_texts(), vocab_size)
-    texts = read_texts() if known is None else ("".join(one if one in known else "\n" for one in text) for text in read_texts())
+    texts = (
+        read_texts()
+        if known is None
+        else ("".join(one if one in known else "\n" for one in text) for text in read_texts())
+    )
     lines = (line for text in texts for line in split_lines(text) if line)
     sentencepiece.set_random_generator_seed(0)
     try:
         with open(partial, "wb") as stream:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=lines, model_writer=stream, vocab_size=vocab_size, model_type=model_type, byte_fallback=True,
-                character_coverage=COVERAGE if known is None else 1.0, normalization_rule_name="identity",
-                remove_extra_whitespaces=False, split_digits=True,
-                allow_whitespace_only_pieces=True, max_sentence_length=1 << 16, input_sentence_size=MOST_LINES,
-                shuffle_input_sentence=True, num_threads=num_threads, minloglevel=2)
+                sentence_iterator=lines,
+                model_writer=stream,
+                vocab_size=vocab_size,
+                model_type=model_type,
+                byte_fallback=True,
+                character_coverage=COVERAGE if known is None else 1.0,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                split_digits=True,
+                allow_whitespace_only_pieces=True,
+                max_sentence_length=1 << 16,
+                input_sentence_size=MOST_LINES,
+                shuffle_input_sentence=True,
+                num_threads=num_threads,
+                minloglevel=2,
+            )
         os.replace(partial, path)
     except (RuntimeError, OSError) as error:
-        raise DataError(f"--train-tokenizer {vocab_size}: {str(error).rstrip('.')}. "
-                        "Choose another vocabulary size or give more text.") from error
+        raise DataError(
+            f"--train-tokenizer {vocab_size}: {str(error).rstrip('.')}. "
+            "Choose another vocabulary size or give more text."
+        ) from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)

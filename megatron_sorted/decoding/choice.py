@@ -51,7 +51,9 @@ class StrategyChoice:
         Raises:
             DataError: The file is damaged.
         """
-        return read_choices(self.model / CHOICES, None if draft is None else draft_key(self.draft, draft))
+        return read_choices(
+            self.model / CHOICES, None if draft is None else draft_key(self.draft, draft)
+        )
 
     def strategy(self, network: Network, draft: Network | None = None) -> Strategy:
         """Return the way that is asked for, or the tuned one, or full.
@@ -65,18 +67,27 @@ class StrategyChoice:
         known = {one.name for one in fields(STRATEGIES[name])}
         for option in self.options:
             if option not in known:
-                raise SettingsError(f"--strategy {name} does not take {option.replace('_', ' ')}; it takes "
-                                    f"{', '.join(sorted(known)) or 'nothing'}. Leave it out, or use another way.")
-        kept = {key: tuple(value) if isinstance(value, list) else value for key, value in tuned.get("strategies", {}).get(name, {}).items()}
+                raise SettingsError(
+                    f"--strategy {name} does not take {option.replace('_', ' ')}; it takes "
+                    f"{', '.join(sorted(known)) or 'nothing'}. Leave it out, or use another way."
+                )
+        kept = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in tuned.get("strategies", {}).get(name, {}).items()
+        }
         words = {**usual_options(name, draft or network, draft is not None), **kept, **self.options}
         if "depths" in self.options and "thresholds" not in self.options:
             words["thresholds"] = (0.5,) * (len(words["depths"]) - (name == "tree"))
         try:
             strategy = STRATEGIES[name](**words)
             check_strategy(strategy, network, draft)
-        except TypeError as error:  # a value of another kind, which the command line lets nobody give
-            raise DataError(f"{self.model / CHOICES}: its options of {name} are not as megatron-sorted tune writes them ({error}). "
-                            "Remove it and tune again.") from error
+        except (
+            TypeError
+        ) as error:  # a value of another kind, which the command line lets nobody give
+            raise DataError(
+                f"{self.model / CHOICES}: its options of {name} are not as megatron-sorted tune writes them ({error}). "
+                "Remove it and tune again."
+            ) from error
         return strategy
 
 
@@ -107,23 +118,38 @@ def check_strategy(strategy: Strategy, network: Network, draft: Network | None =
         SettingsError: It does not; says value, rule and remedy.
     """
     if draft is not None:
-        _require(isinstance(strategy, SPECULATIVE), f"draft model: {strategy.name} drafts nothing. Leave it out, or use a speculative way.")
+        _require(
+            isinstance(strategy, SPECULATIVE),
+            f"draft model: {strategy.name} drafts nothing. Leave it out, or use a speculative way.",
+        )
         check_draft(draft, network)
     if isinstance(strategy, Full):
         return
     drafter = draft or network
     depths = (strategy.depth,) if isinstance(strategy, Fixed | SelfSpeculative) else strategy.depths
     usable, needs_own_exits = network.depths[:-1], not isinstance(strategy, Fixed) and draft is None
-    _require(bool(usable) or not needs_own_exits, f"{strategy.name}: the model has no exits before its last layer, so only 'full' can be had. "
-                                                  "Name depths to read with the last norm and head, or train exits.")
-    _require(bool(depths), f"{strategy.name}: no exit is named. Name some of {', '.join(map(str, drafter.depths))}.")
+    _require(
+        bool(usable) or not needs_own_exits,
+        f"{strategy.name}: the model has no exits before its last layer, so only 'full' can be had. "
+        "Name depths to read with the last norm and head, or train exits.",
+    )
+    _require(
+        bool(depths),
+        f"{strategy.name}: no exit is named. Name some of {', '.join(map(str, drafter.depths))}.",
+    )
     if needs_own_exits:
         for depth in depths:
-            _require(depth < network.num_layers, f"{strategy.name}: depth {depth} is the full model, which has nothing to gain from itself. "
-                                                 f"Use some of {', '.join(map(str, usable))}.")
+            _require(
+                depth < network.num_layers,
+                f"{strategy.name}: depth {depth} is the full model, which has nothing to gain from itself. "
+                f"Use some of {', '.join(map(str, usable))}.",
+            )
     for depth in depths:
         drafter.check_depth(depth, strategy.name)
-    _require(list(depths) == sorted(set(depths)), f"{strategy.name}: depths {', '.join(map(str, depths))} do not increase. Sort them.")
+    _require(
+        list(depths) == sorted(set(depths)),
+        f"{strategy.name}: depths {', '.join(map(str, depths))} do not increase. Sort them.",
+    )
     if isinstance(strategy, EarlyExit | SortedSpeculative | TreeSpeculative):
         _check_thresholds(strategy, depths)
     if isinstance(strategy, SelfSpeculative | SortedSpeculative):
@@ -141,17 +167,31 @@ def check_draft(draft: Network, network: Network) -> None:
     Raises:
         SettingsError: Their vocabularies differ.
     """
-    _require(draft.vocab_size == network.vocab_size, f"draft model: it has {draft.vocab_size} tokens and the model "
-                                                     f"{network.vocab_size}. Draft with a model of the same vocabulary.")
+    _require(
+        draft.vocab_size == network.vocab_size,
+        f"draft model: it has {draft.vocab_size} tokens and the model "
+        f"{network.vocab_size}. Draft with a model of the same vocabulary.",
+    )
 
 
-def _check_thresholds(strategy: EarlyExit | SortedSpeculative | TreeSpeculative, depths: Sequence[int]) -> None:
+def _check_thresholds(
+    strategy: EarlyExit | SortedSpeculative | TreeSpeculative, depths: Sequence[int]
+) -> None:
     wanted = depths[:-1] if isinstance(strategy, TreeSpeculative) else depths
-    _require(len(strategy.thresholds) == len(wanted), f"thresholds: {len(strategy.thresholds)} values for {len(wanted)} exits "
-                                                 f"({', '.join(map(str, wanted)) or 'none'}). Give one for each.")
+    _require(
+        len(strategy.thresholds) == len(wanted),
+        f"thresholds: {len(strategy.thresholds)} values for {len(wanted)} exits "
+        f"({', '.join(map(str, wanted)) or 'none'}). Give one for each.",
+    )
     for threshold in strategy.thresholds:
-        _require(0 <= threshold <= 1, f"thresholds: {threshold} is not in 0..1. Give how sure an exit must be, 1 for never.")
-    _require(strategy.measure in MEASURES, f"measure: {strategy.measure!r} is unknown. Use one of {', '.join(MEASURES)}.")
+        _require(
+            0 <= threshold <= 1,
+            f"thresholds: {threshold} is not in 0..1. Give how sure an exit must be, 1 for never.",
+        )
+    _require(
+        strategy.measure in MEASURES,
+        f"measure: {strategy.measure!r} is unknown. Use one of {', '.join(MEASURES)}.",
+    )
 
 
 def _in(value: int, low: int, high: int, name: str) -> None:

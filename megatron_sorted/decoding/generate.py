@@ -5,13 +5,23 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_sorted.decoding.cache.capacity import as_memory_error, bytes_needed, check_cache_memory
+from megatron_sorted.decoding.cache.capacity import (
+    as_memory_error,
+    bytes_needed,
+    check_cache_memory,
+)
 from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.cache.transfer import to_device
 from megatron_sorted.decoding.choice import check_strategy
 from megatron_sorted.decoding.network import Network
 from megatron_sorted.decoding.sampling import Sampler
-from megatron_sorted.decoding.speculation.steps import Chain, DecodingBatch, OneToken, StepOutput, stops_of
+from megatron_sorted.decoding.speculation.steps import (
+    Chain,
+    DecodingBatch,
+    OneToken,
+    StepOutput,
+    stops_of,
+)
 from megatron_sorted.decoding.speculation.tree_steps import TreeStep
 from megatron_sorted.decoding.strategies import (
     EarlyExit,
@@ -50,9 +60,13 @@ class Limits:
             SettingsError: One of them.
         """
         if self.max_new_tokens < 0:
-            raise SettingsError(f"max_new_tokens: {self.max_new_tokens} is not 0 or more. Change it.")
+            raise SettingsError(
+                f"max_new_tokens: {self.max_new_tokens} is not 0 or more. Change it."
+            )
         if not all(self.stop):
-            raise SettingsError("stop: a stop word is empty, and would end every text at once. Leave it out.")
+            raise SettingsError(
+                "stop: a stop word is empty, and would end every text at once. Leave it out."
+            )
         if self.stop and self.to_text is None:
             raise SettingsError("stop: words need to_text, which makes text of tokens. Give both.")
 
@@ -133,13 +147,19 @@ def check_prompts(prompts: Sequence[Sequence[int]], network: Network, max_new_to
         raise DataError("prompts: there are none. Give at least one.")
     for row, prompt in enumerate(prompts):
         if not len(prompt):
-            raise DataError(f"prompt {row}: it is empty. Give at least one token, such as the tokenizer's bos.")
+            raise DataError(
+                f"prompt {row}: it is empty. Give at least one token, such as the tokenizer's bos."
+            )
         # before its tokens are looked at: there may be millions
         if len(prompt) + max_new_tokens > network.max_positions:
-            raise DataError(f"prompt {row}: {len(prompt)} tokens and {max_new_tokens} new ones are more than the model's context of "
-                            f"{network.max_positions}. Shorten it, or ask for at most {max(network.max_positions - len(prompt), 0)}.")
+            raise DataError(
+                f"prompt {row}: {len(prompt)} tokens and {max_new_tokens} new ones are more than the model's context of "
+                f"{network.max_positions}. Shorten it, or ask for at most {max(network.max_positions - len(prompt), 0)}."
+            )
         if min(prompt) < 0 or max(prompt) >= network.vocab_size:
-            raise DataError(f"prompt {row}: a token is not in 0..{network.vocab_size - 1}. Use the model's own tokenizer.")
+            raise DataError(
+                f"prompt {row}: a token is not in 0..{network.vocab_size - 1}. Use the model's own tokenizer."
+            )
 
 
 def make_step(strategy: Strategy, batch: DecodingBatch) -> OneToken | Chain | TreeStep:
@@ -147,21 +167,47 @@ def make_step(strategy: Strategy, batch: DecodingBatch) -> OneToken | Chain | Tr
     if isinstance(strategy, Full | Fixed):
         return OneToken(batch, [batch.depth])
     if isinstance(strategy, EarlyExit):
-        return OneToken(batch, [*strategy.depths, batch.depth], strategy.thresholds, strategy.measure)
+        return OneToken(
+            batch, [*strategy.depths, batch.depth], strategy.thresholds, strategy.measure
+        )
     if isinstance(strategy, SelfSpeculative):
         return Chain(batch, [strategy.depth], None, strategy.num_draft_tokens, "probability")
     if isinstance(strategy, SortedSpeculative):
-        return Chain(batch, strategy.depths, strategy.thresholds, strategy.num_draft_tokens, strategy.measure)
+        return Chain(
+            batch, strategy.depths, strategy.thresholds, strategy.num_draft_tokens, strategy.measure
+        )
     return TreeStep(batch, strategy)
 
 
-def start_batch(network: Network, prompts: Sequence[Sequence[int]], strategy: Strategy, sampling: SamplingParameters, max_new_tokens: int,
-                draft: Network | None) -> DecodingBatch:
+def start_batch(
+    network: Network,
+    prompts: Sequence[Sequence[int]],
+    strategy: Strategy,
+    sampling: SamplingParameters,
+    max_new_tokens: int,
+    draft: Network | None,
+) -> DecodingBatch:
     """Return the texts with their prompts, nothing read yet."""
     capacity = max(map(len, prompts)) + max_new_tokens + draft_slots(strategy) + 1
-    own = [strategy.depth] if isinstance(strategy, Fixed) else stops_of(network, strategy.depths if isinstance(strategy, EarlyExit) else
-                                                              () if draft else draft_depths(strategy))
-    check_cache_memory(network, len(prompts), capacity, own, 0 if draft is None else bytes_needed(draft, len(prompts), capacity, draft_depths(strategy)))
+    own = (
+        [strategy.depth]
+        if isinstance(strategy, Fixed)
+        else stops_of(
+            network,
+            strategy.depths
+            if isinstance(strategy, EarlyExit)
+            else ()
+            if draft
+            else draft_depths(strategy),
+        )
+    )
+    check_cache_memory(
+        network,
+        len(prompts),
+        capacity,
+        own,
+        0 if draft is None else bytes_needed(draft, len(prompts), capacity, draft_depths(strategy)),
+    )
     longest = max(map(len, prompts))
     padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
     states = [State(network, len(prompts), capacity, own)]
@@ -171,15 +217,28 @@ def start_batch(network: Network, prompts: Sequence[Sequence[int]], strategy: St
         state.append(to_device(padded, state.device), [len(prompt) for prompt in prompts])
     seen = None
     if sampling.repetition_penalty != 1.0:
-        seen = torch.zeros(len(prompts), network.vocab_size, dtype=torch.bool, device=network.device)
+        seen = torch.zeros(
+            len(prompts), network.vocab_size, dtype=torch.bool, device=network.device
+        )
         for row, prompt in enumerate(prompts):
             seen[row, list(prompt)] = True
-    return DecodingBatch(states[0], Sampler(sampling, range(len(prompts))), seen, states[1] if draft is not None else None)
+    return DecodingBatch(
+        states[0],
+        Sampler(sampling, range(len(prompts))),
+        seen,
+        states[1] if draft is not None else None,
+    )
 
 
 @torch.inference_mode()
-def stream(network: Network, prompts: Sequence[Sequence[int]], strategy: Strategy | None = None, sampling: SamplingParameters | None = None,
-           limits: Limits | None = None, draft: Network | None = None) -> Iterator[Added]:
+def stream(
+    network: Network,
+    prompts: Sequence[Sequence[int]],
+    strategy: Strategy | None = None,
+    sampling: SamplingParameters | None = None,
+    limits: Limits | None = None,
+    draft: Network | None = None,
+) -> Iterator[Added]:
     """Yield what each step adds to each text, until all are over.
 
     Args:
@@ -195,14 +254,22 @@ def stream(network: Network, prompts: Sequence[Sequence[int]], strategy: Strateg
         DataError: A prompt cannot be gone on with.
         MemoryExhaustedError: The texts do not fit into memory.
     """
-    strategy, sampling, limits = strategy or Full(), sampling or SamplingParameters(), limits or Limits()
+    strategy, sampling, limits = (
+        strategy or Full(),
+        sampling or SamplingParameters(),
+        limits or Limits(),
+    )
     check_strategy(strategy, network, draft)
     check_prompts(prompts, network, limits.max_new_tokens)
     if limits.max_new_tokens < 1:
         return
     with as_memory_error():
         batch = start_batch(network, prompts, strategy, sampling, limits.max_new_tokens, draft)
-        texts, rows, step = [Text() for _ in prompts], list(range(len(prompts))), make_step(strategy, batch)
+        texts, rows, step = (
+            [Text() for _ in prompts],
+            list(range(len(prompts))),
+            make_step(strategy, batch),
+        )
         while rows:
             said = step.step()
             for row, one in zip(rows, said, strict=True):
@@ -230,11 +297,24 @@ def cut(text: Text, said: StepOutput, row: int, limits: Limits) -> Added:
         if finish:
             break
     count = len(kept) - len(text.tokens)
-    return Added(row, said.tokens[:count], said.depths[:count], said.num_drafted, min(said.num_accepted, count), finish)
+    return Added(
+        row,
+        said.tokens[:count],
+        said.depths[:count],
+        said.num_drafted,
+        min(said.num_accepted, count),
+        finish,
+    )
 
 
-def generate(network: Network, prompts: Sequence[Sequence[int]], strategy: Strategy | None = None, sampling: SamplingParameters | None = None,
-             limits: Limits | None = None, draft: Network | None = None) -> list[Text]:
+def generate(
+    network: Network,
+    prompts: Sequence[Sequence[int]],
+    strategy: Strategy | None = None,
+    sampling: SamplingParameters | None = None,
+    limits: Limits | None = None,
+    draft: Network | None = None,
+) -> list[Text]:
     """Return all texts when they are over; arguments and errors as for `stream`."""
     texts = [Text() for _ in prompts]
     for added in stream(network, prompts, strategy, sampling, limits, draft):

@@ -58,7 +58,13 @@ class Network:
         idle: Memory that nobody uses; `memory.lend` lends it.
     """
 
-    def __init__(self, model: nn.Module, exits: dict[int, Exit], packed: bool = True, graphs: bool | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        exits: dict[int, Exit],
+        packed: bool = True,
+        graphs: bool | None = None,
+    ):
         """Join the model's matrices.
 
         Args:
@@ -72,15 +78,24 @@ class Network:
         """
         config = model.config
         if config.model_type not in FAMILIES:
-            raise SettingsError(f"model_type: {config.model_type} is not one of {', '.join(FAMILIES)}. Use transformers' own generate.")
+            raise SettingsError(
+                f"model_type: {config.model_type} is not one of {', '.join(FAMILIES)}. Use transformers' own generate."
+            )
         kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         if kind in UNKNOWN_ROTATIONS:
-            raise SettingsError(f"rope_type: {kind} rotates by the length of the text, which a cache cannot follow. "
-                                "Use transformers' own generate.")
+            raise SettingsError(
+                f"rope_type: {kind} rotates by the length of the text, which a cache cannot follow. "
+                "Use transformers' own generate."
+            )
         self.model, self.depths = model, tuple(sorted(exits))
         matrices = Matrices(packed)
-        self.layers = [Layer(layer, matrices, window_of(config, index)) for index, layer in enumerate(model.model.layers)]
-        self.readers = {depth: make_reader(config, depth, found, matrices) for depth, found in exits.items()}
+        self.layers = [
+            Layer(layer, matrices, window_of(config, index))
+            for index, layer in enumerate(model.model.layers)
+        ]
+        self.readers = {
+            depth: make_reader(config, depth, found, matrices) for depth, found in exits.items()
+        }
         self.embedding = model.get_input_embeddings().weight
         self.rotary, self.num_layers = model.model.rotary_emb, len(self.layers)
         self.make_recorder = graphs_of(self.device)
@@ -94,9 +109,18 @@ class Network:
         """
         other = copy.copy(self)
         lacking = vocab_size - self.vocab_size
-        other.embedding = F.pad(self.embedding, (0, 0, 0, lacking)) if lacking > 0 else self.embedding[:vocab_size]
-        heads = {id(reader.head): reader.head.resized(vocab_size) for reader in self.readers.values()}
-        other.readers = {depth: replace(reader, head=heads[id(reader.head)]) for depth, reader in self.readers.items()}
+        other.embedding = (
+            F.pad(self.embedding, (0, 0, 0, lacking))
+            if lacking > 0
+            else self.embedding[:vocab_size]
+        )
+        heads = {
+            id(reader.head): reader.head.resized(vocab_size) for reader in self.readers.values()
+        }
+        other.readers = {
+            depth: replace(reader, head=heads[id(reader.head)])
+            for depth, reader in self.readers.items()
+        }
         other.idle = []
         return other
 
@@ -132,8 +156,10 @@ class Network:
             SettingsError: There is none; ``name`` says whose value it is.
         """
         if depth not in self.readers:
-            raise SettingsError(f"{name}: depth {depth} is no exit of this model; its exits are {', '.join(map(str, self.depths))}. "
-                                "Use one of them.")
+            raise SettingsError(
+                f"{name}: depth {depth} is no exit of this model; its exits are {', '.join(map(str, self.depths))}. "
+                "Use one of them."
+            )
 
 
 def window_of(config, index: int) -> int | None:
@@ -149,12 +175,26 @@ def make_reader(config, depth: int, found: Exit, matrices: Matrices) -> ExitRead
     head = matrices.of(found.head)
     if found.block is None:
         return ExitReadout(found.norm, head)
-    module, adapter = (found.block.layer, found.block.adapter) if isinstance(found.block, ExitBlock) else (found.block, None)
-    return ExitReadout(found.norm, head, Layer(module, matrices, window_of(config, min(depth, config.num_hidden_layers - 1))), adapter)
+    module, adapter = (
+        (found.block.layer, found.block.adapter)
+        if isinstance(found.block, ExitBlock)
+        else (found.block, None)
+    )
+    return ExitReadout(
+        found.norm,
+        head,
+        Layer(module, matrices, window_of(config, min(depth, config.num_hidden_layers - 1))),
+        adapter,
+    )
 
 
-def load_network(directory: str | Path, depths: Sequence[int] | None = None, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu", graphs: bool | None = None) -> Network:
+def load_network(
+    directory: str | Path,
+    depths: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    graphs: bool | None = None,
+) -> Network:
     """Return the network of a Hugging Face directory; nothing in the directory is executed.
 
     Args:
@@ -172,7 +212,9 @@ def load_network(directory: str | Path, depths: Sequence[int] | None = None, dty
     last = model.config.num_hidden_layers
     for depth in depths or ():
         if not 1 <= depth <= last:
-            raise SettingsError(f"depth {depth} is not a layer of this model, which has {last}. Use 1..{last}.")
+            raise SettingsError(
+                f"depth {depth} is not a layer of this model, which has {last}. Use 1..{last}."
+            )
         exits.setdefault(depth, Exit(model.model.norm, model.lm_head))
     if depths is not None:
         exits = {depth: found for depth, found in exits.items() if depth in depths or depth == last}
@@ -185,7 +227,9 @@ def load_network(directory: str | Path, depths: Sequence[int] | None = None, dty
 
 def config_sha256(network: Network) -> str:
     """Return the hash of the config.json that a model was loaded with."""
-    return hashlib.sha256((Path(network.model.config.name_or_path) / CONFIG).read_bytes()).hexdigest()
+    return hashlib.sha256(
+        (Path(network.model.config.name_or_path) / CONFIG).read_bytes()
+    ).hexdigest()
 
 
 def draft_key(directory: Path, draft: Network) -> str:

@@ -28,7 +28,9 @@ class Sampler:
         self.sampling, self.rows = sampling, list(rows)
         self._noise: dict[tuple[int, int], Tensor] = {}
 
-    def choose(self, logits_bnv: Tensor, positions: Sequence[Sequence[int]], seen_bnv: Tensor | None = None) -> Tensor:
+    def choose(
+        self, logits_bnv: Tensor, positions: Sequence[Sequence[int]], seen_bnv: Tensor | None = None
+    ) -> Tensor:
         """Return the chosen tokens [b, n].
 
         Args:
@@ -38,7 +40,9 @@ class Sampler:
         """
         return self.scores(logits_bnv, positions, seen_bnv).argmax(-1)
 
-    def scores(self, logits_bnv: Tensor, positions: Sequence[Sequence[int]], seen_bnv: Tensor | None = None) -> Tensor:
+    def scores(
+        self, logits_bnv: Tensor, positions: Sequence[Sequence[int]], seen_bnv: Tensor | None = None
+    ) -> Tensor:
         """Return numbers whose order is that in which tokens are chosen: log p - log e, less what is the same for all tokens.
 
         Arguments as for `choose`.
@@ -49,7 +53,11 @@ class Sampler:
             return logits
         logits = logits.float()
         # the largest becomes 0, which no temperature, however low, makes infinite
-        logits = cut((logits - logits.amax(-1, keepdim=True)) / sampling.temperature, sampling.top_k, sampling.top_p)
+        logits = cut(
+            (logits - logits.amax(-1, keepdim=True)) / sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+        )
         return logits + self._noise_of(positions, logits)
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -59,21 +67,32 @@ class Sampler:
     def forget(self, before: Sequence[int]) -> None:
         """Forget the noise of places before these positions, by row: they are decided."""
         limits = dict(zip(self.rows, before, strict=True))
-        self._noise = {(row, position): noise for (row, position), noise in self._noise.items() if position >= limits.get(row, 1 << 62)}
+        self._noise = {
+            (row, position): noise
+            for (row, position), noise in self._noise.items()
+            if position >= limits.get(row, 1 << 62)
+        }
 
     def _noise_of(self, positions: Sequence[Sequence[int]], like: Tensor) -> Tensor:
         rows = []
         for row, places in zip(self.rows, positions, strict=True):
             for position in places:
                 if (row, position) not in self._noise:
-                    self._noise[row, position] = to_device(gumbel(self.sampling.seed, row, position, like.size(-1)), like.device)
+                    self._noise[row, position] = to_device(
+                        gumbel(self.sampling.seed, row, position, like.size(-1)), like.device
+                    )
                 rows.append(self._noise[row, position])
         return torch.stack(rows).view(like.shape)
 
 
 def gumbel(seed: int, row: int, position: int, size: int) -> Tensor:
     """Return Gumbel noise, -log e of exponential e, that depends on seed, row and position alone; alike on any device."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + row * 0xC2B2AE3D27D4EB4F + position * 0x165667B19E3779F9 + 0x27D4EB2F165667C5) % (1 << 64)
+    mixed = (
+        seed * 0x9E3779B97F4A7C15
+        + row * 0xC2B2AE3D27D4EB4F
+        + position * 0x165667B19E3779F9
+        + 0x27D4EB2F165667C5
+    ) % (1 << 64)
     mixed = ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9) % (1 << 64)
     generator = torch.Generator().manual_seed((mixed ^ (mixed >> 32)) >> 1)
     return -torch.empty(size).exponential_(generator=generator).log()
@@ -92,12 +111,16 @@ def cut(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     In that order and with transformers' rules: tokens as likely as the last of the k stay, and the token that reaches ``top_p`` stays.
     """
     if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
+        logits = logits.masked_fill(
+            logits < logits.topk(top_k, dim=-1).values[..., -1:], float("-inf")
+        )
     if top_p is not None and top_p < 1:
         ordered, place = logits.sort(dim=-1)
         dropped = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
         dropped[..., -1] = False
-        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, place, dropped), float("-inf"))
+        logits = logits.masked_fill(
+            torch.zeros_like(dropped).scatter(-1, place, dropped), float("-inf")
+        )
     return logits
 
 
@@ -119,6 +142,8 @@ def certainty(logits: Tensor) -> Tensor:
     return 1 - entropy / math.log(logits.size(-1))
 
 
-SURENESS: dict[str, Callable[[Tensor], Tensor]] = dict(zip(MEASURES, (highest_probability, margin, certainty), strict=True))
+SURENESS: dict[str, Callable[[Tensor], Tensor]] = dict(
+    zip(MEASURES, (highest_probability, margin, certainty), strict=True)
+)
 """How sure an exit is of its next token, by measure; each [..., v] -> [...], in 0..1, higher is surer. A token leaves where it is above
 the exit's threshold."""

@@ -34,12 +34,15 @@ class SamplingParameters:
             SettingsError: One does not.
         """
         for name, holds, rule in (
-                ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-                ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
-                ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-                ("repetition_penalty", self.repetition_penalty > 0, "above 0")):
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ):
             if not holds:
-                raise SettingsError(f"{name}: {getattr(self, name)} is not {rule}. Change it, or leave it out.")
+                raise SettingsError(
+                    f"{name}: {getattr(self, name)} is not {rule}. Change it, or leave it out."
+                )
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,10 @@ class TreeSpeculative:
 
 Strategy = Full | Fixed | EarlyExit | SelfSpeculative | SortedSpeculative | TreeSpeculative
 SPECULATIVE = (SelfSpeculative, SortedSpeculative, TreeSpeculative)
-STRATEGIES = {strategy.name: strategy for strategy in (Full, Fixed, EarlyExit, SelfSpeculative, SortedSpeculative, TreeSpeculative)}
+STRATEGIES = {
+    strategy.name: strategy
+    for strategy in (Full, Fixed, EarlyExit, SelfSpeculative, SortedSpeculative, TreeSpeculative)
+}
 
 
 def draft_depths(strategy: Strategy) -> tuple[int, ...]:
@@ -163,5 +169,10 @@ def draft_slots(strategy: Strategy) -> int:
     """Return the most tokens that stand behind a text while it is drafted."""
     if isinstance(strategy, TreeSpeculative):
         # what is grown before it is cut to num_nodes
-        return 1 + strategy.num_branches * (strategy.num_levels - 1) + strategy.num_nodes + strategy.candidates
+        return (
+            1
+            + strategy.num_branches * (strategy.num_levels - 1)
+            + strategy.num_nodes
+            + strategy.candidates
+        )
     return strategy.num_draft_tokens if isinstance(strategy, SPECULATIVE) else 0

@@ -20,7 +20,11 @@ COLOURS = (208, 214, 220, 148, 78, 44, 39, 33, 99)
 
 def colour_of(depth: int, depths: Sequence[int]) -> int:
     """Return a terminal's colour for an exit."""
-    return COLOURS[round(depths.index(depth) / max(len(depths) - 1, 1) * (len(COLOURS) - 1))] if depth in depths else COLOURS[0]
+    return (
+        COLOURS[round(depths.index(depth) / max(len(depths) - 1, 1) * (len(COLOURS) - 1))]
+        if depth in depths
+        else COLOURS[0]
+    )
 
 
 class Page:
@@ -36,11 +40,19 @@ class Page:
     def shown(self, text: str, depth: int) -> str:
         """Return a token's text in the colour of its exit."""
         text = for_terminal(text) if self.on_terminal else text
-        return f"\x1b[38;5;{colour_of(depth, self.depths)}m{text}\x1b[0m" if self.in_colour and text else text
+        return (
+            f"\x1b[38;5;{colour_of(depth, self.depths)}m{text}\x1b[0m"
+            if self.in_colour and text
+            else text
+        )
 
     def legend(self) -> str:
         """Return which colour is which exit."""
-        return "exits: " + " ".join(self.shown(f"@{depth}", depth) for depth in self.depths) if self.in_colour else ""
+        return (
+            "exits: " + " ".join(self.shown(f"@{depth}", depth) for depth in self.depths)
+            if self.in_colour
+            else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -68,24 +80,38 @@ class Console:
         began, texts, shown = time.perf_counter(), [""] * len(ids), [""] * len(ids)
         tokens = steps = drafted = accepted = 0
         by_depth: dict[int, int] = {}
-        for piece in self.writer.write(ids, self.strategy, self.sampling, self._new_tokens(ids), self.stop):
+        for piece in self.writer.write(
+            ids, self.strategy, self.sampling, self._new_tokens(ids), self.stop
+        ):
             texts[piece.row] += piece.text
             new = "".join(self.page.shown(*part) for part in piece.parts)
             shown[piece.row] += new
             if len(ids) == 1:
                 print(new, end="", flush=True)
             tokens, steps = tokens + len(piece.added.tokens), steps + 1
-            drafted, accepted = drafted + piece.added.num_drafted, accepted + piece.added.num_accepted
+            drafted, accepted = (
+                drafted + piece.added.num_drafted,
+                accepted + piece.added.num_accepted,
+            )
             for depth in piece.added.depths:
                 by_depth[depth] = by_depth.get(depth, 0) + 1
             if piece.finish and len(ids) > 1:
-                print(f"--- prompt {piece.row}: {prompts[piece.row]!r}\n{shown[piece.row]}", flush=True)
+                print(
+                    f"--- prompt {piece.row}: {prompts[piece.row]!r}\n{shown[piece.row]}",
+                    flush=True,
+                )
         took = time.perf_counter() - began
-        spread = ", ".join(f"@{depth} {100 * count / tokens:.0f} %" for depth, count in sorted(by_depth.items()))
+        spread = ", ".join(
+            f"@{depth} {100 * count / tokens:.0f} %" for depth, count in sorted(by_depth.items())
+        )
         line = f"{tokens} tokens in {took:.1f} s, {tokens / took:.1f} tokens/s; said by {spread}"
         if drafted:
             line += f"; {tokens / steps:.2f} tokens a verification, {100 * accepted / drafted:.0f} % of drafts accepted"
-        print(("\n" if len(ids) == 1 else "") + f"[{self.strategy.name}: {line}]", file=sys.stderr, flush=True)
+        print(
+            ("\n" if len(ids) == 1 else "") + f"[{self.strategy.name}: {line}]",
+            file=sys.stderr,
+            flush=True,
+        )
         return texts
 
     def chat(self) -> None:
@@ -108,7 +134,14 @@ class Console:
                 messages.clear()
                 continue
             form = self.writer.form.prompt_form  # a template puts its own blanks around an answer
-            messages.append({"role": "assistant", "content": answer if form and form.name in (PLAIN, ALPACA) else answer.strip(" ")})
+            messages.append(
+                {
+                    "role": "assistant",
+                    "content": answer
+                    if form and form.name in (PLAIN, ALPACA)
+                    else answer.strip(" "),
+                }
+            )
 
     def _new_tokens(self, ids: list[list[int]]) -> int:
         """Return how many tokens are written at most; the default is cut to what the context leaves, with a word about it."""
@@ -117,6 +150,10 @@ class Console:
         positions = self.writer.network.max_positions
         room = positions - max(map(len, ids))
         if 1 <= room < DEFAULT_TOKENS:
-            print(f"[the context of {positions} tokens leaves room for {room} new ones, not {DEFAULT_TOKENS}]", file=sys.stderr, flush=True)
+            print(
+                f"[the context of {positions} tokens leaves room for {room} new ones, not {DEFAULT_TOKENS}]",
+                file=sys.stderr,
+                flush=True,
+            )
             return room
         return DEFAULT_TOKENS

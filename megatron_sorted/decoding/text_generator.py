@@ -75,7 +75,13 @@ class TextGenerator:
         DataError: The model's end tokens are no tokens of it, or its tokenizer belongs to another model.
     """
 
-    def __init__(self, network: Network, tokenizer: Tokenizer, draft: Network | None = None, form: ModelForm | None = None):
+    def __init__(
+        self,
+        network: Network,
+        tokenizer: Tokenizer,
+        draft: Network | None = None,
+        form: ModelForm | None = None,
+    ):
         self.network, self.tokenizer, self.draft = network, tokenizer, draft
         self.form = form = form or ModelForm()
         self.end_ids = form.end_ids_of(network.model, tokenizer)
@@ -97,10 +103,14 @@ class TextGenerator:
         if not ids and self.tokenizer.bos_id is not None:
             ids = [self.tokenizer.bos_id]
         if not ids:
-            raise DataError("prompt: it is empty, and the tokenizer puts nothing before a text. Write something.")
+            raise DataError(
+                "prompt: it is empty, and the tokenizer puts nothing before a text. Write something."
+            )
         return ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+    ) -> list[int]:
         """Return the tokens of a conversation [{"role": ..., "content": ...}] up to where the assistant answers.
 
         Raises:
@@ -111,8 +121,14 @@ class TextGenerator:
             return self.encode("".join(f"{message['content']}\n" for message in messages))
         return self.tokenizer.encode_rendered(form.render(messages, tools))
 
-    def write(self, prompts: Sequence[Sequence[int]], strategy: Strategy | None = None, sampling: SamplingParameters | None = None, max_new_tokens: int = 128,
-              stop: Sequence[str] = ()) -> Iterator[StreamedText]:
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        strategy: Strategy | None = None,
+        sampling: SamplingParameters | None = None,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+    ) -> Iterator[StreamedText]:
         """Yield what comes to each text; stop words are left out. The draft model is left alone by ways that draft nothing.
 
         Errors as for ``generate.stream``.
@@ -125,7 +141,9 @@ class TextGenerator:
             return self.tokenizer.decode([*anchor, *tokens[-(4 * longest + 8) :]])[before:]
 
         limits = Limits(max_new_tokens, self.end_ids, tuple(stop), tail)
-        for added in stream(self.network, prompts, strategy, sampling, limits, self.draft_for(strategy)):
+        for added in stream(
+            self.network, prompts, strategy, sampling, limits, self.draft_for(strategy)
+        ):
             row = rows[added.row]
             for place, (token, depth) in enumerate(zip(added.tokens, added.depths, strict=True), 1):
                 if token not in self.end_ids:
@@ -134,7 +152,9 @@ class TextGenerator:
                 text = self._new_text(row, added.finish is not None and place == len(added.tokens))
                 if text or token not in self.end_ids:
                     row.held.append((text, depth))
-            yield StreamedText(added.row, self._release(row, stop, added.finish), added, added.finish)
+            yield StreamedText(
+                added.row, self._release(row, stop, added.finish), added, added.finish
+            )
 
     def _begin(self, prompt: Sequence[int], anchor: list[int]) -> _Row:
         """Return a row without new text, which stands behind the anchor if it stands behind any text."""
@@ -155,9 +175,19 @@ class TextGenerator:
         text = "".join(part for part, _ in row.held)
         if finish == "stop":
             # a tokenizer may write the last tokens otherwise than all of them: then nothing is cut off
-            sure = min((place for word in stop if (place := text.find(word)) >= 0), default=len(text))
+            sure = min(
+                (place for word in stop if (place := text.find(word)) >= 0), default=len(text)
+            )
         elif finish is None and stop:
-            sure = len(text) - max((size for word in stop for size in range(1, len(word)) if text.endswith(word[:size])), default=0)
+            sure = len(text) - max(
+                (
+                    size
+                    for word in stop
+                    for size in range(1, len(word))
+                    if text.endswith(word[:size])
+                ),
+                default=0,
+            )
         else:
             sure = len(text)
         parts, row.held, place = row.held, [], 0
@@ -172,8 +202,15 @@ class TextGenerator:
         return released
 
 
-def open_writer(directory: Path, draft: Path | None = None, depths: Sequence[int] | None = None, tokenizer: Path | None = None,
-                dtype: torch.dtype = torch.float32, device: str = "cpu", prompt_template: str | None = None) -> TextGenerator:
+def open_writer(
+    directory: Path,
+    draft: Path | None = None,
+    depths: Sequence[int] | None = None,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    prompt_template: str | None = None,
+) -> TextGenerator:
     """Return the model of a Hugging Face directory, or of a checkpoint, ready to write.
 
     Args:
@@ -193,11 +230,17 @@ def open_writer(directory: Path, draft: Path | None = None, depths: Sequence[int
     form = form_of_model(place, words, prompt_template)
     network = load_network(place, depths, dtype, device)
     form.check_rows(network.vocab_size)
-    other = None if draft is None else open_draft(open_model_directory(draft), network, words, tokenizer)
+    other = (
+        None
+        if draft is None
+        else open_draft(open_model_directory(draft), network, words, tokenizer)
+    )
     return TextGenerator(network, words, other, form)
 
 
-def open_draft(directory: Path, network: Network, tokenizer: Tokenizer, option: Path | None = None) -> Network:
+def open_draft(
+    directory: Path, network: Network, tokenizer: Tokenizer, option: Path | None = None
+) -> Network:
     """Return a model that can draft for the network: of the same tokenizer. Vocabularies filled up to other sizes are made alike.
 
     Args:
@@ -212,7 +255,9 @@ def open_draft(directory: Path, network: Network, tokenizer: Tokenizer, option: 
     draft = load_network(directory, None, network.dtype, network.device)
     own = open_tokenizer(directory, option)
     if own.vocabulary() != tokenizer.vocabulary():
-        raise SettingsError(f"draft model: its tokenizer ({own.vocab_size} tokens) gives other numbers than the model's "
-                            f"({tokenizer.vocab_size}). "
-                            "Draft with a model of the same vocabulary.")
+        raise SettingsError(
+            f"draft model: its tokenizer ({own.vocab_size} tokens) gives other numbers than the model's "
+            f"({tokenizer.vocab_size}). "
+            "Draft with a model of the same vocabulary."
+        )
     return draft if draft.vocab_size == network.vocab_size else draft.resized(network.vocab_size)

@@ -1,6 +1,6 @@
 """The folder a run writes to: space, speed, locks, and whether other nodes see it.
 
-    python -m megatron_sorted.doctor.disks FOLDER MEBIBYTES     try a folder: a process of its own, since a file system may hang
+python -m megatron_sorted.doctor.disks FOLDER MEBIBYTES     try a folder: a process of its own, since a file system may hang
 """
 
 import fcntl
@@ -19,8 +19,29 @@ from megatron_sorted.doctor.probes import run_module
 TRIAL_MEBIBYTES = 64
 FEWEST_FILES = 1000
 SLOW_BYTES_PER_SECOND = 50 * 2**20
-SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "fuse.ceph", "fuse.juicefs", "fuse.glusterfs", "glusterfs", "cifs", "smb3",
-          "9p", "afs", "orangefs", "wekafs", "fuse.sshfs", "virtiofs", "dpc", "fuse.alluxio-fuse", "fuse.s3fs")
+SHARED = (
+    "nfs",
+    "nfs4",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "fuse.ceph",
+    "fuse.juicefs",
+    "fuse.glusterfs",
+    "glusterfs",
+    "cifs",
+    "smb3",
+    "9p",
+    "afs",
+    "orangefs",
+    "wekafs",
+    "fuse.sshfs",
+    "virtiofs",
+    "dpc",
+    "fuse.alluxio-fuse",
+    "fuse.s3fs",
+)
 VANISHING = ("tmpfs", "ramfs", "overlay")
 
 
@@ -67,19 +88,33 @@ def trial(folder: str, mebibytes: int) -> dict[str, Any]:
             facts |= {"locks": False, "lock_error": error.strerror}
     state = os.statvfs(folder)
     # some file systems have no count of files: 0 of 0
-    return {**facts, "free": state.f_bavail * state.f_frsize, "files": state.f_favail if state.f_files else None}
+    return {
+        **facts,
+        "free": state.f_bavail * state.f_frsize,
+        "files": state.f_favail if state.f_files else None,
+    }
 
 
-def try_disk(folder: Path, limit_seconds: float, mebibytes: int = TRIAL_MEBIBYTES) -> dict[str, Any]:
+def try_disk(
+    folder: Path, limit_seconds: float, mebibytes: int = TRIAL_MEBIBYTES
+) -> dict[str, Any]:
     """Return what ``trial`` says of a folder, or {"error": why it said nothing}."""
-    printed, end = run_module("megatron_sorted.doctor.disks", (folder, mebibytes), os.environ, limit_seconds)
+    printed, end = run_module(
+        "megatron_sorted.doctor.disks", (folder, mebibytes), os.environ, limit_seconds
+    )
     try:
         return json.loads(printed)
     except ValueError:
         return {"error": f"writing {mebibytes} MiB: {end}"}
 
 
-def check_disk(folder: Path, kind: str, facts: Mapping[str, Any], num_nodes: int, mebibytes: int = TRIAL_MEBIBYTES) -> list[Finding]:
+def check_disk(
+    folder: Path,
+    kind: str,
+    facts: Mapping[str, Any],
+    num_nodes: int,
+    mebibytes: int = TRIAL_MEBIBYTES,
+) -> list[Finding]:
     """Return whether checkpoints can be written to a folder, and how fast.
 
     Args:
@@ -92,28 +127,68 @@ def check_disk(folder: Path, kind: str, facts: Mapping[str, Any], num_nodes: int
     name = "run folder"
     shown = f"{folder} ({kind})"
     if "error" in facts:
-        return [broken(name, f"{shown}: {facts['error']}", "Give a folder that can be written: --folder here, --save in the run.")]
+        return [
+            broken(
+                name,
+                f"{shown}: {facts['error']}",
+                "Give a folder that can be written: --folder here, --save in the run.",
+            )
+        ]
     if not facts["same"]:
-        return [broken(name, f"{shown}: read something else than was written", "Do not keep checkpoints there.")]
+        return [
+            broken(
+                name,
+                f"{shown}: read something else than was written",
+                "Do not keep checkpoints there.",
+            )
+        ]
     speed = mebibytes * 2**20 / max(facts["seconds"], 1e-9)
     shown += f": {gibibytes(facts['free'])} free, {speed / 2**20:.0f} MiB/s written and flushed"
     found = []
     if facts["files"] is not None and facts["files"] < FEWEST_FILES:
-        found.append(broken(name, f"{shown}, {facts['files']} files left to make", "Remove small files, or give another folder."))
+        found.append(
+            broken(
+                name,
+                f"{shown}, {facts['files']} files left to make",
+                "Remove small files, or give another folder.",
+            )
+        )
     elif facts["free"] < 2**30:
         found.append(broken(name, shown, "Make room, or give another folder."))
     elif speed < SLOW_BYTES_PER_SECOND:
-        found.append(doubtful(name, shown, "Checkpoints take long: a faster folder, or a --save-interval that --async-save keeps up with."))
+        found.append(
+            doubtful(
+                name,
+                shown,
+                "Checkpoints take long: a faster folder, or a --save-interval that --async-save keeps up with.",
+            )
+        )
     elif kind in VANISHING:
-        found.append(doubtful(name, shown, "It is gone with the machine or container: mount a disk for what must stay."))
+        found.append(
+            doubtful(
+                name,
+                shown,
+                "It is gone with the machine or container: mount a disk for what must stay.",
+            )
+        )
     else:
         found.append(fine(name, shown))
     if num_nodes > 1 and kind not in SHARED:
-        found.append(doubtful("shared folder", f"{kind} is usually not shared between nodes",
-                              "--save needs a folder that all nodes see; the network test finds out."))
+        found.append(
+            doubtful(
+                "shared folder",
+                f"{kind} is usually not shared between nodes",
+                "--save needs a folder that all nodes see; the network test finds out.",
+            )
+        )
     if not facts["locks"]:
-        found.append(doubtful("file locks", f"{folder}: {facts['lock_error']}",
-                              "Two runs may save into one folder unnoticed: mount with locks (NFS: lockd; Lustre: -o flock)."))
+        found.append(
+            doubtful(
+                "file locks",
+                f"{folder}: {facts['lock_error']}",
+                "Two runs may save into one folder unnoticed: mount with locks (NFS: lockd; Lustre: -o flock).",
+            )
+        )
     return found
 
 
@@ -131,9 +206,21 @@ def check_space(folder: Path, free: int, checkpoint_bytes: int, kept: int | None
     if free < checkpoint_bytes:
         return [broken("room for checkpoints", shown, "Make room, or give another --save.")]
     if free < needed * checkpoint_bytes:
-        return [doubtful("room for checkpoints", shown, f"Make room for {needed}: a new one is written before an old one is removed.")]
+        return [
+            doubtful(
+                "room for checkpoints",
+                shown,
+                f"Make room for {needed}: a new one is written before an old one is removed.",
+            )
+        ]
     if kept is None and free < 10 * checkpoint_bytes:
-        return [doubtful("room for checkpoints", f"{shown}, and all are kept", "Give --save-retain, or make room.")]
+        return [
+            doubtful(
+                "room for checkpoints",
+                f"{shown}, and all are kept",
+                "Give --save-retain, or make room.",
+            )
+        ]
     return [fine("room for checkpoints", shown)]
 
 

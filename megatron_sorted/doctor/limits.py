@@ -15,7 +15,9 @@ DOCKER_SHARED_BYTES = 64 * MEBIBYTE
 
 def read_limits() -> tuple[int, int]:
     """Return how many files this process may open and how many bytes it may lock; -1 for no limit."""
-    soft = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK)]
+    soft = [
+        resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK)
+    ]
     return tuple(UNLIMITED if value == resource.RLIM_INFINITY else value for value in soft)
 
 
@@ -33,10 +35,19 @@ def check_limits(nofile: int, memlock: int, has_device: bool) -> list[Finding]:
     found = []
     if nofile != UNLIMITED and nofile < 8192:
         verdict = broken if nofile < 256 else doubtful
-        found.append(verdict("ulimit -n (files)", files,
-                             f"ulimit -n 65536; {where}. Connections and data files take one each."))
+        found.append(
+            verdict(
+                "ulimit -n (files)",
+                files,
+                f"ulimit -n 65536; {where}. Connections and data files take one each.",
+            )
+        )
     if memlock != UNLIMITED and memlock < GIBIBYTE and has_device:
-        found.append(doubtful("ulimit -l (locked)", locked, f"ulimit -l unlimited; {where}. RDMA pins memory."))
+        found.append(
+            doubtful(
+                "ulimit -l (locked)", locked, f"ulimit -l unlimited; {where}. RDMA pins memory."
+            )
+        )
     return found or [fine("limits", f"files {files}, locked {locked}")]
 
 
@@ -50,8 +61,10 @@ def read_shared_memory() -> tuple[int | None, int]:
 
 def check_shared_memory(total: int | None, free: int, has_device: bool) -> list[Finding]:
     """Check that processes of a node can talk through /dev/shm; ``total`` is None where it is missing."""
-    remedy = ("docker run --shm-size=16g (or --ipc=host); in a pod an emptyDir of medium Memory at /dev/shm; "
-              "else mount -o remount,size=16g /dev/shm")
+    remedy = (
+        "docker run --shm-size=16g (or --ipc=host); in a pod an emptyDir of medium Memory at /dev/shm; "
+        "else mount -o remount,size=16g /dev/shm"
+    )
     if total is None:
         return [broken("/dev/shm", "missing or not writable", remedy)]
     shown = f"{gibibytes(free)} free of {gibibytes(total)}"
@@ -94,7 +107,10 @@ def read_container(root: Path) -> Container:
     try:
         quota, period = (root / "cpu.max").read_text().split()
     except (OSError, ValueError):
-        quota, period = str(number("cpu/cpu.cfs_quota_us") or "max"), str(number("cpu/cpu.cfs_period_us") or 1)
+        quota, period = (
+            str(number("cpu/cpu.cfs_quota_us") or "max"),
+            str(number("cpu/cpu.cfs_period_us") or 1),
+        )
     cpus = int(quota) / int(period) if quota.isdigit() else None
     memory = number("memory.max") or number("memory/memory.limit_in_bytes")
     used = number("memory.current") or number("memory/memory.usage_in_bytes") or 0
@@ -115,13 +131,23 @@ def check_memory(total: int, available: int, container: Container) -> list[Findi
         shown += f"; the container may use {gibibytes(container.memory_bytes)}"
         available = min(available, left) if left > 0 else available
     if available < GIBIBYTE:
-        return [doubtful("memory", shown,
-                         "End other programs, or raise the job's or container's memory (srun --mem=0, docker run --memory).")]
+        return [
+            doubtful(
+                "memory",
+                shown,
+                "End other programs, or raise the job's or container's memory (srun --mem=0, docker run --memory).",
+            )
+        ]
     return [fine("memory", shown)]
 
 
-def check_processors(container: Container, environment: Mapping[str, str], local_processes: int,
-                     cores: int = os.cpu_count() or 1, usable: int | None = None) -> list[Finding]:
+def check_processors(
+    container: Container,
+    environment: Mapping[str, str],
+    local_processes: int,
+    cores: int = os.cpu_count() or 1,
+    usable: int | None = None,
+) -> list[Finding]:
     """Check that processes and threads fit the processors they may use.
 
     Args:
@@ -134,24 +160,51 @@ def check_processors(container: Container, environment: Mapping[str, str], local
     usable = len(os.sched_getaffinity(0)) if usable is None else usable
     found = []
     share = min(usable, container.cpus or usable)
-    shown = f"{usable} of {cores} usable" + (f", a share of {container.cpus:g}" if container.cpus else "")
+    shown = f"{usable} of {cores} usable" + (
+        f", a share of {container.cpus:g}" if container.cpus else ""
+    )
     threads = environment.get("OMP_NUM_THREADS")
-    if threads is not None and not all(part.isdigit() and int(part) > 0 for part in threads.split(",")):
+    if threads is not None and not all(
+        part.isdigit() and int(part) > 0 for part in threads.split(",")
+    ):
         return [broken("OMP_NUM_THREADS", threads, "Give a number of 1 or more.")]
     if local_processes > 1 and usable == 1 and cores > 1:
-        found.append(doubtful("CPU cores", f"{shown}: every process on one core",
-                              "srun --cpus-per-task=ALL (since SLURM 22.05 srun does not inherit it), or --cpu-bind=none."))
+        found.append(
+            doubtful(
+                "CPU cores",
+                f"{shown}: every process on one core",
+                "srun --cpus-per-task=ALL (since SLURM 22.05 srun does not inherit it), or --cpu-bind=none.",
+            )
+        )
     else:
         found.append(fine("CPU cores", shown))
     remedy = f"export OMP_NUM_THREADS={max(1, int(share) // local_processes)}"
     if threads is None and local_processes > 1:
-        found.append(doubtful("OMP_NUM_THREADS", f"unset, with {local_processes} processes on the host",
-                              f"{remedy}: each process would start {usable} threads."))
-    elif threads is not None and int(threads.split(",")[0]) * local_processes > max(share, local_processes):
-        found.append(doubtful("OMP_NUM_THREADS", f"{threads} x {local_processes} processes on {share:g} cores", remedy))
+        found.append(
+            doubtful(
+                "OMP_NUM_THREADS",
+                f"unset, with {local_processes} processes on the host",
+                f"{remedy}: each process would start {usable} threads.",
+            )
+        )
+    elif threads is not None and int(threads.split(",")[0]) * local_processes > max(
+        share, local_processes
+    ):
+        found.append(
+            doubtful(
+                "OMP_NUM_THREADS",
+                f"{threads} x {local_processes} processes on {share:g} cores",
+                remedy,
+            )
+        )
     else:
         found.append(fine("OMP_NUM_THREADS", threads or "unset"))
     if container.processes is not None and container.processes < 1024:
-        found.append(doubtful("processes", f"the container allows {container.processes}",
-                              "Raise it: docker run --pids-limit=-1."))
+        found.append(
+            doubtful(
+                "processes",
+                f"the container allows {container.processes}",
+                "Raise it: docker run --pids-limit=-1.",
+            )
+        )
     return found

@@ -49,12 +49,22 @@ def _guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return check()
     except Exception as error:
-        return [doubtful(name, f"could not be looked at: {type(error).__name__}: {error}", "Please report this.")]
+        return [
+            doubtful(
+                name,
+                f"could not be looked at: {type(error).__name__}: {error}",
+                "Please report this.",
+            )
+        ]
 
 
 def optional_libraries(path: list[str]) -> list[str]:
     """Return those libraries that megatron-core or torch import where they are installed, and that are."""
-    return [name for name in OPTIONAL if importlib.machinery.PathFinder.find_spec(name, path) is not None]
+    return [
+        name
+        for name in OPTIONAL
+        if importlib.machinery.PathFinder.find_spec(name, path) is not None
+    ]
 
 
 def look_around(question: DoctorOptions) -> list[Finding]:
@@ -63,7 +73,11 @@ def look_around(question: DoctorOptions) -> list[Finding]:
     probes = probe_all(optional_libraries(path), environment, IMPORT_SECONDS)
     installed = packages.installed_versions(path)
     devices = read_devices(probes, environment)
-    adapters = sorted(os.listdir("/sys/class/infiniband")) if os.path.isdir("/sys/class/infiniband") else []
+    adapters = (
+        sorted(os.listdir("/sys/class/infiniband"))
+        if os.path.isdir("/sys/class/infiniband")
+        else []
+    )
     has_device = devices.present or bool(adapters)
     version, container = sys.version_info[:3], limits.read_container(Path("/sys/fs/cgroup"))
     named = variables.interfaces_named(environment)
@@ -74,17 +88,43 @@ def look_around(question: DoctorOptions) -> list[Finding]:
         ("packages", lambda: packages.check_required(installed)),
         ("torch", lambda: check_torch(probes)),
         ("megatron-core", lambda: check_megatron(probes, path)),
-        ("megatron_sorted", lambda: packages.check_own_copies(packages.copies_of("megatron_sorted", "megatron_sorted", path))),
+        (
+            "megatron_sorted",
+            lambda: packages.check_own_copies(
+                packages.copies_of("megatron_sorted", "megatron_sorted", path)
+            ),
+        ),
         *devices.checks(device_of(question), installed, environment),
-        ("ports", lambda: variables.check_ports(environment, bool(devices.npus.device_files), *interfaces.read_ports())),
-        ("interfaces", lambda: interfaces.check_interfaces(interfaces.read_interfaces(), named, num_nodes)),
-        ("host name", lambda: interfaces.check_host_name(host, interfaces.addresses_of(host), num_nodes, named)),
-        ("MASTER_ADDR", lambda: interfaces.check_master(master, interfaces.addresses_of(master or ""), num_nodes)),
+        (
+            "ports",
+            lambda: variables.check_ports(
+                environment, bool(devices.npus.device_files), *interfaces.read_ports()
+            ),
+        ),
+        (
+            "interfaces",
+            lambda: interfaces.check_interfaces(interfaces.read_interfaces(), named, num_nodes),
+        ),
+        (
+            "host name",
+            lambda: interfaces.check_host_name(
+                host, interfaces.addresses_of(host), num_nodes, named
+            ),
+        ),
+        (
+            "MASTER_ADDR",
+            lambda: interfaces.check_master(
+                master, interfaces.addresses_of(master or ""), num_nodes
+            ),
+        ),
         ("adapters", lambda: variables.check_adapters(environment, adapters, num_nodes)),
         ("limits", lambda: limits.check_limits(*limits.read_limits(), has_device)),
         ("/dev/shm", lambda: limits.check_shared_memory(*limits.read_shared_memory(), has_device)),
         ("memory", lambda: limits.check_memory(*limits.read_memory(), container)),
-        ("CPU cores", lambda: limits.check_processors(container, environment, question.world.local_size)),
+        (
+            "CPU cores",
+            lambda: limits.check_processors(container, environment, question.world.local_size),
+        ),
         ("run folder", lambda: check_folder(question)),
     ]
     if question.run is not None:
@@ -98,18 +138,34 @@ def check_torch(probes: Mapping[str, Probe]) -> list[Finding]:
     if probe.facts is None:
         alone = probes.get("torch alone", Probe())
         if alone.facts is not None:
-            return [broken("torch", f"{alone.facts['version']}, but import torch fails: a backend that loads itself fails ({probe.error})",
-                           "Mend or remove that backend (see its line), or export TORCH_DEVICE_BACKEND_AUTOLOAD=0.")]
+            return [
+                broken(
+                    "torch",
+                    f"{alone.facts['version']}, but import torch fails: a backend that loads itself fails ({probe.error})",
+                    "Mend or remove that backend (see its line), or export TORCH_DEVICE_BACKEND_AUTOLOAD=0.",
+                )
+            ]
         if "No module named 'torch'" in probe.error:
-            return [broken("torch", "not installed", "pip install torch, of the build for this device (pytorch.org/get-started).")]
+            return [
+                broken(
+                    "torch",
+                    "not installed",
+                    "pip install torch, of the build for this device (pytorch.org/get-started).",
+                )
+            ]
         return [broken("torch", probe.error, "Install torch anew, in an environment of its own.")]
     facts = probe.facts
     shown = f"{facts['version']} in {Path(facts['file']).parent}"
     if packages.numbers_of(facts["version"]) < OLDEST_TORCH:
         return [broken("torch", shown, f"pip install 'torch>={versions.shown(OLDEST_TORCH)}'.")]
     if not facts["distributed"] or not facts["gloo"]:
-        return [broken("torch", f"{shown}: built without {'gloo' if facts['distributed'] else 'torch.distributed'}",
-                       "Install torch from pytorch.org.")]
+        return [
+            broken(
+                "torch",
+                f"{shown}: built without {'gloo' if facts['distributed'] else 'torch.distributed'}",
+                "Install torch from pytorch.org.",
+            )
+        ]
     return [Finding("torch", shown)]
 
 
@@ -118,8 +174,13 @@ def check_megatron(probes: Mapping[str, Probe], path: list[str]) -> list[Finding
     copies = packages.copies_of("megatron/core", "megatron-core", path)
     found = packages.check_megatron_copies(copies)
     if copies and probes["megatron"].facts is None and probes["torch"].facts is not None:
-        found.append(broken("import megatron.core", probes["megatron"].error,
-                            "Mend what it names; Apex and Transformer Engine have lines of their own."))
+        found.append(
+            broken(
+                "import megatron.core",
+                probes["megatron"].error,
+                "Mend what it names; Apex and Transformer Engine have lines of their own.",
+            )
+        )
     return found
 
 
@@ -144,7 +205,9 @@ def check_folder(question: DoctorOptions) -> list[Finding]:
     """Check the folder the run writes to."""
     folder = disks.existing_folder(folder_of(question))
     kind = disks.file_system_of(folder.resolve(), Path("/proc/self/mountinfo").read_text())
-    return disks.check_disk(folder, kind, disks.try_disk(folder, DISK_SECONDS), question.world.num_nodes)
+    return disks.check_disk(
+        folder, kind, disks.try_disk(folder, DISK_SECONDS), question.world.num_nodes
+    )
 
 
 def check_run_file(question: DoctorOptions, devices: LocalDevices) -> list[Finding]:
@@ -152,15 +215,23 @@ def check_run_file(question: DoctorOptions, devices: LocalDevices) -> list[Findi
     settings, found = run_file.load_run(question.run)
     if settings is None:
         return found
-    environment, world, device = question.environment, question.world, devices.chosen(device_of(question))
+    environment, world, device = (
+        question.environment,
+        question.world,
+        devices.chosen(device_of(question)),
+    )
     num_devices = devices.count(device, environment)
     of_job = world.size if world.size > 1 else None
     size = run_file.wanted_processes(settings, question.world_size, of_job, num_devices)
-    site = run_file.Site(device, num_devices, devices.has_bf16(device), size, world.local_size if of_job else None)
+    site = run_file.Site(
+        device, num_devices, devices.has_bf16(device), size, world.local_size if of_job else None
+    )
     found = run_file.check_run(settings, site)
     found += variables.check_waits(environment, device, 60 * settings.distributed_timeout_minutes)
     needed: Any = run_file.checkpoint_bytes(settings) if settings.save else None
     if needed is not None:
         folder = disks.existing_folder(Path(settings.save))
-        found += disks.check_space(folder, shutil.disk_usage(folder).free, needed, settings.save_retain)
+        found += disks.check_space(
+            folder, shutil.disk_usage(folder).free, needed, settings.save_retain
+        )
     return found

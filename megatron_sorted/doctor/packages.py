@@ -14,7 +14,14 @@ from megatron_sorted.platform import versions
 
 OLDEST_PYTHON = (3, 10)
 # what training imports, and the oldest version that will do
-REQUIRED = {"numpy": (), "pydantic": (2,), "PyYAML": (), "sentencepiece": (), "safetensors": (), "psutil": ()}
+REQUIRED = {
+    "numpy": (),
+    "pydantic": (2,),
+    "PyYAML": (),
+    "sentencepiece": (),
+    "safetensors": (),
+    "psutil": (),
+}
 WHY = {"psutil": "; without it megatron's checkpoint writer hangs for ever"}
 
 
@@ -42,7 +49,9 @@ def numbers_of(version: str) -> tuple[int, ...]:
     return tuple(map(int, found.group().split("."))) if found else ()
 
 
-def check_python(version: Sequence[int], executable: str, prefix: str, environment: Mapping[str, str]) -> list[Finding]:
+def check_python(
+    version: Sequence[int], executable: str, prefix: str, environment: Mapping[str, str]
+) -> list[Finding]:
     """Return whether this is a Python that will do, and the one that is meant."""
     shown = f"{'.'.join(map(str, version[:3]))}, {executable}"
     if tuple(version[:2]) < OLDEST_PYTHON:
@@ -50,8 +59,13 @@ def check_python(version: Sequence[int], executable: str, prefix: str, environme
         return [broken("python", shown, f"Use Python {oldest} or newer.")]
     active = environment.get("VIRTUAL_ENV")
     if active and Path(active).resolve() != Path(prefix).resolve():
-        return [doubtful("python", f"{shown}; VIRTUAL_ENV is {active}",
-                         f"Start {active}/bin/python, or deactivate that environment: packages installed there are not seen.")]
+        return [
+            doubtful(
+                "python",
+                f"{shown}; VIRTUAL_ENV is {active}",
+                f"Start {active}/bin/python, or deactivate that environment: packages installed there are not seen.",
+            )
+        ]
     return [fine("python", shown)]
 
 
@@ -59,20 +73,43 @@ def check_python_path(environment: Mapping[str, str], version: Sequence[int]) ->
     """Check that the entries of PYTHONPATH exist and are for this Python."""
     entries = [entry for entry in environment.get("PYTHONPATH", "").split(":") if entry]
     missing = [entry for entry in entries if not Path(entry).exists()]
-    foreign = [entry for entry in entries if (other := re.search(r"python(\d+)\.(\d+)", entry))
-               and tuple(map(int, other.groups())) != tuple(version[:2])]
+    foreign = [
+        entry
+        for entry in entries
+        if (other := re.search(r"python(\d+)\.(\d+)", entry))
+        and tuple(map(int, other.groups())) != tuple(version[:2])
+    ]
     if foreign:
-        return [broken("PYTHONPATH", f"{foreign[0]} holds packages of another Python", "Take it out of PYTHONPATH.")]
+        return [
+            broken(
+                "PYTHONPATH",
+                f"{foreign[0]} holds packages of another Python",
+                "Take it out of PYTHONPATH.",
+            )
+        ]
     if missing:
-        return [doubtful("PYTHONPATH", f"{missing[0]} does not exist on this host", "Mend or remove the entry.")]
+        return [
+            doubtful(
+                "PYTHONPATH",
+                f"{missing[0]} does not exist on this host",
+                "Mend or remove the entry.",
+            )
+        ]
     return [fine("PYTHONPATH", ":".join(entries))] if entries else []
 
 
 def version_in(folder: Path) -> str:
     """Return the version that a package's own files say, without importing it."""
     for name in ("package_info.py", "__init__.py", "version.py", "_version.py"):
-        text = (folder / name).read_text(encoding="utf-8", errors="replace") if (folder / name).is_file() else ""
-        parts = [re.search(rf"^{part} = (\d+)", text, re.MULTILINE) for part in ("MAJOR", "MINOR", "PATCH")]
+        text = (
+            (folder / name).read_text(encoding="utf-8", errors="replace")
+            if (folder / name).is_file()
+            else ""
+        )
+        parts = [
+            re.search(rf"^{part} = (\d+)", text, re.MULTILINE)
+            for part in ("MAJOR", "MINOR", "PATCH")
+        ]
         if all(parts):
             return ".".join(part.group(1) for part in parts)
         if said := re.search(r"^__version__ = ['\"]([^'\"]+)", text, re.MULTILINE):
@@ -92,7 +129,9 @@ def copies_of(package: str, distribution: str, path: Sequence[str]) -> list[Inst
     for entry in path:
         place = Path(entry or ".") / package
         if (place / "__init__.py").is_file():
-            folders.setdefault(place.resolve(), InstalledCopy(str(Path(entry or ".").resolve()), version_in(place)))
+            folders.setdefault(
+                place.resolve(), InstalledCopy(str(Path(entry or ".").resolve()), version_in(place))
+            )
     for installed in importlib.metadata.distributions(name=distribution, path=list(path)):
         origin = json.loads(installed.read_text("direct_url.json") or "{}")
         if origin.get("dir_info", {}).get("editable"):
@@ -100,7 +139,10 @@ def copies_of(package: str, distribution: str, path: Sequence[str]) -> list[Inst
             for folder in (root, root / "src"):
                 place = folder / package
                 if (place / "__init__.py").is_file():
-                    folders.setdefault(place.resolve(), InstalledCopy(str(folder), installed.version, editable=True))
+                    folders.setdefault(
+                        place.resolve(),
+                        InstalledCopy(str(folder), installed.version, editable=True),
+                    )
     return list(folders.values())
 
 
@@ -115,16 +157,32 @@ def check_megatron_copies(copies: Sequence[InstalledCopy]) -> list[Finding]:
         return [broken(name, "not found", versions.INSTALL)]
     first, *others = copies
     remedy = f"Take {first.folder} out of PYTHONPATH, or pip uninstall what put it on the path"
-    shown = f"{len(copies)} copies; taken: {first}; also: {'; '.join(map(str, others))}" if others else str(first)
+    shown = (
+        f"{len(copies)} copies; taken: {first}; also: {'; '.join(map(str, others))}"
+        if others
+        else str(first)
+    )
     try:
         versions.check_megatron_version(first.version)
     except PlatformError:
         return [broken(name, shown, f"{versions.INSTALL}; {remedy}, if it is a checkout.")]
     if others:
-        return [doubtful(name, shown, f"Keep one: which is taken depends on the folder and way a program is started. {remedy} "
-                                      f"or remove {others[0].folder}.")]
+        return [
+            doubtful(
+                name,
+                shown,
+                f"Keep one: which is taken depends on the folder and way a program is started. {remedy} "
+                f"or remove {others[0].folder}.",
+            )
+        ]
     if not versions.can_do_all(first.version):
-        return [doubtful(name, shown, f"Training runs on it, without what needs {versions.shown(versions.ALL)}: {versions.INSTALL}.")]
+        return [
+            doubtful(
+                name,
+                shown,
+                f"Training runs on it, without what needs {versions.shown(versions.ALL)}: {versions.INSTALL}.",
+            )
+        ]
     return [fine(name, first)]
 
 
@@ -132,8 +190,13 @@ def check_own_copies(copies: Sequence[InstalledCopy]) -> list[Finding]:
     """Return whether this project's package is the only one of its kind, the checkout's own being first."""
     first, *others = copies
     if others:
-        return [doubtful("megatron_sorted", f"taken: {first}; also: {'; '.join(map(str, others))}",
-                         f"pip install -e {first.folder}: programs outside its folder take the other one.")]
+        return [
+            doubtful(
+                "megatron_sorted",
+                f"taken: {first}; also: {'; '.join(map(str, others))}",
+                f"pip install -e {first.folder}: programs outside its folder take the other one.",
+            )
+        ]
     return [fine("megatron_sorted", first)]
 
 
@@ -149,8 +212,12 @@ def check_required(versions: Mapping[str, str]) -> list[Finding]:
         if version is None:
             wrong.append(broken(name, f"not installed{WHY.get(name, '')}", f"pip install {name}"))
         elif numbers_of(version) < oldest:
-            wrong.append(broken(name, version, f"pip install '{name}>={'.'.join(map(str, oldest))}'"))
-    shown = ", ".join(f"{name} {versions[name.lower()]}" for name in REQUIRED if name.lower() in versions)
+            wrong.append(
+                broken(name, version, f"pip install '{name}>={'.'.join(map(str, oldest))}'")
+            )
+    shown = ", ".join(
+        f"{name} {versions[name.lower()]}" for name in REQUIRED if name.lower() in versions
+    )
     return wrong or [fine("packages", shown)]
 
 

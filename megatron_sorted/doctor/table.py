@@ -25,7 +25,11 @@ def merge_hosts(by_host: Mapping[str, Sequence[Finding]]) -> list[TableRow]:
 
     What is fine takes one row whatever the hosts' values: the first host's stands for all.
     """
-    order = {name: None for findings in by_host.values() for name in (finding.name for finding in findings)}
+    order = {
+        name: None
+        for findings in by_host.values()
+        for name in (finding.name for finding in findings)
+    }
     rows: dict[str, dict[Finding, list[str]]] = {name: {} for name in order}
     for host, findings in by_host.items():
         for finding in findings:
@@ -57,7 +61,9 @@ def as_text(by_host: Mapping[str, Sequence[Finding]], width: int) -> str:
     """
     rows = merge_hosts(by_host)
     names = max((len(row.finding.name) for row in rows), default=0)
-    places = [_where(row.hosts, len(by_host)) for row in rows] if len(by_host) > 1 else [""] * len(rows)
+    places = (
+        [_where(row.hosts, len(by_host)) for row in rows] if len(by_host) > 1 else [""] * len(rows)
+    )
     place_width = max(map(len, places), default=0)
     gap = "  " if place_width else ""
     indent = 4 + 2 + names + 2 + place_width + len(gap)
@@ -66,7 +72,13 @@ def as_text(by_host: Mapping[str, Sequence[Finding]], width: int) -> str:
     for row, place in zip(rows, places, strict=True):
         found = row.finding
         text = textwrap.wrap(found.value, room, break_on_hyphens=False) or [""]
-        remedy = textwrap.wrap(f"-> {found.remedy}", room, subsequent_indent="   ", break_on_hyphens=False) if found.remedy else []
+        remedy = (
+            textwrap.wrap(
+                f"-> {found.remedy}", room, subsequent_indent="   ", break_on_hyphens=False
+            )
+            if found.remedy
+            else []
+        )
         head = f"{found.verdict:4}  {found.name:{names}}  {place:{place_width}}{gap}"
         lines += [head + text[0], *(" " * indent + line for line in [*text[1:], *remedy])]
     return "\n".join([*(line.rstrip() for line in lines), summary(rows)])
@@ -79,11 +91,17 @@ def summary(rows: Sequence[TableRow]) -> str:
     return f"{ok} fine, {warn} doubtful, {fail} that will not work"
 
 
-def as_data(by_host: Mapping[str, Sequence[Finding]], figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def as_data(
+    by_host: Mapping[str, Sequence[Finding]], figures: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Return the same as plain data for JSON: verdict, hosts, every finding of every host, figures of the network."""
     return {
         "verdict": worst(finding for findings in by_host.values() for finding in findings),
         "hosts": list(by_host),
-        "findings": [{"host": host, **asdict(finding)} for host, findings in by_host.items() for finding in findings],
+        "findings": [
+            {"host": host, **asdict(finding)}
+            for host, findings in by_host.items()
+            for finding in findings
+        ],
         "network": [dict(figure) for figure in figures],
     }

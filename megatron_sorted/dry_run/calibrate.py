@@ -31,7 +31,9 @@ def calibrate(path: Path, cores: int) -> dict[str, float]:
         SettingsError: The file cannot be written.
     """
     if not path.parent.is_dir() or path.is_dir():
-        raise SettingsError(f"--calibrate: {path} cannot be written. Give a file in a folder that exists.")
+        raise SettingsError(
+            f"--calibrate: {path} cannot be written. Give a file in a folder that exists."
+        )
     torch.set_num_threads(1)
     rates = {}
     for name, dtype in (("single_flops", torch.float32), ("half_flops", torch.bfloat16)):

@@ -17,8 +17,16 @@ class Message(NamedTuple):
     dtype: torch.dtype
 
 
-SHARES = {"allreduce_": 2, "_allgather_base_": 1, "allgather_": 1, "_reduce_scatter_base_": 1, "reduce_scatter_": 1,
-          "allreduce_coalesced_": 2, "reduce_scatter_tensor_coalesced_": 1, "allgather_into_tensor_coalesced_": 1}
+SHARES = {
+    "allreduce_": 2,
+    "_allgather_base_": 1,
+    "allgather_": 1,
+    "_reduce_scatter_base_": 1,
+    "reduce_scatter_": 1,
+    "allreduce_coalesced_": 2,
+    "reduce_scatter_tensor_coalesced_": 1,
+    "allgather_into_tensor_coalesced_": 1,
+}
 """Collectives, and how often their larger tensor goes round a ring, less one rank's part."""
 
 
@@ -51,27 +59,41 @@ class Counter(TorchDispatchMode):
             return 1  # a number that the host wants to know and that no one has: trained tokens, whether there are any
         packet = function._overloadpacket
         out = function(*args, **kwargs)
-        formula = flop_registry.get(torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet)
+        formula = flop_registry.get(
+            torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet
+        )
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         return out
 
     def _communication(self, name: str, args: tuple) -> None:
         objects = (arg for arg in args if isinstance(arg, torch.ScriptObject))
-        group = dist.ProcessGroup.unbox(next(each for each in objects if "ProcessGroup" in str(each._type())))
+        group = dist.ProcessGroup.unbox(
+            next(each for each in objects if "ProcessGroup" in str(each._type()))
+        )
         ranks = tuple(dist.get_process_group_ranks(group))
-        tensors = [tensor for arg in args if isinstance(arg, list | tuple) for tensor in _tensors(arg)]
+        tensors = [
+            tensor for arg in args if isinstance(arg, list | tuple) for tensor in _tensors(arg)
+        ]
         tensors += [arg for arg in args if isinstance(arg, torch.Tensor)]
         if name in ("send", "recv_"):
             [tensor] = tensors
             peer = ranks[next(arg for arg in args if isinstance(arg, int))]
-            (self.sent if name == "send" else self.received)[peer].append(Message(tuple(tensor.shape), tensor.dtype))
+            (self.sent if name == "send" else self.received)[peer].append(
+                Message(tuple(tensor.shape), tensor.dtype)
+            )
         elif name in SHARES and len(ranks) > 1:
             largest = max(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
-            self.collective_bytes[ranks, "gather" in name] += SHARES[name] * largest * (len(ranks) - 1) / len(ranks)
+            self.collective_bytes[ranks, "gather" in name] += (
+                SHARES[name] * largest * (len(ranks) - 1) / len(ranks)
+            )
 
 
 def _tensors(arg) -> list[torch.Tensor]:
     if isinstance(arg, torch.Tensor):
         return [arg]
-    return [tensor for part in arg for tensor in _tensors(part)] if isinstance(arg, list | tuple) else []
+    return (
+        [tensor for part in arg for tensor in _tensors(part)]
+        if isinstance(arg, list | tuple)
+        else []
+    )

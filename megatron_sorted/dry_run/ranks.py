@@ -67,8 +67,11 @@ class DryRun:
 
 def shapes_of_model(model: Model) -> dict[str, tuple]:
     """Return {name: shape and dtype} of all parameters of a rank."""
-    return {f"{number}.{name}": (tuple(p.shape), str(p.dtype)) for number, chunk in enumerate(model.chunks)
-            for name, p in chunk.named_parameters()}
+    return {
+        f"{number}.{name}": (tuple(p.shape), str(p.dtype))
+        for number, chunk in enumerate(model.chunks)
+        for name, p in chunk.named_parameters()
+    }
 
 
 def _step(settings: Settings, model: Model, platform: MetaPlatform, micro_batches: int) -> Counter:
@@ -77,33 +80,50 @@ def _step(settings: Settings, model: Model, platform: MetaPlatform, micro_batche
     Collective: the schedule's, answered by nobody.
     """
     forward_step = ForwardStep(settings, model, platform)
-    forward_step.coefficients = {depth: 1.0 for chunk in work_of_chunks(settings) for depth in chunk.trained}
+    forward_step.coefficients = {
+        depth: 1.0 for chunk in work_of_chunks(settings) for depth in chunk.trained
+    }
     shape = (settings.micro_batch_size, settings.seq_length)
     tokens = torch.zeros(shape, dtype=torch.long)
-    batch = Batch(tokens, tokens, torch.ones(shape), None, torch.arange(settings.seq_length).expand(shape))
+    batch = Batch(
+        tokens, tokens, torch.ones(shape), None, torch.arange(settings.seq_length).expand(shape)
+    )
     with Counter() as counter:
         run_schedule(model, settings, forward_step, [batch] * micro_batches, forward_only=False)
     return counter
 
 
-def by_kind_of_group(settings: Settings, world_size: int,
-                     collective_bytes: dict[tuple[tuple[int, ...], bool], float]) -> dict[str, float]:
+def by_kind_of_group(
+    settings: Settings, world_size: int, collective_bytes: dict[tuple[tuple[int, ...], bool], float]
+) -> dict[str, float]:
     """Return the bytes of a counter's collectives by what its groups share.
 
     That is layers ("tensor"), copies of norms and heads on several stages ("copies"), or a stage,
     whose data parallel ranks sum "gradients" and gather the "parameters" that each has updated.
     """
-    tensor, stage = settings.tensor_model_parallel_size, world_size // settings.pipeline_model_parallel_size
+    tensor, stage = (
+        settings.tensor_model_parallel_size,
+        world_size // settings.pipeline_model_parallel_size,
+    )
     kinds = {"tensor": 0.0, "gradients": 0.0, "parameters": 0.0, "copies": 0.0}
     for (ranks, gathered), size in collective_bytes.items():
-        one_copy, one_stage = (len({rank // width for rank in ranks}) == 1 for width in (tensor, stage))
+        one_copy, one_stage = (
+            len({rank // width for rank in ranks}) == 1 for width in (tensor, stage)
+        )
         of_stage = "parameters" if gathered else "gradients"
         kinds["tensor" if one_copy else of_stage if one_stage else "copies"] += size
     return kinds
 
 
-def visit(settings: Settings, vocab_size: int, rank: int, world_size: int, plan: Plan, platform: MetaPlatform,
-          micro_batches: int | None) -> MeasuredRank:
+def visit(
+    settings: Settings,
+    vocab_size: int,
+    rank: int,
+    world_size: int,
+    plan: Plan,
+    platform: MetaPlatform,
+    micro_batches: int | None,
+) -> MeasuredRank:
     """Return what is found of one rank; it is stepped if ``micro_batches`` says how long.
 
     Collective: groups of the pretended world.
@@ -118,13 +138,22 @@ def visit(settings: Settings, vocab_size: int, rank: int, world_size: int, plan:
             counter = _step(settings, model, platform, micro_batches)
             found.flops, found.sent, found.received = counter.flops, counter.sent, counter.received
             found.planned_flops = micro_batches * sum(
-                operations_of_chunk(settings, chunk, vocab_size, place.tensor_rank).total for chunk in stage.chunks)
+                operations_of_chunk(settings, chunk, vocab_size, place.tensor_rank).total
+                for chunk in stage.chunks
+            )
             found.collectives = by_kind_of_group(settings, world_size, counter.collective_bytes)
             samples = micro_batches * settings.micro_batch_size * place.data_size
-            planned = messages_of_stage(replace(settings, global_batch_size=samples), work_of_chunks(settings), place.stage, vocab_size,
-                                        world_size)
+            planned = messages_of_stage(
+                replace(settings, global_batch_size=samples),
+                work_of_chunks(settings),
+                place.stage,
+                vocab_size,
+                world_size,
+            )
             found.planned_collectives = {kind: getattr(planned, kind) for kind in found.collectives}
-            if not settings.overlap_param_gather:  # the optimizer gathers them, which a dry run has none of
+            if (
+                not settings.overlap_param_gather
+            ):  # the optimizer gathers them, which a dry run has none of
                 found.planned_collectives["parameters"] = 0
         stop_process_groups()
     return found
@@ -145,12 +174,23 @@ def _differences(found: dict[int, MeasuredRank], kinds: dict[tuple, int]) -> Ite
         if one.shapes != found[first].shapes:
             yield f"rank {rank} holds other parameters than rank {first}, of the same stage"
         for peer, messages in one.sent.items():
-            if peer in found and found[peer].flops is not None and found[peer].received.get(rank) != messages:
+            if (
+                peer in found
+                and found[peer].flops is not None
+                and found[peer].received.get(rank) != messages
+            ):
                 yield f"rank {rank} sends {len(messages)} messages to {peer}, which expects {found[peer].received.get(rank)}"
 
 
-def dry_run(settings: Settings, vocab_size: int, world_size: int, plan: Plan, ranks: list[int] | None, whole: bool,
-            progress: Callable[[str], None]) -> DryRun:
+def dry_run(
+    settings: Settings,
+    vocab_size: int,
+    world_size: int,
+    plan: Plan,
+    ranks: list[int] | None,
+    whole: bool,
+    progress: Callable[[str], None],
+) -> DryRun:
     """Return what a dry run of ``ranks`` finds; of all where None, with a step of one rank of each kind.
 
     Ranks of one kind are of one stage and hold as many rows of the output matrix that are no padding: they do the same.
@@ -176,11 +216,20 @@ def dry_run(settings: Settings, vocab_size: int, world_size: int, plan: Plan, ra
     found: dict[int, MeasuredRank] = {}
     kinds: dict[tuple, int] = {}
     for rank in range(world_size) if ranks is None else ranks:
-        kind = (rank // stride, real_rows(settings, vocab_size, rank % settings.tensor_model_parallel_size))
+        kind = (
+            rank // stride,
+            real_rows(settings, vocab_size, rank % settings.tensor_model_parallel_size),
+        )
         steps = ranks is not None or kind not in kinds
         kinds.setdefault(kind, rank)
         progress(f"rank {rank}" + (": a step" if steps else ""))
-        found[rank] = visit(settings, vocab_size, rank, world_size, plan, platform, micro_batches if steps else None)
-    compared = sum(len(messages) for one in found.values() for peer, messages in one.sent.items()
-                   if peer in found and found[peer].flops is not None)
+        found[rank] = visit(
+            settings, vocab_size, rank, world_size, plan, platform, micro_batches if steps else None
+        )
+    compared = sum(
+        len(messages)
+        for one in found.values()
+        for peer, messages in one.sent.items()
+        if peer in found and found[peer].flops is not None
+    )
     return DryRun(found, micro_batches, compared, list(_differences(found, kinds)))

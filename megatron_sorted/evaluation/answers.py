@@ -34,7 +34,10 @@ def exact_match_with_case(answer: str, right: Sequence[str]) -> bool:
 
 def f1(answer: str, right: Sequence[str]) -> float:
     """Return the largest F1 over the right answers, of the words that answer and right answer share after normalising."""
-    return max((_f1(normalise_answer(answer).split(), normalise_answer(text).split()) for text in right), default=0.0)
+    return max(
+        (_f1(normalise_answer(answer).split(), normalise_answer(text).split()) for text in right),
+        default=0.0,
+    )
 
 
 def first_line(generated: str) -> str:

@@ -37,7 +37,9 @@ class Answered:
         return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, room: int) -> tuple[list[list[int]], int]:
+def encode_prompts(
+    prompts: Sequence[str], tokenizer: Tokenizer, room: int
+) -> tuple[list[list[int]], int]:
     """Return the prompts as tokens that begin with bos where the tokenizer's texts do, and how many were cut at the left to ``room``.
 
     Raises:
@@ -48,8 +50,12 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, room: int) -> t
     return [begin + ids for ids in cut], num_cut
 
 
-def encode_conversations(conversations: Sequence[Sequence[Mapping[str, str]]], form: PromptForm, tokenizer: Tokenizer,
-                         room: int) -> tuple[list[list[int]], int]:
+def encode_conversations(
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    form: PromptForm,
+    tokenizer: Tokenizer,
+    room: int,
+) -> tuple[list[list[int]], int]:
     """Return conversations as the tokens a model is asked with, and how many were cut at the left to ``room``.
 
     Raises:
@@ -61,12 +67,12 @@ def encode_conversations(conversations: Sequence[Sequence[Mapping[str, str]]], f
 
 
 def _cut_at_the_left(
-    encoded: list[list[int]], room: int, taken: int = 0,
+    encoded: list[list[int]], room: int, taken: int = 0
 ) -> tuple[list[list[int]], int]:
     """Return prompts cut to ``room``, of which a part is taken already, and how many were cut."""
     if room < 2:
         raise SettingsError(f"--max-new-tokens leaves {room} tokens for a prompt. Use fewer.")
-    return [ids[taken - room:] for ids in encoded], sum(len(ids) > room - taken for ids in encoded)
+    return [ids[taken - room :] for ids in encoded], sum(len(ids) > room - taken for ids in encoded)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class Answering:
 
 @torch.inference_mode()
 def decode_greedily(
-    sub_model: nn.Module, prompts: Sequence[list[int]], how: Answering, title: str | None = None,
+    sub_model: nn.Module, prompts: Sequence[list[int]], how: Answering, title: str | None = None
 ) -> list[str]:
     """Return what the model adds to each prompt, up to what ends an answer or ``max_new_tokens``.
 
@@ -104,18 +110,26 @@ def decode_greedily(
     tokenizer, ends = how.tokenizer, how.stop_ids
     filling = fitting_pad(tokenizer, sub_model.get_input_embeddings().weight.shape[0])
     config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=how.max_new_tokens, eos_token_id=ends,
-        pad_token_id=filling)
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=how.max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=filling,
+    )
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     texts = [""] * len(prompts)
     with tqdm(total=len(prompts), desc=title, unit="question", disable=title is None) as bar:
         for begin in range(0, len(order), how.batch_size):
-            places = order[begin:begin + how.batch_size]
+            places = order[begin : begin + how.batch_size]
             length = len(prompts[places[0]])
             empty = [length - len(prompts[place]) for place in places]
-            ids_bs = torch.tensor([[filling] * gap + prompts[place] for gap, place in zip(empty, places, strict=True)])
+            ids_bs = torch.tensor(
+                [[filling] * gap + prompts[place] for gap, place in zip(empty, places, strict=True)]
+            )
             mask_bs = torch.tensor([[0] * gap + [1] * (length - gap) for gap in empty])
-            output_bs = sub_model.generate(input_ids=ids_bs, attention_mask=mask_bs, generation_config=config)
+            output_bs = sub_model.generate(
+                input_ids=ids_bs, attention_mask=mask_bs, generation_config=config
+            )
             for place, ids in zip(places, output_bs[:, length:].tolist(), strict=True):
                 texts[place] = tokenizer.decode(_until(ids, ends), skip_special_tokens=True)
             bar.update(len(places))
@@ -123,20 +137,29 @@ def decode_greedily(
 
 
 def answer_questions(
-    model: NestedModel, depth: int, questions: Sequence[Question], prompts: Sequence[list[int]],
-    how: Answering, title: str | None = None,
+    model: NestedModel,
+    depth: int,
+    questions: Sequence[Question],
+    prompts: Sequence[list[int]],
+    how: Answering,
+    title: str | None = None,
 ) -> Answered:
     """Return the answers of one exit with their scores."""
     texts = decode_greedily(model.sub_model(depth), prompts, how, title)
     answers = [first_line(text) for text in texts]
     pairs = [(answer, question.right) for answer, question in zip(answers, questions, strict=True)]
-    measures = {"exact_match": exact_match, "f1": f1,
-                "exact_match_with_case": exact_match_with_case}
-    return Answered(answers, {name: [float(measure(*pair)) for pair in pairs]
-                              for name, measure in measures.items()})
+    measures = {
+        "exact_match": exact_match,
+        "f1": f1,
+        "exact_match_with_case": exact_match_with_case,
+    }
+    return Answered(
+        answers,
+        {name: [float(measure(*pair)) for pair in pairs] for name, measure in measures.items()},
+    )
 
 
 def _until(ids: list[int], ends: list[int]) -> list[int]:
     """Return the tokens up to the first that ends an answer, it included: text may stand before the break in the same token."""
     last = next((place for place, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return ids[:last + 1]
+    return ids[: last + 1]

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sorted.data.preparation.forms import SampleReader
-from megatron_sorted.data.preparation.templates import BrokenSampleError, conversation_of, detect_format, holds_records, text_of, turns_of
+from megatron_sorted.data.preparation.templates import (
+    BrokenSampleError,
+    conversation_of,
+    detect_format,
+    holds_records,
+    text_of,
+    turns_of,
+)
 from megatron_sorted.errors import DataError
 from megatron_sorted.exported.tokenizer import prefix_id
 from megatron_sorted.reading.json_lines import read_records
@@ -40,7 +47,11 @@ class Document:
         if self.kind == "text":
             return [self.record["text"]]
         messages = conversation_of(self.record, self.kind).messages
-        return [message["content"] for message in messages if message["role"] == "assistant" and isinstance(message.get("content"), str)]
+        return [
+            message["content"]
+            for message in messages
+            if message["role"] == "assistant" and isinstance(message.get("content"), str)
+        ]
 
     @property
     def num_bytes(self) -> int:
@@ -61,7 +72,9 @@ class EncodedDocument:
     counted: list[bool]
 
 
-def read_documents(path: Path, separator: str | None = None, limit: int | None = None) -> list[Document]:
+def read_documents(
+    path: Path, separator: str | None = None, limit: int | None = None
+) -> list[Document]:
     """Return the documents of a file: those of JSON lines or records, or a text cut at ``separator``; plain or gzipped.
 
     What it holds is told by its content; a name that promises JSON is kept to. Blanks around a cut-out
@@ -81,8 +94,12 @@ def read_documents(path: Path, separator: str | None = None, limit: int | None =
     return documents
 
 
-def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer, append_eos: bool = False,
-                     form: PromptForm | None = None) -> list[EncodedDocument]:
+def encode_documents(
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    append_eos: bool = False,
+    form: PromptForm | None = None,
+) -> list[EncodedDocument]:
     """Return every document as tokens, conversations as training has them.
 
     Args:
@@ -98,8 +115,14 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer, append
     if append_eos and last is None:
         raise DataError("--append-eos: the tokenizer has no eos. Leave the option out.")
     whole = [document for document in documents if form is not None and document.kind != "text"]
-    formed = _by_form(whole, tokenizer, append_eos, form) if form is not None and whole else iter(())
-    parts = {id(document): _parts(document) for document in documents if form is None or document.kind == "text"}
+    formed = (
+        _by_form(whole, tokenizer, append_eos, form) if form is not None and whole else iter(())
+    )
+    parts = {
+        id(document): _parts(document)
+        for document in documents
+        if form is None or document.kind == "text"
+    }
     encoded = iter(tokenizer.encode_batch([text for found in parts.values() for text, _ in found]))
     sequences: list[EncodedDocument] = []
     for document in documents:
@@ -130,22 +153,33 @@ def _parts(document: Document) -> list[tuple[str, bool]]:
     return parts
 
 
-def _by_form(documents: Sequence[Document], tokenizer: Tokenizer, append_eos: bool, form: PromptForm) -> Iterator[list[EncodedDocument]]:
+def _by_form(
+    documents: Sequence[Document], tokenizer: Tokenizer, append_eos: bool, form: PromptForm
+) -> Iterator[list[EncodedDocument]]:
     """Yield what each instruction or conversation becomes: one document, or several where a template rewrites earlier turns."""
     ends = set(form.end_ids)
-    readers = {kind: SampleReader.of_form(form, kind, tokenizer) for kind in {document.kind for document in documents}}
+    readers = {
+        kind: SampleReader.of_form(form, kind, tokenizer)
+        for kind in {document.kind for document in documents}
+    }
     pieces = PieceEncoder(tokenizer, [end.text for end in form.ends])
     for document in documents:
         try:
             sample = readers[document.kind].read(document.record)
         except (BrokenSampleError, SkippedConversationError) as error:
             words = ": ".join(filter(None, error.args))
-            raise DataError(f"{shown(document.record, 60)}: cannot be written in the form {form.label} ({shown(words)}). Leave it "
-                            "out, or give --prompt-template.") from error
+            raise DataError(
+                f"{shown(document.record, 60)}: cannot be written in the form {form.label} ({shown(words)}). Leave it "
+                "out, or give --prompt-template."
+            ) from error
         found = []
         for sequences in (one for some in pieces.encode(sample.documents) for one in some):
             ids = [token for part, _ in sequences for token in part]
-            counted = [is_response and (append_eos or token not in ends) for part, is_response in sequences for token in part]
+            counted = [
+                is_response and (append_eos or token not in ends)
+                for part, is_response in sequences
+                for token in part
+            ]
             found.append(EncodedDocument(ids, [False, *counted[1:]]))
         yield found
 
@@ -158,9 +192,13 @@ def _json_documents(path: Path, limit: int | None) -> list[Document]:
                 raise BrokenSampleError("needs a field 'text', 'instruction' or 'messages'")
             if kind == "text":
                 text_of(record)
-            elif not any(message["role"] == "assistant" for message in conversation_of(record, kind).messages):
+            elif not any(
+                message["role"] == "assistant" for message in conversation_of(record, kind).messages
+            ):
                 raise BrokenSampleError("no_assistant_turn")
-            json.dumps(record, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair, which is no text
+            json.dumps(
+                record, ensure_ascii=False
+            ).encode()  # JSON can spell half a surrogate pair, which is no text
         except (BrokenSampleError, UnicodeEncodeError) as error:
             reason = "invalid_unicode" if isinstance(error, UnicodeEncodeError) else error
             raise DataError(f"{place}: {reason}. {MEND}") from error

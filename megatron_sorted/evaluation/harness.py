@@ -34,7 +34,9 @@ class Harness:
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise PlatformError(f"--tasks needs lm-evaluation-harness ({error}). pip install lm-eval, or leave --tasks out.") from error
+            raise PlatformError(
+                f"--tasks needs lm-evaluation-harness ({error}). pip install lm-eval, or leave --tasks out."
+            ) from error
         self.tasks, self.version = tuple(tasks), getattr(lm_eval, "__version__", "unknown")
         include = None if tasks_path is None else str(tasks_path)
         # reading the index of its thousands of own tasks takes seconds
@@ -66,11 +68,19 @@ class Harness:
             asked = (task.config.generation_kwargs or {}).get("max_gen_toks", USUAL_NEW_TOKENS)
             for name, length in positions.items():
                 if isinstance(asked, int) and asked >= length:
-                    raise DataError(f"--tasks: {task.config.task} asks for up to {asked} new tokens, and {name} has {length} positions for "
-                                    f"prompt and answer. Set max_gen_toks in the task's generation_kwargs below {length}.")
+                    raise DataError(
+                        f"--tasks: {task.config.task} asks for up to {asked} new tokens, and {name} has {length} positions for "
+                        f"prompt and answer. Set max_gen_toks in the task's generation_kwargs below {length}."
+                    )
 
-    def run(self, sub_model: nn.Module, tokenizer: Tokenizer, batch_size: int = 16, num_fewshot: int | None = None,
-            limit: int | None = None) -> dict[str, dict]:
+    def run(
+        self,
+        sub_model: nn.Module,
+        tokenizer: Tokenizer,
+        batch_size: int = 16,
+        num_fewshot: int | None = None,
+        limit: int | None = None,
+    ) -> dict[str, dict]:
         """Return {task: {"samples": number, metric: {"value", "standard_error"}}} for one model.
 
         Raises:
@@ -81,22 +91,44 @@ class Harness:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that a model object was given, which is the point
-        model = HFLM(pretrained=sub_model, tokenizer=for_transformers(tokenizer), batch_size=batch_size, backend="causal")
+        logging.getLogger("lm_eval").setLevel(
+            logging.ERROR
+        )  # it warns that a model object was given, which is the point
+        model = HFLM(
+            pretrained=sub_model,
+            tokenizer=for_transformers(tokenizer),
+            batch_size=batch_size,
+            backend="causal",
+        )
         try:
-            found = simple_evaluate(model=model, tasks=list(self.tasks), task_manager=self._manager, num_fewshot=num_fewshot, limit=limit,
-                                    log_samples=False, bootstrap_iters=1000, verbosity="ERROR")
+            found = simple_evaluate(
+                model=model,
+                tasks=list(self.tasks),
+                task_manager=self._manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                log_samples=False,
+                bootstrap_iters=1000,
+                verbosity="ERROR",
+            )
         except Exception as error:  # whatever the code of a task leads to
             raise _stopped(error) from error
-        return {task: {"samples": found.get("n-samples", {}).get(task, {}).get("effective"), **_metrics(numbers)}
-                for task, numbers in {**found["results"], **found.get("groups", {})}.items()}
+        return {
+            task: {
+                "samples": found.get("n-samples", {}).get(task, {}).get("effective"),
+                **_metrics(numbers),
+            }
+            for task, numbers in {**found["results"], **found.get("groups", {})}.items()
+        }
 
 
 def _stopped(error: Exception) -> DataError:
     """Return an error of the harness as one of ours, in a sentence."""
     reason = (str(error).strip() or "no reason given").split("\n")[0]
-    return DataError(f"--tasks: lm-evaluation-harness stopped: {type(error).__name__}: {reason.rstrip('.')}. Mend the task's files; data "
-                     "must lie on this machine (or set HF_HUB_OFFLINE=0).")
+    return DataError(
+        f"--tasks: lm-evaluation-harness stopped: {type(error).__name__}: {reason.rstrip('.')}. Mend the task's files; data "
+        "must lie on this machine (or set HF_HUB_OFFLINE=0)."
+    )
 
 
 def _leaves(tasks: dict) -> Iterator[Any]:
@@ -117,5 +149,7 @@ def _metrics(numbers: dict) -> dict[str, dict]:
             continue
         error = numbers.get(f"{name}_stderr,{kept}")
         found[name if kept == "none" else f"{name} ({kept})"] = {
-            "value": float(value), "standard_error": float(error) if isinstance(error, int | float) else None}
+            "value": float(value),
+            "standard_error": float(error) if isinstance(error, int | float) else None,
+        }
     return found

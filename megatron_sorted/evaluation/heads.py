@@ -68,8 +68,13 @@ class TrainedHeads:
     losses: dict[int, list[float]] = field(default_factory=dict)
 
 
-def train_heads(model: NestedModel, documents: Sequence[EncodedDocument], seq_length: int, training: HeadTraining,
-                title: str | None = None) -> TrainedHeads:
+def train_heads(
+    model: NestedModel,
+    documents: Sequence[EncodedDocument],
+    seq_length: int,
+    training: HeadTraining,
+    title: str | None = None,
+) -> TrainedHeads:
     """Return the model with norms and heads of its own at every intermediate exit, which start as copies of the last exit's.
 
     All exits learn from one forward pass of the frozen layers, each from its own loss alone; norms and heads train in float32.
@@ -81,7 +86,9 @@ def train_heads(model: NestedModel, documents: Sequence[EncodedDocument], seq_le
     depths = model.depths[:-1]
     windows = cut_documents(documents, seq_length, seq_length)
     if not depths:
-        raise DataError(f"--train-heads: {model.name} has no exit before its last layer. Give more --depths.")
+        raise DataError(
+            f"--train-heads: {model.name} has no exit before its last layer. Give more --depths."
+        )
     if not windows:
         raise DataError("--train-heads: no token in the text to train on. Give another file.")
     before = hash_parameters(model.model)
@@ -89,25 +96,38 @@ def train_heads(model: NestedModel, documents: Sequence[EncodedDocument], seq_le
     for found in exits.values():
         for module in (found.norm, found.head):
             module.float().requires_grad_(True)
-    own = {depth: [*found.norm.parameters(), *found.head.parameters()] for depth, found in exits.items()}
+    own = {
+        depth: [*found.norm.parameters(), *found.head.parameters()]
+        for depth, found in exits.items()
+    }
     lr = training.lr or 1 / model.model.config.hidden_size
-    optimizer = torch.optim.AdamW([p for parameters in own.values() for p in parameters], lr=lr, betas=(0.9, 0.95),
-                                  weight_decay=training.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [p for parameters in own.values() for p in parameters],
+        lr=lr,
+        betas=(0.9, 0.95),
+        weight_decay=training.weight_decay,
+    )
     num_steps = training.epochs * math.ceil(len(windows) / training.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_lr(step, num_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _share_of_lr(step, num_steps)
+    )
     order, sums, counts = random.Random(training.seed), _Sums(depths), 0
     with tqdm(total=num_steps, desc=title, unit="step", disable=title is None) as bar:
         for _ in range(training.epochs):
             order.shuffle(windows)
             for begin in range(0, len(windows), training.batch_size):
                 with torch.no_grad():
-                    _, labels_n, hidden = read_batch(model, documents, windows[begin:begin + training.batch_size])
+                    _, labels_n, hidden = read_batch(
+                        model, documents, windows[begin : begin + training.batch_size]
+                    )
                 optimizer.zero_grad()
                 for depth in depths:
                     loss = _backward(exits[depth], hidden[depth], labels_n)
                     if not math.isfinite(loss):
-                        raise TrainingError(f"--train-heads: the loss of exit {depth} of {model.name} is {loss} at step {sums.steps + 1}. "
-                                            "Use a smaller --train-heads-lr.")
+                        raise TrainingError(
+                            f"--train-heads: the loss of exit {depth} of {model.name} is {loss} at step {sums.steps + 1}. "
+                            "Use a smaller --train-heads-lr."
+                        )
                     sums.add(depth, loss)
                     nn.utils.clip_grad_norm_(own[depth], CLIP_NORM)
                 optimizer.step()
@@ -115,10 +135,15 @@ def train_heads(model: NestedModel, documents: Sequence[EncodedDocument], seq_le
                 counts += len(labels_n)
                 bar.update()
                 sums.close_part(num_steps)
-                bar.set_postfix_str("loss " + " ".join(f"{depth}:{sums.last[depth]:.2f}" for depth in depths), refresh=False)
+                bar.set_postfix_str(
+                    "loss " + " ".join(f"{depth}:{sums.last[depth]:.2f}" for depth in depths),
+                    refresh=False,
+                )
     after = hash_parameters(model.model)
     if after != before:
-        raise TrainingError(f"--train-heads: layers of {model.name} changed, which must not happen. Report this as a bug.")
+        raise TrainingError(
+            f"--train-heads: layers of {model.name} changed, which must not happen. Report this as a bug."
+        )
     dtype = model.model.dtype
     for found in exits.values():
         for module in (found.norm, found.head):
@@ -142,7 +167,9 @@ def _backward(found: Exit, hidden_nh: Tensor, labels_n: Tensor) -> float:
     chunk, total = max(1, LOGIT_BYTES // (4 * found.head.out_features)), 0.0
     for begin in range(0, len(labels_n), chunk):
         part = slice(begin, begin + chunk)
-        loss = cross_entropy(found.head(found.norm(hidden_nh[part].float())), labels_n[part], reduction="sum") / len(labels_n)
+        loss = cross_entropy(
+            found.head(found.norm(hidden_nh[part].float())), labels_n[part], reduction="sum"
+        ) / len(labels_n)
         loss.backward()
         total += float(loss.detach())
     return total
@@ -177,7 +204,9 @@ class _Sums:
                 losses.clear()
 
 
-def save_with_heads(model: NestedModel, source: Path, destination: Path, overwrite: bool = False) -> None:
+def save_with_heads(
+    model: NestedModel, source: Path, destination: Path, overwrite: bool = False
+) -> None:
     """Write the directory of ``source`` with the exits' norms and heads beside it, whole or not at all.
 
     Raises:
@@ -186,11 +215,25 @@ def save_with_heads(model: NestedModel, source: Path, destination: Path, overwri
     from safetensors.torch import save_file
 
     files = sorted({path for pattern in KEPT for path in source.glob(pattern)})
-    tensors = {f"exits.{depth}.{part}.weight": module.weight.detach().contiguous() for depth in model.depths[:-1]
-               for part, module in (("norm", model.exits[depth].norm), ("lm_head", model.exits[depth].head))}
-    num_bytes = sum(path.stat().st_size for path in files) + sum(tensor.nbytes for tensor in tensors.values())
+    tensors = {
+        f"exits.{depth}.{part}.weight": module.weight.detach().contiguous()
+        for depth in model.depths[:-1]
+        for part, module in (
+            ("norm", model.exits[depth].norm),
+            ("lm_head", model.exits[depth].head),
+        )
+    }
+    num_bytes = sum(path.stat().st_size for path in files) + sum(
+        tensor.nbytes for tensor in tensors.values()
+    )
     with staged_directory(destination, overwrite, num_bytes, source) as aside:
         for path in files:
             shutil.copyfile(path, aside / path.name)
-        write_config(aside, {**without_exits(read_config(source)), **keys_of_exits(model.depths, own_norms=True, own_heads=True)})
+        write_config(
+            aside,
+            {
+                **without_exits(read_config(source)),
+                **keys_of_exits(model.depths, own_norms=True, own_heads=True),
+            },
+        )
         save_file(tensors, str(aside / EXITS), metadata={"format": "pt"})

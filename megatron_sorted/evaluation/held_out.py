@@ -36,7 +36,9 @@ class HeldOut:
     @property
     def exact_match(self) -> float | None:
         """Return the share of documents of which every counted token is the most likely one, as a run's evaluation has it."""
-        return None if self.right_d is None else float((self.right_d == self.tokens_d).double().mean())
+        return (
+            None if self.right_d is None else float((self.right_d == self.tokens_d).double().mean())
+        )
 
     @property
     def loss(self) -> float:
@@ -68,19 +70,29 @@ def ratio_standard_error(sums_d: Tensor, counts_d: Tensor) -> float | None:
     if number < 2:
         return None
     residual_d = sums_d.double() - sums_d.double().sum() / counts_d.sum() * counts_d
-    return math.sqrt(number / (number - 1) * float(residual_d.square().sum())) / float(counts_d.sum())
+    return math.sqrt(number / (number - 1) * float(residual_d.square().sum())) / float(
+        counts_d.sum()
+    )
 
 
 @torch.inference_mode()
-def measure_held_out(model: NestedModel, documents: Sequence[EncodedDocument], seq_length: int, stride: int | None = None,
-                     batch_tokens: int = 8192, title: str | None = None) -> dict[int, HeldOut]:
+def measure_held_out(
+    model: NestedModel,
+    documents: Sequence[EncodedDocument],
+    seq_length: int,
+    stride: int | None = None,
+    batch_tokens: int = 8192,
+    title: str | None = None,
+) -> dict[int, HeldOut]:
     """Return {depth: what the exit does on every document}.
 
     Args:
         batch_tokens: Tokens of one forward pass, with padding.
         title: Of the progress bar; None for no bar.
     """
-    batches = batch_windows(cut_documents(documents, seq_length, stride or seq_length), batch_tokens)
+    batches = batch_windows(
+        cut_documents(documents, seq_length, stride or seq_length), batch_tokens
+    )
     zero = torch.zeros(len(documents), dtype=torch.float64)
     found = {depth: HeldOut(zero.clone(), zero.clone(), zero.clone()) for depth in model.depths}
     total = sum(window.num_read for batch in batches for window in batch)
@@ -89,13 +101,19 @@ def measure_held_out(model: NestedModel, documents: Sequence[EncodedDocument], s
             place_n, labels_n, hidden = read_batch(model, documents, batch)
             for depth, part, nats_n, agrees_n, _ in score_exits(model, hidden, labels_n):
                 sums, ones_n = found[depth], torch.ones_like(nats_n)
-                for sum_d, value_n in ((sums.nats_d, nats_n), (sums.agreed_d, agrees_n), (sums.tokens_d, ones_n)):
+                for sum_d, value_n in (
+                    (sums.nats_d, nats_n),
+                    (sums.agreed_d, agrees_n),
+                    (sums.tokens_d, ones_n),
+                ):
                     sum_d.index_add_(0, place_n[part], value_n.double())
             bar.update(sum(window.num_read for window in batch))
     return found
 
 
-def score_exits(model: NestedModel, hidden: dict[int, Tensor], labels_n: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
+def score_exits(
+    model: NestedModel, hidden: dict[int, Tensor], labels_n: Tensor
+) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
     """Yield (depth, which tokens, nats_n, agrees_n, right_n) of chunks of tokens, for every exit.
 
     Args:
@@ -111,18 +129,30 @@ def score_exits(model: NestedModel, hidden: dict[int, Tensor], labels_n: Tensor)
             logits_nv = model.logits(depth, hidden[depth][part]).float()
             best_n = logits_nv.argmax(dim=-1)
             last_n = best_n if last_n is None else last_n
-            yield depth, part, cross_entropy(logits_nv, labels_n[part], reduction="none"), best_n == last_n, best_n == labels_n[part]
+            yield (
+                depth,
+                part,
+                cross_entropy(logits_nv, labels_n[part], reduction="none"),
+                best_n == last_n,
+                best_n == labels_n[part],
+            )
 
 
-def read_batch(model: NestedModel, documents: Sequence[EncodedDocument],
-               batch: Sequence[Window]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+def read_batch(
+    model: NestedModel, documents: Sequence[EncodedDocument], batch: Sequence[Window]
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """Return document_n, labels_n and {depth: hidden_nh} of the batch's counted tokens, from one forward pass.
 
     Shorter windows are filled at the right: attention is causal, so nothing that is counted sees the filling.
     """
     length = max(window.num_read for window in batch)
-    input_ids_bs = torch.tensor([(ids := documents[window.document].ids[window.first:window.last]) + ids[-1:] * (length - len(ids))
-                                 for window in batch])
+    input_ids_bs = torch.tensor(
+        [
+            (ids := documents[window.document].ids[window.first : window.last])
+            + ids[-1:] * (length - len(ids))
+            for window in batch
+        ]
+    )
     rows, columns, labels, places = [], [], [], []
     for row, window in enumerate(batch):
         document = documents[window.document]
@@ -134,4 +164,8 @@ def read_batch(model: NestedModel, documents: Sequence[EncodedDocument],
                 places.append(window.document)
     hidden = model.hidden_states(input_ids_bs)
     where = (torch.tensor(rows), torch.tensor(columns))
-    return torch.tensor(places), torch.tensor(labels), {depth: hidden_bsh[where] for depth, hidden_bsh in hidden.items()}
+    return (
+        torch.tensor(places),
+        torch.tensor(labels),
+        {depth: hidden_bsh[where] for depth, hidden_bsh in hidden.items()},
+    )

@@ -22,8 +22,13 @@ class NestedModel:
         exits: What reads the hidden state at each; the model's own modules where they are shared.
     """
 
-    def __init__(self, name: str, model: nn.Module, depths: Sequence[int],
-                 own: Mapping[int, Exit] | None = None):
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        depths: Sequence[int],
+        own: Mapping[int, Exit] | None = None,
+    ):
         """Join a model with its exits.
 
         Args:
@@ -49,8 +54,12 @@ class NestedModel:
         """Return the longest sequence that the model's config allows."""
         return self.model.config.max_position_embeddings
 
-    def hidden_states(self, input_ids_bs: Tensor, attention_mask: Tensor | dict[str, Tensor] | None = None,
-                      position_ids_bs: Tensor | None = None) -> dict[int, Tensor]:
+    def hidden_states(
+        self,
+        input_ids_bs: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids_bs: Tensor | None = None,
+    ) -> dict[int, Tensor]:
         """Return {depth: hidden_bsh} before the exit's norm, after its block where it has one, of one forward pass.
 
         Taken by hooks: the last of transformers' own ``hidden_states`` has already been through the final norm. A block gets the mask and
@@ -69,11 +78,20 @@ class NestedModel:
                 if (block := self.exits[depth].block) is not None:
                     hidden_bsh = block(hidden_bsh, *inputs[1:], **{**more, "past_key_values": None})
                 found[depth] = hidden_bsh
+
             return hook
 
-        hooks = [self.model.model.layers[depth - 1].register_forward_hook(keep(depth), with_kwargs=True) for depth in self.depths]
+        hooks = [
+            self.model.model.layers[depth - 1].register_forward_hook(keep(depth), with_kwargs=True)
+            for depth in self.depths
+        ]
         try:
-            self.model.model(input_ids=input_ids_bs, attention_mask=attention_mask, position_ids=position_ids_bs, use_cache=False)
+            self.model.model(
+                input_ids=input_ids_bs,
+                attention_mask=attention_mask,
+                position_ids=position_ids_bs,
+                use_cache=False,
+            )
         finally:
             for hook in hooks:
                 hook.remove()
@@ -94,8 +112,12 @@ class NestedModel:
         return NestedModel(self.name, self.model, self.depths)
 
 
-def load_nested_model(directory: Path, depths: Sequence[int] | None = None, dtype: torch.dtype = torch.float32,
-                      name: str | None = None) -> NestedModel:
+def load_nested_model(
+    directory: Path,
+    depths: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    name: str | None = None,
+) -> NestedModel:
     """Return the model of a Hugging Face directory with its exits; nothing in the directory is executed.
 
     Raises:
@@ -121,7 +143,10 @@ def _copy(module: nn.Module) -> nn.Module:
 
 def count_parameters(sub_model: nn.Module) -> int:
     """Return the number of different parameters: a matrix used as embedding and as head counts once."""
-    return sum(parameter.numel() for parameter in {id(parameter): parameter for parameter in sub_model.parameters()}.values())
+    return sum(
+        parameter.numel()
+        for parameter in {id(parameter): parameter for parameter in sub_model.parameters()}.values()
+    )
 
 
 def forward_flops_per_token(sub_model: nn.Module, seq_length: int) -> int:
@@ -132,9 +157,17 @@ def forward_flops_per_token(sub_model: nn.Module, seq_length: int) -> int:
     """
     config = sub_model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    linear = sum(module.in_features * module.out_features for module in sub_model.modules() if isinstance(module, nn.Linear))
-    attended = sum(seq_length / 2 if window is None or window >= seq_length else window - window * window / (2 * seq_length)
-                   for window in _windows(config))
+    linear = sum(
+        module.in_features * module.out_features
+        for module in sub_model.modules()
+        if isinstance(module, nn.Linear)
+    )
+    attended = sum(
+        seq_length / 2
+        if window is None or window >= seq_length
+        else window - window * window / (2 * seq_length)
+        for window in _windows(config)
+    )
     return round(2 * linear + 4 * attended * config.num_attention_heads * head_dim)
 
 

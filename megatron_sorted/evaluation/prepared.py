@@ -42,7 +42,11 @@ def settings_of_checkpoint(path: Path) -> dict:
     usable = find_candidates(path).usable
     saved = usable[0].manifest["settings"] if usable and not usable[0].weights_only else {}
     # a run of 0.6.0 or before knows no masks of text, which is to say that it had none
-    return {"seq_length": saved["seq_length"], **{name: bool(saved.get(name)) for name in MASKS}} if saved else {}
+    return (
+        {"seq_length": saved["seq_length"], **{name: bool(saved.get(name)) for name in MASKS}}
+        if saved
+        else {}
+    )
 
 
 def sequence_length(prefixes: Sequence[str]) -> int | None:
@@ -55,7 +59,9 @@ def sequence_length(prefixes: Sequence[str]) -> int | None:
     return min((length for length in lengths if isinstance(length, int)), default=None)
 
 
-def open_prepared(data: PreparedData, vocab_size: int, tokenizer: Tokenizer | None) -> dict[str, EvaluationSet]:
+def open_prepared(
+    data: PreparedData, vocab_size: int, tokenizer: Tokenizer | None
+) -> dict[str, EvaluationSet]:
     """Return the evaluation sets of a run on these data, by name.
 
     Args:
@@ -73,8 +79,13 @@ def open_prepared(data: PreparedData, vocab_size: int, tokenizer: Tokenizer | No
 
 
 @torch.inference_mode()
-def measure_prepared(model: NestedModel, samples: EvaluationSet, limit: int | None, batch_tokens: int,
-                     title: str | None = None) -> dict[int, HeldOut]:
+def measure_prepared(
+    model: NestedModel,
+    samples: EvaluationSet,
+    limit: int | None,
+    batch_tokens: int,
+    title: str | None = None,
+) -> dict[int, HeldOut]:
     """Return {depth: what the exit does on every document of instructions, on every sample of text}.
 
     Args:
@@ -88,7 +99,9 @@ def measure_prepared(model: NestedModel, samples: EvaluationSet, limit: int | No
     length, total = samples.source.seq_length, min(limit or len(samples), len(samples))
     size = max(1, batch_tokens // length)
     parts: dict[int, list[Tensor]] = {depth: [] for depth in model.depths}
-    with tqdm(total=total * length, desc=title, unit="token", unit_scale=True, disable=title is None) as bar:
+    with tqdm(
+        total=total * length, desc=title, unit="token", unit_scale=True, disable=title is None
+    ) as bar:
         for begin in range(0, total, size):
             batch = collate([samples[number] for number in range(begin, min(begin + size, total))])
             for depth, numbers in _measure_batch(model, batch, by_document):
@@ -98,23 +111,47 @@ def measure_prepared(model: NestedModel, samples: EvaluationSet, limit: int | No
     for depth, numbers in parts.items():
         nats_d, agreed_d, tokens_d, right_d = torch.cat(numbers, 1)
         counted = tokens_d > 0
-        found[depth] = HeldOut(nats_d[counted], agreed_d[counted], tokens_d[counted], right_d[counted] if by_document else None)
+        found[depth] = HeldOut(
+            nats_d[counted],
+            agreed_d[counted],
+            tokens_d[counted],
+            right_d[counted] if by_document else None,
+        )
     return found
 
 
-def _measure_batch(model: NestedModel, batch: Batch, by_document: bool) -> Iterator[tuple[int, Tensor]]:
+def _measure_batch(
+    model: NestedModel, batch: Batch, by_document: bool
+) -> Iterator[tuple[int, Tensor]]:
     """Yield (depth, sums over the documents of a batch [4, d]: nats, agreed, counted, right)."""
     size, length = batch.tokens_bs.shape
-    segments_bs = torch.zeros_like(batch.tokens_bs) if batch.segments_bs is None else batch.segments_bs.long()
-    place_bs = torch.arange(size)[:, None] * (length + 1) + (segments_bs if by_document else torch.zeros_like(segments_bs))
+    segments_bs = (
+        torch.zeros_like(batch.tokens_bs) if batch.segments_bs is None else batch.segments_bs.long()
+    )
+    place_bs = torch.arange(size)[:, None] * (length + 1) + (
+        segments_bs if by_document else torch.zeros_like(segments_bs)
+    )
     counted_bs = batch.loss_mask_bs != 0
     place_n, labels_n = place_bs[counted_bs], batch.labels_bs[counted_bs]
     masks = attention_masks(model.model.config, batch.segments_bs)
-    hidden = {depth: hidden_bsh[counted_bs] for depth, hidden_bsh in
-              model.hidden_states(batch.tokens_bs, masks, batch.positions_bs).items()}
-    sums = {depth: torch.zeros(4, size * (length + 1), dtype=torch.float64) for depth in model.depths}
+    hidden = {
+        depth: hidden_bsh[counted_bs]
+        for depth, hidden_bsh in model.hidden_states(
+            batch.tokens_bs, masks, batch.positions_bs
+        ).items()
+    }
+    sums = {
+        depth: torch.zeros(4, size * (length + 1), dtype=torch.float64) for depth in model.depths
+    }
     for depth, part, nats_n, agrees_n, right_n in score_exits(model, hidden, labels_n):
-        rows = torch.stack((nats_n.double(), agrees_n.double(), torch.ones_like(nats_n, dtype=torch.float64), right_n.double()))
+        rows = torch.stack(
+            (
+                nats_n.double(),
+                agrees_n.double(),
+                torch.ones_like(nats_n, dtype=torch.float64),
+                right_n.double(),
+            )
+        )
         sums[depth].index_add_(1, place_n[part], rows)
     yield from sums.items()
 

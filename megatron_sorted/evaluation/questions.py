@@ -50,7 +50,9 @@ def read_questions(path: Path) -> list[Question]:
         except ValueError as error:
             raise DataError(f"{place}: {error}. Mend or remove the line.") from error
     if not questions:
-        raise DataError(f"{shown(path)}: no question in it. Give JSON lines with 'question' and 'answer'.")
+        raise DataError(
+            f"{shown(path)}: no question in it. Give JSON lines with 'question' and 'answer'."
+        )
     return questions
 
 
@@ -61,12 +63,18 @@ def check_template(template: str) -> str:
         SettingsError: It does not say where the question stands.
     """
     if "{question}" not in template:
-        raise SettingsError(f"--question-template: {template!r} has no {{question}}. Write {{question}} where the question belongs.")
+        raise SettingsError(
+            f"--question-template: {template!r} has no {{question}}. Write {{question}} where the question belongs."
+        )
     return template
 
 
-def choose_examples(questions: Sequence[Question], shots: int, examples: Sequence[Question] | None = None,
-                    seed: int = 0) -> list[list[Question]]:
+def choose_examples(
+    questions: Sequence[Question],
+    shots: int,
+    examples: Sequence[Question] | None = None,
+    seed: int = 0,
+) -> list[list[Question]]:
     """Return ``shots`` worked examples for each question.
 
     Examples are drawn anew for each question, from ``examples`` or from the other questions; never one with the same text. They do not
@@ -79,31 +87,57 @@ def choose_examples(questions: Sequence[Question], shots: int, examples: Sequenc
     found = []
     for place, question in enumerate(questions):
         # a few more than needed are drawn, so that a question's own text can be passed over
-        drawn = random.Random(f"{seed}/{place}").sample(pool, len(pool) if len(pool) <= 4 * shots + 8 else 4 * shots + 8) if shots else []
+        drawn = (
+            random.Random(f"{seed}/{place}").sample(
+                pool, len(pool) if len(pool) <= 4 * shots + 8 else 4 * shots + 8
+            )
+            if shots
+            else []
+        )
         chosen = [example for example in drawn if example.text != question.text][:shots]
         if len(chosen) < shots:
-            raise DataError(f"--shots: {shots} examples are wanted, {len(chosen)} other questions are there. Use fewer --shots or "
-                            "give --shots-from FILE.")
+            raise DataError(
+                f"--shots: {shots} examples are wanted, {len(chosen)} other questions are there. Use fewer --shots or "
+                "give --shots-from FILE."
+            )
         found.append(chosen)
     return found
 
 
-def write_prompts(questions: Sequence[Question], shots: int, examples: Sequence[Question] | None = None, template: str = TEMPLATE,
-                  seed: int = 0) -> list[str]:
+def write_prompts(
+    questions: Sequence[Question],
+    shots: int,
+    examples: Sequence[Question] | None = None,
+    template: str = TEMPLATE,
+    seed: int = 0,
+) -> list[str]:
     """Return a prompt for each question: ``shots`` worked examples, then the question without its answer.
 
     Raises:
         DataError: There are fewer examples than shots.
     """
     chosen = choose_examples(questions, shots, examples, seed)
-    return ["\n\n".join([*(_join(_ask(example.text, template), example.answer) for example in some), _ask(question.text, template)])
-            for question, some in zip(questions, chosen, strict=True)]
+    return [
+        "\n\n".join(
+            [
+                *(_join(_ask(example.text, template), example.answer) for example in some),
+                _ask(question.text, template),
+            ]
+        )
+        for question, some in zip(questions, chosen, strict=True)
+    ]
 
 
 def as_conversation(question: Question, examples: Sequence[Question]) -> list[dict[str, str]]:
     """Return a question behind its examples, each a turn of its own."""
-    turns = [turn for example in examples for turn in ({"role": "user", "content": example.text},
-                                                       {"role": "assistant", "content": example.answer})]
+    turns = [
+        turn
+        for example in examples
+        for turn in (
+            {"role": "user", "content": example.text},
+            {"role": "assistant", "content": example.answer},
+        )
+    ]
     return [*turns, {"role": "user", "content": question.text}]
 
 
@@ -116,7 +150,9 @@ def _join(prompt: str, answer: str) -> str:
 
 
 def _question(record: dict[str, Any]) -> Question:
-    record = {name: value for name, value in record.items() if value is not None}  # as writers of a union of data sets leave them
+    record = {
+        name: value for name, value in record.items() if value is not None
+    }  # as writers of a union of data sets leave them
     text = record.get("question", record.get("context"))
     if text is None and isinstance(record.get("instruction"), str):
         given = record.get("input") or ""
@@ -129,7 +165,11 @@ def _question(record: dict[str, Any]) -> Question:
     more = _texts(record.get("aliases"), "aliases")
     if isinstance(answer, dict):
         by_people = answer.get("human_answers") or answer.get("HumanAnswers")
-        more = [*_texts(answer.get("aliases"), "aliases"), *_texts(by_people, "human_answers"), *more]
+        more = [
+            *_texts(answer.get("aliases"), "aliases"),
+            *_texts(by_people, "human_answers"),
+            *more,
+        ]
         answer = answer.get("value")
     if isinstance(answer, list) and (said := _texts(answer, "answer")):
         more, answer = [*said, *more], said[0]

@@ -15,16 +15,22 @@ def check_task_names(tasks: Sequence[str], tasks_path: Path | None = None) -> No
         DataError: A task is unknown, or the folder does not exist.
     """
     if (package := find_spec("lm_eval")) is None:
-        raise PlatformError("--tasks needs lm-evaluation-harness (there is no lm_eval). pip install lm-eval, or leave --tasks out.")
+        raise PlatformError(
+            "--tasks needs lm-evaluation-harness (there is no lm_eval). pip install lm-eval, or leave --tasks out."
+        )
     if tasks_path is not None and not tasks_path.is_dir():
-        raise DataError(f"--tasks-path: {tasks_path} is no directory. Give the folder with the tasks' YAML files.")
+        raise DataError(
+            f"--tasks-path: {tasks_path} is no directory. Give the folder with the tasks' YAML files."
+        )
     left = dict.fromkeys(tasks)
     for folder in filter(None, (tasks_path, Path(package.submodule_search_locations[0]) / "tasks")):
         for path in folder.rglob("*.y*ml"):
             if not left:
                 return
             text = path.read_bytes()
-            left = {task: None for task in left if task.encode("utf-8", "surrogateescape") not in text}
+            left = {
+                task: None for task in left if task.encode("utf-8", "surrogateescape") not in text
+            }
     if left:
         raise unknown_task(next(iter(left)), tasks_path)
 
@@ -32,5 +38,7 @@ def check_task_names(tasks: Sequence[str], tasks_path: Path | None = None) -> No
 def unknown_task(task: str, tasks_path: Path | None) -> DataError:
     """Return the error of a task that there is not."""
     places = f", neither in {tasks_path} nor of its own. " if tasks_path else ". "
-    return DataError(f"--tasks: lm-evaluation-harness knows no {task!r}{places}"
-                     "Give its name, and --tasks-path DIRECTORY for tasks in local YAML files.")
+    return DataError(
+        f"--tasks: lm-evaluation-harness knows no {task!r}{places}"
+        "Give its name, and --tasks-path DIRECTORY for tasks in local YAML files."
+    )

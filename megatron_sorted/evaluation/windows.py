@@ -36,10 +36,16 @@ def cut_windows(num_targets: int, seq_length: int, stride: int, document: int = 
     return windows
 
 
-def cut_documents(documents: Sequence[EncodedDocument], seq_length: int, stride: int) -> list[Window]:
+def cut_documents(
+    documents: Sequence[EncodedDocument], seq_length: int, stride: int
+) -> list[Window]:
     """Return the windows of all documents in which something is counted, in order."""
-    return [window for place, document in enumerate(documents) for window in cut_windows(len(document.ids) - 1, seq_length, stride, place)
-            if any(document.counted[window.first_target:window.last + 1])]
+    return [
+        window
+        for place, document in enumerate(documents)
+        for window in cut_windows(len(document.ids) - 1, seq_length, stride, place)
+        if any(document.counted[window.first_target : window.last + 1])
+    ]
 
 
 def batch_windows(windows: Sequence[Window], batch_tokens: int) -> list[list[Window]]:

@@ -152,7 +152,10 @@ class FixedCoefficients(CoefficientRule):
         if step >= self.warmup_iters:
             return dict(self.final)
         moved = WARMUPS[self.warmup_style](step / self.warmup_iters)
-        return {depth: self.initial[depth] + (final - self.initial[depth]) * moved for depth, final in self.final.items()}
+        return {
+            depth: self.initial[depth] + (final - self.initial[depth]) * moved
+            for depth, final in self.final.items()
+        }
 
 
 def layerskip_weight(depth: int, num_layers: int, scale: float) -> float:
@@ -169,9 +172,16 @@ def layerskip_weight(depth: int, num_layers: int, scale: float) -> float:
     return layer + scale * (layer - 1) * layer / 2 if layer else 1.0
 
 
-def coefficients_by_rule(rule: str, depths: Sequence[int], num_layers: int = 0, scale: float = 1.0) -> dict[int, float]:
+def coefficients_by_rule(
+    rule: str, depths: Sequence[int], num_layers: int = 0, scale: float = 1.0
+) -> dict[int, float]:
     """Return {depth: coefficient} of a named rule of depth; they sum to 1. The last two arguments are those of ``layerskip_weight``."""
-    weights = {depth: layerskip_weight(depth, num_layers, scale) if rule == LAYERSKIP else RULES[rule](depth) for depth in depths}
+    weights = {
+        depth: layerskip_weight(depth, num_layers, scale)
+        if rule == LAYERSKIP
+        else RULES[rule](depth)
+        for depth in depths
+    }
     total = sum(weights.values())
     return {depth: weight / total for depth, weight in weights.items()}
 
@@ -198,7 +208,9 @@ class Weighting:
     scale: float = 1.0
 
 
-def make_coefficient_rule(exit_layer_nums: Sequence[int], num_layers: int, weighting: Weighting) -> CoefficientRule:
+def make_coefficient_rule(
+    exit_layer_nums: Sequence[int], num_layers: int, weighting: Weighting
+) -> CoefficientRule:
     """Return the fixed rule that settings describe.
 
     Args:
@@ -221,16 +233,30 @@ def make_coefficient_rule(exit_layer_nums: Sequence[int], num_layers: int, weigh
             "--exit-layer-weight-init: it has no effect without a warm-up (--exit-layer-weight-warmup-iters 0). "
             "Give the warm-up's number of steps or leave the list out."
         )
-    start = _checked("--exit-layer-weight-init", initial, exit_layer_nums, num_layers) if initial else {}
-    start = {depth: start.get(depth, final[depth] if depth == num_layers else 0.0) for depth in depths}
+    start = (
+        _checked("--exit-layer-weight-init", initial, exit_layer_nums, num_layers)
+        if initial
+        else {}
+    )
+    start = {
+        depth: start.get(depth, final[depth] if depth == num_layers else 0.0) for depth in depths
+    }
     for name, coefficients in (("--exit-layer-weight", final), ("--exit-layer-weight-init", start)):
-        if not any(coefficients.values()) and (warmup_iters or coefficients is final):  # without a warm-up nobody starts at ``start``
-            raise SettingsError(f"{name}: every coefficient is 0, so nothing would be trained. Give one exit a positive one.")
+        if not any(coefficients.values()) and (
+            warmup_iters or coefficients is final
+        ):  # without a warm-up nobody starts at ``start``
+            raise SettingsError(
+                f"{name}: every coefficient is 0, so nothing would be trained. Give one exit a positive one."
+            )
     return FixedCoefficients(final, start, warmup_iters, weighting.warmup_style, shares=not weights)
 
 
-def _checked(name: str, values: Sequence[float], exit_layer_nums: Sequence[int], num_layers: int) -> dict[int, float]:
+def _checked(
+    name: str, values: Sequence[float], exit_layer_nums: Sequence[int], num_layers: int
+) -> dict[int, float]:
     for value in values:
         if value < 0:
-            raise SettingsError(f"{name}: {value} is negative, so training would raise that exit's loss. Give 0 or more.")
+            raise SettingsError(
+                f"{name}: {value} is negative, so training would raise that exit's loss. Give 0 or more."
+            )
     return by_depth(name, values, exit_layer_nums, num_layers)

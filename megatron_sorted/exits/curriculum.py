@@ -12,7 +12,10 @@ def rotation(depths: Sequence[int], interval: int) -> Callable[[int], set[int]]:
     Source: LayerSkip, arXiv 2404.16710, section 4.1.2 (C_rot,R); that the last is always on: pytorch/torchtune, early_exit_loss.py.
     """
     *others, last = sorted(depths)
-    return lambda step: {depth for place, depth in enumerate(others) if place % interval == step % interval} | {last}
+    return lambda step: (
+        {depth for place, depth in enumerate(others) if place % interval == step % interval}
+        | {last}
+    )
 
 
 def gradual(depths: Sequence[int], num_steps: float) -> Callable[[int], set[int]]:
@@ -21,7 +24,9 @@ def gradual(depths: Sequence[int], num_steps: float) -> Callable[[int], set[int]
     Source: LayerSkip, arXiv 2404.16710, section 4.1.2 (C_grad), whose ``num_steps`` is half of the training.
     """
     downwards = sorted(depths, reverse=True)
-    return lambda step: {depth for place, depth in enumerate(downwards) if step >= place * num_steps / len(downwards)}
+    return lambda step: {
+        depth for place, depth in enumerate(downwards) if step >= place * num_steps / len(downwards)
+    }
 
 
 @dataclass
@@ -38,4 +43,7 @@ class Curriculum(RuleOnTop):
         """Return the coefficients of the exits that are on, and 0 for the others."""
         below, here = self.rule.coefficients(step), self.switched_on(step)
         whole = sum(below[depth] for depth in here) if self.normalised else 1.0
-        return {depth: coefficient / whole if depth in here else 0.0 for depth, coefficient in below.items()}
+        return {
+            depth: coefficient / whole if depth in here else 0.0
+            for depth, coefficient in below.items()
+        }

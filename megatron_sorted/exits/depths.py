@@ -18,15 +18,19 @@ def normalise_depths(exit_layer_nums: Sequence[int], num_layers: int) -> tuple[i
     for depth in exit_layer_nums:
         if not 1 <= depth <= num_layers:
             raise SettingsError(
-                f"--exit-layer-nums: {depth} is not a layer of this model (--num-layers {num_layers}). Use 1..{num_layers}.",
+                f"--exit-layer-nums: {depth} is not a layer of this model (--num-layers {num_layers}). Use 1..{num_layers}."
             )
     for depth, times in Counter(exit_layer_nums).items():
         if times > 1:
-            raise SettingsError(f"--exit-layer-nums: {depth} is listed more than once. Name every depth once.")
+            raise SettingsError(
+                f"--exit-layer-nums: {depth} is listed more than once. Name every depth once."
+            )
     return tuple(sorted({*exit_layer_nums, num_layers}))
 
 
-def by_depth(name: str, values: Sequence[Value], exit_layer_nums: Sequence[int], num_layers: int) -> dict[int, Value]:
+def by_depth(
+    name: str, values: Sequence[Value], exit_layer_nums: Sequence[int], num_layers: int
+) -> dict[int, Value]:
     """Return {depth: value} of a list of one value per exit.
 
     Values stand in the order of ``exit_layer_nums``. The last layer's value may be left out, and is then absent from the

@@ -50,11 +50,18 @@ class GradNorm(LearnedRule):
             return
         mine = self.coefficients(step)
         weight = as_shares({depth: mine[depth] for depth in exits})
-        norm = {depth: len(exits) * weight[depth] * seen.grad_norms[depth] / seen.coefficients[depth] for depth in exits}
+        norm = {
+            depth: len(exits) * weight[depth] * seen.grad_norms[depth] / seen.coefficients[depth]
+            for depth in exits
+        }
         ratio = {depth: seen.losses[depth] / self.first_losses[depth] for depth in exits}
         usual_norm, usual_ratio = mean(norm.values()), mean(ratio.values())
         relative = {depth: norm[depth] / usual_norm for depth in exits}
-        pull = {depth: _sign(relative[depth] - (ratio[depth] / usual_ratio) ** self.alpha) * relative[depth] for depth in exits}
+        pull = {
+            depth: _sign(relative[depth] - (ratio[depth] / usual_ratio) ** self.alpha)
+            * relative[depth]
+            for depth in exits
+        }
         total = sum(pull.values())
         for depth in exits:
             self.scores[depth] -= self.rate * (pull[depth] - weight[depth] * total)

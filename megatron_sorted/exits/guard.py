@@ -53,8 +53,12 @@ class Guard(RuleOnTop):
         loss = seen.losses.get(self.last)
         if loss is None:
             return
-        self.average = loss if self.average is None else self.decay * self.average + (1 - self.decay) * loss
-        self.multiplier = min(max(self.multiplier + self.rate * (self.average - self.reference), 0.0), self.largest)
+        self.average = (
+            loss if self.average is None else self.decay * self.average + (1 - self.decay) * loss
+        )
+        self.multiplier = min(
+            max(self.multiplier + self.rate * (self.average - self.reference), 0.0), self.largest
+        )
 
     def numbers(self) -> dict[str, float]:
         """Return the multiplier, and what the rule below shows."""
@@ -62,7 +66,10 @@ class Guard(RuleOnTop):
 
     def state_dict(self) -> dict[str, Any]:
         """Return multiplier, mean and the state of the rule below."""
-        return {"below": super().state_dict(), "guard": {"multiplier": self.multiplier, "average": self.average}}
+        return {
+            "below": super().state_dict(),
+            "guard": {"multiplier": self.multiplier, "average": self.average},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a state made with or without a guard."""

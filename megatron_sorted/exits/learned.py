@@ -43,7 +43,10 @@ class LearnedRule(CoefficientRule):
     def state_dict(self) -> dict[str, Any]:
         """Return the rule's name, its tables with depths as text, and its plain numbers."""
         state: dict[str, Any] = {"rule": self.name}
-        state |= {table: {str(depth): value for depth, value in getattr(self, table).items()} for table in self.tables}
+        state |= {
+            table: {str(depth): value for depth, value in getattr(self, table).items()}
+            for table in self.tables
+        }
         return state | {name: getattr(self, name) for name in self.plain}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -53,7 +56,9 @@ class LearnedRule(CoefficientRule):
             return
         for table in self.tables:
             found = {int(depth): value for depth, value in state[table].items()}
-            getattr(self, table).update({depth: value for depth, value in found.items() if depth in self.depths})
+            getattr(self, table).update(
+                {depth: value for depth, value in found.items() if depth in self.depths}
+            )
         for name in self.plain:
             setattr(self, name, state[name])
 

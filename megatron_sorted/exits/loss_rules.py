@@ -31,7 +31,9 @@ class Uncertainty(LearnedRule):
     def observe(self, step: int, seen: Observation) -> None:
         """Take one gradient step for every exit that trained."""
         for depth, loss in seen.losses.items():
-            self.uncertainty[depth] -= self.rate * (1 - loss * math.exp(-self.uncertainty[depth])) / 2
+            self.uncertainty[depth] -= (
+                self.rate * (1 - loss * math.exp(-self.uncertainty[depth])) / 2
+            )
 
 
 class InverseLoss(LearnedRule):
@@ -53,12 +55,16 @@ class InverseLoss(LearnedRule):
     def coefficients(self, step: int) -> dict[int, float]:
         """Return the shares of 1 / moving mean; equal ones before the first step."""
         usual = mean(self.average.values()) if self.average else 1.0
-        return as_shares({depth: 1 / max(self.average.get(depth, usual), 1e-12) for depth in self.depths})
+        return as_shares(
+            {depth: 1 / max(self.average.get(depth, usual), 1e-12) for depth in self.depths}
+        )
 
     def observe(self, step: int, seen: Observation) -> None:
         """Move the means on, each starting at its first loss."""
         for depth, loss in seen.losses.items():
-            self.average[depth] = self.decay * self.average.get(depth, loss) + (1 - self.decay) * loss
+            self.average[depth] = (
+                self.decay * self.average.get(depth, loss) + (1 - self.decay) * loss
+            )
 
 
 class LossRatio(LearnedRule):
@@ -82,10 +88,16 @@ class LossRatio(LearnedRule):
 
     def coefficients(self, step: int) -> dict[int, float]:
         """Return softmax(r / T)."""
-        ratio = {depth: self.last[depth] / max(self.before[depth], 1e-12) if depth in self.last and depth in self.before else 1.0
-                 for depth in self.depths}
+        ratio = {
+            depth: self.last[depth] / max(self.before[depth], 1e-12)
+            if depth in self.last and depth in self.before
+            else 1.0
+            for depth in self.depths
+        }
         highest = max(ratio.values())
-        return as_shares({depth: math.exp((r - highest) / self.temperature) for depth, r in ratio.items()})
+        return as_shares(
+            {depth: math.exp((r - highest) / self.temperature) for depth, r in ratio.items()}
+        )
 
     def observe(self, step: int, seen: Observation) -> None:
         """Add the losses to the window, which ends with every ``window``-th step of the run.
@@ -96,7 +108,10 @@ class LossRatio(LearnedRule):
             self.sums[depth] = self.sums.get(depth, 0.0) + loss
             self.counts[depth] = self.counts.get(depth, 0) + 1
         if (step + 1) % self.window == 0:
-            self.before, self.last = self.last, {depth: total / self.counts[depth] for depth, total in self.sums.items()}
+            self.before, self.last = (
+                self.last,
+                {depth: total / self.counts[depth] for depth, total in self.sums.items()},
+            )
             self.sums, self.counts = {}, {}
 
 
@@ -112,7 +127,9 @@ class ExcessLoss(LearnedRule):
     name = "excess_loss"
     tables = ("shares",)
 
-    def __init__(self, depths: Sequence[int], references: Mapping[int, float], rate: float, smoothing: float):
+    def __init__(
+        self, depths: Sequence[int], references: Mapping[int, float], rate: float, smoothing: float
+    ):
         super().__init__(depths)
         self.references, self.rate, self.smoothing = dict(references), rate, smoothing
         self.shares = dict.fromkeys(self.depths, 1 / len(self.depths))
@@ -123,8 +140,19 @@ class ExcessLoss(LearnedRule):
 
     def observe(self, step: int, seen: Observation) -> None:
         """Take one multiplicative step for every exit that trained."""
-        excess = {depth: max(loss - self.references[depth], 0.0) for depth, loss in seen.losses.items()}
-        largest = max(excess.values(), default=0.0)  # taken out of the exponent, where the sum cancels it
-        moved = as_shares({depth: share * math.exp(self.rate * (excess.get(depth, 0.0) - largest)) for depth, share in self.shares.items()})
+        excess = {
+            depth: max(loss - self.references[depth], 0.0) for depth, loss in seen.losses.items()
+        }
+        largest = max(
+            excess.values(), default=0.0
+        )  # taken out of the exponent, where the sum cancels it
+        moved = as_shares(
+            {
+                depth: share * math.exp(self.rate * (excess.get(depth, 0.0) - largest))
+                for depth, share in self.shares.items()
+            }
+        )
         equal = self.smoothing / len(self.depths)
-        self.shares = {depth: (1 - self.smoothing) * share + equal for depth, share in moved.items()}
+        self.shares = {
+            depth: (1 - self.smoothing) * share + equal for depth, share in moved.items()
+        }

@@ -7,21 +7,32 @@ from megatron_sorted.errors import SettingsError
 
 
 def stage_layers(
-    num_layers: int, num_stages: int, first_stage_layers: int | None = None, last_stage_layers: int | None = None
+    num_layers: int,
+    num_stages: int,
+    first_stage_layers: int | None = None,
+    last_stage_layers: int | None = None,
 ) -> list[int]:
     """Return the number of layers on each stage; stages without a number of their own share the rest equally.
 
     Raises:
         SettingsError: the layers do not divide.
     """
-    fixed = {stage: layers for stage, layers in ((0, first_stage_layers), (num_stages - 1, last_stage_layers)) if layers is not None}
+    fixed = {
+        stage: layers
+        for stage, layers in ((0, first_stage_layers), (num_stages - 1, last_stage_layers))
+        if layers is not None
+    }
     if fixed and num_stages == 1:
         raise SettingsError(
             "--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers: there is only one stage. "
             "Leave them out or raise --pipeline-model-parallel-size."
         )
     rest, free = num_layers - sum(fixed.values()), num_stages - len(fixed)
-    if any(layers < 1 for layers in fixed.values()) or (rest < free if free else rest != 0) or (free and rest % free):
+    if (
+        any(layers < 1 for layers in fixed.values())
+        or (rest < free if free else rest != 0)
+        or (free and rest % free)
+    ):
         raise SettingsError(
             f"--num-layers: {num_layers} layers do not divide over {num_stages} stages (--pipeline-model-parallel-size, first stage "
             f"{'equal share' if first_stage_layers is None else first_stage_layers}, last stage "
@@ -32,7 +43,11 @@ def stage_layers(
 
 
 def split_layers(
-    num_layers: int, num_stages: int, num_chunks: int = 1, first_stage_layers: int | None = None, last_stage_layers: int | None = None
+    num_layers: int,
+    num_stages: int,
+    num_chunks: int = 1,
+    first_stage_layers: int | None = None,
+    last_stage_layers: int | None = None,
 ) -> list[int]:
     """Return the number of layers of every chunk, in the order in which a token passes them.
 

@@ -28,9 +28,21 @@ class SimulatedExit(LearnedRule):
     tables = ("shares",)
     plain = ("lowest", "highest")
 
-    def __init__(self, depths: Sequence[int], total_steps: int, sharpness: float, num_thresholds: int, seed: int):
+    def __init__(
+        self,
+        depths: Sequence[int],
+        total_steps: int,
+        sharpness: float,
+        num_thresholds: int,
+        seed: int,
+    ):
         super().__init__(depths)
-        self.total_steps, self.sharpness, self.num_thresholds, self.seed = total_steps, sharpness, num_thresholds, seed
+        self.total_steps, self.sharpness, self.num_thresholds, self.seed = (
+            total_steps,
+            sharpness,
+            num_thresholds,
+            seed,
+        )
         self.shares = dict.fromkeys(self.depths, 1 / len(self.depths))
         self.lowest, self.highest = 0.0, 1.0
 
@@ -42,8 +54,12 @@ class SimulatedExit(LearnedRule):
     def thresholds(self, step: int) -> tuple[float, ...]:
         """Return the thresholds of a step, increasing."""
         width = self.highest - self.lowest
-        return tuple(sorted(self.lowest + width * uniform_number(f"exit threshold {self.seed}/{step}/{number}")
-                            for number in range(self.num_thresholds)))
+        return tuple(
+            sorted(
+                self.lowest + width * uniform_number(f"exit threshold {self.seed}/{step}/{number}")
+                for number in range(self.num_thresholds)
+            )
+        )
 
     def coefficients(self, step: int) -> dict[int, float]:
         """Return the mixture of the class's formula; equal coefficients at step 0, where b is 0."""

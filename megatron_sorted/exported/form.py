@@ -63,8 +63,11 @@ class ModelForm:
         """
         found: set[int] = set(self.prompt_form.end_ids if self.prompt_form else ())
         rows = getattr(model.config, "vocab_size", None) or float("inf")
-        said = {GENERATION: self.generation, CONFIG: self.config} if self.config else {
-            GENERATION: {EOS: getattr(model.generation_config, EOS, None)}}
+        said = (
+            {GENERATION: self.generation, CONFIG: self.config}
+            if self.config
+            else {GENERATION: {EOS: getattr(model.generation_config, EOS, None)}}
+        )
         for name, content in said.items():
             found.update(end_tokens(content.get(EOS), f"{self.where}/{name}", rows))
         return frozenset(found | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set()))
@@ -77,13 +80,23 @@ class ModelForm:
         Raises:
             DataError: One is no number.
         """
-        found = {name: value for name in SAMPLING if (value := self.generation.get(name)) is not None}
+        found = {
+            name: value for name in SAMPLING if (value := self.generation.get(name)) is not None
+        }
         for name, value in found.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
-                raise DataError(f"{self.where}/{GENERATION}: {name} {shown(repr(value), 40)} is not a number of sampling. "
-                                "Mend the file, or give --generation-config none.")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 <= value < 1e6
+            ):
+                raise DataError(
+                    f"{self.where}/{GENERATION}: {name} {shown(repr(value), 40)} is not a number of sampling. "
+                    "Mend the file, or give --generation-config none."
+                )
         if self.generation.get("do_sample") is False:
-            found = {name: value for name, value in found.items() if name == "repetition_penalty"} | {"temperature": 0.0}
+            found = {
+                name: value for name, value in found.items() if name == "repetition_penalty"
+            } | {"temperature": 0.0}
         elif self.generation.get("do_sample") is True:
             found.setdefault("temperature", 1.0)
         if "top_k" in found:
@@ -118,11 +131,19 @@ def form_of_model(directory: Path, tokenizer: Tokenizer, label: str | None = Non
     if stored is not None:
         check_tokens(stored, tokenizer, str(directory / FILE))
     form, line = _choose(directory.name, stored, tokenizer, label)
-    return ModelForm(form, line, read_settings(directory / GENERATION), shown(directory), form is not None and form is stored,
-                     read_settings(directory / CONFIG))
+    return ModelForm(
+        form,
+        line,
+        read_settings(directory / GENERATION),
+        shown(directory),
+        form is not None and form is stored,
+        read_settings(directory / CONFIG),
+    )
 
 
-def _choose(name: str, stored: PromptForm | None, tokenizer: Tokenizer, label: str | None) -> tuple[PromptForm | None, str]:
+def _choose(
+    name: str, stored: PromptForm | None, tokenizer: Tokenizer, label: str | None
+) -> tuple[PromptForm | None, str]:
     """Return the form in which a model is asked, and a line about it."""
     if stored is not None and stored.is_conversation and label in (None, stored.label):
         return stored, f"prompt form: {stored.label}, as trained"
@@ -130,10 +151,18 @@ def _choose(name: str, stored: PromptForm | None, tokenizer: Tokenizer, label: s
         form = form_of_label(label, tokenizer)
         ends = {end.id: end for end in (*form.ends, *(stored.ends if stored else ()))}
         other = f"; the model was trained in {stored.label}" if stored is not None else ""
-        return dataclasses.replace(form, ends=tuple(ends.values())), f"prompt form: {form.label} (--prompt-template){other}"
-    why = f"{name} {NO_FORM}" if stored is None else f"{name} was trained on text, not on conversations"
+        return dataclasses.replace(
+            form, ends=tuple(ends.values())
+        ), f"prompt form: {form.label} (--prompt-template){other}"
+    why = (
+        f"{name} {NO_FORM}"
+        if stored is None
+        else f"{name} was trained on text, not on conversations"
+    )
     if not tokenizer.chat_templates:
         return stored, f"note: {why}; a conversation is its contents, one a line"
     template, chosen = chosen_template(tokenizer, None)
-    form = PromptForm(CHAT, template, dict(tokenizer.special_tokens), None, stored.ends if stored else (), chosen)
+    form = PromptForm(
+        CHAT, template, dict(tokenizer.special_tokens), None, stored.ends if stored else (), chosen
+    )
     return form, f"note: {why}; conversations are written by the tokenizer's own template"

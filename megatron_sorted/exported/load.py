@@ -6,10 +6,18 @@ import torch
 from torch import nn
 
 from megatron_sorted.conversion.hugging_face.exit_keys import exits_of_config
-from megatron_sorted.conversion.hugging_face.families import CONFIG, EXITS, num_layers_of_config, read_config
+from megatron_sorted.conversion.hugging_face.families import (
+    CONFIG,
+    EXITS,
+    num_layers_of_config,
+    read_config,
+)
 from megatron_sorted.conversion.hugging_face.nested_exits import Exit, read_exits
 from megatron_sorted.conversion.hugging_face.safetensors_files import read_header
-from megatron_sorted.conversion.hugging_face.transformers_network import fill_network, network_of_config
+from megatron_sorted.conversion.hugging_face.transformers_network import (
+    fill_network,
+    network_of_config,
+)
 from megatron_sorted.conversion.hugging_face.weight_files import HuggingFaceFiles
 from megatron_sorted.conversion.tensors.table import check_num_layers
 from megatron_sorted.errors import CheckpointError
@@ -31,7 +39,9 @@ def load_with_exits(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, dic
         DataError: An end token of generation_config.json is no token of the model.
     """
     if not directory.is_dir():
-        raise CheckpointError(f"{shown(directory)}: not a directory. Give one with config.json and model*.safetensors.")
+        raise CheckpointError(
+            f"{shown(directory)}: not a directory. Give one with config.json and model*.safetensors."
+        )
     config, where = read_config(directory), shown(directory / CONFIG)
     layers = num_layers_of_config(config, where)
     exits_of_config(config, where)
@@ -46,7 +56,9 @@ def load_with_exits(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, dic
     try:
         return model, read_exits(directory, model, config)
     except ValueError as error:
-        raise CheckpointError(f"{shown(error)}. Export the model again, or copy the whole directory.") from error
+        raise CheckpointError(
+            f"{shown(error)}. Export the model again, or copy the whole directory."
+        ) from error
 
 
 def _take_tokens(model: nn.Module, directory: Path) -> None:
@@ -56,7 +68,9 @@ def _take_tokens(model: nn.Module, directory: Path) -> None:
         return
     said, rows = read_settings(path), model.config.vocab_size
     ends = end_tokens(said.get("eos_token_id"), shown(path), rows)
-    model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0] if ends else None
+    model.generation_config.eos_token_id = (
+        list(ends) if len(ends) > 1 else ends[0] if ends else None
+    )
     for name in ("bos_token_id", "pad_token_id"):
         value = said.get(name)
         is_row = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < rows

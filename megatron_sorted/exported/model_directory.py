@@ -12,7 +12,13 @@ from megatron_sorted.checkpoint.manifest import MANIFEST
 from megatron_sorted.conversion.exporting import export_model
 from megatron_sorted.conversion.hugging_face.config_rules import check_config
 from megatron_sorted.conversion.hugging_face.exit_keys import exits_of_config
-from megatron_sorted.conversion.hugging_face.families import CONFIG, EXITS, family_of_config, num_layers_of_config, read_config
+from megatron_sorted.conversion.hugging_face.families import (
+    CONFIG,
+    EXITS,
+    family_of_config,
+    num_layers_of_config,
+    read_config,
+)
 from megatron_sorted.conversion.hugging_face.weight_files import HuggingFaceFiles, check_has_weights
 from megatron_sorted.conversion.open_model import open_model
 from megatron_sorted.conversion.tensors.table import check_num_layers
@@ -21,8 +27,13 @@ from megatron_sorted.errors import CheckpointError, SettingsError
 from megatron_sorted.reading.shown import shown
 
 # What an exit may own, by the setting that says so.
-OWN = {"use_exit_norm": "norms", "untie_exit_output_weights": "heads", "use_exit_block": "blocks", "use_exit_mlp": "MLPs",
-       "exit_adapter_rank": "adapters"}
+OWN = {
+    "use_exit_norm": "norms",
+    "untie_exit_output_weights": "heads",
+    "use_exit_block": "blocks",
+    "use_exit_mlp": "MLPs",
+    "exit_adapter_rank": "adapters",
+}
 
 
 @dataclass(frozen=True)
@@ -47,11 +58,20 @@ def open_model_directory(path: Path) -> Path:
         CheckpointError: It is no model directory, or a checkpoint that no Hugging Face family computes.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory. Give a Hugging Face directory or one of checkpoints.")
-    if (path / MANIFEST).is_file() or (path / TRACKER).is_file() or any(path.glob("iter_*")) or any(path.glob("mp_rank_*")):
+        raise CheckpointError(
+            f"{path}: no such directory. Give a Hugging Face directory or one of checkpoints."
+        )
+    if (
+        (path / MANIFEST).is_file()
+        or (path / TRACKER).is_file()
+        or any(path.glob("iter_*"))
+        or any(path.glob("mp_rank_*"))
+    ):
         return _export(path)
     if not (path / CONFIG).is_file():
-        raise CheckpointError(f"{path}: no config.json. Give a Hugging Face directory with config.json and *.safetensors.")
+        raise CheckpointError(
+            f"{path}: no config.json. Give a Hugging Face directory with config.json and *.safetensors."
+        )
     check_has_weights(path)
     return path
 
@@ -81,14 +101,20 @@ def plan_exits(directory: Path, wanted: Sequence[int] | None = None) -> ExitPlan
     depths = exits.get("exit_layer_nums") or ()
     own = tuple(what for name, what in OWN.items() if exits.get(name)) if len(depths) > 1 else ()
     if own and not (directory / EXITS).is_file():
-        raise CheckpointError(f"{shown(directory)}: {CONFIG} says exits have own {', own '.join(own)}, but {EXITS} is missing. "
-                              "Copy the whole directory.")
+        raise CheckpointError(
+            f"{shown(directory)}: {CONFIG} says exits have own {', own '.join(own)}, but {EXITS} is missing. "
+            "Copy the whole directory."
+        )
     check_num_layers(layers, HuggingFaceFiles(directory).tensors, shown(directory))
     depths = depths or tuple(range(1, layers + 1))
     for depth in wanted or ():
         if not 1 <= depth <= layers:
-            raise SettingsError(f"--depths: {depth} is not a layer of {directory} ({layers} layers). Use 1..{layers}.")
+            raise SettingsError(
+                f"--depths: {depth} is not a layer of {directory} ({layers} layers). Use 1..{layers}."
+            )
         if own and depth not in depths:
-            raise SettingsError(f"--depths: {directory} has no {' or '.join(own)} of its own for depth {depth}. "
-                                f"Use some of {', '.join(map(str, depths))}.")
+            raise SettingsError(
+                f"--depths: {directory} has no {' or '.join(own)} of its own for depth {depth}. "
+                f"Use some of {', '.join(map(str, depths))}."
+            )
     return ExitPlan(layers, tuple(sorted({*wanted, layers})) if wanted else depths, own)

@@ -28,8 +28,10 @@ def prefix_id(tokenizer: Tokenizer) -> int:
     """
     token = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if token is None:
-        raise DataError("The tokenizer has neither bos nor eos, so nothing can stand before a text. "
-                        "Give another one with --tokenizer.")
+        raise DataError(
+            "The tokenizer has neither bos nor eos, so nothing can stand before a text. "
+            "Give another one with --tokenizer."
+        )
     return token
 
 
@@ -68,14 +70,26 @@ class SentencePieceForTransformers(SentencePieceBackend):
 
 def for_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     """Return a tokenizer of transformers that gives the ids of ``tokenizer``, bos included."""
-    words = {name: token for name, token in tokenizer.special_tokens.items()
-             if name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES}
+    words = {
+        name: token
+        for name, token in tokenizer.special_tokens.items()
+        if name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
+    }
     words.setdefault("pad_token", tokenizer.token_text(tokenizer.pad_id))
     templates = tokenizer.chat_templates
-    words |= {"clean_up_tokenization_spaces": False, "padding_side": "left",
-              "chat_template": templates.get("default") if set(templates) <= {"default"} else templates}
+    words |= {
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "chat_template": templates.get("default") if set(templates) <= {"default"} else templates,
+    }
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer.fast, add_bos_token=tokenizer.adds_bos, **words)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.fast, add_bos_token=tokenizer.adds_bos, **words
+        )
     pattern = "bos" if tokenizer.adds_bos else "none"
     return SentencePieceForTransformers(
-        tokenizer, vocab_file=str(tokenizer.files["tokenizer.model"]), special_tokens_pattern=pattern, **words)
+        tokenizer,
+        vocab_file=str(tokenizer.files["tokenizer.model"]),
+        special_tokens_pattern=pattern,
+        **words,
+    )

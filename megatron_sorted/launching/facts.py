@@ -40,8 +40,12 @@ def facts_of_run(words: list[str], world_size: int) -> dict[str, str]:
     save = os.path.abspath(settings.save) if settings.save else ""
     # started again, a run goes on from what it saved, unless it is told to begin anew each time
     resumes = bool(save) and not (settings.finetune and same_path(settings.load, save))
-    return {"device": settings.device, "save": save, "resumes": "yes" if resumes else "no",
-            "timeout_seconds": str(60 * settings.distributed_timeout_minutes)}
+    return {
+        "device": settings.device,
+        "save": save,
+        "resumes": "yes" if resumes else "no",
+        "timeout_seconds": str(60 * settings.distributed_timeout_minutes),
+    }
 
 
 def facts_of_host(packages: list[str]) -> dict[str, str]:
@@ -59,7 +63,9 @@ def source_hash(package: Path) -> str:
     """Return a short hash of the program's files: copies on two hosts may differ where their commits do not."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+        digest.update(
+            f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes() + b"\0"
+        )
     return digest.hexdigest()[:12]
 
 
@@ -74,22 +80,35 @@ def check_that_nobody_saves_into(directory: str) -> None:
         try:
             lock.acquire()
         except OSError as error:
-            raise CheckpointError(f"--save: {directory} cannot be written ({error.strerror}). Give a directory that can.") from error
+            raise CheckpointError(
+                f"--save: {directory} cannot be written ({error.strerror}). Give a directory that can."
+            ) from error
         lock.release()
 
 
 def main() -> None:
     """Read the command line and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--world-size", type=int, required=True, help="number of processes of the run")
-    parser.add_argument("--packages", default="", help="packages whose versions are told, with commas between")
-    parser.add_argument("--check-lock", action="store_true", help="fail where another run saves into the same directory")
+    parser.add_argument(
+        "--world-size", type=int, required=True, help="number of processes of the run"
+    )
+    parser.add_argument(
+        "--packages", default="", help="packages whose versions are told, with commas between"
+    )
+    parser.add_argument(
+        "--check-lock",
+        action="store_true",
+        help="fail where another run saves into the same directory",
+    )
     parser.add_argument("run", nargs="+", help="after --: the words for pretrain_sorted.py")
     arguments = parser.parse_args()
     facts = facts_of_run(arguments.run, arguments.world_size)
     if arguments.check_lock:
         check_that_nobody_saves_into(facts["save"])
-    for name, value in {**facts, **facts_of_host([package for package in arguments.packages.split(",") if package])}.items():
+    for name, value in {
+        **facts,
+        **facts_of_host([package for package in arguments.packages.split(",") if package]),
+    }.items():
         print(f"{name}\t{value}")
 
 

@@ -18,7 +18,9 @@ def shipped(folder: str) -> Path:
     for place in (PACKAGE / folder, PACKAGE.parent / folder):
         if place.is_dir():
             return place
-    raise SettingsError(f"{folder}: did not come with this installation of megatron_sorted. Install it anew, from a wheel or in a clone.")
+    raise SettingsError(
+        f"{folder}: did not come with this installation of megatron_sorted. Install it anew, from a wheel or in a clone."
+    )
 
 
 def copy_out(target: Path, overwrite: bool) -> list[Path]:
@@ -27,12 +29,18 @@ def copy_out(target: Path, overwrite: bool) -> list[Path]:
     Raises:
         SettingsError: One of them exists and may not be replaced; then none is written.
     """
-    sources = {Path(folder) / path.relative_to(shipped(folder)): path for folder in FOLDERS for path in sorted(shipped(folder).rglob("*"))
-               if path.is_file() and path.suffix not in (".py", ".pyc")}
+    sources = {
+        Path(folder) / path.relative_to(shipped(folder)): path
+        for folder in FOLDERS
+        for path in sorted(shipped(folder).rglob("*"))
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
     there = [target / name for name in sources if (target / name).exists()]
     if there and not overwrite:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise SettingsError(f"{there[0]}{more}: exists already. Give another folder, or --overwrite to replace what is there.")
+        raise SettingsError(
+            f"{there[0]}{more}: exists already. Give another folder, or --overwrite to replace what is there."
+        )
     for name, source in sources.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target / name)  # with its mode: launchers stay executable

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 
 
-def following_n(loss_mask_bs: torch.Tensor, positions_bs: torch.Tensor, segments_bs: torch.Tensor | None) -> torch.Tensor:
+def following_n(
+    loss_mask_bs: torch.Tensor, positions_bs: torch.Tensor, segments_bs: torch.Tensor | None
+) -> torch.Tensor:
     """Return for each counted token where the next token of its document stands among the counted ones; n if it is not counted.
 
     Counted tokens (mask not 0) are numbered 0..n-1 in (sequence, batch) order. A run ends with its document, its sample, and
@@ -29,7 +31,9 @@ def following_n(loss_mask_bs: torch.Tensor, positions_bs: torch.Tensor, segments
     return following_sb.reshape(-1)[flat]
 
 
-def draft_counts(agree_n: torch.Tensor, follow_n: torch.Tensor, num_draft_tokens: int) -> torch.Tensor:
+def draft_counts(
+    agree_n: torch.Tensor, follow_n: torch.Tensor, num_draft_tokens: int
+) -> torch.Tensor:
     """Return for k = 1..``num_draft_tokens`` how many starts see a k-th token after k - 1 agreements, and how many agree there too.
 
     Every counted token is a start. A start whose document ends before its k-th token is not counted at k.

@@ -216,7 +216,9 @@ class CrossEntropy:
             target, total = both[0], both[1]
         return TokenChunk(total.log() - target, target >= 0, work_np, total, column, here, choice)
 
-    def gradient(self, chunk: TokenChunk, scale_n: torch.Tensor, out_np: torch.Tensor) -> torch.Tensor:
+    def gradient(
+        self, chunk: TokenChunk, scale_n: torch.Tensor, out_np: torch.Tensor
+    ) -> torch.Tensor:
         """Return the gradient of ``sum(scale * loss)`` to the logits, written to ``out_np`` (may be ``chunk.exponential_np`` itself).
 
         It is scale * (probability - 1 at the label). Normalising, scaling and rounding to the dtype

@@ -35,7 +35,11 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_deeper):
         (hidden,) = ctx.saved_tensors
-        gradient = d_deeper if ctx.exit_backward is None else ctx.join(ctx.exit_backward(hidden, ctx.factor), d_deeper)
+        gradient = (
+            d_deeper
+            if ctx.exit_backward is None
+            else ctx.join(ctx.exit_backward(hidden, ctx.factor), d_deeper)
+        )
         return gradient, None, None, None, *ready_signals(ctx.announced)
 
 
@@ -52,12 +56,21 @@ class _End(torch.autograd.Function):
     def backward(ctx, d_loss):
         (hidden,) = ctx.saved_tensors
         trains = ctx.exit_backward is not None
-        gradient = ctx.exit_backward(hidden, d_loss * ctx.coefficient) if trains else torch.zeros_like(hidden)
+        gradient = (
+            ctx.exit_backward(hidden, d_loss * ctx.coefficient)
+            if trains
+            else torch.zeros_like(hidden)
+        )
         return gradient, None, None, *ready_signals(ctx.announced)
 
 
-def tap(hidden_tbh: torch.Tensor, backward: ExitBackward | None, factor: torch.Tensor | None,
-        announced: tuple[torch.nn.Parameter, ...] = (), join: Join = torch.Tensor.add_) -> torch.Tensor:
+def tap(
+    hidden_tbh: torch.Tensor,
+    backward: ExitBackward | None,
+    factor: torch.Tensor | None,
+    announced: tuple[torch.nn.Parameter, ...] = (),
+    join: Join = torch.Tensor.add_,
+) -> torch.Tensor:
     """Return the same hidden state, with an exit attached that is computed in backward.
 
     Args:
@@ -72,8 +85,12 @@ def tap(hidden_tbh: torch.Tensor, backward: ExitBackward | None, factor: torch.T
     return make_viewless_tensor(inp=out, requires_grad=out.requires_grad, keep_graph=True)
 
 
-def end(hidden_tbh: torch.Tensor, backward: ExitBackward | None, coefficient: float,
-        announced: tuple[torch.nn.Parameter, ...] = ()) -> torch.Tensor:
+def end(
+    hidden_tbh: torch.Tensor,
+    backward: ExitBackward | None,
+    coefficient: float,
+    announced: tuple[torch.nn.Parameter, ...] = (),
+) -> torch.Tensor:
     """Return a scalar 0 that stands for the loss: its gradient, as Megatron's schedule scales it, is the loss rule's factor.
 
     Args:

@@ -10,7 +10,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
 
-from megatron_sorted.loss.cross_entropy import LossRequest, column_of, gather_counted, most_likely, pick
+from megatron_sorted.loss.cross_entropy import (
+    LossRequest,
+    column_of,
+    gather_counted,
+    most_likely,
+    pick,
+)
 
 ROW_BYTES = 1 << 19
 """Rows of so many bytes of fp32 logits are passed over together on a CPU, whose cache then still holds them at the next pass."""
@@ -90,12 +96,19 @@ class _OpenChunk:
 
     def add_up(self, block: slice, temperature: float) -> None:
         """Turn logits into exponentials and add up this shard's part of all sums, for some rows."""
-        sums, own, warm, taught = self.sums_5n[:, block], self.own_np[block], self.warm_np[block], self.taught_np[block]
+        sums, own, warm, taught = (
+            self.sums_5n[:, block],
+            self.own_np[block],
+            self.warm_np[block],
+            self.taught_np[block],
+        )
         is_cut = None if self.lowest_n is None else warm < self.lowest_n[block, None]
         warm.sub_(self.highest_2n[1, block, None])
         torch.exp(warm, out=taught)
         if is_cut is not None:
-            taught.masked_fill_(is_cut, 0.0)  # after exp, which takes many times as long for numbers of which it is 0
+            taught.masked_fill_(
+                is_cut, 0.0
+            )  # after exp, which takes many times as long for numbers of which it is 0
         sums[3] = taught.sum(dim=1)
         torch.sub(self.logits_np[block], self.highest_2n[0, block, None], out=own)
         sums[0] = torch.where(self.here_n[block], pick(own, self.column_n[block]), 0.0)
@@ -119,7 +132,13 @@ class TaughtCrossEntropy:
 
     has_teacher = True
 
-    def __init__(self, request: LossRequest, rule: Distillation, teacher_tbh: torch.Tensor, teacher_ph: torch.Tensor):
+    def __init__(
+        self,
+        request: LossRequest,
+        rule: Distillation,
+        teacher_tbh: torch.Tensor,
+        teacher_ph: torch.Tensor,
+    ):
         self.request, self.rule, self.teacher_tbh = request, rule, teacher_tbh
         self.weight_ph = teacher_ph.detach()[: request.shard.size]
 
@@ -157,12 +176,16 @@ class TaughtCrossEntropy:
             highest = warm.new_full((2, rows), float("-inf"))
         if shard.is_split:
             dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
-        choice = most_likely(logits_np, highest[0], shard) if self.request.with_choice else None  # before the logits are overwritten
+        choice = (
+            most_likely(logits_np, highest[0], shard) if self.request.with_choice else None
+        )  # before the logits are overwritten
         lowest_n = None if rule.top_k is None else self._lowest_kept(warm)
         column, here = column_of(self.request.targets.labels_n[span], shard)
         sums = warm.new_zeros(5, rows)
         if shard.size:
-            open_chunk = _OpenChunk(logits_np, work_np, warm, taught, highest, lowest_n, column, here, sums)
+            open_chunk = _OpenChunk(
+                logits_np, work_np, warm, taught, highest, lowest_n, column, here, sums
+            )
             for block in self._blocks(rows):
                 open_chunk.add_up(block, rule.temperature)
         if shard.is_split:
@@ -172,12 +195,28 @@ class TaughtCrossEntropy:
             warm, warm_total = work_np, own_total
         # sum q (log q - log p) with log q = u - log sum e^u and log p = s - log sum e^s; apart is sum e^u (u - s)
         kl = apart / taught_total - taught_total.log() + warm_total.log()
-        return _TaughtChunk(own_total.log() - target, target >= 0, choice, kl, work_np, own_total, warm, warm_total, taught, taught_total,
-                            column, here)
+        return _TaughtChunk(
+            own_total.log() - target,
+            target >= 0,
+            choice,
+            kl,
+            work_np,
+            own_total,
+            warm,
+            warm_total,
+            taught,
+            taught_total,
+            column,
+            here,
+        )
 
     def _blocks(self, rows: int) -> list[slice]:
         """Return the rows that are passed over together."""
-        step = max(1, ROW_BYTES // (4 * self.request.shard.size)) if self.warm.device.type == "cpu" else rows
+        step = (
+            max(1, ROW_BYTES // (4 * self.request.shard.size))
+            if self.warm.device.type == "cpu"
+            else rows
+        )
         return [slice(start, start + step) for start in range(0, rows, max(1, step))]
 
     def _lowest_kept(self, logits_np: torch.Tensor) -> torch.Tensor:
@@ -188,12 +227,20 @@ class TaughtCrossEntropy:
         shard, top_k = self.request.shard, self.rule.top_k
         highest_nk = logits_np.topk(min(top_k, shard.size), dim=1).values
         if shard.is_split:
-            missing = highest_nk.new_full((highest_nk.size(0), top_k - highest_nk.size(1)), float("-inf"))
-            gathered = _gather_along_first_dim(torch.cat((highest_nk, missing), dim=1), group=shard.group)
-            highest_nk = torch.cat(gathered.split(logits_np.size(0)), dim=1).topk(top_k, dim=1).values
+            missing = highest_nk.new_full(
+                (highest_nk.size(0), top_k - highest_nk.size(1)), float("-inf")
+            )
+            gathered = _gather_along_first_dim(
+                torch.cat((highest_nk, missing), dim=1), group=shard.group
+            )
+            highest_nk = (
+                torch.cat(gathered.split(logits_np.size(0)), dim=1).topk(top_k, dim=1).values
+            )
         return highest_nk[:, top_k - 1]
 
-    def gradient(self, chunk: _TaughtChunk, scale_n: torch.Tensor, out_np: torch.Tensor) -> torch.Tensor:
+    def gradient(
+        self, chunk: _TaughtChunk, scale_n: torch.Tensor, out_np: torch.Tensor
+    ) -> torch.Tensor:
         """Return the gradient of ``sum(scale * loss)`` to the logits, written to ``out_np``.
 
         It is scale * ((1 - w) (p - 1 at the label) + w T (p_T - q_T)), p the exit's and q the teacher's probabilities.
@@ -207,7 +254,9 @@ class TaughtCrossEntropy:
             d = chunk.own_np[block].mul_((own_n / chunk.own_total_n)[block, None])
             if temperature != 1.0:
                 d.addcmul_(chunk.warm_np[block], (taught_n / chunk.warm_total_n)[block, None])
-            d.addcmul_(chunk.taught_np[block], (taught_n / chunk.taught_total_n)[block, None], value=-1)
+            d.addcmul_(
+                chunk.taught_np[block], (taught_n / chunk.taught_total_n)[block, None], value=-1
+            )
             d.scatter_add_(1, chunk.column_n[block, None], -(label_n * chunk.here_n)[block, None])
             if d.data_ptr() != out_np[block].data_ptr():
                 out_np[block].copy_(d)

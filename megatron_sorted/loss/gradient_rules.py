@@ -58,12 +58,16 @@ class GradientRule:
         return tuple(sums)
 
 
-def add(rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int) -> torch.Tensor:
+def add(
+    rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int
+) -> torch.Tensor:
     """Return own + deeper: the gradient of the sum of all losses."""
     return own.add_(deeper)
 
 
-def equilibrium(rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int) -> torch.Tensor:
+def equilibrium(
+    rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int
+) -> torch.Tensor:
     """Return the mean over this exit and those above: own / (N - i) + deeper (N - i - 1) / (N - i), for the i-th of N from 0.
 
     Source: gradient equilibrium of IMTA (Li et al., arXiv 1908.06294, section 3.1).
@@ -71,14 +75,18 @@ def equilibrium(rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num
     return own.mul_(1 / (num_above + 1)).add_(deeper, alpha=num_above / (num_above + 1))
 
 
-def balance(rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int) -> torch.Tensor:
+def balance(
+    rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int
+) -> torch.Tensor:
     """Return own scaled to ``rule.balance`` times the norm of deeper, plus deeper; where either is 0 nothing is scaled."""
     own_square, deeper_square = rule.products((own, own), (deeper, deeper))
     factor = rule.balance * (deeper_square / own_square).sqrt()
     return own.mul_(torch.where((own_square > 0) & (deeper_square > 0), factor, 1.0)).add_(deeper)
 
 
-def project(rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int) -> torch.Tensor:
+def project(
+    rule: GradientRule, own: torch.Tensor, deeper: torch.Tensor, num_above: int
+) -> torch.Tensor:
     """Return own without its part along deeper where the two oppose each other, plus deeper.
 
     That part is min(<own, deeper>, 0) deeper / |deeper|^2; a shallow exit then never pushes against the deeper ones.

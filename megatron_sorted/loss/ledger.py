@@ -12,7 +12,11 @@ COLUMNS = (
     "kl", "mean_kl", "taught_batches", "met_product", "met_own", "met_deeper",
 )  # fmt: skip
 MET = ("met_product", "met_own", "met_deeper")
-LOSS, GRADIENT, STEPS = COLUMNS.index("loss"), COLUMNS.index("gradient_square"), COLUMNS.index("steps")
+LOSS, GRADIENT, STEPS = (
+    COLUMNS.index("loss"),
+    COLUMNS.index("gradient_square"),
+    COLUMNS.index("steps"),
+)
 
 
 def square_sum(gradient: torch.Tensor) -> torch.Tensor:
@@ -46,8 +50,15 @@ class Ledger:
     open_squares: dict[int, torch.Tensor] = field(default_factory=dict)
     open_meetings: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def add(self, depth: int, losses: ExitLoss, loss_mask_n: torch.Tensor, piece_n: torch.Tensor | None = None,
-            num_pieces: int = 0, whole: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+    def add(
+        self,
+        depth: int,
+        losses: ExitLoss,
+        loss_mask_n: torch.Tensor,
+        piece_n: torch.Tensor | None = None,
+        num_pieces: int = 0,
+        whole: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         """Add one micro-batch of the exit at ``depth``; one without trained tokens counts in no mean.
 
         Args:
@@ -61,11 +72,21 @@ class Ledger:
         loss, tokens = (losses.loss_n * loss_mask_n).sum(), loss_mask_n.sum()
         whole_loss, whole_tokens = whole or (loss, tokens)
         has_tokens, some = (whole_tokens > 0).to(loss.dtype), whole_tokens.clamp(min=1)
-        sums = {"loss": loss, "correct": (losses.correct_n * loss_mask_n).sum(), "tokens": tokens, "mean_loss": whole_loss / some,
-                "micro_batches": has_tokens, "calls": torch.ones_like(loss)}
+        sums = {
+            "loss": loss,
+            "correct": (losses.correct_n * loss_mask_n).sum(),
+            "tokens": tokens,
+            "mean_loss": whole_loss / some,
+            "micro_batches": has_tokens,
+            "calls": torch.ones_like(loss),
+        }
         if piece_n is not None:
-            members = loss_mask_n.new_zeros(num_pieces).index_add_(0, piece_n, torch.ones_like(loss_mask_n))
-            right = loss_mask_n.new_zeros(num_pieces).index_add_(0, piece_n, losses.correct_n.float())
+            members = loss_mask_n.new_zeros(num_pieces).index_add_(
+                0, piece_n, torch.ones_like(loss_mask_n)
+            )
+            right = loss_mask_n.new_zeros(num_pieces).index_add_(
+                0, piece_n, losses.correct_n.float()
+            )
             sums["pieces"] = (members > 0).sum().float()
             sums["exact_pieces"] = ((members > 0) & (members == right)).sum().float()
         if losses.kl_n is not None:
@@ -81,7 +102,11 @@ class Ledger:
     def add_meeting(self, depth: int, own_tbh: torch.Tensor, deeper_tbh: torch.Tensor) -> None:
         """Add what the exit's own gradient of one micro-batch and that of the deeper exits are to each other, before they are joined."""
         product = token_products(own_tbh, deeper_tbh).sum(dtype=torch.float64)
-        _add(self.open_meetings, depth, torch.stack((product, square_sum(own_tbh), square_sum(deeper_tbh))))
+        _add(
+            self.open_meetings,
+            depth,
+            torch.stack((product, square_sum(own_tbh), square_sum(deeper_tbh))),
+        )
 
     def add_drafts(self, depth: int, counts: torch.Tensor) -> None:
         """Add what ``agreement.draft_counts`` counted for the exit at ``depth``."""
@@ -100,8 +125,12 @@ class Ledger:
 
     def merge(self, other: "Ledger") -> None:
         """Add the sums of ``other``: those of a step that is to count, to those of the steps since the last report."""
-        for ours, theirs in ((self.sums, other.sums), (self.drafts, other.drafts), (self.open_squares, other.open_squares),
-                             (self.open_meetings, other.open_meetings)):
+        for ours, theirs in (
+            (self.sums, other.sums),
+            (self.drafts, other.drafts),
+            (self.open_squares, other.open_squares),
+            (self.open_meetings, other.open_meetings),
+        ):
             for depth, value in theirs.items():
                 _add(ours, depth, value)
 
@@ -116,7 +145,9 @@ class Ledger:
         if not flags:
             return {}
         found: dict[int, list[str]] = {}
-        for (depth, name), bad in zip(flags, torch.stack(list(flags.values())).tolist(), strict=True):
+        for (depth, name), bad in zip(
+            flags, torch.stack(list(flags.values())).tolist(), strict=True
+        ):
             if bad:
                 found.setdefault(depth, []).append(name)
         return found
@@ -124,8 +155,15 @@ class Ledger:
     def _bad(self) -> dict[tuple[int, str], torch.Tensor]:
         flags = {}
         for depth, row in sorted(self.sums.items()):
-            gradient = row[GRADIENT] + self.open_squares[depth] if depth in self.open_squares else row[GRADIENT]
-            flags[depth, "loss"], flags[depth, "gradient"] = ~row[LOSS].isfinite(), ~gradient.isfinite()
+            gradient = (
+                row[GRADIENT] + self.open_squares[depth]
+                if depth in self.open_squares
+                else row[GRADIENT]
+            )
+            flags[depth, "loss"], flags[depth, "gradient"] = (
+                ~row[LOSS].isfinite(),
+                ~gradient.isfinite(),
+            )
         return flags
 
     def drop_gradients(self) -> None:

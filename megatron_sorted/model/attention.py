@@ -18,35 +18,64 @@ class SdpaAttention(MegatronModule):
     query may look (any mask that scaled_dot_product_attention takes), or None for plain causal attention. Returns [s, b, n*d].
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type, attention_dropout=None,
-                 softmax_scale=None, cp_comm_type=None, **_process_groups):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type,
+        attention_type,
+        attention_dropout=None,
+        softmax_scale=None,
+        cp_comm_type=None,
+        **_process_groups,
+    ):
         super().__init__(config=config)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
-    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        attn_mask_type=None,
+        attention_bias=None,
+        packed_seq_params=None,
+    ):
         """Return the attention output; see the class."""
-        assert attention_bias is None and packed_seq_params is None, "local attention takes a mask, not a bias or packed lengths"
+        assert attention_bias is None and packed_seq_params is None, (
+            "local attention takes a mask, not a bias or packed lengths"
+        )
         dropout = self.dropout if self.training else 0.0
         fused = fused_kernels().attention
         if fused is not None and dropout == 0.0:
             return fused(query, key, value, attention_mask, self.softmax_scale)
         query_bnsd, key_bgsd, value_bgsd = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         options = {
-            "attn_mask": attention_mask, "is_causal": attention_mask is None, "dropout_p": dropout,
-            "scale": self.softmax_scale, "enable_gqa": query.size(2) != key.size(2),
+            "attn_mask": attention_mask,
+            "is_causal": attention_mask is None,
+            "dropout_p": dropout,
+            "scale": self.softmax_scale,
+            "enable_gqa": query.size(2) != key.size(2),
         }
         if dropout > 0.0 and not self.config.sequence_parallel:
             # heads differ between tensor parallel ranks, so their dropout must too
             with random_tracker().fork():
-                context_bnsd = scaled_dot_product_attention(query_bnsd, key_bgsd, value_bgsd, **options)
+                context_bnsd = scaled_dot_product_attention(
+                    query_bnsd, key_bgsd, value_bgsd, **options
+                )
         else:
             context_bnsd = scaled_dot_product_attention(query_bnsd, key_bgsd, value_bgsd, **options)
         return context_bnsd.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
 
-def make_attention_mask(tokens_bs: torch.Tensor, segments_bs: torch.Tensor | None, window: int | None,
-                        dtype: torch.dtype) -> torch.Tensor | None:
+def make_attention_mask(
+    tokens_bs: torch.Tensor,
+    segments_bs: torch.Tensor | None,
+    window: int | None,
+    dtype: torch.dtype,
+) -> torch.Tensor | None:
     """Return the additive mask that keeps packed documents apart and glances short, or None where plain causal attention is meant.
 
     Shapes: result [b or 1, 1, s, s], 0 where a token may look and -inf elsewhere. A float mask is made once here; a boolean one would
@@ -73,7 +102,9 @@ def _visible(length: int, window: int, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=2)
-def _window_mask(length: int, window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _window_mask(
+    length: int, window: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """Return the mask [1, 1, s, s] of a window without packing: the same for every micro-batch, so it is kept."""
     mask = torch.zeros(1, 1, length, length, dtype=dtype, device=device)
     return mask.masked_fill_(~_visible(length, window, device), float("-inf"))

@@ -23,7 +23,9 @@ def parameter_dtype(settings: Settings) -> torch.dtype:
 def uses_transformer_engine(settings: Settings, platform: Platform) -> bool:
     """Return whether layers are built from Transformer Engine."""
     if settings.transformer_impl == "auto":
-        return platform.has_transformer_engine() and not settings.lora_rank  # adapters are on local layers
+        return (
+            platform.has_transformer_engine() and not settings.lora_rank
+        )  # adapters are on local layers
     return settings.transformer_impl == "transformer_engine"
 
 
@@ -34,29 +36,43 @@ def check_platform(settings: Settings, platform: Platform) -> None:
         PlatformError: It cannot.
     """
     check_megatron_can(
-        ("--data-parallel fsdp", settings.data_parallel == "fsdp"), ("--use-distributed-optimizer", settings.use_distributed_optimizer),
+        ("--data-parallel fsdp", settings.data_parallel == "fsdp"),
+        ("--use-distributed-optimizer", settings.use_distributed_optimizer),
         ("--lora-rank", bool(settings.lora_rank)),
-        ("--pipeline-model-parallel-layout", settings.pipeline_model_parallel_layout is not None))
+        ("--pipeline-model-parallel-layout", settings.pipeline_model_parallel_layout is not None),
+    )
     if settings.data_parallel == "fsdp":
         check_torch_can_shard()
     if settings.transformer_impl == "transformer_engine" and not platform.has_transformer_engine():
-        raise PlatformError(f"--transformer-impl transformer_engine: Transformer Engine is not installed or cannot run on {platform.name}. "
-                            "Install it on a GPU host, or use --transformer-impl local.")
+        raise PlatformError(
+            f"--transformer-impl transformer_engine: Transformer Engine is not installed or cannot run on {platform.name}. "
+            "Install it on a GPU host, or use --transformer-impl local."
+        )
     if settings.bf16 and not platform.has_bf16():
-        raise PlatformError(f"--bf16: the device ({platform.name}) does not know bf16. Use --fp16, which "
-                            "scales the loss, or leave both out.")
+        raise PlatformError(
+            f"--bf16: the device ({platform.name}) does not know bf16. Use --fp16, which "
+            "scales the loss, or leave both out."
+        )
     if settings.context_parallel_size > 1 and not uses_transformer_engine(settings, platform):
-        raise PlatformError(f"--context-parallel-size: {settings.context_parallel_size} needs Transformer Engine's attention, which is not "
-                            f"there on {platform.name}. Install Transformer Engine on GPU hosts, or use 1.")
+        raise PlatformError(
+            f"--context-parallel-size: {settings.context_parallel_size} needs Transformer Engine's attention, which is not "
+            f"there on {platform.name}. Install Transformer Engine on GPU hosts, or use 1."
+        )
     if settings.num_experts and not platform.has_transformer_engine():
-        raise PlatformError(f"--num-experts: {settings.num_experts} needs Transformer Engine: the router of megatron-core 0.16.1 uses its "
-                            f"matrix product without asking whether it is there, and it is not there on {platform.name}. "
-                            "Install Transformer Engine on a GPU host, or leave --num-experts out.")
+        raise PlatformError(
+            f"--num-experts: {settings.num_experts} needs Transformer Engine: the router of megatron-core 0.16.1 uses its "
+            f"matrix product without asking whether it is there, and it is not there on {platform.name}. "
+            "Install Transformer Engine on a GPU host, or leave --num-experts out."
+        )
 
 
 def uses_fused_swiglu(settings: Settings, platform: Platform) -> bool:
     """Return whether the layers' SwiGLU is one operation of the device."""
-    return settings.swiglu and fused_kernels().swiglu is not None and not uses_transformer_engine(settings, platform)
+    return (
+        settings.swiglu
+        and fused_kernels().swiglu is not None
+        and not uses_transformer_engine(settings, platform)
+    )
 
 
 def _layout(settings: Settings) -> list[list[str]] | None:
@@ -74,9 +90,16 @@ def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
     dtype = parameter_dtype(settings)
     chunks = num_virtual_chunks(settings)
     interleaved = chunks > 1
-    recompute = {} if settings.recompute_granularity == "none" else {"recompute_granularity": settings.recompute_granularity}
+    recompute = (
+        {}
+        if settings.recompute_granularity == "none"
+        else {"recompute_granularity": settings.recompute_granularity}
+    )
     if settings.recompute_granularity == "full":
-        recompute |= {"recompute_method": settings.recompute_method, "recompute_num_layers": settings.recompute_num_layers}
+        recompute |= {
+            "recompute_method": settings.recompute_method,
+            "recompute_num_layers": settings.recompute_num_layers,
+        }
     if settings.recompute_granularity == "selective":
         recompute["recompute_modules"] = list(settings.recompute_modules)
     experts = {}
@@ -134,9 +157,13 @@ def make_config(settings: Settings, platform: Platform) -> TransformerConfig:
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         # the device's fused operations enter where Megatron would take Transformer Engine's (see layer_spec)
-        apply_rope_fusion=settings.position_embedding_type == "rope" and fused_kernels().rotary is not None,
-        **known_arguments(TransformerConfig, pipeline_model_parallel_layout=_layout(settings),
-                          use_te_activation_func=uses_fused_swiglu(settings, platform)),
+        apply_rope_fusion=settings.position_embedding_type == "rope"
+        and fused_kernels().rotary is not None,
+        **known_arguments(
+            TransformerConfig,
+            pipeline_model_parallel_layout=_layout(settings),
+            use_te_activation_func=uses_fused_swiglu(settings, platform),
+        ),
         **recompute,
         **experts,
     )

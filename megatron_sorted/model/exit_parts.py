@@ -47,9 +47,19 @@ class ExitAdapter(torch.nn.Module):
 def mlp_spec(layer: ModuleSpec) -> ModuleSpec:
     """Return the specification of a layer without attention: norm, MLP and residual, saved under the names of the MLP alone."""
     parts = layer.submodules
-    return ModuleSpec(module=layer.module, params=layer.params, submodules=TransformerLayerSubmodules(
-        pre_mlp_layernorm=parts.pre_mlp_layernorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda,
-        sharded_state_dict_keys_map={"mlp.": "", "pre_mlp_layernorm.": "linear_fc1.layer_norm_"}))
+    return ModuleSpec(
+        module=layer.module,
+        params=layer.params,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=parts.pre_mlp_layernorm,
+            mlp=parts.mlp,
+            mlp_bda=parts.mlp_bda,
+            sharded_state_dict_keys_map={
+                "mlp.": "",
+                "pre_mlp_layernorm.": "linear_fc1.layer_norm_",
+            },
+        ),
+    )
 
 
 def without_recomputation(config: TransformerConfig) -> TransformerConfig:
@@ -62,8 +72,13 @@ def without_recomputation(config: TransformerConfig) -> TransformerConfig:
     return plain
 
 
-def make_parts(settings: Settings, config: TransformerConfig, spec: ModuleSpec, plan: ChunkLayout,
-               vp_stage: int | None) -> dict[str, torch.nn.ModuleDict]:
+def make_parts(
+    settings: Settings,
+    config: TransformerConfig,
+    spec: ModuleSpec,
+    plan: ChunkLayout,
+    vp_stage: int | None,
+) -> dict[str, torch.nn.ModuleDict]:
     """Return the parts of a chunk's intermediate exits, by name (``PARTS``) and depth, with Megatron's initial weights.
 
     Args:
@@ -73,16 +88,24 @@ def make_parts(settings: Settings, config: TransformerConfig, spec: ModuleSpec, 
         plan: What the chunk holds.
         vp_stage: As for the chunk's block.
     """
+
     def layer(of: ModuleSpec, depth: int) -> torch.nn.Module:
         # Megatron adds the layers before the chunk to the number, which then is the exit's depth
-        return build_module(of, config=without_recomputation(config), layer_number=depth - plan.first_layer,
-                            **chunk_arguments(TransformerLayer.__init__, vp_stage))
+        return build_module(
+            of,
+            config=without_recomputation(config),
+            layer_number=depth - plan.first_layer,
+            **chunk_arguments(TransformerLayer.__init__, vp_stage),
+        )
 
     rank, depths = settings.exit_adapter_rank, plan.intermediate
     adapters = {str(depth): ExitAdapter(config, rank) for depth in depths if rank}
     blocks = {str(depth): layer(spec, depth) for depth in depths if settings.use_exit_block}
     mlps = {str(depth): layer(mlp_spec(spec), depth) for depth in depths if settings.use_exit_mlp}
-    return {name: torch.nn.ModuleDict(parts) for name, parts in zip(PARTS, (adapters, blocks, mlps), strict=True)}
+    return {
+        name: torch.nn.ModuleDict(parts)
+        for name, parts in zip(PARTS, (adapters, blocks, mlps), strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -115,7 +138,9 @@ class ExitReader:
         if self.layer is not None:
             # as Megatron's block does for its layers: dropout differs between ranks that hold different tokens
             with random_tracker().fork() if self.sequence_parallel else nullcontext():
-                hidden_tbh, _ = self.layer(hidden_tbh, attention_mask=self.attention_mask, rotary_pos_emb=self.rotary)
+                hidden_tbh, _ = self.layer(
+                    hidden_tbh, attention_mask=self.attention_mask, rotary_pos_emb=self.rotary
+                )
         return self.norm(hidden_tbh)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:

@@ -20,12 +20,16 @@ def drop_chance(settings: Settings, layer: int, step: int) -> float:
     grown = 1.0
     if settings.layer_dropout_schedule == "exponential":
         grown = math.expm1(min(step / max(settings.train_iters - 1, 1), 1.0) * math.log(2))
-    return settings.layer_dropout * grown * math.expm1(layer * math.log(2) / (settings.num_layers - 1))
+    return (
+        settings.layer_dropout * grown * math.expm1(layer * math.log(2) / (settings.num_layers - 1))
+    )
 
 
 def is_dropped(settings: Settings, layer: int, step: int, sample: int) -> bool:
     """Return whether sample number ``sample`` of the global batch passes a layer unchanged at a step: the same in every layout."""
-    return uniform_number(f"layer dropout {settings.seed}/{step}/{sample}/{layer}") < drop_chance(settings, layer, step)
+    return uniform_number(f"layer dropout {settings.seed}/{step}/{sample}/{layer}") < drop_chance(
+        settings, layer, step
+    )
 
 
 class LayerDropout:
@@ -44,15 +48,26 @@ class LayerDropout:
         self.settings, self.first_layer, self.num_layers = settings, first_layer, len(layers)
         self.kept: dict[int, torch.Tensor] = {}
         for place, layer in enumerate(layers):
-            layer.register_forward_hook(lambda module, args, words, output, place=place: self._drop(module, place, args, words, output),
-                                        with_kwargs=True)
+            layer.register_forward_hook(
+                lambda module, args, words, output, place=place: self._drop(
+                    module, place, args, words, output
+                ),
+                with_kwargs=True,
+            )
 
     def draw(self, step: int, samples: Sequence[int], platform: Platform) -> None:
         """Draw for one micro-batch, whose forward pass is next; ``samples`` are the places of its samples in the global batch."""
-        dropped = [[is_dropped(self.settings, self.first_layer + place, step, sample) for sample in samples]
-                   for place in range(self.num_layers)]
+        dropped = [
+            [
+                is_dropped(self.settings, self.first_layer + place, step, sample)
+                for sample in samples
+            ]
+            for place in range(self.num_layers)
+        ]
         kept_lb = platform.to_device(~torch.tensor(dropped))
-        self.kept = {place: kept_lb[place] for place in range(self.num_layers) if any(dropped[place])}
+        self.kept = {
+            place: kept_lb[place] for place in range(self.num_layers) if any(dropped[place])
+        }
 
     def _drop(self, module: torch.nn.Module, place: int, args: tuple, words: dict, output):
         """Return the layer's output with dropped samples as they came in, or None to leave it; shapes [t, b, h], kept [b]."""

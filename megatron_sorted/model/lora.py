@@ -97,12 +97,20 @@ class _Adapted:
 
     def _groups(self, metadata: dict | None) -> dict:
         """Return the groups that sharded tensors are told of, where Megatron does not take its own."""
-        return known_arguments(make_sharded_tensors_for_checkpoint, tp_group=self.tp_group, dp_cp_group=(metadata or {}).get("dp_cp_group"))
+        return known_arguments(
+            make_sharded_tensors_for_checkpoint,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
 
     @staticmethod
-    def _add_product(output: torch.Tensor, z_tbr: torch.Tensor, b_or: torch.Tensor, scale: float) -> torch.Tensor:
+    def _add_product(
+        output: torch.Tensor, z_tbr: torch.Tensor, b_or: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         """Return ``output + scale * z B^T`` without a temporary of the output's size."""
-        return torch.addmm(output.flatten(0, -2), z_tbr.flatten(0, -2), b_or.t(), alpha=scale).view(output.shape)
+        return torch.addmm(output.flatten(0, -2), z_tbr.flatten(0, -2), b_or.t(), alpha=scale).view(
+            output.shape
+        )
 
     def start_pair(self, key: str) -> None:
         """Give A its first values, the same in every layout, and B zeros, so that the network says at first what it said without.
@@ -112,7 +120,9 @@ class _Adapted:
         Args:
             key: What the values are drawn from: seed, layer and target.
         """
-        generator = torch.Generator().manual_seed(hashed_number(f"adapter {key}") >> 1)  # seeds are below 2^63
+        generator = torch.Generator().manual_seed(
+            hashed_number(f"adapter {key}") >> 1
+        )  # seeds are below 2^63
         whole_rc = torch.empty(self.adapter.rank, self.input_size)
         torch.nn.init.kaiming_uniform_(whole_rc, a=math.sqrt(5), generator=generator)
         columns = self.lora_a.shape[1]
@@ -129,14 +139,18 @@ class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
     Megatron's gradient finalisation sums it.
     """
 
-    def __init__(self, *arguments, adapter: Adapter, is_gated: bool = False, stride: int = 1, **options):
+    def __init__(
+        self, *arguments, adapter: Adapter, is_gated: bool = False, stride: int = 1, **options
+    ):
         super().__init__(*arguments, stride=stride, **options)
         self.is_gated = is_gated  # every rank holds a part of the gate, then of the up projection (megatron.core.transformer.mlp)
         self._add_pair(adapter, self.input_size, self.output_size_per_partition)
         set_tensor_model_parallel_attributes(self.lora_b, True, 0, stride)
         self.lora_a.sequence_parallel = self.sequence_parallel
 
-    def forward(self, input_: torch.Tensor, *arguments, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, input_: torch.Tensor, *arguments, **options
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return output and bias as Megatron's layer does.
 
         Collective: Megatron's; and for x A^T an all-gather forward and a reduce-scatter backward under sequence parallelism, else one
@@ -146,19 +160,30 @@ class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
         a_rc, b_or, scale = self._pair()
         z_tbr = F.linear(self._drop(input_, self.sequence_parallel), a_rc)
         if self.sequence_parallel:
-            z_tbr = gather_from_sequence_parallel_region(z_tbr, tensor_parallel_output_grad=True, group=self.tp_group)
+            z_tbr = gather_from_sequence_parallel_region(
+                z_tbr, tensor_parallel_output_grad=True, group=self.tp_group
+            )
         else:
             z_tbr = copy_to_tensor_model_parallel_region(z_tbr, group=self.tp_group)
         return self._add_product(output, z_tbr, b_or, scale), bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
         """Return Megatron's sharded state dict, with B cut as the weight is."""
         cut = {"weight": 0, "bias": 0, "lora_b": 0}
         state = make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True), prefix, cut, sharded_offsets, **self._groups(metadata))
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            cut,
+            sharded_offsets,
+            **self._groups(metadata),
+        )
         if self.is_gated:  # Megatron's MLP does so for weight and bias, and for these names only
             name = f"{prefix}lora_b"
-            state[name] = apply_swiglu_sharded_factory(state[name], sharded_offsets, metadata.get("singleton_local_shards", False))
+            state[name] = apply_swiglu_sharded_factory(
+                state[name], sharded_offsets, metadata.get("singleton_local_shards", False)
+            )
         return state
 
 
@@ -189,26 +214,51 @@ class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):
             z_tbr = reduce_from_tensor_model_parallel_region(z_tbr, group=self.tp_group)
         return self._add_product(output, z_tbr, b_or, scale), bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
         """Return Megatron's sharded state dict, with A cut as the weight is."""
         return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 1, "lora_a": 1}, sharded_offsets, **self._groups(metadata))
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 1, "lora_a": 1},
+            sharded_offsets,
+            **self._groups(metadata),
+        )
 
 
 def with_adapters(spec: ModuleSpec, settings: Settings, in_use: RanksInUse) -> ModuleSpec:
     """Return a layer's specification with adapters on the targets of ``settings``; without a rank, as it is."""
     if not settings.lora_rank:
         return spec
-    adapter = Adapter(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.dylora_frozen, in_use)
+    adapter = Adapter(
+        settings.lora_rank,
+        settings.lora_alpha,
+        settings.lora_dropout,
+        settings.dylora_frozen,
+        in_use,
+    )
     spec = copy.deepcopy(spec)
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
-    holders = {"linear_qkv": attention, "linear_proj": attention, "linear_fc1": mlp, "linear_fc2": mlp}
-    kinds = {ColumnParallelLinear: AdaptedColumnParallelLinear, RowParallelLinear: AdaptedRowParallelLinear}
+    holders = {
+        "linear_qkv": attention,
+        "linear_proj": attention,
+        "linear_fc1": mlp,
+        "linear_fc2": mlp,
+    }
+    kinds = {
+        ColumnParallelLinear: AdaptedColumnParallelLinear,
+        RowParallelLinear: AdaptedRowParallelLinear,
+    }
     for target in settings.lora_targets:
         kind = kinds[getattr(holders[target], target)]
         # Megatron calls what it finds as linear_qkv, and builds the others
         called = target == "linear_qkv" and not builds_linear_qkv()
-        told = {"adapter": adapter, "is_gated": settings.swiglu} if target == "linear_fc1" else {"adapter": adapter}
+        told = (
+            {"adapter": adapter, "is_gated": settings.swiglu}
+            if target == "linear_fc1"
+            else {"adapter": adapter}
+        )
         adapted = partial(kind, **told) if called else ModuleSpec(kind, params=told)
         setattr(holders[target], target, adapted)
     return spec

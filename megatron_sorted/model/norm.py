@@ -26,7 +26,9 @@ class Norm:
     is needed: Megatron sums marked gradients over the tensor parallel group.
     """
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_unused) -> torch.nn.Module:
+    def __new__(
+        cls, config: TransformerConfig, hidden_size: int, eps: float, **_unused
+    ) -> torch.nn.Module:
         """Return the norm module."""
         kind = KINDS[config.normalization]
         if kind is torch.nn.RMSNorm and fused_kernels().rms_norm is not None:

@@ -11,7 +11,9 @@ from megatron_sorted.settings.derived import kv_channels
 from megatron_sorted.settings.run import Settings
 
 
-def stretch_low_frequencies(frequencies: torch.Tensor, factor: float, low: float, high: float, context_tokens: int) -> torch.Tensor:
+def stretch_low_frequencies(
+    frequencies: torch.Tensor, factor: float, low: float, high: float, context_tokens: int
+) -> torch.Tensor:
     """Return rotary frequencies of which those that hardly turn within ``context_tokens`` are divided by ``factor``.
 
     A frequency that turns less than ``low`` times within the context is divided in full, one that turns more than ``high`` times stays,
@@ -37,11 +39,20 @@ def make_rotary(settings: Settings) -> RotaryEmbedding | None:
     if settings.position_embedding_type != "rope":
         return None
     rotary = RotaryEmbedding(
-        kv_channels=kv_channels(settings), rotary_percent=settings.rotary_percent, rotary_base=settings.rotary_base,
+        kv_channels=kv_channels(settings),
+        rotary_percent=settings.rotary_percent,
+        rotary_base=settings.rotary_base,
         seq_len_interpolation_factor=settings.rotary_seq_len_interpolation_factor,
-        **known_arguments(RotaryEmbedding.__init__, cp_group=parallel_state.get_context_parallel_group()))
+        **known_arguments(
+            RotaryEmbedding.__init__, cp_group=parallel_state.get_context_parallel_group()
+        ),
+    )
     if settings.use_rope_scaling:
         rotary.inv_freq = stretch_low_frequencies(
-            rotary.inv_freq, settings.rope_scaling_factor, settings.rope_scaling_low_freq_factor, settings.rope_scaling_high_freq_factor,
-            settings.rope_scaling_original_max_position_embeddings)
+            rotary.inv_freq,
+            settings.rope_scaling_factor,
+            settings.rope_scaling_low_freq_factor,
+            settings.rope_scaling_high_freq_factor,
+            settings.rope_scaling_original_max_position_embeddings,
+        )
     return rotary

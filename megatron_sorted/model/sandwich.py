@@ -11,15 +11,23 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_sorted.model.norm import Norm
 from megatron_sorted.settings.run import Settings
 
-BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
+BiasDropoutAdd = Callable[
+    [tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor
+]
 
 
-def _normed(add: Callable[[bool, bool], BiasDropoutAdd], norm: torch.nn.Module, training: bool, fused: bool) -> BiasDropoutAdd:
+def _normed(
+    add: Callable[[bool, bool], BiasDropoutAdd], norm: torch.nn.Module, training: bool, fused: bool
+) -> BiasDropoutAdd:
     """Return Megatron's residual addition ``add(training, fused)``, given the normed sum of output and bias instead of the two."""
 
-    def add_normed(output: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
+    def add_normed(
+        output: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
         x, bias = output
-        return add(training, fused)((norm(x if bias is None else x + bias), None), residual, dropout)
+        return add(training, fused)(
+            (norm(x if bias is None else x + bias), None), residual, dropout
+        )
 
     return add_normed
 
@@ -54,5 +62,10 @@ def with_sandwich_norm(spec: ModuleSpec, settings: Settings) -> ModuleSpec:
     """Return the specification of a layer, as a sandwich where the settings ask for it."""
     if not settings.use_sandwich_norm:
         return spec
-    scales = {"attention_scale": settings.attn_post_norm_scale, "mlp_scale": settings.ffn_post_norm_scale}
-    return ModuleSpec(module=SandwichLayer, submodules=spec.submodules, params={**spec.params, **scales})
+    scales = {
+        "attention_scale": settings.attn_post_norm_scale,
+        "mlp_scale": settings.ffn_post_norm_scale,
+    }
+    return ModuleSpec(
+        module=SandwichLayer, submodules=spec.submodules, params={**spec.params, **scales}
+    )

@@ -1,7 +1,10 @@
 """Which modules a transformer layer is made of."""
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -27,12 +30,17 @@ def layer_spec(settings: Settings, transformer_engine: bool) -> ModuleSpec:
     ignores a mask without a word. Only context parallelism needs Transformer Engine's own.
     """
     if transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(num_experts=settings.num_experts, qk_layernorm=settings.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=settings.num_experts, qk_layernorm=settings.qk_layernorm
+        )
         if settings.context_parallel_size == 1:
             spec.submodules.self_attention.submodules.core_attention = SdpaAttention
         return with_sandwich_norm(spec, settings)
     spec = get_gpt_layer_local_spec(
-        num_experts=settings.num_experts, qk_layernorm=settings.qk_layernorm, normalization=settings.normalization)
+        num_experts=settings.num_experts,
+        qk_layernorm=settings.qk_layernorm,
+        normalization=settings.normalization,
+    )
     spec.submodules.input_layernorm = Norm
     spec.submodules.pre_mlp_layernorm = Norm
     attention = spec.submodules.self_attention.submodules

@@ -23,9 +23,11 @@ def step_line(report: StepReport) -> str:
     device = f"  {report.tflops_per_device:.3g} TFLOP/s" if report.tflops_per_device > 0 else ""
     device += f"  MFU {100 * report.mfu:.1f} %" if report.mfu is not None else ""
     device += f"  {report.memory_bytes / 2**30:.1f} GiB" if report.memory_bytes > 0 else ""
-    return (f"step {report.step:{width}}/{report.total_steps}  loss {losses}  lr {report.learning_rate:.2e}  "
-            f"grad norm {report.grad_norm:.2f}{scale}{skipped}  {report.step_seconds * 1000:.0f} ms/step  "
-            f"{report.tokens_per_second:,.0f} tokens/s  {duration(report.seconds_left)} left{device}")
+    return (
+        f"step {report.step:{width}}/{report.total_steps}  loss {losses}  lr {report.learning_rate:.2e}  "
+        f"grad norm {report.grad_norm:.2f}{scale}{skipped}  {report.step_seconds * 1000:.0f} ms/step  "
+        f"{report.tokens_per_second:,.0f} tokens/s  {duration(report.seconds_left)} left{device}"
+    )
 
 
 def evaluation_lines(report: EvaluationReport) -> str:
@@ -33,12 +35,20 @@ def evaluation_lines(report: EvaluationReport) -> str:
     exits = sorted(report.exits.items())
     agreement = any(exit_.agreement is not None for _, exit_ in exits)
     drafts = any(exit_.accept_length is not None for _, exit_ in exits)
-    rows = [f"evaluation of {report.name!r} at step {report.step}: {report.num_tokens:,} tokens, {duration(report.seconds)}",
-            "   exit    loss  tokens right  exact match" + "  agreement" * agreement + "  accept length" * drafts]
+    rows = [
+        f"evaluation of {report.name!r} at step {report.step}: {report.num_tokens:,} tokens, {duration(report.seconds)}",
+        "   exit    loss  tokens right  exact match"
+        + "  agreement" * agreement
+        + "  accept length" * drafts,
+    ]
     for depth, exit_ in exits:
         row = f"  {depth:5d}  {_loss(exit_):>6}  {_percent(exit_.token_accuracy):>12}  {_percent(exit_.exact_match):>11}"
         row += f"  {_percent(exit_.agreement):>9}" if agreement else ""
-        row += f"  {'-' if exit_.accept_length is None else format(exit_.accept_length, '.2f'):>13}" if drafts else ""
+        row += (
+            f"  {'-' if exit_.accept_length is None else format(exit_.accept_length, '.2f'):>13}"
+            if drafts
+            else ""
+        )
         rows.append(row)
     return "\n".join(rows)
 

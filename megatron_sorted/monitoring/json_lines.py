@@ -28,7 +28,11 @@ def finite_or_none(value: Any) -> Any:
 
 def json_line(report: Report) -> dict[str, Any]:
     """Return a report as plain data, perplexities included, with its kind and the time."""
-    values = {"kind": "train" if isinstance(report, StepReport) else "evaluation", "time": time.time(), **dataclasses.asdict(report)}
+    values = {
+        "kind": "train" if isinstance(report, StepReport) else "evaluation",
+        "time": time.time(),
+        **dataclasses.asdict(report),
+    }
     for depth, exit_ in report.exits.items():
         values["exits"][depth]["perplexity"] = exit_.perplexity
     return finite_or_none(values)
@@ -56,10 +60,14 @@ class JsonLines(ReportWriter):
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._file = os.open(
+                self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666
+            )
             self._mend()
         except OSError as error:
-            raise SettingsError(f"--metrics-file: cannot write {self.path} ({error.strerror}). Give a file that can be written.") from error
+            raise SettingsError(
+                f"--metrics-file: cannot write {self.path} ({error.strerror}). Give a file that can be written."
+            ) from error
 
     def _mend(self) -> None:
         size = os.fstat(self._file).st_size
@@ -72,8 +80,10 @@ class JsonLines(ReportWriter):
             with open(f"{self.path}.torn", "ab") as file:
                 file.write(torn + b"\n")
             os.ftruncate(self._file, size - len(torn))
-            self._notes.append(f"{self.path}: its last line was torn ({len(torn)} bytes) when an earlier run ended; moved to "
-                               f"{self.path}.torn")
+            self._notes.append(
+                f"{self.path}: its last line was torn ({len(torn)} bytes) when an earlier run ended; moved to "
+                f"{self.path}.torn"
+            )
 
     def write(self, report: Report) -> None:
         """Append one report.
@@ -111,7 +121,9 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
             if reason is not None and number == block.last_line and not block.data.endswith(b"\n"):
                 break
             if reason is not None or not isinstance(value, dict):
-                raise DataError(f"{block.place(number)}: {reason or 'not an object'}. Give the metrics.jsonl that a run wrote.")
+                raise DataError(
+                    f"{block.place(number)}: {reason or 'not an object'}. Give the metrics.jsonl that a run wrote."
+                )
             found.append(value)
     return found
 
@@ -133,7 +145,11 @@ def latest_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             highest = step
         else:
             if key in evaluated:
-                kept = [other for other in kept if other["kind"] == "train" or (other["step"], other["name"]) != key]
+                kept = [
+                    other
+                    for other in kept
+                    if other["kind"] == "train" or (other["step"], other["name"]) != key
+                ]
             evaluated.add(key)
             highest = max(highest, step)
         kept.append(line)

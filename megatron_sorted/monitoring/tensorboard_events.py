@@ -38,19 +38,29 @@ class TensorBoard(ReportWriter):
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
-            raise SettingsError(f"--tensorboard-dir: the package tensorboard cannot be imported ({error}). "
-                                "Install it with `pip install tensorboard`, or leave the setting out.") from error
+            raise SettingsError(
+                f"--tensorboard-dir: the package tensorboard cannot be imported ({error}). "
+                "Install it with `pip install tensorboard`, or leave the setting out."
+            ) from error
         self._events, self._summaries = event_pb2, summary_pb2
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            path = self.directory / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+            path = (
+                self.directory
+                / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+            )
             self._records = RecordWriter(open(path, "ab"))  # noqa: SIM115 - close() closes it
             self._add(file_version="brain.Event:2")
-            self._add(step=self.resumed_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+            self._add(
+                step=self.resumed_step + 1,
+                session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
+            )
             self._records.flush()
         except OSError as error:
-            raise SettingsError(f"--tensorboard-dir: cannot write in {self.directory} ({error.strerror}). "
-                                "Give a directory that can be written.") from error
+            raise SettingsError(
+                f"--tensorboard-dir: cannot write in {self.directory} ({error.strerror}). "
+                "Give a directory that can be written."
+            ) from error
 
     def _add(self, **values) -> None:
         self._records.write(self._events.Event(wall_time=time.time(), **values).SerializeToString())
@@ -64,7 +74,10 @@ class TensorBoard(ReportWriter):
         if self._main_set is None:
             self._main_set = getattr(report, "name", None)
         values = metric_values(report, self.last_depth, self._main_set)
-        scalars = [self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        scalars = [
+            self._summaries.Summary.Value(tag=name, simple_value=value)
+            for name, value in values.items()
+        ]
         self._add(step=report.step, summary=self._summaries.Summary(value=scalars))
         self._records.flush()
 

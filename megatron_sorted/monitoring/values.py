@@ -20,7 +20,9 @@ EXIT_NUMBERS = {
 """Name of a number of an exit -> attribute of `ExitNumbers`."""
 
 
-def metric_values(report: StepReport | EvaluationReport, last_depth: int, main_set: str | None = None) -> dict[str, float]:
+def metric_values(
+    report: StepReport | EvaluationReport, last_depth: int, main_set: str | None = None
+) -> dict[str, float]:
     """Return {name: number} of a report.
 
     What was not measured (None, or 0 where 0 cannot be), NaN and infinity are left out: a curve has a gap there, and
@@ -31,8 +33,16 @@ def metric_values(report: StepReport | EvaluationReport, last_depth: int, main_s
         last_depth: the depth whose loss is Megatron's ``lm loss``; a report may be without it.
         main_set: the evaluation set that Megatron's ``lm loss validation`` without a suffix stands for.
     """
-    found = _of_steps(report, last_depth) if isinstance(report, StepReport) else _of_evaluation(report, last_depth, main_set)
-    return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
+    found = (
+        _of_steps(report, last_depth)
+        if isinstance(report, StepReport)
+        else _of_evaluation(report, last_depth, main_set)
+    )
+    return {
+        name: float(value)
+        for name, value in found.items()
+        if value is not None and math.isfinite(value)
+    }
 
 
 def _of_steps(report: StepReport, last_depth: int) -> dict[str, float | None]:
@@ -61,15 +71,23 @@ def _of_steps(report: StepReport, last_depth: int) -> dict[str, float | None]:
     return values | _of_exits(report.exits, "")
 
 
-def _of_evaluation(report: EvaluationReport, last_depth: int, main_set: str | None) -> dict[str, float | None]:
+def _of_evaluation(
+    report: EvaluationReport, last_depth: int, main_set: str | None
+) -> dict[str, float | None]:
     values: dict[str, float | None] = {}
     if last_depth in report.exits:
         last = report.exits[last_depth]
         for suffix in ("", f"-{report.name}") if report.name == main_set else (f"-{report.name}",):
-            values |= {f"lm loss validation{suffix}": last.loss, f"lm loss validation{suffix} ppl": last.perplexity}
+            values |= {
+                f"lm loss validation{suffix}": last.loss,
+                f"lm loss validation{suffix} ppl": last.perplexity,
+            }
     return values | _of_exits(report.exits, f"{report.name}/")
 
 
 def _of_exits(exits: dict[int, ExitNumbers], before: str) -> dict[str, float | None]:
-    return {f"{before}exit_{depth}/{name}": getattr(numbers, attribute)
-            for depth, numbers in sorted(exits.items()) for name, attribute in EXIT_NUMBERS.items()}
+    return {
+        f"{before}exit_{depth}/{name}": getattr(numbers, attribute)
+        for depth, numbers in sorted(exits.items())
+        for name, attribute in EXIT_NUMBERS.items()
+    }

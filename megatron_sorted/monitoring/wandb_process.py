@@ -66,11 +66,17 @@ def open_run(start: dict[str, Any]) -> Any:
     import wandb
 
     wanted = {
-        "console": "off", "silent": True, "program": start["program"], "init_timeout": start["init_seconds"],
+        "console": "off",
+        "silent": True,
+        "program": start["program"],
+        "init_timeout": start["init_seconds"],
         "finish_timeout": start["finish_seconds"],
         "x_stats_pid": os.getppid(),  # whose use of memory and devices is recorded
-        "x_transaction_log_flush_interval": 1.0}  # seconds; what a node that fails may lose
-    known = {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}  # other versions have fewer
+        "x_transaction_log_flush_interval": 1.0,
+    }  # seconds; what a node that fails may lose
+    known = {
+        name: value for name, value in wanted.items() if name in wandb.Settings.model_fields
+    }  # other versions have fewer
     run = wandb.init(mode=start["mode"], settings=wandb.Settings(**known), **start["init"])
     run.define_metric("iteration", hidden=True)
     run.define_metric("*", step_metric="iteration")
@@ -104,14 +110,28 @@ def serve(stream: IO[bytes], answers: IO[str]) -> None:
     online = start["mode"] == "online"
     directory = Path(run.dir).parent
     steps = StepNumbers(directory.parent / f"next-step-{run.id}.txt", run.starting_step)
-    answer(started={"directory": str(directory), "name": run.name, "url": run.url if online else None, "resumed": bool(run.resumed)})
+    answer(
+        started={
+            "directory": str(directory),
+            "name": run.name,
+            "url": run.url if online else None,
+            "resumed": bool(run.resumed),
+        }
+    )
     for message in messages:
         if message.get("close"):
             began = time.monotonic()
             run.finish(exit_code=0)
-            answer(finished={"complete": time.monotonic() - began < start["finish_seconds"] or not online})
+            answer(
+                finished={
+                    "complete": time.monotonic() - began < start["finish_seconds"] or not online
+                }
+            )
             return
-        run.log({**message["values"], "iteration": message["iteration"]}, step=steps.of(message["iteration"]))
+        run.log(
+            {**message["values"], "iteration": message["iteration"]},
+            step=steps.of(message["iteration"]),
+        )
     run.finish(exit_code=1)
 
 
@@ -121,7 +141,10 @@ def main() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     # Copies for this process alone: what wandb starts inherits, and what it prints goes, nowhere.
-    stream, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    stream, answers = (
+        os.fdopen(os.dup(0), "rb", buffering=0),
+        os.fdopen(os.dup(1), "w", encoding="utf-8"),
+    )
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(nowhere, number)

@@ -23,12 +23,16 @@ from megatron_sorted.monitoring.values import metric_values
 from megatron_sorted.monitoring.writer import Report, ReportWriter
 from megatron_sorted.settings.run import Settings
 
-QUEUED_REPORTS = 1000  # kept while wandb is slow; of more, the oldest are dropped. A report is a few kilobytes
+QUEUED_REPORTS = (
+    1000  # kept while wandb is slow; of more, the oldest are dropped. A report is a few kilobytes
+)
 INIT_SECONDS = 20.0  # given to the server to answer; then the run goes on offline
 START_SECONDS = 60.0  # given to the whole start: importing wandb from a slow file system comes before the server
 FINISH_SECONDS = 12.0  # given to the upload of what is left
 CLOSE_SECONDS = 20.0  # the longest that ``close`` takes
-OFFLINE_SECONDS = 8.0  # of those, kept for writing the run offline where the server did not answer in time
+OFFLINE_SECONDS = (
+    8.0  # of those, kept for writing the run offline where the server did not answer in time
+)
 MODES = ("offline", "online", "disabled")
 
 
@@ -47,8 +51,11 @@ class WandbPlan:
     directory: Path
 
 
-def wandb_plan(settings: Settings, run_id: str, description: dict[str, Any], environment: Mapping[str, str]) -> WandbPlan:
+def wandb_plan(
+    settings: Settings, run_id: str, description: dict[str, Any], environment: Mapping[str, str]
+) -> WandbPlan:
     """Return what to open for a run that has ``--wandb-project``."""
+
     def chosen(variable: str, value: str | None) -> str | None:
         return environment.get(variable) or value
 
@@ -56,16 +63,20 @@ def wandb_plan(settings: Settings, run_id: str, description: dict[str, Any], env
     mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # wandb's older words
     directory = Path(chosen("WANDB_DIR", settings.wandb_save_dir) or settings.save or ".")
     name = Path(settings.save).resolve().name if settings.save else None
-    return WandbPlan(mode, {
-        "id": chosen("WANDB_RUN_ID", run_id),
-        "project": chosen("WANDB_PROJECT", settings.wandb_project),
-        "name": chosen("WANDB_NAME", settings.wandb_exp_name or name),
-        "entity": chosen("WANDB_ENTITY", settings.wandb_entity),
-        "group": chosen("WANDB_RUN_GROUP", settings.wandb_group),
-        "resume": chosen("WANDB_RESUME", "allow"),
-        "dir": str(directory),
-        "config": description,
-    }, directory)
+    return WandbPlan(
+        mode,
+        {
+            "id": chosen("WANDB_RUN_ID", run_id),
+            "project": chosen("WANDB_PROJECT", settings.wandb_project),
+            "name": chosen("WANDB_NAME", settings.wandb_exp_name or name),
+            "entity": chosen("WANDB_ENTITY", settings.wandb_entity),
+            "group": chosen("WANDB_RUN_GROUP", settings.wandb_group),
+            "resume": chosen("WANDB_RESUME", "allow"),
+            "dir": str(directory),
+            "config": description,
+        },
+        directory,
+    )
 
 
 class _Process:
@@ -85,13 +96,26 @@ class _Process:
         command, environment = own_module("megatron_sorted.monitoring.wandb_process")
         environment.pop("WANDB_MODE", None)  # the mode is chosen here
         # its own session: the signals of a terminal and of torchrun are for training
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                         env=environment, start_new_session=True)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
         self.pipes = self._process.stdin.fileno(), self._process.stdout.fileno()
         for pipe in self.pipes:
             os.set_blocking(pipe, False)
-        self.send({"mode": mode, "init": plan.init, "program": sys.argv[0], "init_seconds": INIT_SECONDS,
-                   "finish_seconds": FINISH_SECONDS})
+        self.send(
+            {
+                "mode": mode,
+                "init": plan.init,
+                "program": sys.argv[0],
+                "init_seconds": INIT_SECONDS,
+                "finish_seconds": FINISH_SECONDS,
+            }
+        )
 
     def _directories(self) -> set[Path]:
         return set((self._plan.directory / "wandb").glob(f"run-*-{self._plan.init['id']}"))
@@ -101,7 +125,7 @@ class _Process:
         self._unsent += b"" if message is None else json.dumps(message).encode() + b"\n"
         try:
             while self._unsent:
-                self._unsent = self._unsent[os.write(self.pipes[0], self._unsent):]
+                self._unsent = self._unsent[os.write(self.pipes[0], self._unsent) :]
         except BlockingIOError:
             return False
         except OSError:
@@ -148,8 +172,13 @@ class Wandb(ReportWriter):
         self._notes: list[str] = []
         self._queue: deque[dict[str, Any]] = deque()
         self._process: _Process | None = None
-        self._offline = "offline" if plan.mode in MODES else (
-            f"not online (WANDB_MODE: {plan.mode!r} is none of {', '.join(MODES)}), going on offline")
+        self._offline = (
+            "offline"
+            if plan.mode in MODES
+            else (
+                f"not online (WANDB_MODE: {plan.mode!r} is none of {', '.join(MODES)}), going on offline"
+            )
+        )
         self._closing_at: float | None = None
         self._dropped, self._remedy = 0, ""
 
@@ -163,7 +192,12 @@ class Wandb(ReportWriter):
             return
         if self._main_set is None:
             self._main_set = getattr(report, "name", None)
-        self._queue.append({"iteration": report.step, "values": metric_values(report, self.last_depth, self._main_set)})
+        self._queue.append(
+            {
+                "iteration": report.step,
+                "values": metric_values(report, self.last_depth, self._main_set),
+            }
+        )
         if len(self._queue) > QUEUED_REPORTS:
             self._queue.popleft()
             self._dropped += 1
@@ -188,7 +222,9 @@ class Wandb(ReportWriter):
             self._leave()
         self._dropped += sum("values" in row for row in self._queue)
         if self._dropped and self._remedy:
-            self._notes.append(f"wandb: it was too slow, {self._dropped} reports are missing there; the JSON lines hold them")
+            self._notes.append(
+                f"wandb: it was too slow, {self._dropped} reports are missing there; the JSON lines hold them"
+            )
 
     def _open(self, mode: str) -> None:
         self._process = None
@@ -210,7 +246,9 @@ class Wandb(ReportWriter):
                 self._take_failure(answer["failed"])
             else:
                 if not answer["finished"]["complete"]:
-                    self._notes.append(f"wandb: could not send all within {FINISH_SECONDS:.0f} s.{self._remedy}")
+                    self._notes.append(
+                        f"wandb: could not send all within {FINISH_SECONDS:.0f} s.{self._remedy}"
+                    )
                 self._leave()
         process = self._process
         if process is None:
@@ -220,7 +258,9 @@ class Wandb(ReportWriter):
         if process.started is not None:
             return
         reserve = OFFLINE_SECONDS if process.mode == "online" else 1.0
-        closing = float("inf") if self._closing_at is None else self._closing_at + CLOSE_SECONDS - reserve
+        closing = (
+            float("inf") if self._closing_at is None else self._closing_at + CLOSE_SECONDS - reserve
+        )
         if time.monotonic() > min(process.deadline, closing):
             self._take_failure("no answer in time")
 
@@ -229,9 +269,13 @@ class Wandb(ReportWriter):
         self._remedy = f" Send the rest later: wandb sync {started['directory']}"
         if self._process.mode == "online":
             continued = " continued" * started["resumed"]
-            self._notes.append(f"wandb: run {started['name']} ({self.plan.init['id']}){continued}, {started['url']}")
+            self._notes.append(
+                f"wandb: run {started['name']} ({self.plan.init['id']}){continued}, {started['url']}"
+            )
         else:
-            self._notes.append(f"wandb: {self._offline}. Send the run later: wandb sync {started['directory']}")
+            self._notes.append(
+                f"wandb: {self._offline}. Send the run later: wandb sync {started['directory']}"
+            )
 
     def _take_failure(self, reason: str) -> None:
         """Go on offline where that was not tried, unless the run is closing; else without wandb."""
@@ -239,11 +283,16 @@ class Wandb(ReportWriter):
         process.end()
         if process.mode == "offline" or (opened and self._closing_at is not None):
             what = "stopped" if opened else "not used"
-            self._notes.append(f"wandb: {what} ({reason}). Training goes on without it.{self._remedy}")
+            self._notes.append(
+                f"wandb: {what} ({reason}). Training goes on without it.{self._remedy}"
+            )
             self._queue.clear()
             self._leave()
             return
         if opened:
             self._notes.append(f"wandb: stopped ({reason}).{self._remedy}")
-        self._offline, self._remedy = "going on offline" if opened else f"not online ({reason}), going on offline", ""
+        self._offline, self._remedy = (
+            "going on offline" if opened else f"not online ({reason}), going on offline",
+            "",
+        )
         self._open("offline")

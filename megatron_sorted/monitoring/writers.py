@@ -47,7 +47,9 @@ class Writers:
         except Exception as error:  # a full disk must not end a run of a month
             self._failures[writer] += 1
             if self._failures[writer] == 1:
-                self._say(f"{writer.name}: a report could not be written ({error}). Training goes on, later ones are tried")
+                self._say(
+                    f"{writer.name}: a report could not be written ({error}). Training goes on, later ones are tried"
+                )
 
     def _tell(self) -> None:
         for writer in self._writers:
@@ -55,7 +57,13 @@ class Writers:
                 self._say(line)
 
 
-def open_writers(settings: Settings, run_id: str, resumed_step: int, description: dict[str, Any], say: Callable[..., None]) -> Writers:
+def open_writers(
+    settings: Settings,
+    run_id: str,
+    resumed_step: int,
+    description: dict[str, Any],
+    say: Callable[..., None],
+) -> Writers:
     """Return the writers that the settings ask for, started. Only the process that reports may call it.
 
     JSON lines go to ``--metrics-file``, else to ``metrics.jsonl`` in ``--save``; without both there are none.
@@ -70,7 +78,9 @@ def open_writers(settings: Settings, run_id: str, resumed_step: int, description
     Raises:
         SettingsError: a file or directory cannot be written, or TensorBoard's package is missing.
     """
-    path = settings.metrics_file or (str(Path(settings.save) / "metrics.jsonl") if settings.save else None)
+    path = settings.metrics_file or (
+        str(Path(settings.save) / "metrics.jsonl") if settings.save else None
+    )
     writers: list[ReportWriter] = [JsonLines(path)] if path else []
     if settings.tensorboard_dir is not None:
         writers.append(TensorBoard(settings.tensorboard_dir, settings.num_layers, resumed_step))

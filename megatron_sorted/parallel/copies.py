@@ -36,7 +36,9 @@ class SharedCopies:
         Collective: one all-reduce a parameter, over ``group``, of the parameter's size.
         """
         for parameter in self.parameters:
-            if parameter.requires_grad:  # all copies of a frozen one keep their values, and it has no gradient
+            if (
+                parameter.requires_grad
+            ):  # all copies of a frozen one keep their values, and it has no gradient
                 dist.all_reduce(parameter.main_grad, group=self.group)
 
 
@@ -47,8 +49,12 @@ def stage_group(stages: tuple[int, ...]) -> dist.ProcessGroup | None:
     """
     mine = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
     world_size = dist.get_world_size()
-    stride = world_size // len(mine)  # pipelines are the outermost dimension of Megatron's numbering
-    assert mine == list(range(mine[0] % stride, world_size, stride)), "Megatron numbers ranks in another order"
+    stride = world_size // len(
+        mine
+    )  # pipelines are the outermost dimension of Megatron's numbering
+    assert mine == list(range(mine[0] % stride, world_size, stride)), (
+        "Megatron numbers ranks in another order"
+    )
     found = None
     for first in range(stride):
         ranks = range(first, world_size, stride)
@@ -59,7 +65,9 @@ def stage_group(stages: tuple[int, ...]) -> dist.ProcessGroup | None:
     return found
 
 
-def connect_copies(parameters: dict[str, list[torch.nn.Parameter]], stages: dict[str, tuple[int, ...]]) -> list[SharedCopies]:
+def connect_copies(
+    parameters: dict[str, list[torch.nn.Parameter]], stages: dict[str, tuple[int, ...]]
+) -> list[SharedCopies]:
     """Return the shared parameter sets of this rank, marked for Megatron and with equal values on all stages.
 
     Marks: ``shared_embedding`` (own gradient bucket, see ``SharedCopies.sum_gradients``) on every copy; ``shared`` (left out of

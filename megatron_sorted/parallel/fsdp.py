@@ -28,8 +28,10 @@ def check_torch_can_shard() -> None:
         PlatformError: It is too old.
     """
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
-        raise PlatformError(f"--data-parallel fsdp: torch {torch.__version__} cannot sum gradients without dividing them "
-                            "(FSDPModule.set_force_sum_reduction_for_comms). Install torch 2.8 or later, or use --data-parallel ddp.")
+        raise PlatformError(
+            f"--data-parallel fsdp: torch {torch.__version__} cannot sum gradients without dividing them "
+            "(FSDPModule.set_force_sum_reduction_for_comms). Install torch 2.8 or later, or use --data-parallel ddp."
+        )
 
 
 @dataclass
@@ -60,7 +62,11 @@ class RowShard:
         """Let exits add their gradients to the whole parameter in fp32."""
         if self.sum is None:
             share = -(-gathered.shape[0] // self.num_ranks)
-            self.sum = torch.zeros((share * self.num_ranks, *gathered.shape[1:]), dtype=torch.float32, device=gathered.device)
+            self.sum = torch.zeros(
+                (share * self.num_ranks, *gathered.shape[1:]),
+                dtype=torch.float32,
+                device=gathered.device,
+            )
         self.gathered, gathered.main_grad = gathered, self.sum[: gathered.shape[0]]
 
     def reduce_exits(self, group: dist.ProcessGroup) -> None:
@@ -71,7 +77,9 @@ class RowShard:
         if self.sum is None:
             return
         share = self.sum.shape[0] // self.num_ranks
-        mine = torch.empty((share, *self.sum.shape[1:]), dtype=torch.float32, device=self.sum.device)
+        mine = torch.empty(
+            (share, *self.sum.shape[1:]), dtype=torch.float32, device=self.sum.device
+        )
         dist.reduce_scatter_tensor(mine, self.sum, group=group)
         mine = mine[: self.rows.shape[0]]
         self.from_exits = mine if self.from_exits is None else self.from_exits.add_(mine)
@@ -102,8 +110,15 @@ class FullyShardedStage(torch.nn.Module):
         states: The stage's sharded state dict before it was sharded, tensors without data: {name: whole tensor or other object}.
     """
 
-    def __init__(self, config: TransformerConfig, stage: torch.nn.Module, group: dist.ProcessGroup, device: str, dtype: torch.dtype,
-                 states: dict[str, Any]):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        stage: torch.nn.Module,
+        group: dist.ProcessGroup,
+        device: str,
+        dtype: torch.dtype,
+        states: dict[str, Any],
+    ):
         """Shard ``stage``, whose weights are the same on all ranks.
 
         Args:
@@ -117,16 +132,25 @@ class FullyShardedStage(torch.nn.Module):
         super().__init__()
         self.module, self.config, self.group = stage, config, group
         self.ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-        self.buffers, self.expert_parallel_buffers = [], []  # Megatron's names for what it would keep gradients in
+        self.buffers, self.expert_parallel_buffers = (
+            [],
+            [],
+        )  # Megatron's names for what it would keep gradients in
         self._mean = 1.0 if config.calculate_per_token_loss else 1.0 / group.size()
         self.states = {name: _without_data(state) for name, state in states.items()}
         attributes = {name: dict(vars(parameter)) for name, parameter in stage.named_parameters()}
         mesh = DeviceMesh.from_group(group, device)
         policy = MixedPrecisionPolicy(
-            param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            param_dtype=None if dtype == torch.float32 else dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
         # what the embedding returns is a view, and an operation in place on it would lose torch's hook
-        stage.embedding.register_forward_hook(lambda _module, _args, hidden: make_viewless_tensor(
-            inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True))
+        stage.embedding.register_forward_hook(
+            lambda _module, _args, hidden: make_viewless_tensor(
+                inp=hidden, requires_grad=hidden.requires_grad, keep_graph=True
+            )
+        )
         for unit in (*stage.decoder.layers, stage.embedding, *stage.heads.outputs):
             fully_shard(unit.float(), mesh=mesh, mp_policy=policy)
         # what is left are norms of exits: small, and read in backward, so they stay together until then
@@ -135,18 +159,25 @@ class FullyShardedStage(torch.nn.Module):
             if isinstance(module, FSDPModule):  # sums; Megatron's loss rule divides
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        self.row_shards = [self._own_rows(name, parameter, attributes[name]) for name, parameter in stage.named_parameters()]
+        self.row_shards = [
+            self._own_rows(name, parameter, attributes[name])
+            for name, parameter in stage.named_parameters()
+        ]
         self._by_name = {shard.name: shard for shard in self.row_shards}
         self._names = {module: name for name, module in stage.named_modules()}
         stage.exit_hooks = (self._gather_exit, self._finish_exit)
 
-    def _own_rows(self, name: str, sharded: torch.nn.Parameter, attributes: dict[str, Any]) -> RowShard:
+    def _own_rows(
+        self, name: str, sharded: torch.nn.Parameter, attributes: dict[str, Any]
+    ) -> RowShard:
         rows = torch.nn.Parameter(sharded.to_local().detach(), requires_grad=sharded.requires_grad)
         for key, value in attributes.items():  # which Megatron's optimizer asks for
             setattr(rows, key, value)
         ranks = self.group.size()
         share = -(-sharded.shape[0] // ranks)
-        return RowShard(name, sharded, rows, min(self.group.rank() * share, sharded.shape[0]), ranks)
+        return RowShard(
+            name, sharded, rows, min(self.group.rank() * share, sharded.shape[0]), ranks
+        )
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
         """Return the stage's output.
@@ -164,8 +195,10 @@ class FullyShardedStage(torch.nn.Module):
         own, stage = self.module.heads.by_depth[depth], self.module
         unit = own.output if isinstance(own.output, FSDPModule) else stage.embedding
         norm = self._names[own.norm]
-        return unit, [self._by_name[f"{self._names[own.output]}.weight"],
-                      *(self._by_name[f"{norm}.{name}"] for name, _ in own.norm.named_parameters())]
+        return unit, [
+            self._by_name[f"{self._names[own.output]}.weight"],
+            *(self._by_name[f"{norm}.{name}"] for name, _ in own.norm.named_parameters()),
+        ]
 
     def _gather_exit(self, depth: int) -> None:
         """Gather what reads the exit, unless it is there, and give its gradients a place.

@@ -27,7 +27,9 @@ class Place:
     tensor_rank: int
 
 
-def start_process_groups(settings: Settings, platform: Platform, init_method: str | None = None) -> Place:
+def start_process_groups(
+    settings: Settings, platform: Platform, init_method: str | None = None
+) -> Place:
     """Return this process's place after joining the others.
 
     Collective: creates the world group and all of Megatron's groups; every process must call it.
@@ -40,7 +42,9 @@ def start_process_groups(settings: Settings, platform: Platform, init_method: st
     world = read_world_of_training(os.environ)
     rank, world_size = world.rank, world.size
     platform.select_device(world.local_rank)
-    backend = platform.backend if settings.distributed_backend == "auto" else settings.distributed_backend
+    backend = (
+        platform.backend if settings.distributed_backend == "auto" else settings.distributed_backend
+    )
     if init_method is None and "MASTER_ADDR" not in os.environ:
         # a single process started without a launcher: any free port of this host
         init_method = "tcp://127.0.0.1:0"
@@ -48,9 +52,13 @@ def start_process_groups(settings: Settings, platform: Platform, init_method: st
     if not dist.is_initialized():
         if init_method is None and has_shared_store():
             store, rank, world_size = meet(timeout)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+            )
         else:
-            dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
+            dist.init_process_group(
+                backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout
+            )
     chunks = num_virtual_chunks(settings)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.tensor_model_parallel_size,

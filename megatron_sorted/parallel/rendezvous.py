@@ -66,8 +66,10 @@ def name_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds:
                     return name
         time.sleep(POLL_SECONDS)
     missing = [str(other) for other in range(world_size) if _read(store, f"answer/{other}") != name]
-    raise PlatformError(f"rank {rank}: not all {world_size} processes met within {timeout_seconds:.0f} s (missing: rank "
-                        f"{', '.join(missing[:8])}). Look for their errors, or raise --distributed-timeout-minutes.")
+    raise PlatformError(
+        f"rank {rank}: not all {world_size} processes met within {timeout_seconds:.0f} s (missing: rank "
+        f"{', '.join(missing[:8])}). Look for their errors, or raise --distributed-timeout-minutes."
+    )
 
 
 def _read(store: dist.Store, key: str) -> str | None:

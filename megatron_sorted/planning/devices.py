@@ -44,14 +44,42 @@ class Device:
     fused: bool = True
 
 
-def _gpu(half: float, single: float, memory: float, memory_rate: float, near: float, far: float = 25) -> Device:
-    return Device(half * TERA, single * TERA, 0.7, int(memory * GB), 3 * GB, 0.8 * memory_rate * TERA, 0.75 * near * GB, 0.8 * far * GB,
-                  15e-6, 25e-6, 8, 2e-4)
+def _gpu(
+    half: float, single: float, memory: float, memory_rate: float, near: float, far: float = 25
+) -> Device:
+    return Device(
+        half * TERA,
+        single * TERA,
+        0.7,
+        int(memory * GB),
+        3 * GB,
+        0.8 * memory_rate * TERA,
+        0.75 * near * GB,
+        0.8 * far * GB,
+        15e-6,
+        25e-6,
+        8,
+        2e-4,
+    )
 
 
-def _ascend(half: float, memory: float = 62432 * 2**20 / GB, near: float = 196, per_host: int = 8) -> Device:
-    return Device(half * TERA, half / 4 * TERA, 0.7, int(memory * GB), 3 * GB, 0.8 * 1.6 * TERA, 0.75 * near * GB, 0.8 * 25 * GB,
-                  20e-6, 30e-6, per_host, 3e-4)
+def _ascend(
+    half: float, memory: float = 62432 * 2**20 / GB, near: float = 196, per_host: int = 8
+) -> Device:
+    return Device(
+        half * TERA,
+        half / 4 * TERA,
+        0.7,
+        int(memory * GB),
+        3 * GB,
+        0.8 * 1.6 * TERA,
+        0.75 * near * GB,
+        0.8 * 25 * GB,
+        20e-6,
+        30e-6,
+        per_host,
+        3e-4,
+    )
 
 
 DEVICES = {
@@ -66,7 +94,9 @@ DEVICES = {
     "910B4": _ascend(245.8, memory=30.5),
     "910C": _ascend(353.9, per_host=16),
     # one core; `megatron-sorted plan --calibrate` measures the machine at hand
-    "cpu": Device(2.0e10, 6.0e10, 0.9, 16 * GB, 0, 8.0e9, 1.5e9, 1.0e9, 3e-4, 5e-4, 64, 3e-4, fused=False),
+    "cpu": Device(
+        2.0e10, 6.0e10, 0.9, 16 * GB, 0, 8.0e9, 1.5e9, 1.0e9, 3e-4, 5e-4, 64, 3e-4, fused=False
+    ),
 }
 """By name. Efficiencies and the share of link rates that collectives reach (0.75 and 0.8) are experience, not measured here."""
 
@@ -86,10 +116,14 @@ def device_named(name: str, changes: Path | None = None) -> Device:
         SettingsError: There is none of that name, or the file names fields that no device has, or gives them what they cannot be.
     """
     if name not in DEVICES:
-        raise SettingsError(f"--planned-device: {name} is not in the table of devices. Use one of {', '.join(DEVICES)}.")
+        raise SettingsError(
+            f"--planned-device: {name} is not in the table of devices. Use one of {', '.join(DEVICES)}."
+        )
     if changes is None:
         return DEVICES[name]
-    values = read_json_object(changes, "Give --device-file a file that --calibrate wrote.", SettingsError)
+    values = read_json_object(
+        changes, "Give --device-file a file that --calibrate wrote.", SettingsError
+    )
     try:
         known = {field.name for field in fields(Device)}
         if not set(values) <= known:
@@ -97,9 +131,17 @@ def device_named(name: str, changes: Path | None = None) -> Device:
         for field, value in values.items():
             if field == "fused" and not isinstance(value, bool):
                 raise ValueError(f"fused is {value!r:.40} and not true or false")
-            if field != "fused" and (isinstance(value, bool) or not isinstance(value, int | float) or not _can_be(field, value)):
-                raise ValueError(f"{field} is {value!r:.40} and not a number {'of at least' if field in CAN_BE_NOTHING else 'above'} 0")
+            if field != "fused" and (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not _can_be(field, value)
+            ):
+                raise ValueError(
+                    f"{field} is {value!r:.40} and not a number {'of at least' if field in CAN_BE_NOTHING else 'above'} 0"
+                )
     except ValueError as error:
-        raise SettingsError(f"--device-file: {shown(changes)} is not a JSON object with fields of a device ({error}). "
-                            "Write one with --calibrate.") from error
+        raise SettingsError(
+            f"--device-file: {shown(changes)} is not a JSON object with fields of a device ({error}). "
+            "Write one with --calibrate."
+        ) from error
     return replace(DEVICES[name], **values)

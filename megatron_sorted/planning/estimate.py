@@ -4,12 +4,35 @@ from dataclasses import dataclass, replace
 
 from megatron_sorted.planning.devices import Device
 from megatron_sorted.planning.memory import RankMemory, layer_bytes, memory_of_stage
-from megatron_sorted.planning.messages import Links, Messages, collectives_of_chunk, links_of, messages_of_stage, ring, state_bytes
-from megatron_sorted.planning.operations import Operations, operations_of_chunk, real_rows, recomputed_layers
+from megatron_sorted.planning.messages import (
+    Links,
+    Messages,
+    collectives_of_chunk,
+    links_of,
+    messages_of_stage,
+    ring,
+    state_bytes,
+)
+from megatron_sorted.planning.operations import (
+    Operations,
+    operations_of_chunk,
+    real_rows,
+    recomputed_layers,
+)
 from megatron_sorted.planning.schedule import time_of_passes
-from megatron_sorted.planning.work import ChunkWork, check_plannable, element_bytes, parameters_on_rank, work_of_chunks
+from megatron_sorted.planning.work import (
+    ChunkWork,
+    check_plannable,
+    element_bytes,
+    parameters_on_rank,
+    work_of_chunks,
+)
 from megatron_sorted.settings.costs import train_flops_per_token
-from megatron_sorted.settings.derived import data_parallel_size, global_batch_size, num_micro_batches
+from megatron_sorted.settings.derived import (
+    data_parallel_size,
+    global_batch_size,
+    num_micro_batches,
+)
 from megatron_sorted.settings.run import Settings
 
 TRAFFIC = 2.5
@@ -93,10 +116,17 @@ def peak_rate(settings: Settings, device: Device) -> float:
 class Clock:
     """How long a rank takes for what it does on a device that it may share."""
 
-    def __init__(self, settings: Settings, vocab_size: int, world_size: int, device: Device, links: Links):
+    def __init__(
+        self, settings: Settings, vocab_size: int, world_size: int, device: Device, links: Links
+    ):
         # cores are shared where there are more processes than cores; other devices have one process each
         share = 1.0 if device.fused else min(1.0, device.per_host / world_size)
-        self.settings, self.vocab_size, self.device, self.links = settings, vocab_size, device, links
+        self.settings, self.vocab_size, self.device, self.links = (
+            settings,
+            vocab_size,
+            device,
+            links,
+        )
         self.rate = peak_rate(settings, device) * device.efficiency * share
         self.memory_rate = device.memory_rate * share
 
@@ -112,22 +142,36 @@ class Clock:
     def chunk(self, work: ChunkWork, operations: Operations) -> tuple[float, float]:
         """Return seconds of one micro-batch's forward and backward in a chunk."""
         settings = self.settings
-        moved = TRAFFIC * layer_bytes(settings, self.vocab_size, self.device.fused) / self.memory_rate
-        forward = self._kernels(self.products(operations.forward, operations.forward_attention) + work.num_layers * moved, work.num_layers)
+        moved = (
+            TRAFFIC * layer_bytes(settings, self.vocab_size, self.device.fused) / self.memory_rate
+        )
+        forward = self._kernels(
+            self.products(operations.forward, operations.forward_attention)
+            + work.num_layers * moved,
+            work.num_layers,
+        )
         again = recomputed_layers(settings, work.segments)
         matrices = operations.backward + operations.recompute
         attention = operations.backward_attention + operations.recompute_attention
-        backward = self._kernels(self.products(matrices, attention) + (2 * work.num_layers + again) * moved, 2 * work.num_layers + again)
+        backward = self._kernels(
+            self.products(matrices, attention) + (2 * work.num_layers + again) * moved,
+            2 * work.num_layers + again,
+        )
         tokens = settings.micro_batch_size * settings.seq_length
         logits = len(work.trained) * tokens * real_rows(settings, self.vocab_size, 0)
         backward += operations.exits / self.rate + logits * LOGIT_BYTES / self.memory_rate
         rate, delay = self.links.tensor
         size = tokens * settings.hidden_size * element_bytes(settings)
-        waits = [count * (ring(size, settings.tensor_model_parallel_size) / rate + delay) for count in collectives_of_chunk(settings, work)]
+        waits = [
+            count * (ring(size, settings.tensor_model_parallel_size) / rate + delay)
+            for count in collectives_of_chunk(settings, work)
+        ]
         return forward + waits[0], backward + waits[1]
 
 
-def make_plan(settings: Settings, vocab_size: int, world_size: int, device: Device, chunk_tokens: int) -> Plan:
+def make_plan(
+    settings: Settings, vocab_size: int, world_size: int, device: Device, chunk_tokens: int
+) -> Plan:
     """Return the plan of a run.
 
     Args:
@@ -142,55 +186,118 @@ def make_plan(settings: Settings, vocab_size: int, world_size: int, device: Devi
     """
     check_plannable(settings)
     chunks, stages = work_of_chunks(settings), settings.pipeline_model_parallel_size
-    micro_batches, links = num_micro_batches(settings, world_size), links_of(settings, world_size, device)
+    micro_batches, links = (
+        num_micro_batches(settings, world_size),
+        links_of(settings, world_size, device),
+    )
     clock = Clock(settings, vocab_size, world_size, device, links)
     forward, backward, rows = [], [], []
     for stage in range(stages):
         mine = [chunk for chunk in chunks if chunk.stage == stage]
         operations = [operations_of_chunk(settings, chunk, vocab_size) for chunk in mine]
-        times = [clock.chunk(chunk, counted) for chunk, counted in zip(mine, operations, strict=True)]
+        times = [
+            clock.chunk(chunk, counted) for chunk, counted in zip(mine, operations, strict=True)
+        ]
         forward.append([seconds for seconds, _ in times])
         backward.append([seconds for _, seconds in times])
         held = [parameters_on_rank(settings, chunk, vocab_size) for chunk in mine]
-        rows.append((mine, {what: sum(each[what] for each in held) for what in held[0]},
-                     micro_batches * sum(each.total for each in operations), micro_batches * sum(each.exits for each in operations)))
+        rows.append(
+            (
+                mine,
+                {what: sum(each[what] for each in held) for what in held[0]},
+                micro_batches * sum(each.total for each in operations),
+                micro_batches * sum(each.exits for each in operations),
+            )
+        )
     pipeline_rate, pipeline_delay = links.pipeline
-    passes = time_of_passes(forward, backward, state_bytes(settings) / pipeline_rate + pipeline_delay, micro_batches)
+    passes = time_of_passes(
+        forward, backward, state_bytes(settings) / pipeline_rate + pipeline_delay, micro_batches
+    )
     plans = tuple(
-        StagePlan(stage, tuple(mine), parameters, operations, exits,
-                  memory_of_stage(settings, mine, vocab_size, world_size, device, chunk_tokens),
-                  messages_of_stage(settings, chunks, stage, vocab_size, world_size), passes.busy_seconds[stage])
-        for stage, (mine, parameters, operations, exits) in enumerate(rows))
-    phases = {"passes": passes.seconds,
-              **_after_passes(settings, plans, links, clock, data_parallel_size(settings, world_size), passes.seconds)}
+        StagePlan(
+            stage,
+            tuple(mine),
+            parameters,
+            operations,
+            exits,
+            memory_of_stage(settings, mine, vocab_size, world_size, device, chunk_tokens),
+            messages_of_stage(settings, chunks, stage, vocab_size, world_size),
+            passes.busy_seconds[stage],
+        )
+        for stage, (mine, parameters, operations, exits) in enumerate(rows)
+    )
+    phases = {
+        "passes": passes.seconds,
+        **_after_passes(
+            settings, plans, links, clock, data_parallel_size(settings, world_size), passes.seconds
+        ),
+    }
     seconds = sum(phases.values())
     tokens = global_batch_size(settings, world_size) * settings.seq_length
     model_operations = tokens * train_flops_per_token(settings, vocab_size)
     counted = [plan.operations for plan in plans]
-    stored = settings.tensor_model_parallel_size * sum(sum(plan.parameters.values()) for plan in plans)
+    stored = settings.tensor_model_parallel_size * sum(
+        sum(plan.parameters.values()) for plan in plans
+    )
     return Plan(
-        world_size, settings.tensor_model_parallel_size, stages, data_parallel_size(settings, world_size), len(plans[0].chunks),
-        micro_batches, tokens, plans, network_parameters(settings, vocab_size), stored, seconds,
-        max(0.0, 1 - max(passes.busy_seconds) / passes.seconds), max(counted) * stages / sum(counted), model_operations,
-        model_operations / seconds / world_size / peak_rate(settings, device), phases)
+        world_size,
+        settings.tensor_model_parallel_size,
+        stages,
+        data_parallel_size(settings, world_size),
+        len(plans[0].chunks),
+        micro_batches,
+        tokens,
+        plans,
+        network_parameters(settings, vocab_size),
+        stored,
+        seconds,
+        max(0.0, 1 - max(passes.busy_seconds) / passes.seconds),
+        max(counted) * stages / sum(counted),
+        model_operations,
+        model_operations / seconds / world_size / peak_rate(settings, device),
+        phases,
+    )
 
 
 def network_parameters(settings: Settings, vocab_size: int) -> int:
     """Return the parameters of the whole network with all its exits, without copies and padding."""
-    alone = replace(settings, tensor_model_parallel_size=1, pipeline_model_parallel_size=1, sequence_parallel=False,
-                    num_layers_per_virtual_pipeline_stage=None, decoder_first_pipeline_num_layers=None,
-                    decoder_last_pipeline_num_layers=None, pipeline_model_parallel_layout=None, make_vocab_size_divisible_by=1)
-    return sum(sum(parameters_on_rank(alone, chunk, vocab_size).values()) for chunk in work_of_chunks(alone))
+    alone = replace(
+        settings,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        sequence_parallel=False,
+        num_layers_per_virtual_pipeline_stage=None,
+        decoder_first_pipeline_num_layers=None,
+        decoder_last_pipeline_num_layers=None,
+        pipeline_model_parallel_layout=None,
+        make_vocab_size_divisible_by=1,
+    )
+    return sum(
+        sum(parameters_on_rank(alone, chunk, vocab_size).values())
+        for chunk in work_of_chunks(alone)
+    )
 
 
-def _after_passes(settings: Settings, stages: tuple[StagePlan, ...], links: Links, clock: Clock, data_size: int,
-                  passes_seconds: float) -> dict[str, float]:
+def _after_passes(
+    settings: Settings,
+    stages: tuple[StagePlan, ...],
+    links: Links,
+    clock: Clock,
+    data_size: int,
+    passes_seconds: float,
+) -> dict[str, float]:
     """Return {part: seconds} of what the passes do not hide, for the stage that takes longest at each."""
     rate, delay = links.data
     pipeline_rate, pipeline_delay = links.pipeline
-    several, in_rows = data_size > 1, settings.data_parallel == "fsdp"  # whose collectives torch overlaps
+    several, in_rows = (
+        data_size > 1,
+        settings.data_parallel == "fsdp",
+    )  # whose collectives torch overlaps
     # a first buffer is reduced, or gathered, before anything can hide it
-    reduce, gather = (max(getattr(stage.messages, kind) for stage in stages) / rate for kind in ("gradients", "parameters"))
+    reduce, gather = (
+        max(getattr(stage.messages, kind) for stage in stages) / rate
+        for kind in ("gradients", "parameters")
+    )
     if in_rows and several:  # all that the passes have no time to hide is waited for as well
         share = max(EXPOSED, 1 - passes_seconds / (reduce + gather))
         reduce, gather = reduce * share, gather * share
@@ -199,11 +306,16 @@ def _after_passes(settings: Settings, stages: tuple[StagePlan, ...], links: Link
         gather *= EXPOSED if settings.overlap_param_gather else 1
     copies = max(stage.messages.copies for stage in stages)
     parameters = max(sum(stage.parameters.values()) for stage in stages)
-    updated = parameters / data_size if settings.use_distributed_optimizer or in_rows else parameters
-    per_parameter = 40 if clock.device.fused else 100  # one kernel reads and writes all states, or one after another
+    updated = (
+        parameters / data_size if settings.use_distributed_optimizer or in_rows else parameters
+    )
+    per_parameter = (
+        40 if clock.device.fused else 100
+    )  # one kernel reads and writes all states, or one after another
     return {
         "gradients": reduce + several * delay,
         "copies": copies / pipeline_rate + (pipeline_delay if copies else 0),
-        "optimizer": (updated * per_parameter + (updated if in_rows else parameters) * 8) / clock.memory_rate,
+        "optimizer": (updated * per_parameter + (updated if in_rows else parameters) * 8)
+        / clock.memory_rate,
         "parameters": gather,
     }

@@ -54,8 +54,14 @@ class RankMemory:
     @property
     def total(self) -> int:
         """Return the largest amount at any moment of a step."""
-        backward = self.activations + max(self.exit_loss, self.layer_backward) - self.gradients_to_come
-        return self.states + max(self.gathered + max(backward, self.embedding_backward), self.update) + self.reserved
+        backward = (
+            self.activations + max(self.exit_loss, self.layer_backward) - self.gradients_to_come
+        )
+        return (
+            self.states
+            + max(self.gathered + max(backward, self.embedding_backward), self.update)
+            + self.reserved
+        )
 
 
 def tokens_of_shard(settings: Settings) -> int:
@@ -69,22 +75,42 @@ def _norm_bytes(settings: Settings, fused: bool) -> int:
     return element_bytes(settings) if fused or settings.normalization == "LayerNorm" else 8
 
 
-def layer_bytes(settings: Settings, vocab_size: int, fused: bool, parts: tuple[str, ...] = ("attention", "mlp")) -> int:
+def layer_bytes(
+    settings: Settings, vocab_size: int, fused: bool, parts: tuple[str, ...] = ("attention", "mlp")
+) -> int:
     """Return what forward keeps of one layer and one micro-batch; ``parts``: of attention, MLP or both, with their norms."""
     shapes, e = shapes_of(settings, vocab_size), element_bytes(settings)
-    tokens, shard = settings.micro_batch_size * settings.seq_length, tokens_of_shard(settings) * shapes.hidden
+    tokens, shard = (
+        settings.micro_batch_size * settings.seq_length,
+        tokens_of_shard(settings) * shapes.hidden,
+    )
     norm, sandwich = _norm_bytes(settings, fused), settings.use_sandwich_norm
     total = 0
     if "attention" in parts:
         rotary = settings.position_embedding_type == "rope"
         total += shard * (norm + e + norm * sandwich)
-        total += tokens * e * (shapes.query + 2 * shapes.key_value + (shapes.query + shapes.key_value) * rotary + shapes.query)
-        total += tokens * 4 * (shapes.query // shapes.head)  # one number per query: the logarithm of its sum
+        total += (
+            tokens
+            * e
+            * (
+                shapes.query
+                + 2 * shapes.key_value
+                + (shapes.query + shapes.key_value) * rotary
+                + shapes.query
+            )
+        )
+        total += (
+            tokens * 4 * (shapes.query // shapes.head)
+        )  # one number per query: the logarithm of its sum
         total += 4 * settings.seq_length * shapes.head * e * rotary
         if settings.qk_layernorm:
-            total += tokens * (shapes.query * e + (0 if fused else 4) * (shapes.query + shapes.key_value))
+            total += tokens * (
+                shapes.query * e + (0 if fused else 4) * (shapes.query + shapes.key_value)
+            )
     if "mlp" in parts:
-        total += shard * (norm + e + norm * sandwich) + tokens * e * (shapes.fc1 + shapes.ffn * (3 if settings.swiglu else 1))
+        total += shard * (norm + e + norm * sandwich) + tokens * e * (
+            shapes.fc1 + shapes.ffn * (3 if settings.swiglu else 1)
+        )
     return total
 
 
@@ -95,10 +121,18 @@ def chunk_bytes(settings: Settings, work: ChunkWork, vocab_size: int, device: De
     again = recomputed_layers(settings, work.segments)
     whole = layer_bytes(settings, vocab_size, device.fused)
     if settings.recompute_granularity == "selective" and "mlp" in settings.recompute_modules:
-        norm = tokens_of_shard(settings) * shapes.hidden * (_norm_bytes(settings, device.fused) * (1 + settings.use_sandwich_norm) + e)
+        norm = (
+            tokens_of_shard(settings)
+            * shapes.hidden
+            * (_norm_bytes(settings, device.fused) * (1 + settings.use_sandwich_norm) + e)
+        )
         whole = layer_bytes(settings, vocab_size, device.fused, ("attention",)) + norm
     if settings.recompute_method == "uniform":
-        inputs = sum(-(-layers // settings.recompute_num_layers) for layers in work.segments) if again else 0
+        inputs = (
+            sum(-(-layers // settings.recompute_num_layers) for layers in work.segments)
+            if again
+            else 0
+        )
     else:
         inputs = again
     # an exit keeps its hidden state: alive anyway if deeper layers or their norm keep it too, in the same precision
@@ -112,33 +146,61 @@ def exit_loss_bytes(settings: Settings, vocab_size: int, chunk_tokens: int, fuse
     """Return what one exit takes while its loss and gradients are computed, token chunk by token chunk."""
     shapes, e = shapes_of(settings, vocab_size), element_bytes(settings)
     tokens = settings.micro_batch_size * settings.seq_length
-    logits = min(settings.exit_loss_chunk_tokens or chunk_tokens, tokens) * real_rows(settings, vocab_size, 0)
+    logits = min(settings.exit_loss_chunk_tokens or chunk_tokens, tokens) * real_rows(
+        settings, vocab_size, 0
+    )
     gathered = 2 if settings.sequence_parallel else 1
-    states = tokens * shapes.hidden * e * gathered + tokens_of_shard(settings) * shapes.hidden * (2 * e + _norm_bytes(settings, fused) - e)
+    states = tokens * shapes.hidden * e * gathered + tokens_of_shard(settings) * shapes.hidden * (
+        2 * e + _norm_bytes(settings, fused) - e
+    )
     parts = layer_bytes(settings, vocab_size, fused) * settings.use_exit_block
     parts += layer_bytes(settings, vocab_size, fused, ("mlp",)) * settings.use_exit_mlp
     return logits * (4 if e == 4 else 2 * e + 4) + states + parts
 
 
-def layer_backward_bytes(settings: Settings, vocab_size: int, segments: tuple[int, ...], fused: bool) -> int:
+def layer_backward_bytes(
+    settings: Settings, vocab_size: int, segments: tuple[int, ...], fused: bool
+) -> int:
     """Return what a layer's backward takes beside what forward kept: gradients on their way, and what is computed again."""
     shapes, e = shapes_of(settings, vocab_size), element_bytes(settings)
-    tokens, state = settings.micro_batch_size * settings.seq_length, tokens_of_shard(settings) * shapes.hidden * e
+    tokens, state = (
+        settings.micro_batch_size * settings.seq_length,
+        tokens_of_shard(settings) * shapes.hidden * e,
+    )
     gathered = tokens * shapes.hidden * e
-    second = tokens * shapes.ffn * e + shapes.ffn * shapes.hidden * e + gathered * settings.sequence_parallel
+    second = (
+        tokens * shapes.ffn * e
+        + shapes.ffn * shapes.hidden * e
+        + gathered * settings.sequence_parallel
+    )
     freed = tokens * shapes.ffn * e * (3 if settings.swiglu else 1)
-    first = tokens * shapes.fc1 * e + shapes.fc1 * shapes.hidden * e + gathered * (1 + settings.sequence_parallel) - freed
+    first = (
+        tokens * shapes.fc1 * e
+        + shapes.fc1 * shapes.hidden * e
+        + gathered * (1 + settings.sequence_parallel)
+        - freed
+    )
     total = max(second, first) + 2 * state
     if recomputed_layers(settings, segments):
-        group = min(settings.recompute_num_layers, max(segments)) if settings.recompute_method == "uniform" else 1
+        group = (
+            min(settings.recompute_num_layers, max(segments))
+            if settings.recompute_method == "uniform"
+            else 1
+        )
         total += group * layer_bytes(settings, vocab_size, fused)
     elif settings.recompute_granularity == "selective" and "mlp" in settings.recompute_modules:
         total += tokens * e * (shapes.fc1 + shapes.ffn * (3 if settings.swiglu else 1))
     return total
 
 
-def memory_of_stage(settings: Settings, chunks: list[ChunkWork], vocab_size: int, world_size: int, device: Device,
-                    chunk_tokens: int) -> RankMemory:
+def memory_of_stage(
+    settings: Settings,
+    chunks: list[ChunkWork],
+    vocab_size: int,
+    world_size: int,
+    device: Device,
+    chunk_tokens: int,
+) -> RankMemory:
     """Return the memory of one rank of the stage that holds ``chunks``.
 
     Args:
@@ -149,19 +211,40 @@ def memory_of_stage(settings: Settings, chunks: list[ChunkWork], vocab_size: int
         device: What each runs on.
         chunk_tokens: Tokens whose logits exist at one time unless the settings say.
     """
-    shapes, e, dp = shapes_of(settings, vocab_size), element_bytes(settings), data_parallel_size(settings, world_size)
-    parameters = sum(sum(parameters_on_rank(settings, chunk, vocab_size).values()) for chunk in chunks)
+    shapes, e, dp = (
+        shapes_of(settings, vocab_size),
+        element_bytes(settings),
+        data_parallel_size(settings, world_size),
+    )
+    parameters = sum(
+        sum(parameters_on_rank(settings, chunk, vocab_size).values()) for chunk in chunks
+    )
     moments = 8 if settings.optimizer == "adam" else 4 * (settings.sgd_momentum > 0)
-    in_rows = settings.data_parallel == "fsdp"  # fp32 rows of weights, gradients and moments, which serve any precision
+    in_rows = (
+        settings.data_parallel == "fsdp"
+    )  # fp32 rows of weights, gradients and moments, which serve any precision
     updated = -(-parameters // dp) if settings.use_distributed_optimizer or in_rows else parameters
     kept = [chunk_bytes(settings, chunk, vocab_size, device) for chunk in chunks]
     micro_batches = num_micro_batches(settings, world_size)
-    alive = most_alive(passes_of_stage(chunks[0].stage, settings.pipeline_model_parallel_size, num_virtual_chunks(settings), micro_batches),
-                       kept)
+    alive = most_alive(
+        passes_of_stage(
+            chunks[0].stage,
+            settings.pipeline_model_parallel_size,
+            num_virtual_chunks(settings),
+            micro_batches,
+        ),
+        kept,
+    )
     matrix = shapes.vocabulary * shapes.hidden * e * any(chunk.has_embedding for chunk in chunks)
-    largest = max(shapes.vocabulary * shapes.hidden * any(chunk.has_embedding or chunk.owns_head for chunk in chunks),
-                  shapes.fc1 * shapes.hidden)
-    gathered = gathered_bytes(settings, chunks[0], vocab_size, dp, device.fused)  # fsdp has one stage, and one chunk
+    largest = max(
+        shapes.vocabulary
+        * shapes.hidden
+        * any(chunk.has_embedding or chunk.owns_head for chunk in chunks),
+        shapes.fc1 * shapes.hidden,
+    )
+    gathered = gathered_bytes(
+        settings, chunks[0], vocab_size, dp, device.fused
+    )  # fsdp has one stage, and one chunk
     gradients = 4 * (updated if in_rows else parameters)
     # torch updates many tensors at once, or one by one, a root and the same divided; gloo reduces a copy of gradients that are to be cut
     copied = parameters * (settings.use_distributed_optimizer and dp > 1)
@@ -171,11 +254,22 @@ def memory_of_stage(settings: Settings, chunks: list[ChunkWork], vocab_size: int
         gradients=gradients,
         optimizer=updated * (moments + (4 if e == 2 and not in_rows else 0)),
         activations=int(alive),
-        exit_loss=(exit_loss_bytes(settings, vocab_size, chunk_tokens, device.fused) + gathered.exit_loss
-                   if any(chunk.trained for chunk in chunks) else 0),
-        layer_backward=max(max(layer_backward_bytes(settings, vocab_size, chunk.segments, device.fused) for chunk in chunks)
-                           + gathered.layer_backward, gathered.layer_reduction),
-        embedding_backward=int(max(alive - kept[0], 0)) + (gathered.embedding_backward or matrix) if matrix else 0,
+        exit_loss=(
+            exit_loss_bytes(settings, vocab_size, chunk_tokens, device.fused) + gathered.exit_loss
+            if any(chunk.trained for chunk in chunks)
+            else 0
+        ),
+        layer_backward=max(
+            max(
+                layer_backward_bytes(settings, vocab_size, chunk.segments, device.fused)
+                for chunk in chunks
+            )
+            + gathered.layer_backward,
+            gathered.layer_reduction,
+        ),
+        embedding_backward=int(max(alive - kept[0], 0)) + (gathered.embedding_backward or matrix)
+        if matrix
+        else 0,
         gathered=gathered.always,
         update=update,
         reserved=device.reserved_bytes,

@@ -6,7 +6,13 @@ from megatron_sorted.planning.devices import Device
 from megatron_sorted.planning.memory import tokens_of_shard
 from megatron_sorted.planning.operations import recomputed_layers
 from megatron_sorted.planning.sharded import sharded_bytes
-from megatron_sorted.planning.work import ChunkWork, element_bytes, parameters_on_rank, shapes_of, summed_parameters_on_rank
+from megatron_sorted.planning.work import (
+    ChunkWork,
+    element_bytes,
+    parameters_on_rank,
+    shapes_of,
+    summed_parameters_on_rank,
+)
 from megatron_sorted.settings.derived import data_parallel_size, num_micro_batches
 from megatron_sorted.settings.run import Settings
 
@@ -52,7 +58,9 @@ def collectives_of_chunk(settings: Settings, work: ChunkWork) -> tuple[int, int]
     half = 2 + (3 if sequence else 2)  # forward and backward of attention, or of an MLP
     own = sum(depth != settings.num_layers for depth in work.trained)
     forward = 4 * work.num_layers + work.has_embedding * (1 if sequence else 2)
-    backward = 2 * (half - 2) * work.num_layers + work.has_embedding * sequence + 2 * len(work.trained)
+    backward = (
+        2 * (half - 2) * work.num_layers + work.has_embedding * sequence + 2 * len(work.trained)
+    )
     backward += half * own * (2 * settings.use_exit_block + settings.use_exit_mlp)
     backward += 4 * recomputed_layers(settings, work.segments)
     if settings.recompute_granularity == "selective" and "mlp" in settings.recompute_modules:
@@ -60,32 +68,51 @@ def collectives_of_chunk(settings: Settings, work: ChunkWork) -> tuple[int, int]
     return forward, backward
 
 
-def _tensor_bytes(settings: Settings, chunks: list[ChunkWork], vocab_size: int, micro_batches: int) -> float:
+def _tensor_bytes(
+    settings: Settings, chunks: list[ChunkWork], vocab_size: int, micro_batches: int
+) -> float:
     """Return what a rank sends in a step to those that hold other parts of the same layers."""
-    tp, tokens = settings.tensor_model_parallel_size, settings.micro_batch_size * settings.seq_length
-    states = sum(sum(collectives_of_chunk(settings, chunk)) for chunk in chunks) * tokens * settings.hidden_size * element_bytes(settings)
+    tp, tokens = (
+        settings.tensor_model_parallel_size,
+        settings.micro_batch_size * settings.seq_length,
+    )
+    states = (
+        sum(sum(collectives_of_chunk(settings, chunk)) for chunk in chunks)
+        * tokens
+        * settings.hidden_size
+        * element_bytes(settings)
+    )
     # of each token an exit sums the largest logit, the exponentials and the label's logit, in fp32
     losses = sum(len(chunk.trained) for chunk in chunks) * 3 * 2 * tokens * 4
-    gradients = sum(summed_parameters_on_rank(settings, chunk, vocab_size) for chunk in chunks) * 2 * 4
+    gradients = (
+        sum(summed_parameters_on_rank(settings, chunk, vocab_size) for chunk in chunks) * 2 * 4
+    )
     return ring(micro_batches * (states + losses) + gradients, tp)
 
 
 def copies_bytes(settings: Settings, chunks: list[ChunkWork], stage: int, vocab_size: int) -> float:
     """Return what a rank of ``stage`` sends to keep its copies of norm and head equal to those of other stages."""
     shapes, total = shapes_of(settings, vocab_size), 0.0
-    for size, holds in ((shapes.norm, "owns_norm"), (shapes.vocabulary * shapes.hidden, "owns_head")):
+    for size, holds in (
+        (shapes.norm, "owns_norm"),
+        (shapes.vocabulary * shapes.hidden, "owns_head"),
+    ):
         stages = {chunk.stage for chunk in chunks if getattr(chunk, holds)}
         if stage in stages:
             total += 2 * ring(4 * size, len(stages))
     return total
 
 
-def messages_of_stage(settings: Settings, chunks: list[ChunkWork], stage: int, vocab_size: int, world_size: int) -> Messages:
+def messages_of_stage(
+    settings: Settings, chunks: list[ChunkWork], stage: int, vocab_size: int, world_size: int
+) -> Messages:
     """Return what a rank of ``stage`` sends; ``chunks`` are those of all stages."""
     mine = [chunk for chunk in chunks if chunk.stage == stage]
     dp = data_parallel_size(settings, world_size)
     micro_batches, e = num_micro_batches(settings, world_size), element_bytes(settings)
-    parameters = sum(sum(parameters_on_rank(settings, chunk, vocab_size).values()) for chunk in mine)
+    parameters = sum(
+        sum(parameters_on_rank(settings, chunk, vocab_size).values()) for chunk in mine
+    )
     sends = 0
     if settings.pipeline_model_parallel_size > 1:
         sends = sum((not chunk.is_last) + (not chunk.has_embedding) for chunk in mine)
@@ -117,6 +144,8 @@ def links_of(settings: Settings, world_size: int, device: Device) -> Links:
 
     def link(span: int) -> tuple[float, float]:
         near = span <= device.per_host
-        return (device.near_rate, device.near_delay) if near else (device.far_rate, device.far_delay)
+        return (
+            (device.near_rate, device.near_delay) if near else (device.far_rate, device.far_delay)
+        )
 
     return Links(link(tp), link(tp * dp), link(world_size))

@@ -30,8 +30,15 @@ class Operations:
     @property
     def total(self) -> int:
         """Return all of them."""
-        return (self.forward + self.forward_attention + self.backward + self.backward_attention + self.recompute + self.recompute_attention
-                + self.exits)
+        return (
+            self.forward
+            + self.forward_attention
+            + self.backward
+            + self.backward_attention
+            + self.recompute
+            + self.recompute_attention
+            + self.exits
+        )
 
 
 def recomputed_layers(settings: Settings, segments: tuple[int, ...]) -> int:
@@ -67,14 +74,18 @@ def _attention(settings: Settings, shapes: Shapes) -> int:
     return 2 * 2 * settings.micro_batch_size * settings.seq_length**2 * shapes.query
 
 
-def operations_of_chunk(settings: Settings, work: ChunkWork, vocab_size: int, tensor_rank: int = 0) -> Operations:
+def operations_of_chunk(
+    settings: Settings, work: ChunkWork, vocab_size: int, tensor_rank: int = 0
+) -> Operations:
     """Return the operations of one micro-batch; exits that do not train cost nothing."""
     shapes = shapes_of(settings, vocab_size)
     tokens = settings.micro_batch_size * settings.seq_length
     forward, attention = 2 * tokens * shapes.products(), _attention(settings, shapes)
     again = recomputed_layers(settings, work.segments)
     selective = settings.recompute_modules if settings.recompute_granularity == "selective" else ()
-    recompute = again * forward + work.num_layers * ("mlp" in selective) * 2 * tokens * shapes.products(with_attention=False)
+    recompute = again * forward + work.num_layers * (
+        "mlp" in selective
+    ) * 2 * tokens * shapes.products(with_attention=False)
     return Operations(
         forward=work.num_layers * forward,
         forward_attention=work.num_layers * attention,
@@ -82,5 +93,7 @@ def operations_of_chunk(settings: Settings, work: ChunkWork, vocab_size: int, te
         backward_attention=2 * work.num_layers * attention,
         recompute=recompute,
         recompute_attention=(again + work.num_layers * ("core_attn" in selective)) * attention,
-        exits=sum(exit_operations(settings, vocab_size, depth, tensor_rank) for depth in work.trained),
+        exits=sum(
+            exit_operations(settings, vocab_size, depth, tensor_rank) for depth in work.trained
+        ),
     )

@@ -12,14 +12,20 @@ class Pass(NamedTuple):
     micro_batch: int
 
 
-def passes_of_stage(stage: int, num_stages: int, num_chunks: int, num_micro_batches: int) -> list[Pass]:
+def passes_of_stage(
+    stage: int, num_stages: int, num_chunks: int, num_micro_batches: int
+) -> list[Pass]:
     """Return what a stage does in a step, in order: 1F1B, or with chunks the interleaved schedule.
 
     Source: Narayanan et al., arXiv 2104.04473, section 2.2; the number of passes before the first backward as in megatron-core 0.16.
     """
     group = num_stages if num_chunks > 1 else num_micro_batches
-    table = [(chunk, micro) for first in range(0, num_micro_batches, group) for chunk in range(num_chunks)
-             for micro in range(first, min(first + group, num_micro_batches))]
+    table = [
+        (chunk, micro)
+        for first in range(0, num_micro_batches, group)
+        for chunk in range(num_chunks)
+        for micro in range(first, min(first + group, num_micro_batches))
+    ]
     ahead = num_stages - stage - 1
     if num_chunks > 1:
         ahead = 2 * ahead + (num_chunks - 1) * num_stages
@@ -29,7 +35,7 @@ def passes_of_stage(stage: int, num_stages: int, num_chunks: int, num_micro_batc
     order = forwards[:ahead]
     for place in range(len(table) - ahead):
         order += [forwards[ahead + place], backwards[place]]
-    return order + backwards[len(table) - ahead:]
+    return order + backwards[len(table) - ahead :]
 
 
 class Timing(NamedTuple):
@@ -43,8 +49,12 @@ SIMULATED = 6
 """Micro-batches per stage that are simulated; after them a step only gets longer at a steady rate."""
 
 
-def time_of_passes(forward: Sequence[Sequence[float]], backward: Sequence[Sequence[float]], message_seconds: float,
-                   num_micro_batches: int) -> Timing:
+def time_of_passes(
+    forward: Sequence[Sequence[float]],
+    backward: Sequence[Sequence[float]],
+    message_seconds: float,
+    num_micro_batches: int,
+) -> Timing:
     """Return how long the passes of a step take.
 
     Args:
@@ -54,7 +64,9 @@ def time_of_passes(forward: Sequence[Sequence[float]], backward: Sequence[Sequen
     """
     stages = len(forward)
     few, more = SIMULATED * stages, (SIMULATED + 2) * stages
-    busy = tuple(num_micro_batches * (sum(f) + sum(b)) for f, b in zip(forward, backward, strict=True))
+    busy = tuple(
+        num_micro_batches * (sum(f) + sum(b)) for f, b in zip(forward, backward, strict=True)
+    )
     if num_micro_batches <= more:
         return Timing(_simulate(forward, backward, message_seconds, num_micro_batches), busy)
     one, two = (_simulate(forward, backward, message_seconds, count) for count in (few, more))

@@ -29,13 +29,17 @@ class Gathered:
     embedding_backward: int = 0
 
 
-def gathered_bytes(settings: Settings, chunk: ChunkWork, vocab_size: int, ranks: int, fused: bool) -> Gathered:
+def gathered_bytes(
+    settings: Settings, chunk: ChunkWork, vocab_size: int, ranks: int, fused: bool
+) -> Gathered:
     """Return what a rank of a run that is fully sharded over ``ranks`` gathers; nothing of any other run."""
     if settings.data_parallel != "fsdp":
         return Gathered()
     shapes, e = shapes_of(settings, vocab_size), element_bytes(settings)
     matrix, layer = shapes.vocabulary * shapes.hidden, shapes.parameters(settings)
-    own = settings.untie_exit_output_weights and any(depth != settings.num_layers for depth in chunk.trained)
+    own = settings.untie_exit_output_weights and any(
+        depth != settings.num_layers for depth in chunk.trained
+    )
     # a gradient beside its fp32 copy, then the copy beside the rows that are received; gloo reduces a second copy
     summed = max(e + 4, 4 * (1 if fused else 2) + -(-4 // ranks))
     return Gathered(
@@ -47,7 +51,9 @@ def gathered_bytes(settings: Settings, chunk: ChunkWork, vocab_size: int, ranks:
     )
 
 
-def sharded_bytes(settings: Settings, chunk: ChunkWork, vocab_size: int, micro_batches: int) -> tuple[int, int]:
+def sharded_bytes(
+    settings: Settings, chunk: ChunkWork, vocab_size: int, micro_batches: int
+) -> tuple[int, int]:
     """Return the sizes of all parameters that a rank of a fully sharded run gathers in a step, and of all gradients that are summed and
     cut, in whole.
 
@@ -55,8 +61,14 @@ def sharded_bytes(settings: Settings, chunk: ChunkWork, vocab_size: int, micro_b
     and a shared output matrix is summed once a step, all else in every micro-batch.
     """
     shapes, held = shapes_of(settings, vocab_size), parameters_on_rank(settings, chunk, vocab_size)
-    own = sum(depth != settings.num_layers for depth in chunk.trained) * settings.untie_exit_output_weights
-    matrix, tied = shapes.vocabulary * shapes.hidden, not settings.untie_embeddings_and_output_weights
+    own = (
+        sum(depth != settings.num_layers for depth in chunk.trained)
+        * settings.untie_exit_output_weights
+    )
+    matrix, tied = (
+        shapes.vocabulary * shapes.hidden,
+        not settings.untie_embeddings_and_output_weights,
+    )
     shared = bool(chunk.trained) * matrix
     layers, embedding = held["layers"], held["embedding"]
     gathered = 2 * (layers + embedding) + own * matrix + shared * (not tied)

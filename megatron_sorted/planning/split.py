@@ -11,12 +11,22 @@ from megatron_sorted.settings.run import Settings
 
 def weights_of_layers(settings: Settings, vocab_size: int) -> list[float]:
     """Return what each layer costs, with the exit after it if one trains there, in layers; attention as causal kernels do it."""
-    shapes, tokens = shapes_of(settings, vocab_size), settings.micro_batch_size * settings.seq_length
+    shapes, tokens = (
+        shapes_of(settings, vocab_size),
+        settings.micro_batch_size * settings.seq_length,
+    )
     layer = 2 * tokens * (shapes.products() + settings.seq_length * shapes.query)
     again = 4 if settings.recompute_granularity == "full" else 3
     trained = trained_depths(settings)
-    return [1 + (exit_operations(settings, vocab_size, depth) / (again * layer) if depth in trained else 0.0)
-            for depth in range(1, settings.num_layers + 1)]
+    return [
+        1
+        + (
+            exit_operations(settings, vocab_size, depth) / (again * layer)
+            if depth in trained
+            else 0.0
+        )
+        for depth in range(1, settings.num_layers + 1)
+    ]
 
 
 def balanced_parts(weights: Sequence[float], num_parts: int) -> list[int]:
@@ -28,7 +38,9 @@ def balanced_parts(weights: Sequence[float], num_parts: int) -> list[int]:
     for part in range(2, num_parts + 1):
         new = [(float("inf"), 0)] * (count + 1)
         for end in range(part, count + 1):
-            new[end] = min((max(best[cut][0], sums[end] - sums[cut]), cut) for cut in range(part - 1, end))
+            new[end] = min(
+                (max(best[cut][0], sums[end] - sums[cut]), cut) for cut in range(part - 1, end)
+            )
         rows.append(new)
         best = new
     lengths, end = [], count
@@ -39,7 +51,9 @@ def balanced_parts(weights: Sequence[float], num_parts: int) -> list[int]:
     return lengths[::-1]
 
 
-def _badness(sums: Sequence[float], lengths: Sequence[int], num_stages: int) -> tuple[float, float, float]:
+def _badness(
+    sums: Sequence[float], lengths: Sequence[int], num_stages: int
+) -> tuple[float, float, float]:
     """Return the weight of the heaviest stage; then how uneven stages are, which shows a way where the heaviest stays; then the heaviest
     chunk. ``sums`` are running sums of the layers' weights."""
     ends = [0, *accumulate(lengths)]
@@ -60,7 +74,10 @@ def balanced_split(weights: Sequence[float], num_stages: int, num_chunks: int) -
     sums, count = [0.0, *accumulate(weights)], len(weights)
     share, rest = divmod(count, len(parts))
     equal = [share + (place < rest) for place in range(len(parts))]
-    return min((_descend(sums, start, num_stages) for start in (parts, equal)), key=lambda lengths: _badness(sums, lengths, num_stages))
+    return min(
+        (_descend(sums, start, num_stages) for start in (parts, equal)),
+        key=lambda lengths: _badness(sums, lengths, num_stages),
+    )
 
 
 def _descend(sums: Sequence[float], lengths: list[int], num_stages: int) -> list[int]:
@@ -68,7 +85,9 @@ def _descend(sums: Sequence[float], lengths: list[int], num_stages: int) -> list
     while True:
         moved = []
         for source in (place for place, count in enumerate(lengths) if count > 1):
-            for target in range(max(0, source - num_stages), min(len(lengths), source + num_stages + 1)):
+            for target in range(
+                max(0, source - num_stages), min(len(lengths), source + num_stages + 1)
+            ):
                 if source != target:
                     other = list(lengths)
                     other[source] -= 1
@@ -82,17 +101,28 @@ def _descend(sums: Sequence[float], lengths: list[int], num_stages: int) -> list
 
 def layout_text(lengths: Sequence[int]) -> str:
     """Return the numbers of layers as ``--pipeline-model-parallel-layout`` takes them."""
+
     def layers(count: int) -> str:
         return "t" if count == 1 else f"t*{count}"
 
     *body, last = lengths  # after the last chunk there is no border
     runs = [(count, len(list(group))) for count, group in groupby(body)]
-    return "E" + "".join(f"({layers(count)}|)*{times}" if times > 1 else f"{layers(count)}|" for count, times in runs) + f"{layers(last)}L"
+    return (
+        "E"
+        + "".join(
+            f"({layers(count)}|)*{times}" if times > 1 else f"{layers(count)}|"
+            for count, times in runs
+        )
+        + f"{layers(last)}L"
+    )
 
 
 def with_split(settings: Settings, lengths: Sequence[int]) -> Settings:
     """Return the settings with these numbers of layers on their chunks."""
-    return replace(settings, pipeline_model_parallel_layout=layout_text(lengths), num_layers_per_virtual_pipeline_stage=None,
-                   decoder_first_pipeline_num_layers=None, decoder_last_pipeline_num_layers=None)
-
-
+    return replace(
+        settings,
+        pipeline_model_parallel_layout=layout_text(lengths),
+        num_layers_per_virtual_pipeline_stage=None,
+        decoder_first_pipeline_num_layers=None,
+        decoder_last_pipeline_num_layers=None,
+    )

@@ -3,7 +3,12 @@
 from dataclasses import dataclass, replace
 
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.settings.derived import exit_depths, max_position_embeddings, padded_vocab_size, step_coefficients
+from megatron_sorted.settings.derived import (
+    exit_depths,
+    max_position_embeddings,
+    padded_vocab_size,
+    step_coefficients,
+)
 from megatron_sorted.settings.layout import ChunkLayout, layout_of
 from megatron_sorted.settings.matrices import LayerShapes, layer_shapes
 from megatron_sorted.settings.run import Settings
@@ -50,10 +55,18 @@ def check_plannable(settings: Settings) -> None:
         SettingsError: Something is not.
     """
     plain = Settings()
-    for name in ("num_experts", "lora_rank", *LEFT_OUT, "context_parallel_size", "exit_adapter_rank"):
+    for name in (
+        "num_experts",
+        "lora_rank",
+        *LEFT_OUT,
+        "context_parallel_size",
+        "exit_adapter_rank",
+    ):
         value = getattr(settings, name)
         if value != getattr(plain, name):
-            raise SettingsError(f"--{name.replace('_', '-')}: {value} is not counted by a plan. Leave it out to plan the rest of the run.")
+            raise SettingsError(
+                f"--{name.replace('_', '-')}: {value} is not counted by a plan. Leave it out to plan the rest of the run."
+            )
 
 
 def trained_depths(settings: Settings) -> tuple[int, ...]:
@@ -66,8 +79,10 @@ def trained_depths(settings: Settings) -> tuple[int, ...]:
 def work_of_chunks(settings: Settings) -> list[ChunkWork]:
     """Return what every chunk holds, in the order in which a token passes them."""
     trained = set(trained_depths(settings))
-    return [ChunkWork(**vars(chunk), trained=tuple(depth for depth in chunk.exits if depth in trained))
-            for chunk in layout_of(settings).chunks]
+    return [
+        ChunkWork(**vars(chunk), trained=tuple(depth for depth in chunk.exits if depth in trained))
+        for chunk in layout_of(settings).chunks
+    ]
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,9 @@ class Shapes(LayerShapes):
 def shapes_of(settings: Settings, vocab_size: int) -> Shapes:
     """Return the widths on one tensor parallel rank of a vocabulary of ``vocab_size`` real tokens."""
     tp = settings.tensor_model_parallel_size
-    return Shapes(**vars(layer_shapes(settings, tp)), vocabulary=padded_vocab_size(vocab_size, settings) // tp)
+    return Shapes(
+        **vars(layer_shapes(settings, tp)), vocabulary=padded_vocab_size(vocab_size, settings) // tp
+    )
 
 
 def parameters_on_rank(settings: Settings, work: ChunkWork, vocab_size: int) -> dict[str, int]:
@@ -116,7 +133,9 @@ def summed_parameters_on_rank(settings: Settings, work: ChunkWork, vocab_size: i
     with_attention = work.num_layers + blocks * settings.use_exit_block
     total = with_attention * shapes.head_norms(settings)
     if settings.sequence_parallel:
-        half = shapes.norm * (2 if settings.use_sandwich_norm else 1) + h * (not settings.disable_bias_linear)
+        half = shapes.norm * (2 if settings.use_sandwich_norm else 1) + h * (
+            not settings.disable_bias_linear
+        )
         total += (2 * with_attention + blocks * settings.use_exit_mlp) * half
         total += shapes.norm * (work.owns_norm + len(work.exit_norms))
         if work.has_embedding and settings.position_embedding_type == "learned_absolute":

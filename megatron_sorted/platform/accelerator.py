@@ -30,8 +30,10 @@ class Accelerator(Platform):
     def select_device(self, local_rank: int) -> None:
         """Bind this process to device ``local_rank``."""
         if local_rank >= self.module.device_count():
-            raise PlatformError(f"local rank {local_rank}: this host has {self.module.device_count()} {self.kind}. "
-                                f"Start at most as many processes per host (--nproc-per-node) as it has {self.kind.split()[0]}.")
+            raise PlatformError(
+                f"local rank {local_rank}: this host has {self.module.device_count()} {self.kind}. "
+                f"Start at most as many processes per host (--nproc-per-node) as it has {self.kind.split()[0]}."
+            )
         self.module.set_device(local_rank)
 
     def synchronize(self) -> None:

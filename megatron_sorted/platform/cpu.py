@@ -18,7 +18,20 @@ from megatron_sorted.platform.contract import Platform
 
 CPU = torch.device("cpu")
 # The tensor factories that Megatron calls with device="cuda" or a device index.
-FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "empty_strided", "full", "ones", "rand", "randint", "randn", "tensor", "zeros")
+FACTORIES = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "full",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+)
 
 
 def _names_cuda(device: object) -> bool:

@@ -24,7 +24,9 @@ class CudaPlatform(Accelerator):
         """
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if not torch.cuda.is_available():
-            raise PlatformError("--device cuda: torch sees no GPU on this host. Install a CUDA build of torch, or use --device cpu.")
+            raise PlatformError(
+                "--device cuda: torch sees no GPU on this host. Install a CUDA build of torch, or use --device cpu."
+            )
 
     def has_transformer_engine(self) -> bool:
         """Return whether Transformer Engine is installed."""

@@ -32,7 +32,11 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.device, self.stream, self.pool = (
+            device,
+            torch.cuda.Stream(device),
+            torch.cuda.graph_pool_handle(),
+        )
 
     def __call__(self, work: Callable[[], Any]) -> Recording:
         """Return the work as a graph; it is done before, since libraries set themselves up at the first use of a stream."""
@@ -43,7 +47,10 @@ class CudaGraphs:
                 work()
             here.wait_stream(self.stream)
             # a recording that fails would leave its own stream in place
-            with torch.cuda.stream(here), torch.cuda.graph(graph, self.pool, self.stream, "thread_local"):
+            with (
+                torch.cuda.stream(here),
+                torch.cuda.graph(graph, self.pool, self.stream, "thread_local"),
+            ):
                 result = work()
         return Recording(graph.replay, result)
 

@@ -23,7 +23,11 @@ def _complete_collectives() -> torch.library.Library:
     from torch._C._distributed_c10d import FakeWork
 
     library = torch.library.Library("c10d", "IMPL")
-    for name in ("allreduce_coalesced_", "reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_"):
+    for name in (
+        "allreduce_coalesced_",
+        "reduce_scatter_tensor_coalesced_",
+        "allgather_into_tensor_coalesced_",
+    ):
         library.impl(name, lambda *_arguments: FakeWork().boxed(), "Meta")
     return library
 
@@ -60,7 +64,9 @@ def pretended_world(rank: int, world_size: int) -> Iterator[None]:
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("cpu:fake,meta:fake", rank=rank, world_size=world_size, store=FakeStore())
+    dist.init_process_group(
+        "cpu:fake,meta:fake", rank=rank, world_size=world_size, store=FakeStore()
+    )
     try:
         yield
     finally:

@@ -27,8 +27,12 @@ def _card(words: str, half: float, fp32: float | None, has_bf16: bool = True) ->
 
 # the first row whose words are all in the name; data sheets give half precision with sparsity, which is twice these
 PEAKS = (
-    _card("GB200", 2500, 80),  # GB200 NVL72 data sheet: 360 PFLOP/s sparse FP16 and 5,760 TFLOP/s FP32 by 72 GPUs
-    _card("B200", 2250, 75),  # HGX B200 data sheet: 36 PFLOP/s sparse FP16 and 600 TFLOP/s FP32 by 8 GPUs
+    _card(
+        "GB200", 2500, 80
+    ),  # GB200 NVL72 data sheet: 360 PFLOP/s sparse FP16 and 5,760 TFLOP/s FP32 by 72 GPUs
+    _card(
+        "B200", 2250, 75
+    ),  # HGX B200 data sheet: 36 PFLOP/s sparse FP16 and 600 TFLOP/s FP32 by 8 GPUs
     _card("H200 NVL", 835.5, 60),  # H200 data sheet
     _card("H200", 989, 67),  # H200 data sheet, SXM
     _card("GH200", 989, 67),  # GH200 data sheet
@@ -54,9 +58,15 @@ PEAKS = (
     _card("ASCEND910B2C", 353.9, None),
     _card("ASCEND910B3", 294.9, None),
     _card("ASCEND910B4", 245.8, None),
-    *(_card(f"ASCEND910 {die}", 353.9, None) for die in ("9362", "9363", "9372", "9381", "9382", "9391", "9392")),
+    *(
+        _card(f"ASCEND910 {die}", 353.9, None)
+        for die in ("9362", "9363", "9372", "9381", "9382", "9391", "9392")
+    ),
     # the first generation: 256 TFLOP/s fp16, no bf16; without a digit behind it, B is one of its kinds
-    *(_card(f"ASCEND910{kind}", 256, None, has_bf16=False) for kind in ("A", "B", "PROA", "PROB", "PREMIUMA")),
+    *(
+        _card(f"ASCEND910{kind}", 256, None, has_bf16=False)
+        for kind in ("A", "B", "PROA", "PROB", "PREMIUMA")
+    ),
 )
 
 
@@ -67,5 +77,9 @@ def peak_tflops_of(name: str, dtype: torch.dtype) -> float | None:
         return None
     for peak in PEAKS:
         if peak.words <= words:
-            return {torch.bfloat16: peak.bf16, torch.float16: peak.fp16, torch.float32: peak.fp32}.get(dtype)
+            return {
+                torch.bfloat16: peak.bf16,
+                torch.float16: peak.fp16,
+                torch.float32: peak.fp32,
+            }.get(dtype)
     return None

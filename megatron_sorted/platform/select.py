@@ -11,7 +11,11 @@ from megatron_sorted.platform.cuda import CudaPlatform
 from megatron_sorted.platform.npu.device import NpuPlatform
 from megatron_sorted.platform.npu.start import has_npus, is_started, load_torch_npu, start_npu
 
-PLATFORMS: dict[str, type[Platform]] = {"cpu": CpuPlatform, "cuda": CudaPlatform, "npu": NpuPlatform}
+PLATFORMS: dict[str, type[Platform]] = {
+    "cpu": CpuPlatform,
+    "cuda": CudaPlatform,
+    "npu": NpuPlatform,
+}
 
 
 class DeviceChoice(Protocol):
@@ -36,7 +40,9 @@ def device_for(device: str) -> str:
         return "npu"  # which answers for CUDA too
     gpus, npus = torch.cuda.is_available(), has_npus()
     if gpus and npus:
-        raise PlatformError("--device auto: this host has NVIDIA GPUs and Ascend NPUs. Say which with --device cuda or --device npu.")
+        raise PlatformError(
+            "--device auto: this host has NVIDIA GPUs and Ascend NPUs. Say which with --device cuda or --device npu."
+        )
     return "cuda" if gpus else "npu" if npus else "cpu"
 
 
@@ -51,7 +57,11 @@ def load_device(choice: DeviceChoice) -> None:
         keep_unused_out()
     if device == "npu":
         NpuPlatform.use_kernels(choice.npu_kernels)
-        start_npu(choice.npu_adaptor, choice.npu_adaptor_arguments, coalesced_collectives=choice.npu_coalesced_collectives)
+        start_npu(
+            choice.npu_adaptor,
+            choice.npu_adaptor_arguments,
+            coalesced_collectives=choice.npu_coalesced_collectives,
+        )
 
 
 def load_library_of(device: str) -> None:
@@ -72,5 +82,7 @@ def choose_platform(device: str) -> Platform:
     """
     device = device_for(device)
     if device not in PLATFORMS:
-        raise PlatformError(f"--device {device}: no such platform. Use one of: auto, {', '.join(PLATFORMS)}.")
+        raise PlatformError(
+            f"--device {device}: no such platform. Use one of: auto, {', '.join(PLATFORMS)}."
+        )
     return PLATFORMS[device]()

@@ -24,7 +24,11 @@ def random_tracker():
 
 def random_state() -> dict:
     """Return the random state of host, device and tracker."""
-    return {"host": torch.get_rng_state(), "device": torch.cuda.get_rng_state(), "tracker": random_tracker().get_states()}
+    return {
+        "host": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": random_tracker().get_states(),
+    }
 
 
 def set_random_state(state: dict) -> None:

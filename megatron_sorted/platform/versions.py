@@ -60,8 +60,10 @@ def check_megatron_version(version: str | None = None) -> None:
     version = version or megatron_version()
     numbers = _numbers(version)
     if not numbers >= OLDEST or numbers[:2] > NEWEST:
-        raise PlatformError(f"megatron-core {version}: this version of megatron_sorted runs on {shown(OLDEST)} to {shown(NEWEST)}. "
-                            f"Install one of them: {INSTALL}.")
+        raise PlatformError(
+            f"megatron-core {version}: this version of megatron_sorted runs on {shown(OLDEST)} to {shown(NEWEST)}. "
+            f"Install one of them: {INSTALL}."
+        )
 
 
 def can_do_all(version: str) -> bool:
@@ -90,7 +92,9 @@ def check_megatron_can(*asked: tuple[str, bool], version: str | None = None) -> 
     version = version or megatron_version()
     for flag, given in asked:
         if given and not can_do_all(version):
-            raise PlatformError(f"{flag}: needs megatron-core {shown(ALL)} or later, and {version} is here. Install one, or leave it out.")
+            raise PlatformError(
+                f"{flag}: needs megatron-core {shown(ALL)} or later, and {version} is here. Install one, or leave it out."
+            )
 
 
 def known_arguments(function: Callable, **arguments: Any) -> dict[str, Any]:
@@ -109,7 +113,9 @@ def chunk_arguments(function: Callable, chunk: int | None) -> dict[str, int | No
     if known_arguments(function, vp_stage=chunk):
         return {"vp_stage": chunk}
     if chunk is not None:
-        from megatron.core import parallel_state  # not at the top: the check above must run where megatron is missing
+        from megatron.core import (
+            parallel_state,
+        )  # not at the top: the check above must run where megatron is missing
 
         parallel_state.set_virtual_pipeline_model_parallel_rank(chunk)
     return {}
@@ -134,7 +140,10 @@ def rules_of_groups_kept(optimizer: Any) -> Iterator[None]:
     Args:
         optimizer: Torch's, of one rank.
     """
-    before = [{name: group[name] for name in RULES_OF_GROUPS if name in group} for group in optimizer.param_groups]
+    before = [
+        {name: group[name] for name in RULES_OF_GROUPS if name in group}
+        for group in optimizer.param_groups
+    ]
     yield
     if not is_at_least(0, 13):
         for group, rules in zip(optimizer.param_groups, before, strict=True):

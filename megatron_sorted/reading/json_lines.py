@@ -63,16 +63,26 @@ def total_bytes(paths: Sequence[str]) -> int:
         try:
             found = os.stat(path)
         except OSError as error:
-            raise DataError(f"--input: cannot read {shown(path)} ({error.strerror}). {REMEDY}") from error
+            raise DataError(
+                f"--input: cannot read {shown(path)} ({error.strerror}). {REMEDY}"
+            ) from error
         if not stat.S_ISREG(found.st_mode):
-            what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or device, which cannot be read twice"
+            what = (
+                "a folder"
+                if stat.S_ISDIR(found.st_mode)
+                else "a pipe or device, which cannot be read twice"
+            )
             raise DataError(f"--input: {shown(path)} is {what}. Give files.")
         total += found.st_size
     return total
 
 
-def read_blocks(paths: Sequence[str], limit: int | None = None, on_bytes: Callable[[int], object] = lambda count: None,
-                block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+def read_blocks(
+    paths: Sequence[str],
+    limit: int | None = None,
+    on_bytes: Callable[[int], object] = lambda count: None,
+    block_bytes: int = BLOCK_BYTES,
+) -> Iterator[Block]:
     """Yield the lines of the files in order, at most ``limit`` of them; ``on_bytes`` is told how many more bytes were read from disk.
 
     Raises:
@@ -88,7 +98,9 @@ def read_blocks(paths: Sequence[str], limit: int | None = None, on_bytes: Callab
                         break
                     lines = block.data.split(b"\n", left)
                     if len(lines) > left:
-                        block = Block(block.path, block.first_line, b"\n".join(lines[:left]), block.in_records)
+                        block = Block(
+                            block.path, block.first_line, b"\n".join(lines[:left]), block.in_records
+                        )
                     left -= min(len(lines) - block.data.endswith(b"\n"), left)
                 yield block
                 place = raw.tell() if raw.seekable() else reported
@@ -100,7 +112,9 @@ def _blocks_of(path: str, stream: BinaryIO, block_bytes: int) -> Iterator[Block]
     beginning = stream.read(max(block_bytes, BEGINNING_BYTES))
     in_list = begins_list(beginning)
     if in_list or begins_over_lines(beginning):
-        yield from _record_blocks(path, json_values(stream, beginning, in_list, shown(path)), block_bytes)
+        yield from _record_blocks(
+            path, json_values(stream, beginning, in_list, shown(path)), block_bytes
+        )
         return
     line, data = 1, beginning
     while data:
@@ -108,7 +122,9 @@ def _blocks_of(path: str, stream: BinaryIO, block_bytes: int) -> Iterator[Block]
             data += stream.readline(MOST_LINE_BYTES)
             if len(data) > MOST_LINE_BYTES and not data.endswith(b"\n") and stream.read(1):
                 number = line + data.count(b"\n")
-                raise DataError(f"{shown(path)}:{number}: more than {MOST_LINE_BYTES:,} bytes in one line. Cut the record into several.")
+                raise DataError(
+                    f"{shown(path)}:{number}: more than {MOST_LINE_BYTES:,} bytes in one line. Cut the record into several."
+                )
         yield Block(path, line, data)
         line += data.count(b"\n")
         data = stream.read(block_bytes)
@@ -140,8 +156,12 @@ def records(block: Block) -> Iterator[tuple[int, Any, str | None]]:
             yield number, None, error.reason
 
 
-def read_records(path: str | Path, remedy: str = "Mend or remove the line.", limit: int | None = None,
-                 error: type[SortedError] = DataError) -> Iterator[tuple[str, Any]]:
+def read_records(
+    path: str | Path,
+    remedy: str = "Mend or remove the line.",
+    limit: int | None = None,
+    error: type[SortedError] = DataError,
+) -> Iterator[tuple[str, Any]]:
     """Yield (place, value) of every line or record of a file.
 
     Raises:
@@ -160,7 +180,9 @@ def first_record(path: str | Path) -> Any:
     if not os.path.isfile(path):
         return None
     try:
-        return next((value for block in read_blocks([str(path)]) for _, value, _ in records(block)), None)
+        return next(
+            (value for block in read_blocks([str(path)]) for _, value, _ in records(block)), None
+        )
     except DataError:
         return None  # what is wrong is said by whoever reads the file
 

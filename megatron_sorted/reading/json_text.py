@@ -21,8 +21,14 @@ MOST_DIGITS = 40
 REMEDY = "Give an intact file."
 
 
-def parse_json(data: bytes | str, where: str, remedy: str = REMEDY, error: type[SortedError] = DataError,
-               unique_names: bool = False, constants: bool = True) -> Any:
+def parse_json(
+    data: bytes | str,
+    where: str,
+    remedy: str = REMEDY,
+    error: type[SortedError] = DataError,
+    unique_names: bool = False,
+    constants: bool = True,
+) -> Any:
     """Return the value of a JSON text in UTF-8 (a byte order mark is passed over).
 
     Args:
@@ -37,6 +43,7 @@ def parse_json(data: bytes | str, where: str, remedy: str = REMEDY, error: type[
         SortedError: Of class ``error``: it is not JSON, nested more than ``MOST_DEPTH`` deep, or has a number of more
             than ``MOST_DIGITS`` digits or more elements than is reasonable.
     """
+
     def refuse(reason: object) -> NoReturn:
         raise error(f"{shown(where)}: {reason}. {remedy}")
 
@@ -44,11 +51,17 @@ def parse_json(data: bytes | str, where: str, remedy: str = REMEDY, error: type[
     if isinstance(data, str):
         opening, comma = ("[", "{"), ","
     if sum(map(data.count, opening)) > MOST_CONTAINERS or data.count(comma) > MOST_ELEMENTS:
-        refuse(f"it has more than {MOST_CONTAINERS:,} lists and objects, or more than {MOST_ELEMENTS:,} elements")
+        refuse(
+            f"it has more than {MOST_CONTAINERS:,} lists and objects, or more than {MOST_ELEMENTS:,} elements"
+        )
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
-        value = json.loads(text, parse_int=bounded_integer, object_pairs_hook=_unique if unique_names else None,
-                           parse_constant=None if constants else _refuse_constant)
+        value = json.loads(
+            text,
+            parse_int=bounded_integer,
+            object_pairs_hook=_unique if unique_names else None,
+            parse_constant=None if constants else _refuse_constant,
+        )
     except UnicodeDecodeError as failure:
         refuse(f"byte {failure.start} is not UTF-8")
     except RecursionError:
@@ -62,18 +75,30 @@ def parse_json(data: bytes | str, where: str, remedy: str = REMEDY, error: type[
     return value
 
 
-def read_json(path: Path, remedy: str = REMEDY, error: type[SortedError] = DataError, most_bytes: int = MOST_BYTES,
-              unique_names: bool = False) -> Any:
+def read_json(
+    path: Path,
+    remedy: str = REMEDY,
+    error: type[SortedError] = DataError,
+    most_bytes: int = MOST_BYTES,
+    unique_names: bool = False,
+) -> Any:
     """Return the value in a JSON file.
 
     Raises:
         SortedError: Of class ``error``: the file cannot be read, has more than ``most_bytes``, or ``parse_json`` refuses it.
     """
-    return parse_json(read_bounded(path, remedy, error, most_bytes), str(path), remedy, error, unique_names)
+    return parse_json(
+        read_bounded(path, remedy, error, most_bytes), str(path), remedy, error, unique_names
+    )
 
 
-def read_json_object(path: Path, remedy: str = REMEDY, error: type[SortedError] = DataError, most_bytes: int = MOST_BYTES,
-                     unique_names: bool = False) -> dict[str, Any]:
+def read_json_object(
+    path: Path,
+    remedy: str = REMEDY,
+    error: type[SortedError] = DataError,
+    most_bytes: int = MOST_BYTES,
+    unique_names: bool = False,
+) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
@@ -96,7 +121,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     return read_json_object(path, "Give an intact directory.", most_bytes=MOST_SETTINGS_BYTES)
 
 
-def read_bounded(path: Path, remedy: str = REMEDY, error: type[SortedError] = DataError, most_bytes: int = MOST_BYTES) -> bytes:
+def read_bounded(
+    path: Path,
+    remedy: str = REMEDY,
+    error: type[SortedError] = DataError,
+    most_bytes: int = MOST_BYTES,
+) -> bytes:
     """Return the content of a file.
 
     Raises:
@@ -106,9 +136,13 @@ def read_bounded(path: Path, remedy: str = REMEDY, error: type[SortedError] = Da
         with open(path, "rb") as stream:
             data = stream.read(most_bytes + 1)
     except OSError as failure:
-        raise error(f"{shown(path)}: cannot be read ({failure.strerror or failure}). {remedy}") from failure
+        raise error(
+            f"{shown(path)}: cannot be read ({failure.strerror or failure}). {remedy}"
+        ) from failure
     if len(data) > most_bytes:
-        raise error(f"{shown(path)}: more than {most_bytes:,} bytes, the most that is read of such a file. {remedy}")
+        raise error(
+            f"{shown(path)}: more than {most_bytes:,} bytes, the most that is read of such a file. {remedy}"
+        )
     return data
 
 
@@ -128,7 +162,9 @@ def decode_json(line: bytes) -> Any:
         BrokenJsonError: It is none, or more than is reasonable.
     """
     containers = line.count(b"{") + line.count(b"[")
-    if len(line) > MOST_CONTAINERS and (containers > MOST_CONTAINERS or line.count(b",") > MOST_ELEMENTS):
+    if len(line) > MOST_CONTAINERS and (
+        containers > MOST_CONTAINERS or line.count(b",") > MOST_ELEMENTS
+    ):
         raise BrokenJsonError("too_many_elements")
     try:
         value = DECODER.decode(line.decode())
@@ -167,7 +203,9 @@ def _refuse_constant(word: str) -> NoReturn:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        twice = next(
+            name for name, times in Counter(name for name, _ in pairs).items() if times > 1
+        )
         raise ValueError(f"{shown(twice)} stands twice")
     return found
 
@@ -175,7 +213,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MOST_DEPTH):
-        level = [child for one in level for child in _children(one) if isinstance(child, dict | list)]
+        level = [
+            child for one in level for child in _children(one) if isinstance(child, dict | list)
+        ]
         if not level:
             return False
     return True

@@ -71,13 +71,18 @@ class _Values:
         self.ended = not data
         self.line += self.text.count("\n", 0, self.place)
         try:
-            self.text, self.place = self.text[self.place:] + self.decoder.decode(data, final=not data), 0
+            self.text, self.place = (
+                self.text[self.place :] + self.decoder.decode(data, final=not data),
+                0,
+            )
         except UnicodeDecodeError:
             self._refuse("not UTF-8", len(self.text))
 
     def _refuse(self, reason: str, place: int) -> NoReturn:
         line = self.line + self.text.count("\n", 0, place)
-        raise DataError(f"{self.where}, line {line}, record {self.count + 1}: {reason}. Mend the file, or write one record a line.")
+        raise DataError(
+            f"{self.where}, line {line}, record {self.count + 1}: {reason}. Mend the file, or write one record a line."
+        )
 
     def _next_letter(self) -> str:
         """Return the next character that is no blank; empty at the end."""
@@ -106,7 +111,9 @@ class _Values:
             if len(self.text) - self.place > MOST_RECORD_BYTES:
                 self._refuse(f"no value ends within {MOST_RECORD_BYTES:,} bytes", self.place)
             self._take(self.stream.read(wanted))
-            wanted *= 2  # a long value is parsed again and again: each time with as much more as there is
+            wanted *= (
+                2  # a long value is parsed again and again: each time with as much more as there is
+            )
 
     def read(self, in_list: bool) -> Iterator[bytes]:
         if in_list:
@@ -120,7 +127,12 @@ class _Values:
             self.count += 1
             if in_list and (letter := self._next_letter()) != ",":
                 if letter != "]":
-                    self._refuse("neither a comma nor the list's end follows" if letter else "the list has no end", self.place)
+                    self._refuse(
+                        "neither a comma nor the list's end follows"
+                        if letter
+                        else "the list has no end",
+                        self.place,
+                    )
                 break
             self.place += in_list
         if in_list:

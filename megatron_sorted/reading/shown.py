@@ -23,7 +23,9 @@ def one_line(text: str) -> str:
     """Return a message in one line, without what a terminal obeys; as ``shown``, but whole."""
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text
+    )
 
 
 def printable(text: str) -> str:

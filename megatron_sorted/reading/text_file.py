@@ -31,7 +31,9 @@ MOST_MAGIC = max(map(len, OTHERS))
 
 
 @contextmanager
-def opened(path: str | Path, remedy: str = REMEDY, error: type[SortedError] = DataError) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def opened(
+    path: str | Path, remedy: str = REMEDY, error: type[SortedError] = DataError
+) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Yield (the bytes of a text without compression and byte order mark, the file as it lies on disk), both open for reading.
 
     Errors of reading inside the ``with`` block are named too.
@@ -53,12 +55,21 @@ def opened(path: str | Path, remedy: str = REMEDY, error: type[SortedError] = Da
                 stream.read(len(BYTE_ORDER_MARK))
             yield stream, raw
     except (EOFError, gzip.BadGzipFile, zlib.error) as failure:
-        raise error(f"{shown(path)}: damaged gzip stream ({failure}). Copy the file again.") from failure
+        raise error(
+            f"{shown(path)}: damaged gzip stream ({failure}). Copy the file again."
+        ) from failure
     except OSError as failure:
-        raise error(f"{shown(path)}: cannot be read ({failure.strerror or failure}). {remedy}") from failure
+        raise error(
+            f"{shown(path)}: cannot be read ({failure.strerror or failure}). {remedy}"
+        ) from failure
 
 
-def read_text(path: str | Path, remedy: str = REMEDY, error: type[SortedError] = DataError, most_bytes: int = MOST_TEXT_BYTES) -> str:
+def read_text(
+    path: str | Path,
+    remedy: str = REMEDY,
+    error: type[SortedError] = DataError,
+    most_bytes: int = MOST_TEXT_BYTES,
+) -> str:
     """Return the text of a file; a carriage return before a line feed is part of the line's end, and left out.
 
     Raises:
@@ -71,11 +82,15 @@ def read_text(path: str | Path, remedy: str = REMEDY, error: type[SortedError] =
             size += len(part)
     data = b"".join(parts)
     if size > most_bytes:
-        raise error(f"{shown(path)}: more than {most_bytes:,} bytes, the most that is held of a text. Give a part of it.")
+        raise error(
+            f"{shown(path)}: more than {most_bytes:,} bytes, the most that is held of a text. Give a part of it."
+        )
     return decoded(data, shown(path), remedy, error)
 
 
-def decoded(data: bytes, where: str, remedy: str = REMEDY, error: type[SortedError] = DataError) -> str:
+def decoded(
+    data: bytes, where: str, remedy: str = REMEDY, error: type[SortedError] = DataError
+) -> str:
     """Return bytes as text, with ``\\n`` at the end of lines.
 
     Raises:
@@ -85,7 +100,9 @@ def decoded(data: bytes, where: str, remedy: str = REMEDY, error: type[SortedErr
         return data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as failure:
         line = data.count(b"\n", 0, failure.start) + 1
-        raise error(f"{where}, line {line}: not UTF-8 at byte {failure.start}. {remedy}") from failure
+        raise error(
+            f"{where}, line {line}: not UTF-8 at byte {failure.start}. {remedy}"
+        ) from failure
 
 
 def split_lines(text: str) -> list[str]:

@@ -31,18 +31,32 @@ def read_evaluation(path: Path) -> Evaluation:
         DataError: The file is missing or is no evaluation.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file. Give the evaluation.json that a run writes into its --save directory.")
+        raise DataError(
+            f"{path}: no such file. Give the evaluation.json that a run writes into its --save directory."
+        )
     try:
         found = read_json_object(path, "Give one that the trainer wrote.")
         cost = {int(depth): values for depth, values in found["exits"].items()}
-        sets = {name.removesuffix("_text_document"): {int(depth): values for depth, values in scores.items()}
-                for name, scores in found["sets"].items()}
+        sets = {
+            name.removesuffix("_text_document"): {
+                int(depth): values for depth, values in scores.items()
+            }
+            for name, scores in found["sets"].items()
+        }
         run = Evaluation(found["run"], cost, sets)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{shown(path)}: not an evaluation file ({type(error).__name__}: {shown(error)}). "
-                        "Give one that the trainer wrote.") from error
-    if not run.cost or not run.sets or any(set(scores) != set(run.cost) for scores in run.sets.values()):
-        raise DataError(f"{path}: every set needs scores for each exit {run.depths}. Evaluate the run again.")
+        raise DataError(
+            f"{shown(path)}: not an evaluation file ({type(error).__name__}: {shown(error)}). "
+            "Give one that the trainer wrote."
+        ) from error
+    if (
+        not run.cost
+        or not run.sets
+        or any(set(scores) != set(run.cost) for scores in run.sets.values())
+    ):
+        raise DataError(
+            f"{path}: every set needs scores for each exit {run.depths}. Evaluate the run again."
+        )
     return run
 
 
@@ -57,11 +71,19 @@ def table(runs: Sequence[Evaluation]) -> str:
         lines.append("-" * len(lines[0]))
         for depth in run.depths:
             cost = run.cost[depth]
-            cells = [f"{run.name:<{width}}", f"{depth:>5}", f"{cost['parameters']:>13,}", f"{cost['flops_per_token']:>11.2e}"]
+            cells = [
+                f"{run.name:<{width}}",
+                f"{depth:>5}",
+                f"{cost['parameters']:>13,}",
+                f"{cost['flops_per_token']:>11.2e}",
+            ]
             for name in sets:
                 scores = run.sets[name][depth]
                 width_of_cell = len(name) + 5
-                cells += [_cell(scores["loss"], ".3f", width_of_cell), _cell(scores["exact_match"], ".1%", width_of_cell + 1)]
+                cells += [
+                    _cell(scores["loss"], ".3f", width_of_cell),
+                    _cell(scores["exact_match"], ".1%", width_of_cell + 1),
+                ]
             lines.append("  ".join(cells))
     return "\n".join(lines)
 
@@ -79,27 +101,59 @@ def draw(runs: Sequence[Evaluation], output: Path) -> None:
     with figure_of(output, 14, 6, {"font.size": 13, "axes.titlelocation": "left"}) as figure:
         left, right = figure.subplots(1, 2)
         for run, colour, marker in zip(runs, COLOURS, MARKERS, strict=False):
-            line = {"color": colour, "marker": marker, "linewidth": 2.5, "markersize": 8, "clip_on": False}
+            line = {
+                "color": colour,
+                "marker": marker,
+                "linewidth": 2.5,
+                "markersize": 8,
+                "clip_on": False,
+            }
             left.plot(run.depths, _scores(run, first, "loss"), **line)
             right.plot(run.depths, _scores(run, first, "exact_match"), **line)
             for name in others:
-                right.plot(run.depths, _scores(run, name, "exact_match"), **line | {"linestyle": ":", "linewidth": 2, "markersize": 4})
-        left.set_title(f"Loss of every sub-model (lower is better)\nset: {first}", pad=16, linespacing=1.5)
+                right.plot(
+                    run.depths,
+                    _scores(run, name, "exact_match"),
+                    **line | {"linestyle": ":", "linewidth": 2, "markersize": 4},
+                )
+        left.set_title(
+            f"Loss of every sub-model (lower is better)\nset: {first}", pad=16, linespacing=1.5
+        )
         lines = f"solid: {first}" + (f", dotted: {', '.join(others)}" if others else "")
-        right.set_title(f"Exact match of every sub-model (higher is better)\n{lines}", pad=16, linespacing=1.5)
-        left.set_ylim(0, 1.08 * max([score for run in runs for score in _scores(run, first, "loss") if score == score], default=1))
+        right.set_title(
+            f"Exact match of every sub-model (higher is better)\n{lines}", pad=16, linespacing=1.5
+        )
+        left.set_ylim(
+            0,
+            1.08
+            * max(
+                [score for run in runs for score in _scores(run, first, "loss") if score == score],
+                default=1,
+            ),
+        )
         right.set_ylim(0, 1.02)
         right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         for axes in (left, right):
-            axes.set_xticks(runs[0].depths, [f"{depth}\n{_millions(runs[0].cost[depth]['parameters'])}" for depth in runs[0].depths])
+            axes.set_xticks(
+                runs[0].depths,
+                [
+                    f"{depth}\n{_millions(runs[0].cost[depth]['parameters'])}"
+                    for depth in runs[0].depths
+                ],
+            )
             axes.set_xlabel("layers run / parameters of that sub-model")
             axes.grid(axis="y", color="#dddddd")
             axes.set_axisbelow(True)
             axes.margins(x=0.08)
         figure.canvas.draw()  # names need to know where points lie
         for axes, score in ((left, "loss"), (right, "exact_match")):
-            name_lines(axes, [(run.name, colour, run.depths, _scores(run, first, score))
-                              for run, colour in zip(runs, COLOURS, strict=False)])
+            name_lines(
+                axes,
+                [
+                    (run.name, colour, run.depths, _scores(run, first, score))
+                    for run, colour in zip(runs, COLOURS, strict=False)
+                ],
+            )
 
 
 def _millions(parameters: float) -> str:
@@ -121,10 +175,14 @@ def compare_exits(paths: Sequence[Path], output: Path) -> str:
     """
     runs = [read_evaluation(path) for path in paths]
     if len(runs) > len(COLOURS):
-        raise DataError(f"{len(runs)} runs are more than one picture can tell apart. Give at most {len(COLOURS)}.")
+        raise DataError(
+            f"{len(runs)} runs are more than one picture can tell apart. Give at most {len(COLOURS)}."
+        )
     for run in runs[1:]:
         if list(run.sets) != list(runs[0].sets) or run.depths != runs[0].depths:
-            raise DataError(f"{run.name} was evaluated on {', '.join(run.sets)} at depths {run.depths}, {runs[0].name} on "
-                            f"{', '.join(runs[0].sets)} at depths {runs[0].depths}. Compare runs with the same sets and exits.")
+            raise DataError(
+                f"{run.name} was evaluated on {', '.join(run.sets)} at depths {run.depths}, {runs[0].name} on "
+                f"{', '.join(runs[0].sets)} at depths {runs[0].depths}. Compare runs with the same sets and exits."
+            )
     draw(runs, output)
     return table(runs)

@@ -54,29 +54,45 @@ def _cell(value: Any, form: str, factor: float) -> str:
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], name: str = "") -> str:
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows
+    )
     return f'<div class="scroll"><table class="{name}"><tr>{head}</tr>\n{body}</table></div>'
 
 
 def exit_rows(run: RecordedRun, name: str | None) -> tuple[list[str], list[list[str]]]:
     """Return (titles, rows) of the last numbers of every exit in training or on a set; a number nobody measured has no column."""
     _, exits = run.final(name)
-    numbers = [number for number in COLUMNS if any(found.get(number) is not None for found in exits.values())]
+    numbers = [
+        number
+        for number in COLUMNS
+        if any(found.get(number) is not None for found in exits.values())
+    ]
     costs = any(depth in run.costs for depth in exits)
-    titles = ["exit", *(COLUMNS[number][0] for number in numbers), *["parameters", "FLOPs/token"] * costs]
+    titles = [
+        "exit",
+        *(COLUMNS[number][0] for number in numbers),
+        *["parameters", "FLOPs/token"] * costs,
+    ]
     rows = []
     for depth, found in exits.items():
         row = [str(depth), *(_cell(found.get(number), *COLUMNS[number][1:]) for number in numbers)]
         if costs:
             cost = run.costs.get(depth, {})
-            row += [_cell(cost.get("parameters"), "{:,.0f}", 1), _cell(cost.get("flops_per_token"), "{:.3e}", 1)]
+            row += [
+                _cell(cost.get("parameters"), "{:,.0f}", 1),
+                _cell(cost.get("flops_per_token"), "{:.3e}", 1),
+            ]
         rows.append(row)
     return titles, rows
 
 
 def _training(run: RecordedRun) -> str:
     last = run.train[-1]
-    titles, row = ["step"], [f"{last['step']:,}" + (f" of {last['total_steps']:,}" if "total_steps" in last else "")]
+    titles, row = (
+        ["step"],
+        [f"{last['step']:,}" + (f" of {last['total_steps']:,}" if "total_steps" in last else "")],
+    )
     for number, (title, *form) in TRAINING.items():
         if last.get(number):
             titles.append(title)
@@ -88,15 +104,27 @@ def _training(run: RecordedRun) -> str:
 
 
 def _section(run: RecordedRun) -> str:
-    parts = [f"<h2>{escape(run.name)}</h2>", f'<p class="note"><code>{escape(str(run.path))}</code></p>']
+    parts = [
+        f"<h2>{escape(run.name)}</h2>",
+        f'<p class="note"><code>{escape(str(run.path))}</code></p>',
+    ]
     if run.train:
         parts += ["<h3>Training, last report</h3>", _training(run), _table(*exit_rows(run, None))]
     for name in run.evaluations:
         step, _ = run.final(name)
-        parts += [f"<h3>Evaluation of {escape(name.removesuffix('_text_document'))} at step {step:,}</h3>", _table(*exit_rows(run, name))]
+        parts += [
+            f"<h3>Evaluation of {escape(name.removesuffix('_text_document'))} at step {step:,}</h3>",
+            _table(*exit_rows(run, name)),
+        ]
     if run.settings:
-        rows = [[name.replace("_", "-"), str(value)] for name, value in run.settings.items() if value not in (None, [], "")]
-        parts.append(f"<details><summary>Settings ({len(rows)})</summary>{_table(['setting', 'value'], rows, 'settings')}</details>")
+        rows = [
+            [name.replace("_", "-"), str(value)]
+            for name, value in run.settings.items()
+            if value not in (None, [], "")
+        ]
+        parts.append(
+            f"<details><summary>Settings ({len(rows)})</summary>{_table(['setting', 'value'], rows, 'settings')}</details>"
+        )
     return "\n".join(parts)
 
 
@@ -105,7 +133,9 @@ def write_page(runs: Sequence[RecordedRun], picture: Path, output: Path) -> None
     title = " and ".join(run.name for run in runs)
     image = base64.b64encode(picture.read_bytes()).decode("ascii")
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    write_text_atomically(output, f"""<!doctype html>
+    write_text_atomically(
+        output,
+        f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{STYLE}</style></head>
 <body><h1>{escape(title)}</h1>
@@ -113,4 +143,5 @@ def write_page(runs: Sequence[RecordedRun], picture: Path, output: Path) -> None
 <img alt="Curves of the runs; the last numbers are in the tables below" src="data:image/png;base64,{image}">
 {"".join(_section(run) for run in runs)}
 </body></html>
-""")
+""",
+    )

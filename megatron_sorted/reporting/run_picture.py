@@ -55,7 +55,10 @@ def depth_colours(depths: Sequence[int]) -> dict[int, tuple]:
     scale = colormaps["viridis_r"]
     first, last = min(depths), max(depths)
     # the lightest yellow cannot be seen on white
-    return {depth: scale(0.15 + 0.85 * ((depth - first) / (last - first) if last > first else 1.0)) for depth in depths}
+    return {
+        depth: scale(0.15 + 0.85 * ((depth - first) / (last - first) if last > first else 1.0))
+        for depth in depths
+    }
 
 
 def panels_of(runs: Sequence[RecordedRun]) -> list[Panel]:
@@ -64,16 +67,30 @@ def panels_of(runs: Sequence[RecordedRun]) -> list[Panel]:
     colours = depth_colours(depths)
     panels = []
     if any(run.train or run.evaluations for run in runs):
-        panels.append(Panel("Loss of every exit", lambda axes: _loss(axes, runs, colours), wide=True))
+        panels.append(
+            Panel("Loss of every exit", lambda axes: _loss(axes, runs, colours), wide=True)
+        )
     panels.append(Panel(f"Loss over depth, {_where(runs)}", lambda axes: _over(axes, runs, None)))
     if any(run.costs for run in runs):
-        panels.append(Panel("Loss over forward operations of the sub-model", lambda axes: _over(axes, runs, "flops_per_token")))
-    for number, title in (("agreement", "Agreement with the last exit (share of tokens)"),
-                          ("accept_length", "Accept length when the exit drafts (tokens a verification)"),
-                          ("grad_norm", "Gradient norm of the exit's own loss")):
+        panels.append(
+            Panel(
+                "Loss over forward operations of the sub-model",
+                lambda axes: _over(axes, runs, "flops_per_token"),
+            )
+        )
+    for number, title in (
+        ("agreement", "Agreement with the last exit (share of tokens)"),
+        ("accept_length", "Accept length when the exit drafts (tokens a verification)"),
+        ("grad_norm", "Gradient norm of the exit's own loss"),
+    ):
         if any(run.exit_curve(depth, number).values for run in runs for depth in run.depths):
-            panels.append(Panel(title, lambda axes, number=number: _per_exit(axes, runs, colours, number)))
-    for number, title in (("learning_rate", "Learning rate"), ("grad_norm", "Gradient norm before clipping")):
+            panels.append(
+                Panel(title, lambda axes, number=number: _per_exit(axes, runs, colours, number))
+            )
+    for number, title in (
+        ("learning_rate", "Learning rate"),
+        ("grad_norm", "Gradient norm before clipping"),
+    ):
         if any(run.curve(number).values for run in runs):
             panels.append(Panel(title, lambda axes, number=number: _training(axes, runs, number)))
     return panels
@@ -89,7 +106,9 @@ def draw(runs: Sequence[RecordedRun], output: Path) -> None:
     with figure_of(output, WIDE, HIGH * rows, style, dpi=110) as figure:
         figure.get_layout_engine().set(h_pad=0.15, w_pad=0.15)
         grid = figure.add_gridspec(rows, 2)
-        places = [grid[row, :] for row in range(len(wide))] + [grid[len(wide) + i // 2, i % 2] for i in range(len(narrow))]
+        places = [grid[row, :] for row in range(len(wide))] + [
+            grid[len(wide) + i // 2, i % 2] for i in range(len(narrow))
+        ]
         if len(narrow) % 2:
             places[-1] = grid[-1, :]
         for panel, place in zip([*wide, *narrow], places, strict=True):
@@ -104,7 +123,9 @@ def _where(runs: Sequence[RecordedRun]) -> str:
     return "last evaluation" if any(run.evaluations for run in runs) else "last report of training"
 
 
-def _legend(axes, runs: Sequence[RecordedRun], colours: dict[int, tuple], dots: bool = False) -> None:
+def _legend(
+    axes, runs: Sequence[RecordedRun], colours: dict[int, tuple], dots: bool = False
+) -> None:
     """Say which colour is which exit, and which line which run."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -113,26 +134,56 @@ def _legend(axes, runs: Sequence[RecordedRun], colours: dict[int, tuple], dots: 
     handles = []
     if len(colours) > MANY_DEPTHS:
         depths = sorted(colours)
-        edges = [depths[0] - 0.5, *((below + above) / 2 for below, above in pairwise(depths)), depths[-1] + 0.5]
-        bar = axes.figure.colorbar(ScalarMappable(BoundaryNorm(edges, len(depths)), ListedColormap([colours[depth] for depth in depths])),
-                                   ax=axes, pad=0.01, aspect=30, label="exit after layer", spacing="proportional")
+        edges = [
+            depths[0] - 0.5,
+            *((below + above) / 2 for below, above in pairwise(depths)),
+            depths[-1] + 0.5,
+        ]
+        bar = axes.figure.colorbar(
+            ScalarMappable(
+                BoundaryNorm(edges, len(depths)),
+                ListedColormap([colours[depth] for depth in depths]),
+            ),
+            ax=axes,
+            pad=0.01,
+            aspect=30,
+            label="exit after layer",
+            spacing="proportional",
+        )
         every = -(-len(depths) // 10)
         shown = depths[::-1][::every][::-1]  # the last always
         bar.set_ticks(shown, labels=[str(depth) for depth in shown])
         bar.minorticks_off()
     else:
-        handles += [Line2D([], [], color=colour, linewidth=2.5, label=f"exit {depth}") for depth, colour in sorted(colours.items())]
+        handles += [
+            Line2D([], [], color=colour, linewidth=2.5, label=f"exit {depth}")
+            for depth, colour in sorted(colours.items())
+        ]
     if len(runs) > 1:
-        handles += [Line2D([], [], color="#444444", linewidth=1.8, linestyle=line, label=run.name)
-                    for run, line in zip(runs, RUN_LINES, strict=False)]
+        handles += [
+            Line2D([], [], color="#444444", linewidth=1.8, linestyle=line, label=run.name)
+            for run, line in zip(runs, RUN_LINES, strict=False)
+        ]
     if dots:
-        handles.append(Line2D([], [], color="#444444", marker="o", linestyle="", markersize=5, label=f"evaluation: {_first_set(runs)}"))
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color="#444444",
+                marker="o",
+                linestyle="",
+                markersize=5,
+                label=f"evaluation: {_first_set(runs)}",
+            )
+        )
     if handles:
         axes.legend(handles=handles, frameon=False, ncols=-(-len(handles) // 8), fontsize=11)
 
 
 def _first_set(runs: Sequence[RecordedRun]) -> str:
-    return next((name for run in runs for name in run.evaluations), "").removesuffix("_text_document")
+    return next((name for run in runs for name in run.evaluations), "").removesuffix(
+        "_text_document"
+    )
 
 
 def _loss(axes, runs: Sequence[RecordedRun], colours: dict[int, tuple]) -> None:
@@ -144,15 +195,29 @@ def _loss(axes, runs: Sequence[RecordedRun], colours: dict[int, tuple]) -> None:
                 mean = smooth(raw, reach_of(len(raw.values)))
                 if reach_of(len(raw.values)):
                     axes.plot(raw.steps, raw.values, color=colours[depth], linewidth=0.7, alpha=0.3)
-                axes.plot(mean.steps, mean.values, color=colours[depth], linewidth=1.8, linestyle=line,
-                          marker="o" if len(mean.values) == 1 else None)
+                axes.plot(
+                    mean.steps,
+                    mean.values,
+                    color=colours[depth],
+                    linewidth=1.8,
+                    linestyle=line,
+                    marker="o" if len(mean.values) == 1 else None,
+                )
                 # the fall of the first steps would press all that follows into a line
                 tops.append(mean.values[min(len(mean.values) - 1, max(1, len(mean.values) // 25))])
                 bottoms.append(min(mean.values))
             name = next(iter(run.evaluations), None)
             if name is not None and (found := run.exit_curve(depth, "loss", name)).values:
-                axes.scatter(found.steps, found.values, color=[colours[depth]], s=26 if few else 10, zorder=3, edgecolors="white",
-                             linewidths=0.6 if few else 0.0, marker=marker)
+                axes.scatter(
+                    found.steps,
+                    found.values,
+                    color=[colours[depth]],
+                    s=26 if few else 10,
+                    zorder=3,
+                    edgecolors="white",
+                    linewidths=0.6 if few else 0.0,
+                    marker=marker,
+                )
                 dots = True
                 bottoms.append(min(found.values))
                 if not raw.values:
@@ -180,14 +245,32 @@ def _over(axes, runs: Sequence[RecordedRun], cost: str | None) -> None:
         for name in own:
             if name is None and not run.train:
                 continue
-            found = {depth: numbers["loss"] for depth, numbers in run.final(name)[1].items() if numbers["loss"] is not None}
+            found = {
+                depth: numbers["loss"]
+                for depth, numbers in run.final(name)[1].items()
+                if numbers["loss"] is not None
+            }
             if cost is not None:
-                found = {run.costs[depth][cost]: loss for depth, loss in found.items() if depth in run.costs}
-            label = " / ".join([run.name] * (len(runs) > 1) + [(name or "training").removesuffix("_text_document")])
+                found = {
+                    run.costs[depth][cost]: loss
+                    for depth, loss in found.items()
+                    if depth in run.costs
+                }
+            label = " / ".join(
+                [run.name] * (len(runs) > 1) + [(name or "training").removesuffix("_text_document")]
+            )
             line = SET_LINES[sets.index(name) % len(SET_LINES)] if name in sets else "-"
             if found:
-                axes.plot(list(found), list(found.values()), color=colour, marker=marker, linewidth=2, markersize=6, linestyle=line,
-                          label=label)
+                axes.plot(
+                    list(found),
+                    list(found.values()),
+                    color=colour,
+                    marker=marker,
+                    linewidth=2,
+                    markersize=6,
+                    linestyle=line,
+                    label=label,
+                )
     if cost is None:
         axes.set_xlabel("layers run")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -216,10 +299,20 @@ def _training(axes, runs: Sequence[RecordedRun], number: str) -> None:
         if number == "grad_norm" and reach_of(len(raw.values)):
             axes.plot(raw.steps, raw.values, color=colour, linewidth=0.7, alpha=0.3)
             raw_top = sorted(raw.values)[int(0.99 * len(raw.values))]
-            reach = reach_of(len(raw.values))  # a median: a single spike is drawn, and does not lift its surroundings
-            raw = Curve(raw.steps, [median(raw.values[max(0, i - reach):i + reach + 1]) for i in range(len(raw.values))])
+            reach = reach_of(
+                len(raw.values)
+            )  # a median: a single spike is drawn, and does not lift its surroundings
+            raw = Curve(
+                raw.steps,
+                [
+                    median(raw.values[max(0, i - reach) : i + reach + 1])
+                    for i in range(len(raw.values))
+                ],
+            )
             top = max(top, raw_top)
-        axes.plot(raw.steps, raw.values, color=colour, linewidth=1.8, linestyle=line, label=run.name)
+        axes.plot(
+            raw.steps, raw.values, color=colour, linewidth=1.8, linestyle=line, label=run.name
+        )
     if top:
         axes.set_ylim(0, 1.1 * top)  # single spikes may leave the panel
     else:

@@ -50,7 +50,10 @@ class RecordedRun:
     @property
     def last_step(self) -> int:
         """Return the last step that was reported."""
-        return max(line["step"] for line in [*self.train, *(lines[-1] for lines in self.evaluations.values())])
+        return max(
+            line["step"]
+            for line in [*self.train, *(lines[-1] for lines in self.evaluations.values())]
+        )
 
     def exit_curve(self, depth: int, number: str, name: str | None = None) -> Curve:
         """Return a number of one exit: in training, or on the set ``name``."""
@@ -84,7 +87,9 @@ def read_run(path: Path) -> RecordedRun:
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise DataError(f"{path}: {'holds no metrics.jsonl' if path.is_dir() else 'no such file or directory'}. {GIVE}")
+        raise DataError(
+            f"{path}: {'holds no metrics.jsonl' if path.is_dir() else 'no such file or directory'}. {GIVE}"
+        )
     lines = read_json_lines(file)
     if not lines:
         raise DataError(f"{file}: no report yet. Wait for the first step, or give another run.")
@@ -92,22 +97,41 @@ def read_run(path: Path) -> RecordedRun:
         _check(line, f"{file}, line {number}")
     lines = latest_lines(lines)
     evaluations: dict[str, list[dict[str, Any]]] = {}
-    for line in sorted((line for line in lines if line["kind"] == "evaluation"), key=lambda line: line["step"]):
+    for line in sorted(
+        (line for line in lines if line["kind"] == "evaluation"), key=lambda line: line["step"]
+    ):
         evaluations.setdefault(line["name"], []).append(line)
     folder = file.resolve().parent
-    return RecordedRun(folder.name, file, [line for line in lines if line["kind"] == "train"], evaluations, _costs(folder), _settings(folder))
+    return RecordedRun(
+        folder.name,
+        file,
+        [line for line in lines if line["kind"] == "train"],
+        evaluations,
+        _costs(folder),
+        _settings(folder),
+    )
 
 
 def _check(line: dict[str, Any], place: str) -> None:
     kind, exits = line.get("kind"), line.get("exits")
-    right = kind in ("train", "evaluation") and isinstance(line.get("step"), int) and isinstance(exits, dict)
-    right = right and all(DEPTH.fullmatch(depth) and _is_report(numbers) for depth, numbers in exits.items())
+    right = (
+        kind in ("train", "evaluation")
+        and isinstance(line.get("step"), int)
+        and isinstance(exits, dict)
+    )
+    right = right and all(
+        DEPTH.fullmatch(depth) and _is_report(numbers) for depth, numbers in exits.items()
+    )
     if not right or (kind == "evaluation" and not isinstance(line.get("name"), str)):
         raise DataError(f"{place}: not a report of a run. {GIVE}")
 
 
 def _is_report(numbers: Any) -> bool:
-    return isinstance(numbers, dict) and "loss" in numbers and all(isinstance(one, int | float | None) for one in numbers.values())
+    return (
+        isinstance(numbers, dict)
+        and "loss" in numbers
+        and all(isinstance(one, int | float | None) for one in numbers.values())
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -122,8 +146,13 @@ def _costs(folder: Path) -> dict[int, dict[str, float]]:
     exits = _json(folder / "evaluation.json").get("exits")
     if not isinstance(exits, dict):
         return {}
-    return {int(depth): costs for depth, costs in exits.items()
-            if DEPTH.fullmatch(depth) and isinstance(costs, dict) and {"parameters", "flops_per_token"} <= set(costs)}
+    return {
+        int(depth): costs
+        for depth, costs in exits.items()
+        if DEPTH.fullmatch(depth)
+        and isinstance(costs, dict)
+        and {"parameters", "flops_per_token"} <= set(costs)
+    }
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -47,15 +47,25 @@ class Adaptation:
 
     def __init__(self, strategies: Sequence[Strategy], path: Path, origin: dict):
         self.strategies, self.path, self.unsaved = list(strategies), path, 0
-        origin = {"format": FORMAT, **origin, "strategies": [{"name": strategy.name, **asdict(strategy)} for strategy in strategies]}
+        origin = {
+            "format": FORMAT,
+            **origin,
+            "strategies": [{"name": strategy.name, **asdict(strategy)} for strategy in strategies],
+        }
         self.origin = parse_json(json.dumps(origin), "origin")  # lists, as in the file
         try:
             self.bandit = Bandit(strategies, self._read())
             self.bandit.begin(DEFAULT_TASK)
             self._write()
         except OSError as error:
-            raise SettingsError(f"--adapt: {path} cannot be written ({error.strerror}). Name another with --adapt-file.") from error
-        self.learned = {task: self._row(task) for task, rows in self.bandit.tasks.items() if any(times for times, _, _ in rows)}
+            raise SettingsError(
+                f"--adapt: {path} cannot be written ({error.strerror}). Name another with --adapt-file."
+            ) from error
+        self.learned = {
+            task: self._row(task)
+            for task, rows in self.bandit.tasks.items()
+            if any(times for times, _, _ in rows)
+        }
 
     def choose(self, task: str) -> tuple[str, int]:
         """Return under which task a job counts, and the place of the way that it takes."""
@@ -80,10 +90,16 @@ class Adaptation:
             try:
                 self._write()
             except OSError as error:
-                print(f"{self.path}: not written ({error.strerror}); the server goes on without.", file=sys.stderr, flush=True)
+                print(
+                    f"{self.path}: not written ({error.strerror}); the server goes on without.",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _write(self) -> None:
-        write_text_atomically(self.path, json.dumps({**self.origin, "tasks": self.bandit.state_dict()}) + "\n")
+        write_text_atomically(
+            self.path, json.dumps({**self.origin, "tasks": self.bandit.state_dict()}) + "\n"
+        )
 
     def _read(self) -> dict:
         """Return the file's tasks; a file of other ways, or of another machine or draft, gets another name."""
@@ -95,18 +111,37 @@ class Adaptation:
             kept = rename_keys(kept)
             tasks = _checked(kept)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{shown(self.path)}: not written by megatron-sorted serve --adapt ({shown(error)}). {remedy}") from error
+            raise DataError(
+                f"{shown(self.path)}: not written by megatron-sorted serve --adapt ({shown(error)}). {remedy}"
+            ) from error
         if {key: value for key, value in kept.items() if key != "tasks"} == self.origin:
             return tasks
-        aside = next(path for number in itertools.count(1)
-                     if not (path := self.path.with_name(f"{self.path.stem}_{number}{self.path.suffix}")).exists())
+        aside = next(
+            path
+            for number in itertools.count(1)
+            if not (
+                path := self.path.with_name(f"{self.path.stem}_{number}{self.path.suffix}")
+            ).exists()
+        )
         self.path.rename(aside)
-        print(f"[{self.path} was learned with other ways, or elsewhere: it is {aside.name} now, and learning begins anew]", flush=True)
+        print(
+            f"[{self.path} was learned with other ways, or elsewhere: it is {aside.name} now, and learning begins anew]",
+            flush=True,
+        )
         return {}
 
     def _row(self, task: str) -> list[dict]:
-        return [{"strategy": strategy.name, "way": strategy.name, "times": int(times), "tokens_per_second": round(tokens / seconds, 2) if seconds else None}
-                for strategy, (times, tokens, seconds) in zip(self.strategies, self.bandit.tasks[task], strict=True)]
+        return [
+            {
+                "strategy": strategy.name,
+                "way": strategy.name,
+                "times": int(times),
+                "tokens_per_second": round(tokens / seconds, 2) if seconds else None,
+            }
+            for strategy, (times, tokens, seconds) in zip(
+                self.strategies, self.bandit.tasks[task], strict=True
+            )
+        ]
 
 
 def _checked(kept: dict) -> dict[str, list[list[float]]]:
@@ -120,7 +155,10 @@ def _checked(kept: dict) -> dict[str, list[list[float]]]:
     tasks, size = kept["tasks"], len(kept["strategies"])
     for task, rows in tasks.items():
         for times, tokens, seconds in rows:
-            if not (times == tokens == seconds == 0 or (1 <= times <= tokens < float("inf") and 0 < seconds < float("inf"))):
+            if not (
+                times == tokens == seconds == 0
+                or (1 <= times <= tokens < float("inf") and 0 < seconds < float("inf"))
+            ):
                 raise ValueError(f"task {task!r} has impossible numbers")
         if len(rows) != size:
             raise ValueError(f"task {task!r} has {len(rows)} ways, not {size}")
@@ -137,17 +175,27 @@ def candidate_strategies(choice: StrategyChoice, writer: TextGenerator) -> list[
         DataError: What was tuned is damaged.
     """
     if writer.draft is None and len(writer.network.depths) == 1:
-        raise SettingsError("--adapt: the model has no exits before its last layer, so there is nothing to choose. Leave it out, or give "
-                            "--depths or --draft.")
+        raise SettingsError(
+            "--adapt: the model has no exits before its last layer, so there is nothing to choose. Leave it out, or give "
+            "--depths or --draft."
+        )
     tuned = choice.tuned(writer.draft).get("strategies") or LOSSLESS
     names = [name for name in LOSSLESS if name == Full.name or name in tuned]
-    return [choice.named(name).strategy(writer.network, writer.draft_for(STRATEGIES[name])) for name in names]
+    return [
+        choice.named(name).strategy(writer.network, writer.draft_for(STRATEGIES[name]))
+        for name in names
+    ]
 
 
-def open_adaptation(choice: StrategyChoice, writer: TextGenerator, machine: dict, path: Path | None = None) -> Adaptation:
+def open_adaptation(
+    choice: StrategyChoice, writer: TextGenerator, machine: dict, path: Path | None = None
+) -> Adaptation:
     """Return what chooses the ways of a server, and keeps in ``path`` what it learns on this machine.
 
     Errors as for `candidate_strategies` and `Adaptation`.
     """
-    origin = {"machine": machine, "draft": None if writer.draft is None else draft_key(choice.draft, writer.draft)}
+    origin = {
+        "machine": machine,
+        "draft": None if writer.draft is None else draft_key(choice.draft, writer.draft),
+    }
     return Adaptation(candidate_strategies(choice, writer), path or choice.model / LEARNED, origin)

@@ -40,11 +40,15 @@ class AsciiResponse(JSONResponse):
         return json.dumps(content).encode("ascii")
 
 
-def refuse(message: str, field: str | None = None, status: int = 400, retry_seconds: int = RETRY_SECONDS) -> JSONResponse:
+def refuse(
+    message: str, field: str | None = None, status: int = 400, retry_seconds: int = RETRY_SECONDS
+) -> JSONResponse:
     """Return an error as OpenAI writes it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     headers = {"retry-after": str(retry_seconds)} if status == 503 else None
-    return AsciiResponse({"error": {"message": message, "type": kind, "param": field, "code": None}}, status, headers)
+    return AsciiResponse(
+        {"error": {"message": message, "type": kind, "param": field, "code": None}}, status, headers
+    )
 
 
 def failed(error: Exception, field: str | None) -> JSONResponse:
@@ -57,7 +61,9 @@ def failed(error: Exception, field: str | None) -> JSONResponse:
         return refuse(str(error), None, 503)
     if isinstance(error, SortedError):
         return refuse(str(error), field)
-    return refuse(f"the server failed ({type(error).__name__}); it goes on with other requests.", None, 500)
+    return refuse(
+        f"the server failed ({type(error).__name__}); it goes on with other requests.", None, 500
+    )
 
 
 class CompletionResponse:
@@ -72,7 +78,11 @@ class CompletionResponse:
 
     def __init__(self, prefix: str, kind: str, model: str, echoes: list[str]):
         self.kind, self.echoes, self.is_chat = kind, echoes, kind == "chat.completion"
-        self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.head = {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
         self.scores: list[list[TokenScore]] | None = None
 
     def begin(self, n: int, prompt_tokens: int) -> None:
@@ -92,17 +102,34 @@ class CompletionResponse:
 
     def usage(self) -> dict[str, int]:
         """Return the numbers of tokens."""
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens, "total_tokens": self.prompt_tokens + self.tokens}
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.tokens,
+            "total_tokens": self.prompt_tokens + self.tokens,
+        }
 
     def whole(self) -> dict:
         """Return the answer."""
         choices = []
         for index, (text, finish) in enumerate(zip(self.texts, self.finishes, strict=True)):
-            said = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-            choices.append({"index": index, **said, "logprobs": self._logprobs(index), "finish_reason": FINISH[finish]})
+            said = (
+                {"message": {"role": "assistant", "content": text}}
+                if self.is_chat
+                else {"text": text}
+            )
+            choices.append(
+                {
+                    "index": index,
+                    **said,
+                    "logprobs": self._logprobs(index),
+                    "finish_reason": FINISH[finish],
+                }
+            )
         return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
 
-    async def stream(self, pieces: AsyncIterator[StreamedText | list], field: str, with_usage: bool) -> AsyncIterator[str]:
+    async def stream(
+        self, pieces: AsyncIterator[StreamedText | list], field: str, with_usage: bool
+    ) -> AsyncIterator[str]:
         """Yield server-sent events; ``with_usage`` one of the tokens, without choices, before the last."""
         kind = "chat.completion.chunk" if self.is_chat else self.kind
         # with scores, which are there only when the texts are over, those of what stands before them come first
@@ -119,14 +146,26 @@ class CompletionResponse:
                     continue
                 text = self.take(piece)
                 if text or piece.finish or self.scores:
-                    said = {"delta": {"content": text} if text else {}} if self.is_chat else {"text": text}
+                    said = (
+                        {"delta": {"content": text} if text else {}}
+                        if self.is_chat
+                        else {"text": text}
+                    )
                     logprobs = self._logprobs(piece.row, len(piece.added.tokens))
-                    yield self._event(kind, piece.row, said, FINISH[piece.finish] if piece.finish else None, logprobs)
+                    yield self._event(
+                        kind,
+                        piece.row,
+                        said,
+                        FINISH[piece.finish] if piece.finish else None,
+                        logprobs,
+                    )
             for event in () if begun else self._beginnings(kind):
                 yield event
             for row, finish in enumerate(self.finishes):
                 if finish is None:  # no new token was asked for
-                    yield self._event(kind, row, {"delta": {}} if self.is_chat else {"text": ""}, FINISH[None])
+                    yield self._event(
+                        kind, row, {"delta": {}} if self.is_chat else {"text": ""}, FINISH[None]
+                    )
         except Exception as error:
             yield f"data: {failed(error, field).body.decode()}\n\n"
             return
@@ -139,7 +178,9 @@ class CompletionResponse:
             if self.is_chat:
                 yield self._event(kind, row, {"delta": {"role": "assistant", "content": ""}}, None)
             elif echo:
-                num_echoed = sum(score.is_prompt for score in self.scores[row]) if self.scores else 0
+                num_echoed = (
+                    sum(score.is_prompt for score in self.scores[row]) if self.scores else 0
+                )
                 yield self._event(kind, row, {"text": echo}, None, self._logprobs(row, num_echoed))
 
     def _logprobs(self, row: int, count: int | None = None) -> dict | None:
@@ -154,7 +195,9 @@ class CompletionResponse:
         self.offsets[row] += sum(len(score.text) for score in scores)
         return as_text_logprobs(scores, first)
 
-    def _event(self, kind: str, row: int, said: dict, finish: str | None, logprobs: dict | None = None) -> str:
+    def _event(
+        self, kind: str, row: int, said: dict, finish: str | None, logprobs: dict | None = None
+    ) -> str:
         choice = {"index": row, **said, "finish_reason": finish}
         if logprobs is not None or not self.is_chat:
             choice["logprobs"] = logprobs

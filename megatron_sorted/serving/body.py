@@ -23,7 +23,10 @@ HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 def most_body_bytes(network: Network) -> int:
     """Return the limit of a body: room for as many prompts as a request may have, each filling the context."""
-    return min(max(MOST_PROMPTS * network.max_positions * BYTES_PER_TOKEN, LEAST_BODY_BYTES), MOST_BODY_BYTES)
+    return min(
+        max(MOST_PROMPTS * network.max_positions * BYTES_PER_TOKEN, LEAST_BODY_BYTES),
+        MOST_BODY_BYTES,
+    )
 
 
 async def read_body(request: Request, most_bytes: int) -> bytes:
@@ -42,8 +45,10 @@ async def read_body(request: Request, most_bytes: int) -> bytes:
         if size > MOST_DRAINED_BYTES:
             break
     if size > most_bytes:
-        raise RefusedError(f"the body has more than {most_bytes} bytes, the most that the model's context has use for. Send less.",
-                           status=413)
+        raise RefusedError(
+            f"the body has more than {most_bytes} bytes, the most that the model's context has use for. Send less.",
+            status=413,
+        )
     return b"".join(parts)
 
 
@@ -54,13 +59,21 @@ def parse_body(body: bytes, content_type: str) -> dict:
         RefusedError: It is none, or has so many elements that parsing it would cost everybody.
     """
     kind = content_type.partition(";")[0].strip().lower()
-    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        raise RefusedError(f"content-type: {kind[:80]!r} is not JSON. Send the header 'content-type: application/json'.")
+    if kind != "application/json" and not (
+        kind.startswith("application/") and kind.endswith("+json")
+    ):
+        raise RefusedError(
+            f"content-type: {kind[:80]!r} is not JSON. Send the header 'content-type: application/json'."
+        )
     if body.count(b",") > MOST_ELEMENTS or body.count(b"{") + body.count(b"[") > MOST_CONTAINERS:
-        raise RefusedError(f"the body has more than {MOST_ELEMENTS} elements, or more than {MOST_CONTAINERS} lists and objects. Send less.")
+        raise RefusedError(
+            f"the body has more than {MOST_ELEMENTS} elements, or more than {MOST_CONTAINERS} lists and objects. Send less."
+        )
     values = parse_json(body, "body", "Send one JSON object.", RefusedError, constants=False)
     if not isinstance(values, dict):
-        raise RefusedError(f"body: it is a {type(values).__name__}. Send one JSON object, such as {{\"prompt\": \"Once\"}}.")
+        raise RefusedError(
+            f'body: it is a {type(values).__name__}. Send one JSON object, such as {{"prompt": "Once"}}.'
+        )
     if HALF_PAIR.search(body):
         _check_text(values)
     return values
@@ -76,5 +89,7 @@ def _check_text(values: dict) -> None:
         try:
             json.dumps([name, value], ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise RefusedError(f"{shown(name, 80)}: it holds half of a UTF-16 pair, which is no character. Cut texts between characters.",
-                               name[:80]) from None
+            raise RefusedError(
+                f"{shown(name, 80)}: it holds half of a UTF-16 pair, which is no character. Cut texts between characters.",
+                name[:80],
+            ) from None

@@ -27,7 +27,9 @@ def pieces_of(job: Job) -> AsyncIterator[StreamedText | list[list[TokenScore]]]:
     return pieces
 
 
-async def _listen(job: Job, ready: asyncio.Event) -> AsyncIterator[StreamedText | list[list[TokenScore]]]:
+async def _listen(
+    job: Job, ready: asyncio.Event
+) -> AsyncIterator[StreamedText | list[list[TokenScore]]]:
     """Yield a job's pieces as they come; however many wait, none takes a thread."""
     try:
         while True:

@@ -37,11 +37,17 @@ DROPPED_AFTER = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)
 def most_connections() -> int:
     """Return how many connections there may be: half of the files that the process may open, raised to what it is allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4 * MOST_CONNECTIONS if hard == resource.RLIM_INFINITY else min(4 * MOST_CONNECTIONS, hard)
+    wanted = (
+        4 * MOST_CONNECTIONS if hard == resource.RLIM_INFINITY else min(4 * MOST_CONNECTIONS, hard)
+    )
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
-    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, max(soft // 2, 1))
+    return (
+        MOST_CONNECTIONS
+        if soft == resource.RLIM_INFINITY
+        else min(MOST_CONNECTIONS, max(soft // 2, 1))
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -53,14 +59,19 @@ def bind(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
         raise SettingsError(f"--port: {port} is not in 0..65535. Change it.")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM,
-                                                                flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
     except (OSError, UnicodeError) as error:
-        raise SettingsError(f"--host: {host!r} is not an address ({getattr(error, 'strerror', None) or error}). Change it.") from error
+        raise SettingsError(
+            f"--host: {host!r} is not an address ({getattr(error, 'strerror', None) or error}). Change it."
+        ) from error
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # connections that are accepted inherit it
+        bound.setsockopt(
+            socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1
+        )  # connections that are accepted inherit it
         for name, seconds in DROPPED_AFTER:
             if hasattr(socket, name):
                 bound.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
@@ -72,8 +83,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _address_error(host: str, port: int, error: OSError) -> SettingsError:
-    return SettingsError(f"--host {host} --port {port}: {error.strerror}. Give an address of this machine and a --port (above 1023) "
-                         "that no other program has.")
+    return SettingsError(
+        f"--host {host} --port {port}: {error.strerror}. Give an address of this machine and a --port (above 1023) "
+        "that no other program has."
+    )
 
 
 class Connection(H11Protocol):
@@ -93,7 +106,11 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._wait(HEAD_SECONDS)
         if len(self.connections) > self.most:
-            waiting = [one for one in self.connections if one.waits_since is not None and not one.transport.is_closing()]
+            waiting = [
+                one
+                for one in self.connections
+                if one.waits_since is not None and not one.transport.is_closing()
+            ]
             min(waiting, key=lambda one: one.waits_since, default=self).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -131,7 +148,9 @@ class Connection(H11Protocol):
         """Give the client so many seconds; None ends the waiting."""
         if self.limit is not None:
             self.limit.cancel()
-        self.limit = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+        self.limit = (
+            None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+        )
         self.waits_since = None if seconds is None else time.monotonic()
 
 
@@ -145,7 +164,13 @@ class Server(uvicorn.Server):
         announce: Called when clients can connect.
     """
 
-    def __init__(self, config: uvicorn.Config, worker: GenerationWorker, seconds: float, announce: Callable[[], None]):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        worker: GenerationWorker,
+        seconds: float,
+        announce: Callable[[], None],
+    ):
         super().__init__(config)
         self.worker, self.seconds, self.announce = worker, seconds, announce
         self.end_at = float("inf")
@@ -164,7 +189,9 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let texts end by themselves for most of the time, then end them with a word, then end connections."""
-        self.end_at = time.monotonic() + self.seconds - min(0.5, self.seconds / 4)  # the rest is for what ends the process
+        self.end_at = (
+            time.monotonic() + self.seconds - min(0.5, self.seconds / 4)
+        )  # the rest is for what ends the process
         ending = asyncio.create_task(self._end_texts())
         await super().shutdown(sockets)
         ending.cancel()
@@ -180,17 +207,34 @@ class Server(uvicorn.Server):
             connection.transport.abort()  # a client that does not read
 
 
-def serve(app: FastAPI, worker: GenerationWorker, bound: socket.socket, shutdown_seconds: float, announce: Callable[[], None]) -> NoReturn:
+def serve(
+    app: FastAPI,
+    worker: GenerationWorker,
+    bound: socket.socket,
+    shutdown_seconds: float,
+    announce: Callable[[], None],
+) -> NoReturn:
     """Serve until the process is told to stop, and end it: with status 0, after Ctrl-C with 130.
 
     Raises:
         SettingsError: Another program has taken the port meanwhile.
     """
     Connection.most = most_connections()
-    config = uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_level="warning", access_log=False, backlog=BACKLOG,
-                            timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=math.ceil(shutdown_seconds) + 2)
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=math.ceil(shutdown_seconds) + 2,
+    )
     server = Server(config, worker, shutdown_seconds, announce)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has stopped in good order
+    signal.signal(
+        signal.SIGTERM, lambda *_: None
+    )  # uvicorn raises it again when it has stopped in good order
     address, status = bound.getsockname(), 0
     try:
         server.run([bound])

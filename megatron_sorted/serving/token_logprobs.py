@@ -36,7 +36,9 @@ class TokenScore:
 
 
 @torch.inference_mode()
-def logprobs_of(network: Network, tokens: Sequence[int], first: int, num_top: int) -> list[tuple[float, list[tuple[int, float]]]]:
+def logprobs_of(
+    network: Network, tokens: Sequence[int], first: int, num_top: int
+) -> list[tuple[float, list[tuple[int, float]]]]:
     """Return (logprob, [(token, logprob)] of the most likely) of the tokens from place ``first`` on, which is 1 or more.
 
     One pass of the full model over the whole text, as transformers computes it; neither temperature nor penalties change them.
@@ -47,15 +49,21 @@ def logprobs_of(network: Network, tokens: Sequence[int], first: int, num_top: in
     found = []
     with as_memory_error():
         ids_1s = torch.tensor([list(tokens)], device=network.device)
-        hidden_sh = network.model.model(input_ids=ids_1s[:, :-1], use_cache=False).last_hidden_state[0]
+        hidden_sh = network.model.model(
+            input_ids=ids_1s[:, :-1], use_cache=False
+        ).last_hidden_state[0]
         for begin in range(first, len(tokens), POSITIONS_AT_ONCE):
             places = range(begin, min(begin + POSITIONS_AT_ONCE, len(tokens)))
             logits_nv: Tensor = network.model.lm_head(hidden_sh[places.start - 1 : places.stop - 1])
             scores_nv = logits_nv.float().log_softmax(-1)
             own_n = scores_nv.gather(-1, ids_1s[0, places.start : places.stop, None])[:, 0].tolist()
             best = scores_nv.topk(min(num_top, scores_nv.size(-1)), dim=-1)
-            found += [(own, list(zip(ids, values, strict=True)))
-                      for own, ids, values in zip(own_n, best.indices.tolist(), best.values.tolist(), strict=True)]
+            found += [
+                (own, list(zip(ids, values, strict=True)))
+                for own, ids, values in zip(
+                    own_n, best.indices.tolist(), best.values.tolist(), strict=True
+                )
+            ]
     return found
 
 
@@ -70,28 +78,42 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.known, self.owners = tokenizer, {}, {}
-        self.anchor = tokenizer.encode_batch([ANCHOR])[0]  # behind it no space before a word is left out
+        self.anchor = tokenizer.encode_batch([ANCHOR])[
+            0
+        ]  # behind it no space before a word is left out
         self.before = len(tokenizer.decode(self.anchor))
 
     def __getitem__(self, token: int) -> str:
         """Return a token's text or name."""
         if token not in self.known:
             text = self.tokenizer.decode([*self.anchor, token])[self.before :]
-            name = self.tokenizer.token_text(token) or f"token {token}"  # a row of the model that no token has
+            name = (
+                self.tokenizer.token_text(token) or f"token {token}"
+            )  # a row of the model that no token has
             is_whole = text and BROKEN not in text and not BYTE.fullmatch(name)
-            self.known[token] = text if is_whole and self.owners.setdefault(text, token) == token else name
+            self.known[token] = (
+                text if is_whole and self.owners.setdefault(text, token) == token else name
+            )
         return self.known[token]
 
 
-def score_text(network: Network, texts: TokenTexts, prompt: Sequence[int], added: Sequence[int], num_top: int,
-               with_prompt: bool) -> list[TokenScore]:
+def score_text(
+    network: Network,
+    texts: TokenTexts,
+    prompt: Sequence[int],
+    added: Sequence[int],
+    num_top: int,
+    with_prompt: bool,
+) -> list[TokenScore]:
     """Return the scores of the tokens that were added to a prompt; ``with_prompt`` those of the prompt before them.
 
     Raises:
         MemoryExhaustedError: The text does not fit into memory.
     """
     whole, begin = [*prompt, *added], 0 if with_prompt else len(prompt)
-    found = logprobs_of(network, whole, max(begin, 1), num_top) if len(whole) > max(begin, 1) else []
+    found = (
+        logprobs_of(network, whole, max(begin, 1), num_top) if len(whole) > max(begin, 1) else []
+    )
     scores = [TokenScore(texts[whole[0]], None, [], True)] if begin == 0 else []
     for place, (logprob, top) in enumerate(found, max(begin, 1)):
         best = [(texts[token], value) for token, value in top]
@@ -105,15 +127,32 @@ def as_text_logprobs(scores: Sequence[TokenScore], first_offset: int) -> dict:
     for score in scores:
         offsets.append(place)
         place += len(score.text)
-    tops = [None if score.logprob is None else dict([*score.top, (score.text, score.logprob)]) if score.top else {} for score in scores]
-    return {"tokens": [score.text for score in scores], "token_logprobs": [score.logprob for score in scores],
-            "top_logprobs": tops, "text_offset": offsets}
+    tops = [
+        None
+        if score.logprob is None
+        else dict([*score.top, (score.text, score.logprob)])
+        if score.top
+        else {}
+        for score in scores
+    ]
+    return {
+        "tokens": [score.text for score in scores],
+        "token_logprobs": [score.logprob for score in scores],
+        "top_logprobs": tops,
+        "text_offset": offsets,
+    }
 
 
 def as_chat_logprobs(scores: Sequence[TokenScore]) -> dict:
     """Return scores as /v1/chat/completions tells them."""
+
     def entry(text: str, logprob: float | None) -> dict:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
-    return {"content": [{**entry(score.text, score.logprob), "top_logprobs": [entry(*one) for one in score.top]} for score in scores],
-            "refusal": None}
+    return {
+        "content": [
+            {**entry(score.text, score.logprob), "top_logprobs": [entry(*one) for one in score.top]}
+            for score in scores
+        ],
+        "refusal": None,
+    }

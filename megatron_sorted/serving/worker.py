@@ -92,7 +92,12 @@ class GenerationWorker:
         clock: Tells the seconds that jobs take.
     """
 
-    def __init__(self, writer: TextGenerator, adaptation: Adaptation | None = None, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        writer: TextGenerator,
+        adaptation: Adaptation | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         self.writer, self.adaptation, self.clock = writer, adaptation, clock
         self.line: deque[Job] = deque()
         self.changed = threading.Condition()
@@ -113,7 +118,10 @@ class GenerationWorker:
                 raise BusyError(STOPPING)
             if len(self.line) >= MOST_WAITING:
                 seconds = round(self.seconds_a_job * len(self.line))
-                raise BusyError(f"{MOST_WAITING} requests wait already. Try again later.", min(max(seconds, 1), MOST_RETRY_SECONDS))
+                raise BusyError(
+                    f"{MOST_WAITING} requests wait already. Try again later.",
+                    min(max(seconds, 1), MOST_RETRY_SECONDS),
+                )
             job.left = self._drop
             if not job.gone.is_set():
                 self.line.append(job)
@@ -162,7 +170,9 @@ class GenerationWorker:
             found, began = None, time.perf_counter()
             try:
                 self._answer(job)
-            except Exception as error:  # of a request that cannot be, or a failure: the next one may go well
+            except (
+                Exception
+            ) as error:  # of a request that cannot be, or a failure: the next one may go well
                 if not isinstance(error, SortedError):
                     traceback.print_exception(error)
                 found = without_frames(error)
@@ -179,7 +189,12 @@ class GenerationWorker:
         if job.gone.is_set():
             return
         # what a way is worth is not learned where nothing is written, or scored afterwards
-        if job.strategy is not None or self.adaptation is None or job.max_new_tokens < 1 or job.scoring is not None:
+        if (
+            job.strategy is not None
+            or self.adaptation is None
+            or job.max_new_tokens < 1
+            or job.scoring is not None
+        ):
             self._write(job, job.strategy)
             return
         task, place = self.adaptation.choose(job.task)
@@ -196,7 +211,9 @@ class GenerationWorker:
     def _write(self, job: Job, strategy: Strategy | None) -> int:
         """Return how many tokens were written until the texts were over or nobody waited any more."""
         num_tokens, held = 0, []
-        for piece in self.writer.write(job.prompts, strategy, job.sampling, job.max_new_tokens, job.stop):
+        for piece in self.writer.write(
+            job.prompts, strategy, job.sampling, job.max_new_tokens, job.stop
+        ):
             num_tokens += len(piece.added.tokens)
             if job.gone.is_set():
                 break
@@ -219,7 +236,16 @@ class GenerationWorker:
         for prompt, tokens in zip(job.prompts, added, strict=True):
             if job.gone.is_set():
                 break
-            scores.append(score_text(self.writer.network, self.texts, prompt, tokens, job.scoring.num_top, job.scoring.with_prompt))
+            scores.append(
+                score_text(
+                    self.writer.network,
+                    self.texts,
+                    prompt,
+                    tokens,
+                    job.scoring.num_top,
+                    job.scoring.with_prompt,
+                )
+            )
         return scores
 
 
@@ -230,7 +256,9 @@ def check_scoring(strategy: Strategy | None) -> None:
         SettingsError: It does not.
     """
     if isinstance(strategy, Fixed | EarlyExit):
-        raise SettingsError(f"logprobs: they are the full model's, and way {strategy.name} writes other texts. Use another way.")
+        raise SettingsError(
+            f"logprobs: they are the full model's, and way {strategy.name} writes other texts. Use another way."
+        )
 
 
 def without_frames(error: BaseException) -> BaseException:

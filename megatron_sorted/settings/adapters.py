@@ -14,15 +14,25 @@ class LoraSettings:
     """Low-rank adapters (LoRA, DyLoRA) on a frozen network."""
 
     lora_rank: int = setting(
-        0, "Rank of a trained product B A added to each target's matrix, all else but the exits' own parts being frozen; 0: none.")
+        0,
+        "Rank of a trained product B A added to each target's matrix, all else but the exits' own parts being frozen; 0: none.",
+    )
     lora_alpha: float = setting(32.0, "The product counts --lora-alpha / rank.")
     lora_targets: tuple[str, ...] = setting(
-        ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), "Matrices of every layer that get an adapter.")
+        ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
+        "Matrices of every layer that get an adapter.",
+    )
     lora_dropout: float = setting(0.0, "Dropout on what an adapter reads.")
     dylora: bool = setting(
-        False, "Nested ranks (DyLoRA): each step draws a rank b and uses the first b ranks, so that the adapter can be cut to any of them.")
-    dylora_frozen: bool = setting(False, "With --dylora: only rank b trains at a step, those below it are used as they are.")
-    dylora_ranks: tuple[int, ...] = setting((), "With --dylora: ranks to draw from, --lora-rank among them; by default 1, 2, ..., rank.")
+        False,
+        "Nested ranks (DyLoRA): each step draws a rank b and uses the first b ranks, so that the adapter can be cut to any of them.",
+    )
+    dylora_frozen: bool = setting(
+        False, "With --dylora: only rank b trains at a step, those below it are used as they are."
+    )
+    dylora_ranks: tuple[int, ...] = setting(
+        (), "With --dylora: ranks to draw from, --lora-rank among them; by default 1, 2, ..., rank."
+    )
 
 
 def check_adapters(settings: AllSettings) -> None:
@@ -34,7 +44,10 @@ def check_adapters(settings: AllSettings) -> None:
     if not settings.lora_rank:
         for field in dataclasses.fields(LoraSettings):
             value = getattr(settings, field.name)
-            require(value == field.default, f"{flag_of(field.name)}: there are no adapters (--lora-rank 0). Give a rank or leave it out.")
+            require(
+                value == field.default,
+                f"{flag_of(field.name)}: there are no adapters (--lora-rank 0). Give a rank or leave it out.",
+            )
         return
     _check_network(settings)
     _check_targets(settings)
@@ -65,11 +78,17 @@ def _check_network(settings: AllSettings) -> None:
 
 
 def _check_targets(settings: AllSettings) -> None:
-    require(bool(settings.lora_targets), f"--lora-targets: empty with --lora-rank {settings.lora_rank}. Name some of {', '.join(TARGETS)}.")
+    require(
+        bool(settings.lora_targets),
+        f"--lora-targets: empty with --lora-rank {settings.lora_rank}. Name some of {', '.join(TARGETS)}.",
+    )
     for target in settings.lora_targets:
         hint = nearest(target, TARGETS, f"Use some of {', '.join(TARGETS)}.")
         require(target in TARGETS, f"--lora-targets: {target!r} is no matrix of a layer. {hint}")
-        require(settings.lora_targets.count(target) == 1, f"--lora-targets: {target} is named twice. Name it once.")
+        require(
+            settings.lora_targets.count(target) == 1,
+            f"--lora-targets: {target} is named twice. Name it once.",
+        )
         rows, columns = layer_shapes(settings).matrices[target]
         require(
             settings.lora_rank <= min(rows, columns),
@@ -81,12 +100,21 @@ def _check_targets(settings: AllSettings) -> None:
 def _check_nested(settings: AllSettings) -> None:
     if not settings.dylora:
         for name in ("dylora_frozen", "dylora_ranks"):
-            require(not getattr(settings, name), f"{flag_of(name)}: ranks are nested with --dylora only. Give it or leave this out.")
+            require(
+                not getattr(settings, name),
+                f"{flag_of(name)}: ranks are nested with --dylora only. Give it or leave this out.",
+            )
         return
     ranks = settings.dylora_ranks
     for rank in ranks:
-        require(1 <= rank <= settings.lora_rank, f"--dylora-ranks: {rank} is not in 1..{settings.lora_rank} (--lora-rank). Change one.")
-        require(ranks.count(rank) == 1, f"--dylora-ranks: {rank} stands twice. Each is drawn with the same probability; name it once.")
+        require(
+            1 <= rank <= settings.lora_rank,
+            f"--dylora-ranks: {rank} is not in 1..{settings.lora_rank} (--lora-rank). Change one.",
+        )
+        require(
+            ranks.count(rank) == 1,
+            f"--dylora-ranks: {rank} stands twice. Each is drawn with the same probability; name it once.",
+        )
     require(
         not ranks or max(ranks) == settings.lora_rank,
         f"--dylora-ranks: {' '.join(map(str, ranks))}: the ranks above {max(ranks, default=0)} of --lora-rank {settings.lora_rank} would "

@@ -18,8 +18,10 @@ def layer_parameters(settings: AllSettings) -> tuple[int, int]:
         return shapes.products(), shapes.parameters(settings)
     shapes = layer_shapes(settings, ffn=settings.moe_ffn_hidden_size)
     mlp, router = shapes.products(with_attention=False), settings.hidden_size * settings.num_experts
-    return (shapes.products() + (settings.moe_router_topk - 1) * mlp + router,
-            shapes.parameters(settings) + (settings.num_experts - 1) * mlp + router)
+    return (
+        shapes.products() + (settings.moe_router_topk - 1) * mlp + router,
+        shapes.parameters(settings) + (settings.num_experts - 1) * mlp + router,
+    )
 
 
 def part_parameters(settings: AllSettings) -> tuple[int, int]:
@@ -29,7 +31,9 @@ def part_parameters(settings: AllSettings) -> tuple[int, int]:
         weights, total = layer_parameters(settings)
         return adapter + weights, adapter + total
     if settings.use_exit_mlp:
-        return adapter + shapes.products(with_attention=False), adapter + shapes.parameters(settings, with_attention=False)
+        return adapter + shapes.products(with_attention=False), adapter + shapes.parameters(
+            settings, with_attention=False
+        )
     return adapter, adapter
 
 
@@ -41,30 +45,50 @@ def sub_model_parameters(settings: AllSettings, vocab_size: int) -> dict[int, in
     outside += layer_shapes(settings).norm
     if settings.position_embedding_type == "learned_absolute":
         outside += max_position_embeddings(settings) * h
-    return {depth: outside + depth * layer_parameters(settings)[1] + (depth < settings.num_layers) * part_parameters(settings)[1]
-            for depth in exit_depths(settings)}
+    return {
+        depth: outside
+        + depth * layer_parameters(settings)[1]
+        + (depth < settings.num_layers) * part_parameters(settings)[1]
+        for depth in exit_depths(settings)
+    }
 
 
-def forward_flops_per_token(settings: AllSettings, vocab_size: int, seq_length: int | None = None) -> dict[int, int]:
+def forward_flops_per_token(
+    settings: AllSettings, vocab_size: int, seq_length: int | None = None
+) -> dict[int, int]:
     """Returns {depth: operations of the sub-model's forward pass for one token}, a multiply-add counting 2.
 
     Attention is counted at its mean over a causal sequence: half of ``seq_length`` (by default the run's); with a sliding window ``w``,
     where a token sees at most ``w`` others, that is w - w**2 / (2 * seq_length).
     """
     layer, head, part = _token_flops(settings, vocab_size, seq_length or settings.seq_length)
-    return {depth: depth * layer + head + (depth < settings.num_layers) * part for depth in exit_depths(settings)}
+    return {
+        depth: depth * layer + head + (depth < settings.num_layers) * part
+        for depth in exit_depths(settings)
+    }
 
 
 def _token_flops(settings: AllSettings, vocab_size: int, length: int) -> tuple[int, int, int]:
     """Returns the operations of a layer's, a head's and an exit's own parts' forward pass for one token."""
     window = min(settings.sliding_window or length, length)
     seen_twice = 2 * window - window * window // length
-    attention = 2 * seen_twice * settings.num_attention_heads * kv_channels(settings)  # scores and values, each 2 * seen * width
+    attention = (
+        2 * seen_twice * settings.num_attention_heads * kv_channels(settings)
+    )  # scores and values, each 2 * seen * width
     part = 2 * part_parameters(settings)[0] + (attention if settings.use_exit_block else 0)
-    return 2 * layer_parameters(settings)[0] + attention, 2 * settings.hidden_size * vocab_size, part
+    return (
+        2 * layer_parameters(settings)[0] + attention,
+        2 * settings.hidden_size * vocab_size,
+        part,
+    )
 
 
-def train_flops_per_token(settings: AllSettings, vocab_size: int, depths: Collection[int] | None = None, deepest: int | None = None) -> int:
+def train_flops_per_token(
+    settings: AllSettings,
+    vocab_size: int,
+    depths: Collection[int] | None = None,
+    deepest: int | None = None,
+) -> int:
     """Returns operations of forward and backward for one token.
 
     With --tune-exit layers have no backward; a frozen matrix, also under adapters, has none for its weights.
@@ -76,7 +100,9 @@ def train_flops_per_token(settings: AllSettings, vocab_size: int, depths: Collec
         deepest: Layers that are run; by default all.
     """
     layer, head, part = _token_flops(settings, vocab_size, settings.seq_length)
-    depths = exit_depths(settings)[: -1 if settings.tune_exit else None] if depths is None else depths
+    depths = (
+        exit_depths(settings)[: -1 if settings.tune_exit else None] if depths is None else depths
+    )
     deepest = deepest or settings.num_layers
     own = sum(depth < settings.num_layers for depth in depths)
     own_heads = own if settings.untie_exit_output_weights else 0
@@ -84,5 +110,8 @@ def train_flops_per_token(settings: AllSettings, vocab_size: int, depths: Collec
     heads = 3 * own_heads * head + (2 if frozen else 3) * (len(depths) - own_heads) * head
     layers = deepest * layer * (1 if settings.tune_exit else 3)
     if settings.lora_rank:
-        layers += 6 * adapter_parameters(settings) * deepest // settings.num_layers - 2 * layer_parameters(settings)[0] * deepest
+        layers += (
+            6 * adapter_parameters(settings) * deepest // settings.num_layers
+            - 2 * layer_parameters(settings)[0] * deepest
+        )
     return layers + heads + 3 * own * part

@@ -18,12 +18,20 @@ def ffn_hidden_size(settings: AllSettings) -> int:
     """Returns the width of the MLP: as given, else 4 x hidden size, with SwiGLU 8/3 x hidden size rounded up to a multiple of 64."""
     if settings.ffn_hidden_size is not None:
         return settings.ffn_hidden_size
-    return -(-8 * settings.hidden_size // (3 * 64)) * 64 if settings.swiglu else 4 * settings.hidden_size
+    return (
+        -(-8 * settings.hidden_size // (3 * 64)) * 64
+        if settings.swiglu
+        else 4 * settings.hidden_size
+    )
 
 
 def kv_channels(settings: AllSettings) -> int:
     """Returns the width of one attention head."""
-    return settings.hidden_size // settings.num_attention_heads if settings.kv_channels is None else settings.kv_channels
+    return (
+        settings.hidden_size // settings.num_attention_heads
+        if settings.kv_channels is None
+        else settings.kv_channels
+    )
 
 
 def num_query_groups(settings: AllSettings) -> int:
@@ -35,7 +43,11 @@ def num_query_groups(settings: AllSettings) -> int:
 
 def max_position_embeddings(settings: AllSettings) -> int:
     """Returns the longest sequence the model can be used with."""
-    return settings.seq_length if settings.max_position_embeddings is None else settings.max_position_embeddings
+    return (
+        settings.seq_length
+        if settings.max_position_embeddings is None
+        else settings.max_position_embeddings
+    )
 
 
 def padded_vocab_size(vocab_size: int, settings: AllSettings) -> int:
@@ -46,12 +58,20 @@ def padded_vocab_size(vocab_size: int, settings: AllSettings) -> int:
 
 def data_parallel_size(settings: AllSettings, world_size: int) -> int:
     """Returns how many copies of the model read different samples."""
-    return world_size // (settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size * settings.context_parallel_size)
+    return world_size // (
+        settings.tensor_model_parallel_size
+        * settings.pipeline_model_parallel_size
+        * settings.context_parallel_size
+    )
 
 
 def samples_per_step(settings: AllSettings, data_size: int) -> int:
     """Returns the samples of one step over ``data_size`` copies of the model."""
-    return settings.micro_batch_size * data_size if settings.global_batch_size is None else settings.global_batch_size
+    return (
+        settings.micro_batch_size * data_size
+        if settings.global_batch_size is None
+        else settings.global_batch_size
+    )
 
 
 def global_batch_size(settings: AllSettings, world_size: int) -> int:
@@ -61,7 +81,9 @@ def global_batch_size(settings: AllSettings, world_size: int) -> int:
 
 def num_micro_batches(settings: AllSettings, world_size: int) -> int:
     """Returns how many micro-batches each process computes in one step."""
-    return global_batch_size(settings, world_size) // (settings.micro_batch_size * data_parallel_size(settings, world_size))
+    return global_batch_size(settings, world_size) // (
+        settings.micro_batch_size * data_parallel_size(settings, world_size)
+    )
 
 
 def exit_depths(settings: AllSettings) -> tuple[int, ...]:
@@ -72,7 +94,12 @@ def exit_depths(settings: AllSettings) -> tuple[int, ...]:
 def exit_probabilities(settings: AllSettings) -> dict[int, float]:
     """Returns {depth: probability of being drawn}; equal ones unless the settings give them."""
     if settings.exit_sampling == "probabilities":
-        return by_depth("--exit-probabilities", settings.exit_probabilities, settings.exit_layer_nums, settings.num_layers)
+        return by_depth(
+            "--exit-probabilities",
+            settings.exit_probabilities,
+            settings.exit_layer_nums,
+            settings.num_layers,
+        )
     depths = exit_depths(settings)
     return {depth: 1 / len(depths) for depth in depths}
 
@@ -85,14 +112,22 @@ def step_coefficients(settings: AllSettings, rule: CoefficientRule, step: int) -
     coefficients = rule.coefficients(step)
     if not settings.tune_exit:
         return coefficients
-    left = {depth: 0.0 if depth == settings.num_layers else value for depth, value in coefficients.items()}
+    left = {
+        depth: 0.0 if depth == settings.num_layers else value
+        for depth, value in coefficients.items()
+    }
     total = sum(left.values()) if rule.normalised else 1.0
     return {depth: value / total for depth, value in left.items()} if total else left
 
 
 def trained_exits(settings: AllSettings, rule: CoefficientRule, step: int) -> dict[int, float]:
     """Returns {depth: coefficient} of the exits that train at ``step``; the same on every rank without talking."""
-    sampling = ExitSampling(settings.seed, settings.exit_sampling, settings.num_sampled_exits, exit_probabilities(settings))
+    sampling = ExitSampling(
+        settings.seed,
+        settings.exit_sampling,
+        settings.num_sampled_exits,
+        exit_probabilities(settings),
+    )
     return select_exits(step, step_coefficients(settings, rule, step), sampling, rule.normalised)
 
 
@@ -105,7 +140,9 @@ def taught_exits(settings: AllSettings, depths: Iterable[int]) -> list[int]:
     """Returns those of ``depths`` whose exit has a teacher: the last has one only if that is a model of its own."""
     if settings.exit_kd_weight == 0:
         return []
-    return [depth for depth in depths if depth != settings.num_layers or not last_exit_teaches(settings)]
+    return [
+        depth for depth in depths if depth != settings.num_layers or not last_exit_teaches(settings)
+    ]
 
 
 def deepest_layer_run(settings: AllSettings, depths: Iterable[int]) -> int:
@@ -115,7 +152,9 @@ def deepest_layer_run(settings: AllSettings, depths: Iterable[int]) -> int:
     reduction waits for the gradient of every layer, so there all layers are run; with --tune-exit for that of every exit's own parts.
     Where the last exit teaches, all layers are run.
     """
-    if settings.pipeline_model_parallel_size > 1 or (last_exit_teaches(settings) and taught_exits(settings, depths)):
+    if settings.pipeline_model_parallel_size > 1 or (
+        last_exit_teaches(settings) and taught_exits(settings, depths)
+    ):
         return settings.num_layers
     if settings.overlap_grad_reduce:
         return exit_depths(settings)[-2] if settings.tune_exit else settings.num_layers
@@ -138,9 +177,14 @@ def data_blend(settings: AllSettings) -> tuple[tuple[float, str], ...] | None:
         f"--data-path: {shown!r} mixes prefixes with and without a weight, or has a weight without a prefix. Write WEIGHT PREFIX WEIGHT "
         "PREFIX ..., or prefixes alone (a file whose name is a number: ./NAME).",
     )
-    blend = tuple((float(weight), prefix) for weight, prefix in zip(words[::2], words[1::2], strict=True))
+    blend = tuple(
+        (float(weight), prefix) for weight, prefix in zip(words[::2], words[1::2], strict=True)
+    )
     for weight, prefix in blend:
-        require(0 < weight < float("inf"), f"--data-path: weight {weight:g} of {prefix} is not above 0. Give a positive one.")
+        require(
+            0 < weight < float("inf"),
+            f"--data-path: weight {weight:g} of {prefix} is not above 0. Give a positive one.",
+        )
         share = weight / sum(other for other, _ in blend)
         require(
             share >= SMALLEST_SHARE,
@@ -149,7 +193,10 @@ def data_blend(settings: AllSettings) -> tuple[tuple[float, str], ...] | None:
         )
     names = [prefix for _, prefix in blend]
     twice = next((name for name in names if names.count(name) > 1), None)
-    require(twice is None, f"--data-path: {twice} stands twice in the blend. Give it once, with the sum of its weights.")
+    require(
+        twice is None,
+        f"--data-path: {twice} stands twice in the blend. Give it once, with the sum of its weights.",
+    )
     return blend
 
 
@@ -168,12 +215,21 @@ def document_masks(settings: AllSettings) -> dict[str, bool]:
 
     The default was chosen by a measurement (docs/data.md). Attention across context parallel processes knows no documents.
     """
-    apart = settings.context_parallel_size == 1 if settings.reset_attention_mask is None else settings.reset_attention_mask
+    apart = (
+        settings.context_parallel_size == 1
+        if settings.reset_attention_mask is None
+        else settings.reset_attention_mask
+    )
     others = {name: getattr(settings, name) for name in MASKS[1:]}
-    return {"reset_attention_mask": apart, **{name: apart if value is None else value for name, value in others.items()}}
+    return {
+        "reset_attention_mask": apart,
+        **{name: apart if value is None else value for name, value in others.items()},
+    }
 
 
-def split_ranges(settings: AllSettings) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
+def split_ranges(
+    settings: AllSettings,
+) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
     """Returns which part of each file of ``--data-path`` is for training, validation and test: (begin, end) as fractions of its documents.
 
     With ``--valid-data-path`` all of it is trained on.
@@ -187,16 +243,26 @@ def split_ranges(settings: AllSettings) -> tuple[tuple[float, float], tuple[floa
     except ValueError:
         shares = []
     require(
-        1 <= len(shares) <= 3 and all(0 <= share < float("inf") for share in shares) and shares[0] > 0,
+        1 <= len(shares) <= 3
+        and all(0 <= share < float("inf") for share in shares)
+        and shares[0] > 0,
         f"--split: {settings.split!r} is not one to three shares, the first above 0 and the others not below. "
         "Write training,validation or training,validation,test such as 98,2 or 969,30,1.",
     )
     training, validation, test = (*shares, 0.0, 0.0)[:3]
-    for flag, given in (("--valid-data-path", settings.valid_data_path), ("--test-data-path", settings.test_data_path)):
+    for flag, given in (
+        ("--valid-data-path", settings.valid_data_path),
+        ("--test-data-path", settings.test_data_path),
+    ):
         require(
             not (given and test),
             f"--split: {settings.split!r} holds a test share back from --data-path, which is not done beside {flag}. "
-            "Leave out the third share" + (", or give --test-data-path for it." if flag == "--valid-data-path" else " or the flag."),
+            "Leave out the third share"
+            + (
+                ", or give --test-data-path for it."
+                if flag == "--valid-data-path"
+                else " or the flag."
+            ),
         )
     if settings.valid_data_path:
         return (0.0, 1.0), (1.0, 1.0), (1.0, 1.0)

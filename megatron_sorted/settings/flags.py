@@ -16,7 +16,10 @@ SEE_HELP = "See --help for all settings."
 def field_groups() -> list[tuple[str, list[dataclasses.Field]]]:
     """Returns (the group's line, its fields) for every group of settings, in the order of the fields."""
     # the first base's fields come last in a dataclass with several bases
-    return [((base.__doc__ or "").splitlines()[0].rstrip("."), list(dataclasses.fields(base))) for base in reversed(Settings.__bases__)]
+    return [
+        ((base.__doc__ or "").splitlines()[0].rstrip("."), list(dataclasses.fields(base)))
+        for base in reversed(Settings.__bases__)
+    ]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,7 +35,9 @@ class _Switch(argparse.Action):
     argparse's own takes every name that starts with ``--no-`` for false, also that of the field ``no_load_optim``.
     """
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
         setattr(namespace, self.dest, option_string == self.option_strings[0])
 
 
@@ -46,8 +51,17 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", action="append", metavar="RUN.YAML", help="YAML file, one `name: value` a line; flags override it.")
-    parser.add_argument("--print-settings", action="store_true", help="Print the resolved run as YAML that --config can read, and stop.")
+    parser.add_argument(
+        "--config",
+        action="append",
+        metavar="RUN.YAML",
+        help="YAML file, one `name: value` a line; flags override it.",
+    )
+    parser.add_argument(
+        "--print-settings",
+        action="store_true",
+        help="Print the resolved run as YAML that --config can read, and stop.",
+    )
     for title, fields in field_groups():
         group = parser.add_argument_group(title)
         for field in fields:
@@ -57,14 +71,24 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     kind = field_types()[field.name]
-    inner = [part for part in get_args(kind) if part is not type(None)] if is_optional(kind) or is_list(kind) else [kind]
-    default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+    inner = (
+        [part for part in get_args(kind) if part is not type(None)]
+        if is_optional(kind) or is_list(kind)
+        else [kind]
+    )
+    default = (
+        " ".join(map(str, field.default))
+        if isinstance(field.default, tuple)
+        else str(field.default)
+    )
     default = default.lower() if default in ("None", "True", "False") else default
     # argparse reads % as formatting
     text = f"{field.metadata['help']} (default: {default or 'empty'})".replace("%", "%%")
     words: dict[str, Any] = {"dest": field.name, "help": text}
     if bool in (kind, *inner):
-        opposite = field.name.removeprefix("no_") if field.name.startswith("no_") else f"no_{field.name}"
+        opposite = (
+            field.name.removeprefix("no_") if field.name.startswith("no_") else f"no_{field.name}"
+        )
         group.add_argument(flag_of(field.name), flag_of(opposite), action=_Switch, nargs=0, **words)
         return
     if choices(kind):
@@ -92,12 +116,20 @@ def parse_flags(argv: list[str]) -> tuple[str | None, bool, dict[str, Any]]:
     if unknown:
         word = unknown[0].split("=")[0]
         if not word.startswith("-"):
-            raise SettingsError(f"{word!r}: a value without a flag. Write `--name value`; see --help for all settings.")
-        raise SettingsError(f"{word}: there is no such flag. {nearest(word, known_flags(), SEE_HELP)}")
+            raise SettingsError(
+                f"{word!r}: a value without a flag. Write `--name value`; see --help for all settings."
+            )
+        raise SettingsError(
+            f"{word}: there is no such flag. {nearest(word, known_flags(), SEE_HELP)}"
+        )
     values = vars(given)
     configs = values.pop("config", [])
     if len(configs) > 1:
-        raise SettingsError(f"--config: given {len(configs)} times ({', '.join(configs)}). Give one file; flags override it.")
+        raise SettingsError(
+            f"--config: given {len(configs)} times ({', '.join(configs)}). Give one file; flags override it."
+        )
     print_settings = values.pop("print_settings", False)
-    converted = {name: convert(name, value, flag_of(name), strict=False) for name, value in values.items()}
+    converted = {
+        name: convert(name, value, flag_of(name), strict=False) for name, value in values.items()
+    }
     return (configs[0] if configs else None), print_settings, converted

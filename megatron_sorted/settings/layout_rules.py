@@ -1,6 +1,10 @@
 """Rules between the parallel layout, the number of processes, the batch and recomputation."""
 
-from megatron_sorted.settings.derived import data_parallel_size, global_batch_size, num_micro_batches
+from megatron_sorted.settings.derived import (
+    data_parallel_size,
+    global_batch_size,
+    num_micro_batches,
+)
 from megatron_sorted.settings.field import AllSettings, flag_of
 from megatron_sorted.settings.layout import layers_of_chunks, num_virtual_chunks
 from megatron_sorted.settings.require import require, require_divides
@@ -16,19 +20,38 @@ def check_layout(settings: AllSettings, world_size: int) -> None:
     Raises:
         SettingsError: they do not.
     """
-    tp, pp, cp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size, settings.context_parallel_size
-    require(world_size > 0, f"number of processes: {world_size} is not above 0. Start at least one.")
-    require_divides(world_size, "number of processes", tp * pp * cp, "tensor x pipeline x context parallel size", PROCESSES)
+    tp, pp, cp = (
+        settings.tensor_model_parallel_size,
+        settings.pipeline_model_parallel_size,
+        settings.context_parallel_size,
+    )
+    require(
+        world_size > 0, f"number of processes: {world_size} is not above 0. Start at least one."
+    )
+    require_divides(
+        world_size,
+        "number of processes",
+        tp * pp * cp,
+        "tensor x pipeline x context parallel size",
+        PROCESSES,
+    )
     require(
         tp > 1 or not settings.sequence_parallel,
         "--sequence-parallel: there is nothing to split over with --tensor-model-parallel-size 1. Drop one or raise the other.",
     )
     if cp > 1:
         reason = f"--context-parallel-size: {cp} needs Transformer Engine's attention; megatron's local attention sees only its own part"
-        require(settings.transformer_impl != "local", f"{reason} (--transformer-impl local). Use transformer_engine, or 1.")
+        require(
+            settings.transformer_impl != "local",
+            f"{reason} (--transformer-impl local). Use transformer_engine, or 1.",
+        )
         require(settings.device != "cpu", f"{reason} (--device cpu). Use an accelerator, or 1.")
         require_divides(
-            settings.seq_length, "--seq-length", 2 * cp, "2 x --context-parallel-size", "Each rank takes two slices; change one."
+            settings.seq_length,
+            "--seq-length",
+            2 * cp,
+            "2 x --context-parallel-size",
+            "Each rank takes two slices; change one.",
         )
     if settings.sequence_parallel:
         require_divides(
@@ -56,9 +79,16 @@ def check_interleaving(settings: AllSettings, world_size: int) -> None:
     Raises:
         SettingsError: they do not, or it is not.
     """
-    pp, per_chunk = settings.pipeline_model_parallel_size, settings.num_layers_per_virtual_pipeline_stage
+    pp, per_chunk = (
+        settings.pipeline_model_parallel_size,
+        settings.num_layers_per_virtual_pipeline_stage,
+    )
     if settings.pipeline_model_parallel_layout is not None:
-        for name in ("num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
+        for name in (
+            "num_layers_per_virtual_pipeline_stage",
+            "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
+        ):
             require(
                 getattr(settings, name) is None,
                 f"{flag_of(name)}: {getattr(settings, name)} beside --pipeline-model-parallel-layout, which says it all. Leave one out.",
@@ -69,7 +99,8 @@ def check_interleaving(settings: AllSettings, world_size: int) -> None:
             f"--num-layers-per-virtual-pipeline-stage: {per_chunk} needs several stages (--pipeline-model-parallel-size 1). Leave it out.",
         )
         require(
-            settings.decoder_first_pipeline_num_layers is None and settings.decoder_last_pipeline_num_layers is None,
+            settings.decoder_first_pipeline_num_layers is None
+            and settings.decoder_last_pipeline_num_layers is None,
             "--num-layers-per-virtual-pipeline-stage: chunks need stages of equal size. "
             "Leave out --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers.",
         )
@@ -81,7 +112,10 @@ def check_interleaving(settings: AllSettings, world_size: int) -> None:
     chunks = num_virtual_chunks(settings)
     if chunks == 1:
         return
-    require(pp > 1, f"--pipeline-model-parallel-layout: {chunks} chunks need several stages (--pipeline-model-parallel-size 1). Use one.")
+    require(
+        pp > 1,
+        f"--pipeline-model-parallel-layout: {chunks} chunks need several stages (--pipeline-model-parallel-size 1). Use one.",
+    )
     # found by comparing gradient norms: two messages between the same two ranks in one batch are matched in the wrong order
     require(
         pp > 2 or settings.overlap_p2p_communication,

@@ -17,8 +17,10 @@ from megatron_sorted.settings.values import convert, field_types
 from megatron_sorted.settings.yaml_file import entries_of, read_settings_text
 
 
-def load_settings(argv: list[str] | None = None,
-                  network_of: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {}) -> Settings:
+def load_settings(
+    argv: list[str] | None = None,
+    network_of: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {},
+) -> Settings:
     """Returns the settings of a run: defaults, then the network of the model it starts from, then the file of ``--config``, then flags.
 
     With ``--print-settings`` the run is printed and the process exits with status 0; ``--help`` does the like.
@@ -53,8 +55,11 @@ def notes_on_file(path: str | Path) -> list[str]:
     """Return a note for every setting that a run file gives in a comment, where programs of 0.8 and before read it."""
     text = read_settings_text(str(path))
     keys = {entry.key for entry in entries_of(str(path), text)}
-    return [f"note: {path}: '# {key}: {word}' is a comment. Write it as a key of the file: {key}: {word}"
-            for key, word in values_in_comment(text).items() if key not in keys]
+    return [
+        f"note: {path}: '# {key}: {word}' is a comment. Write it as a key of the file: {key}: {word}"
+        for key, word in values_in_comment(text).items()
+        if key not in keys
+    ]
 
 
 def _values_of_file(path: str) -> dict[str, Any]:
@@ -73,14 +78,18 @@ def _field_name(key: str, source: str) -> str:
     name = key.replace("-", "_")
     if name not in field_types():
         known = [field.replace("_", "-") for field in field_types()]
-        raise SettingsError(f"{shown(source)}: there is no such setting. {nearest(name.replace('_', '-')[:80], known, SEE_HELP)}")
+        raise SettingsError(
+            f"{shown(source)}: there is no such setting. {nearest(name.replace('_', '-')[:80], known, SEE_HELP)}"
+        )
     return name
 
 
 def settings_as_dict(settings: Settings) -> dict[str, Any]:
     """Returns the settings as plain data that JSON can hold, by field name."""
     values = dataclasses.asdict(settings)
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
+    }
 
 
 def settings_from_dict(values: Mapping[str, Any], source: str = "settings") -> Settings:
@@ -103,5 +112,8 @@ def settings_as_yaml(settings: Settings) -> str:
     for title, fields in field_groups():
         lines += ["", f"# {title}"]
         # JSON is YAML: text is quoted, so that no word is taken for a number or a truth value
-        lines += [f"{field.name.replace('_', '-')}: {json.dumps(values[field.name], ensure_ascii=False)}" for field in fields]
+        lines += [
+            f"{field.name.replace('_', '-')}: {json.dumps(values[field.name], ensure_ascii=False)}"
+            for field in fields
+        ]
     return "\n".join(lines[1:]) + "\n"

@@ -17,7 +17,11 @@ def is_adapter(name: str) -> bool:
 def adapter_parameters(settings: AllSettings) -> int:
     """Returns the number of all adapters' parameters."""
     shapes = layer_shapes(settings).matrices
-    return settings.num_layers * settings.lora_rank * sum(sum(shapes[target]) for target in settings.lora_targets if settings.lora_rank)
+    return (
+        settings.num_layers
+        * settings.lora_rank
+        * sum(sum(shapes[target]) for target in settings.lora_targets if settings.lora_rank)
+    )
 
 
 def nested_ranks(settings: AllSettings) -> tuple[int, ...]:

@@ -62,7 +62,9 @@ class LayerShapes:
         return 2 * self.head * (self.norm // self.hidden) * settings.qk_layernorm
 
 
-def layer_shapes(settings: AllSettings, tensor_size: int = 1, ffn: int | None = None) -> LayerShapes:
+def layer_shapes(
+    settings: AllSettings, tensor_size: int = 1, ffn: int | None = None
+) -> LayerShapes:
     """Return the widths of a layer.
 
     Args:

@@ -3,7 +3,12 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron_sorted.settings.derived import ffn_hidden_size, kv_channels, max_position_embeddings, num_query_groups
+from megatron_sorted.settings.derived import (
+    ffn_hidden_size,
+    kv_channels,
+    max_position_embeddings,
+    num_query_groups,
+)
 from megatron_sorted.settings.field import AllSettings, flag_of, setting
 from megatron_sorted.settings.require import require, require_divides
 
@@ -15,52 +20,97 @@ class ModelSettings:
     num_layers: int = setting(8, "Number of transformer layers; also the depth of the last exit.")
     hidden_size: int = setting(256, "Width of the hidden state.")
     ffn_hidden_size: int | None = setting(
-        None, "Width of the MLP; by default 4 x hidden size, or 8/3 of it (rounded up to 64) with SwiGLU.")
+        None,
+        "Width of the MLP; by default 4 x hidden size, or 8/3 of it (rounded up to 64) with SwiGLU.",
+    )
     num_attention_heads: int = setting(8, "Number of attention heads.")
-    kv_channels: int | None = setting(None, "Width of one attention head; by default hidden size / heads.")
-    group_query_attention: bool = setting(False, "Share key/value heads between groups of query heads (needs --num-query-groups).")
-    num_query_groups: int | None = setting(None, "Number of key/value heads with --group-query-attention.")
+    kv_channels: int | None = setting(
+        None, "Width of one attention head; by default hidden size / heads."
+    )
+    group_query_attention: bool = setting(
+        False, "Share key/value heads between groups of query heads (needs --num-query-groups)."
+    )
+    num_query_groups: int | None = setting(
+        None, "Number of key/value heads with --group-query-attention."
+    )
     seq_length: int = setting(256, "Tokens of one training sample.")
-    max_position_embeddings: int | None = setting(None, "Longest sequence the model can be used with; by default --seq-length.")
-    position_embedding_type: Literal["rope", "learned_absolute", "none"] = setting("rope", "How positions enter the network.")
+    max_position_embeddings: int | None = setting(
+        None, "Longest sequence the model can be used with; by default --seq-length."
+    )
+    position_embedding_type: Literal["rope", "learned_absolute", "none"] = setting(
+        "rope", "How positions enter the network."
+    )
     rotary_base: int = setting(10000, "Base of the rotary frequencies.")
     rotary_percent: float = setting(1.0, "Part of each head's channels that is rotated.")
     rotary_seq_len_interpolation_factor: float | None = setting(
-        None, "Divide positions by this before rotating (linear position interpolation), to stretch a model over longer texts.")
-    use_rope_scaling: bool = setting(False, "Stretch the low rotary frequencies as Llama 3.1 and later do.")
-    rope_scaling_factor: float = setting(8.0, "With --use-rope-scaling: what the lowest rotary frequencies are divided by.")
+        None,
+        "Divide positions by this before rotating (linear position interpolation), to stretch a model over longer texts.",
+    )
+    use_rope_scaling: bool = setting(
+        False, "Stretch the low rotary frequencies as Llama 3.1 and later do."
+    )
+    rope_scaling_factor: float = setting(
+        8.0, "With --use-rope-scaling: what the lowest rotary frequencies are divided by."
+    )
     rope_scaling_low_freq_factor: float = setting(
-        1.0, "With --use-rope-scaling: frequencies that turn less often than this within the original context are divided in full.")
+        1.0,
+        "With --use-rope-scaling: frequencies that turn less often than this within the original context are divided in full.",
+    )
     rope_scaling_high_freq_factor: float = setting(
-        4.0, "With --use-rope-scaling: frequencies that turn more often than this within the original context stay as they are.")
+        4.0,
+        "With --use-rope-scaling: frequencies that turn more often than this within the original context stay as they are.",
+    )
     rope_scaling_original_max_position_embeddings: int = setting(
-        8192, "With --use-rope-scaling: the context the model was first trained with.")
+        8192, "With --use-rope-scaling: the context the model was first trained with."
+    )
     sliding_window: int | None = setting(
-        None, "Tokens a token may look back at, itself included, the same in every layer (Mistral 7B v0.1); by default all before it.")
+        None,
+        "Tokens a token may look back at, itself included, the same in every layer (Mistral 7B v0.1); by default all before it.",
+    )
     normalization: Literal["RMSNorm", "LayerNorm"] = setting("RMSNorm", "Kind of normalization.")
     norm_epsilon: float = setting(1e-5, "Epsilon of the normalization.")
     use_sandwich_norm: bool = setting(
-        False, "Norm what attention and MLP put out as well, before it is added to the hidden state (PanGu).")
-    attn_post_norm_scale: float = setting(1.0, "With --use-sandwich-norm: initial weight of the norm after attention.")
-    ffn_post_norm_scale: float = setting(1.0, "With --use-sandwich-norm: initial weight of the norm after the MLP.")
+        False,
+        "Norm what attention and MLP put out as well, before it is added to the hidden state (PanGu).",
+    )
+    attn_post_norm_scale: float = setting(
+        1.0, "With --use-sandwich-norm: initial weight of the norm after attention."
+    )
+    ffn_post_norm_scale: float = setting(
+        1.0, "With --use-sandwich-norm: initial weight of the norm after the MLP."
+    )
     swiglu: bool = setting(True, "Gated MLP with SiLU (LLaMA); --no-swiglu gives a GELU MLP.")
     disable_bias_linear: bool = setting(True, "No bias in linear layers.")
     add_qkv_bias: bool = setting(False, "Bias in the query/key/value projection only (Qwen2).")
     qk_layernorm: bool = setting(False, "Norm on queries and keys (Qwen3).")
-    untie_embeddings_and_output_weights: bool = setting(False, "Give the output head a matrix of its own instead of the embedding's.")
-    make_vocab_size_divisible_by: int = setting(128, "The vocabulary is padded to a multiple of this x tensor parallel size.")
-    vocab_size: int | None = setting(None, "Vocabulary of the model before padding; by default the tokenizer's.")
+    untie_embeddings_and_output_weights: bool = setting(
+        False, "Give the output head a matrix of its own instead of the embedding's."
+    )
+    make_vocab_size_divisible_by: int = setting(
+        128, "The vocabulary is padded to a multiple of this x tensor parallel size."
+    )
+    vocab_size: int | None = setting(
+        None, "Vocabulary of the model before padding; by default the tokenizer's."
+    )
     init_method_std: float = setting(0.02, "Standard deviation of the initial weights.")
     hidden_dropout: float = setting(0.0, "Dropout on the hidden state.")
     attention_dropout: float = setting(0.0, "Dropout on attention probabilities.")
-    num_experts: int | None = setting(None, "Number of experts of a mixture-of-experts MLP; none by default.")
+    num_experts: int | None = setting(
+        None, "Number of experts of a mixture-of-experts MLP; none by default."
+    )
     moe_router_topk: int = setting(2, "Experts each token is sent to.")
-    moe_ffn_hidden_size: int | None = setting(None, "MLP width of one expert; by default --ffn-hidden-size.")
+    moe_ffn_hidden_size: int | None = setting(
+        None, "MLP width of one expert; by default --ffn-hidden-size."
+    )
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = setting(
-        "allgather", "How tokens travel to their experts; alltoall sends less and needs an accelerator.")
+        "allgather",
+        "How tokens travel to their experts; alltoall sends less and needs an accelerator.",
+    )
     moe_aux_loss_coeff: float = setting(0.0, "Coefficient of the router's load-balancing loss.")
     transformer_impl: Literal["auto", "local", "transformer_engine"] = setting(
-        "auto", "Layer implementation: plain PyTorch, or Transformer Engine. 'auto' takes Transformer Engine on CUDA where installed.")
+        "auto",
+        "Layer implementation: plain PyTorch, or Transformer Engine. 'auto' takes Transformer Engine on CUDA where installed.",
+    )
 
 
 def check_model(settings: AllSettings) -> None:
@@ -82,10 +132,30 @@ def check_model(settings: AllSettings) -> None:
         "Give both or neither.",
     )
     groups = num_query_groups(settings)
-    require_divides(heads, "--num-attention-heads", groups, "--num-query-groups", "Every group has the same number of heads; change one.")
-    require_divides(heads, "--num-attention-heads", tp, "--tensor-model-parallel-size", "Change one of them.")
-    require_divides(groups, "--num-query-groups", tp, "--tensor-model-parallel-size", "Each rank needs whole key/value heads; change one.")
-    require_divides(ffn_hidden_size(settings), "--ffn-hidden-size", tp, "--tensor-model-parallel-size", "Change one of them.")
+    require_divides(
+        heads,
+        "--num-attention-heads",
+        groups,
+        "--num-query-groups",
+        "Every group has the same number of heads; change one.",
+    )
+    require_divides(
+        heads, "--num-attention-heads", tp, "--tensor-model-parallel-size", "Change one of them."
+    )
+    require_divides(
+        groups,
+        "--num-query-groups",
+        tp,
+        "--tensor-model-parallel-size",
+        "Each rank needs whole key/value heads; change one.",
+    )
+    require_divides(
+        ffn_hidden_size(settings),
+        "--ffn-hidden-size",
+        tp,
+        "--tensor-model-parallel-size",
+        "Change one of them.",
+    )
     if settings.position_embedding_type == "rope":
         rotated = int(kv_channels(settings) * settings.rotary_percent)
         require(
@@ -96,7 +166,9 @@ def check_model(settings: AllSettings) -> None:
     _check_positions(settings)
     _check_sandwich(settings)
     require(
-        settings.sliding_window is None or settings.seq_length <= settings.sliding_window or settings.context_parallel_size == 1,
+        settings.sliding_window is None
+        or settings.seq_length <= settings.sliding_window
+        or settings.context_parallel_size == 1,
         f"--sliding-window: {settings.sliding_window} is shorter than --seq-length {settings.seq_length}, and attention across context "
         f"parallel processes (--context-parallel-size {settings.context_parallel_size}) looks at the whole sequence. Use 1 process for it.",
     )
@@ -122,8 +194,14 @@ def _check_sandwich(settings: AllSettings) -> None:
 
 def _check_positions(settings: AllSettings) -> None:
     """Returns nothing if rotary frequencies are stretched in one way, and in a way that is defined."""
-    stretch, rope = settings.rotary_seq_len_interpolation_factor, settings.position_embedding_type == "rope"
-    for flag, given in (("--rotary-seq-len-interpolation-factor", stretch is not None), ("--use-rope-scaling", settings.use_rope_scaling)):
+    stretch, rope = (
+        settings.rotary_seq_len_interpolation_factor,
+        settings.position_embedding_type == "rope",
+    )
+    for flag, given in (
+        ("--rotary-seq-len-interpolation-factor", stretch is not None),
+        ("--use-rope-scaling", settings.use_rope_scaling),
+    ):
         require(
             rope or not given,
             f"{flag}: there are no rotary frequencies with --position-embedding-type {settings.position_embedding_type}. Leave it out.",
@@ -133,7 +211,9 @@ def _check_positions(settings: AllSettings) -> None:
         f"--rotary-seq-len-interpolation-factor: {stretch} would squeeze positions. Give 1 or more.",
     )
     if not settings.use_rope_scaling:
-        for field in (field for field in fields(settings) if field.name.startswith("rope_scaling_")):
+        for field in (
+            field for field in fields(settings) if field.name.startswith("rope_scaling_")
+        ):
             value = getattr(settings, field.name)
             require(
                 value == field.default,
@@ -162,11 +242,20 @@ def check_experts(settings: AllSettings, world_size: int) -> None:
     Raises:
         SettingsError: they cannot.
     """
-    experts, tp, spread = settings.num_experts, settings.tensor_model_parallel_size, settings.expert_model_parallel_size
+    experts, tp, spread = (
+        settings.num_experts,
+        settings.tensor_model_parallel_size,
+        settings.expert_model_parallel_size,
+    )
     if experts is None:
-        require(spread == 1, f"--expert-model-parallel-size: {spread} without experts. Give --num-experts or leave it at 1.")
+        require(
+            spread == 1,
+            f"--expert-model-parallel-size: {spread} without experts. Give --num-experts or leave it at 1.",
+        )
         return
-    require_divides(experts, "--num-experts", spread, "--expert-model-parallel-size", "Change one of them.")
+    require_divides(
+        experts, "--num-experts", spread, "--expert-model-parallel-size", "Change one of them."
+    )
     require(
         settings.moe_router_topk <= experts,
         f"--moe-router-topk: {settings.moe_router_topk} of {experts} experts (--num-experts). Lower it.",
@@ -176,7 +265,13 @@ def check_experts(settings: AllSettings, world_size: int) -> None:
         "tensor x pipeline x expert parallel size", "Change the sizes or start another number of processes.",
     )  # fmt: skip
     if settings.moe_ffn_hidden_size is not None:
-        require_divides(settings.moe_ffn_hidden_size, "--moe-ffn-hidden-size", tp, "--tensor-model-parallel-size", "Change one of them.")
+        require_divides(
+            settings.moe_ffn_hidden_size,
+            "--moe-ffn-hidden-size",
+            tp,
+            "--tensor-model-parallel-size",
+            "Change one of them.",
+        )
     if tp > 1:
         require(
             settings.sequence_parallel,

@@ -14,24 +14,42 @@ class MonitoringSettings:
     """Reports, wandb, TensorBoard, timers and profiles, in Megatron-LM's words."""
 
     log_interval: int = setting(10, "Steps between reports.")
-    metrics_file: str | None = setting(None, "JSON lines of every report; by default metrics.jsonl in --save.")
-    tensorboard_dir: str | None = setting(None, "Directory for TensorBoard; by default none is written.")
-    wandb_project: str | None = setting(None, "Project of Weights & Biases; by default it is not used.")
+    metrics_file: str | None = setting(
+        None, "JSON lines of every report; by default metrics.jsonl in --save."
+    )
+    tensorboard_dir: str | None = setting(
+        None, "Directory for TensorBoard; by default none is written."
+    )
+    wandb_project: str | None = setting(
+        None, "Project of Weights & Biases; by default it is not used."
+    )
     wandb_exp_name: str | None = setting(None, "Name of the run there.")
     wandb_entity: str | None = setting(None, "User or team there.")
     wandb_group: str | None = setting(None, "Group of the run there.")
-    wandb_save_dir: str | None = setting(None, "Directory of its files; by default wandb in --save.")
+    wandb_save_dir: str | None = setting(
+        None, "Directory of its files; by default wandb in --save."
+    )
     wandb_mode: Literal["online", "offline", "disabled"] = setting(
-        "online", "Whether reports are sent, only written (wandb sync sends them later), or dropped. WANDB_MODE overrides it.")
-    num_draft_tokens: int = setting(4, "Tokens an exit drafts at a time in the simulated accept length of reports.")
+        "online",
+        "Whether reports are sent, only written (wandb sync sends them later), or dropped. WANDB_MODE overrides it.",
+    )
+    num_draft_tokens: int = setting(
+        4, "Tokens an exit drafts at a time in the simulated accept length of reports."
+    )
     device_peak_tflops: float | None = setting(
-        None, "Peak TFLOP/s of one device at the run's precision, for MFU; by default known for common accelerators.")
-    log_timers: bool = setting(False, "Report the time of each phase of a step; waits for the device between phases.")
+        None,
+        "Peak TFLOP/s of one device at the run's precision, for MFU; by default known for common accelerators.",
+    )
+    log_timers: bool = setting(
+        False, "Report the time of each phase of a step; waits for the device between phases."
+    )
     profile: bool = setting(False, "Record some steps with torch.profiler.")
     profile_step_start: int = setting(10, "First step recorded; the first of a run is 1.")
     profile_step_end: int = setting(12, "First step not recorded any more.")
     profile_ranks: tuple[int, ...] = setting((0,), "Ranks that record.")
-    profile_dir: str | None = setting(None, "Directory of the recordings; by default profile in --save.")
+    profile_dir: str | None = setting(
+        None, "Directory of the recordings; by default profile in --save."
+    )
 
 
 NOT_IN_NAMES = r"/\#?%:"
@@ -79,10 +97,19 @@ def check_profile(settings: AllSettings, world_size: int) -> None:
     if not settings.profile:
         return
     start, end = settings.profile_step_start, settings.profile_step_end
-    require(end > max(start, 1), f"--profile-step-end: {end} is not above --profile-step-start {start}, so no step is recorded. Raise it.")
-    require(bool(settings.profile_ranks), "--profile-ranks: nobody records. Name a rank or leave --profile out.")
+    require(
+        end > max(start, 1),
+        f"--profile-step-end: {end} is not above --profile-step-start {start}, so no step is recorded. Raise it.",
+    )
+    require(
+        bool(settings.profile_ranks),
+        "--profile-ranks: nobody records. Name a rank or leave --profile out.",
+    )
     for rank in settings.profile_ranks:
-        require(0 <= rank < world_size, f"--profile-ranks: {rank} is not one of the {world_size} processes. Use 0..{world_size - 1}.")
+        require(
+            0 <= rank < world_size,
+            f"--profile-ranks: {rank} is not one of the {world_size} processes. Use 0..{world_size - 1}.",
+        )
     require(
         settings.profile_dir is not None or settings.save is not None,
         "--profile: nowhere to write. Give --profile-dir or --save, or leave it out.",

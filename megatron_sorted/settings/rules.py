@@ -7,7 +7,12 @@ from megatron_sorted.settings.exit_weighting import check_exit_weighting
 from megatron_sorted.settings.exits import check_exits
 from megatron_sorted.settings.field import flag_of
 from megatron_sorted.settings.files import check_files
-from megatron_sorted.settings.layout_rules import check_batch, check_interleaving, check_layout, check_recompute
+from megatron_sorted.settings.layout_rules import (
+    check_batch,
+    check_interleaving,
+    check_layout,
+    check_recompute,
+)
 from megatron_sorted.settings.model import check_experts, check_model
 from megatron_sorted.settings.monitoring import check_monitoring, check_profile
 from megatron_sorted.settings.parallel import check_data_parallel, check_device
@@ -70,8 +75,18 @@ NOT_NEGATIVE = (
     "exit_gradnorm_alpha", "exit_simulated_sharpness", "exit_guard_margin",
     "exit_kd_weight", "lora_rank",
 )  # fmt: skip
-BELOW_ONE = ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "sgd_momentum", "exit_inverse_loss_decay",
-             "exit_guard_decay", "exit_excess_smoothing", "layer_dropout", "lora_dropout")
+BELOW_ONE = (
+    "hidden_dropout",
+    "attention_dropout",
+    "adam_beta1",
+    "adam_beta2",
+    "sgd_momentum",
+    "exit_inverse_loss_decay",
+    "exit_guard_decay",
+    "exit_excess_smoothing",
+    "layer_dropout",
+    "lora_dropout",
+)
 
 
 def check_numbers(settings: Settings) -> None:
@@ -82,11 +97,21 @@ def check_numbers(settings: Settings) -> None:
     """
     for name in POSITIVE:
         value = getattr(settings, name)
-        require(value is None or value > 0, f"{flag_of(name)}: {value} is not above 0. Give a positive number.")
+        require(
+            value is None or value > 0,
+            f"{flag_of(name)}: {value} is not above 0. Give a positive number.",
+        )
     for name in NOT_NEGATIVE:
         value = getattr(settings, name)
-        require(value is None or value >= 0, f"{flag_of(name)}: {value} is negative. Give 0 or more.")
+        require(
+            value is None or value >= 0, f"{flag_of(name)}: {value} is negative. Give 0 or more."
+        )
     for name in BELOW_ONE:
         value = getattr(settings, name)
-        require(0 <= value < 1, f"{flag_of(name)}: {value} is not in [0, 1). Give 0 or more, below 1.")
-    require(settings.rotary_percent <= 1, f"--rotary-percent: {settings.rotary_percent} is above 1. It is a part; give at most 1.")
+        require(
+            0 <= value < 1, f"{flag_of(name)}: {value} is not in [0, 1). Give 0 or more, below 1."
+        )
+    require(
+        settings.rotary_percent <= 1,
+        f"--rotary-percent: {settings.rotary_percent} is above 1. It is a part; give at most 1.",
+    )

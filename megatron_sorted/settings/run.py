@@ -16,7 +16,15 @@ from megatron_sorted.settings.training import TrainingSettings
 
 @dataclass(frozen=True)
 class Settings(
-    MonitoringSettings, FileSettings, TrainingSettings, ParallelSettings,
-    LoraSettings, ExitDistillationSettings, ExitPartSettings, ExitWeightingSettings, ExitSettings, ModelSettings,
+    MonitoringSettings,
+    FileSettings,
+    TrainingSettings,
+    ParallelSettings,
+    LoraSettings,
+    ExitDistillationSettings,
+    ExitPartSettings,
+    ExitWeightingSettings,
+    ExitSettings,
+    ModelSettings,
 ):
     """Every field of a run. One name per field: dataclass field, ``--flag`` and YAML key."""

@@ -44,7 +44,9 @@ def choices(kind: Any) -> tuple[str, ...]:
 def describe(kind: Any) -> str:
     """Returns a field's type in a user's words, such as "a whole number or none"."""
     if is_optional(kind):
-        return " or ".join([*(describe(part) for part in get_args(kind) if part is not type(None)), "none"])
+        return " or ".join(
+            [*(describe(part) for part in get_args(kind) if part is not type(None)), "none"]
+        )
     if is_list(kind):
         return f"a list, each element {describe(get_args(kind)[0])}"
     if choices(kind):
@@ -70,17 +72,23 @@ def convert(name: str, value: Any, source: str, strict: bool) -> Any:
     if is_list(kind) and isinstance(value, list):
         # a blend's weights are numbers to YAML and words to the command line
         is_text = get_args(kind)[0] is str
-        value = tuple(str(part) if is_text and type(part) in (int, float) else part for part in value)
+        value = tuple(
+            str(part) if is_text and type(part) in (int, float) else part for part in value
+        )
     try:
         result = _adapter(kind).validate_python(value, strict=strict)
     except ValidationError:
         given = list(value) if isinstance(value, tuple) else value
         hint = nearest(str(given)[:80], choices(kind))
         what = shown(repr(given), 120)
-        raise SettingsError(f"{shown(source)}: {what} is not what this setting takes. {hint}{' ' * bool(hint)}"
-                            f"Give {describe(kind)}.") from None
+        raise SettingsError(
+            f"{shown(source)}: {what} is not what this setting takes. {hint}{' ' * bool(hint)}"
+            f"Give {describe(kind)}."
+        ) from None
     numbers = result if isinstance(result, tuple) else (result,)
     for number in numbers:
         if isinstance(number, float) and not math.isfinite(number):
-            raise SettingsError(f"{shown(source)}: {number} is not a finite number. Give a finite one.")
+            raise SettingsError(
+                f"{shown(source)}: {number} is not a finite number. Give a finite one."
+            )
     return result

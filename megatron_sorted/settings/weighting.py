@@ -16,17 +16,31 @@ from megatron_sorted.settings.field import AllSettings
 
 def reference_losses(settings: AllSettings) -> dict[int, float]:
     """Returns {depth: loss of --exit-reference-loss}; of a list that ``check_exit_weighting`` has passed."""
-    return by_depth("--exit-reference-loss", settings.exit_reference_loss, settings.exit_layer_nums, settings.num_layers)
+    return by_depth(
+        "--exit-reference-loss",
+        settings.exit_reference_loss,
+        settings.exit_layer_nums,
+        settings.num_layers,
+    )
 
 
 LEARNED: dict[str, Callable[[AllSettings], LearnedRule]] = {
-    "uncertainty": lambda s: Uncertainty(exit_depths(s), s.exit_uncertainty_rate, s.exit_uncertainty_variance),
+    "uncertainty": lambda s: Uncertainty(
+        exit_depths(s), s.exit_uncertainty_rate, s.exit_uncertainty_variance
+    ),
     "inverse_loss": lambda s: InverseLoss(exit_depths(s), s.exit_inverse_loss_decay),
     "dwa": lambda s: LossRatio(exit_depths(s), s.exit_dwa_window, s.exit_dwa_temperature),
     "gradnorm": lambda s: GradNorm(exit_depths(s), s.exit_gradnorm_rate, s.exit_gradnorm_alpha),
     "simulated_exit": lambda s: SimulatedExit(
-        exit_depths(s), max(s.train_iters, 1), s.exit_simulated_sharpness, s.exit_simulated_thresholds, s.seed),
-    "excess_loss": lambda s: ExcessLoss(exit_depths(s), reference_losses(s), s.exit_excess_rate, s.exit_excess_smoothing),
+        exit_depths(s),
+        max(s.train_iters, 1),
+        s.exit_simulated_sharpness,
+        s.exit_simulated_thresholds,
+        s.seed,
+    ),
+    "excess_loss": lambda s: ExcessLoss(
+        exit_depths(s), reference_losses(s), s.exit_excess_rate, s.exit_excess_smoothing
+    ),
 }
 """Rules that learn, by their name in --exit-layer-weight-rule."""
 
@@ -36,8 +50,13 @@ def base_rule(settings: AllSettings) -> CoefficientRule:
     if settings.exit_layer_weight_rule in LEARNED and not settings.exit_layer_weight:
         return LEARNED[settings.exit_layer_weight_rule](settings)
     weighting = Weighting(
-        settings.exit_layer_weight_rule, settings.exit_layer_weight, settings.exit_layer_weight_init,
-        settings.exit_layer_weight_warmup_iters, settings.exit_layer_weight_warmup_style, settings.exit_layer_weight_scale)
+        settings.exit_layer_weight_rule,
+        settings.exit_layer_weight,
+        settings.exit_layer_weight_init,
+        settings.exit_layer_weight_warmup_iters,
+        settings.exit_layer_weight_warmup_style,
+        settings.exit_layer_weight_scale,
+    )
     return make_coefficient_rule(settings.exit_layer_nums, settings.num_layers, weighting)
 
 
@@ -45,15 +64,25 @@ def coefficient_rule(settings: AllSettings) -> CoefficientRule:
     """Returns the rule that gives every exit its coefficient at a step: the base rule, then the curriculum, then the guard."""
     rule, depths = base_rule(settings), exit_depths(settings)
     if settings.exit_curriculum == "rotation":
-        rule = Curriculum(rule, rotation(depths, settings.exit_curriculum_interval or max(len(depths) - 1, 1)))
+        rule = Curriculum(
+            rule, rotation(depths, settings.exit_curriculum_interval or max(len(depths) - 1, 1))
+        )
     elif settings.exit_curriculum == "gradual":
-        rule = Curriculum(rule, gradual(depths, settings.exit_curriculum_fraction * settings.train_iters))
+        rule = Curriculum(
+            rule, gradual(depths, settings.exit_curriculum_fraction * settings.train_iters)
+        )
     if settings.exit_guard:
         reference = settings.exit_guard_loss
         if reference is None:
             reference = reference_losses(settings)[settings.num_layers]
-        rule = Guard(rule, settings.num_layers, reference + settings.exit_guard_margin, settings.exit_guard_rate,
-                     settings.exit_guard_decay, settings.exit_guard_largest)
+        rule = Guard(
+            rule,
+            settings.num_layers,
+            reference + settings.exit_guard_margin,
+            settings.exit_guard_rate,
+            settings.exit_guard_decay,
+            settings.exit_guard_largest,
+        )
     return rule
 
 
@@ -67,5 +96,10 @@ def trainable_exits(settings: AllSettings, step: int | None = None) -> list[int]
         step: Of the warm-up of the coefficients; None for its end.
     """
     step = settings.exit_layer_weight_warmup_iters if step is None else step
-    coefficients, drawn = step_coefficients(settings, base_rule(settings), step), exit_probabilities(settings)
-    return [depth for depth in exit_depths(settings) if coefficients[depth] > 0 and drawn[depth] > 0]
+    coefficients, drawn = (
+        step_coefficients(settings, base_rule(settings), step),
+        exit_probabilities(settings),
+    )
+    return [
+        depth for depth in exit_depths(settings) if coefficients[depth] > 0 and drawn[depth] > 0
+    ]

@@ -19,9 +19,19 @@ MOST_VALUES, MOST_DEPTH = 10_000, 20
 """Of a file, what aliases stand for counted each time; and how deep lists and mappings may stand in each other."""
 NO_YAML = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Control characters, and what was a line break in YAML 1.1 and is none in YAML 1.2."""
-NULL, TRUE, FALSE = re.compile("null|Null|NULL|~|"), re.compile("true|True|TRUE"), re.compile("false|False|FALSE")
-WHOLE, OCTAL, HEXADECIMAL = re.compile("[-+]?[0-9]+"), re.compile("0o[0-7]+"), re.compile("0x[0-9a-fA-F]+")
-FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+NULL, TRUE, FALSE = (
+    re.compile("null|Null|NULL|~|"),
+    re.compile("true|True|TRUE"),
+    re.compile("false|False|FALSE"),
+)
+WHOLE, OCTAL, HEXADECIMAL = (
+    re.compile("[-+]?[0-9]+"),
+    re.compile("0o[0-7]+"),
+    re.compile("0x[0-9a-fA-F]+"),
+)
+FLOAT = re.compile(
+    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,9 @@ def entries_of(path: str, text: str) -> list[Entry]:
     """
     if found := NO_YAML.search(text):
         line = text.count("\n", 0, found.start()) + 1
-        raise SettingsError(f"{shown(path)}, line {line}: the character {found.group()!r} is not one of YAML. Remove it.")
+        raise SettingsError(
+            f"{shown(path)}, line {line}: the character {found.group()!r} is not one of YAML. Remove it."
+        )
     return _File(path, text).entries()
 
 
@@ -109,8 +121,14 @@ class _File:
             mark = error.problem_mark or error.context_mark
             where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
             problem = " ".join(filter(None, (error.context, error.problem)))
-            raise SettingsError(f"{shown(self.path)}: this is not valid YAML ({where}{shown(problem)}). Mend the file.") from None
-        except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two of escapes such as "\Uffffffff"
+            raise SettingsError(
+                f"{shown(self.path)}: this is not valid YAML ({where}{shown(problem)}). Mend the file."
+            ) from None
+        except (
+            yaml.YAMLError,
+            ValueError,
+            OverflowError,
+        ) as error:  # the last two of escapes such as "\Uffffffff"
             self.refuse(f"this is not valid YAML ({shown(error)})", "Mend the file.")
         finally:
             self.loader.dispose()
@@ -119,29 +137,43 @@ class _File:
         event = self.loader.get_event()
         self.line = event.start_mark.line + 1
         if getattr(event, "tag", None) is not None:
-            self.refuse(f"the tag {shown(event.tag, 80).replace('tag:yaml.org,2002:', '!!')} is not taken",
-                        "Write the value alone; a text stands in quotes.")
+            self.refuse(
+                f"the tag {shown(event.tag, 80).replace('tag:yaml.org,2002:', '!!')} is not taken",
+                "Write the value alone; a text stands in quotes.",
+            )
         return event
 
     def top(self, event: yaml.Event) -> list[Entry]:
-        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and NULL.fullmatch(event.value):
+        if (
+            isinstance(event, yaml.ScalarEvent)
+            and event.implicit[0]
+            and NULL.fullmatch(event.value)
+        ):
             return []
         if not isinstance(event, yaml.MappingStartEvent):
-            raise SettingsError(f"{shown(self.path)}: a run is a mapping, this file holds something else. Write one `key: value` a line.")
+            raise SettingsError(
+                f"{shown(self.path)}: a run is a mapping, this file holds something else. Write one `key: value` a line."
+            )
         return self.pairs(1, lambda key: key.replace("-", "_"))
 
     def value(self, event: yaml.Event, depth: int) -> Any:
         """Return the value that begins with an event; aliases are counted for what they stand for."""
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self.anchors:
-                self.refuse(f"the alias *{shown(event.anchor, 80)} stands for nothing that is complete here", "Write the value out.")
+                self.refuse(
+                    f"the alias *{shown(event.anchor, 80)} stands for nothing that is complete here",
+                    "Write the value out.",
+                )
             value, size = self.anchors[event.anchor]
             self.count(size)
             return value
         before = self.num_values
         self.count(1)
         if depth > MOST_DEPTH:
-            self.refuse(f"lists and mappings are nested more than {MOST_DEPTH} deep", "A setting is a word, a number or a list of these.")
+            self.refuse(
+                f"lists and mappings are nested more than {MOST_DEPTH} deep",
+                "A setting is a word, a number or a list of these.",
+            )
         if isinstance(event, yaml.ScalarEvent):
             value = self.scalar(event)
         elif isinstance(event, yaml.SequenceStartEvent):
@@ -157,11 +189,17 @@ class _File:
     def count(self, number: int) -> None:
         self.num_values += number
         if self.num_values > MOST_VALUES:
-            self.refuse(f"the file stands for more than {MOST_VALUES:,} values, aliases counted each time", "Write fewer.")
+            self.refuse(
+                f"the file stands for more than {MOST_VALUES:,} values, aliases counted each time",
+                "Write fewer.",
+            )
 
     def scalar(self, event: yaml.ScalarEvent) -> Any:
         if has_half_pairs(event.value):
-            self.refuse(f"{event.value[:40]!r} holds half of a UTF-16 pair, which is no text", "Write the character itself.")
+            self.refuse(
+                f"{event.value[:40]!r} holds half of a UTF-16 pair, which is no text",
+                "Write the character itself.",
+            )
         try:
             return plain_value(event.value) if event.implicit[0] else event.value
         except ValueError as error:
@@ -178,9 +216,14 @@ class _File:
                 self.refuse("the merge key << is not taken", "Write the settings out.")
             if not isinstance(key, str):
                 self.line = line
-                self.refuse(f"the key {shown(repr(key), 80)} is not text", "Keys are names of settings.")
+                self.refuse(
+                    f"the key {shown(repr(key), 80)} is not text", "Keys are names of settings."
+                )
             if same(key) in lines:
-                self.refuse(f"{shown(key, 80)} stands already on line {lines[same(key)]}", "Keep one of the two.")
+                self.refuse(
+                    f"{shown(key, 80)} stands already on line {lines[same(key)]}",
+                    "Keep one of the two.",
+                )
             lines[same(key)] = line
             entries.append(Entry(key, self.value(self.next(), depth + 1), line))
         return entries

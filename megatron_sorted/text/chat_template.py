@@ -47,18 +47,32 @@ class ChatTemplate:
 
     def __init__(self, text: str, where: str):
         if len(text) > MOST_TEMPLATE_CHARACTERS:
-            raise DataError(f"{where}: {len(text):,} characters, more than the {MOST_TEMPLATE_CHARACTERS:,} of any sensible template. "
-                            "Give a smaller one.")
-        self.text, self.where, self.has_generation = text, where, GENERATION.search(text) is not None
+            raise DataError(
+                f"{where}: {len(text):,} characters, more than the {MOST_TEMPLATE_CHARACTERS:,} of any sensible template. "
+                "Give a smaller one."
+            )
+        self.text, self.where, self.has_generation = (
+            text,
+            where,
+            GENERATION.search(text) is not None,
+        )
         self._environment = BoundedEnvironment()
         try:
             self._template = self._environment.from_string(text)
         except (TemplateError, RecursionError, ValueError, SyntaxError, MemoryError) as error:
-            raise DataError(f"{where}: not a template that jinja can read ({_short(error)}). Mend it, or use --prompt-template "
-                            "plain.") from error
+            raise DataError(
+                f"{where}: not a template that jinja can read ({_short(error)}). Mend it, or use --prompt-template "
+                "plain."
+            ) from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str], add_generation_prompt: bool = False,
-               tools: Sequence[Any] | None = None, documents: Sequence[Any] | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokens: Mapping[str, str],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+    ) -> str:
         """Return the text of a conversation, equal to transformers' ``apply_chat_template(..., tokenize=False)``.
 
         Args:
@@ -73,8 +87,13 @@ class ChatTemplate:
         """
         return self._render(messages, tokens, add_generation_prompt, tools, documents, False)
 
-    def generation_spans(self, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str], tools: Sequence[Any] | None = None,
-                         documents: Sequence[Any] | None = None) -> tuple[str, list[tuple[int, int]]]:
+    def generation_spans(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokens: Mapping[str, str],
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+    ) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of a conversation and where the template's `{% generation %}` blocks stand in it.
 
         Raises:
@@ -100,13 +119,22 @@ class ChatTemplate:
         environment.marks, environment.work = marks, 0
         parts, length = [], 0
         try:
-            for part in self._template.generate(messages=as_template_sees(messages), tools=tools, documents=documents,
-                                                add_generation_prompt=add_generation_prompt, **tokens):
+            for part in self._template.generate(
+                messages=as_template_sees(messages),
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+                **tokens,
+            ):
                 parts.append(part)
                 length += len(part)
                 if length > MOST_RENDERED_CHARACTERS:
-                    raise SecurityError(f"the template writes more than {MOST_RENDERED_CHARACTERS:,} characters for one conversation")
-        except Exception as error:  # templates raise what they like, also TypeError and RecursionError
+                    raise SecurityError(
+                        f"the template writes more than {MOST_RENDERED_CHARACTERS:,} characters for one conversation"
+                    )
+        except (
+            Exception
+        ) as error:  # templates raise what they like, also TypeError and RecursionError
             raise TemplateRefusal(_short(error)) from error
         return "".join(parts)
 

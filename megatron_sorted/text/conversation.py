@@ -65,7 +65,9 @@ class Conversations:
     def __init__(self, template: str, name: str, tokenizer: Tokenizer):
         self.where = f"chat template {name!r} of {tokenizer.name}"
         self.template, self.tokens = compiled(template, self.where), dict(tokenizer.special_tokens)
-        names = sorted(filter(None, map(tokenizer.token_text, tokenizer.special_ids)), key=len, reverse=True)
+        names = sorted(
+            filter(None, map(tokenizer.token_text, tokenizer.special_ids)), key=len, reverse=True
+        )
         self.controls = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self.end, self.after = self._try(tokenizer)
         [number] = tokenizer.encode_rendered(self.end)
@@ -73,7 +75,10 @@ class Conversations:
 
     def _try(self, tokenizer: Tokenizer) -> tuple[str, str]:
         """Return the token that ends an answer, and what the template writes after it."""
-        user, assistant = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
+        user, assistant = (
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": ANSWER},
+        )
         refusals = []
         for before in ([user], [{"role": "system", "content": "S"}, user]):
             try:
@@ -82,32 +87,46 @@ class Conversations:
             except TemplateRefusal as error:
                 refusals.append(str(error))
         else:
-            raise DataError(f"{self.where}: fails on one question and one answer ({refusals[0]}). Mend the template, or use "
-                            "--prompt-template plain.")
+            raise DataError(
+                f"{self.where}: fails on one question and one answer ({refusals[0]}). Mend the template, or use "
+                "--prompt-template plain."
+            )
         remedy = "Mend the template, choose another (--prompt-template chat:NAME), or use --prompt-template plain."
         if QUESTION not in prompt:
             raise DataError(f"{self.where}: leaves the question out of what it writes. {remedy}")
         if not text.startswith(prompt):
-            raise DataError(f"{self.where}: what it writes with an answer does not begin with what it asks the model with, so the answer "
-                            f"cannot be found without guessing. {remedy}")
-        if text[len(prompt):].count(ANSWER) != 1:
-            raise DataError(f"{self.where}: writes an answer {text[len(prompt):].count(ANSWER)} times. {remedy}")
-        rest = text[text.rindex(ANSWER) + len(ANSWER):]
+            raise DataError(
+                f"{self.where}: what it writes with an answer does not begin with what it asks the model with, so the answer "
+                f"cannot be found without guessing. {remedy}"
+            )
+        if text[len(prompt) :].count(ANSWER) != 1:
+            raise DataError(
+                f"{self.where}: writes an answer {text[len(prompt) :].count(ANSWER)} times. {remedy}"
+            )
+        rest = text[text.rindex(ANSWER) + len(ANSWER) :]
         found = self.controls.search(rest)
         end = found.group() if found else rest.strip()
         if not end or len(tokenizer.encode_rendered(end)) != 1:
-            raise DataError(f"{self.where}: ends an answer with {rest!r:.40}, which holds no control token of {tokenizer.name}, so a model "
-                            f"could not learn to stop. {remedy}")
-        return end, rest[rest.index(end) + len(end):]
+            raise DataError(
+                f"{self.where}: ends an answer with {rest!r:.40}, which holds no control token of {tokenizer.name}, so a model "
+                f"could not learn to stop. {remedy}"
+            )
+        return end, rest[rest.index(end) + len(end) :]
 
-    def documents(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None,
-                  documents: Sequence[Any] | None = None) -> list[list[TextSpan]]:
+    def documents(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+    ) -> list[list[TextSpan]]:
         """Return the documents of a conversation, each as its pieces; messages after the last answer are left out.
 
         Raises:
             SkippedConversationError: It has no answer, or the template does not take it.
         """
-        turns = [place for place, message in enumerate(messages) if message.get("role") == "assistant"]
+        turns = [
+            place for place, message in enumerate(messages) if message.get("role") == "assistant"
+        ]
         if not turns:
             raise SkippedConversationError("no_assistant_turn", "")
         try:
@@ -126,9 +145,15 @@ class Conversations:
         return self.template.render(messages, self.tokens, add_generation_prompt, tools, documents)
 
     def _answer(self, messages, tools, documents) -> _Answer:
-        prompt, text = self._render(messages[:-1], True, tools, documents), self._render(messages, False, tools, documents)
+        prompt, text = (
+            self._render(messages[:-1], True, tools, documents),
+            self._render(messages, False, tools, documents),
+        )
         if not text.startswith(prompt):
-            raise SkippedConversationError("answer_not_after_prompt", "the template writes the prompt otherwise once there is an answer")
+            raise SkippedConversationError(
+                "answer_not_after_prompt",
+                "the template writes the prompt otherwise once there is an answer",
+            )
         begin = len(prompt)
         token, end = self._end_of(text, begin)
         spans: tuple[tuple[int, int], ...] = ((begin, end),)
@@ -136,20 +161,26 @@ class Conversations:
             marked, tagged = self.template.generation_spans(messages, self.tokens, tools, documents)
             if marked != text:
                 raise SkippedConversationError("generation_block_changes_text", "")
-            inside = [(max(first, begin), min(last, end)) for first, last in tagged if last > begin and first < end]
+            inside = [
+                (max(first, begin), min(last, end))
+                for first, last in tagged
+                if last > begin and first < end
+            ]
             spans = _joined([*inside, (end - len(token), end)])
         return _Answer(text, begin, end, spans, token)
 
     def _end_of(self, text: str, begin: int) -> tuple[str, int]:
         """Return the control token that ends an answer, and the place behind it."""
         place = text.rfind(self.end, begin)
-        rest = text[place + len(self.end):]
+        rest = text[place + len(self.end) :]
         if place >= 0 and (rest == self.after or not rest.strip()):
             return self.end, place + len(self.end)
         found = list(self.controls.finditer(text, begin))  # calls of tools may end otherwise
-        if found and not text[found[-1].end():].strip():
+        if found and not text[found[-1].end() :].strip():
             return found[-1].group(), found[-1].end()
-        raise SkippedConversationError("no_end_of_turn", "the template ends the answer without a control token")
+        raise SkippedConversationError(
+            "no_end_of_turn", "the template ends the answer without a control token"
+        )
 
 
 def _joined(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -210,11 +241,21 @@ def chosen_template(tokenizer: Tokenizer, name: str | None) -> tuple[str, str]:
     """
     templates = tokenizer.chat_templates
     if not templates:
-        raise DataError(f"--prompt-template chat: {tokenizer.name} has no chat template. Use --prompt-template plain, or give a tokenizer "
-                        "with chat_template.jinja or chat_template in tokenizer_config.json.")
-    chosen = name or ("default" if "default" in templates else next(iter(templates)) if len(templates) == 1 else None)
+        raise DataError(
+            f"--prompt-template chat: {tokenizer.name} has no chat template. Use --prompt-template plain, or give a tokenizer "
+            "with chat_template.jinja or chat_template in tokenizer_config.json."
+        )
+    chosen = name or (
+        "default"
+        if "default" in templates
+        else next(iter(templates))
+        if len(templates) == 1
+        else None
+    )
     if chosen not in templates:
         asked = "chat" if name is None else f"chat:{name}"
-        raise DataError(f"--prompt-template {asked}: {tokenizer.name} has the chat templates {', '.join(sorted(templates))}. "
-                        "Name one of them: chat:NAME.")
+        raise DataError(
+            f"--prompt-template {asked}: {tokenizer.name} has the chat templates {', '.join(sorted(templates))}. "
+            "Name one of them: chat:NAME."
+        )
     return templates[chosen], chosen

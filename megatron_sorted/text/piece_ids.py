@@ -18,7 +18,22 @@ from megatron_sorted.text.tokenizer.contract import Tokenizer
 BREAKS = ("\n", "\u010a")
 """A line break, as text and as byte-level vocabularies write it."""
 BLANKS = frozenset(" \t\r\n\u2581\u0120\u0109\u010a\u010d")
-PROBES = ("Hi", "hello there", "1 + 1", "(a)", "\u00e9t\u00e9", "\u732b", "\U0001f600", "<b>", "s", "...", "A", "'tis", "###", "-1")
+PROBES = (
+    "Hi",
+    "hello there",
+    "1 + 1",
+    "(a)",
+    "\u00e9t\u00e9",
+    "\u732b",
+    "\U0001f600",
+    "<b>",
+    "s",
+    "...",
+    "A",
+    "'tis",
+    "###",
+    "-1",
+)
 
 TrainedIds = tuple[list[int], bool]
 """Ids, and whether they are trained on."""
@@ -42,8 +57,15 @@ class PieceEncoder:
     def encode(self, documents: Sequence[Sequence[TextSpan]]) -> list[list[list[TrainedIds]]]:
         """Return for each document its sequences; where a token stands across the border of a turn, those of one document an answer."""
         plans = [self._plan(document) for document in documents]
-        texts = list(dict.fromkeys(text for plan in plans for _, before, whole in plan for text in (before, whole)
-                                   if text not in self.known))
+        texts = list(
+            dict.fromkeys(
+                text
+                for plan in plans
+                for _, before, whole in plan
+                for text in (before, whole)
+                if text not in self.known
+            )
+        )
         ids = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True)) | self.known
         found = []
         for document, plan in zip(documents, plans, strict=True):
@@ -56,8 +78,10 @@ class PieceEncoder:
         found, before = [], ""
         for piece in document:
             if piece.is_response:
-                prompt, answer, anchor = self.tokenizer.encode_batch([before, piece.end + piece.text, piece.end])
-                sequences: list[TrainedIds] = [(prompt, False), (answer[len(anchor):], True)]
+                prompt, answer, anchor = self.tokenizer.encode_batch(
+                    [before, piece.end + piece.text, piece.end]
+                )
+                sequences: list[TrainedIds] = [(prompt, False), (answer[len(anchor) :], True)]
                 found.append([sequence for sequence in sequences if sequence[0]])
             before += piece.text
         return found
@@ -74,14 +98,16 @@ class PieceEncoder:
         return plan
 
     @staticmethod
-    def _joined(plan: Sequence[tuple[TextSpan, str, str]], ids: dict[str, list[int]]) -> list[TrainedIds] | None:
+    def _joined(
+        plan: Sequence[tuple[TextSpan, str, str]], ids: dict[str, list[int]]
+    ) -> list[TrainedIds] | None:
         found: list[TrainedIds] = []
         for piece, before, whole in plan:
             start, every = ids[before], ids[whole]
             if start:
                 if every[: len(start)] != start:
                     return None
-                every = every[len(start):]
+                every = every[len(start) :]
             if every:
                 found.append((every, piece.is_response))
         return found
@@ -89,7 +115,12 @@ class PieceEncoder:
 
 def _is_clean(context: str, answer: str) -> bool:
     """Return whether a line break alone stands between two words."""
-    return len(context) > 1 and context[-1] == "\n" and not context[-2].isspace() and not answer[:1].isspace()
+    return (
+        len(context) > 1
+        and context[-1] == "\n"
+        and not context[-2].isspace()
+        and not answer[:1].isspace()
+    )
 
 
 def _breaks_words(tokenizer: Tokenizer) -> bool:
@@ -109,9 +140,11 @@ def _breaks_words(tokenizer: Tokenizer) -> bool:
     for before in PROBES:
         for after in PROBES:
             try:
-                start, rest, whole = tokenizer.encode_batch([f"{before}\n", f"\n{after}", f"{before}\n{after}"])
+                start, rest, whole = tokenizer.encode_batch(
+                    [f"{before}\n", f"\n{after}", f"{before}\n{after}"]
+                )
             except DataError:  # a tokenizer of numbers alone
                 return False
-            if rest[: len(alone)] != alone or whole != start + rest[len(alone):]:
+            if rest[: len(alone)] != alone or whole != start + rest[len(alone) :]:
                 return False
     return True

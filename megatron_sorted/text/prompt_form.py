@@ -20,7 +20,9 @@ PLAIN, ALPACA, CHAT, TEXT = "plain", "alpaca", "chat", "text"
 FORMS = (PLAIN, ALPACA, CHAT)
 MOST_FILE_BYTES = 4 << 20
 REMEDY = "Restore it, or remove it and say --prompt-template."
-NO_FORM = "carries no prompt form (it was made by megatron_sorted 0.6.0 or before, or by another tool)"
+NO_FORM = (
+    "carries no prompt form (it was made by megatron_sorted 0.6.0 or before, or by another tool)"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,11 @@ class PromptForm:
     @property
     def label(self) -> str:
         """Return the name as ``--prompt-template`` takes it."""
-        return self.name if self.template_name in (None, "default") else f"{self.name}:{self.template_name}"
+        return (
+            self.name
+            if self.template_name in (None, "default")
+            else f"{self.name}:{self.template_name}"
+        )
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -66,17 +72,23 @@ class PromptForm:
         """Return whether it says how a conversation is written."""
         return self.name != TEXT
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+    ) -> str:
         """Return the text of a conversation up to where the assistant answers.
 
         Raises:
             DataError: The template does not take these messages.
         """
         try:
-            return compiled(self.template, f"chat template ({self.label})").render(messages, self.special_tokens, True, tools)
+            return compiled(self.template, f"chat template ({self.label})").render(
+                messages, self.special_tokens, True, tools
+            )
         except TemplateRefusal as error:
-            raise DataError(f"messages: the chat template ({self.label}) does not take them ({error}). "
-                            "Change roles, order or fields.") from error
+            raise DataError(
+                f"messages: the chat template ({self.label}) does not take them ({error}). "
+                "Change roles, order or fields."
+            ) from error
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form as plain data."""
@@ -101,8 +113,14 @@ def form_from_dict(said: Any, where: str) -> PromptForm:
         if said["format"] != FORMAT:
             raise ValueError(f"format {said['format']!r:.40}, but this version reads {FORMAT}")
         begin, ends = said["begin"], said["ends"]
-        form = PromptForm(said["name"], said["template"], dict(said["special_tokens"]), begin and _token(begin),
-                          tuple(map(_token, ends)), said.get("template_name"))
+        form = PromptForm(
+            said["name"],
+            said["template"],
+            dict(said["special_tokens"]),
+            begin and _token(begin),
+            tuple(map(_token, ends)),
+            said.get("template_name"),
+        )
         texts = (form.template, *form.special_tokens, *form.special_tokens.values())
         if form.name not in (*FORMS, TEXT) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"unknown form {form.name!r:.40}")
@@ -110,12 +128,19 @@ def form_from_dict(said: Any, where: str) -> PromptForm:
             raise ValueError("larger than any sensible form")
         return form
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{shown(where)}: not a prompt form as megatron_sorted writes it ({shown(error)}). {REMEDY}") from error
+        raise DataError(
+            f"{shown(where)}: not a prompt form as megatron_sorted writes it ({shown(error)}). {REMEDY}"
+        ) from error
 
 
 def _token(said: Mapping[str, Any]) -> ControlToken:
     text, number = said["text"], said["id"]
-    if not isinstance(text, str) or not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 31:
+    if (
+        not isinstance(text, str)
+        or not isinstance(number, int)
+        or isinstance(number, bool)
+        or not 0 <= number < 1 << 31
+    ):
         raise ValueError(f"{said!r:.60} is no token")
     return ControlToken(text, number)
 
@@ -149,8 +174,10 @@ def parse_label(label: str) -> tuple[str, str | None]:
     """
     name, colon, template = label.partition(":")
     if name not in FORMS or (colon and (name != CHAT or not template)):
-        raise DataError(f"--prompt-template: {label!r} is unknown. Use plain, alpaca, chat (the tokenizer's own template) or chat:NAME "
-                        "(one of several).")
+        raise DataError(
+            f"--prompt-template: {label!r} is unknown. Use plain, alpaca, chat (the tokenizer's own template) or chat:NAME "
+            "(one of several)."
+        )
     return name, template or None
 
 
@@ -160,11 +187,16 @@ def check_tokens(form: PromptForm, tokenizer: Tokenizer, where: str) -> None:
     Raises:
         DataError: It does not, so that a model would be asked, or stop, in other tokens than it was trained with.
     """
-    for what, token in (*((("first token", form.begin),) if form.begin else ()), *(("end token", end) for end in form.ends)):
+    for what, token in (
+        *((("first token", form.begin),) if form.begin else ()),
+        *(("end token", end) for end in form.ends),
+    ):
         ids = tokenizer.encode_rendered(token.text)
         if ids != [token.id]:
-            raise DataError(f"{where}: its {what} {token.text!r} was trained as id {token.id}, but {tokenizer.name} reads it as "
-                            f"{', '.join(map(str, ids[:8])) or 'nothing'}. Use the tokenizer that the model was trained with.")
+            raise DataError(
+                f"{where}: its {what} {token.text!r} was trained as id {token.id}, but {tokenizer.name} reads it as "
+                f"{', '.join(map(str, ids[:8])) or 'nothing'}. Use the tokenizer that the model was trained with."
+            )
 
 
 def check_rows(form: PromptForm, vocab_size: int, where: str) -> None:
@@ -175,8 +207,10 @@ def check_rows(form: PromptForm, vocab_size: int, where: str) -> None:
     """
     for end in form.ends:
         if end.id >= vocab_size:
-            raise DataError(f"{where}: answers end with {end.text!r}, id {end.id}, but the model has {vocab_size} tokens, so it can never "
-                            "stop. Use the tokenizer of this model, or give the model more rows.")
+            raise DataError(
+                f"{where}: answers end with {end.text!r}, id {end.id}, but the model has {vocab_size} tokens, so it can never "
+                "stop. Use the tokenizer of this model, or give the model more rows."
+            )
 
 
 def end_tokens(value: Any, where: str, vocab_size: int | float = math.inf) -> tuple[int, ...]:
@@ -193,6 +227,10 @@ def end_tokens(value: Any, where: str, vocab_size: int | float = math.inf) -> tu
     ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
     for one in ids:
         if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < vocab_size:
-            rule = f"one of the model's 0..{vocab_size - 1}" if vocab_size != math.inf else "a token"
-            raise DataError(f"{where}: eos_token_id {one!r:.40} is not {rule}. Mend the file, or give an intact directory.")
+            rule = (
+                f"one of the model's 0..{vocab_size - 1}" if vocab_size != math.inf else "a token"
+            )
+            raise DataError(
+                f"{where}: eos_token_id {one!r:.40} is not {rule}. Mend the file, or give an intact directory."
+            )
     return tuple(ids)

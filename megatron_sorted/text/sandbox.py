@@ -25,7 +25,10 @@ WIDEST = 10_000
 BEGIN, END = "\U000f0000", "\U000f0001"
 """Private characters that mark `{% generation %}` blocks while spans are looked for."""
 LARGE_NUMBER = re.compile(r"[%{][^%{}]*?\d{5}")
-FORMATS, WIDTHS = ("format", "format_map"), ("center", "indent", "wordwrap", "ljust", "rjust", "zfill", "expandtabs")
+FORMATS, WIDTHS = (
+    ("format", "format_map"),
+    ("center", "indent", "wordwrap", "ljust", "rjust", "zfill", "expandtabs"),
+)
 
 
 class _Needed(jinja2.Undefined):
@@ -33,7 +36,9 @@ class _Needed(jinja2.Undefined):
 
     def __str__(self) -> str:
         if self._undefined_obj is missing:
-            raise UndefinedError(f"the template needs the variable {self._undefined_name!r}, which is not there")
+            raise UndefinedError(
+                f"the template needs the variable {self._undefined_name!r}, which is not there"
+            )
         return ""
 
 
@@ -88,28 +93,46 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**", "%", "+"))
 
     def __init__(self):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, undefined=_Needed, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=_Needed,
+            extensions=[_Generation, "jinja2.ext.loopcontrols"],
+        )
         self.marks, self.work = False, 0
         self.filters |= {"tojson": _tojson, "_counted": self._counted, "_joined": self._joined}
         for name in (*WIDTHS, *FORMATS, "replace"):
             if name in self.filters:
                 self.filters[name] = _narrow(name, self.filters[name])
-        self.globals |= {"raise_exception": _raise, "strftime_now": _now, "dict": _Dictionary(), "namespace": _Namespace}
+        self.globals |= {
+            "raise_exception": _raise,
+            "strftime_now": _now,
+            "dict": _Dictionary(),
+            "namespace": _Namespace,
+        }
 
     def _parse(self, source, name, filename) -> nodes.Template:
         tree = super()._parse(source, name, filename)
         for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno, environment=self)
+            loop.iter = nodes.Filter(
+                loop.iter, "_counted", [], [], None, None, lineno=loop.lineno, environment=self
+            )
         for joined in list(tree.find_all(nodes.Concat)):
             listed = nodes.List(joined.nodes, lineno=joined.lineno, environment=self)
-            joined.nodes = [nodes.Filter(listed, "_joined", [], [], None, None, lineno=joined.lineno, environment=self)]
+            joined.nodes = [
+                nodes.Filter(
+                    listed, "_joined", [], [], None, None, lineno=joined.lineno, environment=self
+                )
+            ]
         return tree
 
     def count(self, amount: int) -> None:
         """Count work and end what does too much of it."""
         self.work += amount
         if self.work > MOST_WORK:
-            raise SecurityError(f"the template takes more than {MOST_WORK:,} steps for one conversation")
+            raise SecurityError(
+                f"the template takes more than {MOST_WORK:,} steps for one conversation"
+            )
 
     def _counted(self, items: Any) -> Any:
         if hasattr(items, "__len__"):
@@ -132,15 +155,21 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.count(1)
         function = args[1]
         bound = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
-        _check_call(getattr(function, "__name__", ""), getattr(bound, "__self__", ""), args[2:], kwargs)
+        _check_call(
+            getattr(function, "__name__", ""), getattr(bound, "__self__", ""), args[2:], kwargs
+        )
         return _bounded(super().call(*args, **kwargs))
 
     def call_binop(self, context, operator: str, left: Any, right: Any) -> Any:
         """Compute a sum, product, power or format of a template."""
-        if operator in ("*", "**") and not all(isinstance(side, int | float) and abs(side) <= WIDEST for side in (left, right)):
+        if operator in ("*", "**") and not all(
+            isinstance(side, int | float) and abs(side) <= WIDEST for side in (left, right)
+        ):
             sizes = [side for side in (left, right) if isinstance(side, int | float)]
             if operator == "**" or not sizes or abs(sizes[0]) > WIDEST:
-                raise SecurityError(f"the template computes {operator} of numbers beyond {WIDEST:,}")
+                raise SecurityError(
+                    f"the template computes {operator} of numbers beyond {WIDEST:,}"
+                )
         if operator == "%" and isinstance(left, str):
             _check_call("format", left, (), {})
         return _bounded(super().call_binop(context, operator, left, right))
@@ -149,7 +178,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 def _bounded(value: Any) -> Any:
     """Return a value that is not too large."""
     if isinstance(value, str) and len(value) > MOST_RENDERED_CHARACTERS:
-        raise SecurityError(f"the template writes more than {MOST_RENDERED_CHARACTERS:,} characters for one conversation")
+        raise SecurityError(
+            f"the template writes more than {MOST_RENDERED_CHARACTERS:,} characters for one conversation"
+        )
     if isinstance(value, list | tuple) and len(value) > MOST_WORK:
         raise SecurityError(f"the template makes a list of more than {MOST_WORK:,} entries")
     return value
@@ -157,13 +188,17 @@ def _bounded(value: Any) -> Any:
 
 def _check_call(name: str, value: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Check that a method or filter of this name does not make a text of more than reason."""
-    if name in WIDTHS and any(isinstance(one, int) and abs(one) > WIDEST for one in (*args, *kwargs.values())):
+    if name in WIDTHS and any(
+        isinstance(one, int) and abs(one) > WIDEST for one in (*args, *kwargs.values())
+    ):
         raise SecurityError(f"the template fills a text to more than {WIDEST:,} characters")
     if name in FORMATS and isinstance(value, str) and LARGE_NUMBER.search(value):
         raise SecurityError(f"the template fills a text to more than {WIDEST:,} characters")
     new = args[1] if name == "replace" and len(args) > 1 else ""
     if isinstance(new, str) and (len(str(value)) + 1) * len(new) > MOST_RENDERED_CHARACTERS:
-        raise SecurityError(f"the template may write more than {MOST_RENDERED_CHARACTERS:,} characters for one conversation")
+        raise SecurityError(
+            f"the template may write more than {MOST_RENDERED_CHARACTERS:,} characters for one conversation"
+        )
 
 
 def _narrow(name: str, function):
@@ -172,7 +207,7 @@ def _narrow(name: str, function):
     place = 0 if mark is None else 1  # behind the environment, where the filter asks for it
 
     def bounded(*args, **kwargs):
-        _check_call(name, args[place], args[place + 1:], kwargs)
+        _check_call(name, args[place], args[place + 1 :], kwargs)
         return function(*args, **kwargs)
 
     if mark is not None:
@@ -195,4 +230,6 @@ def _now(form: str) -> str:
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     # jinja's own writes < and > as entities
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -11,8 +11,10 @@ from megatron_sorted.text.conversation import TextSpan
 from megatron_sorted.text.prompt_form import ALPACA, PLAIN, TEXT, ControlToken, PromptForm
 from megatron_sorted.text.tokenizer.contract import Tokenizer
 
-WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
-              "Write a response that appropriately completes the request.\n\n")
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
 WITHOUT_INPUT = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 # The wording is the format: models of the Alpaca family were trained on exactly this text.
 
@@ -44,8 +46,8 @@ WRITERS = {PLAIN: write_plain, ALPACA: write_alpaca}
 BODIES = {
     PLAIN: "{{ message['content'] + '\\n' }}{% if message['input'] %}{{ message['input'] + '\\n' }}{% endif %}",
     ALPACA: "{% if message['role'] == 'user' %}OPENING{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
-            "{% if message['input'] %}{{ '### Input:\\n' + message['input'] + '\\n\\n' }}{% endif %}{{ '### Response:\\n' }}"
-            "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}",
+    "{% if message['input'] %}{{ '### Input:\\n' + message['input'] + '\\n\\n' }}{% endif %}{{ '### Response:\\n' }}"
+    "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}",
 }
 
 
@@ -60,19 +62,35 @@ def written_form(name: str, tokenizer: Tokenizer, opens: bool, append_eod: bool)
     """
     begin, end = outer_tokens(tokenizer)
     ends = (end,) if append_eod and end is not None else ()
-    opening = ("{% if loop.first %}{{ " + _quoted(WITH_INPUT) + " if message['input'] else " + _quoted(WITHOUT_INPUT) + " }}{% endif %}"
-               if opens else "")
+    opening = (
+        "{% if loop.first %}{{ "
+        + _quoted(WITH_INPUT)
+        + " if message['input'] else "
+        + _quoted(WITHOUT_INPUT)
+        + " }}{% endif %}"
+        if opens
+        else ""
+    )
     template = ("{{ " + _quoted(begin.text) + " }}" if begin else "") + (
         "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content']"
-        + (" + " + _quoted(end.text) if ends else "") + " }}{% else %}" + BODIES[name].replace("OPENING", opening)
-        + "{% endif %}{% endfor %}")
+        + (" + " + _quoted(end.text) if ends else "")
+        + " }}{% else %}"
+        + BODIES[name].replace("OPENING", opening)
+        + "{% endif %}{% endfor %}"
+    )
     return PromptForm(name, template, dict(tokenizer.special_tokens), begin, ends)
 
 
 def text_form(tokenizer: Tokenizer, append_eod: bool) -> PromptForm:
     """Return the form of documents: no conversation, but a first and an end token."""
     begin, end = outer_tokens(tokenizer)
-    return PromptForm(TEXT, "", dict(tokenizer.special_tokens), begin, (end,) if append_eod and end is not None else ())
+    return PromptForm(
+        TEXT,
+        "",
+        dict(tokenizer.special_tokens),
+        begin,
+        (end,) if append_eod and end is not None else (),
+    )
 
 
 def outer_tokens(tokenizer: Tokenizer) -> tuple[ControlToken | None, ControlToken | None]:
@@ -80,8 +98,12 @@ def outer_tokens(tokenizer: Tokenizer) -> tuple[ControlToken | None, ControlToke
 
     A tokenizer of numbers writes its eos as a number.
     """
-    begin, end = (None if number is None else ControlToken(tokenizer.special_tokens.get(name) or f" {number} ", number)
-                  for name, number in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)))
+    begin, end = (
+        None
+        if number is None
+        else ControlToken(tokenizer.special_tokens.get(name) or f" {number} ", number)
+        for name, number in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
+    )
     return begin if tokenizer.adds_bos else None, end
 
 

@@ -20,20 +20,31 @@ from tests.support.decoding import prompts
 from tests.support.exit_parts import save_nested
 
 pytestmark = pytest.mark.gpu
-STRATEGIES = [Full(), Fixed(1), EarlyExit((1, 3), (0.02, 0.02)), SelfSpeculative(1, 4), SortedSpeculative((1, 3), (0.02, 0.02), 5),
-        TreeSpeculative((1, 3), (0.02,), 3, 2, 6)]
+STRATEGIES = [
+    Full(),
+    Fixed(1),
+    EarlyExit((1, 3), (0.02, 0.02)),
+    SelfSpeculative(1, 4),
+    SortedSpeculative((1, 3), (0.02, 0.02), 5),
+    TreeSpeculative((1, 3), (0.02,), 3, 2, 6),
+]
 SPECULATIVE = STRATEGIES[3:]
 
 
 def texts_of(network, strategy, rows, sampling=None):
     texts = prompts((11, 100, 3), 100)
-    return [text.tokens for text in generate(network, [texts[row] for row in rows], strategy, sampling, Limits(60))]
+    return [
+        text.tokens
+        for text in generate(network, [texts[row] for row in rows], strategy, sampling, Limits(60))
+    ]
 
 
 @pytest.fixture(params=["mistral", "qwen3"])
 def networks(request, tmp_path):
     save_nested(tmp_path, request.param, "block")
-    return load_network(tmp_path), *(load_network(tmp_path, device="cuda", graphs=graphs) for graphs in (False, True))
+    return load_network(tmp_path), *(
+        load_network(tmp_path, device="cuda", graphs=graphs) for graphs in (False, True)
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
@@ -61,7 +72,11 @@ def test_half_precision_runs(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
-@pytest.mark.parametrize("sampling", [SamplingParameters(), SamplingParameters(0.9, top_p=0.9, repetition_penalty=1.2)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParameters(), SamplingParameters(0.9, top_p=0.9, repetition_penalty=1.2)],
+    ids=["greedy", "sampled"],
+)
 @torch.inference_mode()
 def test_a_draft_does_not_wait_for_the_gpu_and_a_step_once(graphs, sampling, tmp_path):
     save_nested(tmp_path, "mistral", "block")

@@ -26,7 +26,12 @@ def origin(tmp_path_factory):
     directory = tmp_path_factory.mktemp("origin")
     save_model(directory / "one", "llama3")
     save_model(directory / "many", "qwen2", num_shards=3)
-    import_model(open_model(directory / "one"), directory / "runs", Exits((2,), own_norms=True), Writing(verify=False))
+    import_model(
+        open_model(directory / "one"),
+        directory / "runs",
+        Exits((2,), own_norms=True),
+        Writing(verify=False),
+    )
     export_model(open_model(directory / "runs"), directory / "nested", Writing(verify=False))
     return directory
 
@@ -51,9 +56,18 @@ def damage(origin: Path, kind: str, name: str, tmp_path: Path, read, examples: i
 
 
 @fuzzed
-@pytest.mark.parametrize(("kind", "name"), [
-    ("one", "config.json"), ("many", "config.json"), ("many", "model.safetensors.index.json"), ("nested", "generation_config.json"),
-    ("nested", "config.json"), ("one", "model.safetensors"), ("nested", "exits.safetensors")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("one", "config.json"),
+        ("many", "config.json"),
+        ("many", "model.safetensors.index.json"),
+        ("nested", "generation_config.json"),
+        ("nested", "config.json"),
+        ("one", "model.safetensors"),
+        ("nested", "exits.safetensors"),
+    ],
+)
 def test_files_of_a_hugging_face_directory(kind, name, examples, origin, tmp_path):
     damage(origin, kind, name, tmp_path, opened, examples)
 
@@ -66,10 +80,10 @@ def test_headers_of_safetensors(examples, origin, tmp_path):
     length = int.from_bytes(whole[:8], "little")
 
     def read(header: bytes) -> None:  # its length is right, so that what stands in it is looked at
-        path.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + length:])
+        path.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + length :])
         open_model(directory)
 
-    check_reader([whole[8:8 + length]], read, examples)
+    check_reader([whole[8 : 8 + length]], read, examples)
 
 
 @fuzzed
@@ -89,17 +103,38 @@ def test_the_metadata_of_a_checkpoint(examples, origin, tmp_path):
 def test_the_arguments_of_a_checkpoint(examples, origin, tmp_path):
     directory = Path(shutil.copytree(origin / "runs" / "iter_0000000", tmp_path / "x"))
     (directory / "manifest.json").unlink(missing_ok=True)
-    arguments = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96, "swiglu": True, "vocab_size": 100,
-                 "padded_vocab_size": 128, "normalization": "RMSNorm", "position_embedding_type": "rope", "rotary_base": 10000.0,
-                 "window_size": [20, 0], "exit_layer_nums": [1, 3], "use_exit_norm": True, "rope_scaling_factor": 8.0,
-                 "use_rope_scaling": True, "num_query_groups": 2, "group_query_attention": True}
+    arguments = {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 96,
+        "swiglu": True,
+        "vocab_size": 100,
+        "padded_vocab_size": 128,
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+        "rotary_base": 10000.0,
+        "window_size": [20, 0],
+        "exit_layer_nums": [1, 3],
+        "use_exit_norm": True,
+        "rope_scaling_factor": 8.0,
+        "use_rope_scaling": True,
+        "num_query_groups": 2,
+        "group_query_attention": True,
+    }
 
     def read(data: bytes) -> None:
         try:
             said = json.loads(data)
         except (ValueError, RecursionError):
             return
-        torch.save({"args": argparse.Namespace(**said) if isinstance(said, dict) else said, "iteration": 3}, directory / "common.pt")
+        torch.save(
+            {
+                "args": argparse.Namespace(**said) if isinstance(said, dict) else said,
+                "iteration": 3,
+            },
+            directory / "common.pt",
+        )
         open_megatron(directory)
 
     check_reader([json.dumps(arguments).encode()], read, examples)
@@ -110,7 +145,13 @@ def test_what_torch_saved(examples, origin, tmp_path):
     directory = Path(shutil.copytree(origin / "runs" / "iter_0000000", tmp_path / "x"))
     (directory / "manifest.json").unlink(missing_ok=True)
     path = directory / "common.pt"
-    torch.save({"args": argparse.Namespace(num_layers=4, hidden_size=64, num_attention_heads=4), "x": torch.ones(3)}, path)
+    torch.save(
+        {
+            "args": argparse.Namespace(num_layers=4, hidden_size=64, num_attention_heads=4),
+            "x": torch.ones(3),
+        },
+        path,
+    )
 
     def read(data: bytes) -> None:
         path.write_bytes(data)

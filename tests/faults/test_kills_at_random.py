@@ -55,7 +55,10 @@ def test_saves_of_one_step_and_of_new_ones(tmp_path, swaps):
 
     def check() -> None:
         found = find_candidates(root).usable[0]
-        assert find_damage(found.directory, found.manifest, found.manifest["files"]) == [] and found.step >= newest[0]
+        assert (
+            find_damage(found.directory, found.manifest, found.manifest["files"]) == []
+            and found.step >= newest[0]
+        )
         newest[0] = found.step
         remove_leftovers(root)
         assert find_candidates(root).usable[0].step == newest[0]
@@ -84,7 +87,9 @@ def test_files_models_and_data(tmp_path, swaps):
             assert not swaps
             with pytest.raises(CheckpointError), staged_directory(model, False, 10):
                 pass
-        assert len({(model / name).read_text() for name in ("config.json", "model.safetensors")}) == 1
+        assert (
+            len({(model / name).read_text() for name in ("config.json", "model.safetensors")}) == 1
+        )
         tokens = open_indexed(prefix).tokens.tolist()
         assert tokens == list(range(tokens[0], tokens[0] + 6))
 

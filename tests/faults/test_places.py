@@ -16,7 +16,13 @@ import pytest
 from megatron_sorted import files
 from megatron_sorted.checkpoint.candidates import find_candidates
 from megatron_sorted.checkpoint.layout import TRACKER, iteration_directory, writing_directory
-from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, find_damage, manifest_text, record_file
+from megatron_sorted.checkpoint.manifest import (
+    MANIFEST,
+    Progress,
+    find_damage,
+    manifest_text,
+    record_file,
+)
 from megatron_sorted.checkpoint.publishing import Retention, publish, remove_leftovers
 from megatron_sorted.conversion.staging import staged_directory
 from megatron_sorted.data.indexed import Documents, IndexedWriter, open_indexed
@@ -43,11 +49,16 @@ def written(directory: Path, step: int, content: bytes, saved_at: str, run_id: s
     (directory / "tokenizer").mkdir()
     (directory / "tokenizer" / "t.model").write_bytes(b"words")
     names = ("__0_0.distcp", "tokenizer/t.model")
-    return manifest_text({"run_id": run_id, "saved_at": saved_at}, Progress(step, 8 * step),
-                         {name: record_file(directory / name) for name in names})
+    return manifest_text(
+        {"run_id": run_id, "saved_at": saved_at},
+        Progress(step, 8 * step),
+        {name: record_file(directory / name) for name in names},
+    )
 
 
-def checkpoint(root: Path, step: int, content: bytes, saved_at: str = "2026-01-01", run_id: str = RUN) -> Path:
+def checkpoint(
+    root: Path, step: int, content: bytes, saved_at: str = "2026-01-01", run_id: str = RUN
+) -> Path:
     """Return a finished checkpoint."""
     directory = iteration_directory(root, step)
     text = written(directory, step, content, saved_at, run_id)
@@ -98,7 +109,10 @@ def test_a_save(tmp_path, step, kills, swaps):
         seen.add(found)
         assert found in {(20, b"old"), (step, b"new")}
         remove_leftovers(root)  # the next run
-        assert content_of_newest(root) == found and sorted(names(root))[:2] == ["iter_0000010", "iter_0000020"]
+        assert content_of_newest(root) == found and sorted(names(root))[:2] == [
+            "iter_0000010",
+            "iter_0000020",
+        ]
         assert not any(name.startswith(".") for name in names(root))
     assert (20, b"old") in seen and (step, b"new") in seen
 
@@ -151,8 +165,14 @@ def test_a_checkpoint_that_is_a_link(tmp_path, step, swaps):
     before()
     text = written(writing_directory(root, step), step, b"new", "2026-01-02")
     notes = publish(root, step, text, RUN, Retention(retain=1))
-    assert [note for note in notes if "was a link: the link was removed" in note and str(elsewhere / "kept") in note]
-    assert names(root) == [f"iter_{step:07d}", TRACKER] and (elsewhere / "kept" / MANIFEST).is_file()
+    assert [
+        note
+        for note in notes
+        if "was a link: the link was removed" in note and str(elsewhere / "kept") in note
+    ]
+    assert (
+        names(root) == [f"iter_{step:07d}", TRACKER] and (elsewhere / "kept" / MANIFEST).is_file()
+    )
 
 
 def test_what_cannot_be_deleted_does_not_fail_the_save(tmp_path, swaps, monkeypatch):
@@ -160,8 +180,13 @@ def test_what_cannot_be_deleted_does_not_fail_the_save(tmp_path, swaps, monkeypa
     root.mkdir()
     checkpoint(root, 20, b"old")
     monkeypatch.setattr(shutil, "rmtree", refuse)  # as a file that another host holds open on NFS
-    notes = publish(root, 20, written(writing_directory(root, 20), 20, b"new", "2026-01-02"), RUN, Retention())
-    assert content_of_newest(root) == (20, b"new") and "could not be deleted (Device or resource busy)" in notes[0]
+    notes = publish(
+        root, 20, written(writing_directory(root, 20), 20, b"new", "2026-01-02"), RUN, Retention()
+    )
+    assert (
+        content_of_newest(root) == (20, b"new")
+        and "could not be deleted (Device or resource busy)" in notes[0]
+    )
 
 
 def refuse(path, ignore_errors=False, **_options) -> None:
@@ -182,8 +207,12 @@ def test_a_file(tmp_path, kills, is_link):
         else:
             (folder / "target").rename(folder / "named")
 
-    for _ in interrupted(lambda: files.write_text_atomically(folder / "named", "new"), before, kills):
-        assert (folder / "named").read_text() in {"old", "new"} and (folder / "named").is_symlink() == is_link
+    for _ in interrupted(
+        lambda: files.write_text_atomically(folder / "named", "new"), before, kills
+    ):
+        assert (folder / "named").read_text() in {"old", "new"} and (
+            folder / "named"
+        ).is_symlink() == is_link
     assert (folder / "named").read_text() == "new" and (folder / "named").is_symlink() == is_link
 
 
@@ -208,17 +237,29 @@ def test_a_model_that_is_overwritten(tmp_path, kills, is_link, swaps):
     for _ in interrupted(lambda: export(destination, "new"), before, kills):
         if not destination.exists():  # between two renames: the next conversion puts it back
             assert kills and not swaps
-            with pytest.raises(CheckpointError, match="exists and is not empty"), staged_directory(destination, False, 10):
+            with (
+                pytest.raises(CheckpointError, match="exists and is not empty"),
+                staged_directory(destination, False, 10),
+            ):
                 pass
         found = {(destination / name).read_text() for name in ("config.json", "model.safetensors")}
         assert found in ({"old"}, {"new"}) and destination.is_symlink() == is_link
-    assert (destination / "config.json").read_text() == "new" and destination.is_symlink() == is_link
+    assert (
+        destination / "config.json"
+    ).read_text() == "new" and destination.is_symlink() == is_link
 
 
 def write_data(prefix: str, first: int) -> None:
     with IndexedWriter(prefix, np.uint16, with_modes=False) as writer:
         count = 3
-        writer.append(Documents(np.arange(first, first + 2 * count), np.full(count, 2), np.zeros(0), np.ones(count, np.int64)))
+        writer.append(
+            Documents(
+                np.arange(first, first + 2 * count),
+                np.full(count, 2),
+                np.zeros(0),
+                np.ones(count, np.int64),
+            )
+        )
 
 
 @pytest.mark.parametrize("kills", [True, False], ids=["kill", "fault"])
@@ -260,4 +301,7 @@ def test_a_torn_line_of_the_metrics(tmp_path):
         assert [line["step"] for line in read_json_lines(path)] == [1, 2]
         torn = Path(f"{path}.torn")
         assert path.read_text().endswith('{"st') or torn.read_text().endswith('{"st\n')
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and json.dumps({"st": 1})[:4] in Path(f"{path}.torn").read_text()
+    assert (
+        path.read_text() == '{"step": 1}\n{"step": 2}\n'
+        and json.dumps({"st": 1})[:4] in Path(f"{path}.torn").read_text()
+    )

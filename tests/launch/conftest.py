@@ -48,8 +48,14 @@ load: save
 
 def write_site(folder: Path, **more: object) -> Path:
     """Writes the site file of two nodes on this machine, with one process each, and returns its path."""
-    values = {"DEVICES_PER_NODE": 1, "PYTHON": PYTHON, "ONE_MACHINE": "yes", "DEVICE_REQUEST": "--gres=gpu:1",
-              "SBATCH_OPTIONS": "--mem=100", **more}
+    values = {
+        "DEVICES_PER_NODE": 1,
+        "PYTHON": PYTHON,
+        "ONE_MACHINE": "yes",
+        "DEVICE_REQUEST": "--gres=gpu:1",
+        "SBATCH_OPTIONS": "--mem=100",
+        **more,
+    }
     path = folder / "site"
     path.write_text("".join(f'{name}="{value}"\n' for name, value in values.items()))
     return path
@@ -59,7 +65,9 @@ def wait_for(what: str, true: Callable[[], object], seconds: float, folder: Path
     """Waits until something is true; what the run printed tells why it did not become so."""
     until = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < until, f"{what}: not within {seconds} s\n" + "\n".join(path.read_text() for path in folder.glob("*.out"))
+        assert time.monotonic() < until, f"{what}: not within {seconds} s\n" + "\n".join(
+            path.read_text() for path in folder.glob("*.out")
+        )
         time.sleep(0.1)
 
 
@@ -75,7 +83,11 @@ def workers(folder: Path) -> dict[int, psutil.Process]:
     found = {}
     for process in psutil.process_iter():
         try:
-            if process.cwd() == str(folder) and "pretrain_sorted.py" in " ".join(process.cmdline()) and "RANK" in process.environ():
+            if (
+                process.cwd() == str(folder)
+                and "pretrain_sorted.py" in " ".join(process.cmdline())
+                and "RANK" in process.environ()
+            ):
                 found[int(process.environ()["RANK"])] = process
         except psutil.Error:
             continue
@@ -87,7 +99,10 @@ def processes_in(folder: Path) -> dict[str, psutil.Process]:
     found = {}
     for process in psutil.process_iter():
         try:
-            if Path(process.cwd()).is_relative_to(folder) and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                Path(process.cwd()).is_relative_to(folder)
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found[f"{process.pid}: {' '.join(process.cmdline())}"] = process
         except psutil.Error:
             continue
@@ -97,11 +112,17 @@ def processes_in(folder: Path) -> dict[str, psutil.Process]:
 def is_warned(process: psutil.Process) -> bool:
     """Returns whether SIGUSR1 waits for a process that is stopped, or came before and is ignored now."""
     status = Path(f"/proc/{process.pid}/status").read_text()
-    masks = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("ShdPnd", "SigIgn"))]
+    masks = [
+        int(line.split()[1], 16)
+        for line in status.splitlines()
+        if line.startswith(("ShdPnd", "SigIgn"))
+    ]
     return any(mask >> (signal.SIGUSR1 - 1) & 1 for mask in masks)
 
 
-def hold_until_warned(folder: Path, seconds: float, cause: Callable[[], None] = lambda: None) -> None:
+def hold_until_warned(
+    folder: Path, seconds: float, cause: Callable[[], None] = lambda: None
+) -> None:
     """Stops a rank from the first step until a warning has come, so that the run cannot end before; then lets it go on."""
     wait_for("a step", lambda: last_step(folder) >= 1, 240, folder)
     worker = workers(folder)[1]
@@ -128,7 +149,9 @@ def end_processes_in(folder: Path, seconds: float) -> dict[str, psutil.Process]:
 @pytest.fixture(scope="session", autouse=True)
 def ends_in_good_order() -> Iterator[None]:
     """Let fixtures end what they have started also when a time limit ends the session."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: pytest.exit("ended by SIGTERM", 143))
+    before = signal.signal(
+        signal.SIGTERM, lambda number, frame: pytest.exit("ended by SIGTERM", 143)
+    )
     yield
     signal.signal(signal.SIGTERM, before)
 

@@ -17,27 +17,58 @@ from tests.support.ports import free_port
 
 def node(folder: Path, mode: str, rank: int = 0, **told: object) -> subprocess.CompletedProcess:
     """Return the finished node.sh of a node, which was told what the launchers tell, and more."""
-    said = {"SORTED_KIND": "gpu", "SORTED_ROOT": ROOT, "SORTED_NODES": 2, "SORTED_DEVICES": 1, "SORTED_PYTHON": sys.executable,
-            "SORTED_MASTER_ADDR": "127.0.0.1", "SORTED_MASTER_PORT": free_port(), "SORTED_MAX_RESTARTS": 0, "SORTED_LAUNCH": "one",
-            "SORTED_MODULES": "", "SORTED_SHARED_FILES": "yes", "SORTED_ONE_MACHINE": "yes", "SORTED_SET_ENV_FILES": folder / "set_env.sh",
-            "SORTED_HOST": f"n{rank}", "SORTED_TIMEOUT_SECONDS": 600, **told}
-    (folder / "set_env.sh").write_text("export ASCEND_TOOLKIT_HOME=/opt/cann-9.1.0 OF_SET_ENV=$NOT_SET\n")
+    said = {
+        "SORTED_KIND": "gpu",
+        "SORTED_ROOT": ROOT,
+        "SORTED_NODES": 2,
+        "SORTED_DEVICES": 1,
+        "SORTED_PYTHON": sys.executable,
+        "SORTED_MASTER_ADDR": "127.0.0.1",
+        "SORTED_MASTER_PORT": free_port(),
+        "SORTED_MAX_RESTARTS": 0,
+        "SORTED_LAUNCH": "one",
+        "SORTED_MODULES": "",
+        "SORTED_SHARED_FILES": "yes",
+        "SORTED_ONE_MACHINE": "yes",
+        "SORTED_SET_ENV_FILES": folder / "set_env.sh",
+        "SORTED_HOST": f"n{rank}",
+        "SORTED_TIMEOUT_SECONDS": 600,
+        **told,
+    }
+    (folder / "set_env.sh").write_text(
+        "export ASCEND_TOOLKIT_HOME=/opt/cann-9.1.0 OF_SET_ENV=$NOT_SET\n"
+    )
     script = Path(said["SORTED_ROOT"]) / "slurm" / "node.sh"
-    return subprocess.run([script, mode, str(rank), "--config", "run.yaml"], cwd=folder, env=clean_environment(**said),
-                          text=True, capture_output=True, check=False, timeout=120)
+    return subprocess.run(
+        [script, mode, str(rank), "--config", "run.yaml"],
+        cwd=folder,
+        env=clean_environment(**said),
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
 
 
 def problems(folder: Path, rank: int = 0, **told: object) -> str:
     """Returns what a node finds wrong with itself."""
     done = node(folder, "check", rank, **told)
     assert done.returncode == 1, done.stdout + done.stderr
-    return "\n".join(line.split("\t", 3)[3] for line in done.stdout.splitlines() if line.startswith(f"error\tn{rank}\t"))
+    return "\n".join(
+        line.split("\t", 3)[3]
+        for line in done.stdout.splitlines()
+        if line.startswith(f"error\tn{rank}\t")
+    )
 
 
 def judge(folder: Path, text: str, hosts: str) -> subprocess.CompletedProcess:
     (folder / "said").write_text(text.replace(" | ", "\t"))
-    return subprocess.run(["awk", "-f", ROOT / "slurm" / "judge.awk", "-v", f"hosts={hosts}", folder / "said"], text=True,
-                          capture_output=True, check=False)
+    return subprocess.run(
+        ["awk", "-f", ROOT / "slurm" / "judge.awk", "-v", f"hosts={hosts}", folder / "said"],
+        text=True,
+        capture_output=True,
+        check=False,
+    )
 
 
 def test_a_port_that_is_in_use_and_an_interface_that_is_not_there(folder):
@@ -47,7 +78,9 @@ def test_a_port_that_is_in_use_and_an_interface_that_is_not_there(folder):
         port = other.getsockname()[1]
         said = problems(folder, SORTED_MASTER_PORT=port, GLOO_SOCKET_IFNAME="eth77")
         other.close()
-    with socket.socket() as other:  # where the others would not find it, but torchrun could not have it either
+    with (
+        socket.socket() as other
+    ):  # where the others would not find it, but torchrun could not have it either
         other.bind(("127.0.0.5", port))
         other.listen()
         assert f"port {port} of 127.0.0.1 is in use." in problems(folder, SORTED_MASTER_PORT=port)
@@ -60,7 +93,9 @@ def test_a_run_that_another_job_saves_into(folder, quick):
     lock = DirectoryLock(folder / "save")
     lock.acquire()
     try:
-        assert f"--save: another run is saving into {folder}/save (" in problems(folder, SORTED_ROOT=quick)
+        assert f"--save: another run is saving into {folder}/save (" in problems(
+            folder, SORTED_ROOT=quick
+        )
     finally:
         lock.release()
 
@@ -72,24 +107,41 @@ def test_a_folder_that_cannot_be_written(folder):
 
 
 def test_files_that_are_not_shared(folder):
-    assert "all nodes write into one checkpoint, but the site file says SHARED_FILES=no" in problems(folder, SORTED_SHARED_FILES="no")
+    assert (
+        "all nodes write into one checkpoint, but the site file says SHARED_FILES=no"
+        in problems(folder, SORTED_SHARED_FILES="no")
+    )
 
 
 @pytest.mark.long
 def test_a_node_that_does_not_see_the_first_ones_files(folder):
     (folder / "save").mkdir()
     (folder / "save" / ".launch_token").write_text("another launch\n")
-    assert f"does not see what the first node wrote into {folder}/save. Use a file system that all nodes share" in problems(folder, rank=1)
+    assert (
+        f"does not see what the first node wrote into {folder}/save. Use a file system that all nodes share"
+        in problems(folder, rank=1)
+    )
 
 
 def test_a_first_node_that_leads_elsewhere_to_itself(folder):
-    said = problems(folder, rank=1, SORTED_ONE_MACHINE="no", SORTED_MASTER_ADDR="localhost", SORTED_SHARED_FILES="no")
-    assert "the first node, localhost, is '" in said and "seen from here. Correct /etc/hosts" in said
+    said = problems(
+        folder,
+        rank=1,
+        SORTED_ONE_MACHINE="no",
+        SORTED_MASTER_ADDR="localhost",
+        SORTED_SHARED_FILES="no",
+    )
+    assert (
+        "the first node, localhost, is '" in said and "seen from here. Correct /etc/hosts" in said
+    )
 
 
 def test_a_python_or_a_module_that_is_not_there(folder):
     said = problems(folder, SORTED_PYTHON="/no/python", SORTED_MODULES="gcc/13")
-    assert "/no/python cannot be run. Name the Python to use on the nodes: PYTHON in the site file." in said
+    assert (
+        "/no/python cannot be run. Name the Python to use on the nodes: PYTHON in the site file."
+        in said
+    )
     assert "gcc/13" in said and "MODULES" in said
 
 
@@ -105,54 +157,100 @@ npu, __version__ = cuda, "2.13.0"
 
 
 def on_device(folder: Path) -> None:
-    (folder / "run.yaml").write_text((folder / "run.yaml").read_text().replace("device: cpu", "device: auto"))
+    (folder / "run.yaml").write_text(
+        (folder / "run.yaml").read_text().replace("device: cpu", "device: auto")
+    )
 
 
 def test_devices_that_are_missing(folder):
     on_device(folder)
-    write_program(folder / "bin" / "nvidia-smi", "echo 'GPU 0: H (UUID: GPU-1)'; echo '  MIG 1g (UUID: MIG-1)'")
+    write_program(
+        folder / "bin" / "nvidia-smi",
+        "echo 'GPU 0: H (UUID: GPU-1)'; echo '  MIG 1g (UUID: MIG-1)'",
+    )
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    assert "has 1 of the 2 devices of DEVICES_PER_NODE" in problems(folder, SORTED_DEVICES=2, SORTED_NODES=1, PATH=path)
+    assert "has 1 of the 2 devices of DEVICES_PER_NODE" in problems(
+        folder, SORTED_DEVICES=2, SORTED_NODES=1, PATH=path
+    )
     assert node(folder, "check", PATH=path, PYTHONPATH=write_torch(folder, 1)).returncode == 0
 
 
 def test_devices_that_torch_does_not_see(folder):
     """With --device auto a torch for the CPU would train on it without a word."""
     on_device(folder)
-    write_program(folder / "bin" / "nvidia-smi", "echo 'GPU 0: H (UUID: GPU-1)'; echo 'GPU 1: H (UUID: GPU-2)'")
-    told = {"SORTED_DEVICES": 2, "SORTED_NODES": 1, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": write_torch(folder, 1)}
-    assert problems(folder, **told).startswith("torch 2.13.0 sees 1 of the 2 devices of DEVICES_PER_NODE: another build, ")
-    (folder / "path" / "torch" / "__init__.py").write_text('raise ImportError("libcudart.so.13: cannot open shared object file")\n')
-    assert "torch does not load: ImportError: libcudart.so.13: cannot open shared object file. Install torch" in problems(folder, **told)
+    write_program(
+        folder / "bin" / "nvidia-smi",
+        "echo 'GPU 0: H (UUID: GPU-1)'; echo 'GPU 1: H (UUID: GPU-2)'",
+    )
+    told = {
+        "SORTED_DEVICES": 2,
+        "SORTED_NODES": 1,
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": write_torch(folder, 1),
+    }
+    assert problems(folder, **told).startswith(
+        "torch 2.13.0 sees 1 of the 2 devices of DEVICES_PER_NODE: another build, "
+    )
+    (folder / "path" / "torch" / "__init__.py").write_text(
+        'raise ImportError("libcudart.so.13: cannot open shared object file")\n'
+    )
+    assert (
+        "torch does not load: ImportError: libcudart.so.13: cannot open shared object file. Install torch"
+        in problems(folder, **told)
+    )
 
 
 def test_an_ascend_node_without_cann(folder):
     on_device(folder)
     path = write_torch(folder, 1)
     (path / "torch_npu").mkdir()  # as the real one does where CANN is missing
-    (path / "torch_npu" / "__init__.py").write_text('raise ImportError("libhccl.so: cannot open shared object file")\n')
+    (path / "torch_npu" / "__init__.py").write_text(
+        'raise ImportError("libhccl.so: cannot open shared object file")\n'
+    )
     told = {"SORTED_KIND": "npu", "PYTHONPATH": path, "HCCL_EXEC_TIMEOUT": 900}
     said = problems(folder, **told)
     assert "has 0 of the 1 devices" in said
-    assert "torch_npu does not load: ImportError: libhccl.so: cannot open shared object file. Source CANN's set_env.sh" in said
-    assert "HCCL_EXEC_TIMEOUT is 900 s, not below the 600 s of --distributed-timeout-minutes." in said
-    assert "HCCL_EXEC_TIMEOUT is 0 s, not below the 600 s" in problems(folder, **{**told, "HCCL_EXEC_TIMEOUT": 0})  # for ever
-    (path / "torch_npu" / "__init__.py").write_text('raise RuntimeError("Two accelerators cannot be used at the same time")\n')
-    assert "Two accelerators cannot be used at the same time. Take a CPU build of torch on Ascend hosts." in problems(folder, **told)
+    assert (
+        "torch_npu does not load: ImportError: libhccl.so: cannot open shared object file. Source CANN's set_env.sh"
+        in said
+    )
+    assert (
+        "HCCL_EXEC_TIMEOUT is 900 s, not below the 600 s of --distributed-timeout-minutes." in said
+    )
+    assert "HCCL_EXEC_TIMEOUT is 0 s, not below the 600 s" in problems(
+        folder, **{**told, "HCCL_EXEC_TIMEOUT": 0}
+    )  # for ever
+    (path / "torch_npu" / "__init__.py").write_text(
+        'raise RuntimeError("Two accelerators cannot be used at the same time")\n'
+    )
+    assert (
+        "Two accelerators cannot be used at the same time. Take a CPU build of torch on Ascend hosts."
+        in problems(folder, **told)
+    )
     said = problems(folder, **told, SORTED_SET_ENV_FILES="/opt/nowhere/set_env.sh")
-    assert "/opt/nowhere/set_env.sh is not there. Install CANN, or name its set_env.sh: SET_ENV_FILES in the site file." in said
+    assert (
+        "/opt/nowhere/set_env.sh is not there. Install CANN, or name its set_env.sh: SET_ENV_FILES in the site file."
+        in said
+    )
 
 
 def test_an_ascend_node_on_which_torch_sees_too_few(folder):
     on_device(folder)
     (write_torch(folder, 0) / "torch_npu.py").touch()
-    assert "torch 2.13.0 sees 0 of the 1 devices" in problems(folder, SORTED_KIND="npu", PYTHONPATH=folder / "path")
+    assert "torch 2.13.0 sees 0 of the 1 devices" in problems(
+        folder, SORTED_KIND="npu", PYTHONPATH=folder / "path"
+    )
 
 
-@pytest.mark.parametrize(("minutes", "words"), [(2, "HCCL_CONNECT_TIMEOUT is 108 s, and HCCL takes 120 to 7200."), (3, ""), (300, "")])
+@pytest.mark.parametrize(
+    ("minutes", "words"),
+    [(2, "HCCL_CONNECT_TIMEOUT is 108 s, and HCCL takes 120 to 7200."), (3, ""), (300, "")],
+)
 def test_time_outs_that_hccl_does_not_take(folder, minutes, words):
     on_device(folder)
-    (folder / "run.yaml").write_text((folder / "run.yaml").read_text() + f"distributed-timeout-minutes: {minutes}\n")
+    (folder / "run.yaml").write_text(
+        (folder / "run.yaml").read_text() + f"distributed-timeout-minutes: {minutes}\n"
+    )
     (write_torch(folder, 1) / "torch_npu.py").touch()
     said = problems(folder, SORTED_KIND="npu", PYTHONPATH=folder / "path")
     assert words in said if words else "TIMEOUT" not in said
@@ -165,30 +263,61 @@ def environment_of(folder: Path, **told: object) -> dict[str, str]:
     write_program(folder / "python", f"env -0 > {folder}/environment")
     done = node(folder, "train", SORTED_PYTHON=folder / "python", **told)
     assert done.returncode == 0, done.stdout + done.stderr
-    return dict(entry.split("=", 1) for entry in (folder / "environment").read_text().split("\0") if entry)
+    return dict(
+        entry.split("=", 1) for entry in (folder / "environment").read_text().split("\0") if entry
+    )
 
 
 def test_the_environment_of_an_ascend_node(folder):
-    got = environment_of(folder, SORTED_KIND="npu", SORTED_DEVICES=4, RANK_TABLE_FILE="/left/over", HCCL_BUFFSIZE=200)
-    wanted = {"ASCEND_RT_VISIBLE_DEVICES": "0,1,2,3", "ASCEND_TOOLKIT_HOME": "/opt/cann-9.1.0", "HCCL_CONNECT_TIMEOUT": "540",
-              "HCCL_EXEC_TIMEOUT": "540", "HCCL_BUFFSIZE": "200", "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
-              "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    assert wanted.items() <= got.items() and not {"RANK_TABLE_FILE", "TORCH_DEVICE_BACKEND_AUTOLOAD"} & got.keys()
-    got = environment_of(folder, SORTED_KIND="npu", CUDA_VISIBLE_DEVICES="2,3", PYTORCH_ALLOC_CONF="a:b", SORTED_TIMEOUT_SECONDS=3600)
+    got = environment_of(
+        folder, SORTED_KIND="npu", SORTED_DEVICES=4, RANK_TABLE_FILE="/left/over", HCCL_BUFFSIZE=200
+    )
+    wanted = {
+        "ASCEND_RT_VISIBLE_DEVICES": "0,1,2,3",
+        "ASCEND_TOOLKIT_HOME": "/opt/cann-9.1.0",
+        "HCCL_CONNECT_TIMEOUT": "540",
+        "HCCL_EXEC_TIMEOUT": "540",
+        "HCCL_BUFFSIZE": "200",
+        "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    assert (
+        wanted.items() <= got.items()
+        and not {"RANK_TABLE_FILE", "TORCH_DEVICE_BACKEND_AUTOLOAD"} & got.keys()
+    )
+    got = environment_of(
+        folder,
+        SORTED_KIND="npu",
+        CUDA_VISIBLE_DEVICES="2,3",
+        PYTORCH_ALLOC_CONF="a:b",
+        SORTED_TIMEOUT_SECONDS=3600,
+    )
     assert got["ASCEND_RT_VISIBLE_DEVICES"] == "2,3" and "PYTORCH_NPU_ALLOC_CONF" not in got
-    assert got["HCCL_EXEC_TIMEOUT"] == "3240" and got["HCCL_EVENT_TIMEOUT"] == "3308"  # the latter must be above the former
+    assert (
+        got["HCCL_EXEC_TIMEOUT"] == "3240" and got["HCCL_EVENT_TIMEOUT"] == "3308"
+    )  # the latter must be above the former
 
 
 def test_the_environment_of_a_gpu_node(folder):
     got = environment_of(folder, OMP_NUM_THREADS=3)
-    assert got["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0" and got["OMP_NUM_THREADS"] == "3" and "ASCEND_RT_VISIBLE_DEVICES" not in got
+    assert (
+        got["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
+        and got["OMP_NUM_THREADS"] == "3"
+        and "ASCEND_RT_VISIBLE_DEVICES" not in got
+    )
 
 
 def test_differences_between_nodes_are_named(folder):
-    said = "".join(f"fact | n{i} | torch | {'2.12.0' if i == 1 else '2.13.0'}\nfact | n{i} | commit | {i}\n" for i in range(3))
+    said = "".join(
+        f"fact | n{i} | torch | {'2.12.0' if i == 1 else '2.13.0'}\nfact | n{i} | commit | {i}\n"
+        for i in range(3)
+    )
     done = judge(folder, said, "n0 n1 n2")
     assert done.returncode == 1
-    assert done.stderr == "error: torch differs between nodes: 2.13.0 on n0, n2; 2.12.0 on n1. Make it the same on all.\n"
+    assert (
+        done.stderr
+        == "error: torch differs between nodes: 2.13.0 on n0, n2; 2.12.0 on n1. Make it the same on all.\n"
+    )
     done = judge(folder, said.replace("2.12.0", "2.13.0") + "noise\n", "n0 n1 n2")
     assert done.returncode == 0 and done.stdout == "3 nodes agree: torch 2.13.0, commit 0\n"
 
@@ -197,12 +326,21 @@ def test_mistakes_are_told_once_by_host_and_what_follows_from_them_is_not(folder
     said = "error | n0 | first | no such setting\nerror | n2 | first | no such setting\nerror | n1 | after | sees no token\n"
     done = judge(folder, said, "n0 n1 n2 n3")
     assert done.returncode == 1
-    assert done.stderr == "error: n0, n2: no such setting\nerror: n3: gave no answer. What it wrote stands above.\n"
-    assert judge(folder, "error | n1 | after | sees no token\n", "n1").stderr == "error: n1: sees no token\n"
+    assert (
+        done.stderr
+        == "error: n0, n2: no such setting\nerror: n3: gave no answer. What it wrote stands above.\n"
+    )
+    assert (
+        judge(folder, "error | n1 | after | sees no token\n", "n1").stderr
+        == "error: n1: sees no token\n"
+    )
 
 
 def test_machines_must_differ(folder):
     said = "fact | n0 | machine | a\nfact | n1 | machine | b\n"
     assert judge(folder, said, "n0 n1").returncode == 0
     done = judge(folder, said + "fact | n2 | machine | a\n", "n0 n1 n2")
-    assert done.stderr == "error: n0, n2: are one machine by several names. Leave all but one out, or say ONE_MACHINE=yes.\n"
+    assert (
+        done.stderr
+        == "error: n0, n2: are one machine by several names. Leave all but one out, or say ONE_MACHINE=yes.\n"
+    )

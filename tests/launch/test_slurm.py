@@ -9,14 +9,33 @@ from pathlib import Path
 import pytest
 
 from lab.reliability.compare import differing_tensors
-from tests.launch.conftest import PYTHON, ROOT, RUN, STEPS, hold_until_warned, last_step, wait_for, workers, write_site
+from tests.launch.conftest import (
+    PYTHON,
+    ROOT,
+    RUN,
+    STEPS,
+    hold_until_warned,
+    last_step,
+    wait_for,
+    workers,
+    write_site,
+)
 from tests.support.slurm_cluster import SlurmCluster
 
 
-def submit(cluster: SlurmCluster, folder: Path, *words: object, project: Path = ROOT, launcher: str = "gpu") -> str:
+def submit(
+    cluster: SlurmCluster, folder: Path, *words: object, project: Path = ROOT, launcher: str = "gpu"
+) -> str:
     """Submit the run in ``folder`` from there with the scripts of ``project`` and return the job's number."""
-    done = subprocess.run([project / "slurm" / f"{launcher}.sbatch", "--site", "site", "run.yaml", *map(str, words)], cwd=folder, text=True,
-                          capture_output=True, check=False, env=cluster.job_environment(), timeout=60)
+    done = subprocess.run(
+        [project / "slurm" / f"{launcher}.sbatch", "--site", "site", "run.yaml", *map(str, words)],
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        check=False,
+        env=cluster.job_environment(),
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[-1]
 
@@ -25,7 +44,9 @@ def printed(folder: Path, job: str) -> str:
     return (folder / f"run-{job}.out").read_text()
 
 
-def wait_for_state(cluster: SlurmCluster, folder: Path, job: str, *states: str, seconds: float = 300) -> None:
+def wait_for_state(
+    cluster: SlurmCluster, folder: Path, job: str, *states: str, seconds: float = 300
+) -> None:
     wait_for(f"job {job} {'/'.join(states)}", lambda: cluster.state(job) in states, seconds, folder)
 
 
@@ -35,7 +56,9 @@ def finish(cluster: SlurmCluster, folder: Path, job: str) -> None:
     word = json.loads((folder / "save" / "stopped.json").read_text())
     assert word["reason"] == "SIGUSR1" and 1 <= word["step"] < STEPS
     assert f"stopped early, requeueing: {json.dumps(word)}" in printed(folder, job)
-    time.sleep(2)  # a start in the second of the requeue is refused by nodes, "Job credential revoked", and fails the job
+    time.sleep(
+        2
+    )  # a start in the second of the requeue is refused by nodes, "Job credential revoked", and fails the job
     cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=10")
     wait_for_state(cluster, folder, job, "COMPLETED")
     assert cluster.fields(job)["Restarts"] == "1"
@@ -83,11 +106,15 @@ def test_a_killed_worker_is_restarted_where_the_site_says_so(folder, cluster):
     workers(folder)[1].kill()
     wait_for_state(cluster, folder, job, "COMPLETED", "FAILED")
     assert cluster.state(job) == "COMPLETED", printed(folder, job)
-    assert "--load save holds no checkpoint: starting afresh" in printed(folder, job) and "loaded save/iter_00000" in printed(folder, job)
+    assert "--load save holds no checkpoint: starting afresh" in printed(
+        folder, job
+    ) and "loaded save/iter_00000" in printed(folder, job)
 
 
 def test_a_job_is_saved_before_its_time_limit_and_goes_on(folder, cluster, whole, quick):
-    write_site(folder, TIME_LIMIT=5, SAVE_SECONDS=299)  # SLURM looks every half minute, and warns up to a minute early
+    write_site(
+        folder, TIME_LIMIT=5, SAVE_SECONDS=299
+    )  # SLURM looks every half minute, and warns up to a minute early
     job = submit(cluster, folder, project=quick)
     hold_until_warned(folder, 150)
     finish(cluster, folder, job)
@@ -99,8 +126,18 @@ def test_a_job_that_others_evict_is_saved_and_goes_on(folder, cluster, whole, qu
     others = []
 
     def evict() -> None:
-        others.append(cluster.command("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive",
-                                      f"--output={folder}/other.out", "--wrap", "sleep 1"))
+        others.append(
+            cluster.command(
+                "sbatch",
+                "--parsable",
+                "--partition=high",
+                "--nodes=2",
+                "--exclusive",
+                f"--output={folder}/other.out",
+                "--wrap",
+                "sleep 1",
+            )
+        )
 
     job = submit(cluster, folder, project=quick)
     hold_until_warned(folder, 150, evict)
@@ -122,14 +159,25 @@ exec {PYTHON} "$@"
     write_site(folder, PYTHON=python)
     job = submit(cluster, folder)
     wait_for_state(cluster, folder, job, "FAILED")
-    said = re.search(r"error: torch differs between nodes: (.*). Make it the same on all.", printed(folder, job))
-    assert said and "9.9 on n1" in said[1].split("; ") and re.search(r"\S+ on n0", said[1]), printed(folder, job)
+    said = re.search(
+        r"error: torch differs between nodes: (.*). Make it the same on all.", printed(folder, job)
+    )
+    assert said and "9.9 on n1" in said[1].split("; ") and re.search(r"\S+ on n0", said[1]), (
+        printed(folder, job)
+    )
     assert not (folder / "save" / "metrics.jsonl").exists()
 
 
-def test_the_launcher_for_npus_sources_set_env_on_every_node_inside_the_container(folder, cluster, tiny):
+def test_the_launcher_for_npus_sources_set_env_on_every_node_inside_the_container(
+    folder, cluster, tiny
+):
     (folder / "set_env.sh").write_text(f"touch {folder}/sourced.$SLURMD_NODENAME.$INSIDE\n")
-    write_site(folder, DEVICE_REQUEST="--gres=npu:1", SET_ENV_FILES=folder / "set_env.sh", CONTAINER_COMMAND="env INSIDE=yes")
+    write_site(
+        folder,
+        DEVICE_REQUEST="--gres=npu:1",
+        SET_ENV_FILES=folder / "set_env.sh",
+        CONTAINER_COMMAND="env INSIDE=yes",
+    )
     job = submit(cluster, folder, "--train-iters", 2, project=tiny, launcher="npu")
     wait_for_state(cluster, folder, job, "COMPLETED", "FAILED")
     assert cluster.state(job) == "COMPLETED", printed(folder, job)

@@ -25,7 +25,9 @@ def why_not(config: pytest.Config) -> str | None:
     Raises:
         UsageError: They are asked for and cannot be run.
     """
-    asked = [Path(config.invocation_params.dir, word.split("::")[0]).resolve() for word in config.args]
+    asked = [
+        Path(config.invocation_params.dir, word.split("::")[0]).resolve() for word in config.args
+    ]
     reason = None
     if importlib.util.find_spec("torch_npu") is None:
         reason = f"torch_npu is not installed for {sys.executable}: make test-npu installs it, and runs them"
@@ -42,7 +44,9 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     kind = os.environ.get("NPU_TESTS_ON", "simulation")
     if kind not in KINDS:
-        raise pytest.UsageError(f"NPU_TESTS_ON={kind}: no such NPUs. Use one of: {', '.join(KINDS)}.")
+        raise pytest.UsageError(
+            f"NPU_TESTS_ON={kind}: no such NPUs. Use one of: {', '.join(KINDS)}."
+        )
     keep_device_packages_out()
     if kind == "simulation":
         os.environ.update(simulated_environment())

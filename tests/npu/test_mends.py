@@ -19,7 +19,12 @@ FAILURES = {
 
 def run_without(folder: Path, *mends: str) -> subprocess.CompletedProcess:
     """Returns the finished process of a step without ``mends``."""
-    return subprocess.run([sys.executable, "-m", "tests.npu.run_without", str(folder), *mends], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "tests.npu.run_without", str(folder), *mends],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_all_mends_together_train_and_save(tmp_path):

@@ -63,12 +63,23 @@ def test_fused_operations_equal_plain_torch(dtype):
     from tests.support.kernel_bodies import fused_results
 
     cases = make_cases()
-    given = [{**case, "inputs": [x.to(dtype) for x in case["inputs"]], "gradient": case["gradient"].to(dtype)} for case in cases]
+    given = [
+        {
+            **case,
+            "inputs": [x.to(dtype) for x in case["inputs"]],
+            "gradient": case["gradient"].to(dtype),
+        }
+        for case in cases
+    ]
     [results] = run_ranks(1, fused_results, tiny(device="npu"), given)
     for case, result in zip(given, results, strict=True):
         inputs = [x.float().clone().requires_grad_() for x in case["inputs"]]
         expected = plain(case, inputs)
         expected.backward(case["gradient"].float())
-        for got, wanted in zip((result["output"], *result["gradients"]), (expected.detach(), *(x.grad for x in inputs)), strict=True):
+        for got, wanted in zip(
+            (result["output"], *result["gradients"]),
+            (expected.detach(), *(x.grad for x in inputs)),
+            strict=True,
+        ):
             difference = ((got.float() - wanted).norm() / wanted.norm()).item()
             assert got.dtype == dtype and difference < TOLERANCE[dtype], (case["kind"], difference)

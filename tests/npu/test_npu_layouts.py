@@ -12,8 +12,16 @@ pytestmark = pytest.mark.npu
 NPU = {"device": "npu", "exit_loss_chunk_tokens": 32}
 FP32 = 1e-5  # as on the CPU
 EVERYDAY = (
-    "one process", "tp2 sequence parallel", "tp2 sequence parallel untied own", "dp2 distributed overlap", "pp2 chunks2 own selective",
-    "pp4 untied full recompute", "tp2 pp2", "pp2 dp2 distributed", "pp2 dp2 distributed overlap untied")
+    "one process",
+    "tp2 sequence parallel",
+    "tp2 sequence parallel untied own",
+    "dp2 distributed overlap",
+    "pp2 chunks2 own selective",
+    "pp4 untied full recompute",
+    "tp2 pp2",
+    "pp2 dp2 distributed",
+    "pp2 dp2 distributed overlap untied",
+)
 EVERYDAY_SHARDED = ("dp2 own", "dp4 untied full recompute")
 
 
@@ -28,7 +36,9 @@ def test_packed_documents_with_few_trained_tokens():
 
 
 def test_torchs_own_norm_rotary_and_swiglu():
-    compare(1, tiny(**NPU, npu_kernels=("attention",)), FP32)  # torch_npu's own attention for torch's is not simulated
+    compare(
+        1, tiny(**NPU, npu_kernels=("attention",)), FP32
+    )  # torch_npu's own attention for torch's is not simulated
 
 
 @pytest.mark.parametrize("name", thinned(LAYOUTS, *EVERYDAY))
@@ -46,7 +56,9 @@ def test_fully_sharded_layout_equals_reference(name):
 @pytest.mark.parametrize("name", thinned(SHARDED, *EVERYDAY_SHARDED))
 def test_fully_sharded_layout_equals_reference_in_bf16(name):
     world_size, changes = SHARDED[name]
-    check_against_reference(world_size, tiny(bf16=True, **FSDP, **changes, **NPU), BF16_LOSS, BF16_GRADIENT)
+    check_against_reference(
+        world_size, tiny(bf16=True, **FSDP, **changes, **NPU), BF16_LOSS, BF16_GRADIENT
+    )
 
 
 @pytest.mark.parametrize("name", ["dp2 overlap untied", "pp2 dp2 distributed overlap untied"])

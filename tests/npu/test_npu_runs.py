@@ -30,11 +30,25 @@ os.environ["TORCH_NPU_DEVICE_CAPABILITY"] = "9.0"
 """
 
 
-def pretrain(folder: Path, *words: object, processes: int = 0, **changes: str) -> subprocess.CompletedProcess:
+def pretrain(
+    folder: Path, *words: object, processes: int = 0, **changes: str
+) -> subprocess.CompletedProcess:
     """Returns the finished run, in this environment, which has the simulation, with ``changes``."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes
+        else []
+    )
     command = [sys.executable, *launcher, str(ROOT / "pretrain_sorted.py"), *map(str, words)]
-    return subprocess.run(command, cwd=folder, env={**os.environ, **changes}, text=True, capture_output=True, timeout=300, check=False)
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **changes},
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def refusal(tmp_path: Path, *words: object, changes: dict[str, str] | None = None) -> str:
@@ -46,12 +60,27 @@ def refusal(tmp_path: Path, *words: object, changes: dict[str, str] | None = Non
 
 def test_a_run_on_two_stages_saves_and_goes_on_to_the_digit(tmp_path):
     layout = ["--pipeline-model-parallel-size", 2, "--use-distributed-optimizer"]
-    whole = pretrain(tmp_path, *WORDS, *layout, "--save", "whole", "--save-interval", 2, processes=2)
+    whole = pretrain(
+        tmp_path, *WORDS, *layout, "--save", "whole", "--save-interval", 2, processes=2
+    )
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    again = pretrain(tmp_path, *WORDS, *layout, "--load", "whole", "--ckpt-step", 2, "--save", "again", processes=2)
+    again = pretrain(
+        tmp_path,
+        *WORDS,
+        *layout,
+        "--load",
+        "whole",
+        "--ckpt-step",
+        2,
+        "--save",
+        "again",
+        processes=2,
+    )
     assert again.returncode == 0, again.stdout + again.stderr
     assert "loaded whole/iter_0000002" in again.stdout
-    first, second = (read_json_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "again"))
+    first, second = (
+        read_json_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "again")
+    )
     losses = [{row["step"]: row["exits"] for row in rows} for rows in (first, second)]
     assert sorted(losses[0]) == [1, 2, 3, 4] and sorted(losses[1]) == [3, 4]
     for step in (3, 4):
@@ -64,8 +93,16 @@ def test_the_entry_point_alone_loads_torch_npu(tmp_path, monkeypatch):
     (tmp_path / "mindspeed").mkdir()
     (tmp_path / "mindspeed" / "__init__.py").touch()
     (tmp_path / "mindspeed" / "megatron_adaptor.py").write_text(MINDSPEED)
-    done = pretrain(tmp_path, *WORDS, "--train-iters", 1, "--npu-adaptor", "mindspeed", "--npu-adaptor-arguments=--optimization-level 1",
-                    PYTHONPATH=f"{os.environ['PYTHONPATH']}{os.pathsep}{tmp_path}")
+    done = pretrain(
+        tmp_path,
+        *WORDS,
+        "--train-iters",
+        1,
+        "--npu-adaptor",
+        "mindspeed",
+        "--npu-adaptor-arguments=--optimization-level 1",
+        PYTHONPATH=f"{os.environ['PYTHONPATH']}{os.pathsep}{tmp_path}",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "adaptor sees ['--optimization-level', '1']" in done.stdout
 
@@ -89,7 +126,9 @@ def test_torch_npu_changes_nothing_for_a_run_on_the_cpu(tmp_path, monkeypatch):
     """torch_npu is installed here, and without CANN a plain ``import torch`` fails."""
     monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
     monkeypatch.setenv("LD_LIBRARY_PATH", "")
-    plain = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, text=True, check=False)
+    plain = subprocess.run(
+        [sys.executable, "-c", "import torch"], capture_output=True, text=True, check=False
+    )
     assert plain.returncode == 1 and "libhccl.so" in plain.stderr
     words = ["auto" if word == "npu" else word for word in WORDS]
     done = pretrain(tmp_path, *words, "--train-iters", 1)

@@ -21,8 +21,12 @@ def test_stand_ins_get_their_name_when_they_are_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(libraries, "_compile", compiled)
     folder = libraries.build(tmp_path)
     assert folder.parent == tmp_path and all(library.parent != folder for library in written)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(library.name for library in written)
-    assert libraries.build(tmp_path) == folder and len(written) == len({library.name for library in written}), "made once"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        library.name for library in written
+    )
+    assert libraries.build(tmp_path) == folder and len(written) == len(
+        {library.name for library in written}
+    ), "made once"
     assert list(tmp_path.iterdir()) == [folder]
 
 
@@ -37,4 +41,6 @@ def test_of_two_processes_that_make_them_the_second_takes_those_of_the_first(tmp
 
     monkeypatch.setattr(libraries, "_compile", compiled)
     assert libraries.build(together) == together / name
-    assert [path.name for path in together.iterdir()] == [name] and (together / name / "of the first").exists()
+    assert [path.name for path in together.iterdir()] == [name] and (
+        together / name / "of the first"
+    ).exists()

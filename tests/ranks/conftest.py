@@ -13,7 +13,9 @@ def pytest_pyfunc_call(pyfuncitem):
     try:
         return (yield)
     except AssertionError as error:
-        refusal = re.search(r"PlatformError: (.*: needs megatron-core .* or later, and .*)", str(error))
+        refusal = re.search(
+            r"PlatformError: (.*: needs megatron-core .* or later, and .*)", str(error)
+        )
         if is_at_least(*ALL) or refusal is None:
             raise
         pytest.skip(refusal[1])

@@ -5,7 +5,18 @@ import pytest
 from megatron_sorted.settings.run import Settings
 from tests.ranks.test_layouts import compare, mean_by_rule, reference_run, relative
 from tests.support.gather import join_ranks
-from tests.support.layouts import CHUNKS, DEEP, OVERLAP, OWN, PP2, PP4, SEQUENCE, TP2, UNTIED, thinned
+from tests.support.layouts import (
+    CHUNKS,
+    DEEP,
+    OVERLAP,
+    OWN,
+    PP2,
+    PP4,
+    SEQUENCE,
+    TP2,
+    UNTIED,
+    thinned,
+)
 from tests.support.measure_bodies import host_waits
 from tests.support.rank_bodies import train_and_report
 from tests.support.ranks import run_ranks
@@ -22,7 +33,10 @@ LAYOUTS = {
     "pp2 own untied": (2, {**PP2, **OWN, **UNTIED}),
     "pp2 own tied": (2, {**PP2, **OWN}),
     "pp2 chunks2": (2, {**PP2, **CHUNKS}),
-    "pp2 chunks2 own selective": (2, {**PP2, **CHUNKS, **OWN, "recompute_granularity": "selective"}),
+    "pp2 chunks2 own selective": (
+        2,
+        {**PP2, **CHUNKS, **OWN, "recompute_granularity": "selective"},
+    ),
     "pp4": (4, PP4),
     "pp4 full recompute": (4, {**PP4, **UNTIED, "recompute_granularity": "full"}),
     "pp4 chunks2 8 layers": (4, {**PP4, **CHUNKS, **DEEP}),
@@ -42,53 +56,110 @@ def check(world_size: int, settings: Settings, **options) -> list[dict]:
     for step, (kd, meetings) in enumerate(zip(objective.kd, objective.meetings, strict=True)):
         for depth, found in reports[0]["exits"][step].items():
             if depth == settings.num_layers:
-                assert found.kd is None and found.gradient_cosine is None and found.gradient_ratio is None
+                assert (
+                    found.kd is None
+                    and found.gradient_cosine is None
+                    and found.gradient_ratio is None
+                )
                 continue
             # a difference of sums of some nats: what fp32 leaves of it
-            assert found.kd == pytest.approx(kd[depth], rel=1e-5, abs=3e-7), f"divergence of exit {depth} at step {step}"
+            assert found.kd == pytest.approx(kd[depth], rel=1e-5, abs=3e-7), (
+                f"divergence of exit {depth} at step {step}"
+            )
             if depth in meetings:
                 cosine, ratio = meetings[depth]
-                assert found.gradient_cosine == pytest.approx(cosine, abs=2e-6) and found.gradient_ratio == pytest.approx(ratio, rel=1e-5)
+                assert found.gradient_cosine == pytest.approx(
+                    cosine, abs=2e-6
+                ) and found.gradient_ratio == pytest.approx(ratio, rel=1e-5)
     return reports
 
 
-@pytest.mark.parametrize("name", thinned(
-    LAYOUTS, "one process", "tp2 sequence parallel", "pp2 own untied", "pp2 chunks2 own selective", "pp4", "pp4 full recompute",
-    "pp4 chunks2 8 layers own", "tp2 pp2 sequence parallel", "pp2 chunks2 dp2 distributed overlap", "dp2 distributed overlap own"))
+@pytest.mark.parametrize(
+    "name",
+    thinned(
+        LAYOUTS,
+        "one process",
+        "tp2 sequence parallel",
+        "pp2 own untied",
+        "pp2 chunks2 own selective",
+        "pp4",
+        "pp4 full recompute",
+        "pp4 chunks2 8 layers own",
+        "tp2 pp2 sequence parallel",
+        "pp2 chunks2 dp2 distributed overlap",
+        "dp2 distributed overlap own",
+    ),
+)
 def test_taught_exits_equal_the_reference(name):
     world_size, changes = LAYOUTS[name]
     check(world_size, tiny(**TAUGHT, **changes))
 
 
-@pytest.mark.parametrize("name", thinned(
-    ["one process", "tp2", "tp2 sequence parallel", "pp4", "tp2 pp2 sequence parallel"], "tp2", "tp2 pp2 sequence parallel"))
-@pytest.mark.parametrize("top_k", thinned([1, 9, 60, 100], 9, 60))  # a shard of tp2 has 52 rows: 60 spans both
+@pytest.mark.parametrize(
+    "name",
+    thinned(
+        ["one process", "tp2", "tp2 sequence parallel", "pp4", "tp2 pp2 sequence parallel"],
+        "tp2",
+        "tp2 pp2 sequence parallel",
+    ),
+)
+@pytest.mark.parametrize(
+    "top_k", thinned([1, 9, 60, 100], 9, 60)
+)  # a shard of tp2 has 52 rows: 60 spans both
 def test_a_teacher_cut_to_its_most_likely_tokens(name, top_k):
     world_size, changes = LAYOUTS[name]
     check(world_size, tiny(**{**CUT, "exit_kd_top_k": top_k}, **changes))
 
 
 @pytest.mark.parametrize("per_token", [True, False])
-@pytest.mark.parametrize("name", thinned(
-    ["one process", "tp2 sequence parallel", "pp2 chunks2", "pp2 dp2 distributed overlap own"], "tp2 sequence parallel", "pp2 chunks2"))
+@pytest.mark.parametrize(
+    "name",
+    thinned(
+        ["one process", "tp2 sequence parallel", "pp2 chunks2", "pp2 dp2 distributed overlap own"],
+        "tp2 sequence parallel",
+        "pp2 chunks2",
+    ),
+)
 def test_unequal_samples_packed_documents_and_both_loss_rules(name, per_token):
     world_size, changes = LAYOUTS[name]
-    check(world_size, tiny(calculate_per_token_loss=per_token, **TAUGHT, **changes), unequal=True, packed=True)
+    check(
+        world_size,
+        tiny(calculate_per_token_loss=per_token, **TAUGHT, **changes),
+        unequal=True,
+        packed=True,
+    )
 
 
-@pytest.mark.parametrize(("weight", "temperature"), [(1.0, 1.0), (1.0, 3.0), (0.25, 1.0), (0.5, 0.5)])
+@pytest.mark.parametrize(
+    ("weight", "temperature"), [(1.0, 1.0), (1.0, 3.0), (0.25, 1.0), (0.5, 0.5)]
+)
 @pytest.mark.parametrize("name", thinned(["one process", "pp4"], "pp4"))
 def test_weights_and_temperatures(name, weight, temperature):
     world_size, changes = LAYOUTS[name]
-    check(world_size, tiny(exit_kd_weight=weight, exit_kd_temperature=temperature, log_exit_gradients=True, **changes))
+    check(
+        world_size,
+        tiny(
+            exit_kd_weight=weight,
+            exit_kd_temperature=temperature,
+            log_exit_gradients=True,
+            **changes,
+        ),
+    )
 
 
-@pytest.mark.parametrize("name", ["one process", "pp2", "pp4 chunks2 8 layers own", "dp2 distributed overlap own"])
+@pytest.mark.parametrize(
+    "name", ["one process", "pp2", "pp4 chunks2 8 layers own", "dp2 distributed overlap own"]
+)
 @pytest.mark.parametrize("drawn", thinned([1, 2], 1))
 def test_drawn_exits_are_taught_also_where_the_last_is_not_drawn(name, drawn):
     world_size, changes = LAYOUTS[name]
-    reports = check(world_size, tiny(exit_sampling="uniform", num_sampled_exits=drawn, seed=5, **{**TAUGHT, **changes}))
-    assert any(changes.get("num_layers", 4) not in c for c in reports[0]["coefficients"]), "the test shows little if the last always trains"
+    reports = check(
+        world_size,
+        tiny(exit_sampling="uniform", num_sampled_exits=drawn, seed=5, **{**TAUGHT, **changes}),
+    )
+    assert any(changes.get("num_layers", 4) not in c for c in reports[0]["coefficients"]), (
+        "the test shows little if the last always trains"
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, PP2])
@@ -97,27 +168,44 @@ def test_an_exit_that_does_not_train_is_not_taught(changes):
     assert reports[0]["exits"][0].keys() == {1, 3, 4}
 
 
-@pytest.mark.parametrize("name", thinned(["one process", "pp2 chunks2", "tp2 pp2 sequence parallel", "pp4"], "tp2 pp2 sequence parallel"))
-@pytest.mark.parametrize("precision", [{"bf16": True}, {"fp16": True, "loss_scale": 1.0}, {"fp16": True, "loss_scale": 1024.0}])
+@pytest.mark.parametrize(
+    "name",
+    thinned(
+        ["one process", "pp2 chunks2", "tp2 pp2 sequence parallel", "pp4"],
+        "tp2 pp2 sequence parallel",
+    ),
+)
+@pytest.mark.parametrize(
+    "precision",
+    [{"bf16": True}, {"fp16": True, "loss_scale": 1.0}, {"fp16": True, "loss_scale": 1024.0}],
+)
 def test_half_precision(name, precision):
     world_size, changes = LAYOUTS[name]
     # a teacher that is cut would show which of two tokens almost alike rounding keeps, so it is whole here
     settings, objective = tiny(**TAUGHT, **changes, **precision), Objective(mean_by_rule)
     reports = run_ranks(world_size, train_and_report, settings, 1, True, True)
     initial, _ = join_ranks([r["initial"] for r in reports])
-    [losses], gradients, _ = reference_run(settings, initial, 1, True, True, reports[0]["coefficients"], objective)
+    [losses], gradients, _ = reference_run(
+        settings, initial, 1, True, True, reports[0]["coefficients"], objective
+    )
     loss, gradient = (5e-3, 5e-2) if "bf16" in precision else (1e-3, 1e-2)
     for depth, found in reports[0]["exits"][0].items():
         assert found.loss == pytest.approx(losses[depth], rel=loss)
-        assert found.kd is None or found.kd == pytest.approx(objective.kd[0][depth], rel=4 * loss, abs=loss)
+        assert found.kd is None or found.kd == pytest.approx(
+            objective.kd[0][depth], rel=4 * loss, abs=loss
+        )
     got, _ = join_ranks([r["gradients"] for r in reports])
     for name, value in gradients.items():
         assert relative(got[name], value) < gradient, f"{name}: {relative(got[name], value)}"
 
 
-@pytest.mark.parametrize(("world_size", "changes"), [(1, {}), (2, {**PP2, **CHUNKS}), (2, {**SEQUENCE, "bf16": True})])
+@pytest.mark.parametrize(
+    ("world_size", "changes"), [(1, {}), (2, {**PP2, **CHUNKS}), (2, {**SEQUENCE, "bf16": True})]
+)
 def test_a_step_waits_for_the_device_no_oftener(world_size, changes):
-    for report in run_ranks(world_size, host_waits, tiny(**CUT, exit_gradient_rule="project", **changes), True, True):
+    for report in run_ranks(
+        world_size, host_waits, tiny(**CUT, exit_gradient_rule="project", **changes), True, True
+    ):
         assert [name for name, _ in report["step"]] == ["tolist"]
 
 
@@ -131,16 +219,35 @@ def test_evaluation_has_no_teacher():
 
 
 def test_gradients_of_a_share_of_zero_are_those_of_no_teacher():
-    plain, taught = (join_ranks([r["weights"] for r in run_ranks(2, train_and_report, tiny(**PP2, **more), 2, False, False)])[0]
-                     for more in ({}, {"exit_kd_weight": 1e-30}))
+    plain, taught = (
+        join_ranks(
+            [
+                r["weights"]
+                for r in run_ranks(2, train_and_report, tiny(**PP2, **more), 2, False, False)
+            ]
+        )[0]
+        for more in ({}, {"exit_kd_weight": 1e-30})
+    )
     assert all(relative(taught[name], plain[name]) < 1e-6 for name in plain)
 
 
 BALCONY = {"tune_exit": True, "use_exit_block": True, "use_exit_norm": True, "exit_kd_weight": 1.0}
 
 
-@pytest.mark.parametrize("name", ["one process", "tp2 sequence parallel", "pp2", "pp2 chunks2", "pp4", "pp4 chunks2 8 layers",
-                                  "tp2 pp2 sequence parallel", "dp2 distributed overlap", "pp2 chunks2 dp2 distributed overlap"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "one process",
+        "tp2 sequence parallel",
+        "pp2",
+        "pp2 chunks2",
+        "pp4",
+        "pp4 chunks2 8 layers",
+        "tp2 pp2 sequence parallel",
+        "dp2 distributed overlap",
+        "pp2 chunks2 dp2 distributed overlap",
+    ],
+)
 def test_a_frozen_base_teaches_its_exits(name):
     """Balcony's loss: KL to the frozen full model, whose hidden state travels though no gradient does."""
     world_size, changes = LAYOUTS[name]
@@ -152,4 +259,15 @@ def test_a_frozen_base_teaches_its_exits(name):
 @pytest.mark.parametrize("name", ["one process", "pp2", "pp4"])
 def test_own_heads_on_a_frozen_base_are_taught_by_its_head(name):
     world_size, changes = LAYOUTS[name]
-    check(world_size, tiny(**{**changes, **OWN, "tune_exit": True, "exit_kd_weight": 0.5, "exit_kd_temperature": 2.0}))
+    check(
+        world_size,
+        tiny(
+            **{
+                **changes,
+                **OWN,
+                "tune_exit": True,
+                "exit_kd_weight": 0.5,
+                "exit_kd_temperature": 2.0,
+            }
+        ),
+    )

@@ -15,9 +15,23 @@ LAYOUTS = [
     (1, {}),
     (2, {"pipeline_model_parallel_size": 2, "exit_layer_weight": (0.0, 0.0, 0.0)}),
     (2, {}),
-    (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "untie_embeddings_and_output_weights": True}),
-    (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, "use_exit_norm": True,
-         "untie_exit_output_weights": True}),
+    (
+        2,
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "untie_embeddings_and_output_weights": True,
+        },
+    ),
+    (
+        2,
+        {
+            "pipeline_model_parallel_size": 2,
+            "num_layers_per_virtual_pipeline_stage": 1,
+            "use_exit_norm": True,
+            "untie_exit_output_weights": True,
+        },
+    ),
     (4, {"pipeline_model_parallel_size": 4, "recompute_granularity": "full"}),
 ]
 
@@ -28,11 +42,21 @@ def test_every_exit_is_evaluated_as_the_reference_does(world_size, changes):
     reports = run_ranks(world_size, evaluate_report, settings)
     weights, _ = join_ranks([r["weights"] for r in reports])
     samples = instruction_samples()
-    logits = exit_logits(weights, samples["tokens"], samples["segments"], exit_depths(settings), settings.num_attention_heads,
-                         settings.num_query_groups, VOCABULARY)
+    logits = exit_logits(
+        weights,
+        samples["tokens"],
+        samples["segments"],
+        exit_depths(settings),
+        settings.num_attention_heads,
+        settings.num_query_groups,
+        VOCABULARY,
+    )
     mask, labels, segments = samples["mask"], samples["labels"], samples["segments"]
     for depth, values in logits.items():
-        losses = torch.nn.functional.cross_entropy(values.transpose(1, 2), labels, reduction="none") * mask
+        losses = (
+            torch.nn.functional.cross_entropy(values.transpose(1, 2), labels, reduction="none")
+            * mask
+        )
         right = values.argmax(-1) == labels
         pieces, exact = 0, 0
         for row in range(labels.size(0)):
@@ -44,34 +68,69 @@ def test_every_exit_is_evaluated_as_the_reference_does(world_size, changes):
         for report in reports:
             found = report["exits"][depth]
             assert found.loss == pytest.approx((losses.sum() / mask.sum()).item(), rel=1e-5)
-            assert found.token_accuracy == pytest.approx((right * mask).sum().item() / mask.sum().item(), rel=1e-6)
+            assert found.token_accuracy == pytest.approx(
+                (right * mask).sum().item() / mask.sum().item(), rel=1e-6
+            )
             assert found.exact_match == pytest.approx(exact / pieces)
             assert report["tokens"] == int(mask.sum())
-            agreement, length = runs(values.argmax(-1) == logits[settings.num_layers].argmax(-1), mask, segments, settings.num_draft_tokens)
+            agreement, length = runs(
+                values.argmax(-1) == logits[settings.num_layers].argmax(-1),
+                mask,
+                segments,
+                settings.num_draft_tokens,
+            )
             assert found.agreement == pytest.approx(agreement) and found.grad_norm is None
-            assert found.accept_length == pytest.approx(1.0 if depth == settings.num_layers else length)
+            assert found.accept_length == pytest.approx(
+                1.0 if depth == settings.num_layers else length
+            )
     assert 0 < exact < pieces, "the set must tell exact from inexact documents"
 
 
 def sample_means(losses: torch.Tensor, mask: torch.Tensor) -> float:
     """Return the mean over samples of their mean loss, of those that have trained tokens; shapes [n, s]."""
-    rows = [(row.sum() / trained.sum()).item() for row, trained in zip(losses, mask, strict=True) if trained.any()]
+    rows = [
+        (row.sum() / trained.sum()).item()
+        for row, trained in zip(losses, mask, strict=True)
+        if trained.any()
+    ]
     assert len(rows) < len(mask), "some sample must be without a trained token"
     return sum(rows) / len(rows)
 
 
-@pytest.mark.parametrize("world_size, changes", [
-    (1, {}), (2, {"global_batch_size": 32}), (2, {"pipeline_model_parallel_size": 2}),
-    (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True})])
+@pytest.mark.parametrize(
+    "world_size, changes",
+    [
+        (1, {}),
+        (2, {"global_batch_size": 32}),
+        (2, {"pipeline_model_parallel_size": 2}),
+        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    ],
+)
 def test_filler_and_masked_samples_are_in_no_mean_of_means(world_size, changes):
     """11 samples, one of them masked, completed to 16 or 32 by filler: micro-batches of no token are no loss of 0."""
-    settings = tiny(full_validation=True, calculate_per_token_loss=False, micro_batch_size=1, **changes)
+    settings = tiny(
+        full_validation=True, calculate_per_token_loss=False, micro_batch_size=1, **changes
+    )
     reports = run_ranks(world_size, evaluate_report, settings)
     weights, _ = join_ranks([r["weights"] for r in reports])
     samples = instruction_samples()
-    logits = exit_logits(weights, samples["tokens"], samples["segments"], exit_depths(settings), settings.num_attention_heads,
-                         settings.num_query_groups, VOCABULARY)
+    logits = exit_logits(
+        weights,
+        samples["tokens"],
+        samples["segments"],
+        exit_depths(settings),
+        settings.num_attention_heads,
+        settings.num_query_groups,
+        VOCABULARY,
+    )
     for depth, values in logits.items():
-        losses = torch.nn.functional.cross_entropy(values.transpose(1, 2), samples["labels"], reduction="none") * samples["mask"]
+        losses = (
+            torch.nn.functional.cross_entropy(
+                values.transpose(1, 2), samples["labels"], reduction="none"
+            )
+            * samples["mask"]
+        )
         for report in reports:
-            assert report["exits"][depth].loss == pytest.approx(sample_means(losses, samples["mask"]), rel=1e-5)
+            assert report["exits"][depth].loss == pytest.approx(
+                sample_means(losses, samples["mask"]), rel=1e-5
+            )

@@ -20,7 +20,11 @@ PARTS = {
     "block": {"use_exit_block": True},
     "mlp": {"use_exit_mlp": True},
     "adapter": {"exit_adapter_rank": 3},
-    "block adapter own norm": {"use_exit_block": True, "exit_adapter_rank": 3, "use_exit_norm": True},
+    "block adapter own norm": {
+        "use_exit_block": True,
+        "exit_adapter_rank": 3,
+        "use_exit_norm": True,
+    },
 }
 
 

@@ -14,7 +14,10 @@ LAYOUTS = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "dp2 distributed bf16": (2, {"use_distributed_optimizer": True, "bf16": True}),
     "tp2 sequence parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "pp2 chunks dp2": (4, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
+    "pp2 chunks dp2": (
+        4,
+        {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+    ),
 }
 
 
@@ -24,12 +27,16 @@ def test_a_step_that_is_not_finite_is_named_and_leaves_no_trace(name, what):
     world_size, changes = LAYOUTS[name]
     settings = tiny(**changes, lr_decay_style="cosine")
     rank, depth = (1, 3) if name.startswith("pp2") else (0, 2)
-    poisoned = run_ranks(world_size, train_with_poison, settings, {1: (rank, depth, what)}, [0, 1, 2])
+    poisoned = run_ranks(
+        world_size, train_with_poison, settings, {1: (rank, depth, what)}, [0, 1, 2]
+    )
     without = run_ranks(world_size, train_with_poison, settings, {}, [0, 2])
     for report in poisoned:
         first, bad, third = report["results"]
         assert first.stepped and third.stepped and first.not_finite is third.not_finite is None
-        assert not bad.stepped and bad.not_finite.startswith(f"{what} of exit {depth} not finite on rank{'s' * (',' in bad.not_finite)} ")
+        assert not bad.stepped and bad.not_finite.startswith(
+            f"{what} of exit {depth} not finite on rank{'s' * (',' in bad.not_finite)} "
+        )
         assert str(rank) in bad.not_finite.split(";")[0]
         assert bad.not_finite == poisoned[0]["results"][1].not_finite
         assert report["rate"] == without[0]["rate"]
@@ -44,7 +51,14 @@ def steps_and_lines() -> tuple[NonfiniteSteps, list[str]]:
 
 def a_step(number: int, where: str | None) -> TrainedStep:
     """Returns a step that was not finite there; None for a good one."""
-    return TrainedStep(number, 8 * number, StepResult(where is None, 1.0, where), reports=False, is_last=False, flags=Flags())
+    return TrainedStep(
+        number,
+        8 * number,
+        StepResult(where is None, 1.0, where),
+        reports=False,
+        is_last=False,
+        flags=Flags(),
+    )
 
 
 def test_one_step_too_many_ends_the_run():
@@ -54,7 +68,8 @@ def test_one_step_too_many_ends_the_run():
     with pytest.raises(TrainingError) as error:
         steps.after(a_step(5, "loss of exit 2 not finite on rank 0"))
     assert str(error.value).startswith(
-        "step 5: loss of exit 2 not finite on rank 0. That is 2 steps in a row, and --nonfinite-steps-allowed is 1. ")
+        "step 5: loss of exit 2 not finite on rank 0. That is 2 steps in a row, and --nonfinite-steps-allowed is 1. "
+    )
 
 
 def test_good_steps_in_between_are_forgiven():
@@ -69,6 +84,13 @@ def test_good_steps_in_between_are_forgiven():
 def test_a_rank_that_hangs_is_named_by_all(rank):
     said = run_ranks(3, hang_somewhere, tiny(global_batch_size=6), rank)
     for other, words in enumerate(said):
-        assert f"rank {rank} (" in words["error"] and "does not come out of step 7, data, at rank_bodies.py:" in words["error"], words
-        assert "in hang_somewhere. Mend its cause, or raise --hang-timeout-minutes" in words["error"]
-        assert words["silent"] == (other != (1 if rank == 0 else 0))  # one of those that wait speaks for all
+        assert (
+            f"rank {rank} (" in words["error"]
+            and "does not come out of step 7, data, at rank_bodies.py:" in words["error"]
+        ), words
+        assert (
+            "in hang_somewhere. Mend its cause, or raise --hang-timeout-minutes" in words["error"]
+        )
+        assert words["silent"] == (
+            other != (1 if rank == 0 else 0)
+        )  # one of those that wait speaks for all

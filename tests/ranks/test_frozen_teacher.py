@@ -7,7 +7,17 @@ import torch
 
 from megatron_sorted.errors import SettingsError
 from megatron_sorted.training.step.teacher import check_teacher
-from tests.ranks.test_distillation import CHUNKS, DEEP, OVERLAP, OWN, PP2, PP4, SEQUENCE, TP2, UNTIED
+from tests.ranks.test_distillation import (
+    CHUNKS,
+    DEEP,
+    OVERLAP,
+    OWN,
+    PP2,
+    PP4,
+    SEQUENCE,
+    TP2,
+    UNTIED,
+)
 from tests.ranks.test_layouts import compare, mean_by_rule
 from tests.support.hugging_face import make_model
 from tests.support.layouts import thinned
@@ -39,7 +49,9 @@ class Teacher:
 
     def __init__(self, directory, num_layers=4, tied=True, name="Llama", **changes):
         torch.manual_seed(11)
-        self.model = make_model(name, num_hidden_layers=num_layers, tie_word_embeddings=tied, **changes).eval()
+        self.model = make_model(
+            name, num_hidden_layers=num_layers, tie_word_embeddings=tied, **changes
+        ).eval()
         with torch.no_grad():  # far from uniform, so that there is something to learn
             for parameter in self.model.parameters():
                 parameter.mul_(1.5)
@@ -49,7 +61,9 @@ class Teacher:
     def __call__(self, tokens_bs, segments_bs):
         """Returns logits [b, s, v]; documents of a sample do not see each other."""
         s = tokens_bs.size(1)
-        allowed = torch.ones(s, s, dtype=torch.bool).tril()[None, None].expand(tokens_bs.size(0), 1, s, s)
+        allowed = (
+            torch.ones(s, s, dtype=torch.bool).tril()[None, None].expand(tokens_bs.size(0), 1, s, s)
+        )
         if segments_bs is not None:
             allowed = allowed & (segments_bs[:, None, :, None] == segments_bs[:, None, None, :])
         window = getattr(self.model.config, "sliding_window", None)
@@ -66,41 +80,83 @@ def check(world_size, settings, teacher, **options):
     reports = compare(world_size, settings, 1e-5, objective=objective, **options)
     for kd, found in zip(objective.kd, reports[0]["exits"], strict=True):
         for depth, numbers in found.items():
-            assert numbers.kd == pytest.approx(kd[depth], rel=2e-5, abs=3e-7), f"divergence of exit {depth}"
+            assert numbers.kd == pytest.approx(kd[depth], rel=2e-5, abs=3e-7), (
+                f"divergence of exit {depth}"
+            )
     return reports
 
 
-@pytest.mark.parametrize("name", thinned(
-    LAYOUTS, "one process", "tp2 sequence parallel", "pp2 own untied", "pp4 full recompute", "pp2 uneven first", "pp4 chunks2 8 layers own",
-    "tp2 pp2 sequence parallel", "dp2 distributed overlap own", "pp2 chunks2 dp2 distributed overlap"))
+@pytest.mark.parametrize(
+    "name",
+    thinned(
+        LAYOUTS,
+        "one process",
+        "tp2 sequence parallel",
+        "pp2 own untied",
+        "pp4 full recompute",
+        "pp2 uneven first",
+        "pp4 chunks2 8 layers own",
+        "tp2 pp2 sequence parallel",
+        "dp2 distributed overlap own",
+        "pp2 chunks2 dp2 distributed overlap",
+    ),
+)
 def test_exits_equal_the_reference(name, tmp_path):
     world_size, changes = LAYOUTS[name]
     teacher = Teacher(tmp_path, num_layers=changes.get("num_layers", 4))
     check(world_size, tiny(exit_kd_teacher=str(tmp_path), **TAUGHT, **changes), teacher)
 
 
-@pytest.mark.parametrize(("name", "layers", "options"), [
-    ("one process", 3, {"tied": False}), ("pp2 chunks2", 8, {"tied": False}), ("pp2 uneven first", 6, {}),
-    ("tp2 pp2 sequence parallel", 4, {"name": "Mistral", "sliding_window": 5}), ("pp2", 2, {"name": "Qwen3", "head_dim": 16})])
+@pytest.mark.parametrize(
+    ("name", "layers", "options"),
+    [
+        ("one process", 3, {"tied": False}),
+        ("pp2 chunks2", 8, {"tied": False}),
+        ("pp2 uneven first", 6, {}),
+        ("tp2 pp2 sequence parallel", 4, {"name": "Mistral", "sliding_window": 5}),
+        ("pp2", 2, {"name": "Qwen3", "head_dim": 16}),
+    ],
+)
 @pytest.mark.parametrize("per_token", thinned([True, False], True))
 def test_other_depths_and_families_packed_documents(name, layers, options, per_token, tmp_path):
     world_size, changes = LAYOUTS[name]
     teacher = Teacher(tmp_path, layers, **options)
-    check(world_size, tiny(exit_kd_teacher=str(tmp_path), calculate_per_token_loss=per_token, **TAUGHT, **changes), teacher,
-          unequal=True, packed=True)
+    check(
+        world_size,
+        tiny(
+            exit_kd_teacher=str(tmp_path), calculate_per_token_loss=per_token, **TAUGHT, **changes
+        ),
+        teacher,
+        unequal=True,
+        packed=True,
+    )
 
 
 @pytest.mark.parametrize("name", ["one process", "pp2", "pp4"])
 def test_drawn_exits_run_no_deeper_for_its_sake(name, tmp_path):
     world_size, changes = LAYOUTS[name]
     teacher = Teacher(tmp_path)
-    reports = check(world_size, tiny(exit_kd_teacher=str(tmp_path), exit_sampling="uniform", seed=5, **TAUGHT, **changes), teacher)
+    reports = check(
+        world_size,
+        tiny(exit_kd_teacher=str(tmp_path), exit_sampling="uniform", seed=5, **TAUGHT, **changes),
+        teacher,
+    )
     assert any(4 not in drawn for drawn in reports[0]["coefficients"])
 
 
 def test_an_ordinary_model_is_taught_too(tmp_path):
     teacher = Teacher(tmp_path)
-    check(2, tiny(exit_layer_nums=(), exit_kd_teacher=str(tmp_path), exit_kd_weight=1.0, exit_kd_top_k=9, **PP2), teacher)
+    check(
+        2,
+        tiny(
+            exit_layer_nums=(),
+            exit_kd_teacher=str(tmp_path),
+            exit_kd_weight=1.0,
+            exit_kd_top_k=9,
+            **PP2,
+        ),
+        teacher,
+    )
 
 
 @pytest.mark.parametrize("name", ["one process", "pp4", "tp2 pp2 sequence parallel"])
@@ -110,18 +166,26 @@ def test_half_precision_is_near(name, tmp_path):
     world_size, changes = LAYOUTS[name]
     Teacher(tmp_path)
     taught = {**TAUGHT, "exit_kd_teacher": str(tmp_path)}
-    found = run_ranks(world_size, train_and_report, tiny(bf16=True, **taught, **changes), 1, True, True)[0]["exits"][0]
-    exact = run_ranks(world_size, train_and_report, tiny(**taught, **changes), 1, True, True)[0]["exits"][0]
+    found = run_ranks(
+        world_size, train_and_report, tiny(bf16=True, **taught, **changes), 1, True, True
+    )[0]["exits"][0]
+    exact = run_ranks(world_size, train_and_report, tiny(**taught, **changes), 1, True, True)[0][
+        "exits"
+    ][0]
     for depth, numbers in exact.items():
-        assert found[depth].loss == pytest.approx(numbers.loss, rel=5e-3) and found[depth].kd == pytest.approx(numbers.kd, rel=3e-2)
+        assert found[depth].loss == pytest.approx(numbers.loss, rel=5e-3) and found[
+            depth
+        ].kd == pytest.approx(numbers.kd, rel=3e-2)
 
 
 def test_what_cannot_teach_is_refused(tmp_path):
     Teacher(tmp_path / "wide", hidden_size=64)
     Teacher(tmp_path / "odd", num_layers=3)
     for directory, changes, message in (
-            ("wide", {}, "has --hidden-size 64 and this network 32"), ("none", {}, "none"),
-            ("odd", PP2, "3 layers, which 2 stages of 1 chunks cannot share evenly")):
+        ("wide", {}, "has --hidden-size 64 and this network 32"),
+        ("none", {}, "none"),
+        ("odd", PP2, "3 layers, which 2 stages of 1 chunks cannot share evenly"),
+    ):
         settings = tiny(exit_kd_teacher=str(tmp_path / directory), **TAUGHT, **changes)
         with pytest.raises(SettingsError, match=message):
             check_teacher(settings)

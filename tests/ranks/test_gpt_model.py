@@ -3,14 +3,20 @@
 import pytest
 import torch
 
-from tests.support.rank_bodies import gpt_model_reads_our_checkpoint, layers_run, segments_against_block
+from tests.support.rank_bodies import (
+    gpt_model_reads_our_checkpoint,
+    layers_run,
+    segments_against_block,
+)
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny
 
 
 @pytest.mark.parametrize("changes", [{}, {"untie_embeddings_and_output_weights": True}])
 def test_gpt_model_loads_our_checkpoint_and_says_the_same(changes, tmp_path):
-    settings = tiny(make_vocab_size_divisible_by=4, **changes)  # 100 is a multiple: GPTModel counts padding in its softmax
+    settings = tiny(
+        make_vocab_size_divisible_by=4, **changes
+    )  # 100 is a multiple: GPTModel counts padding in its softmax
     (report,) = run_ranks(1, gpt_model_reads_our_checkpoint, settings, str(tmp_path))
     assert report["missing"] == [] and report["unexpected"] == []
     assert report["theirs"] == pytest.approx(report["ours"], rel=1e-6)

@@ -11,39 +11,105 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCABULARY, make_samples, tiny
 
 LENGTH = 48
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16}
-ROPE_SCALING = {"use_rope_scaling": True, "rope_scaling_factor": 8.0, "rope_scaling_original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+ROPE_SCALING = {
+    "use_rope_scaling": True,
+    "rope_scaling_factor": 8.0,
+    "rope_scaling_original_max_position_embeddings": 16,
+}
 # name: (family, changes of its config, changes of our settings); tiny: 4 layers, 4 heads in 2 groups, tied
 CASES = {
-    "llama 1, all heads, untied": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": False, "rms_norm_eps": 1e-6},
-                                   {"group_query_attention": False, "num_query_groups": None, "norm_epsilon": 1e-6, **UNTIED}),
-    "llama 3.2, tied, scaled": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}, ROPE_SCALING),
+    "llama 1, all heads, untied": (
+        "Llama",
+        {"num_key_value_heads": 4, "tie_word_embeddings": False, "rms_norm_eps": 1e-6},
+        {"group_query_attention": False, "num_query_groups": None, "norm_epsilon": 1e-6, **UNTIED},
+    ),
+    "llama 3.2, tied, scaled": (
+        "Llama",
+        {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5},
+        ROPE_SCALING,
+    ),
     "llama, other numbers of the scaling, base 500000": (
-        "Llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "head_dim": 16,
-                  "rope_parameters": {**LLAMA3, "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 0.5, "high_freq_factor": 2.5,
-                                      "original_max_position_embeddings": 24}},
-        {"kv_channels": 16, "rotary_base": 500000, "use_rope_scaling": True, "rope_scaling_factor": 32.0,
-         "rope_scaling_low_freq_factor": 0.5, "rope_scaling_high_freq_factor": 2.5,
-         "rope_scaling_original_max_position_embeddings": 24}),
+        "Llama",
+        {
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+            "head_dim": 16,
+            "rope_parameters": {
+                **LLAMA3,
+                "rope_theta": 500000.0,
+                "factor": 32.0,
+                "low_freq_factor": 0.5,
+                "high_freq_factor": 2.5,
+                "original_max_position_embeddings": 24,
+            },
+        },
+        {
+            "kv_channels": 16,
+            "rotary_base": 500000,
+            "use_rope_scaling": True,
+            "rope_scaling_factor": 32.0,
+            "rope_scaling_low_freq_factor": 0.5,
+            "rope_scaling_high_freq_factor": 2.5,
+            "rope_scaling_original_max_position_embeddings": 24,
+        },
+    ),
     "llama 2, positions interpolated": (
-        "Llama", {"tie_word_embeddings": False, "rms_norm_eps": 1e-5,
-                  "rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0}},
-        {"rotary_seq_len_interpolation_factor": 2.5, **UNTIED}),
-    "mistral 0.1, sliding window": ("Mistral", {"tie_word_embeddings": False, "sliding_window": 7, "rms_norm_eps": 1e-5},
-                                    {"sliding_window": 7, **UNTIED}),
-    "mistral 0.3, no window": ("Mistral", {"tie_word_embeddings": False, "sliding_window": None, "rms_norm_eps": 1e-5,
-                                           "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
-                               {"rotary_base": 1000000, **UNTIED}),
-    "qwen 2, biases, tied": ("Qwen2", {"tie_word_embeddings": True, "rms_norm_eps": 1e-6}, {"add_qkv_bias": True, "norm_epsilon": 1e-6}),
-    "qwen 2.5, biases, untied": ("Qwen2", {"tie_word_embeddings": False, "rms_norm_eps": 1e-6},
-                                 {"add_qkv_bias": True, "norm_epsilon": 1e-6, **UNTIED}),
-    "qwen 3, norms, wide heads, tied": ("Qwen3", {"tie_word_embeddings": True, "rms_norm_eps": 1e-6, "head_dim": 16},
-                                        {"qk_layernorm": True, "kv_channels": 16, "norm_epsilon": 1e-6}),
-    "qwen 3, norms, untied": ("Qwen3", {"tie_word_embeddings": False, "rms_norm_eps": 1e-3, "head_dim": 8},
-                              {"qk_layernorm": True, "norm_epsilon": 1e-3, **UNTIED}),
+        "Llama",
+        {
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0},
+        },
+        {"rotary_seq_len_interpolation_factor": 2.5, **UNTIED},
+    ),
+    "mistral 0.1, sliding window": (
+        "Mistral",
+        {"tie_word_embeddings": False, "sliding_window": 7, "rms_norm_eps": 1e-5},
+        {"sliding_window": 7, **UNTIED},
+    ),
+    "mistral 0.3, no window": (
+        "Mistral",
+        {
+            "tie_word_embeddings": False,
+            "sliding_window": None,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+        {"rotary_base": 1000000, **UNTIED},
+    ),
+    "qwen 2, biases, tied": (
+        "Qwen2",
+        {"tie_word_embeddings": True, "rms_norm_eps": 1e-6},
+        {"add_qkv_bias": True, "norm_epsilon": 1e-6},
+    ),
+    "qwen 2.5, biases, untied": (
+        "Qwen2",
+        {"tie_word_embeddings": False, "rms_norm_eps": 1e-6},
+        {"add_qkv_bias": True, "norm_epsilon": 1e-6, **UNTIED},
+    ),
+    "qwen 3, norms, wide heads, tied": (
+        "Qwen3",
+        {"tie_word_embeddings": True, "rms_norm_eps": 1e-6, "head_dim": 16},
+        {"qk_layernorm": True, "kv_channels": 16, "norm_epsilon": 1e-6},
+    ),
+    "qwen 3, norms, untied": (
+        "Qwen3",
+        {"tie_word_embeddings": False, "rms_norm_eps": 1e-3, "head_dim": 8},
+        {"qk_layernorm": True, "norm_epsilon": 1e-3, **UNTIED},
+    ),
 }
-LAYOUTS = {"one process": (1, {}), "tp2 pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2})}
+LAYOUTS = {
+    "one process": (1, {}),
+    "tp2 pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+}
 SEQUENCE_PARALLEL = (4, {**LAYOUTS["tp2 pp2"][1], "sequence_parallel": True})
 
 
@@ -58,12 +124,16 @@ def compare(name: str, layout: tuple[int, dict], changes: dict | None = None) ->
     weights = global_weights(model)
     settings = tiny(seq_length=LENGTH, **{**ours, **split, **(changes or {})})
     reports = run_ranks(world_size, logits_of_exits, settings, weights, tokens())
-    assert set.union(*(used for _, used, _ in reports)) == weights.keys(), "a weight of transformers' model was left over"
+    assert set.union(*(used for _, used, _ in reports)) == weights.keys(), (
+        "a weight of transformers' model was left over"
+    )
     got, expected = join_logits(reports, VOCABULARY), exit_logits(model, tokens())
     assert got.keys() == expected.keys() == {1, 2, 3, 4}
     for depth in expected:
         difference = (got[depth] - expected[depth]).abs().max().item()
-        assert difference < 1e-5, f"exit {depth}: logits up to {expected[depth].abs().max():.2f} differ by {difference:.2e}"
+        assert difference < 1e-5, (
+            f"exit {depth}: logits up to {expected[depth].abs().max():.2f} differ by {difference:.2e}"
+        )
 
 
 @pytest.mark.parametrize("layout", thinned(LAYOUTS, "tp2 pp2"))
@@ -99,19 +169,33 @@ def test_packed_documents_see_only_themselves_within_the_window():
     for row, begins in enumerate(starts):
         for begin in begins[1:]:
             segments[row, begin:] += 1
-    got = join_logits(run_ranks(1, logits_of_exits, settings, global_weights(model), tokens(), segments), VOCABULARY)
+    got = join_logits(
+        run_ranks(1, logits_of_exits, settings, global_weights(model), tokens(), segments),
+        VOCABULARY,
+    )
     for row, begins in enumerate(starts):
         for begin, end in zip(begins, [*begins[1:], LENGTH], strict=True):
             alone = exit_logits(model, tokens()[row : row + 1, begin:end])
             for depth, logits in alone.items():
-                assert (got[depth][row, begin:end] - logits[0]).abs().max() < 1e-5, (row, begin, depth)
+                assert (got[depth][row, begin:end] - logits[0]).abs().max() < 1e-5, (
+                    row,
+                    begin,
+                    depth,
+                )
 
 
 COEFFICIENTS = {1: 0.5, 2: 1.0, 3: 0.25, 4: 1.0}
 
 
-@pytest.mark.parametrize("name", ["llama 3.2, tied, scaled", "mistral 0.1, sliding window", "qwen 2.5, biases, untied",
-                                  "qwen 3, norms, wide heads, tied"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama 3.2, tied, scaled",
+        "mistral 0.1, sliding window",
+        "qwen 2.5, biases, untied",
+        "qwen 3, norms, wide heads, tied",
+    ],
+)
 def test_gradients_of_all_exits_equal_those_of_transformers(name):
     """Norms of queries and keys see only their rank's heads, and biases only theirs."""
     family, config, ours = CASES[name]
@@ -120,8 +204,12 @@ def test_gradients_of_all_exits_equal_those_of_transformers(name):
     expected = gradients(model, samples["tokens"], samples["labels"], COEFFICIENTS)
     for world_size, split in (*LAYOUTS.values(), SEQUENCE_PARALLEL):
         settings = tiny(seq_length=LENGTH, clip_grad=0.0, **{**ours, **split})
-        got, _ = join_ranks(run_ranks(world_size, gradients_of_step, settings, weights, COEFFICIENTS))
+        got, _ = join_ranks(
+            run_ranks(world_size, gradients_of_step, settings, weights, COEFFICIENTS)
+        )
         assert got.keys() == expected.keys()
         for key, gradient in expected.items():
-            found = got[key][:VOCABULARY] if "embedding" in key or "output_layer" in key else got[key]
+            found = (
+                got[key][:VOCABULARY] if "embedding" in key or "output_layer" in key else got[key]
+            )
             assert (found - gradient).norm() < 1e-5 * gradient.norm(), f"{key} in {split}"

@@ -12,9 +12,18 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCABULARY, tiny
 
 
-@pytest.mark.parametrize("name", ["llama 1, all heads, untied", "llama, other numbers of the scaling, base 500000",
-                                  "llama 2, positions interpolated", "mistral 0.1, sliding window", "qwen 2, biases, tied",
-                                  "qwen 3, norms, wide heads, tied", "qwen 3, norms, untied"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama 1, all heads, untied",
+        "llama, other numbers of the scaling, base 500000",
+        "llama 2, positions interpolated",
+        "mistral 0.1, sliding window",
+        "qwen 2, biases, tied",
+        "qwen 3, norms, wide heads, tied",
+        "qwen 3, norms, untied",
+    ],
+)
 def test_an_imported_model_trains_on_in_several_ranks(name, tmp_path):
     family, config, ours = CASES[name]
     model = make_model(family, **config)
@@ -24,7 +33,9 @@ def test_an_imported_model_trains_on_in_several_ranks(name, tmp_path):
     # the shape that the import found in config.json must be the one of these settings, or loading would refuse it
     settings = tiny(seq_length=LENGTH, lr=1e-7, **{**ours, **split})
     reports = run_ranks(world_size, load_and_report, settings, str(tmp_path / "imported"), tokens())
-    got = join_logits([(report["tensor rank"], set(), report["logits"]) for report in reports], VOCABULARY)
+    got = join_logits(
+        [(report["tensor rank"], set(), report["logits"]) for report in reports], VOCABULARY
+    )
     expected = exit_logits(model, tokens())
     assert got.keys() == expected.keys() == {1, 2, 3, 4}
     for depth in expected:

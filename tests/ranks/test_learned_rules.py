@@ -34,9 +34,19 @@ RULES = {
     "dwa": {"exit_dwa_window": 2, "exit_dwa_temperature": 0.05},
     "gradnorm": {"exit_gradnorm_rate": 0.3},
     "simulated_exit": {"train_iters": 6, "exit_simulated_thresholds": 3},
-    "excess_loss": {"exit_excess_rate": 1.0, "exit_reference_loss": (4.6, 4.4, 4.3, 4.5), "exit_excess_smoothing": 0.1},
+    "excess_loss": {
+        "exit_excess_rate": 1.0,
+        "exit_reference_loss": (4.6, 4.4, 4.3, 4.5),
+        "exit_excess_smoothing": 0.1,
+    },
 }
-GUARD = {"exit_guard": True, "exit_guard_loss": 4.0, "exit_guard_margin": 0.1, "exit_guard_rate": 0.2, "exit_guard_decay": 0.5}
+GUARD = {
+    "exit_guard": True,
+    "exit_guard_loss": 4.0,
+    "exit_guard_margin": 0.1,
+    "exit_guard_rate": 0.2,
+    "exit_guard_decay": 0.5,
+}
 DROPOUT = {"layer_dropout": 0.6, "train_iters": 6}
 STEPS, POISONED, TOLERANCE = 5, 2, 2e-5
 
@@ -52,7 +62,11 @@ COMPARED = {
     "guard on inverse_loss": {**GUARD, **named("inverse_loss")},
     "layer dropout": DROPOUT,
     "layer dropout growing": {**DROPOUT, "layer_dropout_schedule": "exponential"},
-    "layer dropout, gradnorm, selective recompute": {**DROPOUT, **named("gradnorm"), "recompute_granularity": "selective"},
+    "layer dropout, gradnorm, selective recompute": {
+        **DROPOUT,
+        **named("gradnorm"),
+        "recompute_granularity": "selective",
+    },
     "a step that is not finite": named("inverse_loss"),
 }
 
@@ -60,24 +74,41 @@ COMPARED = {
 def agree(settings, reports, skipped=()):
     """Compares the ranks' reports of one run with each other and with the reference."""
     initial, _ = join_ranks([r["initial"] for r in reports])
-    losses, coefficients, weights, after = reference_run(settings, initial, STEPS, exit_depths(settings), make_samples, skipped)
+    losses, coefficients, weights, after = reference_run(
+        settings, initial, STEPS, exit_depths(settings), make_samples, skipped
+    )
     for report in reports:
-        assert report["coefficients"] == reports[0]["coefficients"] and report["state"] == reports[0]["state"], "ranks differ"
+        assert (
+            report["coefficients"] == reports[0]["coefficients"]
+            and report["state"] == reports[0]["state"]
+        ), "ranks differ"
     for step in range(STEPS):
-        assert reports[0]["coefficients"][step] == pytest.approx(coefficients[step], rel=TOLERANCE), f"coefficients of step {step}"
+        assert reports[0]["coefficients"][step] == pytest.approx(
+            coefficients[step], rel=TOLERANCE
+        ), f"coefficients of step {step}"
         if step not in skipped:
-            assert reports[0]["losses"][step] == pytest.approx(losses[step], rel=TOLERANCE), f"losses of step {step}"
+            assert reports[0]["losses"][step] == pytest.approx(losses[step], rel=TOLERANCE), (
+                f"losses of step {step}"
+            )
             if reports[0]["observed"][step] is not None:
-                assert reports[0]["observed"][step].losses == pytest.approx(reports[0]["losses"][step], rel=1e-6)
+                assert reports[0]["observed"][step].losses == pytest.approx(
+                    reports[0]["losses"][step], rel=1e-6
+                )
     assert reports[0]["next"] == pytest.approx(after, rel=TOLERANCE)
     got, _ = join_ranks([r["weights"] for r in reports])
     for name, weight in weights.items():
         real = slice(0, settings.vocab_size if "embedding" in name else None)
-        assert relative(got[name][real], weight[real]) < TOLERANCE, f"weight {name}: {relative(got[name][real], weight[real])}"
+        assert relative(got[name][real], weight[real]) < TOLERANCE, (
+            f"weight {name}: {relative(got[name][real], weight[real])}"
+        )
 
 
-@pytest.mark.parametrize("layout", all_but(
-    LAYOUTS, "the other rows split what it splits, and more", "one process", "pp2", "dp2", "tp2"))
+@pytest.mark.parametrize(
+    "layout",
+    all_but(
+        LAYOUTS, "the other rows split what it splits, and more", "one process", "pp2", "dp2", "tp2"
+    ),
+)
 def test_rules_guard_and_layer_dropout_equal_the_reference(layout):
     world_size, changes = LAYOUTS[layout]
     runs = {name: (tiny(**{**more, **changes}), 0, STEPS) for name, more in COMPARED.items()}
@@ -88,19 +119,35 @@ def test_rules_guard_and_layer_dropout_equal_the_reference(layout):
         agree(settings, reports, [POISONED] if name == "a step that is not finite" else [])
         first, after = reports[0]["coefficients"][0], reports[0]["next"]
         if name in RULES:
-            assert max(abs(after[d] - first[d]) for d in first) > 5e-4, f"{name} does not move, which shows nothing"
+            assert max(abs(after[d] - first[d]) for d in first) > 5e-4, (
+                f"{name} does not move, which shows nothing"
+            )
         if "guard" in name:
             assert reports[0]["state"]["guard"]["multiplier"] > 0.1 and after[4] > 0.3
         if name == "a step that is not finite":
-            assert [seen is None for seen in reports[0]["observed"]] == [step == POISONED for step in range(STEPS)]
+            assert [seen is None for seen in reports[0]["observed"]] == [
+                step == POISONED for step in range(STEPS)
+            ]
     reports = ranks[0]
-    plain, dropped = (join_ranks([rank[name]["weights"] for rank in ranks])[0] for name in ("uncertainty", "layer dropout"))
-    assert not torch.equal(plain["decoder.layers.3.mlp.linear_fc2.weight"], dropped["decoder.layers.3.mlp.linear_fc2.weight"])
+    plain, dropped = (
+        join_ranks([rank[name]["weights"] for rank in ranks])[0]
+        for name in ("uncertainty", "layer dropout")
+    )
+    assert not torch.equal(
+        plain["decoder.layers.3.mlp.linear_fc2.weight"],
+        dropped["decoder.layers.3.mlp.linear_fc2.weight"],
+    )
     # numbers join an all-reduce that is there; where tokens leave costs one all-gather over the stages
     for rule in RULES:
-        extra = 1 if rule == "simulated_exit" and changes.get("pipeline_model_parallel_size", 1) > 1 else 0
+        extra = (
+            1
+            if rule == "simulated_exit" and changes.get("pipeline_model_parallel_size", 1) > 1
+            else 0
+        )
         usual, learned = reports["layer dropout"]["collectives"][1], reports[rule]["collectives"][1]
-        assert {name: learned[name] - usual[name] for name in usual} == dict.fromkeys(usual, 0) | {"all_gather": extra}, rule
+        assert {name: learned[name] - usual[name] for name in usual} == dict.fromkeys(usual, 0) | {
+            "all_gather": extra
+        }, rule
 
 
 @pytest.mark.parametrize("layout", ["pp2", "tp2 pp2 sequence parallel", "dp2"])
@@ -108,7 +155,11 @@ def test_losses_of_micro_batch_means_and_fp16(layout):
     world_size, changes = LAYOUTS[layout]
     half = {"fp16": True, "exit_layer_weight_rule": "gradnorm"}
     runs = {
-        "means": (tiny(exit_layer_weight_rule="gradnorm", calculate_per_token_loss=False, **changes), 0, 1),
+        "means": (
+            tiny(exit_layer_weight_rule="gradnorm", calculate_per_token_loss=False, **changes),
+            0,
+            1,
+        ),
         "fp16": (tiny(**half, loss_scale=1024.0, **changes), 0, 1),
         "fp32": (tiny(exit_layer_weight_rule="gradnorm", **changes), 0, 1),
         "overflow": (tiny(**half, initial_loss_scale=2.0**40, hysteresis=1, **changes), 0, 1),
@@ -138,20 +189,29 @@ def test_three_steps_saved_and_three_more_equal_six_also_in_another_layout(layou
             assert saved["coefficients"] + rest["coefficients"] == whole["coefficients"]
             assert rest["state"] == whole["state"] and rest["losses"] == whole["losses"][3:]
         for step in range(3):
-            assert rest["coefficients"][step] == pytest.approx(whole["coefficients"][3 + step], rel=TOLERANCE)
+            assert rest["coefficients"][step] == pytest.approx(
+                whole["coefficients"][3 + step], rel=TOLERANCE
+            )
             assert rest["losses"][step] == pytest.approx(whole["losses"][3 + step], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", ["one process", "pp2", "dp2"])
 def test_exits_drawn_by_learned_coefficients_are_told_alone(layout):
     world_size, changes = LAYOUTS[layout]
-    drawn = {"exit_sampling": "coefficients", "num_sampled_exits": 2, "exit_curriculum": "gradual", "train_iters": 6}
+    drawn = {
+        "exit_sampling": "coefficients",
+        "num_sampled_exits": 2,
+        "exit_curriculum": "gradual",
+        "train_iters": 6,
+    }
     runs = {rule: (tiny(**{**named(rule), **drawn, **changes}), 0, 6) for rule in RULES}
     ranks = run_ranks(world_size, train_each, runs, tiny(**changes))
     for rule in RULES:
         first = ranks[0][rule]
         assert all(rank[rule]["coefficients"] == first["coefficients"] for rank in ranks)
-        assert first["coefficients"][0] == {4: 1.0} and all(sum(c.values()) == pytest.approx(1) for c in first["coefficients"])
+        assert first["coefficients"][0] == {4: 1.0} and all(
+            sum(c.values()) == pytest.approx(1) for c in first["coefficients"]
+        )
         assert any(len(c) > 1 for c in first["coefficients"])
         for coefficients, seen in zip(first["coefficients"], first["observed"], strict=True):
             assert seen.coefficients == coefficients and seen.losses.keys() == coefficients.keys()

@@ -47,31 +47,52 @@ def theirs(directory: Path) -> dict[int, torch.Tensor]:
     """Returns transformers' logits of a directory at every depth, read by the shared norm and head."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     return hugging_face.exit_logits(model, TOKENS)
 
 
 def assert_close(got, expected, tolerance=2e-5) -> None:
     assert got.keys() == expected.keys()
     for depth in expected:
-        assert (got[depth] - expected[depth]).abs().max() < tolerance * expected[depth].abs().max(), depth
+        assert (got[depth] - expected[depth]).abs().max() < tolerance * expected[
+            depth
+        ].abs().max(), depth
 
 
-@pytest.mark.parametrize("world_size, changes", [(4, {**TP2, **PP2, "sequence_parallel": True}), (2, {**PP2, **OWN}),
-                                                 (1, {"dylora": True, "lora_targets": ("linear_fc1", "linear_qkv")})])
+@pytest.mark.parametrize(
+    "world_size, changes",
+    [
+        (4, {**TP2, **PP2, "sequence_parallel": True}),
+        (2, {**PP2, **OWN}),
+        (1, {"dylora": True, "lora_targets": ("linear_fc1", "linear_qkv")}),
+    ],
+)
 def test_what_is_exported_says_what_the_unmerged_model_says(world_size, changes, tmp_path):
     settings, weights, said = trained(tmp_path, world_size, **changes)
     assert_close(said, plain_logits(merged(weights, settings, RANK)))
-    convert.main(["export", f"{tmp_path}/runs", f"{tmp_path}/whole"])  # verified by itself, tensor by tensor and against transformers
-    assert_close({4: theirs(tmp_path / "whole")[4]} if "use_exit_norm" in changes else theirs(tmp_path / "whole"),
-                 {4: said[4]} if "use_exit_norm" in changes else said)
+    convert.main(
+        ["export", f"{tmp_path}/runs", f"{tmp_path}/whole"]
+    )  # verified by itself, tensor by tensor and against transformers
+    assert_close(
+        {4: theirs(tmp_path / "whole")[4]}
+        if "use_exit_norm" in changes
+        else theirs(tmp_path / "whole"),
+        {4: said[4]} if "use_exit_norm" in changes else said,
+    )
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert "lora" not in json.dumps(config)
     extract_submodel.main([f"{tmp_path}/runs", f"{tmp_path}/sub", "--depth", "2"])
     assert_close({2: theirs(tmp_path / "sub")[2]}, {2: said[2]})
     convert.main(["export", f"{tmp_path}/runs", f"{tmp_path}/bare", "--lora-rank-used", "0"])
     if "use_exit_norm" not in changes:
-        assert_close(theirs(tmp_path / "bare"), plain_logits({name: tensor for name, tensor in weights.items() if not is_adapter(name)}))
+        assert_close(
+            theirs(tmp_path / "bare"),
+            plain_logits(
+                {name: tensor for name, tensor in weights.items() if not is_adapter(name)}
+            ),
+        )
     # a checkpoint of a checkpoint: merged, and an ordinary one
     convert.main(["import", f"{tmp_path}/runs", f"{tmp_path}/again"])
     assert open_model(tmp_path / "again").settings.lora_rank == 0
@@ -81,10 +102,19 @@ def test_what_is_exported_says_what_the_unmerged_model_says(world_size, changes,
 def test_nested_ranks_are_cut_to_those_that_were_drawn(tmp_path, capsys):
     settings, weights, _ = trained(tmp_path, 2, **TP2, dylora=True, dylora_ranks=(2, 4, 6))
     for rank in (2, 4):
-        convert.main(["export", f"{tmp_path}/runs", f"{tmp_path}/rank{rank}", "--lora-rank-used", str(rank)])
-        assert_close(theirs(tmp_path / f"rank{rank}"), plain_logits(merged(weights, settings, rank)))
-        convert.main(["verify", f"{tmp_path}/runs", f"{tmp_path}/rank{rank}", "--lora-rank-used", str(rank)])
-    with pytest.raises(CheckpointError, match=r"--lora-rank-used: 3, but the adapters of .* at the ranks 2, 4, 6\. Use one of 0, 2, 4, 6"):
+        convert.main(
+            ["export", f"{tmp_path}/runs", f"{tmp_path}/rank{rank}", "--lora-rank-used", str(rank)]
+        )
+        assert_close(
+            theirs(tmp_path / f"rank{rank}"), plain_logits(merged(weights, settings, rank))
+        )
+        convert.main(
+            ["verify", f"{tmp_path}/runs", f"{tmp_path}/rank{rank}", "--lora-rank-used", str(rank)]
+        )
+    with pytest.raises(
+        CheckpointError,
+        match=r"--lora-rank-used: 3, but the adapters of .* at the ranks 2, 4, 6\. Use one of 0, 2, 4, 6",
+    ):
         convert.main(["export", f"{tmp_path}/runs", f"{tmp_path}/rank3", "--lora-rank-used", "3"])
     with pytest.raises(CheckpointError, match=r"--lora-rank-used: 2, but .*rank4 has no adapters"):
         convert.main(["verify", f"{tmp_path}/rank4", f"{tmp_path}/rank4", "--lora-rank-used", "2"])
@@ -96,17 +126,39 @@ def test_an_adapter_in_the_format_of_peft_makes_the_same_model_of_its_base(rank_
     used = [] if rank_used is None else ["--lora-rank-used", str(rank_used)]
     convert.main(["export", f"{tmp_path}/runs", f"{tmp_path}/base", "--lora-rank-used", "0"])
     convert.main(["export", f"{tmp_path}/runs", f"{tmp_path}/whole", *used])
-    convert.main(["export-adapter", f"{tmp_path}/runs", f"{tmp_path}/adapter", "--base-model", f"{tmp_path}/base", *used])
+    convert.main(
+        [
+            "export-adapter",
+            f"{tmp_path}/runs",
+            f"{tmp_path}/adapter",
+            "--base-model",
+            f"{tmp_path}/base",
+            *used,
+        ]
+    )
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (said["r"], said["lora_alpha"]) == (rank_used or RANK, 9.0)
-    assert said["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    adapter, base = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), load_file(tmp_path / "base" / "model.safetensors")
+    assert said["target_modules"] == [
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]
+    adapter, base = (
+        load_file(tmp_path / "adapter" / "adapter_model.safetensors"),
+        load_file(tmp_path / "base" / "model.safetensors"),
+    )
     whole, adapted = load_file(tmp_path / "whole" / "model.safetensors"), 0
     for name, tensor in whole.items():
         half = f"base_model.model.{name.removesuffix('weight')}lora_"
         expected = base[name]
         if f"{half}A.weight" in adapter:
-            expected = expected + 9.0 / said["r"] * adapter[f"{half}B.weight"] @ adapter[f"{half}A.weight"]
+            expected = (
+                expected + 9.0 / said["r"] * adapter[f"{half}B.weight"] @ adapter[f"{half}A.weight"]
+            )
             adapted += 1
         assert torch.allclose(tensor, expected, rtol=1e-5, atol=1e-6), name
     assert len(adapter) == 2 * adapted == 2 * 7 * 4
@@ -115,7 +167,9 @@ def test_an_adapter_in_the_format_of_peft_makes_the_same_model_of_its_base(rank_
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.float32, attn_implementation="eager"
+    )
     adapted = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     with torch.no_grad():
         logits = adapted(TOKENS, use_cache=False).logits
@@ -124,10 +178,24 @@ def test_an_adapter_in_the_format_of_peft_makes_the_same_model_of_its_base(rank_
 
 def test_an_adapter_without_place_for_what_exits_learned_is_refused(tmp_path):
     trained(tmp_path, 1, **OWN)
-    with pytest.raises(CheckpointError, match=r"exit_norms\.1\.weight was trained beside the adapters.*Use export"):
-        convert.main(["export-adapter", f"{tmp_path}/runs", f"{tmp_path}/adapter", "--base-model", "x"])
+    with pytest.raises(
+        CheckpointError, match=r"exit_norms\.1\.weight was trained beside the adapters.*Use export"
+    ):
+        convert.main(
+            ["export-adapter", f"{tmp_path}/runs", f"{tmp_path}/adapter", "--base-model", "x"]
+        )
     with pytest.raises(CheckpointError, match="has no adapters to write"):
-        convert.main(["export-adapter", f"{tmp_path}/runs", f"{tmp_path}/adapter", "--base-model", "x", "--lora-rank-used", "0"])
+        convert.main(
+            [
+                "export-adapter",
+                f"{tmp_path}/runs",
+                f"{tmp_path}/adapter",
+                "--base-model",
+                "x",
+                "--lora-rank-used",
+                "0",
+            ]
+        )
 
 
 def test_bf16_is_rounded_once_where_adapters_are_merged(tmp_path):
@@ -137,11 +205,16 @@ def test_bf16_is_rounded_once_where_adapters_are_merged(tmp_path):
         assert source.tensors[name].dtype == torch.bfloat16
         rows = slice(VOCABULARY) if "embedding" in name else slice(None)
         distance = (source.read(name).float() - exact)[rows].abs()
-        assert (distance <= 2.0**-8 * exact[rows].abs() + 1e-7).all(), f"{name}: more than half a unit of 8 bits"
+        assert (distance <= 2.0**-8 * exact[rows].abs() + 1e-7).all(), (
+            f"{name}: more than half a unit of 8 bits"
+        )
 
 
-STARTS = {"a checkpoint": (2, {**TP2, "sequence_parallel": True}), "a Hugging Face directory": (2, PP2),
-          "a checkpoint, bf16 distributed": (2, {"bf16": True, "use_distributed_optimizer": True})}
+STARTS = {
+    "a checkpoint": (2, {**TP2, "sequence_parallel": True}),
+    "a Hugging Face directory": (2, PP2),
+    "a checkpoint, bf16 distributed": (2, {"bf16": True, "use_distributed_optimizer": True}),
+}
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -153,21 +226,37 @@ def test_a_run_starts_from_a_model_without_adapters(name, tmp_path):
         base, _ = join_ranks([report["weights"] for report in reports])
     else:
         base = hugging_face.global_weights(save_model(tmp_path / "model", "qwen3"))
-        changes = {**changes, "qk_layernorm": True, "kv_channels": 16, "rotary_base": 10000, "norm_epsilon": 1e-6,
-                   "max_position_embeddings": 256}
+        changes = {
+            **changes,
+            "qk_layernorm": True,
+            "kv_channels": 16,
+            "rotary_base": 10000,
+            "norm_epsilon": 1e-6,
+            "max_position_embeddings": 256,
+        }
         tmp_path = tmp_path / "model"
     settings = tiny(**LORA, **untied, **changes, finetune="checkpoint" in name, lr=1e-3)
     reports = run_ranks(world_size, train_adapters, settings, 2, 0, str(tmp_path))
-    (held, _), (later, _) = (join_ranks([report[key] for report in reports]) for key in ("initial", "weights"))
-    fresh, _ = join_ranks([report["made"] for report in run_ranks(world_size, train_adapters, settings, 0)])
+    (held, _), (later, _) = (
+        join_ranks([report[key] for report in reports]) for key in ("initial", "weights")
+    )
+    fresh, _ = join_ranks(
+        [report["made"] for report in run_ranks(world_size, train_adapters, settings, 0)]
+    )
     for key in held:
         rows = slice(VOCABULARY) if "embedding" in key or "output_layer" in key else slice(None)
         if is_adapter(key):
-            assert torch.equal(held[key], fresh[key]) and not torch.equal(later[key], held[key]), key
+            assert torch.equal(held[key], fresh[key]) and not torch.equal(later[key], held[key]), (
+                key
+            )
         else:
             expected = base[key].bfloat16().float() if settings.bf16 else base[key]
-            assert torch.equal(held[key][rows], expected[rows]) and torch.equal(later[key], held[key]), key
-    assert held.keys() == fresh.keys() and base.keys() == {key for key in held if not is_adapter(key)}
+            assert torch.equal(held[key][rows], expected[rows]) and torch.equal(
+                later[key], held[key]
+            ), key
+    assert held.keys() == fresh.keys() and base.keys() == {
+        key for key in held if not is_adapter(key)
+    }
 
 
 def test_other_adapters_than_those_of_the_checkpoint_are_refused(tmp_path):
@@ -176,11 +265,23 @@ def test_other_adapters_than_those_of_the_checkpoint_are_refused(tmp_path):
     run_ranks(1, steps_from, tiny(), str(tmp_path / "base"), False, 0, 1, True)
     run_ranks(1, train_adapters, tiny(**LORA), 1, 0, None, str(tmp_path / "runs"))
     cases = [
-        ("base", LORA, r"--lora-rank: 0 in the checkpoint, 6 in this run\. Its optimizer has no state.*--pretrained-checkpoint"),
+        (
+            "base",
+            LORA,
+            r"--lora-rank: 0 in the checkpoint, 6 in this run\. Its optimizer has no state.*--pretrained-checkpoint",
+        ),
         ("runs", {}, r"--lora-rank: 6 in the checkpoint, 0 in this run.*merge its adapters"),
         ("runs", {**LORA, "lora_rank": 8}, r"--lora-rank: 6 in the checkpoint, 8 in this run"),
-        ("runs", {**LORA, "lora_alpha": 1.0, "finetune": True}, r"--lora-alpha: 9\.0 in the checkpoint, 1\.0 in this run"),
-        ("runs", {**LORA, "lora_targets": ("linear_qkv",)}, r"--lora-targets: linear_qkv,linear_proj,linear_fc1,linear_fc2 in the"),
+        (
+            "runs",
+            {**LORA, "lora_alpha": 1.0, "finetune": True},
+            r"--lora-alpha: 9\.0 in the checkpoint, 1\.0 in this run",
+        ),
+        (
+            "runs",
+            {**LORA, "lora_targets": ("linear_qkv",)},
+            r"--lora-targets: linear_qkv,linear_proj,linear_fc1,linear_fc2 in the",
+        ),
     ]
     for root, changes, told in cases:
         with pytest.raises(AssertionError, match=told):

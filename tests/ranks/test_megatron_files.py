@@ -44,7 +44,11 @@ def truths(tmp_path_factory):
     made: dict = {}
 
     def truth(changes: dict):
-        network = {k: v for k, v in changes.items() if k not in (*TP2, *PP2, *CHUNKS, "decoder_first_pipeline_num_layers")}
+        network = {
+            k: v
+            for k, v in changes.items()
+            if k not in (*TP2, *PP2, *CHUNKS, "decoder_first_pipeline_num_layers")
+        }
         key = tuple(sorted(network.items()))
         if key not in made:
             seed = str(tmp_path_factory.mktemp("truth") / "seed")
@@ -59,7 +63,9 @@ def truths(tmp_path_factory):
 def test_weights_are_those_of_one_process(layout, truths, tmp_path):
     world_size, changes = LAYOUTS[layout]
     seed, truth = truths(changes)
-    settings = tiny(make_vocab_size_divisible_by=8 // changes.get("tensor_model_parallel_size", 1), **changes)
+    settings = tiny(
+        make_vocab_size_divisible_by=8 // changes.get("tensor_model_parallel_size", 1), **changes
+    )
     run_ranks(world_size, save_as_megatron, settings, seed, str(tmp_path), 300)
     for form in FORMS:
         source, said = open_megatron(tmp_path / form)
@@ -70,11 +76,21 @@ def test_weights_are_those_of_one_process(layout, truths, tmp_path):
             assert (tuple(read.shape), read.dtype) == (info.shape, info.dtype)
             assert torch.equal(read, truth[name]), f"{form} {name}"
             assert read.untyped_storage().nbytes() == info.num_bytes, f"{form} {name}"
-        shape = {name: value for name, value in dataclasses.asdict(settings).items() if name in said}
-        assert said == {**shape, "kv_channels": 8, "max_position_embeddings": 16, "vocab_size": 104, "make_vocab_size_divisible_by": 8}
+        shape = {
+            name: value for name, value in dataclasses.asdict(settings).items() if name in said
+        }
+        assert said == {
+            **shape,
+            "kv_channels": 8,
+            "max_position_embeddings": 16,
+            "vocab_size": 104,
+            "make_vocab_size_divisible_by": 8,
+        }
         if form != "legacy":
             check_checkpoint_is_safe(source.directory)
-    names = {form: set(read_stored_names(tmp_path / form / "iter_0000300").tensors) for form in FORMS[1:]}
+    names = {
+        form: set(read_stored_names(tmp_path / form / "iter_0000300").tensors) for form in FORMS[1:]
+    }
     assert "decoder.layers.self_attention.linear_qkv.weight" in names["stacked"]
     assert "decoder.layers.3.self_attention.linear_qkv.weight" in names["per_layer"]
     assert "decoder.layers.pre_mlp_layernorm.weight" in names["norms_by_module"]

@@ -1,6 +1,5 @@
 """Collectives handed over together are called one by one, with the results of plain calls."""
 
-
 from tests.support.collective_bodies import collected
 from tests.support.ranks import run_ranks
 
@@ -12,7 +11,10 @@ def test_each_call_is_made_alone_and_gives_what_it_should():
         for waited in ("at once", "later"):
             sums, gathered, scattered = result[waited]
             assert [x.tolist() for x in sums] == [[1.0, 3.0], [21.0, 23.0]]
-            assert [x.tolist() for x in gathered] == [[0.0, 1.0, 1.0, 2.0], [10.0, 11.0, 11.0, 12.0]]
+            assert [x.tolist() for x in gathered] == [
+                [0.0, 1.0, 1.0, 2.0],
+                [10.0, 11.0, 11.0, 12.0],
+            ]
             assert [x.tolist() for x in scattered] == [[[1.0], [3.0]][rank], [[21.0], [23.0]][rank]]
         assert "inside another of the same group" in result["nested"]
         assert result["after an error"] == [1.0, 3.0]

@@ -36,11 +36,22 @@ def kept_and_sent(settings: Settings) -> tuple[int, dict[str, float]]:
     samples = make_samples(settings.global_batch_size, settings.seq_length, 5)
     batches = micro_batches(samples, settings, place.data_rank, place.data_size)
     train_step(model, settings, forward_step, batches, coefficients, settings.global_batch_size)
-    kept = [shard.rows for shard in model.chunks[0].row_shards] + [shard.rows.main_grad for shard in model.chunks[0].row_shards]
+    kept = [shard.rows for shard in model.chunks[0].row_shards] + [
+        shard.rows.main_grad for shard in model.chunks[0].row_shards
+    ]
     for part in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
         for parameter, state in part.optimizer.state.items():
-            kept += [parameter, *(value for value in state.values() if isinstance(value, torch.Tensor) and value.dim())]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+            kept += [
+                parameter,
+                *(
+                    value
+                    for value in state.values()
+                    if isinstance(value, torch.Tensor) and value.dim()
+                ),
+            ]
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept
+    }
     forward_step.coefficients = coefficients
     with Counter() as counter:
         run_schedule(model, settings, forward_step, batches, forward_only=False)
@@ -53,8 +64,12 @@ def test_a_plan_counts_what_fully_sharded_ranks_keep_and_send(name):
     settings = tiny(**FSDP, hidden_size=64, ffn_hidden_size=160, **changes)
     plan = make_plan(settings, settings.vocab_size, world_size, DEVICES["cpu"], 256)
     [stage] = plan.stages
-    planned = messages_of_stage(settings, work_of_chunks(settings), 0, settings.vocab_size, world_size)
+    planned = messages_of_stage(
+        settings, work_of_chunks(settings), 0, settings.vocab_size, world_size
+    )
     for kept, sent in run_ranks(world_size, kept_and_sent, settings):
         assert kept == stage.memory.states
         # scalars, and rows of norms that are cut into equal shares, come on top
-        assert sum(sent.values()) == pytest.approx(planned.gradients + planned.parameters, rel=1e-3, abs=200)
+        assert sum(sent.values()) == pytest.approx(
+            planned.gradients + planned.parameters, rel=1e-3, abs=200
+        )

@@ -18,8 +18,15 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import make_samples, micro_batches, tiny
 
 # wide enough that what is kept beside the large tensors (lengths, statistics) is below two percent
-WIDE = {"hidden_size": 128, "ffn_hidden_size": 352, "num_attention_heads": 4, "num_query_groups": 2, "seq_length": 64,
-        "global_batch_size": 2, "exit_layer_nums": (2,)}
+WIDE = {
+    "hidden_size": 128,
+    "ffn_hidden_size": 352,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "seq_length": 64,
+    "global_batch_size": 2,
+    "exit_layer_nums": (2,),
+}
 CASES = {
     "plain": (1, {}),
     "untied, all heads": (1, {**UNTIED, "group_query_attention": False, "num_query_groups": None}),
@@ -38,8 +45,12 @@ def kept_bytes(settings: Settings) -> int:
     platform, place, model = start(settings)
     forward_step = ForwardStep(settings, model, platform)
     forward_step.coefficients = dict.fromkeys(exit_depths(settings), 1.0)
-    parameters = {p.untyped_storage().data_ptr() for chunk in model.chunks for p in chunk.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # storages, so that none is freed and its address used again
+    parameters = {
+        p.untyped_storage().data_ptr() for chunk in model.chunks for p in chunk.parameters()
+    }
+    kept: dict[
+        int, torch.UntypedStorage
+    ] = {}  # storages, so that none is freed and its address used again
     in_forward = [True]
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,10 +59,20 @@ def kept_bytes(settings: Settings) -> int:
         return tensor
 
     honest = forward_step.exits.backward
-    forward_step.exits.backward = lambda *given: (in_forward.clear(), in_forward.append(False), honest(*given))[-1]
+    forward_step.exits.backward = lambda *given: (
+        in_forward.clear(),
+        in_forward.append(False),
+        honest(*given),
+    )[-1]
     samples = make_samples(settings.global_batch_size, settings.seq_length, 5)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run_schedule(model, settings, forward_step, micro_batches(samples, settings, place.data_rank, place.data_size), forward_only=False)
+        run_schedule(
+            model,
+            settings,
+            forward_step,
+            micro_batches(samples, settings, place.data_rank, place.data_size),
+            forward_only=False,
+        )
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -62,7 +83,9 @@ def test_a_plan_counts_what_forward_keeps(name):
     [work] = work_of_chunks(settings)
     planned = chunk_bytes(settings, work, settings.vocab_size, DEVICES["cpu"])
     # tokens and rotary angles, kept once, are 9 kB: three percent of the little that full recomputation keeps of so small a model
-    assert run_ranks(world_size, kept_bytes, settings)[0] == pytest.approx(planned, rel=0.02, abs=10_000)
+    assert run_ranks(world_size, kept_bytes, settings)[0] == pytest.approx(
+        planned, rel=0.02, abs=10_000
+    )
 
 
 def test_fused_kernels_keep_less():
@@ -71,4 +94,7 @@ def test_fused_kernels_keep_less():
     cpu = DEVICES["cpu"]
     normed = settings.micro_batch_size * settings.seq_length * settings.hidden_size * 4
     fused = chunk_bytes(settings, work, settings.vocab_size, replace(cpu, fused=True))
-    assert chunk_bytes(settings, work, settings.vocab_size, cpu) - fused == settings.num_layers * 2 * normed
+    assert (
+        chunk_bytes(settings, work, settings.vocab_size, cpu) - fused
+        == settings.num_layers * 2 * normed
+    )

@@ -13,14 +13,21 @@ def files(*suffixes: str) -> list[Path]:
     found = []
     for path in ROOT.rglob("*"):
         parts = path.relative_to(ROOT).parts
-        if path.suffix in suffixes and not any(part.startswith(".") or part in GENERATED or part.endswith(".egg-info") for part in parts):
+        if path.suffix in suffixes and not any(
+            part.startswith(".") or part in GENERATED or part.endswith(".egg-info")
+            for part in parts
+        ):
             found.append(path)
     return sorted(found)
 
 
 def program_files() -> list[Path]:
     """Returns the Python files of the program itself: the package, the tools and the entry points, without tests."""
-    return [path for path in files(".py") if path.relative_to(ROOT).parts[0] not in ("tests", "setup.py")]
+    return [
+        path
+        for path in files(".py")
+        if path.relative_to(ROOT).parts[0] not in ("tests", "setup.py")
+    ]
 
 
 def name_of(path: Path) -> str:
@@ -28,7 +35,9 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def functions(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, list[ast.AST]]]:
+def functions(
+    tree: ast.Module,
+) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, list[ast.AST]]]:
     """Yields every function and class with the functions and classes around it, outermost first."""
 
     def visit(node: ast.AST, around: list[ast.AST]) -> Iterator:

@@ -40,34 +40,56 @@ def silent_collectives(source: str) -> list[str]:
     modules, names = {"torch.distributed"}, set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            modules |= {alias.asname for alias in node.names if alias.name == "torch.distributed" and alias.asname}
+            modules |= {
+                alias.asname
+                for alias in node.names
+                if alias.name == "torch.distributed" and alias.asname
+            }
         if isinstance(node, ast.ImportFrom) and node.module == "torch":
-            modules |= {alias.asname or alias.name for alias in node.names if alias.name == "distributed"}
+            modules |= {
+                alias.asname or alias.name for alias in node.names if alias.name == "distributed"
+            }
         if isinstance(node, ast.ImportFrom) and node.module == "torch.distributed":
-            names |= {alias.asname or alias.name for alias in node.names if alias.name in DISTRIBUTED}
+            names |= {
+                alias.asname or alias.name for alias in node.names if alias.name in DISTRIBUTED
+            }
 
     def meets(call: ast.Call) -> bool:
         function = call.func
         if isinstance(function, ast.Name):
             return function.id in names | MEGATRON
         if isinstance(function, ast.Attribute):
-            return (function.attr in DISTRIBUTED and ast.unparse(function.value) in modules) or function.attr in MEGATRON
+            return (
+                function.attr in DISTRIBUTED and ast.unparse(function.value) in modules
+            ) or function.attr in MEGATRON
         return False
 
     silent = {}
     for node, around in functions(tree):
-        said = any("Collective:" in (ast.get_docstring(part) or "") for part in [*around, node] if not isinstance(part, ast.ClassDef))
+        said = any(
+            "Collective:" in (ast.get_docstring(part) or "")
+            for part in [*around, node]
+            if not isinstance(part, ast.ClassDef)
+        )
         for call in ast.walk(node):
             if isinstance(call, ast.Call) and meets(call) and not isinstance(node, ast.ClassDef):
-                silent[call] = (said, node.name)  # functions come outermost first: the innermost one stays
-    return [f"{name}: {ast.unparse(call.func)}" for call, (said, name) in silent.items() if not said]
+                silent[call] = (
+                    said,
+                    node.name,
+                )  # functions come outermost first: the innermost one stays
+    return [
+        f"{name}: {ast.unparse(call.func)}" for call, (said, name) in silent.items() if not said
+    ]
 
 
 @pytest.mark.parametrize(
     ("source", "missing"),
     [
         ("def f(): pass\n", ["module", "f"]),
-        ('"""M."""\nclass A:\n    """A."""\n    def g(self): pass\n    def _h(self): pass\n', ["g"]),
+        (
+            '"""M."""\nclass A:\n    """A."""\n    def g(self): pass\n    def _h(self): pass\n',
+            ["g"],
+        ),
         ('"""M."""\ndef f():\n    """F."""\n    def inner(): pass\n', []),
     ],
 )
@@ -93,10 +115,18 @@ def test_silent_collectives_are_seen(source, silent):
 
 
 def test_every_public_name_has_a_docstring():
-    missing = {name_of(path): names for path in program_files() if (names := undocumented(path.read_text(encoding="utf-8")))}
+    missing = {
+        name_of(path): names
+        for path in program_files()
+        if (names := undocumented(path.read_text(encoding="utf-8")))
+    }
     assert not missing
 
 
 def test_every_function_that_communicates_says_so():
-    silent = {name_of(path): calls for path in program_files() if (calls := silent_collectives(path.read_text(encoding="utf-8")))}
+    silent = {
+        name_of(path): calls
+        for path in program_files()
+        if (calls := silent_collectives(path.read_text(encoding="utf-8")))
+    }
     assert not silent, "add a `Collective:` section: which group, how many calls, which size"

@@ -19,7 +19,11 @@ def problem_of(path) -> str | None:
 
 
 def test_every_example_can_be_started():
-    problems = {name_of(path): problem for path in sorted((ROOT / "examples").rglob("*.y*ml")) if (problem := problem_of(path))}
+    problems = {
+        name_of(path): problem
+        for path in sorted((ROOT / "examples").rglob("*.y*ml"))
+        if (problem := problem_of(path))
+    }
     assert not problems
 
 
@@ -27,7 +31,11 @@ def test_a_wrong_example_is_seen(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("lr: 1e-4\n")
     assert "world-size" in problem_of(path)
-    path.write_text("world-size: 3\nmock-data: true\nvocab-size: 100\ntensor-model-parallel-size: 2\n")
+    path.write_text(
+        "world-size: 3\nmock-data: true\nvocab-size: 100\ntensor-model-parallel-size: 2\n"
+    )
     assert "number of processes: 3 is not a multiple of 2" in problem_of(path)
-    path.write_text("# A run.\nworld-size: 2\nmock-data: true\nvocab-size: 100\ntensor-model-parallel-size: 2\n")
+    path.write_text(
+        "# A run.\nworld-size: 2\nmock-data: true\nvocab-size: 100\ntensor-model-parallel-size: 2\n"
+    )
     assert problem_of(path) is None

@@ -17,5 +17,7 @@ def test_nothing_that_is_made_is_kept():
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     tracked = [Path(name) for name in listed.split("\0") if name and (ROOT / name).is_file()]
     assert len(tracked) > 100
-    assert [path for path in tracked if MADE & set(path.parts) or path.parts[0].startswith(".venv")] == []
+    assert [
+        path for path in tracked if MADE & set(path.parts) or path.parts[0].startswith(".venv")
+    ] == []
     assert [path for path in tracked if (ROOT / path).stat().st_size > MOST_BYTES] == []

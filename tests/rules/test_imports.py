@@ -26,7 +26,9 @@ def circles(importers: Mapping[str, Collection[str]]) -> list[str]:
     while free := [module for module, names in left.items() if not names & set(left)]:
         for module in free:
             del left[module]
-    while free := [module for module in left if not any(module in names for names in left.values())]:
+    while free := [
+        module for module in left if not any(module in names for names in left.values())
+    ]:
         for module in free:
             del left[module]
     return sorted(left)
@@ -42,13 +44,25 @@ def test_no_module_imports_itself_through_others():
     graph = grimp.build_graph("megatron_sorted", cache_dir=None)
     packages = {module for module in graph.modules if graph.find_children(module)}
     assert len(graph.modules) > 300
-    assert circles({module: graph.find_modules_directly_imported_by(module) for module in graph.modules - packages}) == []
+    assert (
+        circles(
+            {
+                module: graph.find_modules_directly_imported_by(module)
+                for module in graph.modules - packages
+            }
+        )
+        == []
+    )
 
 
 def named_files(page: str) -> list[str]:
     """Return the paths of the package that a page names: folders of its table, and files in the walks, behind their folder."""
     found = re.findall(r"^\| `([\w/.]+)`", page, re.MULTILINE)
-    for block in re.findall(r"^    ([\w/]+/)  +(.+(?:\n {16,}.+)*)", page.split("## Walks")[1].split("## Words")[0], re.MULTILINE):
+    for block in re.findall(
+        r"^    ([\w/]+/)  +(.+(?:\n {16,}.+)*)",
+        page.split("## Walks")[1].split("## Words")[0],
+        re.MULTILINE,
+    ):
         found += [block[0] + name for name in re.findall(r"[\w/]+\.py", block[1])]
     return found
 
@@ -59,16 +73,23 @@ def test_the_map_names_what_is_there():
     assert len(names) > 40
     assert [name for name in names if not (ROOT / "megatron_sorted" / name).exists()] == []
     folders = {path.parent.name for path in (ROOT / "megatron_sorted").glob("*/__init__.py")}
-    assert folders <= {part for name in re.findall(r"`([\w/.]+/)`", page) for part in name.split("/")}
+    assert folders <= {
+        part for name in re.findall(r"`([\w/.]+/)`", page) for part in name.split("/")
+    }
 
 
 @pytest.mark.parametrize("folder", ["settings", "exits", "planning"])
 def test_light_folders_import_neither_torch_nor_megatron(folder):
-    modules = [f"megatron_sorted.{folder}.{path.stem}" for path in (ROOT / "megatron_sorted" / folder).glob("[a-z]*.py")]
+    modules = [
+        f"megatron_sorted.{folder}.{path.stem}"
+        for path in (ROOT / "megatron_sorted" / folder).glob("[a-z]*.py")
+    ]
     assert len(modules) >= 4
     code = f"import sys, {', '.join(modules)}; print(sorted({{'torch', 'megatron', 'numpy'}} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -85,34 +106,60 @@ def imported(source: str) -> set[str]:
 
 def edits_of_the_path(source: str) -> list[int]:
     """Return the lines on which a source changes ``sys.path``: assigned to, deleted from or called a method of."""
+
     def is_path(node: ast.AST) -> bool:
         node = node.value if isinstance(node, ast.Subscript) else node
-        return isinstance(node, ast.Attribute) and node.attr == "path" and isinstance(node.value, ast.Name) and node.value.id == "sys"
+        return (
+            isinstance(node, ast.Attribute)
+            and node.attr == "path"
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "sys"
+        )
 
     found = []
     for node in ast.walk(ast.parse(source)):
-        changed = [node.func.value] if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else getattr(node, "targets", [])
+        changed = (
+            [node.func.value]
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            else getattr(node, "targets", [])
+        )
         changed = [node.target] if isinstance(node, ast.AugAssign) else changed
         found += [node.lineno for part in changed if is_path(part)]
     return found
 
 
-@pytest.mark.parametrize(("source", "lines"), [
-    ("import sys\nsys.path.insert(0, x)", [2]), ("sys.path[0] = x", [1]), ("del sys.path[0]", [1]), ("sys.path += [x]", [1]),
-    ("sys.path = []", [1]), ("y = sys.path[1:]", []), ("os.path.join(x)", []), ("f('sys.path.append(x)')", [])])
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("import sys\nsys.path.insert(0, x)", [2]),
+        ("sys.path[0] = x", [1]),
+        ("del sys.path[0]", [1]),
+        ("sys.path += [x]", [1]),
+        ("sys.path = []", [1]),
+        ("y = sys.path[1:]", []),
+        ("os.path.join(x)", []),
+        ("f('sys.path.append(x)')", []),
+    ],
+)
 def test_edits_of_the_path_are_seen(source, lines):
     assert edits_of_the_path(source) == lines
 
 
 def test_no_program_file_edits_the_search_path():
-    found = {name_of(path): lines for path in program_files() if (lines := edits_of_the_path(path.read_text(encoding="utf-8")))}
+    found = {
+        name_of(path): lines
+        for path in program_files()
+        if (lines := edits_of_the_path(path.read_text(encoding="utf-8")))
+    }
     assert not found, "start a module of ours with `python -m` (command_line.own_module)"
 
 
 def test_nothing_imports_the_lab():
     outside = [path for path in program_files() if not name_of(path).startswith("lab/")]
     assert len(outside) > 100
-    assert [name_of(path) for path in outside if "lab" in imported(path.read_text(encoding="utf-8"))] == []
+    assert [
+        name_of(path) for path in outside if "lab" in imported(path.read_text(encoding="utf-8"))
+    ] == []
 
 
 def defined(path: Path) -> set[str]:
@@ -133,14 +180,27 @@ def test_what_is_imported_from_us_is_there():
     names, missing = {}, []
     for path in files(".py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not (isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("megatron_sorted", "lab", "tests")):
+            if not (
+                isinstance(node, ast.ImportFrom)
+                and (node.module or "").partition(".")[0] in ("megatron_sorted", "lab", "tests")
+            ):
                 continue
             place = ROOT / node.module.replace(".", "/")
-            source = place.with_suffix(".py") if place.with_suffix(".py").is_file() else place / "__init__.py"
+            source = (
+                place.with_suffix(".py")
+                if place.with_suffix(".py").is_file()
+                else place / "__init__.py"
+            )
             if source not in names:
                 names[source] = defined(source) if source.is_file() else set()
             for alias in node.names:
                 inside = place / alias.name
-                if alias.name not in names[source] and not inside.is_dir() and not inside.with_suffix(".py").is_file():
-                    missing.append(f"{name_of(path)}, line {node.lineno}: {node.module}.{alias.name}")
+                if (
+                    alias.name not in names[source]
+                    and not inside.is_dir()
+                    and not inside.with_suffix(".py").is_file()
+                ):
+                    missing.append(
+                        f"{name_of(path)}, line {node.lineno}: {node.module}.{alias.name}"
+                    )
     assert len(names) > 300 and missing == []

@@ -46,8 +46,9 @@ def run(pytester, monkeypatch):
         path = pytester.path / LIST
         path.parent.mkdir(exist_ok=True)
         path.write_text(allowed)
-        return pytester.runpytest_inprocess("-p", "tests.support.skips", "-rs",
-                                            "--continue-on-collection-errors", *words)
+        return pytester.runpytest_inprocess(
+            "-p", "tests.support.skips", "-rs", "--continue-on-collection-errors", *words
+        )
 
     return result
 
@@ -61,7 +62,9 @@ def test_without_the_option_skips_are_named(run):
 
 def test_no_skip_passes_that_is_not_listed(run):
     done = run("--no-skips")
-    done.assert_outcomes(passed=1, failed=1, errors=4, xfailed=1)  # in the test; before it, or of a file
+    done.assert_outcomes(
+        passed=1, failed=1, errors=4, xfailed=1
+    )  # in the test; before it, or of a file
     assert done.ret == 1
     for reason in ("sshd missing", "pdsh missing", "munged missing", "an extra"):
         done.stdout.fnmatch_lines([f"*allows only the skips of .ci/allowed_skips: {reason}"])
@@ -74,7 +77,9 @@ def test_listed_skips_pass_for_their_reason_alone(run):
     assert done.ret == 0
     done = run("--no-skips", allowed=listed.replace(": missing", ": sshd missing"))
     done.assert_outcomes(passed=1, skipped=2, errors=3, xfailed=1)
-    assert run("--no-skips", allowed="test_some.py::test_lacks\n").ret == pytest.ExitCode.USAGE_ERROR
+    assert (
+        run("--no-skips", allowed="test_some.py::test_lacks\n").ret == pytest.ExitCode.USAGE_ERROR
+    )
 
 
 def test_brackets_in_a_test_id_stand_for_themselves():
@@ -91,7 +96,11 @@ def test_the_list_names_what_exists():
 
 def test_ci_installs_every_package_that_a_skip_names():
     brought = set(re.findall(r"\]=([a-z-]+)", (ROOT / ".ci" / "install").read_text()))
-    sources = [path.read_text() for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
-    words = re.findall(r"apt-get install (?:--no-install-recommends )?([a-z -]+)", "\n".join(sources))
+    sources = [
+        path.read_text() for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)
+    ]
+    words = re.findall(
+        r"apt-get install (?:--no-install-recommends )?([a-z -]+)", "\n".join(sources)
+    )
     named = {package for found in words for package in found.split()}
     assert len(named) >= 4 and named <= brought

@@ -10,8 +10,16 @@ from megatron_sorted.text.tokenizer.opening import open_tokenizer
 from tests.support.chat_templates import write_fast_tokenizer
 from tests.support.commands import run_command
 
-ANSWERS = {"say hi": "hi there", "name a pet": "a dog", "two plus two": "four", "who reads": "the cat reads", "what is red": "an apple",
-           "name a tree": "oak", "is it late": "no", "count": "one two three"}
+ANSWERS = {
+    "say hi": "hi there",
+    "name a pet": "a dog",
+    "two plus two": "four",
+    "who reads": "the cat reads",
+    "what is red": "an apple",
+    "name a tree": "oak",
+    "is it late": "no",
+    "count": "one two three",
+}
 ADDED = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 
@@ -21,11 +29,22 @@ def write_tokenizer(directory: Path, kind: str, template: str | None) -> None:
         write_fast_tokenizer(directory, template)
         return
     directory.mkdir()
-    train_sentencepiece(lambda: [*ANSWERS, *ANSWERS.values(), "user assistant system INST"], str(directory / "tokenizer.model"), 320)
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    train_sentencepiece(
+        lambda: [*ANSWERS, *ANSWERS.values(), "user assistant system INST"],
+        str(directory / "tokenizer.model"),
+        320,
+    )
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     if template is not None and "im_start" in template:
-        config["added_tokens_decoder"] = {str(320 + place): {"content": word, "special": word.startswith("<|")}
-                                          for place, word in enumerate(ADDED)}
+        config["added_tokens_decoder"] = {
+            str(320 + place): {"content": word, "special": word.startswith("<|")}
+            for place, word in enumerate(ADDED)
+        }
     if template is not None:
         config["chat_template"] = template
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
@@ -39,16 +58,35 @@ def write_model(directory: Path, family: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    words = {"vocab_size": open_tokenizer(directory).vocab_size, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.05,
-             "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True} | ({"head_dim": 16} if family == "qwen3" else {})
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **words)).save_pretrained(directory)
+    words = {
+        "vocab_size": open_tokenizer(directory).vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.05,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": True,
+    } | ({"head_dim": 16} if family == "qwen3" else {})
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **words)).save_pretrained(
+        directory
+    )
 
 
 def write_talks(path: Path) -> None:
     """Write the questions and answers as ``messages``."""
-    talks = [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-             for question, answer in ANSWERS.items()]
+    talks = [
+        {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+        for question, answer in ANSWERS.items()
+    ]
     path.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
 
 

@@ -10,10 +10,12 @@ INST = (
     "{% for turn in turns %}{% if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles have to take turns') }}{% endif %}"
     "{% if turn['role'] == 'user' %}{{ '[INST] ' + (preface if loop.first else '') + turn['content'] | trim + ' [/INST]' }}"
-    "{% else %}{{ ' ' + turn['content'] | trim + eos_token }}{% endif %}{% endfor %}")
+    "{% else %}{{ ' ' + turn['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+)
 CHATML = (
     "{% for message in messages %}\n{{ '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>' }}\n"
-    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 THINKS = """{%- if tools %}
     {{- '<|im_start|>system\\nYou may call:\\n' }}
     {%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}
@@ -49,22 +51,42 @@ HEADERS = (
     "{{- bos_token }}{%- for message in messages %}"
     "{%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}{%- continue %}{%- endif %}"
     "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}")
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
+)
 TURNS = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}{% set who = 'model' %}"
     "{% else %}{% set who = message['role'] %}{% endif %}"
     "{{ '<start_of_turn>' + who + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}")
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
 TAGGED = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% if message.role == 'assistant' %}"
     "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message.content + '<|im_end|>' }}{% endif %}"
-    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 FAMILIES = {"inst": INST, "chatml": CHATML, "thinks": THINKS, "headers": HEADERS, "turns": TURNS}
 """Llama-2's and Mistral's kind, Qwen2's, Qwen3's, Llama-3's, Gemma's."""
-CONTROLS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-            "<start_of_turn>", "<end_of_turn>")
-LINES = ["say hi", "name a pet", "two plus two is four", "the assistant answers the user", "a dog and a cat", "system model tool\n\n"]
+CONTROLS = (
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+)
+LINES = [
+    "say hi",
+    "name a pet",
+    "two plus two is four",
+    "the assistant answers the user",
+    "a dog and a cat",
+    "system model tool\n\n",
+]
 
 
 def as_written(family: str, message: dict, is_after_question: bool = True) -> str:
@@ -73,11 +95,26 @@ def as_written(family: str, message: dict, is_after_question: bool = True) -> st
     if family == "inst":
         return f" {content}</s>"
     if family == "thinks":
-        thought = f"<think>\n{message.get('reasoning_content', '')}\n</think>\n\n" if is_after_question else ""
-        calls = "".join(f'<tool_call>\n{{"name": "{one["function"]["name"]}", "arguments": {json.dumps(one["function"]["arguments"])}}}\n'
-                        "</tool_call>" for one in message.get("tool_calls", []))
+        thought = (
+            f"<think>\n{message.get('reasoning_content', '')}\n</think>\n\n"
+            if is_after_question
+            else ""
+        )
+        calls = "".join(
+            f'<tool_call>\n{{"name": "{one["function"]["name"]}", "arguments": {json.dumps(one["function"]["arguments"])}}}\n'
+            "</tool_call>"
+            for one in message.get("tool_calls", [])
+        )
         return f"{thought}{content}{calls}<|im_end|>"
-    return content + {"chatml": "<|im_end|>", "headers": "<|eot_id|>", "turns": "<end_of_turn>", "tagged": "<|im_end|>"}[family]
+    return (
+        content
+        + {
+            "chatml": "<|im_end|>",
+            "headers": "<|eot_id|>",
+            "turns": "<end_of_turn>",
+            "tagged": "<|im_end|>",
+        }[family]
+    )
 
 
 WORDS = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -89,22 +126,48 @@ def _made(like_gpt2: bool) -> str:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     if not like_gpt2:
-        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"),
-                                                      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    made.train_from_iterator(LINES * 4, trainers.BpeTrainer(
-        vocab_size=340, special_tokens=[AddedToken(word, special=True) for word in CONTROLS], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    made.add_tokens([AddedToken(word, special=False, normalized=False) for word in ("<think>", "</think>", "<tool_call>", "</tool_call>")])
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(WORDS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    made.train_from_iterator(
+        LINES * 4,
+        trainers.BpeTrainer(
+            vocab_size=340,
+            special_tokens=[AddedToken(word, special=True) for word in CONTROLS],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    made.add_tokens(
+        [
+            AddedToken(word, special=False, normalized=False)
+            for word in ("<think>", "</think>", "<tool_call>", "</tool_call>")
+        ]
+    )
     return made.to_str()
 
 
-def write_fast_tokenizer(directory: Path, template: str | None = None, like_gpt2: bool = False, **settings) -> Path:
+def write_fast_tokenizer(
+    directory: Path, template: str | None = None, like_gpt2: bool = False, **settings
+) -> Path:
     """Write a byte-level tokenizer.json with all control tokens, and a template if there is one; return the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.json").write_text(_made(like_gpt2), encoding="utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **settings}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        **settings,
+    }
     if template is not None:
         config["chat_template"] = template
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -7,4 +7,7 @@ OURS = ("PATH", "HOME", "TMPDIR")
 
 def clean_environment(**more: object) -> dict[str, str]:
     """Returns variables that say where programs and files are, and ``more``."""
-    return {**{name: os.environ[name] for name in OURS if name in os.environ}, **{name: str(value) for name, value in more.items()}}
+    return {
+        **{name: os.environ[name] for name in OURS if name in os.environ},
+        **{name: str(value) for name, value in more.items()},
+    }

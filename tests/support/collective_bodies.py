@@ -12,7 +12,11 @@ from tests.support.tiny import init_method
 def _collect(rank: int, later: bool) -> tuple[list[torch.Tensor], ...]:
     """Returns sums, gathered and scattered tensors of two buckets."""
     made = [torch.tensor([0.0, 1.0]) + rank + 10 * bucket for bucket in range(2)]
-    sums, gathered, scattered = [x.clone() for x in made], [torch.empty(4) for _ in made], [torch.empty(1) for _ in made]
+    sums, gathered, scattered = (
+        [x.clone() for x in made],
+        [torch.empty(4) for _ in made],
+        [torch.empty(1) for _ in made],
+    )
     for call, tensors in (
         (dist.all_reduce, [(x,) for x in sums]),
         (dist.all_gather_into_tensor, list(zip(gathered, made, strict=True))),
@@ -33,7 +37,11 @@ def collected() -> dict:
     coalesced = []
     for name in [name for name in dir(dist.ProcessGroup) if name.endswith("_coalesced")]:
         setattr(dist.ProcessGroup, name, lambda *_, name=name: coalesced.append(name))
-    report = {"at once": _collect(rank, False), "later": _collect(rank, True), "coalesced": coalesced}
+    report = {
+        "at once": _collect(rank, False),
+        "later": _collect(rank, True),
+        "coalesced": coalesced,
+    }
     untouched = torch.ones(2)
     try:
         with one_by_one():

@@ -31,17 +31,32 @@ def command_line(script: str, *words: object, processes: int = 0, cold: bool = F
         cold: Whether the real interpreter runs it, with all imports: for the one test that each command has of that, and for what
             a fork cannot show (``tests/support/preloaded/__init__.py``).
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes
+        else []
+    )
     return [sys.executable if cold else stand_in(), *launcher, str(ROOT / script), *map(str, words)]
 
 
 def environment(**variables: object) -> dict[str, str]:
     """Return the environment in which commands run in tests."""
-    return clean_environment(**{"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1, **variables})
+    return clean_environment(
+        **{"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1, **variables}
+    )
 
 
-def run_command(script: str, *words: object, cwd: Path, text: str = "", processes: int = 0, seconds: float = 240, cold: bool = False,
-                most_bytes_of_a_file: int | None = None, **variables: object) -> subprocess.CompletedProcess[str]:
+def run_command(
+    script: str,
+    *words: object,
+    cwd: Path,
+    text: str = "",
+    processes: int = 0,
+    seconds: float = 240,
+    cold: bool = False,
+    most_bytes_of_a_file: int | None = None,
+    **variables: object,
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and return its exit status and output; arguments as of ``command_line``.
 
     Args:
@@ -60,12 +75,20 @@ def run_command(script: str, *words: object, cwd: Path, text: str = "", processe
     return run(command, cwd=cwd, text=text, seconds=seconds, env=environment(**variables))
 
 
-def run(command: list[str], *, cwd: Path, env: dict[str, str], text: str = "", seconds: float = 240) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], *, cwd: Path, env: dict[str, str], text: str = "", seconds: float = 240
+) -> subprocess.CompletedProcess[str]:
     """Run a program as ``run_command`` runs a command."""
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with (
+        tempfile.TemporaryFile() as given,
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+    ):
         given.write(text.encode("utf-8", "surrogateescape"))
         given.seek(0)
-        with subprocess.Popen(command, cwd=cwd, env=env, stdin=given, stdout=out, stderr=err) as process:
+        with subprocess.Popen(
+            command, cwd=cwd, env=env, stdin=given, stdout=out, stderr=err
+        ) as process:
             try:
                 _wait(process, out, err, time.monotonic() + seconds)
             finally:
@@ -79,11 +102,19 @@ def _wait(process: subprocess.Popen, out: IO[bytes], err: IO[bytes], until: floa
             process.wait(0.5)
         except subprocess.TimeoutExpired:
             written = sum(stream.seek(0, 2) for stream in (out, err))
-            limit = "its time" if time.monotonic() > until else f"{MOST_OUTPUT_BYTES >> 20} MB" if written > MOST_OUTPUT_BYTES else None
+            limit = (
+                "its time"
+                if time.monotonic() > until
+                else f"{MOST_OUTPUT_BYTES >> 20} MB"
+                if written > MOST_OUTPUT_BYTES
+                else None
+            )
             if limit:
                 process.kill()
-                raise AssertionError(f"{process.args} went over {limit}; its output ends\n{_text(out)[-SHOWN_BYTES:]}\n"
-                                     f"{_text(err)[-SHOWN_BYTES:]}") from None
+                raise AssertionError(
+                    f"{process.args} went over {limit}; its output ends\n{_text(out)[-SHOWN_BYTES:]}\n"
+                    f"{_text(err)[-SHOWN_BYTES:]}"
+                ) from None
 
 
 def _text(stream: IO[bytes]) -> str:
@@ -91,8 +122,19 @@ def _text(stream: IO[bytes]) -> str:
     return stream.read(MOST_OUTPUT_BYTES).decode("utf-8", "replace")
 
 
-def start_command(script: str, *words: object, cwd: Path, processes: int = 0, cold: bool = False,
-                  variables: dict[str, object] | None = None, **streams: object) -> subprocess.Popen:
+def start_command(
+    script: str,
+    *words: object,
+    cwd: Path,
+    processes: int = 0,
+    cold: bool = False,
+    variables: dict[str, object] | None = None,
+    **streams: object,
+) -> subprocess.Popen:
     """Start a command and return its process; ``streams`` are those of ``subprocess.Popen`` (stdin, stdout, stderr, text)."""
-    return subprocess.Popen(command_line(script, *words, processes=processes, cold=cold), cwd=cwd, env=environment(**(variables or {})),
-                            **streams)
+    return subprocess.Popen(
+        command_line(script, *words, processes=processes, cold=cold),
+        cwd=cwd,
+        env=environment(**(variables or {})),
+        **streams,
+    )

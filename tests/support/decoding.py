@@ -25,10 +25,14 @@ def nested(directory: Path, family: str, kind: str = "block", **more) -> tuple[N
 def prompts(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[list[int]]:
     """Returns random prompts of these lengths."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    return [
+        torch.randint(1, vocabulary, (length,), generator=generator).tolist() for length in lengths
+    ]
 
 
-def continue_greedily(prompt: list[int], num_tokens: int, logits_after: Callable[[list[int]], torch.Tensor]) -> list[int]:
+def continue_greedily(
+    prompt: list[int], num_tokens: int, logits_after: Callable[[list[int]], torch.Tensor]
+) -> list[int]:
     """Returns the most likely tokens one after another; ``logits_after`` [v] computes the whole text anew."""
     text = list(prompt)
     for _ in range(num_tokens):
@@ -53,4 +57,6 @@ def plain_network(family: str = "llama", agree: float = 0.3) -> tuple[NestedCase
             for matrix in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 matrix.weight.mul_(agree)
     other = copy.deepcopy(model)
-    return NestedCase(model), Network(other, {depth: Exit(other.model.norm, other.lm_head) for depth in (1, 2, 3, 4)})
+    return NestedCase(model), Network(
+        other, {depth: Exit(other.model.norm, other.lm_head) for depth in (1, 2, 3, 4)}
+    )

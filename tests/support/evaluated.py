@@ -8,8 +8,12 @@ import torch
 from megatron_sorted.data.tokenizer import train_sentencepiece
 
 VOCAB_SIZE = 300
-TEXTS = ["Once upon a time there was a small red cat.\nIt sat on a mat.", "The big dog ran 12 miles, and the cat did not!",
-         "Größer 猫 and other signs: \"yes\", said Tom's mother.", "A bird flew over the house. The bird sang.\n\nThen it was night."]
+TEXTS = [
+    "Once upon a time there was a small red cat.\nIt sat on a mat.",
+    "The big dog ran 12 miles, and the cat did not!",
+    'Größer 猫 and other signs: "yes", said Tom\'s mother.',
+    "A bird flew over the house. The bird sang.\n\nThen it was night.",
+]
 
 
 @functools.cache
@@ -28,15 +32,31 @@ def write_tokenizer(directory: Path) -> Path:
     return directory
 
 
-def make_model(family: str = "llama", num_layers: int = 3, tied: bool = True, seed: int = 0, **more):
+def make_model(
+    family: str = "llama", num_layers: int = 3, tied: bool = True, seed: int = 0, **more
+):
     """Returns a random model, with norms that are not all ones, so that a norm taken for another shows."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": num_layers, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": VOCAB_SIZE, "max_position_embeddings": 64, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2,
-        "initializer_range": 0.3, **({"head_dim": 8} if family in ("mistral", "qwen3") else {}), **more})
+    config = AutoConfig.for_model(
+        family,
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCAB_SIZE,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": tied,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "initializer_range": 0.3,
+            **({"head_dim": 8} if family in ("mistral", "qwen3") else {}),
+            **more,
+        },
+    )
     model = AutoModelForCausalLM.from_config(config).float().eval()
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):

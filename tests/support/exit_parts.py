@@ -15,8 +15,13 @@ from tests.support.model_directories import save_model
 OWN_EXITS = (1, 3)
 RANK = 3
 # What is between an exit's hidden state and its norm, by name: adapter, block, MLP.
-KINDS = {"block": (False, True, False), "mlp": (False, False, True), "adapter": (True, False, False),
-         "adapter and block": (True, True, False), "adapter and mlp": (True, False, True)}
+KINDS = {
+    "block": (False, True, False),
+    "mlp": (False, False, True),
+    "adapter": (True, False, False),
+    "adapter and block": (True, True, False),
+    "adapter and mlp": (True, False, True),
+}
 
 
 @dataclass
@@ -44,11 +49,24 @@ class NestedCase:
         found = {}
         for depth, own in self.exits.items():
             modules = {"block": own.block, "mlp": own.mlp}
-            tensors = {f"{kind}.{name}": tensor for kind, module in modules.items() if module is not None
-                       for name, tensor in module.state_dict().items()}
-            tensors |= {"mlp.norm.weight": own.mlp_norm, "adapter.down.weight": own.down, "adapter.up.weight": own.up,
-                        "norm.weight": own.norm, "lm_head.weight": own.head}
-            found |= {f"exits.{depth}.{name}": tensor.detach().clone() for name, tensor in tensors.items() if tensor is not None}
+            tensors = {
+                f"{kind}.{name}": tensor
+                for kind, module in modules.items()
+                if module is not None
+                for name, tensor in module.state_dict().items()
+            }
+            tensors |= {
+                "mlp.norm.weight": own.mlp_norm,
+                "adapter.down.weight": own.down,
+                "adapter.up.weight": own.up,
+                "norm.weight": own.norm,
+                "lm_head.weight": own.head,
+            }
+            found |= {
+                f"exits.{depth}.{name}": tensor.detach().clone()
+                for name, tensor in tensors.items()
+                if tensor is not None
+            }
         return found
 
     def our_tensors(self) -> dict[str, torch.Tensor]:
@@ -58,15 +76,28 @@ class NestedCase:
             if own.block is not None:
                 other, first = copy.deepcopy(self.model), "decoder.layers.0."
                 other.model.layers[0] = own.block
-                found |= {name.replace(first, f"exit_blocks.{depth}."): tensor for name, tensor in global_weights(other).items()
-                          if name.startswith(first)}
+                found |= {
+                    name.replace(first, f"exit_blocks.{depth}."): tensor
+                    for name, tensor in global_weights(other).items()
+                    if name.startswith(first)
+                }
             if own.mlp is not None:
-                found |= {f"exit_mlps.{depth}.linear_fc1.layer_norm_weight": own.mlp_norm,
-                          f"exit_mlps.{depth}.linear_fc1.weight": torch.cat((own.mlp.gate_proj.weight, own.mlp.up_proj.weight)).detach(),
-                          f"exit_mlps.{depth}.linear_fc2.weight": own.mlp.down_proj.weight.detach()}
-            more = {"exit_adapters.{}.down.weight": own.down, "exit_adapters.{}.up.weight": own.up, "exit_norms.{}.weight": own.norm,
-                    "exit_output_layers.{}.weight": own.head}
-            found |= {name.format(depth): tensor for name, tensor in more.items() if tensor is not None}
+                found |= {
+                    f"exit_mlps.{depth}.linear_fc1.layer_norm_weight": own.mlp_norm,
+                    f"exit_mlps.{depth}.linear_fc1.weight": torch.cat(
+                        (own.mlp.gate_proj.weight, own.mlp.up_proj.weight)
+                    ).detach(),
+                    f"exit_mlps.{depth}.linear_fc2.weight": own.mlp.down_proj.weight.detach(),
+                }
+            more = {
+                "exit_adapters.{}.down.weight": own.down,
+                "exit_adapters.{}.up.weight": own.up,
+                "exit_norms.{}.weight": own.norm,
+                "exit_output_layers.{}.weight": own.head,
+            }
+            found |= {
+                name.format(depth): tensor for name, tensor in more.items() if tensor is not None
+            }
         return found
 
     @torch.no_grad()
@@ -77,17 +108,24 @@ class NestedCase:
         model.model.layers = torch.nn.ModuleList(layers)
         norm, model.model.norm = model.model.norm, torch.nn.Identity()
         if own.down is not None:
-            layers[-1].register_forward_hook(lambda _module, _inputs, hidden: hidden + hidden @ own.down.T @ own.up.T)
+            layers[-1].register_forward_hook(
+                lambda _module, _inputs, hidden: hidden + hidden @ own.down.T @ own.up.T
+            )
         if own.block is not None:
             model.model.layers.append(own.block)
         model.config.num_hidden_layers = len(model.model.layers)
         hidden_bsh = model.model(tokens_bs, use_cache=False).last_hidden_state
         if own.mlp is not None:
             normed = rms_norm(hidden_bsh, own.mlp_norm, model.config.rms_norm_eps)
-            inner = F.silu(normed @ own.mlp.gate_proj.weight.T) * (normed @ own.mlp.up_proj.weight.T)
+            inner = F.silu(normed @ own.mlp.gate_proj.weight.T) * (
+                normed @ own.mlp.up_proj.weight.T
+            )
             hidden_bsh = hidden_bsh + inner @ own.mlp.down_proj.weight.T
         weight = norm.weight if own.norm is None else own.norm
-        return rms_norm(hidden_bsh, weight, model.config.rms_norm_eps) @ (model.lm_head.weight if own.head is None else own.head).T
+        return (
+            rms_norm(hidden_bsh, weight, model.config.rms_norm_eps)
+            @ (model.lm_head.weight if own.head is None else own.head).T
+        )
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -102,12 +140,24 @@ def _other(module: torch.nn.Module, generator: torch.Generator) -> torch.nn.Modu
     return other
 
 
-def save_nested(directory: Path, family: str, kind: str, tied: bool = False, norms: bool = False, heads: bool = False,
-                exits: tuple[int, ...] = OWN_EXITS, dtype: torch.dtype = torch.float32) -> NestedCase:
+def save_nested(
+    directory: Path,
+    family: str,
+    kind: str,
+    tied: bool = False,
+    norms: bool = False,
+    heads: bool = False,
+    exits: tuple[int, ...] = OWN_EXITS,
+    dtype: torch.dtype = torch.float32,
+) -> NestedCase:
     """Returns what was written to ``directory``: a model of one of ``FAMILIES``, four layers, exits of one of ``KINDS``."""
     adapter, block, mlp = KINDS[kind]
     model = save_model(directory, family, tied, dtype=dtype)
-    generator, case, h = torch.Generator().manual_seed(3), NestedCase(model), model.config.hidden_size
+    generator, case, h = (
+        torch.Generator().manual_seed(3),
+        NestedCase(model),
+        model.config.hidden_size,
+    )
 
     def numbers(*shape: int) -> torch.Tensor:
         return (0.4 * torch.randn(shape, generator=generator)).to(dtype)
@@ -128,8 +178,13 @@ def save_nested(directory: Path, family: str, kind: str, tied: bool = False, nor
         case.exits[depth] = own
     save_file(case.their_tensors(), directory / "exits.safetensors", {"format": "pt"})
     parts = {"exit_block": block, "exit_mlp": mlp, "exit_adapter_rank": RANK * adapter}
-    change_config(directory, exit_layer_indices=[*exits, 4], own_exit_norms=norms, tie_exit_lm_head=not heads,
-                  **{key: value for key, value in parts.items() if value})
+    change_config(
+        directory,
+        exit_layer_indices=[*exits, 4],
+        own_exit_norms=norms,
+        tie_exit_lm_head=not heads,
+        **{key: value for key, value in parts.items() if value},
+    )
     return case
 
 

@@ -23,32 +23,84 @@ def train_frozen(settings: Settings, steps: int) -> dict:
 
     platform, place, model = start(settings)
     stages = [unwrap(chunk) for chunk in model.chunks]
-    frozen = {name: p.data.clone() for stage in stages for name, p in stage.named_parameters() if not p.requires_grad}
-    forward_step, rule, losses = ForwardStep(settings, model, platform), coefficient_rule(settings), []
+    frozen = {
+        name: p.data.clone()
+        for stage in stages
+        for name, p in stage.named_parameters()
+        if not p.requires_grad
+    }
+    forward_step, rule, losses = (
+        ForwardStep(settings, model, platform),
+        coefficient_rule(settings),
+        [],
+    )
     samples = make_samples(settings.global_batch_size, settings.seq_length, 100)
     batches = micro_batches(samples, settings, place.data_rank, place.data_size)
     for step in range(steps):
-        result = train_step(model, settings, forward_step, batches, trained_exits(settings, rule, step), settings.global_batch_size)
+        result = train_step(
+            model,
+            settings,
+            forward_step,
+            batches,
+            trained_exits(settings, rule, step),
+            settings.global_batch_size,
+        )
         assert result.stepped and result.grad_norm > 0
         if step in (0, steps - 1):
-            losses.append({depth: e.loss for depth, e in reduce_ledger(forward_step.ledger, settings).exits.items()})
-    report = Evaluator(settings, model, platform, place, "set", EvaluationSet(InstructionSource())).run(0, lambda *_: None)
+            losses.append(
+                {
+                    depth: e.loss
+                    for depth, e in reduce_ledger(forward_step.ledger, settings).exits.items()
+                }
+            )
+    report = Evaluator(
+        settings, model, platform, place, "set", EvaluationSet(InstructionSource())
+    ).run(0, lambda *_: None)
     after = {name: p.data for stage in stages for name, p in stage.named_parameters()}
-    return {"frozen": {name: (tensor, after[name]) for name, tensor in frozen.items()}, "losses": losses, "evaluated": set(report.exits)}
+    return {
+        "frozen": {name: (tensor, after[name]) for name, tensor in frozen.items()},
+        "losses": losses,
+        "evaluated": set(report.exits),
+    }
 
 
 def optimizer_bytes(settings: Settings) -> dict[str, int]:
     """Returns the number of parameters that train on this rank and the bytes of moments and gradient buffers after one step."""
     platform, place, model = start(settings)
     forward_step, rule = ForwardStep(settings, model, platform), coefficient_rule(settings)
-    batches = micro_batches(make_samples(settings.global_batch_size, settings.seq_length, 5), settings, place.data_rank, place.data_size)
-    train_step(model, settings, forward_step, batches, trained_exits(settings, rule, 0), settings.global_batch_size)
-    moments = sum(tensor.numel() * tensor.element_size() for one in model.optimizer.chained_optimizers
-                  for state in one.optimizer.state.values() for name, tensor in state.items() if name != "step")
-    gradients = sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for chunk in model.chunks for buffer in chunk.buffers)
-    trained = sum(p.numel() for chunk in model.chunks for p in chunk.parameters() if p.requires_grad)
+    batches = micro_batches(
+        make_samples(settings.global_batch_size, settings.seq_length, 5),
+        settings,
+        place.data_rank,
+        place.data_size,
+    )
+    train_step(
+        model,
+        settings,
+        forward_step,
+        batches,
+        trained_exits(settings, rule, 0),
+        settings.global_batch_size,
+    )
+    moments = sum(
+        tensor.numel() * tensor.element_size()
+        for one in model.optimizer.chained_optimizers
+        for state in one.optimizer.state.values()
+        for name, tensor in state.items()
+        if name != "step"
+    )
+    gradients = sum(
+        buffer.grad_data.numel() * buffer.grad_data.element_size()
+        for chunk in model.chunks
+        for buffer in chunk.buffers
+    )
+    trained = sum(
+        p.numel() for chunk in model.chunks for p in chunk.parameters() if p.requires_grad
+    )
     # Megatron begins every parameter of a distributed optimizer at a multiple of 64 elements, and ends a bucket at one of 128
-    padding = 4 * (64 * sum(len(buffer.params) for chunk in model.chunks for buffer in chunk.buffers) + 128)
+    padding = 4 * (
+        64 * sum(len(buffer.params) for chunk in model.chunks for buffer in chunk.buffers) + 128
+    )
     return {"trained": trained, "moments": moments, "gradients": gradients, "padding": padding}
 
 
@@ -73,7 +125,12 @@ def activations_kept(settings: Settings) -> dict[str, int]:
     weights = {p.data_ptr() for stage in stages for p in stage.parameters()}
     forward_step = ForwardStep(settings, model, platform)
     forward_step.coefficients = trained_exits(settings, coefficient_rule(settings), 0)
-    batches = micro_batches(make_samples(settings.global_batch_size, settings.seq_length, 5), settings, place.data_rank, place.data_size)
+    batches = micro_batches(
+        make_samples(settings.global_batch_size, settings.seq_length, 5),
+        settings,
+        place.data_rank,
+        place.data_size,
+    )
     in_exit = [0]
     honest = forward_step.losses.compute
 
@@ -101,7 +158,9 @@ def begin_from(settings: Settings) -> tuple[dict, list[str]]:
     """Returns this rank's shards of the weights of a run that starts from ``settings.load``, and what it said."""
     platform, place, model = start(settings)
     said: list[str] = []
-    checkpoints = Checkpoints(settings, platform, place, model, coefficient_rule(settings), said.append)
+    checkpoints = Checkpoints(
+        settings, platform, place, model, coefficient_rule(settings), said.append
+    )
     checkpoints.load(find_checkpoints(settings, None, None).usable[0])
     for chunk in model.chunks:
         if settings.overlap_param_gather:

@@ -28,12 +28,59 @@ MOST_SECONDS, MOST_BYTES, MOST_LETTERS = 20, 500 << 20, 2000
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\w.+-]+|[\[\]{}:,&*!|>#-]')
 NUMBER = re.compile(rb"\d+(?:\.\d+)?")
 INSERTED = [
-    b"null", b"true", b"{}", b"[]", b'""', b'"x"', b"-1", b"0", b"1e999", b"NaN", b"-Infinity",
-    b"1" * 5000, b"1" * 39, b"18446744073709551616", b"1e-4", b"0x10", b"2025-13-01", "²".encode(),
-    b"!!int abc", b"&a [1]", b"*a", b"<<: *a", b"? ", b"- ", b"---\n", b"#", b"'", b'"', b",", b":",
-    b"[", b"]", b"{", b"}", b"\\", b"\t", b"\n", b"\r", b"\r\n", b"\x00", b"\x1b[2J", b"\x85", b"\xff",
-    b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xe2\x80\xae", b"\\ud800", b"\\u0000", b"../../x", b"\x1f\x8b",
-    b"{% for x in range(10**9) %}{% endfor %}", b"{{ x.__class__ }}", b"A" * 3000,
+    b"null",
+    b"true",
+    b"{}",
+    b"[]",
+    b'""',
+    b'"x"',
+    b"-1",
+    b"0",
+    b"1e999",
+    b"NaN",
+    b"-Infinity",
+    b"1" * 5000,
+    b"1" * 39,
+    b"18446744073709551616",
+    b"1e-4",
+    b"0x10",
+    b"2025-13-01",
+    "²".encode(),
+    b"!!int abc",
+    b"&a [1]",
+    b"*a",
+    b"<<: *a",
+    b"? ",
+    b"- ",
+    b"---\n",
+    b"#",
+    b"'",
+    b'"',
+    b",",
+    b":",
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b"\\",
+    b"\t",
+    b"\n",
+    b"\r",
+    b"\r\n",
+    b"\x00",
+    b"\x1b[2J",
+    b"\x85",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\xe2\x80\xa8",
+    b"\xe2\x80\xae",
+    b"\\ud800",
+    b"\\u0000",
+    b"../../x",
+    b"\x1f\x8b",
+    b"{% for x in range(10**9) %}{% endfor %}",
+    b"{{ x.__class__ }}",
+    b"A" * 3000,
 ]
 BORDERS = [-1, (1 << 31) - 1, 1 << 31, (1 << 63) - 1, 10**50]
 NESTED = [(b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":', b"}]"), (b"{a: ", b"}"), (b"- ", b"")]
@@ -42,8 +89,13 @@ fuzzed = pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pyte
 """Gives a test the number of ``examples``."""
 
 
-def check_reader(valid: Sequence[bytes], read: Callable[[bytes], object], examples: int,
-                 errors: tuple[type[Exception], ...] = (SortedError,), one_line: bool = True) -> None:
+def check_reader(
+    valid: Sequence[bytes],
+    read: Callable[[bytes], object],
+    examples: int,
+    errors: tuple[type[Exception], ...] = (SortedError,),
+    one_line: bool = True,
+) -> None:
     """Check that a reader refuses damaged forms of valid inputs, or reads them; it runs in a child with bounded memory.
 
     Args:
@@ -67,8 +119,13 @@ def check_reader(valid: Sequence[bytes], read: Callable[[bytes], object], exampl
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     test = hypothesis.given(damaged(valid))(body)
-    test = hypothesis.settings(max_examples=examples, derandomize=examples <= FEW, database=None, deadline=None,
-                               suppress_health_check=list(HealthCheck))(test)
+    test = hypothesis.settings(
+        max_examples=examples,
+        derandomize=examples <= FEW,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )(test)
     _in_child(test)
 
 
@@ -89,7 +146,7 @@ def damaged(draw: strategies.DrawFn, valid: Sequence[bytes]) -> bytes:
 
 def _flip(draw: strategies.DrawFn, data: bytes) -> bytes:
     place = draw(strategies.integers(0, max(len(data) - 1, 0)))
-    return data[:place] + bytes([draw(strategies.integers(0, 255))]) + data[place + 1:]
+    return data[:place] + bytes([draw(strategies.integers(0, 255))]) + data[place + 1 :]
 
 
 def _cut(draw: strategies.DrawFn, data: bytes) -> bytes:
@@ -131,7 +188,12 @@ def _nest(draw: strategies.DrawFn, data: bytes) -> bytes:
 
 def _repeat(draw: strategies.DrawFn, data: bytes) -> bytes:
     begin, end = sorted(draw(strategies.integers(0, len(data))) for _ in range(2))
-    return data[:end] + data[begin:end] * min(draw(strategies.sampled_from([1, 3, 200])), 1 + 100_000 // max(end - begin, 1)) + data[end:]
+    return (
+        data[:end]
+        + data[begin:end]
+        * min(draw(strategies.sampled_from([1, 3, 200])), 1 + 100_000 // max(end - begin, 1))
+        + data[end:]
+    )
 
 
 def _instead(draw: strategies.DrawFn, data: bytes, pattern: re.Pattern[bytes], new: bytes) -> bytes:
@@ -162,9 +224,13 @@ def _in_child(test: Callable[[], None]) -> None:
             status = 0
         except BaseException as error:
             notes = "\n".join(getattr(error, "__notes__", ()))
-            said = "".join(traceback.format_exception(error)) + ("" if sys.version_info >= (3, 11) else notes)
+            said = "".join(traceback.format_exception(error)) + (
+                "" if sys.version_info >= (3, 11) else notes
+            )
             with open(writes, "w", encoding="utf-8", errors="backslashreplace") as stream:
-                stream.write(said if len(said) < 20_000 else f"{said[:4_000]}\n...\n{said[-16_000:]}")
+                stream.write(
+                    said if len(said) < 20_000 else f"{said[:4_000]}\n...\n{said[-16_000:]}"
+                )
         finally:
             os._exit(status)
     os.close(writes)
@@ -172,7 +238,10 @@ def _in_child(test: Callable[[], None]) -> None:
         said = stream.read()
     _, status = os.waitpid(child, 0)
     if status:
-        pytest.fail(said or f"the child ended with status {os.waitstatus_to_exitcode(status)}", pytrace=False)
+        pytest.fail(
+            said or f"the child ended with status {os.waitstatus_to_exitcode(status)}",
+            pytrace=False,
+        )
 
 
 def _too_long(*_: object) -> None:

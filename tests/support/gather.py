@@ -33,22 +33,32 @@ def rows_by_parameter(model, pick) -> dict[int, DTensor]:
     """Returns {id of a fully sharded parameter: ``pick(its rows)`` of all ranks as one tensor}; empty for any other model."""
     return {
         id(shard.sharded): DTensor.from_local(
-            pick(shard.rows).detach(), shard.sharded.device_mesh, shard.sharded.placements, shape=shard.sharded.shape,
-            stride=shard.sharded.stride())
-        for chunk in model.chunks for shard in getattr(chunk, "row_shards", ())}
+            pick(shard.rows).detach(),
+            shard.sharded.device_mesh,
+            shard.sharded.placements,
+            shape=shard.sharded.shape,
+            stride=shard.sharded.stride(),
+        )
+        for chunk in model.chunks
+        for shard in getattr(chunk, "row_shards", ())
+    }
 
 
 def join_shards(name: str, shards: list[torch.Tensor], dim: int | None) -> torch.Tensor:
     """Returns the whole tensor from its tensor parallel shards (``dim`` None: a copy on every rank, the first is taken)."""
     if dim is None or len(shards) == 1:
         return shards[0]
-    if name.endswith(("linear_fc1.weight", "linear_fc1.lora_b")):  # every shard holds its part of the gate, then of the up projection
+    if name.endswith(
+        ("linear_fc1.weight", "linear_fc1.lora_b")
+    ):  # every shard holds its part of the gate, then of the up projection
         gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
         return torch.cat((*gates, *ups))
     return torch.cat(shards, dim)
 
 
-def join_ranks(per_rank: list[dict]) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
+def join_ranks(
+    per_rank: list[dict],
+) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
     """Returns whole tensors by name, and all copies of each, from ``{name: (tensor, dim, tensor rank)}`` of every rank."""
     found: dict[str, dict[int, list]] = {}
     dims: dict[str, int | None] = {}
@@ -74,7 +84,11 @@ def shards_of(model, unwrap, pick, tensor_rank: int, tied: bool) -> dict[str, li
     for chunk in model.chunks:
         stage = unwrap(chunk)
         for name, parameter in stage.named_parameters():
-            dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+            dim = (
+                parameter.partition_dim
+                if getattr(parameter, "tensor_model_parallel", False)
+                else None
+            )
             if (picked := pick(parameter)) is None:
                 continue
             if isinstance(picked, DTensor):  # fully sharded: every rank takes part in gathering it

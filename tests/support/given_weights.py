@@ -15,36 +15,54 @@ from tests.support.rank_bodies import load_now, start
 from tests.support.tiny import make_samples, micro_batches
 
 
-def cut_shard(name: str, whole: torch.Tensor, dim: int | None, rank: int, size: int) -> torch.Tensor:
+def cut_shard(
+    name: str, whole: torch.Tensor, dim: int | None, rank: int, size: int
+) -> torch.Tensor:
     """Returns the part of a whole tensor that tensor parallel rank ``rank`` of ``size`` holds."""
     if dim is None:
         return whole
-    if name.endswith(("linear_fc1.weight", "linear_fc1.lora_b")):  # part of the gate, then part of the up projection
+    if name.endswith(
+        ("linear_fc1.weight", "linear_fc1.lora_b")
+    ):  # part of the gate, then part of the up projection
         return torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
     return whole.chunk(size, dim)[rank]
 
 
-def set_weights(model: Model, settings: Settings, weights: dict[str, torch.Tensor], tensor_rank: int) -> set[str]:
+def set_weights(
+    model: Model, settings: Settings, weights: dict[str, torch.Tensor], tensor_rank: int
+) -> set[str]:
     """Returns the names of ``weights`` that this rank has a part of, after copying them in."""
     used = set()
     for chunk in model.chunks:
         stage = unwrap(chunk)
         for local, parameter in stage.named_parameters():
             name = global_name(stage, local, not settings.untie_embeddings_and_output_weights)
-            whole, dim = weights[name], parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+            whole, dim = (
+                weights[name],
+                parameter.partition_dim
+                if getattr(parameter, "tensor_model_parallel", False)
+                else None,
+            )
             if "embedding" in name or "output_layer" in name:
                 rows = parameter.shape[0] * settings.tensor_model_parallel_size
                 whole = F.pad(whole, (0, 0, 0, rows - whole.shape[0]))
             shard = cut_shard(name, whole, dim, tensor_rank, settings.tensor_model_parallel_size)
-            assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} for {tuple(parameter.shape)}"
+            assert shard.shape == parameter.shape, (
+                f"{name}: {tuple(shard.shape)} for {tuple(parameter.shape)}"
+            )
             with torch.no_grad():
                 parameter.copy_(shard)
             used.add(name)
     return used
 
 
-def say_logits(model: Model, settings: Settings, platform, tokens_bs: torch.Tensor,
-               segments_bs: torch.Tensor | None = None) -> dict[int, torch.Tensor]:
+def say_logits(
+    model: Model,
+    settings: Settings,
+    platform,
+    tokens_bs: torch.Tensor,
+    segments_bs: torch.Tensor | None = None,
+) -> dict[int, torch.Tensor]:
     """Returns {depth: this rank's vocabulary shard of the logits [b, s, p]} of the exits on this rank, through Megatron's schedule."""
     forward_step, said = EvaluationStep(settings, model, platform, None), {}
 
@@ -68,24 +86,35 @@ def say_logits(model: Model, settings: Settings, platform, tokens_bs: torch.Tens
     return said
 
 
-def logits_of_exits(settings: Settings, weights: dict[str, torch.Tensor], tokens_bs: torch.Tensor,
-                    segments_bs: torch.Tensor | None = None) -> tuple[int, set[str], dict[int, torch.Tensor]]:
+def logits_of_exits(
+    settings: Settings,
+    weights: dict[str, torch.Tensor],
+    tokens_bs: torch.Tensor,
+    segments_bs: torch.Tensor | None = None,
+) -> tuple[int, set[str], dict[int, torch.Tensor]]:
     """Returns this tensor parallel rank, the weights it used and what its exits say, of a model with these weights."""
     platform, place, model = start(settings)
     used = set_weights(model, settings, weights, place.tensor_rank)
     return place.tensor_rank, used, say_logits(model, settings, platform, tokens_bs, segments_bs)
 
 
-def join_logits(reports: list[tuple[int, set[str], dict[int, torch.Tensor]]], vocab_size: int) -> dict[int, torch.Tensor]:
+def join_logits(
+    reports: list[tuple[int, set[str], dict[int, torch.Tensor]]], vocab_size: int
+) -> dict[int, torch.Tensor]:
     """Returns {depth: logits [b, s, v]} over the real vocabulary from all ranks' reports."""
     shards: dict[int, dict[int, torch.Tensor]] = {}
     for tensor_rank, _, said in reports:
         for depth, logits in said.items():
             shards.setdefault(depth, {})[tensor_rank] = logits
-    return {depth: torch.cat([of_rank[rank] for rank in sorted(of_rank)], -1)[..., :vocab_size] for depth, of_rank in shards.items()}
+    return {
+        depth: torch.cat([of_rank[rank] for rank in sorted(of_rank)], -1)[..., :vocab_size]
+        for depth, of_rank in shards.items()
+    }
 
 
-def gradients_of_step(settings: Settings, weights: dict[str, torch.Tensor], coefficients: dict[int, float]) -> dict[str, list]:
+def gradients_of_step(
+    settings: Settings, weights: dict[str, torch.Tensor], coefficients: dict[int, float]
+) -> dict[str, list]:
     """Returns this rank's shards of the gradients of one step on the samples of seed 5, as ``tests.support.gather.shards_of``."""
     platform, place, model = start(settings)
     set_weights(model, settings, weights, place.tensor_rank)
@@ -93,12 +122,27 @@ def gradients_of_step(settings: Settings, weights: dict[str, torch.Tensor], coef
 
     def finalize_and_keep(*args, **kwargs):
         finalize(*args, **kwargs)
-        kept.update(shards_of(model, unwrap, lambda p: p.main_grad, place.tensor_rank, not settings.untie_embeddings_and_output_weights))
+        kept.update(
+            shards_of(
+                model,
+                unwrap,
+                lambda p: p.main_grad,
+                place.tensor_rank,
+                not settings.untie_embeddings_and_output_weights,
+            )
+        )
 
     model.config.finalize_model_grads_func = finalize_and_keep
     samples = make_samples(settings.global_batch_size, settings.seq_length, 5)
     batches = micro_batches(samples, settings, place.data_rank, place.data_size)
-    train_step(model, settings, ForwardStep(settings, model, platform), batches, coefficients, settings.global_batch_size)
+    train_step(
+        model,
+        settings,
+        ForwardStep(settings, model, platform),
+        batches,
+        coefficients,
+        settings.global_batch_size,
+    )
     return kept
 
 
@@ -107,12 +151,25 @@ def load_and_report(settings: Settings, root: str, tokens_bs: torch.Tensor) -> d
     platform, place, model = start(settings)
     progress, lines = load_now(settings, root, platform, place, model)
     tied = not settings.untie_embeddings_and_output_weights
-    report = {"tensor rank": place.tensor_rank, "progress": progress, "lines": lines,
-              "weights": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied),
-              "logits": say_logits(model, settings, platform, tokens_bs)}
+    report = {
+        "tensor rank": place.tensor_rank,
+        "progress": progress,
+        "lines": lines,
+        "weights": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied),
+        "logits": say_logits(model, settings, platform, tokens_bs),
+    }
     for chunk in model.chunks:
         chunk.train()
     samples = make_samples(settings.global_batch_size, settings.seq_length, 5)
     batches = micro_batches(samples, settings, place.data_rank, place.data_size)
-    train_step(model, settings, ForwardStep(settings, model, platform), batches, {settings.num_layers: 1.0}, settings.global_batch_size)
-    return report | {"weights after": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)}
+    train_step(
+        model,
+        settings,
+        ForwardStep(settings, model, platform),
+        batches,
+        {settings.num_layers: 1.0},
+        settings.global_batch_size,
+    )
+    return report | {
+        "weights after": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)
+    }

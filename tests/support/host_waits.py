@@ -19,7 +19,18 @@ from megatron_sorted.platform.cpu import CpuPlatform
 
 OURS = str(Path(megatron_sorted.__file__).parent)
 STAND_IN = str(Path(OURS) / "platform" / "cpu.py")  # answers Megatron's calls for a device
-TO_HOST = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "to", "type_as"}
+TO_HOST = {
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "to",
+    "type_as",
+}
 SHAPE_BY_VALUE = {"nonzero", "unique", "masked_select", "argwhere", "bincount", "repeat_interleave"}
 FROM_HOST = {"tensor", "as_tensor", "from_numpy"}
 
@@ -44,7 +55,9 @@ class HostWaits:
     """
 
     def __init__(self):
-        self.storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address is used again
+        self.storages: dict[
+            int, torch.UntypedStorage
+        ] = {}  # kept alive, so that no address is used again
         self.found: list[tuple[str, str]] = []
         self.megatrons: list[tuple[str, str]] = []
         self._modes = (_Spread(self), _Calls(self))
@@ -53,7 +66,9 @@ class HostWaits:
         """Notes that tensors lie on the device."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            self.storages[storage._cdata if storage.data_ptr() == 0 else storage.data_ptr()] = storage
+            self.storages[storage._cdata if storage.data_ptr() == 0 else storage.data_ptr()] = (
+                storage
+            )
 
     def marked(self, tensor: torch.Tensor) -> bool:
         """Returns whether a tensor lies on the device."""
@@ -85,9 +100,15 @@ class HostWaits:
         for frame in reversed(stack):
             if frame.filename == STAND_IN:
                 continue
-            if frame.filename.startswith(OURS) or "/megatron/" in frame.filename or "/tests/" in frame.filename:
+            if (
+                frame.filename.startswith(OURS)
+                or "/megatron/" in frame.filename
+                or "/tests/" in frame.filename
+            ):
                 line = f"{Path(frame.filename).name}:{frame.lineno} {frame.line}"
-                (self.found if frame.filename.startswith(OURS) else self.megatrons).append((name, line))
+                (self.found if frame.filename.startswith(OURS) else self.megatrons).append(
+                    (name, line)
+                )
                 return
 
 
@@ -100,8 +121,14 @@ class _Spread(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if any(self.waits.marked(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)):
-            self.waits.mark(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)))
+        if any(
+            self.waits.marked(leaf)
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        ):
+            self.waits.mark(
+                *(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+            )
         return result
 
 
@@ -115,21 +142,46 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
-        on_device = any(self.waits.marked(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        on_device = any(
+            self.waits.marked(leaf)
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        )
         by_mask = name in ("__getitem__", "__setitem__") and any(
-            leaf.dtype == torch.bool for leaf in tree_leaves(args[1]) if isinstance(leaf, torch.Tensor))
-        indices = (args[1] if isinstance(args[1], tuple) else (args[1],)) if name in ("__getitem__", "__setitem__") else ()
+            leaf.dtype == torch.bool
+            for leaf in tree_leaves(args[1])
+            if isinstance(leaf, torch.Tensor)
+        )
+        indices = (
+            (args[1] if isinstance(args[1], tuple) else (args[1],))
+            if name in ("__getitem__", "__setitem__")
+            else ()
+        )
         by_list = any(isinstance(index, list) for index in indices)
-        number = name == "__setitem__" and not isinstance(args[2], torch.Tensor) and any(
-            isinstance(index, torch.Tensor) for index in indices)
+        number = (
+            name == "__setitem__"
+            and not isinstance(args[2], torch.Tensor)
+            and any(isinstance(index, torch.Tensor) for index in indices)
+        )
         where = name == "where" and len(args) + len(kwargs) == 1
         from_host = name in FROM_HOST and kwargs.get("device") is not None
-        to_host = name in TO_HOST and not (name == "to" and all(isinstance(a, torch.dtype) for a in args[1:]) and "device" not in kwargs)
-        if from_host or (on_device and (to_host or name in SHAPE_BY_VALUE or by_mask or by_list or number or where)):
+        to_host = name in TO_HOST and not (
+            name == "to"
+            and all(isinstance(a, torch.dtype) for a in args[1:])
+            and "device" not in kwargs
+        )
+        if from_host or (
+            on_device
+            and (to_host or name in SHAPE_BY_VALUE or by_mask or by_list or number or where)
+        ):
             self.waits.note(name)
-        if name == "type":  # replaced on the CPU, where torch would call the replacement a second time
+        if (
+            name == "type"
+        ):  # replaced on the CPU, where torch would call the replacement a second time
             function = torch._C.TensorBase.type
         result = function(*args, **kwargs)
         if kwargs.get("device") is not None:  # nothing of the host asks for a device
-            self.waits.mark(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)))
+            self.waits.mark(
+                *(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+            )
         return result

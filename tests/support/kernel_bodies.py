@@ -23,8 +23,16 @@ def fused_results(settings, cases: list[dict]) -> list[dict]:
     place = platform.device()
 
     def run(case: dict, inputs: list[torch.Tensor]) -> torch.Tensor:
-        config = SimpleNamespace(normalization="RMSNorm", params_dtype=inputs[0].dtype, sequence_parallel=False, attention_dropout=0.0,
-                                 kv_channels=inputs[0].size(-1), apply_rope_fusion=True, rotary_interleaved=False, mrope_section=None)
+        config = SimpleNamespace(
+            normalization="RMSNorm",
+            params_dtype=inputs[0].dtype,
+            sequence_parallel=False,
+            attention_dropout=0.0,
+            kv_channels=inputs[0].size(-1),
+            apply_rope_fusion=True,
+            rotary_interleaved=False,
+            mrope_section=None,
+        )
         if case["kind"] == "norm":
             norm = Norm(config, inputs[0].size(-1), 1e-5)
             norm.weight = torch.nn.Parameter(inputs[1].detach())
@@ -34,10 +42,16 @@ def fused_results(settings, cases: list[dict]) -> list[dict]:
         if case["kind"] == "swiglu":
             return FusedSwiglu(config)(inputs[0])
         if case["kind"] == "rotary":
-            return rope_utils.apply_rotary_pos_emb(inputs[0], case["angles"].to(place), config, cp_group=object())
+            return rope_utils.apply_rotary_pos_emb(
+                inputs[0], case["angles"].to(place), config, cp_group=object()
+            )
         attention = SdpaAttention.__new__(SdpaAttention)
         torch.nn.Module.__init__(attention)
-        attention.dropout, attention.softmax_scale, attention.config = 0.0, inputs[0].size(-1) ** -0.5, config
+        attention.dropout, attention.softmax_scale, attention.config = (
+            0.0,
+            inputs[0].size(-1) ** -0.5,
+            config,
+        )
         mask = case.get("mask")
         return attention(*inputs, None if mask is None else mask.to(place))
 

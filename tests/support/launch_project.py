@@ -9,14 +9,20 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY_TRAINER = ROOT / "tests" / "support" / "tiny_trainer.py"
 # Lines whose waits only make a test slow, and what they become.
 SHORTER_WAITS = {
-    "slurm/job.sh": {"START_SECONDS=10": "START_SECONDS=5", "FORWARD_SECONDS=10": "FORWARD_SECONDS=2"},
+    "slurm/job.sh": {
+        "START_SECONDS=10": "START_SECONDS=5",
+        "FORWARD_SECONDS=10": "FORWARD_SECONDS=2",
+    },
     "slurm/launch_hosts.sh": {"STOP_SECONDS=60": "STOP_SECONDS=3"},
     "megatron_sorted/checkpoint/lock.py": {"PATIENCE_SECONDS = 8.0": "PATIENCE_SECONDS = 0.5"},
 }
 
 
-def copy_project(target: Path, trainer: Path = ROOT / "pretrain_sorted.py",
-                 lines: Mapping[str, Mapping[str, str]] = MappingProxyType({})) -> Path:
+def copy_project(
+    target: Path,
+    trainer: Path = ROOT / "pretrain_sorted.py",
+    lines: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+) -> Path:
     """Copy what launchers use to ``target`` and return it.
 
     Args:

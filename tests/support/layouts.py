@@ -21,9 +21,16 @@ DEEP = {"num_layers": 8, "exit_layer_nums": (1, 4, 5, 7)}
 
 
 AXES = {
-    "tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "chunks": "num_layers_per_virtual_pipeline_stage",
-    "sp": "sequence_parallel", "bf16": "bf16", "fp16": "fp16", "recompute": "recompute_granularity",
-    "tied": "untie_embeddings_and_output_weights", "heads": "untie_exit_output_weights", "optimizer": "use_distributed_optimizer",
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "chunks": "num_layers_per_virtual_pipeline_stage",
+    "sp": "sequence_parallel",
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "recompute": "recompute_granularity",
+    "tied": "untie_embeddings_and_output_weights",
+    "heads": "untie_exit_output_weights",
+    "optimizer": "use_distributed_optimizer",
 }
 """Settings whose values meet in pairs in the rows of ``pairwise``."""
 
@@ -32,8 +39,15 @@ def _pairs(row: tuple[int, dict]) -> set[frozenset]:
     """Return what a row shows: every pair of its values on the axes, and each of its other settings once."""
     world_size, changes = row
     ranks = changes.get(AXES["tp"], 1) * changes.get(AXES["pp"], 1)
-    values = [("dp", world_size // ranks), *((axis, changes.get(setting)) for axis, setting in AXES.items())]
-    others = {frozenset([(name, str(value))]) for name, value in changes.items() if name not in AXES.values()}
+    values = [
+        ("dp", world_size // ranks),
+        *((axis, changes.get(setting)) for axis, setting in AXES.items()),
+    ]
+    others = {
+        frozenset([(name, str(value))])
+        for name, value in changes.items()
+        if name not in AXES.values()
+    }
     return {frozenset(pair) for pair in combinations(values, 2)} | others
 
 
@@ -59,18 +73,28 @@ def pairwise(rows: dict[str, tuple[int, dict]], *kept: str) -> list:
         chosen.append(name)
         shown |= left.pop(name)
     reason = f"each pair of its settings stands in one of: {', '.join(chosen)}"
-    return [name if name in chosen else pytest.param(name, marks=pytest.mark.long(reason=reason)) for name in rows]
+    return [
+        name if name in chosen else pytest.param(name, marks=pytest.mark.long(reason=reason))
+        for name in rows
+    ]
 
 
 def all_but(rows: Iterable[str], reason: str, *long: str) -> list:
     """Return the names of the rows as parameters of a test; those in ``long`` are for ``make test-all``, for that reason."""
     rows = list(rows)
-    assert all(name in rows for name in long), f"{[name for name in long if name not in rows]}: no such rows"
-    return [pytest.param(name, marks=pytest.mark.long(reason=reason)) if name in long else name for name in rows]
+    assert all(name in rows for name in long), (
+        f"{[name for name in long if name not in rows]}: no such rows"
+    )
+    return [
+        pytest.param(name, marks=pytest.mark.long(reason=reason)) if name in long else name
+        for name in rows
+    ]
 
 
 def thinned(rows: Iterable, *kept) -> list:
     """Returns the rows as parameters of a test; those that are not among ``kept`` are marked long, for ``make test-all``."""
     rows = list(rows)
-    assert all(row in rows for row in kept), f"{[row for row in kept if row not in rows]}: no such rows"
+    assert all(row in rows for row in kept), (
+        f"{[row for row in kept if row not in rows]}: no such rows"
+    )
     return [row if row in kept else pytest.param(row, marks=pytest.mark.long) for row in rows]

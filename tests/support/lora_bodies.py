@@ -44,7 +44,9 @@ def fill_b(model: Model, settings: Settings, tensor_rank: int) -> None:
                     is_cut = getattr(parameter, "tensor_model_parallel", False)
                     rows = parameter.shape[0] * (size if is_cut else 1)
                     whole = made_up_b(name, (rows, parameter.shape[1]))
-                    parameter.copy_(cut_shard(name, whole, 0 if is_cut else None, tensor_rank, size))
+                    parameter.copy_(
+                        cut_shard(name, whole, 0 if is_cut else None, tensor_rank, size)
+                    )
     if hasattr(model.optimizer, "reload_model_params"):
         model.optimizer.reload_model_params()
 
@@ -52,12 +54,16 @@ def fill_b(model: Model, settings: Settings, tensor_rank: int) -> None:
 def load_as_a_run_does(settings: Settings, platform, place, model) -> tuple[Progress, list[str]]:
     """Returns how far the newest checkpoint or Hugging Face directory of --load is, now loaded, and what was said."""
     said: list[str] = []
-    checkpoints = Checkpoints(settings, platform, place, model, coefficient_rule(settings), said.append)
+    checkpoints = Checkpoints(
+        settings, platform, place, model, coefficient_rule(settings), said.append
+    )
     found = find_checkpoints(settings, None, None)
     return checkpoints.load(choose_checkpoint(found, settings, None, None, said.append)), said
 
 
-def train_adapters(settings: Settings, steps: int, first: int = 0, load: str | None = None, save: str | None = None) -> dict:
+def train_adapters(
+    settings: Settings, steps: int, first: int = 0, load: str | None = None, save: str | None = None
+) -> dict:
     """Trains steps ``first``.. of so many; returns losses, and this rank's shards of weights, gradients of the first step, and how many
     numbers the optimizer keeps a first moment of; of a run that saves also what its exits say then."""
     platform, place, model = start(settings)
@@ -71,7 +77,9 @@ def train_adapters(settings: Settings, steps: int, first: int = 0, load: str | N
         report = {"made": shards(lambda p: p.data)}
         fill_b(model, settings, place.tensor_rank)
     else:
-        progress, said = load_as_a_run_does(dataclasses.replace(settings, load=load), platform, place, model)
+        progress, said = load_as_a_run_does(
+            dataclasses.replace(settings, load=load), platform, place, model
+        )
         assert progress.step == first, progress
         report = {}
     report |= {"losses": [], "grad_norms": [], "said": said, "initial": shards(lambda p: p.data)}
@@ -81,7 +89,9 @@ def train_adapters(settings: Settings, steps: int, first: int = 0, load: str | N
         finalize(*args, **kwargs)
         if "gradients" not in report:
             complete_gradients(model, settings)
-            report["gradients"] = shards(lambda p: p.main_grad if p.requires_grad else torch.zeros_like(p))
+            report["gradients"] = shards(
+                lambda p: p.main_grad if p.requires_grad else torch.zeros_like(p)
+            )
 
     model.config.finalize_model_grads_func = finalize_and_keep
     forward_step, rule = ForwardStep(settings, model, platform), coefficient_rule(settings)
@@ -89,27 +99,55 @@ def train_adapters(settings: Settings, steps: int, first: int = 0, load: str | N
         samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step)
         batches = micro_batches(samples, settings, place.data_rank, place.data_size)
         use_ranks(model, settings, step)
-        result = train_step(model, settings, forward_step, batches, trained_exits(settings, rule, step), settings.global_batch_size)
+        result = train_step(
+            model,
+            settings,
+            forward_step,
+            batches,
+            trained_exits(settings, rule, step),
+            settings.global_batch_size,
+        )
         report["grad_norms"].append(result.grad_norm)
-        report["losses"].append({d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).exits.items()})
+        report["losses"].append(
+            {d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).exits.items()}
+        )
         forward_step.ledger.clear()
-    report["names"] = [(name, p.requires_grad) for chunk in model.chunks for name, p in unwrap(chunk).named_parameters()]
+    report["names"] = [
+        (name, p.requires_grad)
+        for chunk in model.chunks
+        for name, p in unwrap(chunk).named_parameters()
+    ]
     report["state_elements"] = sum(
-        value.numel() for part in model.optimizer.chained_optimizers for entries in part.optimizer.state.values()
-        for name, value in entries.items() if name == "exp_avg")
+        value.numel()
+        for part in model.optimizer.chained_optimizers
+        for entries in part.optimizer.state.values()
+        for name, value in entries.items()
+        if name == "exp_avg"
+    )
     if save is not None:
-        report["outcome"] = save_now(settings, save, platform, place, model, Progress(steps, steps * settings.global_batch_size))
+        report["outcome"] = save_now(
+            settings,
+            save,
+            platform,
+            place,
+            model,
+            Progress(steps, steps * settings.global_batch_size),
+        )
     for chunk in model.chunks:
         if settings.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
     report["weights"] = shards(lambda p: p.data)
     if save is not None:
-        said_here = say_logits(model, settings, platform, make_samples(2, settings.seq_length, 9)["tokens"])
+        said_here = say_logits(
+            model, settings, platform, make_samples(2, settings.seq_length, 9)["tokens"]
+        )
         report["logits"] = (place.tensor_rank, set(), said_here)
     return report
 
 
-def merged(parameters: dict[str, torch.Tensor], settings: Settings, rank: int, only_last: bool = False) -> dict[str, torch.Tensor]:
+def merged(
+    parameters: dict[str, torch.Tensor], settings: Settings, rank: int, only_last: bool = False
+) -> dict[str, torch.Tensor]:
     """Returns the network's tensors with adapters added, W + (alpha / b) B[:, :b] A[:b] for b = ``rank``."""
     plain = {name: tensor for name, tensor in parameters.items() if not is_adapter(name)}
     for name in [name for name in parameters if name.endswith("lora_a")]:
@@ -125,19 +163,38 @@ def merged(parameters: dict[str, torch.Tensor], settings: Settings, rank: int, o
 def reference_adapters(settings: Settings, weights: dict[str, torch.Tensor], steps: int):
     """Returns losses by step, the first step's gradients and norms, and the weights after all steps, in plain PyTorch."""
     parameters = {name: weight.clone() for name, weight in weights.items()}
-    trained = {name: parameters[name].requires_grad_() for name in parameters if is_adapter(name) or name.startswith(TRAINED_EXIT_PARTS)}
+    trained = {
+        name: parameters[name].requires_grad_()
+        for name in parameters
+        if is_adapter(name) or name.startswith(TRAINED_EXIT_PARTS)
+    }
     decayed = [p for p in trained.values() if p.dim() > 1]
     others = [p for p in trained.values() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=settings.lr, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps)
+        [
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=settings.lr,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+    )
     losses, norms, gradients, rule = [], [], None, coefficient_rule(settings)
     for step in range(steps):
         samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step)
         matrices = merged(parameters, settings, rank_at(settings, step), settings.dylora_frozen)
         per_token = exit_losses(
-            matrices, samples["tokens"], samples["labels"], samples["mask"], None, exit_depths(settings),
-            settings.num_attention_heads, settings.num_query_groups, settings.vocab_size, settings.norm_epsilon)
+            matrices,
+            samples["tokens"],
+            samples["labels"],
+            samples["mask"],
+            None,
+            exit_depths(settings),
+            settings.num_attention_heads,
+            settings.num_query_groups,
+            settings.vocab_size,
+            settings.norm_epsilon,
+        )
         means = {depth: loss.sum() / samples["mask"].sum() for depth, loss in per_token.items()}
         coefficients = trained_exits(settings, rule, step)
         optimizer.zero_grad(set_to_none=False)
@@ -146,6 +203,10 @@ def reference_adapters(settings: Settings, weights: dict[str, torch.Tensor], ste
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         losses.append({depth: means[depth].item() for depth in coefficients})
         gradients = gradients or {name: p.grad.clone() for name, p in trained.items()}
-        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip_grad or float("inf")).item())
+        norms.append(
+            torch.nn.utils.clip_grad_norm_(
+                trained.values(), settings.clip_grad or float("inf")
+            ).item()
+        )
         optimizer.step()
     return losses, norms, gradients, {name: p.detach() for name, p in parameters.items()}

@@ -29,7 +29,9 @@ class LossCase:
         return CrossEntropy(self.request(chunk_tokens, **more))
 
 
-def make_case(t=5, b=3, h=8, rows=24, vocabulary=None, index=None, weighted=False, dtype=torch.float32) -> LossCase:
+def make_case(
+    t=5, b=3, h=8, rows=24, vocabulary=None, index=None, weighted=False, dtype=torch.float32
+) -> LossCase:
     """Returns a case; ``vocabulary`` rows are real tokens, ``index`` are the counted places, ``weighted`` gives a mask of other than 1."""
     generator = torch.Generator().manual_seed(7)
 
@@ -44,7 +46,13 @@ def make_case(t=5, b=3, h=8, rows=24, vocabulary=None, index=None, weighted=Fals
     places = torch.arange(t * b) if index is None else torch.tensor(index, dtype=torch.long)
     labels = torch.randint(0, vocabulary, (t * b,), generator=generator)[places]
     mask = torch.rand(len(places), generator=generator) if weighted else torch.ones(len(places))
-    return LossCase(hidden, norm, weight, Targets(None if index is None else places, labels, mask), VocabularyShard(0, vocabulary))
+    return LossCase(
+        hidden,
+        norm,
+        weight,
+        Targets(None if index is None else places, labels, mask),
+        VocabularyShard(0, vocabulary),
+    )
 
 
 @dataclass
@@ -60,11 +68,19 @@ class Expected:
 
 def reference(case: LossCase, factor: float, dtype: torch.dtype) -> Expected:
     """Returns loss and gradients of ``factor * sum(mask * loss)`` by F.cross_entropy and autograd in ``dtype``."""
-    leaves = [x.detach().to(dtype).requires_grad_() for x in (case.hidden_tbh, case.norm.weight, case.weight_ph)]
+    leaves = [
+        x.detach().to(dtype).requires_grad_()
+        for x in (case.hidden_tbh, case.norm.weight, case.weight_ph)
+    ]
     hidden, norm, weight = leaves
-    logits = F.rms_norm(hidden, hidden.shape[-1:], norm, EPSILON).flatten(0, 1) @ weight[: case.shard.size].t()
+    logits = (
+        F.rms_norm(hidden, hidden.shape[-1:], norm, EPSILON).flatten(0, 1)
+        @ weight[: case.shard.size].t()
+    )
     if case.targets.index_n is not None:
         logits = logits[case.targets.index_n]
     losses = F.cross_entropy(logits, case.targets.labels_n, reduction="none")
-    gradients = torch.autograd.grad(factor * (losses * case.targets.loss_mask_n.to(dtype)).sum(), leaves)
+    gradients = torch.autograd.grad(
+        factor * (losses * case.targets.loss_mask_n.to(dtype)).sum(), leaves
+    )
     return Expected(losses.detach(), logits.argmax(1) == case.targets.labels_n, *gradients)

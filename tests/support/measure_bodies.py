@@ -27,7 +27,14 @@ class CollectiveCount:
     """Counts the calls of torch.distributed's functions that data passes through, made inside it."""
 
     # isend and irecv are left alone: torch compares them with the functions it knows
-    NAMES = ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "batch_isend_irecv")
+    NAMES = (
+        "all_reduce",
+        "broadcast",
+        "all_gather",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "batch_isend_irecv",
+    )
 
     def __enter__(self) -> "CollectiveCount":
         self.counts = dict.fromkeys(self.NAMES, 0)
@@ -53,7 +60,14 @@ def batch_checksum(tokens_bs: torch.Tensor) -> int:
     return sum((int(row.sum()) + 1) * 123_456_789 for row in tokens_bs)
 
 
-def measure(settings: Settings, steps: int, unequal: bool, packed: bool, track: bool = True, finish: bool = True) -> dict:
+def measure(
+    settings: Settings,
+    steps: int,
+    unequal: bool,
+    packed: bool,
+    track: bool = True,
+    finish: bool = True,
+) -> dict:
     """Trains; returns what is measured of the exits at each step and over all, weights before each step, and collectives counted.
 
     ``finish`` False leaves out all that ``finish_step`` does.
@@ -65,6 +79,7 @@ def measure(settings: Settings, steps: int, unequal: bool, packed: bool, track: 
         forward_step.finish_step = lambda: None
     rule, interval = coefficient_rule(settings), Ledger()
     report = {"steps": [], "weights": [], "coefficients": [], "collectives": [], "bad": []}
+
     def gather_weights() -> None:
         """Puts on every rank the weights that overlapped gathering would bring with the next forward pass."""
         for chunk in model.chunks if settings.overlap_param_gather else ():
@@ -72,19 +87,34 @@ def measure(settings: Settings, steps: int, unequal: bool, packed: bool, track: 
 
     for step in range(steps):
         gather_weights()
-        report["weights"].append(shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied))
-        samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step, unequal, packed)
-        batches = [dataclasses.replace(batch, checksum=batch_checksum(batch.tokens_bs))
-                   for batch in micro_batches(samples, settings, place.data_rank, place.data_size, packed)]
+        report["weights"].append(
+            shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)
+        )
+        samples = make_samples(
+            settings.global_batch_size, settings.seq_length, 100 + step, unequal, packed
+        )
+        batches = [
+            dataclasses.replace(batch, checksum=batch_checksum(batch.tokens_bs))
+            for batch in micro_batches(samples, settings, place.data_rank, place.data_size, packed)
+        ]
         coefficients = trained_exits(settings, rule, step)
         with CollectiveCount() as collectives:
-            train_step(model, settings, forward_step, batches, coefficients, settings.global_batch_size)
+            train_step(
+                model, settings, forward_step, batches, coefficients, settings.global_batch_size
+            )
         report["collectives"].append(collectives.counts)
         report["coefficients"].append(coefficients)
         ledger = forward_step.ledger
         report["bad"].append((ledger.bad_exits(), ledger.bad_flag(platform.device()).item()))
-        report["steps"].append(reduce_interval(ledger, settings, forward_step.take_checksum(), 1000 + place.rank,
-                                               {"data": float(place.rank), "optimizer": 5.0 - place.rank} if step else None))
+        report["steps"].append(
+            reduce_interval(
+                ledger,
+                settings,
+                forward_step.take_checksum(),
+                1000 + place.rank,
+                {"data": float(place.rank), "optimizer": 5.0 - place.rank} if step else None,
+            )
+        )
         interval.merge(ledger)
         ledger.clear()
     report["interval"] = reduce_interval(interval, settings)
@@ -106,7 +136,11 @@ def broken_exit(settings: Settings, depth: int) -> dict:
     coefficients = trained_exits(settings, coefficient_rule(settings), 0)
     train_step(model, settings, forward_step, batches, coefficients, settings.global_batch_size)
     ledger = forward_step.ledger
-    return {"stage": place.stage, "bad": ledger.bad_exits(), "flag": ledger.bad_flag(platform.device()).item()}
+    return {
+        "stage": place.stage,
+        "bad": ledger.bad_exits(),
+        "flag": ledger.bad_flag(platform.device()).item(),
+    }
 
 
 def host_waits(settings: Settings, track: bool, packed: bool) -> dict:
@@ -114,14 +148,19 @@ def host_waits(settings: Settings, track: bool, packed: bool) -> dict:
     _, place, model = start(settings)
     waits = HostWaits()
     for chunk in model.chunks:
-        waits.mark(*(p.data for p in chunk.parameters()), *(p.main_grad for p in chunk.parameters() if p.requires_grad))
+        waits.mark(
+            *(p.data for p in chunk.parameters()),
+            *(p.main_grad for p in chunk.parameters() if p.requires_grad),
+        )
     forward_step = ForwardStep(settings, model, MarkedPlatform(waits), track_agreement=track)
     samples = make_samples(settings.global_batch_size, settings.seq_length, 100, packed, packed)
     batches = micro_batches(samples, settings, place.data_rank, place.data_size, packed)
     rule = coefficient_rule(settings)
     coefficients = trained_exits(settings, rule, 0)
     forward_step.begin_step(0, rule)
-    train_step(model, settings, forward_step, batches, coefficients, settings.global_batch_size)  # caches fill
+    train_step(
+        model, settings, forward_step, batches, coefficients, settings.global_batch_size
+    )  # caches fill
     forward_step.ledger.clear()
     with waits:
         forward_step.begin_step(1, rule)
@@ -141,10 +180,18 @@ def shared_choice(rows: int, vocabulary: int, alike_from: int) -> list[int]:
 
     Rows from ``alike_from`` on are alike, and rows before it are 0.
     """
-    dist.init_process_group("gloo", init_method=init_method(), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    dist.init_process_group(
+        "gloo",
+        init_method=init_method(),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
     first = rows * dist.get_rank()
     case = make_case(rows=rows * dist.get_world_size(), vocabulary=vocabulary)
-    case.weight_ph.data[:alike_from], case.weight_ph.data[alike_from:] = 0, case.weight_ph.data[alike_from].clone()
+    case.weight_ph.data[:alike_from], case.weight_ph.data[alike_from:] = (
+        0,
+        case.weight_ph.data[alike_from].clone(),
+    )
     weight = torch.nn.Parameter(case.weight_ph.data[first : first + rows].clone())
     shard = VocabularyShard(first, max(0, min(rows, vocabulary - first)), dist.group.WORLD)
     token_loss = CrossEntropy(LossRequest(case.targets, shard, 4, with_choice=True))

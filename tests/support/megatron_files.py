@@ -23,15 +23,34 @@ PADDED = 104  # rows of every layout, so that one truth serves all
 def megatron_arguments(settings: Settings, **more) -> argparse.Namespace:
     """Returns what Megatron-LM's parser makes of such a model, as far as a checkpoint's readers look at it."""
     return argparse.Namespace(
-        num_layers=settings.num_layers, hidden_size=settings.hidden_size, ffn_hidden_size=settings.ffn_hidden_size,
-        num_attention_heads=settings.num_attention_heads, kv_channels=settings.hidden_size // settings.num_attention_heads,
-        group_query_attention=settings.group_query_attention, num_query_groups=settings.num_query_groups or 1,
-        seq_length=settings.seq_length, max_position_embeddings=settings.seq_length, position_embedding_type="rope",
-        rotary_base=settings.rotary_base, rotary_percent=1.0, normalization="RMSNorm", norm_epsilon=1e-5, swiglu=settings.swiglu,
-        add_bias_linear=not settings.disable_bias_linear, add_qkv_bias=settings.add_qkv_bias, qk_layernorm=settings.qk_layernorm,
-        untie_embeddings_and_output_weights=settings.untie_embeddings_and_output_weights, make_vocab_size_divisible_by=8,
-        padded_vocab_size=PADDED, vocab_size=None, tensor_model_parallel_size=settings.tensor_model_parallel_size,
-        pipeline_model_parallel_size=settings.pipeline_model_parallel_size, params_dtype=torch.float32, num_experts=None, **more)
+        num_layers=settings.num_layers,
+        hidden_size=settings.hidden_size,
+        ffn_hidden_size=settings.ffn_hidden_size,
+        num_attention_heads=settings.num_attention_heads,
+        kv_channels=settings.hidden_size // settings.num_attention_heads,
+        group_query_attention=settings.group_query_attention,
+        num_query_groups=settings.num_query_groups or 1,
+        seq_length=settings.seq_length,
+        max_position_embeddings=settings.seq_length,
+        position_embedding_type="rope",
+        rotary_base=settings.rotary_base,
+        rotary_percent=1.0,
+        normalization="RMSNorm",
+        norm_epsilon=1e-5,
+        swiglu=settings.swiglu,
+        add_bias_linear=not settings.disable_bias_linear,
+        add_qkv_bias=settings.add_qkv_bias,
+        qk_layernorm=settings.qk_layernorm,
+        untie_embeddings_and_output_weights=settings.untie_embeddings_and_output_weights,
+        make_vocab_size_divisible_by=8,
+        padded_vocab_size=PADDED,
+        vocab_size=None,
+        tensor_model_parallel_size=settings.tensor_model_parallel_size,
+        pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
+        params_dtype=torch.float32,
+        num_experts=None,
+        **more,
+    )
 
 
 def _chunks(settings: Settings) -> list:
@@ -49,19 +68,33 @@ def _chunks(settings: Settings) -> list:
     chunks = []
     for chunk in range(count):
         ends = {"ignore_virtual": count == 1, "vp_stage": chunk if count > 1 else None}
-        chunks.append(GPTModel(
-            make_config(settings, platform), spec, PADDED, settings.seq_length, position_embedding_type="rope",
-            pre_process=parallel_state.is_pipeline_first_stage(**ends), post_process=parallel_state.is_pipeline_last_stage(**ends),
-            share_embeddings_and_output_weights=not settings.untie_embeddings_and_output_weights, vp_stage=ends["vp_stage"]))
+        chunks.append(
+            GPTModel(
+                make_config(settings, platform),
+                spec,
+                PADDED,
+                settings.seq_length,
+                position_embedding_type="rope",
+                pre_process=parallel_state.is_pipeline_first_stage(**ends),
+                post_process=parallel_state.is_pipeline_last_stage(**ends),
+                share_embeddings_and_output_weights=not settings.untie_embeddings_and_output_weights,
+                vp_stage=ends["vp_stage"],
+            )
+        )
     return chunks
 
 
 def _named(chunks: list, make) -> dict:
-    return {"model" if len(chunks) == 1 else f"model{n}": make(chunk) for n, chunk in enumerate(chunks)}
+    return {
+        "model" if len(chunks) == 1 else f"model{n}": make(chunk) for n, chunk in enumerate(chunks)
+    }
 
 
 def _sharded(chunks: list, per_layer: bool) -> dict:
-    return _named(chunks, lambda chunk: chunk.sharded_state_dict(metadata={"non_homogeneous_layers": per_layer}))
+    return _named(
+        chunks,
+        lambda chunk: chunk.sharded_state_dict(metadata={"non_homogeneous_layers": per_layer}),
+    )
 
 
 def _save(state: dict, directory: str) -> None:
@@ -83,7 +116,11 @@ def make_truth(settings: Settings, seed_directory: str) -> dict[str, torch.Tenso
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     Path(seed_directory).mkdir()
     _save(_sharded([model], False), seed_directory)
-    return {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    return {
+        name: value.detach()
+        for name, value in model.state_dict().items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def save_as_megatron(settings: Settings, seed_directory: str, root: str, step: int) -> None:
@@ -107,10 +144,18 @@ def save_as_megatron(settings: Settings, seed_directory: str, root: str, step: i
             (directory.parent / "latest_checkpointed_iteration.txt").write_text(str(step))
     dist.barrier()
 
-    tensor, stage = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-    name = f"mp_rank_{tensor:02d}" + (f"_{stage:03d}" if settings.pipeline_model_parallel_size > 1 else "")
+    tensor, stage = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    name = f"mp_rank_{tensor:02d}" + (
+        f"_{stage:03d}" if settings.pipeline_model_parallel_size > 1 else ""
+    )
     (directories["legacy"] / name).mkdir()
-    rest = {"optimizer": {"state": {0: {"step": torch.tensor(3), "exp_avg": torch.randn(10_000)}}}, "opt_param_scheduler": {"num_steps": 3}}
+    rest = {
+        "optimizer": {"state": {0: {"step": torch.tensor(3), "exp_avg": torch.randn(10_000)}}},
+        "opt_param_scheduler": {"num_steps": 3},
+    }
     models = _named(chunks, lambda chunk: chunk.state_dict_for_save_checkpoint())
     torch.save({**state, **models, **rest}, directories["legacy"] / name / "model_optim_rng.pt")
 

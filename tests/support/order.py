@@ -9,8 +9,12 @@ from collections import defaultdict
 import pytest
 
 LONG_SECONDS = {
-    "tests/ranks/test_checkpoint.py": 200, "tests/ranks/test_layouts.py": 120, "tests/ranks/test_learned_rules.py": 80,
-    "tests/system/test_stops.py": 110, "tests/system/test_kills.py": 60, "tests/system/test_round_trip.py": 80,
+    "tests/ranks/test_checkpoint.py": 200,
+    "tests/ranks/test_layouts.py": 120,
+    "tests/ranks/test_learned_rules.py": 80,
+    "tests/system/test_stops.py": 110,
+    "tests/system/test_kills.py": 60,
+    "tests/system/test_round_trip.py": 80,
 }
 """Of files that take long, about; the other tests take about a second each."""
 

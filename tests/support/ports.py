@@ -25,7 +25,9 @@ def free_port() -> int:
             return port
 
 
-def until_it_answers(server: subprocess.Popen, port: int, path: str, body: bytes | None = None, seconds: float = 60) -> dict:
+def until_it_answers(
+    server: subprocess.Popen, port: int, path: str, body: bytes | None = None, seconds: float = 60
+) -> dict:
     """Return a server's answer in JSON, asked for again until there is one.
 
     Raises:
@@ -33,7 +35,9 @@ def until_it_answers(server: subprocess.Popen, port: int, path: str, body: bytes
         HTTPError: The server refuses the request.
         URLError: There was no answer within ``seconds``.
     """
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"content-type": "application/json"})
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", body, {"content-type": "application/json"}
+    )
     until = time.monotonic() + seconds
     while True:
         try:

@@ -48,7 +48,9 @@ def fill_adapters(model) -> None:
         for depth, adapter in unwrap(chunk).exit_adapters.items():
             generator = torch.Generator().manual_seed(int(depth))
             with torch.no_grad():
-                adapter.up.weight.copy_(0.1 * torch.randn(adapter.up.weight.shape, generator=generator))
+                adapter.up.weight.copy_(
+                    0.1 * torch.randn(adapter.up.weight.shape, generator=generator)
+                )
 
 
 def complete_gradients(model, settings: Settings) -> None:
@@ -66,13 +68,24 @@ def complete_gradients(model, settings: Settings) -> None:
                     shard.copy_(full)
 
 
-def train_and_report(settings: Settings, steps: int, unequal: bool, packed: bool, snapshot_steps: tuple[int, ...] = (0,)) -> dict:
+def train_and_report(
+    settings: Settings,
+    steps: int,
+    unequal: bool,
+    packed: bool,
+    snapshot_steps: tuple[int, ...] = (0,),
+) -> dict:
     """Trains; returns losses by step, and by global name this rank's shards of the initial weights, gradients and final weights."""
     platform, place, model = start(settings)
     fill_adapters(model)
     tied = not settings.untie_embeddings_and_output_weights
-    report = {"losses": [], "exits": [], "grad_norms": [], "coefficients": [],
-              "initial": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied)}
+    report = {
+        "losses": [],
+        "exits": [],
+        "grad_norms": [],
+        "coefficients": [],
+        "initial": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied),
+    }
     finalize = model.config.finalize_model_grads_func
 
     def finalize_and_keep(*args, **kwargs):
@@ -82,17 +95,29 @@ def train_and_report(settings: Settings, steps: int, unequal: bool, packed: bool
             scale = model.optimizer.get_loss_scale().item()
             sharded = rows_by_parameter(model, lambda rows: rows.main_grad)
             report["gradients"] = shards_of(
-                model, unwrap, lambda p: sharded.get(id(p), getattr(p, "main_grad", None)) / scale if p.requires_grad else None,
-                place.tensor_rank, tied)
+                model,
+                unwrap,
+                lambda p: (
+                    sharded.get(id(p), getattr(p, "main_grad", None)) / scale
+                    if p.requires_grad
+                    else None
+                ),
+                place.tensor_rank,
+                tied,
+            )
 
     model.config.finalize_model_grads_func = finalize_and_keep
     forward_step = ForwardStep(settings, model, platform)
     rule = coefficient_rule(settings)
     for step in range(steps):
-        samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step, unequal, packed)
+        samples = make_samples(
+            settings.global_batch_size, settings.seq_length, 100 + step, unequal, packed
+        )
         batches = micro_batches(samples, settings, place.data_rank, place.data_size, packed)
         coefficients = trained_exits(settings, rule, step)
-        result = train_step(model, settings, forward_step, batches, coefficients, settings.global_batch_size)
+        result = train_step(
+            model, settings, forward_step, batches, coefficients, settings.global_batch_size
+        )
         report["coefficients"].append(coefficients)
         report["grad_norms"].append(result.grad_norm)
         report["exits"].append(reduce_ledger(forward_step.ledger, settings).exits)
@@ -127,19 +152,38 @@ def moments(model, settings: Settings) -> dict[str, list]:
                             start, end, _ = buffer.param_index_map[parameter]
                             values[id(parameter)] = flat[start:end].view(parameter.shape)
             elif settings.data_parallel == "fsdp":
-                values = rows_by_parameter(model, lambda rows, state=optimizer.optimizer.state, moment=moment: state[rows][moment])
+                values = rows_by_parameter(
+                    model,
+                    lambda rows, state=optimizer.optimizer.state, moment=moment: state[rows][
+                        moment
+                    ],
+                )
             else:
-                mains = {id(getattr(p, "main_param", p)): id(p) for chunk in model.chunks for p in chunk.parameters()}
+                mains = {
+                    id(getattr(p, "main_param", p)): id(p)
+                    for chunk in model.chunks
+                    for p in chunk.parameters()
+                }
                 for group in optimizer.optimizer.param_groups:
                     for main in group["params"]:
-                        values[mains[id(main)]] = optimizer.optimizer.state[main].get(moment)  # sgd has none of them
+                        values[mains[id(main)]] = optimizer.optimizer.state[main].get(
+                            moment
+                        )  # sgd has none of them
         tied = not settings.untie_embeddings_and_output_weights
-        rank = 0 if settings.tensor_model_parallel_size == 1 else dist.get_rank() % settings.tensor_model_parallel_size
-        result[moment] = shards_of(model, unwrap, lambda p, values=values: values.get(id(p)), rank, tied)
+        rank = (
+            0
+            if settings.tensor_model_parallel_size == 1
+            else dist.get_rank() % settings.tensor_model_parallel_size
+        )
+        result[moment] = shards_of(
+            model, unwrap, lambda p, values=values: values.get(id(p)), rank, tied
+        )
     return result
 
 
-def save_now(settings: Settings, root: str, platform, place, model, progress, meanwhile=lambda: None) -> SaveOutcome:
+def save_now(
+    settings: Settings, root: str, platform, place, model, progress, meanwhile=lambda: None
+) -> SaveOutcome:
     """Returns the outcome of a save of the model into ``root``; ``meanwhile`` is called while it is on its way."""
     settings = dataclasses.replace(settings, save=root)
     checkpoints = Checkpoints(settings, platform, place, model, coefficient_rule(settings), print)
@@ -158,12 +202,16 @@ def steps_with_megatrons_form(settings: Settings, *rest) -> dict:
     return steps_from(settings, *rest)
 
 
-def save_under_faults(settings: Settings, root: str, fault: str) -> tuple[SaveOutcome, SaveOutcome, SaveOutcome, list[str]]:
+def save_under_faults(
+    settings: Settings, root: str, fault: str
+) -> tuple[SaveOutcome, SaveOutcome, SaveOutcome, list[str]]:
     """Returns the outcomes of three saves, of which the second meets ``fault``, and what was said."""
     platform, place, model = start(settings)
     settings, lines = dataclasses.replace(settings, save=root), []
     Path(root).mkdir(exist_ok=True)
-    checkpoints = Checkpoints(settings, platform, place, model, coefficient_rule(settings), lines.append)
+    checkpoints = Checkpoints(
+        settings, platform, place, model, coefficient_rule(settings), lines.append
+    )
     checkpoints.open_for_saving({}, lambda: None)
     said, outcomes = description(settings, settings.vocab_size, "test", place, None, None), []
     ballast, in_the_way = Path(root, ".ballast"), Path(root, ".iter_0000002.writing")
@@ -192,11 +240,23 @@ def save_under_faults(settings: Settings, root: str, fault: str) -> tuple[SaveOu
 def load_now(settings: Settings, root: str, platform, place, model) -> tuple[Progress, list[str]]:
     """Returns how far the newest sound checkpoint of ``root`` is, now loaded, and what was said."""
     settings, said = dataclasses.replace(settings, load=root), []
-    checkpoints = Checkpoints(settings, platform, place, model, coefficient_rule(settings), said.append)
-    return checkpoints.load(choose_checkpoint(find_candidates(root), settings, None, None, said.append)), said
+    checkpoints = Checkpoints(
+        settings, platform, place, model, coefficient_rule(settings), said.append
+    )
+    return checkpoints.load(
+        choose_checkpoint(find_candidates(root), settings, None, None, said.append)
+    ), said
 
 
-def steps_from(settings: Settings, root: str, load: bool, first: int, last: int, save: bool, steps_during_save: int = 0) -> dict:
+def steps_from(
+    settings: Settings,
+    root: str,
+    load: bool,
+    first: int,
+    last: int,
+    save: bool,
+    steps_during_save: int = 0,
+) -> dict:
     """Loads if asked, trains steps first..last-1, saves if asked; returns losses, weights and moments.
 
     With ``steps_during_save`` training goes on for so many steps before anybody looks whether the save has ended.
@@ -215,7 +275,14 @@ def steps_from(settings: Settings, root: str, load: bool, first: int, last: int,
     def train(step: int):
         samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step)
         batches = micro_batches(samples, settings, place.data_rank, place.data_size)
-        return train_step(model, settings, forward_step, batches, trained_exits(settings, rule, step), settings.global_batch_size)
+        return train_step(
+            model,
+            settings,
+            forward_step,
+            batches,
+            trained_exits(settings, rule, step),
+            settings.global_batch_size,
+        )
 
     for step in range(first, last):
         result = train(step)
@@ -223,8 +290,15 @@ def steps_from(settings: Settings, root: str, load: bool, first: int, last: int,
         report["losses"].append((losses, result.grad_norm, model.optimizer.param_groups[0]["lr"]))
     if save:
         progress = Progress(last, last * settings.global_batch_size)
-        report["outcome"] = save_now(settings, root, platform, place, model, progress,
-                                     lambda: [train(step) for step in range(last, last + steps_during_save)])
+        report["outcome"] = save_now(
+            settings,
+            root,
+            platform,
+            place,
+            model,
+            progress,
+            lambda: [train(step) for step in range(last, last + steps_during_save)],
+        )
     for chunk in model.chunks:
         if settings.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
@@ -244,10 +318,21 @@ def evaluate_report(settings: Settings) -> dict:
     likely = make_samples(settings.global_batch_size, settings.seq_length, 79)
     likely["labels"] = torch.full_like(likely["labels"], 7)
     batches = micro_batches(likely, settings, place.data_rank, place.data_size)
-    for _ in range(6):  # until label 7 is the most likely one, so that some documents are exactly right
-        train_step(model, settings, forward_step, batches, dict.fromkeys((1, 2, 3, 4), 1.0), settings.global_batch_size)
+    for _ in range(
+        6
+    ):  # until label 7 is the most likely one, so that some documents are exactly right
+        train_step(
+            model,
+            settings,
+            forward_step,
+            batches,
+            dict.fromkeys((1, 2, 3, 4), 1.0),
+            settings.global_batch_size,
+        )
     seen = []
-    evaluation = Evaluator(settings, model, platform, place, "set", EvaluationSet(InstructionSource()))
+    evaluation = Evaluator(
+        settings, model, platform, place, "set", EvaluationSet(InstructionSource())
+    )
     report = evaluation.run(0, lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] == -(-11 // settings.global_batch_size)
     tied = not settings.untie_embeddings_and_output_weights
@@ -265,21 +350,38 @@ def gpt_model_reads_our_checkpoint(settings: Settings, root: str) -> dict:
     platform, place, model = start(settings)
     directory = save_now(settings, root, platform, place, model, Progress(1, 1)).directory
     theirs = GPTModel(
-        model.config, layer_spec(settings, False), settings.vocab_size, settings.seq_length, position_embedding_type="rope",
-        share_embeddings_and_output_weights=not settings.untie_embeddings_and_output_weights)
+        model.config,
+        layer_spec(settings, False),
+        settings.vocab_size,
+        settings.seq_length,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=not settings.untie_embeddings_and_output_weights,
+    )
     sharded = theirs.sharded_state_dict()
-    loaded, missing, unexpected = dist_checkpointing.load(sharded, str(directory), strict="return_all")
+    loaded, missing, unexpected = dist_checkpointing.load(
+        sharded, str(directory), strict="return_all"
+    )
     theirs.load_state_dict(loaded, strict=False)
     samples = make_samples(settings.global_batch_size, settings.seq_length, 5)
     positions = torch.arange(settings.seq_length).expand(samples["tokens"].shape)
     with torch.no_grad():
         loss = theirs(samples["tokens"], positions, None, labels=samples["labels"]).mean().item()
     forward_step = ForwardStep(settings, model, platform)
-    train_step(model, settings, forward_step, micro_batches(samples, settings, 0, 1), {settings.num_layers: 1.0}, 8)
+    train_step(
+        model,
+        settings,
+        forward_step,
+        micro_batches(samples, settings, 0, 1),
+        {settings.num_layers: 1.0},
+        8,
+    )
     ours = reduce_ledger(forward_step.ledger, settings).exits[settings.num_layers].loss
     differ = {"missing": missing, "unexpected": unexpected}
     extra = ("optimizer", "random_state")  # of the run, not of the model
-    named = {what: sorted(n for n in names if not n.startswith(extra) and "_extra_state" not in n) for what, names in differ.items()}
+    named = {
+        what: sorted(n for n in names if not n.startswith(extra) and "_extra_state" not in n)
+        for what, names in differ.items()
+    }
     return {"ours": ours, "theirs": loss, **named}
 
 
@@ -290,7 +392,9 @@ def segments_against_block(settings: Settings, ends: list[int]) -> dict:
     _, _, model = start(settings)
     block = unwrap(model.chunks[0]).decoder
     rotary = unwrap(model.chunks[0]).rotary_pos_emb(settings.seq_length)
-    hidden = torch.randn(settings.seq_length, 2, settings.hidden_size, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(
+        settings.seq_length, 2, settings.hidden_size, generator=torch.Generator().manual_seed(1)
+    )
     results = []
     for segments in ((block,), cut_block(block, ends)):
         block.zero_grad()
@@ -301,10 +405,16 @@ def segments_against_block(settings: Settings, ends: list[int]) -> dict:
         for segment in segments:
             out = segment(hidden_states=out, attention_mask=None, rotary_pos_emb=rotary)
         (out * hidden).sum().backward()
-        gradients = {name: parameter.main_grad.clone() for name, parameter in block.named_parameters()}
+        gradients = {
+            name: parameter.main_grad.clone() for name, parameter in block.named_parameters()
+        }
         results.append((out.detach(), {"input": x.grad, **gradients}))
     (whole, expected), (cut, got) = results
-    return {"whole": whole, "cut": cut, "gradients": {name: (expected[name], got[name]) for name in expected}}
+    return {
+        "whole": whole,
+        "cut": cut,
+        "gradients": {name: (expected[name], got[name]) for name in expected},
+    }
 
 
 def layers_run(settings: Settings, coefficients: dict[int, float]) -> list[int]:
@@ -316,11 +426,20 @@ def layers_run(settings: Settings, coefficients: dict[int, float]) -> list[int]:
             layer.register_forward_hook(lambda module, *_: ran.append(module.layer_number))
     forward_step = ForwardStep(settings, model, platform)
     samples = make_samples(settings.global_batch_size, settings.seq_length, 5)
-    train_step(model, settings, forward_step, micro_batches(samples, settings, place.data_rank, place.data_size), coefficients, 8)
+    train_step(
+        model,
+        settings,
+        forward_step,
+        micro_batches(samples, settings, place.data_rank, place.data_size),
+        coefficients,
+        8,
+    )
     return sorted(set(ran))
 
 
-def train_with_poison(settings: Settings, poisoned: dict[int, tuple[int, int, str]], steps: list[int]) -> dict:
+def train_with_poison(
+    settings: Settings, poisoned: dict[int, tuple[int, int, str]], steps: list[int]
+) -> dict:
     """Trains on the data of ``steps``; returns results and final weights.
 
     ``poisoned`` names, for some of the steps, (rank, depth, what): that rank's exit says NaN of its loss, or sends infinity down.
@@ -335,17 +454,27 @@ def train_with_poison(settings: Settings, poisoned: dict[int, tuple[int, int, st
         def exit_loss(micro, at, hidden, factor, rank=rank, depth=depth, what=what):
             losses, gradient = honest(micro, at, hidden, factor)
             if place.rank == rank and at == depth:
-                (losses.loss_n if what == "loss" else gradient).view(-1)[0] = float("nan") if what == "loss" else float("inf")
+                (losses.loss_n if what == "loss" else gradient).view(-1)[0] = (
+                    float("nan") if what == "loss" else float("inf")
+                )
             return losses, gradient
 
         forward_step.losses.compute = exit_loss
         samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step)
         batches = micro_batches(samples, settings, place.data_rank, place.data_size)
         coefficients = trained_exits(settings, coefficient_rule(settings), step)
-        results.append(train_step(model, settings, forward_step, batches, coefficients, settings.global_batch_size))
+        results.append(
+            train_step(
+                model, settings, forward_step, batches, coefficients, settings.global_batch_size
+            )
+        )
     tied = not settings.untie_embeddings_and_output_weights
-    return {"results": results, "rate": model.optimizer.param_groups[0]["lr"],
-            "weights": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied), "moments": moments(model, settings)}
+    return {
+        "results": results,
+        "rate": model.optimizer.param_groups[0]["lr"],
+        "weights": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied),
+        "moments": moments(model, settings),
+    }
 
 
 def hang_somewhere(settings: Settings, hanging_rank: int) -> dict[str, object]:

@@ -19,7 +19,9 @@ from tests.support.preloaded import session
 # Servers answer device calls on the CPU, so processes for another device start from nothing.
 SPAWN = multiprocessing.get_context("spawn")
 FORK_SERVER = multiprocessing.get_context("forkserver")
-device_context = SPAWN  # tests of a device may give the fork server a preload of their own and put it here
+device_context = (
+    SPAWN  # tests of a device may give the fork server a preload of their own and put it here
+)
 TIMEOUT_SECONDS = 240
 
 
@@ -33,8 +35,14 @@ def run_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]
     start = _start_on_device if on_device else _start
     rendezvous = f"file://{session.new_path('rendezvous')}"
     with session.turn("ranks", alone=world_size > 2):
-        return _answers(world_size, lambda rank: start(function, arguments, {
-            "RANK": str(rank), "WORLD_SIZE": str(world_size), "TEST_INIT_METHOD": rendezvous}))
+        return _answers(
+            world_size,
+            lambda rank: start(
+                function,
+                arguments,
+                {"RANK": str(rank), "WORLD_SIZE": str(world_size), "TEST_INIT_METHOD": rendezvous},
+            ),
+        )
 
 
 def _answers(world_size: int, start: Callable) -> list[Any]:
@@ -44,9 +52,13 @@ def _answers(world_size: int, start: Callable) -> list[Any]:
         for rank in range(world_size):
             started.append(start(rank))
         while len(results) < world_size:
-            pending = {started[rank].result: rank for rank in range(world_size) if rank not in results}
+            pending = {
+                started[rank].result: rank for rank in range(world_size) if rank not in results
+            }
             ready = wait(list(pending), timeout=TIMEOUT_SECONDS)
-            assert ready, f"ranks {sorted(pending.values())} did not answer within {TIMEOUT_SECONDS} s"
+            assert ready, (
+                f"ranks {sorted(pending.values())} did not answer within {TIMEOUT_SECONDS} s"
+            )
             for reader in ready:
                 results[pending[reader]] = started[pending[reader]].value(pending[reader])
     finally:
@@ -81,7 +93,11 @@ class _Forked:
 
 
 def _start(function: Callable, arguments: tuple, variables: dict[str, str]) -> _Forked:
-    return _Forked(*session.call("megatron", "tests.support.ranks", "run_rank", (function, arguments), variables))
+    return _Forked(
+        *session.call(
+            "megatron", "tests.support.ranks", "run_rank", (function, arguments), variables
+        )
+    )
 
 
 def run_rank(function: Callable, arguments: tuple) -> Any:
@@ -116,14 +132,21 @@ class _Spawned:
 
 def _start_on_device(function: Callable, arguments: tuple, variables: dict[str, str]) -> _Spawned:
     reader, writer = device_context.Pipe(duplex=False)
-    where = (function.__module__, function.__qualname__)  # importing it may import Megatron, which must wait for the device
-    process = device_context.Process(target=_device_rank, args=(writer, where, arguments, variables))
+    where = (
+        function.__module__,
+        function.__qualname__,
+    )  # importing it may import Megatron, which must wait for the device
+    process = device_context.Process(
+        target=_device_rank, args=(writer, where, arguments, variables)
+    )
     process.start()
     writer.close()
     return _Spawned(process, reader)
 
 
-def _device_rank(connection, where: tuple[str, str], arguments: tuple, variables: dict[str, str]) -> None:
+def _device_rank(
+    connection, where: tuple[str, str], arguments: tuple, variables: dict[str, str]
+) -> None:
     os.environ.update(variables)
     import torch
 

@@ -28,37 +28,75 @@ def layer(p, prefix, x, heads, groups, allowed, eps):
     """The layer whose parameters begin with ``prefix`` on x [b, s, h]; allowed [b, 1, s, s] says where a token may look."""
     b, s, h = x.shape
     d = h // heads
-    w = {key: p[prefix + key] for key in (
-        "self_attention.linear_qkv.layer_norm_weight", "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight",
-        "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight")}
+    w = {
+        key: p[prefix + key]
+        for key in (
+            "self_attention.linear_qkv.layer_norm_weight",
+            "self_attention.linear_qkv.weight",
+            "self_attention.linear_proj.weight",
+            "mlp.linear_fc1.layer_norm_weight",
+            "mlp.linear_fc1.weight",
+            "mlp.linear_fc2.weight",
+        )
+    }
     y = F.rms_norm(x, (h,), w["self_attention.linear_qkv.layer_norm_weight"], eps)
-    qkv = (y @ w["self_attention.linear_qkv.weight"].t()).view(b, s, groups, heads // groups + 2, d)  # per group: queries, key, value
+    qkv = (y @ w["self_attention.linear_qkv.weight"].t()).view(
+        b, s, groups, heads // groups + 2, d
+    )  # per group: queries, key, value
     q = qkv[:, :, :, :-2].reshape(b, s, heads, d).transpose(1, 2)
     k, v = (qkv[:, :, :, n].transpose(1, 2).repeat_interleave(heads // groups, 1) for n in (-2, -1))
     positions = torch.arange(s, dtype=torch.float32)
     q, k = rotate(q, positions), rotate(k, positions)
     scores = (q @ k.transpose(-1, -2) / d**0.5).masked_fill(~allowed, float("-inf"))
-    y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, h) @ w["self_attention.linear_proj.weight"].t()
+    y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, h) @ w[
+        "self_attention.linear_proj.weight"
+    ].t()
     post = p.get(prefix + "post_self_attn_layernorm.weight")
     x = x + (y if post is None else F.rms_norm(y, (h,), post, eps))
-    return mlp(x, w["mlp.linear_fc1.layer_norm_weight"], w["mlp.linear_fc1.weight"], w["mlp.linear_fc2.weight"], eps,
-               p.get(prefix + "post_mlp_layernorm.weight"))
+    return mlp(
+        x,
+        w["mlp.linear_fc1.layer_norm_weight"],
+        w["mlp.linear_fc1.weight"],
+        w["mlp.linear_fc2.weight"],
+        eps,
+        p.get(prefix + "post_mlp_layernorm.weight"),
+    )
 
 
 def own_parts(p, depth, x, heads, groups, allowed, eps):
     """What the exit at ``depth`` makes of x before its norm: low-rank adapter, then a layer or an MLP of its own, where it has them."""
     if f"exit_adapters.{depth}.down.weight" in p:
-        x = x + x @ p[f"exit_adapters.{depth}.down.weight"].t() @ p[f"exit_adapters.{depth}.up.weight"].t()
+        x = (
+            x
+            + x
+            @ p[f"exit_adapters.{depth}.down.weight"].t()
+            @ p[f"exit_adapters.{depth}.up.weight"].t()
+        )
     if f"exit_blocks.{depth}.mlp.linear_fc2.weight" in p:
         x = layer(p, f"exit_blocks.{depth}.", x, heads, groups, allowed, eps)
     if f"exit_mlps.{depth}.linear_fc2.weight" in p:
         names = ("linear_fc1.layer_norm_weight", "linear_fc1.weight", "linear_fc2.weight")
-        x = mlp(x, *(p[f"exit_mlps.{depth}.{name}"] for name in names), eps, p.get(f"exit_mlps.{depth}.post_mlp_layernorm.weight"))
+        x = mlp(
+            x,
+            *(p[f"exit_mlps.{depth}.{name}"] for name in names),
+            eps,
+            p.get(f"exit_mlps.{depth}.post_mlp_layernorm.weight"),
+        )
     return x
 
 
-def exit_logits(p, tokens, segments, depths, heads, groups, vocab_size, eps=1e-5, read=lambda depth, x: x,
-                split=lambda depth, x: (x, x)):
+def exit_logits(
+    p,
+    tokens,
+    segments,
+    depths,
+    heads,
+    groups,
+    vocab_size,
+    eps=1e-5,
+    read=lambda depth, x: x,
+    split=lambda depth, x: (x, x),
+):
     """Returns {depth: logits [b, s, v]} over the real vocabulary; ``read`` may put another tensor in place of what an exit reads, and
     ``split`` one in place of what deeper layers go on with too, as (what they go on with, what the exit reads)."""
     s = tokens.size(1)
@@ -70,7 +108,10 @@ def exit_logits(p, tokens, segments, depths, heads, groups, vocab_size, eps=1e-5
         x = layer(p, f"decoder.layers.{i}.", x, heads, groups, allowed, eps)
         if i + 1 in depths:
             norm = p.get(f"exit_norms.{i + 1}.weight", p["decoder.final_layernorm.weight"])
-            head = p.get(f"exit_output_layers.{i + 1}.weight", p.get("output_layer.weight", p["embedding.word_embeddings.weight"]))
+            head = p.get(
+                f"exit_output_layers.{i + 1}.weight",
+                p.get("output_layer.weight", p["embedding.word_embeddings.weight"]),
+            )
             x, seen = split(i + 1, x)
             y = own_parts(p, i + 1, read(i + 1, seen), heads, groups, allowed, eps)
             logits[i + 1] = F.rms_norm(y, x.shape[-1:], norm, eps) @ head[:vocab_size].t()
@@ -80,4 +121,7 @@ def exit_logits(p, tokens, segments, depths, heads, groups, vocab_size, eps=1e-5
 def exit_losses(p, tokens, labels, mask, segments, depths, heads, groups, vocab_size, eps=1e-5):
     """Returns {depth: loss of every token [b, s] times its mask}."""
     logits = exit_logits(p, tokens, segments, depths, heads, groups, vocab_size, eps)
-    return {depth: F.cross_entropy(values.transpose(1, 2), labels, reduction="none") * mask for depth, values in logits.items()}
+    return {
+        depth: F.cross_entropy(values.transpose(1, 2), labels, reduction="none") * mask
+        for depth, values in logits.items()
+    }

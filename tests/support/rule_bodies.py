@@ -29,8 +29,16 @@ def train_each(runs: dict[str, tuple], settings: Settings) -> dict[str, dict]:
     return {name: train_with_rule(platform, place, *arguments) for name, arguments in runs.items()}
 
 
-def train_with_rule(platform, place, settings: Settings, first: int, last: int, load: str | None = None, save: str | None = None,
-                    poisoned_step: int | None = None) -> dict:
+def train_with_rule(
+    platform,
+    place,
+    settings: Settings,
+    first: int,
+    last: int,
+    load: str | None = None,
+    save: str | None = None,
+    poisoned_step: int | None = None,
+) -> dict:
     """Loads if asked, trains steps first..last-1, saves if asked; returns per step losses, coefficients, observations, and weights.
 
     At ``poisoned_step`` the loss of the last exit is NaN on the first rank that has it.
@@ -39,14 +47,30 @@ def train_with_rule(platform, place, settings: Settings, first: int, last: int, 
     build_optimizer(model, settings, place.world_size)
     tied = not settings.untie_embeddings_and_output_weights
     rule, said = coefficient_rule(settings), []
-    report = {"initial": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied),
-              "losses": [], "coefficients": [], "observed": [], "collectives": [], "stepped": []}
-    checkpoints = Checkpoints(dataclasses.replace(settings, load=load, save=save), platform, place, model, rule, said.append)
+    report = {
+        "initial": shards_of(model, unwrap, lambda p: p.data, place.tensor_rank, tied),
+        "losses": [],
+        "coefficients": [],
+        "observed": [],
+        "collectives": [],
+        "stepped": [],
+    }
+    checkpoints = Checkpoints(
+        dataclasses.replace(settings, load=load, save=save),
+        platform,
+        place,
+        model,
+        rule,
+        said.append,
+    )
     if load:
-        checkpoints.load(choose_checkpoint(find_candidates(load), checkpoints.settings, None, None, said.append))
+        checkpoints.load(
+            choose_checkpoint(find_candidates(load), checkpoints.settings, None, None, said.append)
+        )
     forward_step = ForwardStep(settings, model, platform)
     honest = forward_step.losses.compute
     for step in range(first, last):
+
         def exit_loss(micro, depth, hidden, factor, step=step):
             losses, gradient = honest(micro, depth, hidden, factor)
             if step == poisoned_step and depth == settings.num_layers and place.data_rank == 0:
@@ -56,22 +80,30 @@ def train_with_rule(platform, place, settings: Settings, first: int, last: int, 
         forward_step.losses.compute = exit_loss
         coefficients = trained_exits(settings, rule, step)
         forward_step.begin_step(step, rule)
-        samples = make_samples(settings.global_batch_size, settings.seq_length, 100 + step, True, True)
+        samples = make_samples(
+            settings.global_batch_size, settings.seq_length, 100 + step, True, True
+        )
         batches = micro_batches(samples, settings, place.data_rank, place.data_size, True)
         with CollectiveCount() as collectives:
-            result = train_step(model, settings, forward_step, batches, coefficients, settings.global_batch_size)
+            result = train_step(
+                model, settings, forward_step, batches, coefficients, settings.global_batch_size
+            )
         if result.observed is not None:
             rule.observe(step, result.observed)
         report["stepped"].append(result.stepped)
         report["collectives"].append(collectives.counts)
         report["coefficients"].append(coefficients)
         report["observed"].append(result.observed)
-        report["losses"].append({d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).exits.items()})
+        report["losses"].append(
+            {d: e.loss for d, e in reduce_ledger(forward_step.ledger, settings).exits.items()}
+        )
     if save:
         Path(save).mkdir(exist_ok=True)
         checkpoints.open_for_saving({}, lambda: None)
-        checkpoints.save(Progress(last, last * settings.global_batch_size),
-                         description(settings, settings.vocab_size, "test", place, None, None))
+        checkpoints.save(
+            Progress(last, last * settings.global_batch_size),
+            description(settings, settings.vocab_size, "test", place, None, None),
+        )
         checkpoints.finished(wait=True)
         checkpoints.close()
     report["state"], report["next"] = rule.state_dict(), trained_exits(settings, rule, last)

@@ -11,12 +11,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def joined(reports: list[dict], key: str, moment: str | None = None) -> dict[str, torch.Tensor]:
     """Returns whole tensors by name from all ranks' reports, without the rows that pad the vocabulary."""
     whole = join_ranks([r[key] if moment is None else r[key][moment] for r in reports])[0]
-    return {name: tensor[:VOCABULARY] if "embedding" in name or "output_layer" in name else tensor for name, tensor in whole.items()}
+    return {
+        name: tensor[:VOCABULARY] if "embedding" in name or "output_layer" in name else tensor
+        for name, tensor in whole.items()
+    }
 
 
-def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], what: str) -> None:
+def assert_equal(
+    got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], what: str
+) -> None:
     """Fails unless both have tensors of the same names and bits, of which there is at least one."""
-    assert expected and got.keys() == expected.keys(), f"{what}: {sorted(got.keys() ^ expected.keys())}"
+    assert expected and got.keys() == expected.keys(), (
+        f"{what}: {sorted(got.keys() ^ expected.keys())}"
+    )
     differ = [name for name in expected if not torch.equal(got[name], expected[name])]
     assert not differ, f"{what}: {differ}"
 
@@ -24,10 +31,19 @@ def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 def assert_same_moments(got: list[dict], expected: list[dict], loaded: bool = False) -> None:
     """Fails unless all ranks' reports ``got`` have the moments of ``expected`` after training; with ``loaded``, had loaded them."""
     for moment in MOMENTS:
-        assert_equal(joined(got, "loaded_moments" if loaded else "moments", moment), joined(expected, "moments", moment), moment)
+        assert_equal(
+            joined(got, "loaded_moments" if loaded else "moments", moment),
+            joined(expected, "moments", moment),
+            moment,
+        )
 
 
-def assert_same_state(got: list[dict], expected: list[dict], loaded: bool = False, weights_as: torch.dtype | None = None) -> None:
+def assert_same_state(
+    got: list[dict],
+    expected: list[dict],
+    loaded: bool = False,
+    weights_as: torch.dtype | None = None,
+) -> None:
     """Fails unless weights and moments are the same.
 
     Args:
@@ -37,7 +53,12 @@ def assert_same_state(got: list[dict], expected: list[dict], loaded: bool = Fals
         weights_as: Compares weights as numbers of this kind: fully sharded ones are kept in fp32, others in the layers' precision.
     """
     key = "loaded_weights" if loaded else "weights"
-    weights, wanted = ({name: weight.to(weights_as or weight.dtype) for name, weight in joined(reports, of).items()}
-                       for reports, of in ((got, key), (expected, "weights")))
+    weights, wanted = (
+        {
+            name: weight.to(weights_as or weight.dtype)
+            for name, weight in joined(reports, of).items()
+        }
+        for reports, of in ((got, key), (expected, "weights"))
+    )
     assert_equal(weights, wanted, key)
     assert_same_moments(got, expected, loaded)

@@ -83,8 +83,11 @@ class NoSkips:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--no-skips``."""
-    parser.addoption("--no-skips", action="store_true",
-                     help=f"fail where a test is skipped, unless {LIST} lists it")
+    parser.addoption(
+        "--no-skips",
+        action="store_true",
+        help=f"fail where a test is skipped, unless {LIST} lists it",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -66,7 +66,9 @@ def missing_programs() -> str:
     """Returns why there can be no such cluster here, or nothing."""
     absent = [name for name in PROGRAMS if not shutil.which(name)]
     if absent:
-        return f"{', '.join(absent)} missing: apt-get install --no-install-recommends slurm-wlm munge"
+        return (
+            f"{', '.join(absent)} missing: apt-get install --no-install-recommends slurm-wlm munge"
+        )
     return "" if os.geteuid() == 0 else "slurmctld and slurmd need root"
 
 
@@ -96,10 +98,19 @@ class SlurmCluster:
             (folder / name).mkdir()
         for name in ("gpu", "npu"):
             for number in range(DEVICES):
-                subprocess.run(["mknod", str(folder / f"{name}{number}"), "c", "195", str(number)], check=True)
+                subprocess.run(
+                    ["mknod", str(folder / f"{name}{number}"), "c", "195", str(number)], check=True
+                )
         node = two_free_ports()
-        words = {"folder": folder, "host": socket.gethostname().split(".")[0], "controller": free_port(), "node": node, "last": node + 1,
-                 "devices": DEVICES, "first_job": CHANCE.randrange(1, 11000)}
+        words = {
+            "folder": folder,
+            "host": socket.gethostname().split(".")[0],
+            "controller": free_port(),
+            "node": node,
+            "last": node + 1,
+            "devices": DEVICES,
+            "first_job": CHANCE.randrange(1, 11000),
+        }
         (folder / "slurm.conf").write_text(CONFIGURATION.format(**words))
         (folder / "gres.conf").write_text(GENERIC_RESOURCES.format(folder=folder, last=DEVICES - 1))
         key = folder / "munge.key"
@@ -109,13 +120,28 @@ class SlurmCluster:
     def start(self) -> None:
         """Starts the daemons and waits until both nodes are idle."""
         run = self.folder
-        subprocess.run(["munged", "--force", f"--key-file={run}/munge.key", f"--socket={run}/munge.socket", f"--pid-file={run}/munged.pid",
-                        f"--log-file={run}/munged.log", f"--seed-file={run}/munged.seed"], check=True, capture_output=True)
+        subprocess.run(
+            [
+                "munged",
+                "--force",
+                f"--key-file={run}/munge.key",
+                f"--socket={run}/munge.socket",
+                f"--pid-file={run}/munged.pid",
+                f"--log-file={run}/munged.log",
+                f"--seed-file={run}/munged.seed",
+            ],
+            check=True,
+            capture_output=True,
+        )
         subprocess.run(["slurmctld", "-f", run / "slurm.conf"], check=True, env=self.environment)
         for node in ("n0", "n1"):
-            subprocess.run(["slurmd", "-f", run / "slurm.conf", "-N", node], check=True, env=self.environment)
+            subprocess.run(
+                ["slurmd", "-f", run / "slurm.conf", "-N", node], check=True, env=self.environment
+            )
         until = time.monotonic() + 60
-        while set(self.command("sinfo", "-hN", "-p", "low", "-o", "%T", check=False).split()) != {"idle"}:
+        while set(self.command("sinfo", "-hN", "-p", "low", "-o", "%T", check=False).split()) != {
+            "idle"
+        }:
             assert time.monotonic() < until, (run / "slurmctld.log").read_text()
             time.sleep(0.2)
 
@@ -125,8 +151,17 @@ class SlurmCluster:
 
     def command(self, *words: object, check: bool = True) -> str:
         """Returns what a SLURM command printed."""
-        done = subprocess.run([str(word) for word in words], env=self.environment, text=True, capture_output=True, check=False, timeout=60)
-        assert not check or done.returncode == 0, f"{words} ended with {done.returncode}: {done.stdout}{done.stderr}"
+        done = subprocess.run(
+            [str(word) for word in words],
+            env=self.environment,
+            text=True,
+            capture_output=True,
+            check=False,
+            timeout=60,
+        )
+        assert not check or done.returncode == 0, (
+            f"{words} ended with {done.returncode}: {done.stdout}{done.stderr}"
+        )
         return done.stdout.strip()
 
     def state(self, job: str) -> str:
@@ -153,4 +188,7 @@ class SlurmCluster:
     def stop(self) -> None:
         """Cancel every job and end the daemons."""
         self.cancel_all()
-        end_daemons(self.folder / f"{name}.pid" for name in ("slurmd-n0", "slurmd-n1", "slurmctld", "munged"))
+        end_daemons(
+            self.folder / f"{name}.pid"
+            for name in ("slurmd-n0", "slurmd-n1", "slurmctld", "munged")
+        )

@@ -51,7 +51,9 @@ class SshHosts:
     def __init__(self, folder: Path):
         self.folder, self.port, self.made_run_directory = folder, free_port(), False
         for name in ("host_key", "user_key"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+            subprocess.run(
+                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True
+            )
         listen = "\n".join(f"ListenAddress {address}:{self.port}" for address in ADDRESSES)
         (folder / "sshd_config").write_text(SERVER.format(folder=folder, listen=listen))
         (folder / "ssh_config").write_text(CLIENT.format(folder=folder, port=self.port))
@@ -63,10 +65,15 @@ class SshHosts:
             RUN_DIRECTORY.mkdir()
             self.made_run_directory = True
         log = self.folder / "sshd.log"
-        subprocess.run([shutil.which("sshd"), "-f", self.folder / "sshd_config", "-E", log], check=True)
+        subprocess.run(
+            [shutil.which("sshd"), "-f", self.folder / "sshd_config", "-E", log], check=True
+        )
         until = time.monotonic() + 20
-        while subprocess.run(["ssh", *self.options.split(), "-o", "BatchMode=yes", ADDRESSES[-1], "true"], check=False,
-                             capture_output=True).returncode:
+        while subprocess.run(
+            ["ssh", *self.options.split(), "-o", "BatchMode=yes", ADDRESSES[-1], "true"],
+            check=False,
+            capture_output=True,
+        ).returncode:
             assert time.monotonic() < until, log.read_text()
             time.sleep(0.1)
 

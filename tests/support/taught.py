@@ -7,13 +7,20 @@ from megatron_sorted.settings.derived import exit_depths
 from tests.support.reference import exit_logits
 
 
-def divergence(exit_logits_v: torch.Tensor, teacher_logits_v: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:
+def divergence(
+    exit_logits_v: torch.Tensor,
+    teacher_logits_v: torch.Tensor,
+    temperature: float,
+    top_k: int | None,
+) -> torch.Tensor:
     """Returns KL(teacher || exit) of every token, both at the temperature; the teacher cut to its ``top_k`` most likely tokens."""
     teacher = (teacher_logits_v / temperature).softmax(-1)
     if top_k is not None:
         kept = torch.zeros_like(teacher).scatter(-1, teacher.topk(top_k, dim=-1).indices, 1.0)
         teacher = teacher * kept / (teacher * kept).sum(-1, keepdim=True)
-    return F.kl_div((exit_logits_v / temperature).log_softmax(-1), teacher, reduction="none").sum(-1)
+    return F.kl_div((exit_logits_v / temperature).log_softmax(-1), teacher, reduction="none").sum(
+        -1
+    )
 
 
 class Meet(torch.autograd.Function):
@@ -38,17 +45,26 @@ def join_by_rule(settings, num_above: int, own: torch.Tensor, deeper: torch.Tens
         groups = [(own.reshape(-1, own.size(-1)), deeper.reshape(-1, own.size(-1)))]
     else:
         size = settings.micro_batch_size
-        groups = [(o.reshape(1, -1), d.reshape(1, -1)) for o, d in zip(own.split(size), deeper.split(size), strict=True)]
+        groups = [
+            (o.reshape(1, -1), d.reshape(1, -1))
+            for o, d in zip(own.split(size), deeper.split(size), strict=True)
+        ]
     joined = []
     for o, d in groups:
         o, d = o.double(), d.double()
         if settings.exit_gradient_rule == "balance":
             both = (o.norm(dim=1) > 0) & (d.norm(dim=1) > 0)
-            factor = torch.where(both, settings.exit_gradient_balance * d.norm(dim=1) / o.norm(dim=1).clamp(min=1e-300), 1.0)
+            factor = torch.where(
+                both,
+                settings.exit_gradient_balance * d.norm(dim=1) / o.norm(dim=1).clamp(min=1e-300),
+                1.0,
+            )
             joined.append(o * factor[:, None] + d)
         else:
             against = ((o * d).sum(1) < 0)[:, None]
-            part = (o * d).sum(1, keepdim=True) / d.square().sum(1, keepdim=True).clamp(min=1e-300) * d
+            part = (
+                (o * d).sum(1, keepdim=True) / d.square().sum(1, keepdim=True).clamp(min=1e-300) * d
+            )
             joined.append(torch.where(against, o - part, o) + d)
     return torch.cat(joined).reshape(own.shape).to(own.dtype)
 
@@ -68,18 +84,43 @@ class Objective:
     def __call__(self, settings, parameters, samples, segments, coefficients):
         """Returns the mean cross entropy of every exit, and what training lowers."""
         self.meetings.append({})
-        logits = self._logits(settings, parameters, samples, segments, coefficients, self.meetings[-1])
+        logits = self._logits(
+            settings, parameters, samples, segments, coefficients, self.meetings[-1]
+        )
         mask, last = samples["mask"], settings.num_layers
-        entropies = {d: self.mean_by_rule(settings, F.cross_entropy(z.transpose(1, 2), samples["labels"], reduction="none") * mask, mask)
-                     for d, z in logits.items()}
+        entropies = {
+            d: self.mean_by_rule(
+                settings,
+                F.cross_entropy(z.transpose(1, 2), samples["labels"], reduction="none") * mask,
+                mask,
+            )
+            for d, z in logits.items()
+        }
         share, temperature = settings.exit_kd_weight, settings.exit_kd_temperature
         teacher = self.teach(samples["tokens"], segments) if self.teach else logits[last].detach()
-        apart = {} if not share else {
-            d: self.mean_by_rule(settings, divergence(z, teacher, temperature, settings.exit_kd_top_k) * mask, mask)
-            for d, z in logits.items() if d != last or self.teach}
+        apart = (
+            {}
+            if not share
+            else {
+                d: self.mean_by_rule(
+                    settings,
+                    divergence(z, teacher, temperature, settings.exit_kd_top_k) * mask,
+                    mask,
+                )
+                for d, z in logits.items()
+                if d != last or self.teach
+            }
+        )
         self.kd.append({d: value.item() for d, value in apart.items()})
-        total = sum(c * (((1 - share) * entropies[d] + share * temperature**2 * apart[d]) if d in apart else entropies[d])
-                    for d, c in coefficients.items())
+        total = sum(
+            c
+            * (
+                ((1 - share) * entropies[d] + share * temperature**2 * apart[d])
+                if d in apart
+                else entropies[d]
+            )
+            for d, c in coefficients.items()
+        )
         return entropies, total
 
     def _logits(self, settings, parameters, samples, segments, coefficients, meetings):
@@ -89,11 +130,26 @@ class Objective:
             above = sum(other > depth for other in coefficients)
 
             def rule(own, deeper):
-                meetings[depth] = (F.cosine_similarity(own.flatten(), deeper.flatten(), dim=0).item(), (own.norm() / deeper.norm()).item())
-                return own + deeper if settings.exit_gradient_rule == "sum" else join_by_rule(settings, above, own, deeper)
+                meetings[depth] = (
+                    F.cosine_similarity(own.flatten(), deeper.flatten(), dim=0).item(),
+                    (own.norm() / deeper.norm()).item(),
+                )
+                return (
+                    own + deeper
+                    if settings.exit_gradient_rule == "sum"
+                    else join_by_rule(settings, above, own, deeper)
+                )
 
             return Meet.apply(x, rule)
 
         return exit_logits(
-            parameters, samples["tokens"], segments, exit_depths(settings), settings.num_attention_heads, settings.num_query_groups,
-            settings.vocab_size, settings.norm_epsilon, split=split)
+            parameters,
+            samples["tokens"],
+            segments,
+            exit_depths(settings),
+            settings.num_attention_heads,
+            settings.num_query_groups,
+            settings.vocab_size,
+            settings.norm_epsilon,
+            split=split,
+        )

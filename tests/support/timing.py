@@ -14,7 +14,14 @@ import pytest
 from tests.support.preloaded.session import spent_seconds
 
 SLOWEST = 10
-AIM_SECONDS = {"tests/rules": 20, "tests/unit": 120, "tests/ranks": 330, "tests/system": 330, "tests/faults": 60, "tests/launch": 60}
+AIM_SECONDS = {
+    "tests/rules": 20,
+    "tests/unit": 120,
+    "tests/ranks": 330,
+    "tests/system": 330,
+    "tests/faults": 60,
+    "tests/launch": 60,
+}
 """CPU seconds that each folder's everyday tests are aimed at: a quarter of an hour on 2 cores in all."""
 BEGAN = pytest.StashKey[tuple[float, float]]()
 
@@ -41,14 +48,25 @@ def num_assertions(files: Iterable[Path]) -> int:
     count = 0
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            count += isinstance(node, ast.Assert) or (isinstance(node, ast.Attribute) and node.attr == "raises")
+            count += isinstance(node, ast.Assert) or (
+                isinstance(node, ast.Attribute) and node.attr == "raises"
+            )
     return count
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     """Print the table."""
-    reports = [report for key in ("", "passed", "failed", "error") for report in terminalreporter.stats.get(key, ())]
-    seconds = {report.nodeid: value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "seconds"}
+    reports = [
+        report
+        for key in ("", "passed", "failed", "error")
+        for report in terminalreporter.stats.get(key, ())
+    ]
+    seconds = {
+        report.nodeid: value
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "seconds"
+    }
     if len(seconds) <= SLOWEST:
         return
     folders = defaultdict(list)
@@ -58,9 +76,15 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     write(f"{'folder':16} {'tests':>6} {'wall s':>8} {'CPU s':>8}")
     for folder, spent in sorted(folders.items()):
         wall, cpu = (sum(column) for column in zip(*spent, strict=True))
-        late = f"  warning: aimed at {AIM_SECONDS[folder]} CPU s" if cpu > AIM_SECONDS.get(folder, cpu) else ""
+        late = (
+            f"  warning: aimed at {AIM_SECONDS[folder]} CPU s"
+            if cpu > AIM_SECONDS.get(folder, cpu)
+            else ""
+        )
         write(f"{folder:16} {len(spent):6} {wall:8.0f} {cpu:8.0f}{late}")
     files = {config.rootpath / nodeid.split("::")[0] for nodeid in seconds}
-    write(f"{len(seconds)} tests in {len(files)} files with {num_assertions(files)} assertions; the slowest, in seconds:")
+    write(
+        f"{len(seconds)} tests in {len(files)} files with {num_assertions(files)} assertions; the slowest, in seconds:"
+    )
     for nodeid, (wall, cpu) in sorted(seconds.items(), key=lambda pair: -pair[1][0])[:SLOWEST]:
         write(f"  {wall:6.1f} wall {cpu:6.1f} CPU  {nodeid}")

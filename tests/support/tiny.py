@@ -14,11 +14,30 @@ from tests.support.text_stream import stream_batches, stream_samples
 VOCABULARY = 100
 
 TINY = Settings(
-    num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, group_query_attention=True, num_query_groups=2,
-    seq_length=16, vocab_size=VOCABULARY, make_vocab_size_divisible_by=8, exit_layer_nums=(1, 2, 3), mock_data=True, device="cpu",
-    micro_batch_size=2, global_batch_size=8, train_iters=100, lr=1e-2, lr_decay_style="constant", weight_decay=0.1, clip_grad=1.0,
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    group_query_attention=True,
+    num_query_groups=2,
+    seq_length=16,
+    vocab_size=VOCABULARY,
+    make_vocab_size_divisible_by=8,
+    exit_layer_nums=(1, 2, 3),
+    mock_data=True,
+    device="cpu",
+    micro_batch_size=2,
+    global_batch_size=8,
+    train_iters=100,
+    lr=1e-2,
+    lr_decay_style="constant",
+    weight_decay=0.1,
+    clip_grad=1.0,
     adam_eps=1e-4,  # a tiny epsilon would turn rounding of near-zero gradients into whole steps and hide real differences
-    exit_loss_chunk_tokens=7, init_method_std=0.1, seed=3)
+    exit_loss_chunk_tokens=7,
+    init_method_std=0.1,
+    seed=3,
+)
 
 
 def tiny(**changes) -> Settings:
@@ -26,8 +45,9 @@ def tiny(**changes) -> Settings:
     return dataclasses.replace(TINY, **changes)
 
 
-def make_samples(num_samples: int, seq_length: int, seed: int, unequal: bool = False,
-                 packed: bool | str = False) -> dict[str, torch.Tensor]:
+def make_samples(
+    num_samples: int, seq_length: int, seed: int, unequal: bool = False, packed: bool | str = False
+) -> dict[str, torch.Tensor]:
     """Returns samples [n, s]: tokens, labels, loss mask and segments. ``unequal``: very different numbers of trained tokens;
     ``packed``: several documents in each sample; "text": windows of a stream of documents (``tests.support.text_stream``)."""
     if packed == "text":
@@ -43,11 +63,21 @@ def make_samples(num_samples: int, seq_length: int, seed: int, unequal: bool = F
             cut = 3 + n % (seq_length - 6)
             segments[n, cut:] = 1
             mask[n, cut - 1] = 0.0
-    return {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous(), "mask": mask, "segments": segments}
+    return {
+        "tokens": text[:, :-1].contiguous(),
+        "labels": text[:, 1:].contiguous(),
+        "mask": mask,
+        "segments": segments,
+    }
 
 
-def micro_batches(samples: dict[str, torch.Tensor], settings: Settings, data_rank: int, data_size: int,
-                  packed: bool | str = False) -> list[Batch]:
+def micro_batches(
+    samples: dict[str, torch.Tensor],
+    settings: Settings,
+    data_rank: int,
+    data_size: int,
+    packed: bool | str = False,
+) -> list[Batch]:
     """Returns a rank's micro-batches of one global batch, in Megatron's order."""
     if packed == "text":
         return stream_batches(samples, settings, data_rank, data_size)
@@ -72,7 +102,9 @@ def instruction_samples(num_samples: int = 11) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(78)
     samples["mask"] = (torch.rand(samples["tokens"].shape, generator=generator) < 0.15).float()
     samples["mask"][4] = 0  # one without a trained token: it is in no mean
-    samples["labels"] = torch.where(torch.rand(samples["tokens"].shape, generator=generator) < 0.5, 7, samples["labels"])
+    samples["labels"] = torch.where(
+        torch.rand(samples["tokens"].shape, generator=generator) < 0.5, 7, samples["labels"]
+    )
     return samples
 
 
@@ -81,9 +113,19 @@ class InstructionSource(InstructionSamples):
 
     def __init__(self):
         self.table = instruction_samples()
-        self.samples_per_epoch, self.seq_length, self.pad_id = self.table["tokens"].size(0), TINY.seq_length, 0
+        self.samples_per_epoch, self.seq_length, self.pad_id = (
+            self.table["tokens"].size(0),
+            TINY.seq_length,
+            0,
+        )
 
     def sample(self, index: int) -> Sample:
         """Returns one of the samples."""
         rows = {name: tensor[index].numpy() for name, tensor in self.table.items()}
-        return Sample(rows["tokens"], rows["labels"], rows["mask"], rows["segments"], int(rows["segments"].max()) + 1)
+        return Sample(
+            rows["tokens"],
+            rows["labels"],
+            rows["mask"],
+            rows["segments"],
+            int(rows["segments"].max()) + 1,
+        )

@@ -35,7 +35,10 @@ class WandbRun:
 
     def values(self) -> list[dict[str, Any]]:
         """Returns the rows without wandb's own keys."""
-        return [{key: value for key, value in row.items() if not key.startswith("_")} for row in self.rows]
+        return [
+            {key: value for key, value in row.items() if not key.startswith("_")}
+            for row in self.rows
+        ]
 
 
 def _records(path: Path) -> list[bytes]:
@@ -52,7 +55,7 @@ def _records(path: Path) -> list[bytes]:
         position += HEADER_BYTES
         if kind == 0 or position + size > len(data):
             break  # the process ended in the middle
-        whole = (b"" if kind in (1, 2) else whole) + data[position:position + size]
+        whole = (b"" if kind in (1, 2) else whole) + data[position : position + size]
         position += size
         if kind in (1, 4):  # a whole record, or its last piece
             found.append(whole)
@@ -86,11 +89,29 @@ def read_wandb_run(directory: Path) -> WandbRun:
             exit_code = record.exit.exit_code
     assert run is not None, f"{path} holds no run"
     config.pop("_wandb", None)
-    return WandbRun(directory, run.run_id, run.project, run.entity, run.run_group, run.display_name, run.resume, config, rows, metrics,
-                    exit_code)
+    return WandbRun(
+        directory,
+        run.run_id,
+        run.project,
+        run.entity,
+        run.run_group,
+        run.display_name,
+        run.resume,
+        config,
+        rows,
+        metrics,
+        exit_code,
+    )
 
 
 def read_wandb_runs(root: Path) -> list[WandbRun]:
     """Returns all runs under a directory (``--wandb-save-dir``, or ``--save``), oldest first."""
-    directories = [path for path in (root / "wandb").glob("*run-*-*") if path.is_dir() and not path.is_symlink()]
-    return [read_wandb_run(path) for path in sorted(directories, key=lambda path: path.name.removeprefix("offline-"))]
+    directories = [
+        path
+        for path in (root / "wandb").glob("*run-*-*")
+        if path.is_dir() and not path.is_symlink()
+    ]
+    return [
+        read_wandb_run(path)
+        for path in sorted(directories, key=lambda path: path.name.removeprefix("offline-"))
+    ]

@@ -32,24 +32,50 @@ class WandbServer:
     def answer(self, operation: str, values: dict[str, Any]) -> dict[str, Any]:
         """Returns the data of one question."""
         name = values.get("name")
-        project = {"id": "cA==", "name": values.get("project"), "entity": {"id": "ZQ==", "name": "team"}}
+        project = {
+            "id": "cA==",
+            "name": values.get("project"),
+            "entity": {"id": "ZQ==", "name": "team"},
+        }
         if operation == "RunResumeStatus":
-            return {"model": {**project, "bucket": self._bucket(name) if name in self.runs else None}}
+            return {
+                "model": {**project, "bucket": self._bucket(name) if name in self.runs else None}
+            }
         if operation == "UpsertBucket":
             new = name not in self.runs
             self.runs.setdefault(name, {})
             self.names.setdefault(name, values.get("displayName"))
-            return {"upsertBucket": {"inserted": new, "bucket": self._bucket(name) | {"project": project, "sweepName": None}}}
+            return {
+                "upsertBucket": {
+                    "inserted": new,
+                    "bucket": self._bucket(name) | {"project": project, "sweepName": None},
+                }
+            }
         if operation == "CreateRunFiles":
-            files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in values["files"]]
+            files = [
+                {"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in values["files"]
+            ]
             return {"createRunFiles": {"runID": "cnVu", "uploadHeaders": [], "files": files}}
         return {}
 
     def _bucket(self, name: str) -> dict[str, Any]:
         rows = self.rows(name)
-        return {"id": "cnVu", "name": name, "displayName": self.names.get(name), "description": "", "config": "{}", "summaryMetrics": "{}",
-                "historyLineCount": len(rows), "logLineCount": 0, "eventsLineCount": 0, "eventsTail": "[]", "tags": [], "notes": "",
-                "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]), "wandbConfig": '{"t": 1}'}
+        return {
+            "id": "cnVu",
+            "name": name,
+            "displayName": self.names.get(name),
+            "description": "",
+            "config": "{}",
+            "summaryMetrics": "{}",
+            "historyLineCount": len(rows),
+            "logLineCount": 0,
+            "eventsLineCount": 0,
+            "eventsTail": "[]",
+            "tags": [],
+            "notes": "",
+            "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]),
+            "wandbConfig": '{"t": 1}',
+        }
 
     def take(self, run_id: str, sent: dict[str, Any]) -> None:
         """Keeps the history that was sent."""
@@ -63,6 +89,7 @@ class WandbServer:
 @contextlib.contextmanager
 def wandb_server() -> Iterator[WandbServer]:
     """Yields a server of this host that runs in a thread."""
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -76,7 +103,9 @@ def wandb_server() -> Iterator[WandbServer]:
             found: dict[str, Any] = {}
             if self.path == "/graphql":
                 asked = json.loads(body)
-                found = {"data": server.answer(asked.get("operationName"), asked.get("variables") or {})}
+                found = {
+                    "data": server.answer(asked.get("operationName"), asked.get("variables") or {})
+                }
             elif self.path.endswith("/file_stream"):
                 server.take(self.path.split("/")[-2], json.loads(body))
             data = json.dumps(found).encode()

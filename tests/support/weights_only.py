@@ -12,14 +12,26 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_sorted.checkpoint.layout import TRACKER, iteration_directory
-from megatron_sorted.checkpoint.manifest import MANIFEST, WEIGHTS_ONLY, Progress, manifest_text, read_manifest, record_file
+from megatron_sorted.checkpoint.manifest import (
+    MANIFEST,
+    WEIGHTS_ONLY,
+    Progress,
+    manifest_text,
+    read_manifest,
+    record_file,
+)
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
     """Returns the whole tensors of a checkpoint's model, by name."""
-    stored = pickle.loads((directory / ".metadata").read_bytes()).state_dict_metadata  # of the test's own making
-    weights = {name: torch.empty(what.size, dtype=what.properties.dtype) for name, what in stored.items()
-               if isinstance(what, TensorStorageMetadata) and not name.startswith("optimizer")}
+    stored = pickle.loads(
+        (directory / ".metadata").read_bytes()
+    ).state_dict_metadata  # of the test's own making
+    weights = {
+        name: torch.empty(what.size, dtype=what.properties.dtype)
+        for name, what in stored.items()
+        if isinstance(what, TensorStorageMetadata) and not name.startswith("optimizer")
+    }
     dcp.load(weights, checkpoint_id=str(directory), no_dist=True)
     return weights
 
@@ -29,12 +41,20 @@ def weights_by_layer(directory: Path) -> dict[str, torch.Tensor]:
     found = {}
     for name, tensor in read_weights(directory).items():
         inner = name.removeprefix("decoder.layers.")
-        found |= {name: tensor} if inner == name else {f"decoder.layers.{i}.{inner}": part for i, part in enumerate(tensor)}
+        found |= (
+            {name: tensor}
+            if inner == name
+            else {f"decoder.layers.{i}.{inner}": part for i, part in enumerate(tensor)}
+        )
     return found
 
 
-def strip_to_weights(directory: Path, root: Path, dtype: torch.dtype | None = None,
-                     more_files: Mapping[str, bytes] | None = None) -> Path:
+def strip_to_weights(
+    directory: Path,
+    root: Path,
+    dtype: torch.dtype | None = None,
+    more_files: Mapping[str, bytes] | None = None,
+) -> Path:
     """Returns a new checkpoint of step 0 under ``root`` with the weights of another, in ``dtype`` if one is given.
 
     Args:
@@ -44,18 +64,31 @@ def strip_to_weights(directory: Path, root: Path, dtype: torch.dtype | None = No
         more_files: Further small files by name; those of the tokenizer are taken over from the training checkpoint.
     """
     manifest, target = read_manifest(directory), iteration_directory(root, 0)
-    weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in read_weights(directory).items()}
+    weights = {
+        name: tensor.to(dtype or tensor.dtype) for name, tensor in read_weights(directory).items()
+    }
     dcp.save(weights, checkpoint_id=str(target), no_dist=True)
     torch.save({}, target / "common.pt")
-    (target / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    (target / "metadata.json").write_text(
+        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    )
     if (directory / "tokenizer").is_dir():
         shutil.copytree(directory / "tokenizer", target / "tokenizer")
     for name, content in (more_files or {}).items():
         (target / name).parent.mkdir(exist_ok=True)
         (target / name).write_bytes(content)
-    files = {str(path.relative_to(target)): record_file(path) for path in sorted(target.rglob("*")) if path.is_file()}
-    said = {"run_id": "imported", "contents": WEIGHTS_ONLY, "saved_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            "shape": manifest["shape"], "tokenizer": manifest["tokenizer"]}
+    files = {
+        str(path.relative_to(target)): record_file(path)
+        for path in sorted(target.rglob("*"))
+        if path.is_file()
+    }
+    said = {
+        "run_id": "imported",
+        "contents": WEIGHTS_ONLY,
+        "saved_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "shape": manifest["shape"],
+        "tokenizer": manifest["tokenizer"],
+    }
     (target / MANIFEST).write_text(manifest_text(said, Progress(0, 0), files))
     (root / TRACKER).write_text("0")
     return target

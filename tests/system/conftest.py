@@ -32,8 +32,14 @@ pipeline-model-parallel-size: 2
 
 def write_questions(path: Path, first: int, last: int) -> None:
     """Writes samples ``first``..``last`` - 1 as JSON lines."""
-    samples = ({"instruction": f"Add {i % 17} and {i % 11}", "input": "", "output": f"The sum is {i % 17 + i % 11}."}
-               for i in range(first, last))
+    samples = (
+        {
+            "instruction": f"Add {i % 17} and {i % 11}",
+            "input": "",
+            "output": f"The sum is {i % 17 + i % 11}.",
+        }
+        for i in range(first, last)
+    )
     path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
 
 
@@ -43,9 +49,22 @@ def prepared(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("system")
     for name, first, last in (("train", 0, 200), ("first", 1000, 1024), ("second", 2000, 2016)):
         write_questions(folder / f"{name}.jsonl", first, last)
-        tokenizer = ["--train-tokenizer", 300] if name == "train" else ["--tokenizer-model", "data/train_tokenizer.model"]
-        done = run_command("tools/prepare_data.py", "--input", f"{name}.jsonl", "--output-prefix", f"data/{name}",
-                          "--seq-length", 64, *tokenizer, cwd=folder)
+        tokenizer = (
+            ["--train-tokenizer", 300]
+            if name == "train"
+            else ["--tokenizer-model", "data/train_tokenizer.model"]
+        )
+        done = run_command(
+            "tools/prepare_data.py",
+            "--input",
+            f"{name}.jsonl",
+            "--output-prefix",
+            f"data/{name}",
+            "--seq-length",
+            64,
+            *tokenizer,
+            cwd=folder,
+        )
         assert done.returncode == 0, done.stderr
     (folder / "run.yaml").write_text(RUN)
     return folder
@@ -54,6 +73,16 @@ def prepared(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained(prepared) -> tuple[Path, subprocess.CompletedProcess]:
     """Returns the folder and the finished torchrun of 4 steps on 2 processes, saved in ``whole``."""
-    done = run_command("pretrain_sorted.py", "--config", "run.yaml", "--save", "whole", "--save-interval", 2, processes=2, cwd=prepared)
+    done = run_command(
+        "pretrain_sorted.py",
+        "--config",
+        "run.yaml",
+        "--save",
+        "whole",
+        "--save-interval",
+        2,
+        processes=2,
+        cwd=prepared,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return prepared, done

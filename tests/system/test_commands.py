@@ -11,16 +11,33 @@ from tests.support.commands import ROOT, run_command, start_command
 
 MISSING = "\u00e9.gone"
 GIVEN = {
-    "pretrain_sorted.py": ("--config", MISSING), "tools/benchmark_decoding.py": (MISSING, "--questions", MISSING),
-    "tools/bench_decoding.py": ("--model", MISSING), "tools/convert.py": ("export", MISSING, "out"),
-    "tools/doctor.py": (f"{MISSING}.yaml",), "tools/evaluate.py": (MISSING, "--text", MISSING),
-    "tools/extract_submodel.py": (MISSING, "out", "--depth", 1), "tools/generate.py": (MISSING, "--prompt", "a"),
-    "tools/launch_facts.py": ("--world-size", 1, "--", "--config", MISSING), "tools/plan.py": (MISSING,),
-    "tools/plot_exits.py": (MISSING,), "tools/prepare_data.py": ("--input", MISSING, "--output-prefix", "out", "--tokenizer-type",
-                                                                   "NullTokenizer", "--vocab-size", 9),
-    "tools/prove_decoding.py": (MISSING, "--prompt-file", MISSING), "tools/report.py": (MISSING,), "tools/serve.py": (MISSING,),
+    "pretrain_sorted.py": ("--config", MISSING),
+    "tools/benchmark_decoding.py": (MISSING, "--questions", MISSING),
+    "tools/bench_decoding.py": ("--model", MISSING),
+    "tools/convert.py": ("export", MISSING, "out"),
+    "tools/doctor.py": (f"{MISSING}.yaml",),
+    "tools/evaluate.py": (MISSING, "--text", MISSING),
+    "tools/extract_submodel.py": (MISSING, "out", "--depth", 1),
+    "tools/generate.py": (MISSING, "--prompt", "a"),
+    "tools/launch_facts.py": ("--world-size", 1, "--", "--config", MISSING),
+    "tools/plan.py": (MISSING,),
+    "tools/plot_exits.py": (MISSING,),
+    "tools/prepare_data.py": (
+        "--input",
+        MISSING,
+        "--output-prefix",
+        "out",
+        "--tokenizer-type",
+        "NullTokenizer",
+        "--vocab-size",
+        9,
+    ),
+    "tools/prove_decoding.py": (MISSING, "--prompt-file", MISSING),
+    "tools/report.py": (MISSING,),
+    "tools/serve.py": (MISSING,),
     "tools/split_text.py": ("--input", MISSING, "--output", "out", "--separator", "|"),
-    "tools/tune_decoding.py": (MISSING, "--prompt-file", MISSING)}
+    "tools/tune_decoding.py": (MISSING, "--prompt-file", MISSING),
+}
 """Commands that read files; the others read none, or make what they need."""
 
 
@@ -37,7 +54,9 @@ def test_nobody_reads_the_output(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     run = ROOT / "examples" / "quickstart.yaml"
-    process = start_command("tools/plan.py", run, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    process = start_command(
+        "tools/plan.py", run, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True
+    )
     os.close(writer)
     _, said = process.communicate(timeout=120)
     assert (process.returncode, said) == (141, "")
@@ -45,7 +64,15 @@ def test_nobody_reads_the_output(tmp_path):
 
 def test_ctrl_c_while_a_command_starts_or_waits_is_one_line(tmp_path):
     words = ("model", "--prompt-file", "-")
-    process = start_command("tools/generate.py", *words, cwd=tmp_path, cold=True, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start_command(
+        "tools/generate.py",
+        *words,
+        cwd=tmp_path,
+        cold=True,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     process.send_signal(signal.SIGINT)
@@ -58,17 +85,43 @@ def test_a_port_that_cannot_be_had_is_said_before_the_model_is_read(tmp_path):
         port = taken.getsockname()[1]
         for given, words in ((port, "Address already in use"), (99999, "is not in 0..65535")):
             done = run_command("tools/serve.py", "no_model", "--port", given, cwd=tmp_path)
-            assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+            assert (
+                done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1
+            ), done.stderr
 
 
 def test_workers_of_data_preparation_say_nothing_when_it_is_stopped(tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "1 2 3"}\n' * 400_000)
-    words = ("--input", "texts.jsonl", "--output-prefix", "out", "--tokenizer-type", "NullTokenizer", "--vocab-size", 9, "--workers", 2)
-    process = start_command("tools/prepare_data.py", *words, cwd=tmp_path, cold=True, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)  # a terminal signals the whole group, of which forks are not
+    words = (
+        "--input",
+        "texts.jsonl",
+        "--output-prefix",
+        "out",
+        "--tokenizer-type",
+        "NullTokenizer",
+        "--vocab-size",
+        9,
+        "--workers",
+        2,
+    )
+    process = start_command(
+        "tools/prepare_data.py",
+        *words,
+        cwd=tmp_path,
+        cold=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )  # a terminal signals the whole group, of which forks are not
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(2)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 130 and said.strip().splitlines()[-1] == "stopped." and "Traceback" not in said, said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl"], "nothing is half written"
+    assert (
+        process.returncode == 130
+        and said.strip().splitlines()[-1] == "stopped."
+        and "Traceback" not in said
+    ), said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl"], (
+        "nothing is half written"
+    )

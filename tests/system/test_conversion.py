@@ -23,12 +23,19 @@ from tests.support.model_directories import FAMILIES, save_model, tokens
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in sorted(directory.glob("model*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in sorted(directory.glob("model*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def same(one, other) -> bool:
     return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in one)
+        one[name].dtype == other[name].dtype
+        and torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8))
+        for name in one
+    )
 
 
 @pytest.mark.parametrize("dtype", thinned([torch.float32, torch.bfloat16], torch.bfloat16))
@@ -41,7 +48,9 @@ def test_round_trip_is_bitwise(family, tied, num_shards, dtype, tmp_path):
     model = open_model(tmp_path / "origin")
     inward = import_model(model, tmp_path / "checkpoint", Exits((1, 3))).comparison
     shard_bytes = 10**9 if num_shards == 1 else 20_000
-    outward = export_model(open_model(tmp_path / "checkpoint"), tmp_path / "back", shard_bytes=shard_bytes).comparison
+    outward = export_model(
+        open_model(tmp_path / "checkpoint"), tmp_path / "back", shard_bytes=shard_bytes
+    ).comparison
     assert same(weights(tmp_path / "origin"), weights(tmp_path / "back"))
     assert len(list((tmp_path / "back").glob("*.safetensors"))) >= num_shards
     for comparison in (inward, outward):
@@ -60,7 +69,9 @@ def test_logits_of_the_comparison_are_those_of_transformers_at_every_depth(famil
     import_model(model, tmp_path / "checkpoint", Exits((1, 2, 3)), Writing(verify=False))
     checkpoint = open_model(tmp_path / "checkpoint")
     pairs = {pair.ours: pair for pair in checkpoint.pairs}
-    ours = nested_exits(checkpoint.settings, lambda name: checkpoint.read_ours(pairs[name]), tokens(), (1, 2, 3, 4))
+    ours = nested_exits(
+        checkpoint.settings, lambda name: checkpoint.read_ours(pairs[name]), tokens(), (1, 2, 3, 4)
+    )
     theirs = transformers_exits(model, tokens(), (1, 2, 3, 4))
     for depth, logits in reference.items():
         scale = float(logits.abs().max())
@@ -81,7 +92,10 @@ def test_what_does_not_match_is_not_written(checkpoint, tmp_path, monkeypatch):
     from megatron_sorted.conversion.tensors import operations
 
     monkeypatch.setattr(operations.Stack, "split", lambda self, tensor: list(tensor.chunk(2))[::-1])
-    with pytest.raises(CheckpointError, match=r"the conversion does not match its origin, so nothing was written.*linear_fc1.weight"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"the conversion does not match its origin, so nothing was written.*linear_fc1.weight",
+    ):
         export_model(open_model(checkpoint), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
@@ -107,7 +121,9 @@ def test_a_destination_that_exists_is_kept_unless_told(checkpoint, tmp_path):
         export_model(open_model(checkpoint), tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
     export_model(open_model(checkpoint), tmp_path / "out", Writing(overwrite=True))
-    assert not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "config.json").exists()
+    assert (
+        not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "config.json").exists()
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "origin", "out"]
 
 
@@ -115,12 +131,15 @@ def test_an_interrupted_conversion_leaves_nothing(checkpoint, tmp_path):
     def watch(_title, _num_bytes):
         def count(_done):
             raise KeyboardInterrupt
+
         return count
 
     with pytest.raises(KeyboardInterrupt):
         export_model(open_model(checkpoint), tmp_path / "out", Writing(watch=watch))
     with pytest.raises(KeyboardInterrupt):
-        import_model(open_model(tmp_path / "origin"), tmp_path / "again", Exits(), Writing(watch=watch))
+        import_model(
+            open_model(tmp_path / "origin"), tmp_path / "again", Exits(), Writing(watch=watch)
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "origin"]
 
 
@@ -136,20 +155,34 @@ def test_a_disk_without_room_is_seen_before_anything_is_written(checkpoint, tmp_
 
 def test_new_norms_and_heads_are_copies_of_the_last(tmp_path):
     save_model(tmp_path / "origin", "qwen2", tied=True)
-    import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", Exits((1, 3), own_norms=True, own_heads=True))
+    import_model(
+        open_model(tmp_path / "origin"),
+        tmp_path / "checkpoint",
+        Exits((1, 3), own_norms=True, own_heads=True),
+    )
     comparison = export_model(open_model(tmp_path / "checkpoint"), tmp_path / "out").comparison
     assert [row.depth for row in comparison.exits] == [1, 3, 4]
     assert same(weights(tmp_path / "origin"), weights(tmp_path / "out"))
     origin, own = weights(tmp_path / "origin"), load_file(tmp_path / "out" / "exits.safetensors")
-    assert sorted(own) == sorted(f"exits.{depth}.{part}.weight" for depth in (1, 3) for part in ("norm", "lm_head"))
+    assert sorted(own) == sorted(
+        f"exits.{depth}.{part}.weight" for depth in (1, 3) for part in ("norm", "lm_head")
+    )
     for depth in (1, 3):
         assert torch.equal(own[f"exits.{depth}.norm.weight"], origin["model.norm.weight"])
-        assert torch.equal(own[f"exits.{depth}.lm_head.weight"], origin["model.embed_tokens.weight"])
+        assert torch.equal(
+            own[f"exits.{depth}.lm_head.weight"], origin["model.embed_tokens.weight"]
+        )
     # and back, with numbers that differ from the last exit's
-    save_file({name: tensor + 0.25 for name, tensor in own.items()}, tmp_path / "out" / "exits.safetensors")
+    save_file(
+        {name: tensor + 0.25 for name, tensor in own.items()},
+        tmp_path / "out" / "exits.safetensors",
+    )
     import_model(open_model(tmp_path / "out"), tmp_path / "second", Exits())
     export_model(open_model(tmp_path / "second"), tmp_path / "third")
-    assert same(load_file(tmp_path / "third" / "exits.safetensors"), {name: tensor + 0.25 for name, tensor in own.items()})
+    assert same(
+        load_file(tmp_path / "third" / "exits.safetensors"),
+        {name: tensor + 0.25 for name, tensor in own.items()},
+    )
 
 
 def test_other_exits_may_be_given_only_if_they_are_layers(tmp_path):
@@ -160,7 +193,9 @@ def test_other_exits_may_be_given_only_if_they_are_layers(tmp_path):
 
 
 def test_numbers_may_be_written_in_another_kind(checkpoint, tmp_path):
-    comparison = export_model(open_model(checkpoint), tmp_path / "half", dtype="bfloat16").comparison
+    comparison = export_model(
+        open_model(checkpoint), tmp_path / "half", dtype="bfloat16"
+    ).comparison
     assert not comparison.problems
     origin, half = weights(tmp_path / "origin"), weights(tmp_path / "half")
     assert same({name: tensor.bfloat16() for name, tensor in origin.items()}, half)
@@ -170,8 +205,12 @@ def test_numbers_may_be_written_in_another_kind(checkpoint, tmp_path):
 
 def test_small_files_travel_there_and_back(tmp_path):
     save_model(tmp_path / "origin", "llama")
-    small = {"generation_config.json": '{"temperature": 0.6, "eos_token_id": [2, 7]}', "chat_template.jinja": "{{ messages }}",
-             "special_tokens_map.json": "{}", "tokenizer_config.json": '{"model_max_length": 128}'}
+    small = {
+        "generation_config.json": '{"temperature": 0.6, "eos_token_id": [2, 7]}',
+        "chat_template.jinja": "{{ messages }}",
+        "special_tokens_map.json": "{}",
+        "tokenizer_config.json": '{"model_max_length": 128}',
+    }
     for name, text in small.items():
         (tmp_path / "origin" / name).write_text(text)
     import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoint", Exits())
@@ -182,7 +221,9 @@ def test_small_files_travel_there_and_back(tmp_path):
 
 def test_a_tied_model_whose_stored_head_differs_is_refused(tmp_path):
     save_model(tmp_path / "origin", "llama", tie_word_embeddings=True)
-    with pytest.raises(CheckpointError, match=r"says tie_word_embeddings, but lm_head.weight differs"):
+    with pytest.raises(
+        CheckpointError, match=r"says tie_word_embeddings, but lm_head.weight differs"
+    ):
         open_model(tmp_path / "origin")
 
 
@@ -202,7 +243,9 @@ def test_two_models_that_differ_in_one_number_are_told_apart(tmp_path):
 def test_a_directory_that_is_no_model_says_so(content, tmp_path):
     if content != "nothing":
         (tmp_path / content).write_text("x")
-    with pytest.raises(CheckpointError, match=f"neither a Hugging Face model .* It holds {content}"):
+    with pytest.raises(
+        CheckpointError, match=f"neither a Hugging Face model .* It holds {content}"
+    ):
         open_model(tmp_path)
     with pytest.raises(CheckpointError, match="not a directory"):
         open_model(tmp_path / "absent")
@@ -216,20 +259,37 @@ def test_a_sentencepiece_file_of_any_name_goes_out_so_that_transformers_reads_it
 
     save_model(tmp_path / "origin", "llama")
     own = tmp_path / "train_tokenizer.model"
-    tokenizer = train_sentencepiece(lambda: [*TEXTS, *Path(__file__).read_text(encoding="utf-8").splitlines()], str(own), 700)
-    model = dataclasses.replace(open_model(tmp_path / "origin"), config=None, files={"tokenizer/train_tokenizer.model": own})
-    import_model(model, tmp_path / "checkpoint", Exits((2,)), Writing(verify=False))  # without a config, as a run's own checkpoint
-    assert (tmp_path / "checkpoint" / "iter_0000000" / "tokenizer" / "train_tokenizer.model").read_bytes() == own.read_bytes()
+    tokenizer = train_sentencepiece(
+        lambda: [*TEXTS, *Path(__file__).read_text(encoding="utf-8").splitlines()], str(own), 700
+    )
+    model = dataclasses.replace(
+        open_model(tmp_path / "origin"), config=None, files={"tokenizer/train_tokenizer.model": own}
+    )
+    import_model(
+        model, tmp_path / "checkpoint", Exits((2,)), Writing(verify=False)
+    )  # without a config, as a run's own checkpoint
+    assert (
+        tmp_path / "checkpoint" / "iter_0000000" / "tokenizer" / "train_tokenizer.model"
+    ).read_bytes() == own.read_bytes()
     notes = export_model(open_model(tmp_path / "checkpoint"), tmp_path / "out").notes
-    assert len(notes) == 1 and notes[0].startswith("tokenizer.json: made of tokenizer.model, the same ids")
+    assert len(notes) == 1 and notes[0].startswith(
+        "tokenizer.json: made of tokenizer.model, the same ids"
+    )
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == own.read_bytes()
     assert not (tmp_path / "out" / "train_tokenizer.model").exists()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
-    code = ("import json, sys; from transformers import AutoTokenizer; "
-            "print(json.dumps(AutoTokenizer.from_pretrained(sys.argv[1])(json.load(sys.stdin)).input_ids))")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], input=json.dumps(TEXTS), capture_output=True, text=True,
-                          check=True)
+    code = (
+        "import json, sys; from transformers import AutoTokenizer; "
+        "print(json.dumps(AutoTokenizer.from_pretrained(sys.argv[1])(json.load(sys.stdin)).input_ids))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        input=json.dumps(TEXTS),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     pieces = SentencePieceProcessor(model_file=str(own))
     assert json.loads(done.stdout) == [[1, *ids] for ids in pieces.encode(list(TEXTS))]
     # what is made of it again may be trained on with either form of the tokenizer

@@ -36,7 +36,9 @@ def origins(tmp_path_factory) -> Path:
     save_model(folder / "single", "llama3")
     save_model(folder / "sharded", "llama3", num_shards=3)
     save_model(folder / "tied", "qwen2", tied=True)
-    import_model(open_model(folder / "single"), folder / "checkpoint", Exits((1, 2)), Writing(verify=False))
+    import_model(
+        open_model(folder / "single"), folder / "checkpoint", Exits((1, 2)), Writing(verify=False)
+    )
     return folder
 
 
@@ -82,7 +84,10 @@ def flip_bit(path: Path, at: float) -> None:
 
 
 def flip_bit_of_embedding(directory: Path) -> None:
-    path, tensor = directory / "iter_0000000" / "__0_0.distcp", open_model(directory).source.read("embedding.word_embeddings.weight")
+    path, tensor = (
+        directory / "iter_0000000" / "__0_0.distcp",
+        open_model(directory).source.read("embedding.word_embeddings.weight"),
+    )
     content = bytearray(path.read_bytes())
     content[content.index(tensor[57].numpy().tobytes()) + 6] ^= 64
     path.write_bytes(content)
@@ -128,7 +133,11 @@ def test_what_is_wrong_with_a_model_is_told_and_nothing_written(fault, origins, 
     origin, spoil, parts = FAULTS[fault]
     shutil.copytree(origins / origin, tmp_path / "model")
     spoil(tmp_path / "model")
-    commands = [(convert.main, ["export"]), (extract_submodel.main, ["--depth", "2"]), (convert.main, ["import"])]
+    commands = [
+        (convert.main, ["export"]),
+        (extract_submodel.main, ["--depth", "2"]),
+        (convert.main, ["import"]),
+    ]
     for main, words in commands:
         with pytest.raises(SortedError) as caught:
             main([*words, str(tmp_path / "model"), str(tmp_path / "out" / "made")])
@@ -136,7 +145,11 @@ def test_what_is_wrong_with_a_model_is_told_and_nothing_written(fault, origins, 
         assert "\n" not in message and str(tmp_path / "model") in message
         for part in parts:
             assert part in message, f"{part!r} is not in {message!r}"
-        left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "model" not in path.relative_to(tmp_path).parts)
+        left = sorted(
+            str(path.relative_to(tmp_path))
+            for path in tmp_path.rglob("*")
+            if "model" not in path.relative_to(tmp_path).parts
+        )
         assert left in ([], ["out"]), left
 
 
@@ -152,8 +165,18 @@ def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
 def test_a_destination_that_exists_is_kept(origins, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    assert_one_line(run_command("tools/extract_submodel.py", "--depth", 1, origins / "single", tmp_path / "out", cwd=tmp_path),
-                    f"{tmp_path / 'out'}: exists and is not empty", "--overwrite")
+    assert_one_line(
+        run_command(
+            "tools/extract_submodel.py",
+            "--depth",
+            1,
+            origins / "single",
+            tmp_path / "out",
+            cwd=tmp_path,
+        ),
+        f"{tmp_path / 'out'}: exists and is not empty",
+        "--overwrite",
+    )
     for words in (["import", origins / "single"], ["export", origins / "checkpoint"]):
         with pytest.raises(SortedError, match=r"exists and is not empty.*--overwrite"):
             convert.main([*map(str, words), str(tmp_path / "out")])
@@ -164,9 +187,20 @@ def test_a_write_that_fails_leaves_nothing_and_the_old_one(origins, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "mine.txt").write_text("precious")
     for verb, origin, destination in (("import", "single", "new"), ("export", "checkpoint", "old")):
-        done = run_command("tools/convert.py", verb, origins / origin, tmp_path / destination, "--overwrite", "--no-verify", cwd=tmp_path,
-                           most_bytes_of_a_file=30_000)
-        assert_one_line(done, f"{tmp_path / destination}: could not be written (File too large); nothing was left there")
+        done = run_command(
+            "tools/convert.py",
+            verb,
+            origins / origin,
+            tmp_path / destination,
+            "--overwrite",
+            "--no-verify",
+            cwd=tmp_path,
+            most_bytes_of_a_file=30_000,
+        )
+        assert_one_line(
+            done,
+            f"{tmp_path / destination}: could not be written (File too large); nothing was left there",
+        )
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "old"]
 
 
@@ -193,13 +227,23 @@ cat {disk}/old/mine.txt
 def test_a_disk_that_fills_up_meanwhile_is_left_as_it_was(tmp_path):
     from tests.support.hugging_face import make_model
 
-    make_model("Llama", hidden_size=128, intermediate_size=512, vocab_size=1000).save_pretrained(tmp_path / "big")
+    make_model("Llama", hidden_size=128, intermediate_size=512, vocab_size=1000).save_pretrained(
+        tmp_path / "big"
+    )
     import_model(open_model(tmp_path / "big"), tmp_path / "runs", Exits(), Writing(verify=False))
     (tmp_path / "disk").mkdir()
-    script = FULL_DISK.format(megabytes=2, disk=tmp_path / "disk", python=sys.executable, origins=tmp_path)
+    script = FULL_DISK.format(
+        megabytes=2, disk=tmp_path / "disk", python=sys.executable, origins=tmp_path
+    )
     try:
-        done = subprocess.run(["unshare", "--map-root-user", "--mount", "sh", "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)},
-                              text=True, capture_output=True, timeout=120, check=False)
+        done = subprocess.run(
+            ["unshare", "--map-root-user", "--mount", "sh", "-c", script],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            text=True,
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
     except FileNotFoundError:
         pytest.skip("no unshare here")
     if done.returncode in (1, 99):
@@ -207,7 +251,10 @@ def test_a_disk_that_fills_up_meanwhile_is_left_as_it_was(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     errors = [line for line in done.stdout.splitlines() if line.startswith("error:")]
     assert len(errors) == 3, done.stdout
-    assert all("No space left on device" in line and "The disk is full: make room" in line for line in errors), errors
+    assert all(
+        "No space left on device" in line and "The disk is full: make room" in line
+        for line in errors
+    ), errors
     assert done.stdout.splitlines()[-2:] == ["left: . ./old ./old/mine.txt", "precious"]
 
 
@@ -225,8 +272,12 @@ convert.main(sys.argv[1:])
 
 def kill_midway(*words: object) -> None:
     """Starts a conversion that takes its time and kills it in the middle."""
-    process = subprocess.Popen([sys.executable, "-c", SLOW, *map(str, words)], stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *map(str, words)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert any(line.startswith("converting") for line in process.stdout)
     time.sleep(0.3)
     process.kill()
@@ -242,8 +293,12 @@ def test_a_killed_conversion_leaves_a_hidden_directory_that_the_next_one_removes
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
     with pytest.raises(SortedError, match="neither a Hugging Face model"):
         open_model(tmp_path / "out")
-    convert.main(["export", str(origins / "checkpoint"), str(tmp_path / "out"), "--overwrite", "--no-verify"])
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and open_model(tmp_path / "out").settings.num_layers == 4
+    convert.main(
+        ["export", str(origins / "checkpoint"), str(tmp_path / "out"), "--overwrite", "--no-verify"]
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and open_model(
+        tmp_path / "out"
+    ).settings.num_layers == 4
 
 
 def test_what_was_moved_aside_before_a_kill_comes_back(origins, tmp_path):
@@ -270,32 +325,79 @@ def megatron(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("form", ["legacy", "stacked"])
 def test_a_checkpoint_of_megatron_goes_in_and_out(form, megatron, tmp_path, capsys):
     truth = torch.load(megatron / "truth.pt", weights_only=True)
-    convert.main(["import", str(megatron / form), str(tmp_path / "runs"), "--vocab-size", "100", "--exit-layer-nums", "2"])
+    convert.main(
+        [
+            "import",
+            str(megatron / form),
+            str(tmp_path / "runs"),
+            "--vocab-size",
+            "100",
+            "--exit-layer-nums",
+            "2",
+        ]
+    )
     convert.main(["export", str(tmp_path / "runs"), str(tmp_path / "out")])
-    convert.main(["export", str(megatron / form), str(tmp_path / "direct"), "--vocab-size", "100", "--no-verify"])
+    convert.main(
+        [
+            "export",
+            str(megatron / form),
+            str(tmp_path / "direct"),
+            "--vocab-size",
+            "100",
+            "--no-verify",
+        ]
+    )
     said = capsys.readouterr().out
     assert "vocabulary 100" in said and "plain PyTorch against transformers" in said
     theirs = load_file(tmp_path / "out" / "model.safetensors")
     direct = load_file(tmp_path / "direct" / "model.safetensors")
-    assert theirs.keys() == direct.keys() and all(torch.equal(theirs[name], direct[name]) for name in theirs)
-    assert torch.equal(theirs["model.embed_tokens.weight"], truth["embedding.word_embeddings.weight"][:100])
+    assert theirs.keys() == direct.keys() and all(
+        torch.equal(theirs[name], direct[name]) for name in theirs
+    )
+    assert torch.equal(
+        theirs["model.embed_tokens.weight"], truth["embedding.word_embeddings.weight"][:100]
+    )
     assert torch.equal(theirs["lm_head.weight"], truth["output_layer.weight"][:100])
-    assert torch.equal(theirs["model.layers.2.mlp.down_proj.weight"], truth["decoder.layers.2.mlp.linear_fc2.weight"])
-    assert torch.equal(theirs["model.layers.1.mlp.gate_proj.weight"], truth["decoder.layers.1.mlp.linear_fc1.weight"][:48])
+    assert torch.equal(
+        theirs["model.layers.2.mlp.down_proj.weight"],
+        truth["decoder.layers.2.mlp.linear_fc2.weight"],
+    )
+    assert torch.equal(
+        theirs["model.layers.1.mlp.gate_proj.weight"],
+        truth["decoder.layers.1.mlp.linear_fc1.weight"][:48],
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["vocab_size"], config["exit_layer_indices"]) == (100, [2, 4])
 
 
 def test_a_size_of_vocabulary_must_fit_and_be_needed(megatron, origins, tmp_path):
     for size in (105, 0):
-        with pytest.raises(SortedError, match=rf"--vocab-size: {size}, but the embedding of .* has 104 rows. Give 1\.\.104"):
-            convert.main(["import", str(megatron / "legacy"), str(tmp_path / "runs"), "--vocab-size", str(size)])
-    with pytest.raises(SortedError, match=r"--vocab-size: 90, but .*single says that it has 100 tokens. Leave the option out"):
-        convert.main(["import", str(origins / "single"), str(tmp_path / "runs"), "--vocab-size", "90"])
+        with pytest.raises(
+            SortedError,
+            match=rf"--vocab-size: {size}, but the embedding of .* has 104 rows. Give 1\.\.104",
+        ):
+            convert.main(
+                [
+                    "import",
+                    str(megatron / "legacy"),
+                    str(tmp_path / "runs"),
+                    "--vocab-size",
+                    str(size),
+                ]
+            )
+    with pytest.raises(
+        SortedError,
+        match=r"--vocab-size: 90, but .*single says that it has 100 tokens. Leave the option out",
+    ):
+        convert.main(
+            ["import", str(origins / "single"), str(tmp_path / "runs"), "--vocab-size", "90"]
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_depth_that_is_no_exit_is_told(origins, tmp_path):
-    with pytest.raises(SortedError, match=r"--depth: 3 is no exit of this model.*Its exits are 1, 2, 4"):
+    with pytest.raises(
+        SortedError, match=r"--depth: 3 is no exit of this model.*Its exits are 1, 2, 4"
+    ):
         extract_submodel.main([str(origins / "checkpoint"), str(tmp_path / "out"), "--depth", "3"])
     assert not list(tmp_path.iterdir())

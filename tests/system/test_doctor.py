@@ -17,7 +17,9 @@ from tests.support.preloaded.session import stand_in
 from tests.system.conftest import ROOT
 
 DOCTOR = str(ROOT / "tools" / "doctor.py")
-BROKEN_NPU = 'raise ImportError("libhccl.so: cannot open shared object file: No such file or directory")\n'
+BROKEN_NPU = (
+    'raise ImportError("libhccl.so: cannot open shared object file: No such file or directory")\n'
+)
 
 
 def with_path(*path: Path, **variables: object) -> dict[str, str]:
@@ -25,12 +27,16 @@ def with_path(*path: Path, **variables: object) -> dict[str, str]:
     return environment(PYTHONPATH=":".join(map(str, (*path, ROOT))), **variables)
 
 
-def examine(folder: Path, *words: object, python: str = sys.executable, env: dict[str, str]) -> tuple[int, dict[str, dict], str]:
+def examine(
+    folder: Path, *words: object, python: str = sys.executable, env: dict[str, str]
+) -> tuple[int, dict[str, dict], str]:
     """Return status and findings by name (the worst of each) of a doctor on this machine alone, and its error output.
 
     It examines what can be imported, so nothing may be imported before it: a process of its own.
     """
-    done = run([python, DOCTOR, "--json", "--folder", str(folder), *map(str, words)], cwd=folder, env=env)
+    done = run(
+        [python, DOCTOR, "--json", "--folder", str(folder), *map(str, words)], cwd=folder, env=env
+    )
     return done.returncode, findings_of(done.stdout, done.stderr), done.stderr
 
 
@@ -39,7 +45,10 @@ def findings_of(text: str, errors: str) -> dict[str, dict]:
     assert text.startswith("{"), errors
     found = json.loads(text)["findings"]
     order = ("OK", "WARN", "FAIL")
-    return {finding["name"]: finding for finding in sorted(found, key=lambda finding: order.index(finding["verdict"]))}
+    return {
+        finding["name"]: finding
+        for finding in sorted(found, key=lambda finding: order.index(finding["verdict"]))
+    }
 
 
 def write_torch_npu(folder: Path, version: str) -> Path:
@@ -67,33 +76,55 @@ def write_megatron(folder: Path, version: tuple[int, int, int]) -> Path:
 def test_this_machine_and_a_run_that_fits_it(tmp_path):
     status, found, _ = examine(tmp_path, ROOT / "examples" / "quickstart.yaml", env=with_path())
     assert status == 0, found
-    assert found["torch"]["verdict"] == found["megatron-core"]["verdict"] == found["settings"]["verdict"] == "OK"
+    assert (
+        found["torch"]["verdict"]
+        == found["megatron-core"]["verdict"]
+        == found["settings"]["verdict"]
+        == "OK"
+    )
     assert str(tmp_path) in found["run folder"]["value"] and "MiB/s" in found["run folder"]["value"]
     assert not list(tmp_path.iterdir())
 
 
 def test_a_torch_npu_without_cann_is_named_with_its_library(tmp_path):
-    status, found, _ = examine(tmp_path, env=with_path(write_torch_npu(tmp_path / "path", "2.12.0")))
+    status, found, _ = examine(
+        tmp_path, env=with_path(write_torch_npu(tmp_path / "path", "2.12.0"))
+    )
     assert status == 1
     assert found["torch"]["verdict"] == "FAIL" and "import torch fails" in found["torch"]["value"]
-    assert "libhccl.so is missing" in found["torch_npu"]["value"] and "pip uninstall torch_npu" in found["torch_npu"]["remedy"]
+    assert (
+        "libhccl.so is missing" in found["torch_npu"]["value"]
+        and "pip uninstall torch_npu" in found["torch_npu"]["remedy"]
+    )
     assert "2.12.0 beside torch 2." in found["torch_npu version"]["value"]
     assert found["megatron-core"]["verdict"] == "OK" and found["run folder"]["verdict"] != "FAIL"
 
 
 def test_a_second_megatron_on_the_path_is_found_in_the_place_that_counts(tmp_path):
-    status, found, _ = examine(tmp_path, env=with_path(write_megatron(tmp_path / "checkout", (0, 11, 0))))
+    status, found, _ = examine(
+        tmp_path, env=with_path(write_megatron(tmp_path / "checkout", (0, 11, 0)))
+    )
     assert status == 1 and found["megatron-core"]["verdict"] == "FAIL"
-    assert f"taken: 0.11.0 in {tmp_path / 'checkout'}; also: 0.16." in found["megatron-core"]["value"]
+    assert (
+        f"taken: 0.11.0 in {tmp_path / 'checkout'}; also: 0.16." in found["megatron-core"]["value"]
+    )
     assert f"Take {tmp_path / 'checkout'} out of PYTHONPATH" in found["megatron-core"]["remedy"]
 
 
 def test_a_python_without_anything_is_still_examined(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     python = str(tmp_path / "bare" / "bin" / "python")
-    status, found, _ = examine(tmp_path, ROOT / "examples" / "quickstart.yaml", python=python, env={"PATH": os.environ["PATH"]})
+    status, found, _ = examine(
+        tmp_path,
+        ROOT / "examples" / "quickstart.yaml",
+        python=python,
+        env={"PATH": os.environ["PATH"]},
+    )
     assert status == 1
-    assert (found["torch"]["value"], found["megatron-core"]["value"]) == ("not installed", "not found")
+    assert (found["torch"]["value"], found["megatron-core"]["value"]) == (
+        "not installed",
+        "not found",
+    )
     assert "hangs for ever" in found["psutil"]["value"]
     assert "cannot be read without" in found["run file"]["value"]
 
@@ -119,22 +150,49 @@ class Job:
     Those with a path of their own, and those that a test stops, are processes of their own (``cold``).
     """
 
-    def __init__(self, folder: Path, size: int, ranks: list[int], *words: object, per_node: int, path: dict[int, Path] | None = None,
-                 cold: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        ranks: list[int],
+        *words: object,
+        per_node: int,
+        path: dict[int, Path] | None = None,
+        cold: tuple[int, ...] = (),
+    ):
         self.folder, self.processes, port = folder, {}, free_port()
         for rank in ranks:
             own = path is not None and rank in path
-            env = with_path(*([path[rank]] if own else []), RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank % per_node,
-                            LOCAL_WORLD_SIZE=per_node, GROUP_RANK=rank // per_node, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            env = with_path(
+                *([path[rank]] if own else []),
+                RANK=rank,
+                WORLD_SIZE=size,
+                LOCAL_RANK=rank % per_node,
+                LOCAL_WORLD_SIZE=per_node,
+                GROUP_RANK=rank // per_node,
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            )
             with open(folder / f"out.{rank}", "w") as out, open(folder / f"err.{rank}", "w") as err:
-                command = command_line("tools/doctor.py", "--json", "--device", "cpu", "--folder", folder, *words, cold=own or rank in cold)
+                command = command_line(
+                    "tools/doctor.py",
+                    "--json",
+                    "--device",
+                    "cpu",
+                    "--folder",
+                    folder,
+                    *words,
+                    cold=own or rank in cold,
+                )
                 self.processes[rank] = subprocess.Popen(command, env=env, stdout=out, stderr=err)
 
     def wait_for(self, words: str, rank: int = 0) -> None:
         """Waits until a rank has said something."""
         until = time.monotonic() + 200
         while words not in (self.folder / f"err.{rank}").read_text():
-            assert time.monotonic() < until and self.processes[rank].poll() is None, (self.folder / f"err.{rank}").read_text()
+            assert time.monotonic() < until and self.processes[rank].poll() is None, (
+                self.folder / f"err.{rank}"
+            ).read_text()
             time.sleep(0.02)
 
     def findings(self) -> tuple[int, dict[str, dict]]:
@@ -149,29 +207,54 @@ class Job:
             for process in self.processes.values():
                 process.kill()
                 process.wait()
-        return status, findings_of((self.folder / "out.0").read_text(), (self.folder / "err.0").read_text())
+        return status, findings_of(
+            (self.folder / "out.0").read_text(), (self.folder / "err.0").read_text()
+        )
 
 
 def test_a_sound_job_of_two_nodes_is_measured(tmp_path):
     status, found = Job(tmp_path, 4, range(4), per_node=2).findings()
-    assert status == 1 and found["MASTER_ADDR"]["verdict"] == "FAIL"  # the only thing wrong: both nodes are this host
-    assert {name for name, finding in found.items() if finding["verdict"] == "FAIL"} <= {"MASTER_ADDR", "host name"}
-    assert found["sums"]["value"].startswith("correct: ") and "on 4 processes" in found["sums"]["value"]
-    assert "4 processes" not in found["same versions"]["value"] and "megatron-core 0.16" in found["same versions"]["value"]
+    assert (
+        status == 1 and found["MASTER_ADDR"]["verdict"] == "FAIL"
+    )  # the only thing wrong: both nodes are this host
+    assert {name for name, finding in found.items() if finding["verdict"] == "FAIL"} <= {
+        "MASTER_ADDR",
+        "host name",
+    }
+    assert (
+        found["sums"]["value"].startswith("correct: ")
+        and "on 4 processes" in found["sums"]["value"]
+    )
+    assert (
+        "4 processes" not in found["same versions"]["value"]
+        and "megatron-core 0.16" in found["same versions"]["value"]
+    )
     for scope in ("all processes", "within a node"):
         for operation in ("all-reduce", "all-gather", "reduce-scatter"):
             assert "GB/s" in found[f"{operation}, {scope}"]["value"]
-    assert "2 pairs" in found["messages within a node"]["value"] and "2 pairs" in found["messages across nodes"]["value"]
+    assert (
+        "2 pairs" in found["messages within a node"]["value"]
+        and "2 pairs" in found["messages across nodes"]["value"]
+    )
     assert abs(float(found["clocks"]["value"].split("#1 ")[1].split(" ms")[0])) < 50
-    assert "seen on all 2 nodes" in found["shared folder"]["value"] or found["shared folder"]["verdict"] == "WARN"
+    assert (
+        "seen on all 2 nodes" in found["shared folder"]["value"]
+        or found["shared folder"]["verdict"] == "WARN"
+    )
     figures = json.loads((tmp_path / "out.0").read_text())["network"]
-    assert {figure["rank"] for figure in figures} == {0, 1, 2, 3} and not any(figure.get("wrong") for figure in figures)
+    assert {figure["rank"] for figure in figures} == {0, 1, 2, 3} and not any(
+        figure.get("wrong") for figure in figures
+    )
 
 
 def test_a_folder_that_cannot_be_written_keeps_nobody_waiting(tmp_path):
-    status, found = Job(tmp_path, 2, range(2), "--folder", "/proc", "--limit-seconds", 30, per_node=1).findings()
+    status, found = Job(
+        tmp_path, 2, range(2), "--folder", "/proc", "--limit-seconds", 30, per_node=1
+    ).findings()
     assert status == 1 and "network test" not in found and "sums" in found
-    assert found["shared folder"]["verdict"] == "FAIL" and found["shared folder"]["value"].startswith("/proc: ")
+    assert found["shared folder"]["verdict"] == "FAIL" and found["shared folder"][
+        "value"
+    ].startswith("/proc: ")
 
 
 def test_a_process_that_never_comes_is_named(tmp_path):
@@ -186,48 +269,76 @@ def test_other_versions_on_one_process_are_named(tmp_path):
     status, found = Job(tmp_path, 3, range(3), per_node=3, path={2: other}).findings()
     assert status == 1
     assert found["same megatron-core"]["verdict"] == "FAIL"
-    assert found["same megatron-core"]["value"] == f"0.16.1 on 2 processes; 0.12.1 on rank 2 on {os.uname().nodename}"
+    assert (
+        found["same megatron-core"]["value"]
+        == f"0.16.1 on 2 processes; 0.12.1 on rank 2 on {os.uname().nodename}"
+    )
 
 
 @pytest.mark.long
 def test_a_node_without_a_working_torch_speaks_for_itself_and_is_missed(tmp_path):
     (tmp_path / "path" / "torch").mkdir(parents=True)
-    (tmp_path / "path" / "torch" / "__init__.py").write_text('raise ImportError("libtorch_cpu.so: file too short")\n')
+    (tmp_path / "path" / "torch" / "__init__.py").write_text(
+        'raise ImportError("libtorch_cpu.so: file too short")\n'
+    )
     job = Job(tmp_path, 2, range(2), "--limit-seconds", 30, per_node=1, path={1: tmp_path / "path"})
     assert job.processes[1].wait(timeout=200) == 1
     said = (tmp_path / "err.1").read_text()
-    assert "FAIL  torch " in said and "libtorch_cpu.so: file too short" in said and "FAIL  network test " in said
+    assert (
+        "FAIL  torch " in said
+        and "libtorch_cpu.so: file too short" in said
+        and "FAIL  network test " in said
+    )
     status, found = job.findings()
     assert status == 1 and "rank 1 (node 1, from which nobody came)" in found["processes"]["value"]
 
 
-@pytest.mark.parametrize("blow", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "blow", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.long)]
+)
 def test_a_process_that_stops_or_dies_in_the_test_is_named(tmp_path, blow):
     job = Job(tmp_path, 3, range(3), "--limit-seconds", 8, per_node=3, cold=(1,))
     job.wait_for("network test, part 3")
     job.processes[1].send_signal(blow)
     status, found = job.findings()
     assert status == 1 and found["network test"]["verdict"] == "FAIL"
-    assert f"the others wait for rank 1 on {os.uname().nodename}, without a sign of life" in found["network test"]["value"]
+    assert (
+        f"the others wait for rank 1 on {os.uname().nodename}, without a sign of life"
+        in found["network test"]["value"]
+    )
 
 
 @pytest.mark.long
 def test_under_torchrun_one_table_is_printed(tmp_path):
-    done = run_command("tools/doctor.py", "--device", "cpu", "--folder", tmp_path, cwd=tmp_path, processes=3)
+    done = run_command(
+        "tools/doctor.py", "--device", "cpu", "--folder", tmp_path, cwd=tmp_path, processes=3
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert sum(line.startswith("OK    sums ") for line in lines) == 1
     assert lines[-1].endswith(" 0 that will not work")
-    assert len({re.match(r"\S+ +\S.*?  +(?=\S)", line).end() for line in lines[:-1] if line[0] != " "}) == 1
+    assert (
+        len({re.match(r"\S+ +\S.*?  +(?=\S)", line).end() for line in lines[:-1] if line[0] != " "})
+        == 1
+    )
 
 
 @pytest.mark.long
 def test_a_process_killed_under_torchrun_is_told_of_before_the_launcher_ends_the_others(tmp_path):
     script = tmp_path / "one_dies.sh"
-    script.write_text(f'#!/bin/sh\n[ "$RANK" = 1 ] && sleep 60 && exit 7\nexec {stand_in()} {DOCTOR} --json --device cpu '
-                      f'--folder {tmp_path} --limit-seconds 300\n')
+    script.write_text(
+        f'#!/bin/sh\n[ "$RANK" = 1 ] && sleep 60 && exit 7\nexec {stand_in()} {DOCTOR} --json --device cpu '
+        f"--folder {tmp_path} --limit-seconds 300\n"
+    )
     script.chmod(0o755)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "3"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--no-python",
+        "--nproc-per-node",
+        "3",
+    ]
     done = run([stand_in(), *launcher, str(script)], cwd=tmp_path, env=environment(), seconds=280)
     assert done.returncode == 1
     found = findings_of(done.stdout, done.stderr)

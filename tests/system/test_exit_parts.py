@@ -34,26 +34,49 @@ DEPTHS = (*OWN_EXITS, 4)
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in one)
+        one[name].dtype == other[name].dtype
+        and torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8))
+        for name in one
+    )
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return float(other.abs().max()) > 1 and float((one - other).abs().max()) <= 1e-5 * float(other.abs().max())
+    return float(other.abs().max()) > 1 and float((one - other).abs().max()) <= 1e-5 * float(
+        other.abs().max()
+    )
 
 
 def load(directory: Path):
     """Returns transformers' model of a directory, of which nothing may be missing or unknown."""
     from transformers import AutoModelForCausalLM
 
-    model, found = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", output_loading_info=True)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", output_loading_info=True
+    )
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
 
 
-@pytest.mark.parametrize(("family", "kind"), [*((family, kind) for family in FAMILIES for kind in ("block", "mlp")), ("mistral", "adapter"),
-                                              ("qwen2", "adapter and block"), ("qwen3", "adapter and mlp")])
-def test_every_way_of_computing_an_exit_says_what_transformers_own_modules_say(family, kind, tmp_path):
-    case = save_nested(tmp_path / "origin", family, kind, tied=family == "qwen2", norms=family != "llama", heads=family == "mistral")
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *((family, kind) for family in FAMILIES for kind in ("block", "mlp")),
+        ("mistral", "adapter"),
+        ("qwen2", "adapter and block"),
+        ("qwen3", "adapter and mlp"),
+    ],
+)
+def test_every_way_of_computing_an_exit_says_what_transformers_own_modules_say(
+    family, kind, tmp_path
+):
+    case = save_nested(
+        tmp_path / "origin",
+        family,
+        kind,
+        tied=family == "qwen2",
+        norms=family != "llama",
+        heads=family == "mistral",
+    )
     model = open_model(tmp_path / "origin")
     assert not import_model(model, tmp_path / "runs", Exits()).comparison.problems
     checkpoint = open_model(tmp_path / "runs")
@@ -66,8 +89,12 @@ def test_every_way_of_computing_an_exit_says_what_transformers_own_modules_say(f
     for depth in DEPTHS:
         expected = case.logits(depth, tokens())
         with torch.no_grad():
-            said = {"plain PyTorch": plain[depth].logits(), "transformers, streamed": theirs[depth].logits(),
-                    "evaluation": evaluated.logits(depth, hidden[depth]), "sub-model": evaluated.sub_model(depth)(tokens()).logits}
+            said = {
+                "plain PyTorch": plain[depth].logits(),
+                "transformers, streamed": theirs[depth].logits(),
+                "evaluation": evaluated.logits(depth, hidden[depth]),
+                "sub-model": evaluated.sub_model(depth)(tokens()).logits,
+            }
         for who, logits in said.items():
             assert close(logits, expected), f"{who} at {depth}"
         assert torch.equal(said["evaluation"], said["sub-model"])
@@ -85,9 +112,18 @@ def test_round_trip_is_bitwise(kind, dtype, tmp_path):
     for comparison in (inward, outward):
         assert not comparison.problems and [row.depth for row in comparison.exits] == [1, 3, 4]
         assert len(comparison.tensors) == len(case.our_tensors())
-    keys = {key: value for key, value in json.loads((tmp_path / "back" / "config.json").read_text()).items() if key.startswith("exit_")}
+    keys = {
+        key: value
+        for key, value in json.loads((tmp_path / "back" / "config.json").read_text()).items()
+        if key.startswith("exit_")
+    }
     adapter, block, mlp = KINDS[kind]
-    wanted = {"exit_layer_indices": [1, 3, 4], "exit_block": block, "exit_mlp": mlp, "exit_adapter_rank": 3 * adapter}
+    wanted = {
+        "exit_layer_indices": [1, 3, 4],
+        "exit_block": block,
+        "exit_mlp": mlp,
+        "exit_adapter_rank": 3 * adapter,
+    }
     assert keys == {key: value for key, value in wanted.items() if value}
 
 
@@ -106,8 +142,17 @@ def test_a_block_wrong_in_both_directions_shows_in_the_logits(tmp_path, monkeypa
 
     save_nested(tmp_path / "origin", "llama", "block")
     after = nested_logits._after_parts
-    monkeypatch.setattr(nested_logits, "_after_parts", lambda settings, read, depth, hidden, *more: after(
-        settings, lambda name: read(name.replace("exit_blocks.1.", "exit_blocks.3.")), depth, hidden, *more))
+    monkeypatch.setattr(
+        nested_logits,
+        "_after_parts",
+        lambda settings, read, depth, hidden, *more: after(
+            settings,
+            lambda name: read(name.replace("exit_blocks.1.", "exit_blocks.3.")),
+            depth,
+            hidden,
+            *more,
+        ),
+    )
     with pytest.raises(CheckpointError, match=r"exit @1: logits differ by up to"):
         import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits())
     assert not (tmp_path / "runs").exists()
@@ -120,17 +165,35 @@ def test_two_models_that_differ_in_a_block_alone_are_told_apart(tmp_path):
     tensors["exits.3.block.self_attn.v_proj.weight"][2, 5] += 0.5
     save_file(tensors, tmp_path / "origin" / "exits.safetensors", {"format": "pt"})
     problems = compare(open_model(tmp_path / "runs"), open_model(tmp_path / "origin")).problems
-    assert problems[0].startswith("exit_blocks.3.self_attention.linear_qkv.weight: 1 of ") and len(problems) == 2
+    assert (
+        problems[0].startswith("exit_blocks.3.self_attention.linear_qkv.weight: 1 of ")
+        and len(problems) == 2
+    )
     assert problems[1].startswith("exit @3: logits differ")
 
 
-@pytest.mark.parametrize(("family", "kind", "source"), [
-    ("llama", "block", "hugging face"), ("mistral", "block", "checkpoint"), ("qwen2", "block", "checkpoint"),
-    ("qwen3", "block", "hugging face"), ("llama", "mlp", "checkpoint"), ("mistral", "mlp", "hugging face"),
-    ("qwen2", "mlp", "hugging face"), ("qwen3", "mlp", "checkpoint")])
+@pytest.mark.parametrize(
+    ("family", "kind", "source"),
+    [
+        ("llama", "block", "hugging face"),
+        ("mistral", "block", "checkpoint"),
+        ("qwen2", "block", "checkpoint"),
+        ("qwen3", "block", "hugging face"),
+        ("llama", "mlp", "checkpoint"),
+        ("mistral", "mlp", "hugging face"),
+        ("qwen2", "mlp", "hugging face"),
+        ("qwen3", "mlp", "checkpoint"),
+    ],
+)
 def test_an_exit_becomes_an_ordinary_model_that_says_the_same_bits(family, kind, source, tmp_path):
-    case = save_nested(tmp_path / "origin", family, kind, tied=family == "qwen2", norms=family in ("mistral", "qwen2"),
-                       heads=family == "qwen2")
+    case = save_nested(
+        tmp_path / "origin",
+        family,
+        kind,
+        tied=family == "qwen2",
+        norms=family in ("mistral", "qwen2"),
+        heads=family == "qwen2",
+    )
     place = tmp_path / "origin"
     if source == "checkpoint":
         import_model(open_model(place), tmp_path / "runs", Exits(), Writing(verify=False))
@@ -151,26 +214,39 @@ def test_an_exit_becomes_an_ordinary_model_that_says_the_same_bits(family, kind,
         o_proj = own[f"model.layers.{num_layers - 1}.self_attn.o_proj.weight"]
         assert bool((o_proj == 0).all()) == (kind == "mlp" and depth < 4)
         config = json.loads((tmp_path / "sub" / f"depth_{depth}" / "config.json").read_text())
-        assert config["exit_layer_indices"] == [*(exit_depth for exit_depth in OWN_EXITS if exit_depth < depth), num_layers]
+        assert config["exit_layer_indices"] == [
+            *(exit_depth for exit_depth in OWN_EXITS if exit_depth < depth),
+            num_layers,
+        ]
         assert config.get(f"exit_{kind}", False) == (depth > 1)
     # the shallower exit of an extracted model is still the exit it was
     inner = load_nested_model(tmp_path / "sub" / "depth_3")
     assert inner.depths == (1, 4)
     with torch.no_grad():
-        assert torch.equal(inner.sub_model(1)(tokens()).logits, nested.sub_model(1)(tokens()).logits)
+        assert torch.equal(
+            inner.sub_model(1)(tokens()).logits, nested.sub_model(1)(tokens()).logits
+        )
     card = (tmp_path / "sub" / "depth_3" / "README.md").read_text()
     assert "The first 3 of 4 layers" in card and "`nested_exits.py` of this directory" in card
-    assert (tmp_path / "sub" / "depth_3" / "nested_exits.py").is_file() and not (tmp_path / "sub" / "depth_1" / "nested_exits.py").exists()
+    assert (tmp_path / "sub" / "depth_3" / "nested_exits.py").is_file() and not (
+        tmp_path / "sub" / "depth_1" / "nested_exits.py"
+    ).exists()
 
 
 def test_an_exit_with_an_adapter_is_refused_and_the_full_model_is_not(tmp_path):
     save_nested(tmp_path / "origin", "llama", "adapter and block")
     for which in (["--depth", "1"], ["--all"]):
-        with pytest.raises(SettingsError, match=r"exit 1 reads the hidden state through an adapter of its own .* Use --depth 4"):
+        with pytest.raises(
+            SettingsError,
+            match=r"exit 1 reads the hidden state through an adapter of its own .* Use --depth 4",
+        ):
             extract_submodel.main([f"{tmp_path}/origin", f"{tmp_path}/sub", *which])
     assert not (tmp_path / "sub").exists()
     extract_submodel.main([f"{tmp_path}/origin", f"{tmp_path}/sub", "--depth", "4"])
-    assert load_file(tmp_path / "sub" / "exits.safetensors").keys() == load_file(tmp_path / "origin" / "exits.safetensors").keys()
+    assert (
+        load_file(tmp_path / "sub" / "exits.safetensors").keys()
+        == load_file(tmp_path / "origin" / "exits.safetensors").keys()
+    )
 
 
 def test_own_norms_at_a_depth_that_is_not_on_the_way_to_another(tmp_path):
@@ -197,31 +273,63 @@ print(json.dumps(said))
 """
 
 
-def ended(tokens_bs: torch.Tensor, prompt: int, end: int | None, fill: int | None) -> list[list[int]]:
+def ended(
+    tokens_bs: torch.Tensor, prompt: int, end: int | None, fill: int | None
+) -> list[list[int]]:
     """Returns greedy tokens as transformers gives them: after the end of a text the filling, and nothing once all texts have ended."""
-    rows = [row[: row.index(end, prompt) + 1] if end in row[prompt:] else row for row in tokens_bs.tolist()]
+    rows = [
+        row[: row.index(end, prompt) + 1] if end in row[prompt:] else row
+        for row in tokens_bs.tolist()
+    ]
     longest = max(map(len, rows))
     return [row + [end if fill is None else fill] * (longest - len(row)) for row in rows]
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama", "block"), ("mistral", "block"), ("qwen2", "mlp"), ("qwen3", "adapter and block"),
-                                              ("qwen3", "block"), ("mistral", "adapter and mlp")])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("llama", "block"),
+        ("mistral", "block"),
+        ("qwen2", "mlp"),
+        ("qwen3", "adapter and block"),
+        ("qwen3", "block"),
+        ("mistral", "adapter and mlp"),
+    ],
+)
 def test_the_module_beside_a_model_runs_its_exits_alone(family, kind, tmp_path):
-    case = save_nested(tmp_path / "origin", family, kind, tied=family == "qwen2", norms=family != "llama", heads=family == "mistral")
+    case = save_nested(
+        tmp_path / "origin",
+        family,
+        kind,
+        tied=family == "qwen2",
+        norms=family != "llama",
+        heads=family == "mistral",
+    )
     import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits(), Writing(verify=False))
     export_model(open_model(tmp_path / "runs"), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     (copy_line,) = re.findall(r"`cp (out/nested_exits\.py) \.`", card)
     shutil.copy(tmp_path / copy_line, tmp_path)  # as the card says
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", ALONE, json.dumps(tokens().tolist()), "out"], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=600, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, json.dumps(tokens().tolist()), "out"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["modules"] == []
     checkpoint = open_model(tmp_path / "runs")
     pairs = {pair.ours: pair for pair in checkpoint.pairs}
-    ours = nested_exits(checkpoint.settings, lambda name: checkpoint.read_ours(pairs[name]), tokens(), DEPTHS)
+    ours = nested_exits(
+        checkpoint.settings, lambda name: checkpoint.read_ours(pairs[name]), tokens(), DEPTHS
+    )
     if "adapter" not in kind:
         extract_submodel.main([f"{tmp_path}/out", f"{tmp_path}/sub", "--all", "--no-verify"])
     for depth in DEPTHS:
@@ -241,23 +349,60 @@ def test_the_module_beside_a_model_runs_its_exits_alone(family, kind, tmp_path):
 
 
 BAD = {
-    "a tensor is missing": (lambda tensors: tensors.pop("exits.3.block.mlp.up_proj.weight"), {},
-                            r"missing: exits\.3\.block\.mlp\.up_proj\.weight", r"exits\.3\.block\.mlp\.up_proj\.weight is missing"),
-    "another shape": (lambda tensors: tensors.update({"exits.1.block.input_layernorm.weight": torch.ones(31)}), {},
-                      r"exits\.1\.block\.input_layernorm\.weight has shape \[31\], and config\.json makes it \[32\]",
-                      r"exits\.1\.block\.input_layernorm\.weight has shape \[31\], the model's own has \[32\]"),
-    "one too many": (lambda tensors: tensors.update({"exits.2.norm.weight": torch.ones(32)}), {},
-                     r"unknown: exits\.2\.norm\.weight", r"exits\.2\.norm\.weight: config\.json says nothing of such a tensor"),
-    "block and MLP": (lambda tensors: None, {"exit_mlp": True}, "says exit_block and exit_mlp", "says exit_block and exit_mlp"),
-    "another rank": (lambda tensors: None, {"exit_adapter_rank": 4},
-                     r"exits\.1\.adapter\.down\.weight has shape \[3, 32\], and config\.json makes it \[4, 32\]",
-                     r"exits\.1\.adapter\.down\.weight has shape \[3, 32\], the model's own has \[4, 32\]"),
-    "a rank above the hidden size": (lambda tensors: None, {"exit_adapter_rank": 33}, "exit_adapter_rank is 33; only 0",
-                                     "exit_adapter_rank is 33; only 0"),
-    "a word for a block": (lambda tensors: None, {"exit_block": "yes"}, "exit_block is 'yes'; only true and false",
-                           "exit_block is 'yes'; only true and false"),
-    "no exits": (lambda tensors: None, {"exit_layer_indices": None}, "has no exit_layer_indices", "has no exit_layer_indices"),
-    "the last layer alone": (lambda tensors: None, {"exit_layer_indices": [4]}, "holds the last layer alone", "holds the last layer alone"),
+    "a tensor is missing": (
+        lambda tensors: tensors.pop("exits.3.block.mlp.up_proj.weight"),
+        {},
+        r"missing: exits\.3\.block\.mlp\.up_proj\.weight",
+        r"exits\.3\.block\.mlp\.up_proj\.weight is missing",
+    ),
+    "another shape": (
+        lambda tensors: tensors.update({"exits.1.block.input_layernorm.weight": torch.ones(31)}),
+        {},
+        r"exits\.1\.block\.input_layernorm\.weight has shape \[31\], and config\.json makes it \[32\]",
+        r"exits\.1\.block\.input_layernorm\.weight has shape \[31\], the model's own has \[32\]",
+    ),
+    "one too many": (
+        lambda tensors: tensors.update({"exits.2.norm.weight": torch.ones(32)}),
+        {},
+        r"unknown: exits\.2\.norm\.weight",
+        r"exits\.2\.norm\.weight: config\.json says nothing of such a tensor",
+    ),
+    "block and MLP": (
+        lambda tensors: None,
+        {"exit_mlp": True},
+        "says exit_block and exit_mlp",
+        "says exit_block and exit_mlp",
+    ),
+    "another rank": (
+        lambda tensors: None,
+        {"exit_adapter_rank": 4},
+        r"exits\.1\.adapter\.down\.weight has shape \[3, 32\], and config\.json makes it \[4, 32\]",
+        r"exits\.1\.adapter\.down\.weight has shape \[3, 32\], the model's own has \[4, 32\]",
+    ),
+    "a rank above the hidden size": (
+        lambda tensors: None,
+        {"exit_adapter_rank": 33},
+        "exit_adapter_rank is 33; only 0",
+        "exit_adapter_rank is 33; only 0",
+    ),
+    "a word for a block": (
+        lambda tensors: None,
+        {"exit_block": "yes"},
+        "exit_block is 'yes'; only true and false",
+        "exit_block is 'yes'; only true and false",
+    ),
+    "no exits": (
+        lambda tensors: None,
+        {"exit_layer_indices": None},
+        "has no exit_layer_indices",
+        "has no exit_layer_indices",
+    ),
+    "the last layer alone": (
+        lambda tensors: None,
+        {"exit_layer_indices": [4]},
+        "holds the last layer alone",
+        "holds the last layer alone",
+    ),
 }
 
 
@@ -278,7 +423,10 @@ def test_bad_input_stops_with_the_name(what, tmp_path):
 def test_the_file_of_the_exits_is_missing(tmp_path):
     save_nested(tmp_path / "origin", "llama", "mlp")
     (tmp_path / "origin" / "exits.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"norms, heads or parts of their own, but exits\.safetensors is missing"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"norms, heads or parts of their own, but exits\.safetensors is missing",
+    ):
         open_model(tmp_path / "origin")
     with pytest.raises(CheckpointError, match=r"own MLPs, but exits\.safetensors is missing"):
         load_nested_model(tmp_path / "origin")
@@ -302,30 +450,71 @@ def test_heads_trained_on_the_layers_leave_the_parts_out(tmp_path):
         for depth in DEPTHS:
             assert close(plain.logits(depth, hidden[depth]), bare.logits(depth, tokens()))
     own = {depth: copy_exit(plain.exits[depth]) for depth in OWN_EXITS}
-    save_with_heads(NestedModel("ICT", plain.model, plain.depths, own), tmp_path / "origin", tmp_path / "heads")
+    save_with_heads(
+        NestedModel("ICT", plain.model, plain.depths, own), tmp_path / "origin", tmp_path / "heads"
+    )
     model = open_model(tmp_path / "heads")
-    assert not model.settings.use_exit_block and model.settings.use_exit_norm and model.settings.untie_exit_output_weights
+    assert (
+        not model.settings.use_exit_block
+        and model.settings.use_exit_norm
+        and model.settings.untie_exit_output_weights
+    )
 
 
 def test_new_blocks_and_mlps_are_copies_of_the_last_layers(tmp_path):
     from megatron_sorted.commands import convert
 
     model = save_model(tmp_path / "origin", "qwen2", tied=True)
-    last = {name.removeprefix("model.layers.3."): tensor for name, tensor in model.state_dict().items() if ".layers.3." in name}
+    last = {
+        name.removeprefix("model.layers.3."): tensor
+        for name, tensor in model.state_dict().items()
+        if ".layers.3." in name
+    }
     for kind in ("block", "mlp"):
-        convert.main(["import", f"{tmp_path}/origin", f"{tmp_path}/runs_{kind}", "--exit-layer-nums", "1", "3", f"--use-exit-{kind}"])
+        convert.main(
+            [
+                "import",
+                f"{tmp_path}/origin",
+                f"{tmp_path}/runs_{kind}",
+                "--exit-layer-nums",
+                "1",
+                "3",
+                f"--use-exit-{kind}",
+            ]
+        )
         convert.main(["export", f"{tmp_path}/runs_{kind}", f"{tmp_path}/{kind}"])
-    blocks, mlps = load_file(tmp_path / "block" / "exits.safetensors"), load_file(tmp_path / "mlp" / "exits.safetensors")
-    assert same_bits(blocks, {f"exits.{depth}.block.{name}": tensor for depth in OWN_EXITS for name, tensor in last.items()})
-    mlp = {name.replace("post_attention_layernorm", "mlp.norm"): tensor for name, tensor in last.items() if "mlp" in name or "post" in name}
-    assert same_bits(mlps, {f"exits.{depth}.{name}": tensor for depth in OWN_EXITS for name, tensor in mlp.items()})
-    for exits, message in ((Exits((1,), own_blocks=True, own_mlps=True), "a block has an MLP of its own"),
-                           (Exits(own_blocks=True), "there is no intermediate exit to have it")):
+    blocks, mlps = (
+        load_file(tmp_path / "block" / "exits.safetensors"),
+        load_file(tmp_path / "mlp" / "exits.safetensors"),
+    )
+    assert same_bits(
+        blocks,
+        {
+            f"exits.{depth}.block.{name}": tensor
+            for depth in OWN_EXITS
+            for name, tensor in last.items()
+        },
+    )
+    mlp = {
+        name.replace("post_attention_layernorm", "mlp.norm"): tensor
+        for name, tensor in last.items()
+        if "mlp" in name or "post" in name
+    }
+    assert same_bits(
+        mlps,
+        {f"exits.{depth}.{name}": tensor for depth in OWN_EXITS for name, tensor in mlp.items()},
+    )
+    for exits, message in (
+        (Exits((1,), own_blocks=True, own_mlps=True), "a block has an MLP of its own"),
+        (Exits(own_blocks=True), "there is no intermediate exit to have it"),
+    ):
         with pytest.raises(SettingsError, match=message):
             import_model(open_model(tmp_path / "origin"), tmp_path / "no", exits)
 
 
 def test_an_adapter_is_never_made_of_nothing(tmp_path):
     save_nested(tmp_path / "origin", "llama", "adapter")
-    with pytest.raises(CheckpointError, match=r"exit_adapters\.2\.down\.weight.* would be made of nothing"):
+    with pytest.raises(
+        CheckpointError, match=r"exit_adapters\.2\.down\.weight.* would be made of nothing"
+    ):
         import_model(open_model(tmp_path / "origin"), tmp_path / "runs", Exits((1, 2, 3)))

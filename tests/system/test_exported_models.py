@@ -34,8 +34,13 @@ def load(directory: Path, **changes):
     """Returns transformers' model of a directory, and what it found wrong with its files."""
     from transformers import AutoModelForCausalLM
 
-    model, found = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager",
-                                                        output_loading_info=True, **changes)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+        **changes,
+    )
     return model.eval(), found
 
 
@@ -53,13 +58,34 @@ def shared(request, tmp_path_factory):
     """Returns a model whose exits share norm and head: the one transformers made, its export, and its extracted sub-models."""
     folder = tmp_path_factory.mktemp(request.param)
     origin = save_model(folder / "origin", request.param, FAMILIES[request.param])
-    convert.main(["import", f"{folder}/origin", f"{folder}/runs", "--exit-layer-nums", "1", "2", "3", "--no-verify"])
+    convert.main(
+        [
+            "import",
+            f"{folder}/origin",
+            f"{folder}/runs",
+            "--exit-layer-nums",
+            "1",
+            "2",
+            "3",
+            "--no-verify",
+        ]
+    )
     convert.main(["export", f"{folder}/runs", f"{folder}/exported"])
     extract_submodel.main([f"{folder}/exported", f"{folder}/sub", "--all", "--no-verify"])
-    return SimpleNamespace(family=request.param, folder=folder, origin=origin, exported=folder / "exported", sub=folder / "sub")
+    return SimpleNamespace(
+        family=request.param,
+        folder=folder,
+        origin=origin,
+        exported=folder / "exported",
+        sub=folder / "sub",
+    )
 
 
-@pytest.mark.parametrize(("shared", "num_prompts"), [("llama3", 3), ("qwen2", 1), ("qwen3", 1), ("mistral", 1)], indirect=["shared"])
+@pytest.mark.parametrize(
+    ("shared", "num_prompts"),
+    [("llama3", 3), ("qwen2", 1), ("qwen3", 1), ("mistral", 1)],
+    indirect=["shared"],
+)
 def test_the_full_model_drafts_for_itself_and_says_the_same(shared, num_prompts):
     model, _ = load(shared.exported)
     greedy = {"do_sample": False, "min_new_tokens": 60, "max_new_tokens": 60, "pad_token_id": 0}
@@ -68,14 +94,18 @@ def test_the_full_model_drafts_for_itself_and_says_the_same(shared, num_prompts)
         plain = model.generate(given, **greedy)
         assert plain.shape[1] == len(prompt) + 60
         for depth in DEPTHS[:-1]:
-            assert torch.equal(model.generate(given, assistant_early_exit=depth, **greedy), plain), f"exit {depth} after {prompt}"
+            assert torch.equal(
+                model.generate(given, assistant_early_exit=depth, **greedy), plain
+            ), f"exit {depth} after {prompt}"
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_a_cut_model_is_the_extracted_one_bit_for_bit(shared, depth):
     cut, found = load(shared.exported, num_hidden_layers=depth)
     extracted, own_found = load(shared.sub / f"depth_{depth}")
-    assert not found["missing_keys"] and not any(own_found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not found["missing_keys"] and not any(
+        own_found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
     assert len(extracted.model.layers) == depth == extracted.config.num_hidden_layers
     one, other = cut.state_dict(), extracted.state_dict()
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -108,9 +138,18 @@ print(json.dumps(said))
 
 def alone(folder: Path, *directories: Path) -> dict:
     """Returns what a fresh process that knows transformers alone says of the directories."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", ALONE, json.dumps(tokens().tolist()), *map(str, directories)], cwd=folder,
-                          env=environment, capture_output=True, text=True, timeout=120, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, json.dumps(tokens().tolist()), *map(str, directories)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -121,12 +160,24 @@ def owned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("owned")
     save_model(folder / "origin", "qwen3", tied=True)
     (folder / "origin" / "generation_config.json").write_text('{"temperature": 0.7}')
-    convert.main(["import", f"{folder}/origin", f"{folder}/copies", "--exit-layer-nums", *map(str, OWN_EXITS), "--use-exit-norm",
-                  "--untie-exit-output-weights", "--no-verify"])
+    convert.main(
+        [
+            "import",
+            f"{folder}/origin",
+            f"{folder}/copies",
+            "--exit-layer-nums",
+            *map(str, OWN_EXITS),
+            "--use-exit-norm",
+            "--untie-exit-output-weights",
+            "--no-verify",
+        ]
+    )
     convert.main(["export", f"{folder}/copies", f"{folder}/nested", "--no-verify"])
     generator = torch.Generator().manual_seed(3)
-    own = {name: tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
-           for name, tensor in load_file(folder / "nested" / "exits.safetensors").items()}
+    own = {
+        name: tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(folder / "nested" / "exits.safetensors").items()
+    }
     assert len(own) == 4
     save_file(own, folder / "nested" / "exits.safetensors", {"format": "pt"})
     convert.main(["import", f"{folder}/nested", f"{folder}/runs"])
@@ -149,7 +200,10 @@ def test_an_extracted_model_says_what_its_exit_says(owned, depth):
     model, _ = load(owned.nested)
     states = {}
     hook = model.model.layers[depth - 1].register_forward_hook(
-        lambda _module, _inputs, output: states.update(hidden=output[0] if isinstance(output, tuple) else output))
+        lambda _module, _inputs, output: states.update(
+            hidden=output[0] if isinstance(output, tuple) else output
+        )
+    )
     full = logits(model)
     hook.remove()
     extracted, found = load(owned.folder / "sub_nested" / f"depth_{depth}")
@@ -160,15 +214,24 @@ def test_an_extracted_model_says_what_its_exit_says(owned, depth):
         return
     assert extracted.config.tie_word_embeddings is False, "its head is its own now"
     hidden = states["hidden"]
-    normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + model.config.rms_norm_eps)
-    expected = normed * owned.own[f"exits.{depth}.norm.weight"] @ owned.own[f"exits.{depth}.lm_head.weight"].T
+    normed = hidden * torch.rsqrt(
+        hidden.square().mean(-1, keepdim=True) + model.config.rms_norm_eps
+    )
+    expected = (
+        normed
+        * owned.own[f"exits.{depth}.norm.weight"]
+        @ owned.own[f"exits.{depth}.lm_head.weight"].T
+    )
     assert float((said - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
     assert float((said - full).abs().max()) > 1
 
 
 def test_a_checkpoint_and_its_directory_give_the_same_files(owned):
     pairs = [(owned.folder / "export_nested", owned.folder / "export_runs")]
-    pairs += [tuple(owned.folder / f"sub_{source}" / f"depth_{depth}" for source in ("nested", "runs")) for depth in OWN_EXITS]
+    pairs += [
+        tuple(owned.folder / f"sub_{source}" / f"depth_{depth}" for source in ("nested", "runs"))
+        for depth in OWN_EXITS
+    ]
     for one, other in pairs:
         ours, theirs = files_of(one), files_of(other)
         assert ours.keys() == theirs.keys()
@@ -176,14 +239,24 @@ def test_a_checkpoint_and_its_directory_give_the_same_files(owned):
             assert ours[name] == theirs[name], f"{other}: {name}"
     origin, exported = files_of(owned.nested), files_of(owned.folder / "export_runs")
     own = load_file(owned.folder / "export_runs" / "exits.safetensors")
-    assert own.keys() == owned.own.keys() and all(torch.equal(own[name], owned.own[name]) for name in own)
-    del origin["exits.safetensors"], exported["exits.safetensors"]  # the library orders names in its own way
+    assert own.keys() == owned.own.keys() and all(
+        torch.equal(own[name], owned.own[name]) for name in own
+    )
+    del (
+        origin["exits.safetensors"],
+        exported["exits.safetensors"],
+    )  # the library orders names in its own way
     assert exported == origin
 
 
 @pytest.mark.parametrize("shared", ["llama3"], indirect=True)
 def test_all_load_in_a_process_that_knows_transformers_alone(shared, owned):
-    places = [shared.exported, shared.sub / "depth_2", owned.nested, owned.folder / "sub_runs" / "depth_3"]
+    places = [
+        shared.exported,
+        shared.sub / "depth_2",
+        owned.nested,
+        owned.folder / "sub_runs" / "depth_3",
+    ]
     said = alone(shared.folder, *places)
     assert said["modules"] == []
     for place in places:

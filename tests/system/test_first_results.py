@@ -10,7 +10,24 @@ from tests.support.commands import run_command
 from tests.support.evaluated import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = ("cat", "dog", "house", "bird", "mat", "night", "sign", "mother", "sat", "ran", "was", "the", "a", "on", "red", "small")
+WORDS = (
+    "cat",
+    "dog",
+    "house",
+    "bird",
+    "mat",
+    "night",
+    "sign",
+    "mother",
+    "sat",
+    "ran",
+    "was",
+    "the",
+    "a",
+    "on",
+    "red",
+    "small",
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,41 +36,79 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("results")
     write_model(path / "tiny", seed=1, max_position_embeddings=256)
     draw = random.Random(0)
-    stories = [f"Story {number}. " + " ".join(draw.choices(WORDS, k=40)) + "." for number in range(60)]
+    stories = [
+        f"Story {number}. " + " ".join(draw.choices(WORDS, k=40)) + "." for number in range(60)
+    ]
     (path / "stories.txt").write_text("\n###\n".join([*stories, stories[7]]), encoding="utf-8")
     return path
 
 
 def test_a_quick_run_writes_a_page_and_does_nothing_twice(folder):
-    words = ("stories", "--model", "tiny", "--text", "stories.txt", "--separator", "###", "--num-held-out", 8, "--num-tuning", 4, "--quick",
-             "--output", "out")
+    words = (
+        "stories",
+        "--model",
+        "tiny",
+        "--text",
+        "stories.txt",
+        "--separator",
+        "###",
+        "--num-held-out",
+        8,
+        "--num-tuning",
+        4,
+        "--quick",
+        "--output",
+        "out",
+    )
     done = run_command("tools/first_results.py", *words, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (folder / "out" / "docs" / "results" / "tiny.md").read_text()
-    assert str(folder) not in page.replace(str(folder / "out"), ""), "files from outside stand there by name alone"
+    assert str(folder) not in page.replace(str(folder / "out"), ""), (
+        "files from outside stand there by name alone"
+    )
     assert (folder / "out" / "docs" / "images" / "result_stories.png").stat().st_size > 20_000
     split = json.loads((folder / "out" / "data" / "split.json").read_text())
-    assert [split[name] for name in ("samples", "copies_dropped", "held_out", "tuning", "train")] == [61, 1, 8, 4, 48]
+    assert [
+        split[name] for name in ("samples", "copies_dropped", "held_out", "tuning", "train")
+    ] == [61, 1, 8, 4, 48]
     found = json.loads((folder / "out" / "evaluation" / "1" / "evaluation.json").read_text())
     assert list(found["models"]) == ["before", "nested", "ordinary", "ordinary+ICT"]
     models = found["texts"]["held_out"]["models"]
     for depth in ("1", "2", "3"):
-        cells = [f"{models[name]['exits'][depth]['loss']:.3f} ± {models[name]['exits'][depth]['loss_standard_error']:.3f}"
-                 for name in ("before", "ordinary", "ordinary+ICT", "nested")]
-        (row,) = [line for line in page.splitlines() if line.startswith(f"| {depth} ") and cells[0] in line]
+        cells = [
+            f"{models[name]['exits'][depth]['loss']:.3f} ± {models[name]['exits'][depth]['loss_standard_error']:.3f}"
+            for name in ("before", "ordinary", "ordinary+ICT", "nested")
+        ]
+        (row,) = [
+            line
+            for line in page.splitlines()
+            if line.startswith(f"| {depth} ") and cells[0] in line
+        ]
         assert row.split(" | ")[3:] == [*cells[:3], f"{cells[3]} |"]
     assert models["ordinary"]["exits"]["3"] != models["nested"]["exits"]["3"]
     again = run_command("tools/first_results.py", *words, cwd=folder)
-    assert again.returncode == 0 and again.stdout.count("finished before, skipped") == 7 and "pretrain_sorted.py" not in again.stderr
+    assert (
+        again.returncode == 0
+        and again.stdout.count("finished before, skipped") == 7
+        and "pretrain_sorted.py" not in again.stderr
+    )
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["stories", "--model", "none", "--text", "stories.txt"], "none: no such directory"),
-    (["stories", "--model", "tiny", "--text", "none.txt"], "--text: "),
-    (["stories", "--model", "tiny", "--text", "stories.txt", "--seeds", 0], "--seeds: 0 is not at least 1"),
-    (["cldr", "--methods", "ordinary"], "--methods: nested is missing"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stories", "--model", "none", "--text", "stories.txt"], "none: no such directory"),
+        (["stories", "--model", "tiny", "--text", "none.txt"], "--text: "),
+        (
+            ["stories", "--model", "tiny", "--text", "stories.txt", "--seeds", 0],
+            "--seeds: 0 is not at least 1",
+        ),
+        (["cldr", "--methods", "ordinary"], "--methods: nested is missing"),
+    ],
+)
 def test_mistakes_are_one_line(folder, arguments, message):
     done = run_command("tools/first_results.py", *arguments, cwd=folder)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr, done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr, (
+        done.stderr
+    )
     assert len(done.stderr.strip().splitlines()) == 1

@@ -9,7 +9,16 @@ from megatron_sorted.monitoring.json_lines import read_json_lines
 from tests.support.command_line import pretrain
 from tests.system.test_pretrain import untimed
 
-WORDS = ("--config", "run.yaml", "--pipeline-model-parallel-size", 1, "--micro-batch-size", 1, "--lr-warmup-iters", 2)
+WORDS = (
+    "--config",
+    "run.yaml",
+    "--pipeline-model-parallel-size",
+    1,
+    "--micro-batch-size",
+    1,
+    "--lr-warmup-iters",
+    2,
+)
 FSDP = ("--data-parallel", "fsdp")
 
 
@@ -42,11 +51,24 @@ def test_a_run_is_stopped_continued_and_equals_ddp(folder):
     pretrain(2, folder, *WORDS, *FSDP, "--save", "parts", "--exit-interval", 2)
     shutil.copytree(folder / "parts", folder / "wider")
     pretrain(2, folder, *WORDS, *FSDP, "--save", "parts", "--load", "parts")
-    assert lines_of(folder, "parts")[-5:] == whole[-5:], "two steps and two evaluations, bit for bit"
+    assert lines_of(folder, "parts")[-5:] == whole[-5:], (
+        "two steps and two evaluations, bit for bit"
+    )
     lines = pretrain(4, folder, *WORDS, *FSDP, "--save", "wider", "--load", "wider")
     assert any(line.startswith("loaded wider/iter_0000002: step 2, ") for line in lines)
     assert losses(lines_of(folder, "wider")[-1]) == pytest.approx(losses(whole[-1]), rel=1e-5)
-    pretrain(1, folder, *WORDS, "--use-distributed-optimizer", "--load", "parts", "--train-iters", 6, "--save", "on")
+    pretrain(
+        1,
+        folder,
+        *WORDS,
+        "--use-distributed-optimizer",
+        "--load",
+        "parts",
+        "--train-iters",
+        6,
+        "--save",
+        "on",
+    )
     assert lines_of(folder, "on")[0]["step"] == 5
 
 
@@ -56,7 +78,11 @@ def test_a_run_starts_from_a_hugging_face_directory_and_ends_in_one(folder):
     assert any(line.startswith("wrote out; verified: ") for line in lines)
     pretrain(4, folder, *WORDS, *FSDP, "--load", "out", "--save", "again", "--skip-train")
     evaluated = {line["name"]: losses(line) for line in lines_of(folder, "again")}
-    expected = {line["name"]: losses(line) for line in lines_of(folder, "run") if line["kind"] == "evaluation" and line["step"] == 4}
+    expected = {
+        line["name"]: losses(line)
+        for line in lines_of(folder, "run")
+        if line["kind"] == "evaluation" and line["step"] == 4
+    }
     assert evaluated.keys() == expected.keys() and len(expected) == 2
     for name, exits in expected.items():
         assert evaluated[name] == pytest.approx(exits, rel=1e-5)

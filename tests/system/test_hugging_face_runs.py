@@ -14,8 +14,27 @@ from tests.support.hugging_face import exit_logits
 from tests.support.model_directories import save_model
 
 CHAT = "{{ messages }}"
-RUN = ("--seq-length", 32, "--device", "cpu", "--micro-batch-size", 2, "--global-batch-size", 4, "--lr", 1e-2, "--lr-decay-style",
-       "constant", "--train-iters", 2, "--log-interval", 1, "--mock-data", "--adam-eps", 1e-4)
+RUN = (
+    "--seq-length",
+    32,
+    "--device",
+    "cpu",
+    "--micro-batch-size",
+    2,
+    "--global-batch-size",
+    4,
+    "--lr",
+    1e-2,
+    "--lr-decay-style",
+    "constant",
+    "--train-iters",
+    2,
+    "--log-interval",
+    1,
+    "--mock-data",
+    "--adam-eps",
+    1e-4,
+)
 TENSOR_AND_PIPELINE = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
 
 
@@ -59,65 +78,147 @@ def test_the_first_losses_are_the_same_in_every_layout_and_after_an_import(name,
 def test_what_is_trained_goes_out_and_says_what_the_trained_checkpoint_says(folder):
     from transformers import AutoModelForCausalLM
 
-    lines = pretrain(4, folder, *RUN, *TENSOR_AND_PIPELINE, "--load", "qwen3", "--exit-layer-nums", 2, "--save", "run", "--save-hf", "out")
+    lines = pretrain(
+        4,
+        folder,
+        *RUN,
+        *TENSOR_AND_PIPELINE,
+        "--load",
+        "qwen3",
+        "--exit-layer-nums",
+        2,
+        "--save",
+        "run",
+        "--save-hf",
+        "out",
+    )
     assert any(line.startswith("wrote out; verified: ") for line in lines)
-    trained, before = (AutoModelForCausalLM.from_pretrained(folder / place, dtype=torch.float32) for place in ("out", "qwen3"))
+    trained, before = (
+        AutoModelForCausalLM.from_pretrained(folder / place, dtype=torch.float32)
+        for place in ("out", "qwen3")
+    )
     tokens = torch.arange(20)[None]
     logits, old = exit_logits(trained, tokens), exit_logits(before, tokens)
-    assert all(float((logits[depth] - old[depth]).abs().max()) > 1e-2 for depth in (2, 4)), "nothing was trained"
+    assert all(float((logits[depth] - old[depth]).abs().max()) > 1e-2 for depth in (2, 4)), (
+        "nothing was trained"
+    )
     config = json.loads((folder / "out" / "config.json").read_text())
     assert config["exit_layer_indices"] == [2, 4] and config["model_type"] == "qwen3"
-    assert json.loads((folder / "out" / "generation_config.json").read_text()) == {"temperature": 0.7}
+    assert json.loads((folder / "out" / "generation_config.json").read_text()) == {
+        "temperature": 0.7
+    }
     assert (folder / "out" / "chat_template.jinja").read_text() == CHAT
     # what went out comes in again: the same losses as going on from the checkpoint's weights
     pretrain(1, folder, *RUN, "--load", "out", "--save", "from_out")
-    pretrain(1, folder, *RUN, "--load", "run", "--finetune", "--use-checkpoint-args", "--save", "from_run")
+    pretrain(
+        1,
+        folder,
+        *RUN,
+        "--load",
+        "run",
+        "--finetune",
+        "--use-checkpoint-args",
+        "--save",
+        "from_run",
+    )
     one, other = losses_at_first_step(folder, "from_out"), losses_at_first_step(folder, "from_run")
     assert one.keys() == {2, 4} and one == pytest.approx(other, rel=1e-6)
 
 
 def test_a_job_that_is_started_again_goes_on_from_its_own_checkpoints(folder):
-    words = (*RUN, "--pretrained-checkpoint", "llama3", "--load", "own", "--save", "own", "--save-hf", "out")
+    words = (
+        *RUN,
+        "--pretrained-checkpoint",
+        "llama3",
+        "--load",
+        "own",
+        "--save",
+        "own",
+        "--save-hf",
+        "out",
+    )
     lines = pretrain(1, folder, *words, "--exit-interval", 1)
-    assert "loaded llama3: weights only, starting at step 0" in lines and not (folder / "out").exists()
+    assert (
+        "loaded llama3: weights only, starting at step 0" in lines and not (folder / "out").exists()
+    )
     lines = pretrain(1, folder, *words)
-    assert any(line.startswith("loaded own/iter_0000001: step 1") for line in lines) and (folder / "out" / "config.json").exists()
+    assert (
+        any(line.startswith("loaded own/iter_0000001: step 1") for line in lines)
+        and (folder / "out" / "config.json").exists()
+    )
     # once more, to train longer: its own export may be replaced, and what travels is still there
     pretrain(1, folder, *words, "--train-iters", 3)
     assert json.loads((folder / "out" / "export.json").read_text())["step"] == 3
     manifest = read_manifest(folder / "own" / "iter_0000003")
-    assert {"huggingface/config.json", "huggingface/generation_config.json", "tokenizer/chat_template.jinja"} <= set(manifest["files"])
+    assert {
+        "huggingface/config.json",
+        "huggingface/generation_config.json",
+        "tokenizer/chat_template.jinja",
+    } <= set(manifest["files"])
 
 
 def test_the_same_line_twice_goes_on_from_what_it_saved(folder):
     words = (*RUN, "--load", "llama3", "--exit-layer-nums", 1, "--save", "run")
-    assert "loaded llama3: weights only (it holds nothing else), starting at step 0" in pretrain(1, folder, *words, "--exit-interval", 1)
+    assert "loaded llama3: weights only (it holds nothing else), starting at step 0" in pretrain(
+        1, folder, *words, "--exit-interval", 1
+    )
     lines = pretrain(1, folder, *words)
-    assert "--save run holds checkpoints of this run up to step 1: going on from them, not from llama3" in lines
+    assert (
+        "--save run holds checkpoints of this run up to step 1: going on from them, not from llama3"
+        in lines
+    )
     assert any(line.startswith("loaded run/iter_0000001: step 1") for line in lines)
     first, second = (read_manifest(folder / "run" / f"iter_000000{step}") for step in (1, 2))
     assert first["run_id"] == second["run_id"] and first["start"] == second["start"]
-    with pytest.raises(AssertionError, match=r"up to step 2 of another run: it started from the Hugging Face"):
+    with pytest.raises(
+        AssertionError, match=r"up to step 2 of another run: it started from the Hugging Face"
+    ):
         pretrain(1, folder, *RUN, "--load", "qwen3", "--exit-layer-nums", 1, "--save", "run")
 
 
 def test_new_norms_and_heads_begin_as_the_last_exits(folder):
-    shared, own = (*RUN, "--exit-layer-nums", 1, 3), ("--use-exit-norm", "--untie-exit-output-weights")
+    shared, own = (
+        (*RUN, "--exit-layer-nums", 1, 3),
+        ("--use-exit-norm", "--untie-exit-output-weights"),
+    )
     pretrain(1, folder, *shared, "--load", "llama3", "--save", "shared")
-    pretrain(2, folder, *shared, *own, "--load", "llama3", "--save", "own", "--pipeline-model-parallel-size", 2, "--save-hf", "out")
-    assert losses_at_first_step(folder, "own") == pytest.approx(losses_at_first_step(folder, "shared"), rel=1e-5)
+    pretrain(
+        2,
+        folder,
+        *shared,
+        *own,
+        "--load",
+        "llama3",
+        "--save",
+        "own",
+        "--pipeline-model-parallel-size",
+        2,
+        "--save-hf",
+        "out",
+    )
+    assert losses_at_first_step(folder, "own") == pytest.approx(
+        losses_at_first_step(folder, "shared"), rel=1e-5
+    )
     assert (folder / "out" / "exits.safetensors").exists()
-    pretrain(1, folder, *RUN, "--load", "out", "--save", "again")  # own parts are the model's now: nothing need be said of them
+    pretrain(
+        1, folder, *RUN, "--load", "out", "--save", "again"
+    )  # own parts are the model's now: nothing need be said of them
     assert losses_at_first_step(folder, "again").keys() == {1, 3, 4}
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (("--hidden-size", 64), r"--hidden-size: 32 in the checkpoint, 64 in this run"),
-    (("--rotary-base", 7), r"--rotary-base: 500000 in the checkpoint, 7 in this run"),
-    (("--exit-layer-nums", 9), r"--exit-layer-nums: 9 is not a layer of this model"),
-    (("--save", "run", "--save-hf", "taken"), r"--save-hf: taken: exists and is not empty"),
-    (("--save-hf", "out"), r"--save-hf: it is made of the last checkpoint. Give --save as well"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--hidden-size", 64), r"--hidden-size: 32 in the checkpoint, 64 in this run"),
+        (("--rotary-base", 7), r"--rotary-base: 500000 in the checkpoint, 7 in this run"),
+        (("--exit-layer-nums", 9), r"--exit-layer-nums: 9 is not a layer of this model"),
+        (("--save", "run", "--save-hf", "taken"), r"--save-hf: taken: exists and is not empty"),
+        (
+            ("--save-hf", "out"),
+            r"--save-hf: it is made of the last checkpoint. Give --save as well",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_refused_before_anything_starts(words, message, folder):
     (folder / "taken").mkdir()
     (folder / "taken" / "mine").write_text("x")
@@ -126,13 +227,35 @@ def test_what_does_not_fit_is_refused_before_anything_starts(words, message, fol
 
 
 def test_a_network_no_family_has_is_refused_before_training(folder):
-    with pytest.raises(AssertionError, match=r"--save-hf: --normalization: LayerNorm, which no supported Hugging Face family has"):
-        pretrain(1, folder, *RUN, "--vocab-size", 100, "--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4,
-                 "--normalization", "LayerNorm", "--save", "run", "--save-hf", "out")
+    with pytest.raises(
+        AssertionError,
+        match=r"--save-hf: --normalization: LayerNorm, which no supported Hugging Face family has",
+    ):
+        pretrain(
+            1,
+            folder,
+            *RUN,
+            "--vocab-size",
+            100,
+            "--num-layers",
+            2,
+            "--hidden-size",
+            32,
+            "--num-attention-heads",
+            4,
+            "--normalization",
+            "LayerNorm",
+            "--save",
+            "run",
+            "--save-hf",
+            "out",
+        )
 
 
 def test_a_damaged_directory_is_refused(folder):
     shutil.copytree(folder / "llama3", folder / "half")
-    (folder / "half" / "model.safetensors").write_bytes((folder / "half" / "model.safetensors").read_bytes()[:-10])
+    (folder / "half" / "model.safetensors").write_bytes(
+        (folder / "half" / "model.safetensors").read_bytes()[:-10]
+    )
     with pytest.raises(AssertionError, match=r"too short: the download did not finish"):
         pretrain(1, folder, *RUN, "--load", "half")

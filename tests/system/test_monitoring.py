@@ -20,21 +20,45 @@ from megatron_sorted.settings.run import Settings
 from tests.support.wandb_files import read_wandb_run, read_wandb_runs
 from tests.support.wandb_server import wandb_server
 
-SETTINGS = dataclasses.replace(Settings(), num_layers=4, wandb_project="nested", wandb_mode="offline")
+SETTINGS = dataclasses.replace(
+    Settings(), num_layers=4, wandb_project="nested", wandb_mode="offline"
+)
 KEY = "k" * 40
 DESCRIPTION = {"settings": {"lr": 0.1, "exit_layer_nums": [2, 4]}, "torch": "2.13"}
 
 
 def step(number: int, mark: float = 0.0) -> StepReport:
     return StepReport(
-        step=number, total_steps=100, samples=4 * number, learning_rate=1e-3 / number, grad_norm=0.5 + mark, loss_scale=1.0, skipped=0,
-        step_seconds=0.25, tokens_per_second=4096.0, seconds_left=100.0 - number, tflops_per_device=1.5, mfu=0.25, memory_bytes=10**9,
-        exits={2: ExitNumbers(3.0 / number + mark, 0.5, 0.3, grad_norm=0.1, agreement=0.75, accept_length=1.5),
-               4: ExitNumbers(2.0 / number + mark, 0.6, 1.0, agreement=1.0, accept_length=1.0)})
+        step=number,
+        total_steps=100,
+        samples=4 * number,
+        learning_rate=1e-3 / number,
+        grad_norm=0.5 + mark,
+        loss_scale=1.0,
+        skipped=0,
+        step_seconds=0.25,
+        tokens_per_second=4096.0,
+        seconds_left=100.0 - number,
+        tflops_per_device=1.5,
+        mfu=0.25,
+        memory_bytes=10**9,
+        exits={
+            2: ExitNumbers(
+                3.0 / number + mark, 0.5, 0.3, grad_norm=0.1, agreement=0.75, accept_length=1.5
+            ),
+            4: ExitNumbers(2.0 / number + mark, 0.6, 1.0, agreement=1.0, accept_length=1.0),
+        },
+    )
 
 
 def evaluation(number: int, name: str) -> EvaluationReport:
-    return EvaluationReport(number, name, 1.0, 99, {2: ExitNumbers(2.5, 0.5, exact_match=0.25), 4: ExitNumbers(1.5, 0.5)})
+    return EvaluationReport(
+        number,
+        name,
+        1.0,
+        99,
+        {2: ExitNumbers(2.5, 0.5, exact_match=0.25), 4: ExitNumbers(1.5, 0.5)},
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +93,9 @@ def wandb_processes() -> list[str]:
     for path in Path("/proc").glob("[0-9]*"):
         try:
             words = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            ours = f"HOME={os.environ['HOME']}".encode() in (path / "environ").read_bytes().split(b"\0")
+            ours = f"HOME={os.environ['HOME']}".encode() in (path / "environ").read_bytes().split(
+                b"\0"
+            )
         except OSError:
             continue
         if ours and any(word.endswith(("wandb-core", "wandb_process")) for word in words):
@@ -78,7 +104,12 @@ def wandb_processes() -> list[str]:
 
 
 def test_an_offline_run_holds_every_report(tmp_path):
-    writers, said = opened(tmp_path / "save", wandb_entity="team", wandb_group="g", tensorboard_dir=str(tmp_path / "tb"))
+    writers, said = opened(
+        tmp_path / "save",
+        wandb_entity="team",
+        wandb_group="g",
+        tensorboard_dir=str(tmp_path / "tb"),
+    )
     for number in (1, 2, 3):
         writers.write(step(number))
     writers.write(evaluation(3, "first"))
@@ -86,14 +117,29 @@ def test_an_offline_run_holds_every_report(tmp_path):
     writers.close()
     (run,) = read_wandb_runs(tmp_path / "save")
     assert said == [f"wandb: offline. Send the run later: wandb sync {run.directory}"]
-    assert (run.run_id, run.project, run.entity, run.group, run.name, run.resume, run.exit_code) == (
-        "run7", "nested", "team", "g", "save", True, 0)
+    assert (
+        run.run_id,
+        run.project,
+        run.entity,
+        run.group,
+        run.name,
+        run.resume,
+        run.exit_code,
+    ) == ("run7", "nested", "team", "g", "save", True, 0)
     assert run.config == DESCRIPTION and run.step_metrics == {"*": "iteration"}
-    sets = metric_values(evaluation(3, "first"), 4, "first") | metric_values(evaluation(3, "second"), 4, "first")
+    sets = metric_values(evaluation(3, "first"), 4, "first") | metric_values(
+        evaluation(3, "second"), 4, "first"
+    )
     expected = [{"iteration": number} | metric_values(step(number), 4) for number in (1, 2, 3)]
-    assert run.values() == [*expected[:2], expected[2] | sets]  # rows of one iteration are one row, as with Megatron
+    assert run.values() == [
+        *expected[:2],
+        expected[2] | sets,
+    ]  # rows of one iteration are one row, as with Megatron
     assert [row["_step"] for row in run.rows] == [1, 2, 3]
-    assert len(read_json_lines(tmp_path / "save" / "metrics.jsonl")) == 5 and len(list((tmp_path / "tb").iterdir())) == 1
+    assert (
+        len(read_json_lines(tmp_path / "save" / "metrics.jsonl")) == 5
+        and len(list((tmp_path / "tb").iterdir())) == 1
+    )
 
 
 def test_a_run_resumed_after_a_kill_is_one_run(tmp_path):
@@ -107,8 +153,23 @@ def test_a_run_resumed_after_a_kill_is_one_run(tmp_path):
     assert [row["iteration"] for row in first.rows] == [1, 2, 3, 4, 5, 6, 7]
     assert [row["iteration"] for row in second.rows] == [5, 6, 7, 8, 9]
     # wandb drops a row whose step does not rise; none is lost here, and the iteration is the x axis
-    assert [row["_step"] for row in first.rows + second.rows] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
-    assert second.values() == [{"iteration": number} | metric_values(step(number, 0.5), 4) for number in range(5, 10)]
+    assert [row["_step"] for row in first.rows + second.rows] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+        10,
+        11,
+        12,
+    ]
+    assert second.values() == [
+        {"iteration": number} | metric_values(step(number, 0.5), 4) for number in range(5, 10)
+    ]
 
 
 def online(monkeypatch, url: str) -> None:
@@ -125,14 +186,18 @@ def test_online_runs_are_sent_and_continued(tmp_path, monkeypatch):
                 writers.write(step(number, mark))
             writers.close()
             continued = " continued" if resumed else ""
-            assert said == [f"wandb: run {tmp_path.name} (run7){continued}, {server.url}/team/nested/runs/run7"]
+            assert said == [
+                f"wandb: run {tmp_path.name} (run7){continued}, {server.url}/team/nested/runs/run7"
+            ]
         assert list(server.runs) == ["run7"] and server.finished == {"run7": 0}
         rows = server.rows("run7")
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 4, 5, 6, 7]
     assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     sent = [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
     expected = [(number, 0.0) for number in range(1, 6)] + [(number, 0.5) for number in range(4, 8)]
-    assert sent == [{"iteration": number} | metric_values(step(number, mark), 4) for number, mark in expected]
+    assert sent == [
+        {"iteration": number} | metric_values(step(number, mark), 4) for number, mark in expected
+    ]
 
 
 def test_offline_runs_are_joined_by_wandb_sync(tmp_path, monkeypatch):
@@ -144,12 +209,27 @@ def test_offline_runs_are_joined_by_wandb_sync(tmp_path, monkeypatch):
     with wandb_server() as server:
         online(monkeypatch, server.url)
         directories = sorted((tmp_path / "wandb").glob("offline-run-*"))
-        done = subprocess.run([Path(sys.executable).parent / "wandb", "sync", *directories], cwd=tmp_path, capture_output=True, text=True,
-                              timeout=120, check=False)
+        done = subprocess.run(
+            [Path(sys.executable).parent / "wandb", "sync", *directories],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert list(server.runs) == ["run7"]
         assert [(row["iteration"], row["_step"]) for row in server.rows("run7")] == [
-            (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (4, 6), (5, 7), (6, 8), (7, 9)]
+            (1, 1),
+            (2, 2),
+            (3, 3),
+            (4, 4),
+            (5, 5),
+            (4, 6),
+            (5, 7),
+            (6, 8),
+            (7, 9),
+        ]
 
 
 def test_a_server_that_breaks_wandb_leaves_an_offline_run(tmp_path, monkeypatch):
@@ -165,11 +245,19 @@ def test_a_server_that_breaks_wandb_leaves_an_offline_run(tmp_path, monkeypatch)
             time.sleep(0.6)
         writers.close()
     first, second = read_wandb_runs(tmp_path)
-    assert (first.directory.name.split("-")[0], second.directory.name.split("-")[0]) == ("run", "offline")
-    assert said[1:] == [f"wandb: stopped (its process ended). Send the rest later: wandb sync {first.directory}",
-                        f"wandb: going on offline. Send the run later: wandb sync {second.directory}"]
+    assert (first.directory.name.split("-")[0], second.directory.name.split("-")[0]) == (
+        "run",
+        "offline",
+    )
+    assert said[1:] == [
+        f"wandb: stopped (its process ended). Send the rest later: wandb sync {first.directory}",
+        f"wandb: going on offline. Send the run later: wandb sync {second.directory}",
+    ]
     # a report that was handed to the process before it was found gone is in the JSON lines alone
-    assert [row["iteration"] for row in second.rows] in ([2, 3, 4, 5], [3, 4, 5]) and second.exit_code == 0
+    assert [row["iteration"] for row in second.rows] in (
+        [2, 3, 4, 5],
+        [3, 4, 5],
+    ) and second.exit_code == 0
 
 
 def test_online_without_a_key_goes_on_offline_and_asks_nobody(tmp_path):
@@ -183,13 +271,18 @@ def test_online_without_a_key_goes_on_offline_and_asks_nobody(tmp_path):
     (run,) = read_wandb_runs(tmp_path)
     assert said == [
         "wandb: not online (No API key configured. Use `wandb login` to log in.), going on offline. "
-        f"Send the run later: wandb sync {run.directory}"]
-    assert [row["iteration"] for row in run.rows] == [1, 2] and run.directory.name.startswith("offline-run-")
+        f"Send the run later: wandb sync {run.directory}"
+    ]
+    assert [row["iteration"] for row in run.rows] == [1, 2] and run.directory.name.startswith(
+        "offline-run-"
+    )
 
 
 @pytest.mark.parametrize("server", ["refuses", "never answers"])
 def test_without_network_nothing_waits(tmp_path, monkeypatch, server):
-    monkeypatch.setattr(wandb_writer, "OFFLINE_SECONDS", wandb_writer.CLOSE_SECONDS - 3.0)  # gives up the server 3 s after close
+    monkeypatch.setattr(
+        wandb_writer, "OFFLINE_SECONDS", wandb_writer.CLOSE_SECONDS - 3.0
+    )  # gives up the server 3 s after close
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if server == "never answers":
@@ -209,14 +302,22 @@ def test_without_network_nothing_waits(tmp_path, monkeypatch, server):
         assert time.monotonic() - started < wandb_writer.CLOSE_SECONDS + 1.0
     (run,) = read_wandb_runs(tmp_path)  # what the failed try left behind is gone
     assert [row["iteration"] for row in run.rows] == list(range(1, 201)) and run.exit_code == 0
-    assert len(said) == 1 and said[0].startswith("wandb: not online (") and said[0].endswith(f"wandb sync {run.directory}")
+    assert (
+        len(said) == 1
+        and said[0].startswith("wandb: not online (")
+        and said[0].endswith(f"wandb sync {run.directory}")
+    )
     assert KEY not in said[0]
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert not [
+        path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()
+    ]
 
 
 def test_wandb_not_installed_is_said_once(tmp_path, monkeypatch):
     (tmp_path / "blocked" / "wandb").mkdir(parents=True)
-    (tmp_path / "blocked" / "wandb" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'wandb'\")\n")
+    (tmp_path / "blocked" / "wandb" / "__init__.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'wandb'\")\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "blocked"), prepend=os.pathsep)
     writers, said = opened(tmp_path / "save", wandb_mode="online")
     writers.write(step(1))
@@ -226,15 +327,22 @@ def test_wandb_not_installed_is_said_once(tmp_path, monkeypatch):
         time.sleep(0.05)
     writers.write(step(2))
     writers.close()
-    assert said == ["wandb: not used (No module named 'wandb'; `pip install wandb` installs it). Training goes on without it."]
-    assert len(read_json_lines(tmp_path / "save" / "metrics.jsonl")) == 2 and not (tmp_path / "save" / "wandb").exists()
+    assert said == [
+        "wandb: not used (No module named 'wandb'; `pip install wandb` installs it). Training goes on without it."
+    ]
+    assert (
+        len(read_json_lines(tmp_path / "save" / "metrics.jsonl")) == 2
+        and not (tmp_path / "save" / "wandb").exists()
+    )
 
 
 def test_a_mode_that_wandb_does_not_know_is_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "sometimes")
     writers, said = opened(tmp_path)
     writers.close()
-    assert said[0].startswith("wandb: not online (WANDB_MODE: 'sometimes' is none of offline, online, disabled), going on offline.")
+    assert said[0].startswith(
+        "wandb: not online (WANDB_MODE: 'sometimes' is none of offline, online, disabled), going on offline."
+    )
 
 
 def test_a_killed_run_loses_no_row(tmp_path):
@@ -282,10 +390,15 @@ def test_training_goes_on_when_wandb_dies(tmp_path):
         time.sleep(0.2)
     writers.close()
     (directory,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert said == [f"wandb: offline. Send the run later: wandb sync {directory}",
-                    f"wandb: stopped (its process ended). Training goes on without it. Send the rest later: wandb sync {directory}"]
+    assert said == [
+        f"wandb: offline. Send the run later: wandb sync {directory}",
+        f"wandb: stopped (its process ended). Training goes on without it. Send the rest later: wandb sync {directory}",
+    ]
     assert len(read_json_lines(tmp_path / "metrics.jsonl")) == 5
-    assert [row["iteration"] for row in read_wandb_run(directory).rows] == [1, 2]  # the third was still open to further values
+    assert [row["iteration"] for row in read_wandb_run(directory).rows] == [
+        1,
+        2,
+    ]  # the third was still open to further values
 
 
 def test_a_stuck_wandb_costs_the_oldest_reports_only(tmp_path, monkeypatch):
@@ -304,7 +417,9 @@ def test_a_stuck_wandb_costs_the_oldest_reports_only(tmp_path, monkeypatch):
     writers.close()
     assert time.monotonic() - started < 4
     (directory,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert said[1] == f"wandb: did not finish within 2 s. Send the rest later: wandb sync {directory}"
+    assert (
+        said[1] == f"wandb: did not finish within 2 s. Send the rest later: wandb sync {directory}"
+    )
     assert said[-1].startswith("wandb: it was too slow, ") and len(said) in (3, 4)
     assert len(read_json_lines(tmp_path / "metrics.jsonl")) == 1000
 

@@ -13,7 +13,15 @@ WITHOUT_TORCH_NPU = "import sys; sys.modules['torch_npu'] = None; import pytest;
 
 def pytest_of(folder_or_file: str) -> subprocess.CompletedProcess:
     """Returns the finished session."""
-    command = [sys.executable, "-c", WITHOUT_TORCH_NPU, "-rsp", "-p", "no:cacheprovider", folder_or_file]
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT_TORCH_NPU,
+        "-rsp",
+        "-p",
+        "no:cacheprovider",
+        folder_or_file,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -21,7 +29,10 @@ def test_without_torch_npu_tests_are_skipped_and_say_why(monkeypatch):
     monkeypatch.delenv("NPU_TESTS_ON", raising=False)
     done = pytest_of("tests/npu/test_mends.py")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "torch_npu is not installed for" in done.stdout and "make test-npu installs it" in done.stdout
+    assert (
+        "torch_npu is not installed for" in done.stdout
+        and "make test-npu installs it" in done.stdout
+    )
     assert "PASSED" not in done.stdout
 
 
@@ -36,5 +47,9 @@ def test_tests_that_are_asked_for_are_never_skipped(kind, monkeypatch):
 def test_make_test_npu_asks_for_them(monkeypatch):
     for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of the make that runs this test
         monkeypatch.delenv(name, raising=False)
-    said = subprocess.run(["make", "-n", "test-npu"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "NPU_TESTS_ON=simulation" in said.splitlines()[-1] and said.rstrip().endswith("tests/npu")
+    said = subprocess.run(
+        ["make", "-n", "test-npu"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "NPU_TESTS_ON=simulation" in said.splitlines()[-1] and said.rstrip().endswith(
+        "tests/npu"
+    )

@@ -29,9 +29,17 @@ def folder(tmp_path) -> Path:
 
 
 def test_a_run_goes_on_from_its_checkpoint(folder):
-    lines = pretrain(1, folder, "--config", "run.yaml", "--load", "save", "--metrics-file", "again.jsonl")
-    assert any(line.startswith("loaded save/iter_0000002: step 2, 4 samples consumed") for line in lines), lines
-    steps = {str(line["step"]): line for line in read_json_lines(folder / "again.jsonl") if line["kind"] == "train"}
+    lines = pretrain(
+        1, folder, "--config", "run.yaml", "--load", "save", "--metrics-file", "again.jsonl"
+    )
+    assert any(
+        line.startswith("loaded save/iter_0000002: step 2, 4 samples consumed") for line in lines
+    ), lines
+    steps = {
+        str(line["step"]): line
+        for line in read_json_lines(folder / "again.jsonl")
+        if line["kind"] == "train"
+    }
     assert steps.keys() == SAID["steps"].keys() == {"3", "4"}
     for step, said in SAID["steps"].items():
         assert steps[step]["data_checksum"] == said["data_checksum"], "other samples"
@@ -41,23 +49,49 @@ def test_a_run_goes_on_from_its_checkpoint(folder):
 
 
 def test_prepared_data_open(folder):
-    texts, questions = (open_indexed(str(folder / "data" / f"{name}_text_document")) for name in ("texts", "questions"))
+    texts, questions = (
+        open_indexed(str(folder / "data" / f"{name}_text_document"))
+        for name in ("texts", "questions")
+    )
     assert (texts.num_documents, texts.modes) == (59, None)
-    assert questions.num_documents == 24 and 0 < questions.trained(0).sum() < len(questions.trained(0))
+    assert questions.num_documents == 24 and 0 < questions.trained(0).sum() < len(
+        questions.trained(0)
+    )
     assert stored_options(str(folder / "data" / "texts_text_document"))["seq_length"] == 32
 
 
 def test_an_export_is_read_as_it_was(folder):
-    done = run_command("tools/evaluate.py", "model", "--text", "text.txt", "--seq-length", 32, "--output", "results", cwd=folder)
+    done = run_command(
+        "tools/evaluate.py",
+        "model",
+        "--text",
+        "text.txt",
+        "--seq-length",
+        32,
+        "--output",
+        "results",
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr
-    exits = json.loads((folder / "results" / "evaluation.json").read_text())["texts"]["text"]["models"]["model"]["exits"]
+    exits = json.loads((folder / "results" / "evaluation.json").read_text())["texts"]["text"][
+        "models"
+    ]["model"]["exits"]
     losses = {depth: numbers["loss"] for depth, numbers in exits.items()}
     assert losses == pytest.approx(SAID["evaluation"], rel=ROUNDING)
 
 
 def test_a_tuned_model_generates_as_its_decoding_json_says(folder):
-    done = run_command("tools/generate.py", "model", "--prompt", SAID["prompt"], "--max-new-tokens", 16, "--colour", "never",
-                       cwd=folder)
+    done = run_command(
+        "tools/generate.py",
+        "model",
+        "--prompt",
+        SAID["prompt"],
+        "--max-new-tokens",
+        16,
+        "--colour",
+        "never",
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr
     assert "self_speculative" in done.stderr and done.stdout == SAID["generated"]
 
@@ -65,5 +99,7 @@ def test_a_tuned_model_generates_as_its_decoding_json_says(folder):
 def test_a_checkpoint_becomes_the_same_model(folder):
     done = run_command("tools/convert.py", "export", "save", "again", cwd=folder)
     assert done.returncode == 0 and "verified" in done.stdout, done.stderr
-    config, old = (json.loads((folder / name / "config.json").read_text()) for name in ("again", "model"))
+    config, old = (
+        json.loads((folder / name / "config.json").read_text()) for name in ("again", "model")
+    )
     assert config == old

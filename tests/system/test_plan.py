@@ -15,23 +15,35 @@ from tests.support.planned_run import RUN
 RUN_ON_CPU = RUN + "device: cpu\n"
 LAYOUTS = {
     "tp2 pp2 dp2": (
-        8, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --global-batch-size 16 --use-distributed-optimizer "
-        "--bf16 --overlap-grad-reduce --overlap-param-gather"),
+        8,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --global-batch-size 16 --use-distributed-optimizer "
+        "--bf16 --overlap-grad-reduce --overlap-param-gather",
+    ),
     "unequal chunks, sandwich": (
-        8, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-layout "
-        "Et|t*3|tt|ttL --use-sandwich-norm --untie-embeddings-and-output-weights --recompute-granularity full --global-batch-size 16"),
+        8,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-layout "
+        "Et|t*3|tt|ttL --use-sandwich-norm --untie-embeddings-and-output-weights --recompute-granularity full --global-batch-size 16",
+    ),
     "blocks of their own, bf16": (
-        4, "--pipeline-model-parallel-size 4 --use-exit-block --use-exit-norm --untie-exit-output-weights --bf16 --recompute-granularity "
-        "selective --global-batch-size 16"),
+        4,
+        "--pipeline-model-parallel-size 4 --use-exit-block --use-exit-norm --untie-exit-output-weights --bf16 --recompute-granularity "
+        "selective --global-batch-size 16",
+    ),
     "GELU, biases, an exit that does not train": (
-        4, "--pipeline-model-parallel-size 2 --use-exit-mlp --no-swiglu --no-disable-bias-linear --normalization LayerNorm --qk-layernorm "
-        "--position-embedding-type learned_absolute --recompute-granularity full --exit-layer-weight 0 1 1"),
+        4,
+        "--pipeline-model-parallel-size 2 --use-exit-mlp --no-swiglu --no-disable-bias-linear --normalization LayerNorm --qk-layernorm "
+        "--position-embedding-type learned_absolute --recompute-granularity full --exit-layer-weight 0 1 1",
+    ),
     "blocks of exits, MLPs again": (
-        4, "--tensor-model-parallel-size 2 --sequence-parallel --use-exit-block --recompute-granularity selective "
-        "--recompute-modules mlp --use-sandwich-norm"),
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --use-exit-block --recompute-granularity selective "
+        "--recompute-modules mlp --use-sandwich-norm",
+    ),
     "grouped queries, some layers again": (
-        4, "--tensor-model-parallel-size 2 --group-query-attention --num-query-groups 2 --add-qkv-bias --recompute-granularity full "
-        "--recompute-method block --recompute-num-layers 2"),
+        4,
+        "--tensor-model-parallel-size 2 --group-query-attention --num-query-groups 2 --add-qkv-bias --recompute-granularity full "
+        "--recompute-method block --recompute-num-layers 2",
+    ),
 }
 
 
@@ -42,7 +54,10 @@ def plan(tmp_path, world_size: int, *words: str) -> subprocess.CompletedProcess:
     return run_command("tools/plan.py", path, *words, cwd=tmp_path, PYTHONWARNINGS="ignore")
 
 
-@pytest.mark.parametrize("name", thinned(LAYOUTS, "tp2 pp2 dp2", "unequal chunks, sandwich", "blocks of exits, MLPs again"))
+@pytest.mark.parametrize(
+    "name",
+    thinned(LAYOUTS, "tp2 pp2 dp2", "unequal chunks, sandwich", "blocks of exits, MLPs again"),
+)
 def test_every_rank_built_and_stepped_dry_is_as_planned(name, tmp_path):
     world_size, words = LAYOUTS[name]
     done = plan(tmp_path, world_size, *words.split(), "--dry-run", "all", "--json")
@@ -55,8 +70,12 @@ def test_every_rank_built_and_stepped_dry_is_as_planned(name, tmp_path):
 @pytest.mark.parametrize("ranks", ["0", pytest.param("all", marks=pytest.mark.long)])
 def test_the_flagship_is_stepped_dry_as_planned(ranks):
     """38 billion parameters on 128 NPUs, whose parameters are gathered while forward goes on."""
-    done = run_command("tools/plan.py", "examples/pangu_38b_16x8.yaml", "--dry-run", ranks, cwd=ROOT, seconds=3000)
-    assert done.returncode == 0 and "everything as planned" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    done = run_command(
+        "tools/plan.py", "examples/pangu_38b_16x8.yaml", "--dry-run", ranks, cwd=ROOT, seconds=3000
+    )
+    assert done.returncode == 0 and "everything as planned" in done.stdout, (
+        done.stdout[-2000:] + done.stderr[-2000:]
+    )
 
 
 def test_a_plan_that_is_wrong_is_found_out(tmp_path):
@@ -72,22 +91,42 @@ def test_a_plan_that_is_wrong_is_found_out(tmp_path):
         "import megatron_sorted.dry_run.ranks as module\n"
         "module.messages_of_stage = lambda *given, true=module.messages_of_stage: dataclasses.replace(true(*given), gradients=10**6)\n"
         "module.operations_of_chunk = lambda s, c, v, r, true=module.operations_of_chunk: true(s, c, 2 * v, r)\n"
-        "print(dry_run(settings, 1000, 2, plan, None, False, lambda said: None).problems)\n")
+        "print(dry_run(settings, 1000, 2, plan, None, False, lambda said: None).problems)\n"
+    )
     path = tmp_path / "run.yaml"
     path.write_text(RUN_ON_CPU.format(world_size=2))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    for words in ("parameters, planned", "operations, planned", "bytes in collectives (gradients), planned"):
+    for words in (
+        "parameters, planned",
+        "operations, planned",
+        "bytes in collectives (gradients), planned",
+    ):
         assert words in done.stdout
 
 
 def test_the_plan_is_printed_without_torch_and_says_how_to_start(tmp_path):
     done = plan(tmp_path, 8, "--pipeline-model-parallel-size", "2", "--search", "--show", "3")
     assert done.returncode == 0, done.stderr
-    for words in ("8 processes: tensor 1 x pipeline 2 x data 4", "memory of one rank, GB", "slowest stage", "layouts fit into",
-                  "the first: --", "torchrun --nproc-per-node 8 pretrain_sorted.py --config"):
+    for words in (
+        "8 processes: tensor 1 x pipeline 2 x data 4",
+        "memory of one rank, GB",
+        "slowest stage",
+        "layouts fit into",
+        "the first: --",
+        "torchrun --nproc-per-node 8 pretrain_sorted.py --config",
+    ):
         assert words in done.stdout
     small = plan(tmp_path, 8, "--memory-gb", "0.001", "--json")
     said = json.loads(small.stdout)
-    assert small.returncode == 1 and said["fits"] is False and said["launch"].startswith("torchrun --nproc-per-node 8 ")
+    assert (
+        small.returncode == 1
+        and said["fits"] is False
+        and said["launch"].startswith("torchrun --nproc-per-node 8 ")
+    )

@@ -20,7 +20,10 @@ FORK = {"SORTED_FORK_CODE": 1}
 @pytest.fixture
 def script(tmp_path):
     """Return what runs lines of Python: in the real interpreter, or as a fork of a server."""
-    def run_lines(text: str, cold: bool, *words: str, **variables: object) -> subprocess.CompletedProcess:
+
+    def run_lines(
+        text: str, cold: bool, *words: str, **variables: object
+    ) -> subprocess.CompletedProcess:
         command = [sys.executable if cold else stand_in(), "-c", text, *words]
         return run(command, cwd=tmp_path, env=environment(**variables, **({} if cold else FORK)))
 
@@ -28,24 +31,47 @@ def script(tmp_path):
 
 
 @pytest.mark.parametrize("cold", [True, False])
-@pytest.mark.parametrize(("text", "status", "out", "err"), [
-    ("print(1)", 0, "1\n", ""),
-    ("import sys; sys.exit(7)", 7, "", ""),
-    ("import sys; sys.exit('no such thing')", 1, "", "no such thing\n"),
-    ("raise ValueError('wrong')", 1, "", "ValueError: wrong"),
-    ("import os; os._exit(9)", 9, "", ""),
-    ("raise SystemExit", 0, "", ""),
-    ("import atexit; atexit.register(print, 'end')", 0, "end\n", ""),
-    ("import threading, time; threading.Thread(target=lambda: (time.sleep(0.2), print('late'))).start()", 0, "late\n", ""),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", -signal.SIGSEGV, "", ""),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, "", ""),
-    ("raise KeyboardInterrupt", -signal.SIGINT, "", "KeyboardInterrupt"),
-    ("import os; print(os.environ['SAID'], os.getcwd() == os.environ['PLACE'])", 0, "heard True\n", ""),
-    ("import sys; print(sys.stdin.read(), sys.argv[1:])", 0, " ['a', 'b c']\n", ""),
-    ("print('\\u00e9')", 0, "\u00e9\n", ""),
-    ("import multiprocessing as m; m.set_start_method('spawn'); print(m.Pool(1).apply(abs, (-3,)))", 0, "3\n", ""),
-    ("import concurrent.futures as f\nwith f.ProcessPoolExecutor(1) as pool: print(pool.submit(abs, -4).result())", 0, "4\n", ""),
-])
+@pytest.mark.parametrize(
+    ("text", "status", "out", "err"),
+    [
+        ("print(1)", 0, "1\n", ""),
+        ("import sys; sys.exit(7)", 7, "", ""),
+        ("import sys; sys.exit('no such thing')", 1, "", "no such thing\n"),
+        ("raise ValueError('wrong')", 1, "", "ValueError: wrong"),
+        ("import os; os._exit(9)", 9, "", ""),
+        ("raise SystemExit", 0, "", ""),
+        ("import atexit; atexit.register(print, 'end')", 0, "end\n", ""),
+        (
+            "import threading, time; threading.Thread(target=lambda: (time.sleep(0.2), print('late'))).start()",
+            0,
+            "late\n",
+            "",
+        ),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", -signal.SIGSEGV, "", ""),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, "", ""),
+        ("raise KeyboardInterrupt", -signal.SIGINT, "", "KeyboardInterrupt"),
+        (
+            "import os; print(os.environ['SAID'], os.getcwd() == os.environ['PLACE'])",
+            0,
+            "heard True\n",
+            "",
+        ),
+        ("import sys; print(sys.stdin.read(), sys.argv[1:])", 0, " ['a', 'b c']\n", ""),
+        ("print('\\u00e9')", 0, "\u00e9\n", ""),
+        (
+            "import multiprocessing as m; m.set_start_method('spawn'); print(m.Pool(1).apply(abs, (-3,)))",
+            0,
+            "3\n",
+            "",
+        ),
+        (
+            "import concurrent.futures as f\nwith f.ProcessPoolExecutor(1) as pool: print(pool.submit(abs, -4).result())",
+            0,
+            "4\n",
+            "",
+        ),
+    ],
+)
 def test_a_fork_is_as_a_process(script, tmp_path, cold, text, status, out, err):
     done = script(text, cold, "a", "b c", SAID="heard", PLACE=tmp_path)
     assert (done.returncode, done.stdout) == (status, out), done.stderr
@@ -60,9 +86,17 @@ def test_encodings_are_those_of_the_environment(script, cold):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_a_fork(tmp_path, number):
-    text = (f"import os, signal, time\nsignal.signal({int(number)}, lambda *_: (os.write(1, b'got\\n'), exit(5)))\n"
-            "print('ready', flush=True)\ntime.sleep(60)")
-    with subprocess.Popen([stand_in(), "-c", text], cwd=tmp_path, env=environment(**FORK), stdout=subprocess.PIPE, text=True) as process:
+    text = (
+        f"import os, signal, time\nsignal.signal({int(number)}, lambda *_: (os.write(1, b'got\\n'), exit(5)))\n"
+        "print('ready', flush=True)\ntime.sleep(60)"
+    )
+    with subprocess.Popen(
+        [stand_in(), "-c", text],
+        cwd=tmp_path,
+        env=environment(**FORK),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         assert process.stdout.readline() == "got\n" and process.wait(20) == 5
@@ -70,18 +104,31 @@ def test_signals_reach_a_fork(tmp_path, number):
 
 def test_a_fork_ends_with_who_started_it(tmp_path):
     text = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
-    with subprocess.Popen([stand_in(), "-c", text], cwd=tmp_path, env=environment(**FORK), stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [stand_in(), "-c", text],
+        cwd=tmp_path,
+        env=environment(**FORK),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         fork = psutil.Process(int(process.stdout.readline()))
         process.kill()
     assert not psutil.wait_procs([fork], timeout=20)[1]
 
 
 def test_a_command_that_hangs_or_floods_fails_its_test_with_its_output(script, tmp_path):
-    for text, limit in (("print('before', flush=True)\nimport time\ntime.sleep(60)", "its time"),
-                        ("print('before', flush=True)\nwhile True: print('x' * 100000)", "64 MB")):
+    for text, limit in (
+        ("print('before', flush=True)\nimport time\ntime.sleep(60)", "its time"),
+        ("print('before', flush=True)\nwhile True: print('x' * 100000)", "64 MB"),
+    ):
         began = time.monotonic()
         with pytest.raises(AssertionError, match=f"went over {limit}; its output ends"):
-            run([stand_in(), "-c", text], cwd=tmp_path, env=environment(**FORK), seconds=2 if limit == "its time" else 60)
+            run(
+                [stand_in(), "-c", text],
+                cwd=tmp_path,
+                env=environment(**FORK),
+                seconds=2 if limit == "its time" else 60,
+            )
         assert time.monotonic() - began < 50
     assert script("print('the server lives')", False).stdout == "the server lives\n"
 
@@ -96,7 +143,10 @@ def crash(how: str) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-@pytest.mark.parametrize(("how", "message"), [("raise", "rank 1:.*ValueError: rank 1 is wrong"), ("die", "rank 1 ended without an answer")])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("raise", "rank 1:.*ValueError: rank 1 is wrong"), ("die", "rank 1 ended without an answer")],
+)
 def test_a_rank_that_fails_fails_its_test_and_ends_the_others(how, message, capfd):
     began = time.monotonic()
     with pytest.raises(AssertionError, match=f"(?s){message}"):
@@ -112,8 +162,17 @@ def test_ranks_that_hang_fail_their_test(monkeypatch):
 
 
 def test_torchrun_and_its_ranks_are_forks_with_the_variables_of_torchrun(tmp_path):
-    done = commands.run_command("pretrain_sorted.py", "--config", ROOT / "examples" / "quickstart.yaml", "--train-iters", 1,
-                                "--no-such-option", 1, cwd=tmp_path, processes=2)
+    done = commands.run_command(
+        "pretrain_sorted.py",
+        "--config",
+        ROOT / "examples" / "quickstart.yaml",
+        "--train-iters",
+        1,
+        "--no-such-option",
+        1,
+        cwd=tmp_path,
+        processes=2,
+    )
     assert done.returncode == 1 and "no-such-option" in done.stderr, done.stderr
 
 
@@ -124,5 +183,14 @@ def test_what_is_no_script_of_the_project_runs_in_the_real_interpreter(tmp_path)
 
 
 def test_standard_input_reaches_a_fork(tmp_path):
-    with start_command("tools/prepare_data.py", cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert "required: --input" in process.communicate("", timeout=60)[1] and process.returncode == 2
+    with start_command(
+        "tools/prepare_data.py",
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert (
+            "required: --input" in process.communicate("", timeout=60)[1]
+            and process.returncode == 2
+        )

@@ -15,12 +15,26 @@ from tests.support.commands import start_command
 from tests.support.ports import free_port, until_it_answers
 
 LONGEST = 40
-FAMILIES, KINDS, FORMS = ("llama", "mistral", "qwen2", "qwen3"), ("sentencepiece", "tokenizer.json", "both"), ("own", "none", "alpaca")
+FAMILIES, KINDS, FORMS = (
+    ("llama", "mistral", "qwen2", "qwen3"),
+    ("sentencepiece", "tokenizer.json", "both"),
+    ("own", "none", "alpaca"),
+)
 OWN = {("llama", "tokenizer.json"): "headers", ("qwen2", ""): "chatml", ("qwen3", ""): "thinks"}
 TEMPLATES = {"inst": INST, "headers": HEADERS, "chatml": CHATML, "thinks": THINKS}
 # every pair of family, kind of tokenizer and form; the other rows are marked long
-ROWS = [pytest.param(family, kind, form, id=f"{family}-{kind}-{form}", marks=[] if (f + k - t) % 3 == 0 else [pytest.mark.long])
-        for f, family in enumerate(FAMILIES) for k, kind in enumerate(KINDS) for t, form in enumerate(FORMS)]
+ROWS = [
+    pytest.param(
+        family,
+        kind,
+        form,
+        id=f"{family}-{kind}-{form}",
+        marks=[] if (f + k - t) % 3 == 0 else [pytest.mark.long],
+    )
+    for f, family in enumerate(FAMILIES)
+    for k, kind in enumerate(KINDS)
+    for t, form in enumerate(FORMS)
+]
 
 
 def own_template(family: str, kind: str) -> str:
@@ -34,8 +48,13 @@ def trained(prefix: Path) -> tuple[list[list[int]], list[list[int]]]:
     ids = [data.document(number).tolist() for number in range(data.num_documents)]
     masks = [data.trained(number).tolist() for number in range(data.num_documents)]
     begins = [mask.index(True) for mask in masks]
-    return ([one[:begin] for one, begin in zip(ids, begins, strict=True)],
-            [[token for token, is_answer in zip(one, mask, strict=True) if is_answer] for one, mask in zip(ids, masks, strict=True)])
+    return (
+        [one[:begin] for one, begin in zip(ids, begins, strict=True)],
+        [
+            [token for token, is_answer in zip(one, mask, strict=True) if is_answer]
+            for one, mask in zip(ids, masks, strict=True)
+        ],
+    )
 
 
 def of_transformers(directory: Path) -> tuple[list[list[int]], list[list[int]]]:
@@ -46,9 +65,13 @@ def of_transformers(directory: Path) -> tuple[list[list[int]], list[list[int]]]:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model, prompts, texts = AutoModelForCausalLM.from_pretrained(directory), [], []
     for question in ANSWERS:
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
         with torch.inference_mode():
-            text = model.generate(torch.tensor([ids]), max_new_tokens=LONGEST, do_sample=False)[0, len(ids):].tolist()
+            text = model.generate(torch.tensor([ids]), max_new_tokens=LONGEST, do_sample=False)[
+                0, len(ids) :
+            ].tolist()
         prompts.append(ids)
         texts.append(text)
     return prompts, texts
@@ -57,12 +80,27 @@ def of_transformers(directory: Path) -> tuple[list[list[int]], list[list[int]]]:
 def of_server(cwd: Path) -> list[dict]:
     """Return what the server answers to every question."""
     port = free_port()
-    with (open(cwd / "serve.log", "w") as log,
-          start_command("tools/serve.py", "hf", "--port", port, cwd=cwd, stdout=log, stderr=subprocess.STDOUT) as server):
+    with (
+        open(cwd / "serve.log", "w") as log,
+        start_command(
+            "tools/serve.py", "hf", "--port", port, cwd=cwd, stdout=log, stderr=subprocess.STDOUT
+        ) as server,
+    ):
         try:
-            bodies = [json.dumps({"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": LONGEST})
-                      for question in ANSWERS]
-            return [until_it_answers(server, port, "/v1/chat/completions", body.encode(), seconds=240) for body in bodies]
+            bodies = [
+                json.dumps(
+                    {
+                        "messages": [{"role": "user", "content": question}],
+                        "temperature": 0,
+                        "max_tokens": LONGEST,
+                    }
+                )
+                for question in ANSWERS
+            ]
+            return [
+                until_it_answers(server, port, "/v1/chat/completions", body.encode(), seconds=240)
+                for body in bodies
+            ]
         finally:
             server.send_signal(signal.SIGTERM)
             try:
@@ -78,27 +116,91 @@ def test_answers_as_trained_and_stops_by_itself(tmp_path, family, kind, form):
     write_model(tmp_path / "m", family)
     write_talks(tmp_path / "d.jsonl")
     more = ("--prompt-template", "alpaca") if form == "alpaca" else ()
-    done("tools/prepare_data.py", "--input", "d.jsonl", "--output-prefix", "d", "--tokenizer-type", "HuggingFaceTokenizer",
-         "--tokenizer-model", "m", *more, cwd=tmp_path)
-    ran = done("pretrain_sorted.py", "--load", "m", "--exit-layer-nums", 2, "--seq-length", 128, "--data-path", "d_text_document",
-               "--split", 1, "--micro-batch-size", 4, "--global-batch-size", 4, "--train-iters", 60, "--lr", 5e-3,
-               "--lr-decay-style", "constant", "--log-interval", 60, "--save", "run", "--save-hf", "hf", cwd=tmp_path)
+    done(
+        "tools/prepare_data.py",
+        "--input",
+        "d.jsonl",
+        "--output-prefix",
+        "d",
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        "m",
+        *more,
+        cwd=tmp_path,
+    )
+    ran = done(
+        "pretrain_sorted.py",
+        "--load",
+        "m",
+        "--exit-layer-nums",
+        2,
+        "--seq-length",
+        128,
+        "--data-path",
+        "d_text_document",
+        "--split",
+        1,
+        "--micro-batch-size",
+        4,
+        "--global-batch-size",
+        4,
+        "--train-iters",
+        60,
+        "--lr",
+        5e-3,
+        "--lr-decay-style",
+        "constant",
+        "--log-interval",
+        60,
+        "--save",
+        "run",
+        "--save-hf",
+        "hf",
+        cwd=tmp_path,
+    )
     label = {"own": "chat", "none": "plain", "alpaca": "alpaca"}[form]
     assert f"prompt form: {label}; answers end with" in ran.stdout
-    assert read_form(tmp_path / "hf").as_dict() == json.loads((tmp_path / "d.json").read_text())["prompt_form"]
+    assert (
+        read_form(tmp_path / "hf").as_dict()
+        == json.loads((tmp_path / "d.json").read_text())["prompt_form"]
+    )
 
     prompts, answers = trained(tmp_path / "d_text_document")
     asked, written = of_transformers(tmp_path / "hf")
     assert asked == prompts and written == answers
-    texts = [as_written(own, {"content": answer}).removesuffix("<|im_end|>").removesuffix("<|eot_id|>").removesuffix("</s>").strip()
-             if form == "own" else answer for answer in ANSWERS.values()]
-    shown = done("tools/generate.py", "hf", *(word for question in ANSWERS for word in ("--prompt", question)), "--strategy", "full",
-                 "--prompt-template", label, "--max-new-tokens", LONGEST, cwd=tmp_path).stdout
+    texts = [
+        as_written(own, {"content": answer})
+        .removesuffix("<|im_end|>")
+        .removesuffix("<|eot_id|>")
+        .removesuffix("</s>")
+        .strip()
+        if form == "own"
+        else answer
+        for answer in ANSWERS.values()
+    ]
+    shown = done(
+        "tools/generate.py",
+        "hf",
+        *(word for question in ANSWERS for word in ("--prompt", question)),
+        "--strategy",
+        "full",
+        "--prompt-template",
+        label,
+        "--max-new-tokens",
+        LONGEST,
+        cwd=tmp_path,
+    ).stdout
     found = dict(zip(ANSWERS, [""] * len(ANSWERS), strict=True))
     for part in shown.split("--- prompt ")[1:]:
         head, _, text = part.partition("\n")
         found[list(ANSWERS)[int(head.split(":")[0])]] = text.strip()
     assert list(found.values()) == texts
     for reply, prompt, text, ids in zip(of_server(tmp_path), prompts, texts, answers, strict=True):
-        assert reply["choices"][0]["message"]["content"].strip() == text and reply["choices"][0]["finish_reason"] == "stop"
-        assert reply["usage"]["prompt_tokens"] == len(prompt) and reply["usage"]["completion_tokens"] == len(ids)
+        assert (
+            reply["choices"][0]["message"]["content"].strip() == text
+            and reply["choices"][0]["finish_reason"] == "stop"
+        )
+        assert reply["usage"]["prompt_tokens"] == len(prompt) and reply["usage"][
+            "completion_tokens"
+        ] == len(ids)

@@ -24,14 +24,34 @@ PATIENCE = 240
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("server") / "tiny", seed=1, num_layers=4, max_position_embeddings=512)
+    return write_model(
+        tmp_path_factory.mktemp("server") / "tiny",
+        seed=1,
+        num_layers=4,
+        max_position_embeddings=512,
+    )
 
 
 @contextmanager
-def serving(model: Path, *words: object, cold: bool = False) -> Iterator[tuple[subprocess.Popen, int]]:
+def serving(
+    model: Path, *words: object, cold: bool = False
+) -> Iterator[tuple[subprocess.Popen, int]]:
     """Yields a server that can be reached, and its port; it is ended afterwards."""
-    process = start_command("tools/serve.py", model.name, "--depths", 1, 2, "--port", 0, *words, cwd=model.parent, cold=cold,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start_command(
+        "tools/serve.py",
+        model.name,
+        "--depths",
+        1,
+        2,
+        "--port",
+        0,
+        *words,
+        cwd=model.parent,
+        cold=cold,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         line = ""
         while "http://127.0.0.1:" not in line:  # it is printed when clients can connect
@@ -45,7 +65,9 @@ def serving(model: Path, *words: object, cold: bool = False) -> Iterator[tuple[s
 
 def ask(port: int, path: str = "/v1/completions", **body: object) -> dict:
     data = json.dumps(body).encode() if body else None
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"content-type": "application/json"})
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", data, {"content-type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
         return json.load(answer)
 
@@ -54,8 +76,10 @@ def fire(port: int, **body: object) -> socket.socket:
     """Returns a connection on which a completion was asked for, and nothing was read."""
     data = json.dumps(body).encode()
     client = socket.create_connection(("127.0.0.1", port))
-    client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-                   % (len(data), data))
+    client.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+        % (len(data), data)
+    )
     return client
 
 
@@ -75,7 +99,9 @@ def memory_and_cpu(pid: int) -> tuple[float, float]:
     """Returns the most memory that a process has had [MB], and its CPU seconds."""
     status = Path(f"/proc/{pid}/status").read_text()
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024, (
+        int(fields[11]) + int(fields[12])
+    ) / os.sysconf("SC_CLK_TCK")
 
 
 def test_clients_that_lock_nobody_out(model):
@@ -89,24 +115,39 @@ def test_clients_that_lock_nobody_out(model):
         assert ask(port, "/v1/models")["data"] and time.monotonic() - began < 30
 
         memory, cpu = memory_and_cpu(process.pid)
-        bombs = [b'{"prompt": [' + b"-1," * 1_000_000 + b"-1]}", b'{"prompt": "' + b"a " * (4 << 20) + b'"}',
-                 b'{"prompt": [' + b"-1," * 100_000 + b"-1]}", b'{"prompt": "' + b"a " * 450_000 + b'"}']
+        bombs = [
+            b'{"prompt": [' + b"-1," * 1_000_000 + b"-1]}",
+            b'{"prompt": "' + b"a " * (4 << 20) + b'"}',
+            b'{"prompt": [' + b"-1," * 100_000 + b"-1]}",
+            b'{"prompt": "' + b"a " * 450_000 + b'"}',
+        ]
         for bomb in bombs:
             with pytest.raises(urllib.error.HTTPError) as refused:
-                request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", bomb, {"content-type": "application/json"})
+                request = urllib.request.Request(
+                    f"http://127.0.0.1:{port}/v1/completions",
+                    bomb,
+                    {"content-type": "application/json"},
+                )
                 urllib.request.urlopen(request, timeout=PATIENCE)
             assert refused.value.code in (400, 413) and len(refused.value.read()) < 500
         memory_after, cpu_after = memory_and_cpu(process.pid)
-        assert cpu_after - cpu < 2 and memory_after - memory < 100, "0.05 s and 10 MB on an idle machine"
+        assert cpu_after - cpu < 2 and memory_after - memory < 100, (
+            "0.05 s and 10 MB on an idle machine"
+        )
 
         readable, _, _ = select.select(idle, [], [], PATIENCE)
-        assert readable and readable[0].recv(10) == b"", "a request that never comes is not waited for"
+        assert readable and readable[0].recv(10) == b"", (
+            "a request that never comes is not waited for"
+        )
         for client in idle:
             client.close()
 
 
-@pytest.mark.parametrize(("signals", "status"), [([signal.SIGTERM], 0), ([signal.SIGINT, signal.SIGINT], 130)],
-                         ids=["SIGTERM", "Ctrl-C twice"])
+@pytest.mark.parametrize(
+    ("signals", "status"),
+    [([signal.SIGTERM], 0), ([signal.SIGINT, signal.SIGINT], 130)],
+    ids=["SIGTERM", "Ctrl-C twice"],
+)
 def test_a_server_under_load_stops_in_time_with_a_word_to_its_clients(model, signals, status):
     with serving(model, "--shutdown-timeout", 6) as (process, port):
         long = {"prompt": ["a"] * 16, "n": 4, "max_tokens": 480, "temperature": 1}
@@ -122,15 +163,23 @@ def test_a_server_under_load_stops_in_time_with_a_word_to_its_clients(model, sig
         said = [everything(client) for client in clients]
         unread.close()
         output = process.stdout.read()
-    assert process.returncode == status and "Traceback" not in output and "CancelledError" not in output, output
+    assert (
+        process.returncode == status
+        and "Traceback" not in output
+        and "CancelledError" not in output
+    ), output
     assert took < 6 + 3, "a busy machine may need a moment more"
-    assert sum(b"the server is stopping" in one for one in said) >= 2, "all that were not over are told so"
+    assert sum(b"the server is stopping" in one for one in said) >= 2, (
+        "all that were not over are told so"
+    )
 
 
 @pytest.mark.faults
 def test_clients_that_other_people_wrote_work_as_they_come(model, monkeypatch):
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network
-    openai, litellm, langchain = (pytest.importorskip(name) for name in ("openai", "litellm", "langchain_openai"))
+    openai, litellm, langchain = (
+        pytest.importorskip(name) for name in ("openai", "litellm", "langchain_openai")
+    )
     name, user = model.name, [{"role": "user", "content": "hi"}]
     with serving(model) as (_, port):
         place = {"base_url": f"http://127.0.0.1:{port}/v1", "api_key": "none"}
@@ -138,11 +187,25 @@ def test_clients_that_other_people_wrote_work_as_they_come(model, monkeypatch):
         assert client.models.retrieve(name).id == client.models.list().data[0].id == name
         assert client.chat.completions.create(model=name, messages=user).usage.completion_tokens
         assert list(client.chat.completions.create(model=name, messages=user, stream=True))
-        scored = client.completions.create(model=name, prompt="hi", logprobs=2, echo=True, max_tokens=2).choices[0].logprobs
+        scored = (
+            client.completions.create(model=name, prompt="hi", logprobs=2, echo=True, max_tokens=2)
+            .choices[0]
+            .logprobs
+        )
         assert len(scored.tokens) == len(scored.token_logprobs) and scored.token_logprobs[-1] < 0
         theirs = {"api_base": place["base_url"], "api_key": "none"}
-        assert litellm.completion(model=f"openai/{name}", messages=user, **theirs).choices[0].message.content is not None
-        assert litellm.text_completion(model=f"text-completion-openai/{name}", prompt="hi", **theirs).choices[0].text is not None
+        assert (
+            litellm.completion(model=f"openai/{name}", messages=user, **theirs)
+            .choices[0]
+            .message.content
+            is not None
+        )
+        assert (
+            litellm.text_completion(model=f"text-completion-openai/{name}", prompt="hi", **theirs)
+            .choices[0]
+            .text
+            is not None
+        )
         assert isinstance(langchain.OpenAI(model=name, **place).invoke("hi"), str)
         assert isinstance(langchain.ChatOpenAI(model=name, **place).invoke("hi").content, str)
         assert list(langchain.ChatOpenAI(model=name, **place).stream("hi"))
@@ -161,14 +224,24 @@ def test_lm_evaluation_harness_measures_a_server_as_the_model_itself(model, tmp_
 
     for_transformers(open_tokenizer(model)).save_pretrained(tmp_path / "words")
     with serving(model) as (_, port):
-        api = LocalCompletionsAPI(base_url=f"http://127.0.0.1:{port}/v1/completions", model=model.name, tokenizer=str(tmp_path / "words"))
+        api = LocalCompletionsAPI(
+            base_url=f"http://127.0.0.1:{port}/v1/completions",
+            model=model.name,
+            tokenizer=str(tmp_path / "words"),
+        )
         pairs = [("Once upon a", " time"), ("The cat", " sat on a mat")]
         asked = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(pairs)]
         found = api.loglikelihood(asked)
-        texts = api.generate_until([Instance("generate_until", {}, ("Once", {"until": ["\n"], "max_gen_toks": 8}), 0)])
-        chat = LocalChatCompletion(base_url=f"http://127.0.0.1:{port}/v1/chat/completions", model=model.name)
+        texts = api.generate_until(
+            [Instance("generate_until", {}, ("Once", {"until": ["\n"], "max_gen_toks": 8}), 0)]
+        )
+        chat = LocalChatCompletion(
+            base_url=f"http://127.0.0.1:{port}/v1/chat/completions", model=model.name
+        )
         turns = JsonChatStr(json.dumps([{"role": "user", "content": "hi"}]))
-        said = chat.generate_until([Instance("generate_until", {}, (turns, {"until": ["\n"], "max_gen_toks": 8}), 0)])
+        said = chat.generate_until(
+            [Instance("generate_until", {}, (turns, {"until": ["\n"], "max_gen_toks": 8}), 0)]
+        )
     network = AutoModelForCausalLM.from_pretrained(model).float().eval()
     for (context, rest), (logprob, is_greedy) in zip(pairs, found, strict=True):
         before, after = api._encode_pair(context, rest)

@@ -16,16 +16,39 @@ from tests.support.preloaded.session import stand_in
 from tests.system.test_failures import last_block
 from tests.system.test_pretrain import untimed
 
-RUN = ("--config", "run.yaml", "--eval-interval", "none", "--valid-data-path", "--split", "100,0", "--lr-decay-iters", "1000",
-       "--load", "save", "--save", "save")
+RUN = (
+    "--config",
+    "run.yaml",
+    "--eval-interval",
+    "none",
+    "--valid-data-path",
+    "--split",
+    "100,0",
+    "--lr-decay-iters",
+    "1000",
+    "--load",
+    "save",
+    "--save",
+    "save",
+)
 
 
 def start(folder: Path, *words: object, processes: int = 2, cold: bool = False) -> subprocess.Popen:
     """Return a run of many steps that has done its first ones; a torchrun is a process of its own, with ranks as its children."""
     with open(folder / "log", "w") as log:
-        process = start_command("pretrain_sorted.py", *RUN, "--train-iters", 100000, *words, cwd=folder, processes=processes,
-                                cold=cold or processes > 0, variables={} if cold else {"PYTHON_EXEC": stand_in()}, stdout=log,
-                                stderr=subprocess.STDOUT)
+        process = start_command(
+            "pretrain_sorted.py",
+            *RUN,
+            "--train-iters",
+            100000,
+            *words,
+            cwd=folder,
+            processes=processes,
+            cold=cold or processes > 0,
+            variables={} if cold else {"PYTHON_EXEC": stand_in()},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
     metrics = folder / "save" / "metrics.jsonl"
     until = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
@@ -35,7 +58,11 @@ def start(folder: Path, *words: object, processes: int = 2, cold: bool = False) 
 
 
 def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
-    return [child for child in psutil.Process(launcher.pid).children() if "pretrain_sorted.py" in " ".join(child.cmdline())]
+    return [
+        child
+        for child in psutil.Process(launcher.pid).children()
+        if "pretrain_sorted.py" in " ".join(child.cmdline())
+    ]
 
 
 @pytest.fixture
@@ -61,7 +88,9 @@ def check_stopped(folder: Path, reason: str) -> int:
 def test_usr1_to_the_ranks_saves_and_ends_well_under_torchrun(folder):
     launcher = start(folder)
     for number, rank in enumerate(ranks_of(launcher)):
-        time.sleep(0.2 * number)  # a scheduler does not reach all at one time, nor does everyone need a signal of their own
+        time.sleep(
+            0.2 * number
+        )  # a scheduler does not reach all at one time, nor does everyone need a signal of their own
         if rank.is_running():
             rank.send_signal(signal.SIGUSR1)
     assert launcher.wait(timeout=60) == 0, (folder / "log").read_text()
@@ -88,16 +117,35 @@ def test_term_without_a_launcher_ends_with_a_code_to_requeue_on(folder):
 
 @pytest.mark.parametrize(
     ("words", "step", "reason"),
-    [(("--exit-interval", 3), 3, "--exit-interval 3"), (("--exit-duration-in-mins", 0.0001), 1, "--exit-duration-in-mins 0.0001")],
+    [
+        (("--exit-interval", 3), 3, "--exit-interval 3"),
+        (("--exit-duration-in-mins", 0.0001), 1, "--exit-duration-in-mins 0.0001"),
+    ],
 )
 def test_a_run_stops_where_it_is_told_to_and_goes_on_as_if_it_had_not(folder, words, step, reason):
-    whole = (*RUN, "--train-iters", 4, "--metrics-file", "whole.jsonl", "--save", "whole", "--load", "whole")
+    whole = (
+        *RUN,
+        "--train-iters",
+        4,
+        "--metrics-file",
+        "whole.jsonl",
+        "--save",
+        "whole",
+        "--load",
+        "whole",
+    )
     pretrain(2, folder, *whole)
     printed = pretrain(2, folder, *RUN, "--train-iters", 4, *words)
     assert f"stopping at step {step} of 4: {reason}" in printed
-    assert json.loads((folder / "save" / "stopped.json").read_text()) == {"step": step, "train_iters": 4, "reason": reason}
+    assert json.loads((folder / "save" / "stopped.json").read_text()) == {
+        "step": step,
+        "train_iters": 4,
+        "reason": reason,
+    }
     pretrain(2, folder, *RUN, "--train-iters", 4)
-    expected, got = (read_json_lines(folder / name) for name in ("whole.jsonl", "save/metrics.jsonl"))
+    expected, got = (
+        read_json_lines(folder / name) for name in ("whole.jsonl", "save/metrics.jsonl")
+    )
     assert [untimed(line) for line in got] == [untimed(line) for line in expected]
 
 
@@ -112,7 +160,9 @@ def test_a_frozen_rank_is_named_and_ends_the_job(folder):
     log = (folder / "log").read_text()
     block = last_block(log)
     assert "error: no progress for " in block, log
-    assert f"process {victim.pid}) is silent (stopped, dead or cut off), last seen in " in block, block
+    assert f"process {victim.pid}) is silent (stopped, dead or cut off), last seen in " in block, (
+        block
+    )
     assert "Traceback" not in block and "Connection" not in block
 
 
@@ -127,15 +177,42 @@ def test_ranks_do_not_outlive_their_launcher(folder):
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run_and_save_nothing(folder):
-    done = run_command("pretrain_sorted.py", *RUN, "--pipeline-model-parallel-size", 1, "--train-iters", 20, "--lr", "1e30",
-                      "--clip-grad", 0, "--save-interval", 1, "--nonfinite-steps-allowed", 2, cwd=folder)
+    done = run_command(
+        "pretrain_sorted.py",
+        *RUN,
+        "--pipeline-model-parallel-size",
+        1,
+        "--train-iters",
+        20,
+        "--lr",
+        "1e30",
+        "--clip-grad",
+        0,
+        "--save-interval",
+        1,
+        "--nonfinite-steps-allowed",
+        2,
+        cwd=folder,
+    )
     assert done.returncode == 1
     skipped = [line for line in done.stdout.splitlines() if " skipped: " in line]
-    assert len(skipped) == 2 and skipped[0].endswith("(1 in a row, 2 allowed)") and skipped[1].endswith("(2 in a row, 2 allowed)")
-    assert all("of exit 1 not finite on rank 0; " in line and "of exit 4 not finite on rank 0" in line for line in skipped)
+    assert (
+        len(skipped) == 2
+        and skipped[0].endswith("(1 in a row, 2 allowed)")
+        and skipped[1].endswith("(2 in a row, 2 allowed)")
+    )
+    assert all(
+        "of exit 1 not finite on rank 0; " in line and "of exit 4 not finite on rank 0" in line
+        for line in skipped
+    )
     step = int(skipped[0].split()[1])
-    assert done.stderr.startswith(f"error: step {step + 2}: ") and "--nonfinite-steps-allowed is 2" in done.stderr
+    assert (
+        done.stderr.startswith(f"error: step {step + 2}: ")
+        and "--nonfinite-steps-allowed is 2" in done.stderr
+    )
     saved = sorted(path.name for path in (folder / "save").glob("iter_*"))
-    assert saved == [f"iter_{number:07d}" for number in range(1, step)]  # nothing from the first bad step on
+    assert saved == [
+        f"iter_{number:07d}" for number in range(1, step)
+    ]  # nothing from the first bad step on
     metrics = read_json_lines(folder / "save" / "metrics.jsonl")
     assert sum(line["nonfinite"] for line in metrics) == 2 and metrics[step - 2]["nonfinite"] == 0

@@ -5,11 +5,54 @@ from megatron_sorted.monitoring.json_lines import read_json_lines
 from tests.support.command_line import pretrain
 from tests.support.weights_only import weights_by_layer
 
-RUN = ("--num-layers", 4, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 32, "--vocab-size", 100, "--device", "cpu",
-       "--mock-data", "--micro-batch-size", 2, "--global-batch-size", 4, "--lr", 1e-2, "--lr-decay-style", "constant", "--log-interval", 1,
-       "--exit-layer-nums", 1, 2, "--eval-interval", 2, "--eval-iters", 1)
-TUNED = (*RUN, "--use-exit-block", "--use-exit-norm", "--exit-adapter-rank", 2, "--tune-exit", "--pretrained-checkpoint", "base",
-         "--load", "tuned", "--save", "tuned", "--save-interval", 2)
+RUN = (
+    "--num-layers",
+    4,
+    "--hidden-size",
+    32,
+    "--num-attention-heads",
+    4,
+    "--seq-length",
+    32,
+    "--vocab-size",
+    100,
+    "--device",
+    "cpu",
+    "--mock-data",
+    "--micro-batch-size",
+    2,
+    "--global-batch-size",
+    4,
+    "--lr",
+    1e-2,
+    "--lr-decay-style",
+    "constant",
+    "--log-interval",
+    1,
+    "--exit-layer-nums",
+    1,
+    2,
+    "--eval-interval",
+    2,
+    "--eval-iters",
+    1,
+)
+TUNED = (
+    *RUN,
+    "--use-exit-block",
+    "--use-exit-norm",
+    "--exit-adapter-rank",
+    2,
+    "--tune-exit",
+    "--pretrained-checkpoint",
+    "base",
+    "--load",
+    "tuned",
+    "--save",
+    "tuned",
+    "--save-interval",
+    2,
+)
 
 
 def test_a_base_gets_exits_and_keeps_its_bits(tmp_path):
@@ -19,12 +62,24 @@ def test_a_base_gets_exits_and_keeps_its_bits(tmp_path):
     lines = pretrain(1, tmp_path, *TUNED, "--train-iters", 4)
     assert any(line.startswith("loaded tuned/iter_0000002: step 2") for line in lines)
     base = weights_by_layer(iteration_directory(tmp_path / "base", 2))
-    first, tuned = (weights_by_layer(iteration_directory(tmp_path / "tuned", step)) for step in (2, 4))
+    first, tuned = (
+        weights_by_layer(iteration_directory(tmp_path / "tuned", step)) for step in (2, 4)
+    )
     own = tuned.keys() - base.keys()
-    assert base.keys() < tuned.keys() and {name.split(".")[0] for name in own} == {"exit_blocks", "exit_norms", "exit_adapters"}
+    assert base.keys() < tuned.keys() and {name.split(".")[0] for name in own} == {
+        "exit_blocks",
+        "exit_norms",
+        "exit_adapters",
+    }
     for name, weight in base.items():
-        real = slice(100 if "embedding" in name else None)  # rows that pad the vocabulary belong to nobody
+        real = slice(
+            100 if "embedding" in name else None
+        )  # rows that pad the vocabulary belong to nobody
         assert (weight[real] == tuned[name][real]).all(), name
     assert all((first[name] != tuned[name]).any() for name in own)
-    steps = [line for line in read_json_lines(tmp_path / "tuned" / "metrics.jsonl") if "learning_rate" in line]
+    steps = [
+        line
+        for line in read_json_lines(tmp_path / "tuned" / "metrics.jsonl")
+        if "learning_rate" in line
+    ]
     assert all(set(line["exits"]) == {"1", "2"} for line in steps), "the last exit does not train"

@@ -11,9 +11,22 @@ from megatron_sorted.monitoring.json_lines import read_json_lines
 from tests.support.command_line import pretrain
 from tests.support.weights_only import strip_to_weights
 
-RUN = ("--config", "run.yaml", "--eval-interval", "none", "--valid-data-path", "--split", "100,0", "--pipeline-model-parallel-size", 1)
-FILES = {"huggingface/config.json": b'{"model_type": "llama"}', "huggingface/generation_config.json": b"{}",
-         "tokenizer/chat_template.jinja": b"{{ messages }}"}
+RUN = (
+    "--config",
+    "run.yaml",
+    "--eval-interval",
+    "none",
+    "--valid-data-path",
+    "--split",
+    "100,0",
+    "--pipeline-model-parallel-size",
+    1,
+)
+FILES = {
+    "huggingface/config.json": b'{"model_type": "llama"}',
+    "huggingface/generation_config.json": b"{}",
+    "tokenizer/chat_template.jinja": b"{{ messages }}",
+}
 FORM = "tokenizer/prompt_form.json"
 STARTED = "weights only (it holds nothing else), starting at step 0"
 
@@ -31,7 +44,11 @@ def folder(trained, tmp_path) -> Path:
 
 def travelling(directory: Path) -> dict[str, bytes]:
     """Returns the small files of a checkpoint that travel, as its manifest knows them."""
-    names = [name for name in read_manifest(directory)["files"] if name.startswith(("huggingface/", "tokenizer/"))]
+    names = [
+        name
+        for name in read_manifest(directory)["files"]
+        if name.startswith(("huggingface/", "tokenizer/"))
+    ]
     return {name: (directory / name).read_bytes() for name in names if name != FORM}
 
 
@@ -42,26 +59,57 @@ def form_of(directory: Path) -> dict:
 
 def expected(folder: Path) -> dict[str, bytes]:
     """Returns what every checkpoint of a run of that folder carries."""
-    return {**FILES, "tokenizer/tokenizer.model": (folder / "data" / "train_tokenizer.model").read_bytes()}
+    return {
+        **FILES,
+        "tokenizer/tokenizer.model": (folder / "data" / "train_tokenizer.model").read_bytes(),
+    }
 
 
 def test_a_run_starts_from_weights_and_goes_on_from_its_own_checkpoints(folder):
-    lines = pretrain(1, folder, *RUN, "--load", "imported", "--save", "imported", "--save-interval", 2, "--save-retain", 1)
+    lines = pretrain(
+        1,
+        folder,
+        *RUN,
+        "--load",
+        "imported",
+        "--save",
+        "imported",
+        "--save-interval",
+        2,
+        "--save-retain",
+        1,
+    )
     assert f"loaded imported/iter_0000000: {STARTED}" in lines
-    assert [line["step"] for line in read_json_lines(folder / "imported" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_json_lines(folder / "imported" / "metrics.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     # --save-retain took the checkpoint of step 2 away, but not what was imported
-    assert sorted(path.name for path in (folder / "imported").glob("iter_*")) == ["iter_0000000", "iter_0000004"]
+    assert sorted(path.name for path in (folder / "imported").glob("iter_*")) == [
+        "iter_0000000",
+        "iter_0000004",
+    ]
     own = folder / "imported" / "iter_0000004"
     assert travelling(own) == expected(folder) and "contents" not in read_manifest(own)
     assert form_of(own) == json.loads((folder / "data" / "train.json").read_text())["prompt_form"]
     # the same command again, twice: its own checkpoints, and what travels is still there when the import is gone
-    lines = pretrain(1, folder, *RUN, "--load", "imported", "--save", "./imported/", "--train-iters", 6)
-    assert any(line.startswith("loaded imported/iter_0000004: step 4, 16 samples consumed") for line in lines)
+    lines = pretrain(
+        1, folder, *RUN, "--load", "imported", "--save", "./imported/", "--train-iters", 6
+    )
+    assert any(
+        line.startswith("loaded imported/iter_0000004: step 4, 16 samples consumed")
+        for line in lines
+    )
     assert not any(line.startswith("passed over") for line in lines)
     shutil.rmtree(folder / "imported" / "iter_0000000")
     pretrain(1, folder, *RUN, "--load", "imported", "--save", "elsewhere", "--train-iters", 8)
     assert travelling(folder / "elsewhere" / "iter_0000008") == expected(folder)
-    run_ids = {read_manifest(folder / place)["run_id"] for place in ("imported/iter_0000006", "elsewhere/iter_0000008")}
+    run_ids = {
+        read_manifest(folder / place)["run_id"]
+        for place in ("imported/iter_0000006", "elsewhere/iter_0000008")
+    }
     assert run_ids == {json.loads((folder / "imported" / "run.json").read_text())["run_id"]}
 
 
@@ -76,17 +124,43 @@ def test_pretrained_weights_and_restarts_of_the_same_command(folder):
 
 def test_nothing_of_the_optimizer_the_data_or_the_precision_is_asked_for(folder):
     """Where a training checkpoint would be refused."""
-    lines = pretrain(1, folder, *RUN, "--load", "imported", "--optimizer", "sgd", "--bf16", "--global-batch-size", 2, "--train-iters", 1)
+    lines = pretrain(
+        1,
+        folder,
+        *RUN,
+        "--load",
+        "imported",
+        "--optimizer",
+        "sgd",
+        "--bf16",
+        "--global-batch-size",
+        2,
+        "--train-iters",
+        1,
+    )
     assert f"loaded imported/iter_0000000: {STARTED}" in lines
-    lines = pretrain(2, folder, *RUN, "--load", "imported", "--tensor-model-parallel-size", 2, "--train-iters", 1)
+    lines = pretrain(
+        2, folder, *RUN, "--load", "imported", "--tensor-model-parallel-size", 2, "--train-iters", 1
+    )
     assert f"loaded imported/iter_0000000: {STARTED}" in lines
-    with pytest.raises(AssertionError, match=r"--rotary-base: 10000 in the checkpoint, 500000 in this run"):
+    with pytest.raises(
+        AssertionError, match=r"--rotary-base: 10000 in the checkpoint, 500000 in this run"
+    ):
         pretrain(1, folder, *RUN, "--load", "imported", "--rotary-base", 500000)
 
 
 def test_weights_alone_say_what_the_checkpoint_they_are_from_said(folder, trained):
-    evaluate = ("--config", "run.yaml", "--pipeline-model-parallel-size", 1, "--skip-train", "--load")
-    alone, whole = (pretrain(1, folder, *evaluate, place) for place in ("imported", trained[0] / "whole"))
+    evaluate = (
+        "--config",
+        "run.yaml",
+        "--pipeline-model-parallel-size",
+        1,
+        "--skip-train",
+        "--load",
+    )
+    alone, whole = (
+        pretrain(1, folder, *evaluate, place) for place in ("imported", trained[0] / "whole")
+    )
     assert "loaded imported/iter_0000000: weights only (it holds nothing else)" in alone
     rows = [[line for line in lines if line.startswith("   ")] for lines in (alone, whole)]
     assert len(rows[0]) == 2 * 5 and rows[0] == rows[1]

@@ -16,11 +16,38 @@ from tests.support.clean_environment import clean_environment
 from tests.support.commands import ROOT
 from tests.support.evaluated import TEXTS
 
-BUILT_FROM = ("megatron_sorted", "examples", "slurm", "tests", "lab", "tools", "setup.py", "pyproject.toml", "README.md", "LICENSE",
-              "pretrain_sorted.py")
-TRAINING = ("--no-mock-data", "--data-path", "data_text_document", "--tokenizer-type", "SentencePieceTokenizer",
-            "--tokenizer-model", "data_tokenizer.model", "--train-iters", "2", "--log-interval", "1", "--eval-interval", "none",
-            "--save", "run", "--save-interval", "2")
+BUILT_FROM = (
+    "megatron_sorted",
+    "examples",
+    "slurm",
+    "tests",
+    "lab",
+    "tools",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "pretrain_sorted.py",
+)
+TRAINING = (
+    "--no-mock-data",
+    "--data-path",
+    "data_text_document",
+    "--tokenizer-type",
+    "SentencePieceTokenizer",
+    "--tokenizer-model",
+    "data_tokenizer.model",
+    "--train-iters",
+    "2",
+    "--log-interval",
+    "1",
+    "--eval-interval",
+    "none",
+    "--save",
+    "run",
+    "--save-interval",
+    "2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +56,24 @@ def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     for name in BUILT_FROM:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         else:
             shutil.copy(ROOT / name, folder / "source")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder,
-               folder / "source"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        folder,
+        folder / "source",
+    ]
     subprocess.run(command, check=True, env=clean_environment(), timeout=240)
     [built] = folder.glob("*.whl")
     return built
@@ -45,8 +85,21 @@ def run(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder / "venv", symlinks=True)
     python = folder / "venv" / "bin" / "python"
-    env = clean_environment(OMP_NUM_THREADS=1, HF_HUB_OFFLINE=1, PATH=f"{python.parent}:{os.environ['PATH']}")
-    command = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
+    env = clean_environment(
+        OMP_NUM_THREADS=1, HF_HUB_OFFLINE=1, PATH=f"{python.parent}:{os.environ['PATH']}"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        wheel,
+    ]
     subprocess.run(command, check=True, env=env, timeout=240)
     [packages] = (folder / "venv" / "lib").glob("python*/site-packages")
     # dependencies are those of this interpreter, after the venv's own; .pth files there, as of an editable clone, are not read
@@ -55,8 +108,15 @@ def run(wheel, tmp_path_factory):
     (folder / "empty").mkdir()
 
     def started(*words: object, status: int = 0) -> str:
-        done = subprocess.run([str(word) for word in words], cwd=folder / "empty", env=env, capture_output=True, text=True, timeout=240,
-                              check=False)
+        done = subprocess.run(
+            [str(word) for word in words],
+            cwd=folder / "empty",
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -68,27 +128,70 @@ def test_a_wheel_holds_what_runs_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"megatron_sorted", f"megatron_sorted-{__version__}.dist-info"}
-    for name in ("examples/quickstart.yaml", "examples/sites/slurm_gpu.site", "slurm/job.sh", "slurm/judge.awk"):
+    for name in (
+        "examples/quickstart.yaml",
+        "examples/sites/slurm_gpu.site",
+        "slurm/job.sh",
+        "slurm/judge.awk",
+    ):
         assert f"megatron_sorted/{name}" in names
-    assert any(name.endswith("/licenses/LICENSE") or name.endswith("dist-info/LICENSE") for name in names)
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_sorted").rglob("*.py")}
+    assert any(
+        name.endswith("/licenses/LICENSE") or name.endswith("dist-info/LICENSE") for name in names
+    )
+    sources = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_sorted").rglob("*.py")
+    }
     assert {name for name in names if name.endswith(".py")} == sources
 
 
 def test_a_life_in_an_empty_folder(run):
     assert "usage: megatron-sorted COMMAND" in run("megatron-sorted", "--help")
     assert run("megatron-sorted", "--version") == f"megatron_sorted {__version__}\n"
-    where = run("python", "-c", "import megatron_sorted.launching.files as f; print(f.__file__, f.shipped('slurm'), f.shipped('examples'))")
-    assert str(ROOT) not in where.replace(str(run.folder.parent), "") and where.count("site-packages") == 3
+    where = run(
+        "python",
+        "-c",
+        "import megatron_sorted.launching.files as f; print(f.__file__, f.shipped('slurm'), f.shipped('examples'))",
+    )
+    assert (
+        str(ROOT) not in where.replace(str(run.folder.parent), "")
+        and where.count("site-packages") == 3
+    )
     assert "wrote here/examples/quickstart.yaml" in run("megatron-sorted", "examples", "here")
     assert "exists already" in run("megatron-sorted", "examples", "here", status=1)
     run("megatron-sorted", "examples", "here", "--overwrite")
-    (run.folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 8))
-    run("megatron-sorted", "prepare", "--input", "train.jsonl", "--output-prefix", "data", "--train-tokenizer", 290)
-    assert "step 2" in run("megatron-sorted", "train", "--config", "here/examples/quickstart.yaml", *TRAINING)
+    (run.folder / "train.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 8)
+    )
+    run(
+        "megatron-sorted",
+        "prepare",
+        "--input",
+        "train.jsonl",
+        "--output-prefix",
+        "data",
+        "--train-tokenizer",
+        290,
+    )
+    assert "step 2" in run(
+        "megatron-sorted", "train", "--config", "here/examples/quickstart.yaml", *TRAINING
+    )
     assert "verified" in run("megatron-sorted", "convert", "export", "run", "exported")
-    assert "[full: 4 tokens in" in run("megatron-sorted", "generate", "exported", "--prompt", "a b", "--max-new-tokens", 4)
+    assert "[full: 4 tokens in" in run(
+        "megatron-sorted", "generate", "exported", "--prompt", "a b", "--max-new-tokens", 4
+    )
     assert "memory of one rank" in run("megatron-sorted", "plan", "here/examples/quickstart.yaml")
-    told = run("megatron-sorted", "launch", "slurm", "gpu", "--print", "--site", "here/examples/sites/slurm_gpu.site",
-               "here/examples/llama3_8b.yaml")
-    assert "-m torch.distributed.run" in told and " -m megatron_sorted train --config " in told and str(ROOT) not in told
+    told = run(
+        "megatron-sorted",
+        "launch",
+        "slurm",
+        "gpu",
+        "--print",
+        "--site",
+        "here/examples/sites/slurm_gpu.site",
+        "here/examples/llama3_8b.yaml",
+    )
+    assert (
+        "-m torch.distributed.run" in told
+        and " -m megatron_sorted train --config " in told
+        and str(ROOT) not in told
+    )

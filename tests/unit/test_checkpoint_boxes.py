@@ -16,13 +16,19 @@ def test_every_range_of_small_tensors(shape):
         assert len(rectangles) <= 2 * len(shape) - 1
         seen = []
         for box in rectangles:
-            part = numbers[tuple(slice(a, a + n) for a, n in zip(box.offset, box.shape, strict=True))]
+            part = numbers[
+                tuple(slice(a, a + n) for a, n in zip(box.offset, box.shape, strict=True))
+            ]
             assert part.size > 0 and part.reshape(-1)[0] == box.first
             seen += part.reshape(-1).tolist()
         assert seen == list(range(start, end))
 
 
 def test_by_hand():
-    assert rectangles_of_range((4, 5), 3, 17) == [Rectangle(3, (0, 3), (1, 2)), Rectangle(5, (1, 0), (2, 5)), Rectangle(15, (3, 0), (1, 2))]
+    assert rectangles_of_range((4, 5), 3, 17) == [
+        Rectangle(3, (0, 3), (1, 2)),
+        Rectangle(5, (1, 0), (2, 5)),
+        Rectangle(15, (3, 0), (1, 2)),
+    ]
     assert rectangles_of_range((4, 5), 5, 15) == [Rectangle(5, (1, 0), (2, 5))]
     assert rectangles_of_range((4, 5), 6, 8) == [Rectangle(6, (1, 1), (1, 2))]

@@ -20,7 +20,9 @@ def write(root, step, run_id="a", saved_at=None, **more):
     directory.mkdir()
     (directory / "shard").write_bytes(b"x" * step)
     said = {"run_id": run_id, "saved_at": saved_at or f"2026-01-01T00:{step:02d}", **more}
-    (directory / MANIFEST).write_text(manifest_text(said, Progress(step, 8 * step), {"shard": record_file(directory / "shard")}))
+    (directory / MANIFEST).write_text(
+        manifest_text(said, Progress(step, 8 * step), {"shard": record_file(directory / "shard")})
+    )
     return directory
 
 
@@ -48,7 +50,8 @@ def test_incomplete_ones_are_passed_over_by_name(tmp_path):
     assert steps(found) == [20]
     assert found.passed_over(found.usable[0]) == [
         f"{tmp_path}/iter_0000040/shard: 5 bytes where the manifest says 40; it is truncated.",
-        f"{tmp_path}/iter_0000030: manifest.json is missing, so this is no complete checkpoint of ours."]
+        f"{tmp_path}/iter_0000030: manifest.json is missing, so this is no complete checkpoint of ours.",
+    ]
     assert len(found.passed_over(None)) == 3
 
 
@@ -58,7 +61,9 @@ def test_a_run_that_started_over_does_not_continue_the_one_before(tmp_path):
     (tmp_path / TRACKER).write_text("10")
     found = find_candidates(tmp_path)
     assert steps(found) == [10]
-    assert found.passed_over(found.usable[0]) == [f"{tmp_path}/iter_0000100: of run old, not of new."]
+    assert found.passed_over(found.usable[0]) == [
+        f"{tmp_path}/iter_0000100: of run old, not of new."
+    ]
     (tmp_path / TRACKER).unlink()  # without a tracker, the run that saved last
     assert steps(find_candidates(tmp_path)) == [10]
 
@@ -70,7 +75,9 @@ def test_a_run_that_went_back_does_not_take_what_it_gave_up(tmp_path):
     (tmp_path / TRACKER).write_text("50")
     found = find_candidates(tmp_path)
     assert steps(found) == [50, 40]
-    assert found.passed_over(found.usable[0]) == [f"{tmp_path}/iter_0000060: saved before iter_0000050, to which the run went back."]
+    assert found.passed_over(found.usable[0]) == [
+        f"{tmp_path}/iter_0000060: saved before iter_0000050, to which the run went back."
+    ]
 
 
 def test_a_missing_checkpoint_that_the_tracker_names_is_said(tmp_path):
@@ -78,7 +85,9 @@ def test_a_missing_checkpoint_that_the_tracker_names_is_said(tmp_path):
     (tmp_path / TRACKER).write_text("20")
     found = find_candidates(tmp_path)
     assert steps(found) == [10]
-    assert found.passed_over(found.usable[0]) == [f"{tmp_path}/iter_0000020: missing, although {TRACKER} names it."]
+    assert found.passed_over(found.usable[0]) == [
+        f"{tmp_path}/iter_0000020: missing, although {TRACKER} names it."
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "release", "-3", "1.5"])
@@ -88,7 +97,8 @@ def test_a_tracker_without_a_number_is_said_and_done_without(tmp_path, text):
     found = find_candidates(tmp_path)
     assert steps(found) == [10]
     assert found.passed_over(found.usable[0]) == [
-        f"{tmp_path / TRACKER}: {text!r} is not an iteration number; taking the newest complete checkpoint."]
+        f"{tmp_path / TRACKER}: {text!r} is not an iteration number; taking the newest complete checkpoint."
+    ]
     with pytest.raises(CheckpointError):
         tracked_step(tmp_path)
 
@@ -97,7 +107,12 @@ def test_one_step_by_name(tmp_path):
     for step in (10, 20):
         write(tmp_path, step)
     assert steps(find_candidates(tmp_path, 10)) == [10]
-    with pytest.raises(CheckpointError, match=re.escape(f"--ckpt-step: {tmp_path} holds no checkpoint of step 15; there are: 20, 10. ")):
+    with pytest.raises(
+        CheckpointError,
+        match=re.escape(
+            f"--ckpt-step: {tmp_path} holds no checkpoint of step 15; there are: 20, 10. "
+        ),
+    ):
         find_candidates(tmp_path, 15)
     (tmp_path / "iter_0000020" / "shard").unlink()
     with pytest.raises(CheckpointError, match="iter_0000020/shard: No such file"):
@@ -119,7 +134,11 @@ def test_weights_alone_are_taken_until_a_run_has_saved_beside_them(tmp_path):
     assert steps(found) == [0] and found.usable[0].weights_only
     write(tmp_path, 10)  # killed between its rename and the tracker
     found = find_candidates(tmp_path)
-    assert steps(found) == [10] and not found.usable[0].weights_only and found.passed_over(found.usable[0]) == []
+    assert (
+        steps(found) == [10]
+        and not found.usable[0].weights_only
+        and found.passed_over(found.usable[0]) == []
+    )
     write(tmp_path, 20)
     (tmp_path / TRACKER).write_text("20")
     assert steps(find_candidates(tmp_path)) == [20, 10]
@@ -131,7 +150,10 @@ def test_a_damaged_run_does_not_fall_back_to_the_weights_it_began_with(tmp_path)
     write(tmp_path, 10)
     found = find_candidates(tmp_path)
     found.skipped.append((10, "damaged"))
-    assert found.passed_over(None) == ["damaged", f"{tmp_path}/iter_0000000: weights only, with which a run can start but not go on."]
+    assert found.passed_over(None) == [
+        "damaged",
+        f"{tmp_path}/iter_0000000: weights only, with which a run can start but not go on.",
+    ]
 
 
 def test_weights_imported_anew_go_before_an_older_run(tmp_path):
@@ -144,7 +166,8 @@ def test_weights_imported_anew_go_before_an_older_run(tmp_path):
         found = find_candidates(tmp_path)
         assert steps(found) == [0]
         assert found.passed_over(found.usable[0]) == [
-            f"{tmp_path}/iter_0000010: saved before iter_0000000, which was imported since."]
+            f"{tmp_path}/iter_0000010: saved before iter_0000000, which was imported since."
+        ]
     write(tmp_path, 5, run_id="b", saved_at="2026-01-03T00:00")
     found = find_candidates(tmp_path)
     assert steps(found) == [5]
@@ -157,12 +180,15 @@ def test_a_copy_under_another_name_is_passed_over_by_name(tmp_path):
     found = find_candidates(tmp_path)
     assert steps(found) == [8, 4]
     assert found.passed_over(found.usable[0]) == [
-        f"{tmp_path}/iter_0000099: its manifest says step 4, so it is a copy under another name. Take it away, or name it iter_0000004."]
+        f"{tmp_path}/iter_0000099: its manifest says step 4, so it is a copy under another name. Take it away, or name it iter_0000004."
+    ]
     with pytest.raises(CheckpointError, match="its manifest says step 4"):
         find_candidates(tmp_path, 99)
 
 
-@pytest.mark.parametrize("name", ["iter_00000012", "iter_٠٠٠٠٠١٢", "iter_0000012 ", "iter_" + "9" * 5000])
+@pytest.mark.parametrize(
+    "name", ["iter_00000012", "iter_٠٠٠٠٠١٢", "iter_0000012 ", "iter_" + "9" * 5000]
+)
 def test_other_spellings_of_a_step_are_no_checkpoints(tmp_path, name):
     write(tmp_path, 10)
     with contextlib.suppress(OSError):  # some names are too long for a file system
@@ -170,7 +196,9 @@ def test_other_spellings_of_a_step_are_no_checkpoints(tmp_path, name):
     assert steps(find_candidates(tmp_path)) == [10]
 
 
-@pytest.mark.parametrize("content", [b"9" * 5000, "²".encode(), b"\xff\xfe", b"\0" * 40, b"-0", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"9" * 5000, "²".encode(), b"\xff\xfe", b"\0" * 40, b"-0", b"[" * 100_000]
+)
 def test_a_tracker_of_any_bytes_is_said_and_done_without(tmp_path, content):
     write(tmp_path, 10)
     (tmp_path / TRACKER).write_bytes(content)
@@ -183,8 +211,14 @@ def test_a_tracker_of_any_bytes_is_said_and_done_without(tmp_path, content):
 def whole(**entries) -> str:
     """Return a manifest whose own hash is right, with other entries."""
     manifest = json.loads(manifest_text({"run_id": "a", "saved_at": "2026"}, Progress(20, 1), {}))
-    manifest = {key: value for key, value in {**manifest, **entries}.items() if value is not None and key != "sha256"}
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    manifest = {
+        key: value
+        for key, value in {**manifest, **entries}.items()
+        if value is not None and key != "sha256"
+    }
+    digest = hashlib.sha256(
+        json.dumps(manifest, sort_keys=True, ensure_ascii=True).encode()
+    ).hexdigest()
     return json.dumps({**manifest, "sha256": digest})
 
 

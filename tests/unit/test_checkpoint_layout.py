@@ -25,7 +25,9 @@ def test_a_file_is_replaced_at_once(tmp_path):
     path.write_text("a longer text than the new one")
     with open(path, encoding="utf-8") as reader:
         write_text_atomically(path, "200")
-        assert reader.read() == "a longer text than the new one"  # whoever reads the old file reads all of it
+        assert (
+            reader.read() == "a longer text than the new one"
+        )  # whoever reads the old file reads all of it
     assert path.read_text() == "200" and os.listdir(tmp_path) == [TRACKER]
 
 
@@ -37,12 +39,26 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path):
 
 
 def test_only_finished_directories_are_checkpoints(tmp_path):
-    for name in ("iter_0000003", "iter_0000020", "iter_12345678", ".iter_0000021.writing", ".iter_0000002.removing", "iter_5", "release"):
+    for name in (
+        "iter_0000003",
+        "iter_0000020",
+        "iter_12345678",
+        ".iter_0000021.writing",
+        ".iter_0000002.removing",
+        "iter_5",
+        "release",
+    ):
         (tmp_path / name).mkdir()
     assert saved_steps(tmp_path) == [12345678, 20, 3]
     assert saved_steps(tmp_path / "missing") == []
     remove_leftovers(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["iter_0000003", "iter_0000020", "iter_12345678", "iter_5", "release"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "iter_0000003",
+        "iter_0000020",
+        "iter_12345678",
+        "iter_5",
+        "release",
+    ]
 
 
 def test_a_removed_checkpoint_is_gone_at_once(tmp_path):
@@ -62,7 +78,13 @@ def test_a_removed_checkpoint_is_gone_at_once(tmp_path):
         ([50, 40, 30, 20, 10], 50, 2, 20, [30, 10]),
         ([50, 40, 30, 20, 10], 50, 1, 1, []),
         ([50, 40], 50, 3, None, []),
-        ([90, 80, 30, 20], 30, 2, None, [90, 80]),  # 80 and 90 are of a run that was started over: they go first
+        (
+            [90, 80, 30, 20],
+            30,
+            2,
+            None,
+            [90, 80],
+        ),  # 80 and 90 are of a run that was started over: they go first
         ([90, 80, 30, 20], 30, 1, None, [20, 90, 80]),
     ],
 )

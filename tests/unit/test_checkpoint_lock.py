@@ -26,8 +26,17 @@ time.sleep(60)
 @pytest.fixture
 def holder(tmp_path):
     """Returns a process that holds the directory."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "SLURM_JOB_ID": "4711"}
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        "SLURM_JOB_ID": "4711",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()

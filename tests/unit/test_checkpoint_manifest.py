@@ -30,7 +30,11 @@ def directory(tmp_path):
     for name, content in CONTENT.items():
         (tmp_path / name).write_bytes(content)
     files = {name: record_file(tmp_path / name) for name in CONTENT}
-    (tmp_path / MANIFEST).write_text(manifest_text({"run_id": "ab", "exits": {"depths": [1, 2]}, "name": "Ö"}, Progress(7, 56), files))
+    (tmp_path / MANIFEST).write_text(
+        manifest_text(
+            {"run_id": "ab", "exits": {"depths": [1, 2]}, "name": "Ö"}, Progress(7, 56), files
+        )
+    )
     return tmp_path
 
 
@@ -38,7 +42,10 @@ def test_a_manifest_comes_back_as_it_was_written(directory):
     manifest = read_manifest(directory)
     assert (manifest["format"], manifest["run_id"], manifest["name"]) == (2, "ab", "Ö")
     assert manifest["progress"] == {"step": 7, "samples": 56}
-    assert manifest["files"]["__0_0.distcp"] == {"bytes": 7000, "sha256": hashlib.sha256(CONTENT["__0_0.distcp"]).hexdigest()}
+    assert manifest["files"]["__0_0.distcp"] == {
+        "bytes": 7000,
+        "sha256": hashlib.sha256(CONTENT["__0_0.distcp"]).hexdigest(),
+    }
     check_sizes(directory, manifest)
     assert find_damage(directory, manifest, CONTENT) == []
 
@@ -54,11 +61,22 @@ def test_files_larger_than_a_block_are_hashed_whole(tmp_path):
     [
         (lambda path: path.unlink(), "manifest.json is missing"),
         (lambda path: path.write_text(path.read_text()[:-40]), "not JSON (Unterminated string"),
-        (lambda path: path.write_text("[]"), "format None, but this version reads format 2. It is not one of ours."),
-        (lambda path: path.write_text(path.read_text().replace('"format": 2', '"format": 3')),
-         "format 3, but this version reads format 2. A newer megatron_sorted wrote it: update."),
-        (lambda path: path.write_text(path.read_text().replace('"format": 2', '"format": "x"')), "format x, but"),
-        (lambda path: path.write_text(path.read_text().replace('"step": 7', '"step": 9')), "does not match its own hash"),
+        (
+            lambda path: path.write_text("[]"),
+            "format None, but this version reads format 2. It is not one of ours.",
+        ),
+        (
+            lambda path: path.write_text(path.read_text().replace('"format": 2', '"format": 3')),
+            "format 3, but this version reads format 2. A newer megatron_sorted wrote it: update.",
+        ),
+        (
+            lambda path: path.write_text(path.read_text().replace('"format": 2', '"format": "x"')),
+            "format x, but",
+        ),
+        (
+            lambda path: path.write_text(path.read_text().replace('"step": 7', '"step": 9')),
+            "does not match its own hash",
+        ),
     ],
 )
 def test_a_damaged_manifest_is_refused(directory, spoil, message):
@@ -72,8 +90,14 @@ def test_a_damaged_manifest_is_refused(directory, spoil, message):
     ("spoil", "message"),
     [
         (lambda path: path.unlink(), "No such file or directory."),
-        (lambda path: path.write_bytes(b"x" * 6999), "6999 bytes where the manifest says 7000; it is truncated."),
-        (lambda path: path.write_bytes(b"x" * 7001), "7001 bytes where the manifest says 7000; it is too long."),
+        (
+            lambda path: path.write_bytes(b"x" * 6999),
+            "6999 bytes where the manifest says 7000; it is truncated.",
+        ),
+        (
+            lambda path: path.write_bytes(b"x" * 7001),
+            "7001 bytes where the manifest says 7000; it is too long.",
+        ),
     ],
 )
 def test_files_of_another_size_are_named_without_reading_them(directory, spoil, message):
@@ -95,27 +119,49 @@ def test_a_flipped_bit_is_found(directory):
     assert problem == f"{path}: damaged (sha256 {found[:12]}, the manifest says {said[:12]})"
     (directory / "tokenizer" / "t.model").unlink()
     assert find_damage(directory, manifest, ["tokenizer/t.model"]) == [
-        f"{directory / 'tokenizer/t.model'}: not readable (No such file or directory)"]
+        f"{directory / 'tokenizer/t.model'}: not readable (No such file or directory)"
+    ]
 
 
 def test_exits_count_only_where_they_own_parameters(tmp_path):
     manifest = {"shape": {"exit_layer_nums": [2, 4]}}
     check_same_shape(tmp_path, manifest, Settings(), {"exit_layer_nums": [1, 4]})
-    with pytest.raises(CheckpointError, match=r"--exit-layer-nums: \[2, 4\] in the checkpoint, \[1, 4\] in this run\. "):
-        check_same_shape(tmp_path, manifest, Settings(untie_exit_output_weights=True), {"exit_layer_nums": [1, 4]})
+    with pytest.raises(
+        CheckpointError,
+        match=r"--exit-layer-nums: \[2, 4\] in the checkpoint, \[1, 4\] in this run\. ",
+    ):
+        check_same_shape(
+            tmp_path,
+            manifest,
+            Settings(untie_exit_output_weights=True),
+            {"exit_layer_nums": [1, 4]},
+        )
 
 
 def test_a_field_that_an_older_version_did_not_know_had_its_default(tmp_path):
     shape = network_shape(Settings(norm_epsilon=1e-6), 100)
-    old = {name: value for name, value in shape.items() if not name.startswith(("rope_", "use_rope", "sliding", "norm_eps", "rotary_seq"))}
+    old = {
+        name: value
+        for name, value in shape.items()
+        if not name.startswith(("rope_", "use_rope", "sliding", "norm_eps", "rotary_seq"))
+    }
     assert len(shape) - len(old) == 8
-    manifest = {"shape": old, "settings": {"norm_epsilon": 1e-6}}  # it stood among the settings before it was checked
+    manifest = {
+        "shape": old,
+        "settings": {"norm_epsilon": 1e-6},
+    }  # it stood among the settings before it was checked
     check_same_shape(tmp_path, manifest, Settings(), shape)
     for changes, message in (
         ({"sliding_window": 64}, "--sliding-window: None in the checkpoint, 64 in this run"),
-        ({"use_rope_scaling": True}, "--use-rope-scaling: False in the checkpoint, True in this run"),
+        (
+            {"use_rope_scaling": True},
+            "--use-rope-scaling: False in the checkpoint, True in this run",
+        ),
         ({"norm_epsilon": 1e-5}, "--norm-epsilon: 1e-06 in the checkpoint, 1e-05 in this run"),
-        ({"rotary_seq_len_interpolation_factor": 2.0}, "--rotary-seq-len-interpolation-factor: None in the checkpoint, 2.0 in this run"),
+        (
+            {"rotary_seq_len_interpolation_factor": 2.0},
+            "--rotary-seq-len-interpolation-factor: None in the checkpoint, 2.0 in this run",
+        ),
     ):
         with pytest.raises(CheckpointError) as error:
             check_same_shape(tmp_path, manifest, Settings(), {**shape, **changes})

@@ -15,15 +15,27 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_sorted.checkpoint.restricted_pickle import StoredChunk, StoredPiece, StoredTensor, read_stored_names
+from megatron_sorted.checkpoint.restricted_pickle import (
+    StoredChunk,
+    StoredPiece,
+    StoredTensor,
+    read_stored_names,
+)
 from megatron_sorted.errors import CheckpointError
 
 
 def metadata(**changes) -> Metadata:
     """Returns metadata of one bfloat16 tensor in two pieces."""
-    chunks = [ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((2, 3))), ChunkStorageMetadata(torch.Size((2, 0)), torch.Size((2, 3)))]
-    tensor = TensorStorageMetadata(TensorProperties(dtype=torch.bfloat16), torch.Size((4, 3)), chunks)
-    storage = {MetadataIndex("w", (2 * n, 0)): _StorageInfo(f"__{n}_0.distcp", 10 * n, 12) for n in (0, 1)}
+    chunks = [
+        ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((2, 3))),
+        ChunkStorageMetadata(torch.Size((2, 0)), torch.Size((2, 3))),
+    ]
+    tensor = TensorStorageMetadata(
+        TensorProperties(dtype=torch.bfloat16), torch.Size((4, 3)), chunks
+    )
+    storage = {
+        MetadataIndex("w", (2 * n, 0)): _StorageInfo(f"__{n}_0.distcp", 10 * n, 12) for n in (0, 1)
+    }
     return Metadata(**{"state_dict_metadata": {"w": tensor}, "storage_data": storage, **changes})
 
 
@@ -38,7 +50,9 @@ class Calls:
 
 
 def write(tmp_path, content) -> None:
-    (tmp_path / ".metadata").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    (tmp_path / ".metadata").write_bytes(
+        content if isinstance(content, bytes) else pickle.dumps(content)
+    )
 
 
 def test_what_torch_writes_is_read(tmp_path):
@@ -46,7 +60,9 @@ def test_what_torch_writes_is_read(tmp_path):
     found = read_stored_names(tmp_path)
     pieces = (StoredPiece("__0_0.distcp", 0, 12), StoredPiece("__1_0.distcp", 10, 12))
     chunks = (StoredChunk((0, 0), (2, 3), pieces[0]), StoredChunk((2, 0), (2, 3), pieces[1]))
-    assert found.tensors == {"w": StoredTensor(torch.bfloat16, (4, 3), chunks)} and found.objects == {}
+    assert (
+        found.tensors == {"w": StoredTensor(torch.bfloat16, (4, 3), chunks)} and found.objects == {}
+    )
 
 
 @pytest.mark.parametrize(("function", "arguments", "name"), [
@@ -56,7 +72,13 @@ def test_what_torch_writes_is_read(tmp_path):
 ])  # fmt: skip
 def test_a_call_is_refused_by_name_and_not_made(function, arguments, name, tmp_path):
     trace = tmp_path / "ran"
-    call = Calls(function, *(argument.format(trace) if isinstance(argument, str) else argument for argument in arguments))
+    call = Calls(
+        function,
+        *(
+            argument.format(trace) if isinstance(argument, str) else argument
+            for argument in arguments
+        ),
+    )
     if function is getattr:
         call = Calls(getattr, Metadata, "__init__")
     write(tmp_path, metadata(planner_data=call))
@@ -67,7 +89,10 @@ def test_a_call_is_refused_by_name_and_not_made(function, arguments, name, tmp_p
 
 def test_a_permitted_class_cannot_be_changed(tmp_path):
     # c: class, then state (None, {"x": 1}), then BUILD: what would set an attribute of the class itself
-    write(tmp_path, b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}(X\x01\x00\x00\x00xK\x01utb.")
+    write(
+        tmp_path,
+        b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}(X\x01\x00\x00\x00xK\x01utb.",
+    )
     with pytest.raises(CheckpointError, match=r"\.metadata"):
         read_stored_names(tmp_path)
 

@@ -19,8 +19,10 @@ def test_records_are_those_of_the_files_on_disk(tmp_path):
     files.write_bytes(tmp_path / "folder" / "c", b"abc")
     content = (tmp_path / "b").read_bytes()
     assert torch.equal(torch.load(tmp_path / "b"), torch.arange(1000))
-    assert files.records == {tmp_path / "b": FileRecord(len(content), hashlib.sha256(content).hexdigest()),
-                             tmp_path / "folder" / "c": FileRecord(3, hashlib.sha256(b"abc").hexdigest())}
+    assert files.records == {
+        tmp_path / "b": FileRecord(len(content), hashlib.sha256(content).hexdigest()),
+        tmp_path / "folder" / "c": FileRecord(3, hashlib.sha256(b"abc").hexdigest()),
+    }
     files.verify()
 
 
@@ -30,7 +32,10 @@ def test_what_comes_back_otherwise_is_found(tmp_path):
     with open(tmp_path / "a", "r+b") as file:
         file.seek(4)
         file.write(b"x")
-    with pytest.raises(OSError, match=r"a: 10 bytes with sha256 84d89877f0d4 were written, 10 bytes with [0-9a-f]{12} came back"):
+    with pytest.raises(
+        OSError,
+        match=r"a: 10 bytes with sha256 84d89877f0d4 were written, 10 bytes with [0-9a-f]{12} came back",
+    ):
         files.verify()
 
 
@@ -38,5 +43,8 @@ def test_the_reason_of_a_failed_write_is_kept_through_torch(tmp_path):
     """torch.save answers a stream that fails in the middle with "unexpected pos" instead of the error."""
     files = HashingFileSystem()
     os.symlink("/dev/full", tmp_path / "full")
-    with pytest.raises(OSError, match="No space left on device"), files.create_stream(tmp_path / "full", "wb") as stream:
+    with (
+        pytest.raises(OSError, match="No space left on device"),
+        files.create_stream(tmp_path / "full", "wb") as stream,
+    ):
         torch.save(torch.zeros(1_000_000), stream)

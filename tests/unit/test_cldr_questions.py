@@ -18,7 +18,11 @@ LOCALES = ("de", "fi", "fr", "pl", "zh")
 @pytest.fixture(scope="module")
 def plan() -> QuestionPlan:
     """A plan of a size that all its questions are made in about a second."""
-    return plan_questions(LOCALES, ("en", "de", "zh"), ("territory", "territory_code", "month", "weekday", "currency_of"))
+    return plan_questions(
+        LOCALES,
+        ("en", "de", "zh"),
+        ("territory", "territory_code", "month", "weekday", "currency_of"),
+    )
 
 
 def question(sample) -> tuple[str, str]:
@@ -27,7 +31,9 @@ def question(sample) -> tuple[str, str]:
 
 
 def test_200k_questions_in_forty_locales_are_there_in_english_alone() -> None:
-    plan = plan_questions(DEFAULT_LOCALES[:42], ("en",), ("territory", "territory_code", "language", "language_code"))
+    plan = plan_questions(
+        DEFAULT_LOCALES[:42], ("en",), ("territory", "territory_code", "language", "language_code")
+    )
     assert len({fact.locale for fact in plan.trained}) == 42
     assert plan.capacity() >= 200_000
 
@@ -49,7 +55,9 @@ def test_nothing_held_out_is_trained(plan: QuestionPlan) -> None:
     # A name that is unseen in a language is not shown there as part of another question either.
     hidden = {s.output for s in unseen if s.kind == "territory" and s.language == "de"}
     shown = [s for s in trained if s.instruction.startswith(("Wie heißt", "Wie sagt"))]
-    assert hidden and shown and not any(f"„{name}“" in s.instruction for s in shown for name in hidden)
+    assert (
+        hidden and shown and not any(f"„{name}“" in s.instruction for s in shown for name in hidden)
+    )
 
 
 def test_every_fact_once_before_any_twice(plan: QuestionPlan) -> None:
@@ -59,7 +67,12 @@ def test_every_fact_once_before_any_twice(plan: QuestionPlan) -> None:
 
 
 def test_splits_do_not_move_with_the_numbers(plan: QuestionPlan) -> None:
-    few = plan_questions(LOCALES, ("en", "de", "zh"), ("territory", "territory_code", "month", "weekday", "currency_of"), max_facts=50)
+    few = plan_questions(
+        LOCALES,
+        ("en", "de", "zh"),
+        ("territory", "territory_code", "month", "weekday", "currency_of"),
+        max_facts=50,
+    )
     assert few.trained == plan.trained[:50] and few.unseen == plan.unseen
     assert list(few.train(60))[:50] == list(plan.train(50))
     other = plan_questions(LOCALES, ("en",), ("month",), seed=7)
@@ -70,22 +83,43 @@ def test_splits_do_not_move_with_the_numbers(plan: QuestionPlan) -> None:
 def test_exact_questions() -> None:
     fact = Fact("territory", "DE", "fr")
     assert ask(fact, "en", ENGLISH_NAME.train[0]).instruction == "What is Germany called in French?"
-    assert ask(fact, "de", NAME_IN["de"].train[0]).instruction == "Wie heißt „Deutschland“ auf Französisch?"
+    assert (
+        ask(fact, "de", NAME_IN["de"].train[0]).instruction
+        == "Wie heißt „Deutschland“ auf Französisch?"
+    )
     assert ask(fact, "zh", NAME_IN["zh"].train[0]).instruction == "“德国”用法语怎么说？"
     sample = ask(fact, "es", NAME_IN["es"].train[3])
-    assert (sample.instruction, sample.input, sample.output) == ("Da el nombre en francés.", "Alemania", "Allemagne")
+    assert (sample.instruction, sample.input, sample.output) == (
+        "Da el nombre en francés.",
+        "Alemania",
+        "Allemagne",
+    )
     assert (sample.language, sample.kind, sample.fact) == ("fr", "territory", "territory/DE/fr")
-    assert ask(Fact("month_code", "3", "pl"), "en", ENGLISH_CODE.train[0]).instruction == "Which month has the number 3? Answer in Polish."
-    assert ask(Fact("script", "Arab", "de"), "en", ENGLISH_NAME.train[0]).instruction == "What is the Arabic script called in German?"
+    assert (
+        ask(Fact("month_code", "3", "pl"), "en", ENGLISH_CODE.train[0]).instruction
+        == "Which month has the number 3? Answer in Polish."
+    )
+    assert (
+        ask(Fact("script", "Arab", "de"), "en", ENGLISH_NAME.train[0]).instruction
+        == "What is the Arabic script called in German?"
+    )
 
 
 def test_who_may_be_asked_in_which_language() -> None:
     def asked_in(fact: Fact) -> set[str]:
         return {locale for locale, _ in phrasings(fact, ASKING_LOCALES)}
 
-    assert "fr" not in asked_in(Fact("territory", "DE", "fr")) and {"en", "de", "zh"} <= asked_in(Fact("territory", "DE", "fr"))
-    assert asked_in(Fact("script", "Cyrl", "de")) == asked_in(Fact("territory_code", "DE", "fr")) == {"en"}
-    assert {"sv", "da"}.isdisjoint(asked_in(Fact("territory", "DE", "no")))  # "Tyskland" in all three: copying would answer it
+    assert "fr" not in asked_in(Fact("territory", "DE", "fr")) and {"en", "de", "zh"} <= asked_in(
+        Fact("territory", "DE", "fr")
+    )
+    assert (
+        asked_in(Fact("script", "Cyrl", "de"))
+        == asked_in(Fact("territory_code", "DE", "fr"))
+        == {"en"}
+    )
+    assert {"sv", "da"}.isdisjoint(
+        asked_in(Fact("territory", "DE", "no"))
+    )  # "Tyskland" in all three: copying would answer it
 
 
 def test_enough_phrasings_and_none_on_both_sides() -> None:
@@ -94,22 +128,54 @@ def test_enough_phrasings_and_none_on_both_sides() -> None:
         assert not set(table.train) & set(table.held_out)
     for table in NAME_IN.values():
         for template in table.train + table.held_out:
-            assert sorted(field for _, field, _, _ in Formatter().parse(template) if field) == ["language", "thing"]
+            assert sorted(field for _, field, _, _ in Formatter().parse(template) if field) == [
+                "language",
+                "thing",
+            ]
 
 
-def test_files_are_the_same_for_the_same_seed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = ["--num-samples", "300", "--num-eval-samples", "30", "--max-facts", "100", "--locales", "de", "fr",
-                 "--kinds", "territory", "month"]
+def test_files_are_the_same_for_the_same_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [
+        "--num-samples",
+        "300",
+        "--num-eval-samples",
+        "30",
+        "--max-facts",
+        "100",
+        "--locales",
+        "de",
+        "fr",
+        "--kinds",
+        "territory",
+        "month",
+    ]
     for name in ("one", "two"):
         main(["--output", str(tmp_path / name), *arguments])
     for name, number in (("train", 300), ("phrasing", 30), ("unseen", 30)):
         lines = (tmp_path / "one" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        assert lines == (tmp_path / "two" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert (
+            lines == (tmp_path / "two" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        )
         assert len(lines) == number
-        assert list(json.loads(lines[0])) == ["instruction", "input", "output", "language", "kind", "fact"]
-    unseen = [json.loads(line)["fact"].split("/") for line in (tmp_path / "one/unseen.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert list(json.loads(lines[0])) == [
+            "instruction",
+            "input",
+            "output",
+            "language",
+            "kind",
+            "fact",
+        ]
+    unseen = [
+        json.loads(line)["fact"].split("/")
+        for line in (tmp_path / "one/unseen.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert all(is_unseen(Fact(*parts)) for parts in unseen)
-    assert "train.jsonl                    300         100           2           2" in capsys.readouterr().out
+    assert (
+        "train.jsonl                    300         100           2           2"
+        in capsys.readouterr().out
+    )
 
 
 def test_mistakes(tmp_path: Path) -> None:

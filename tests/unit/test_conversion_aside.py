@@ -17,7 +17,10 @@ def test_neither_the_model_it_is_made_of_nor_what_holds_it(tmp_path):
     (source / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to(source)
     for destination in (source, tmp_path / "models", tmp_path / "link", source / ".." / "llama"):
-        with pytest.raises(CheckpointError, match=r"--overwrite would replace .*, of which it is made. Give another directory"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"--overwrite would replace .*, of which it is made. Give another directory",
+        ):
             overwrite(destination, source)
     assert (source / "config.json").exists()
     overwrite(source / "exported", source)  # a new directory inside is no replacement
@@ -28,5 +31,8 @@ def test_no_checkpoints_of_a_run(tmp_path):
     (tmp_path / "run" / "iter_0000000").mkdir(parents=True)
     overwrite(tmp_path / "run")  # an import alone
     (tmp_path / "run" / "iter_0000020").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="holds checkpoints of a run up to step 20, which --overwrite does not replace"):
+    with pytest.raises(
+        CheckpointError,
+        match="holds checkpoints of a run up to step 20, which --overwrite does not replace",
+    ):
         overwrite(tmp_path / "run")

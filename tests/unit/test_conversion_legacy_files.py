@@ -31,9 +31,13 @@ def test_old_names_give_the_same_weights(tp, pp, untied, tmp_path):
 def test_names_of_before_2023_and_module_prefixes_are_known(tmp_path):
     def older(state, stage, rank):
         model = state["model"]["language_model"]
-        encoder = {name.replace("_norm.", "_layernorm."): value for name, value in model["encoder"].items()}
+        encoder = {
+            name.replace("_norm.", "_layernorm."): value for name, value in model["encoder"].items()
+        }
         encoder["layers.0.self_attention.core_attention._extra_state"] = None
-        encoder["layers.1.self_attention.linear_qkv._extra_state"] = torch.zeros(3, dtype=torch.uint8)
+        encoder["layers.1.self_attention.linear_qkv._extra_state"] = torch.zeros(
+            3, dtype=torch.uint8
+        )
         state["model"] = {"module": {"language_model": {**model, "encoder": encoder}}}
 
     weights = tiny_weights(True)
@@ -47,10 +51,20 @@ def test_exits_of_ee_llm_get_the_depth_after_which_they_stand(pre_exit, depths, 
 
     def with_exits(state, stage, rank):
         number = (1, 3)[stage]  # one exit on each stage of two layers: its first layer
-        norm, head = torch.full((HIDDEN,), float(number)), torch.arange(ROWS * HIDDEN).reshape(ROWS, HIDDEN) * float(number)
-        own.update({f"exit_norms.{depths[stage]}.weight": norm, f"exit_output_layers.{depths[stage]}.weight": head})
+        norm, head = (
+            torch.full((HIDDEN,), float(number)),
+            torch.arange(ROWS * HIDDEN).reshape(ROWS, HIDDEN) * float(number),
+        )
+        own.update(
+            {
+                f"exit_norms.{depths[stage]}.weight": norm,
+                f"exit_output_layers.{depths[stage]}.weight": head,
+            }
+        )
         state["model"]["language_model"]["encoder"]["layers.0.exit_norm.weight"] = norm
-        state["model"]["language_model"]["exit_output_layer"] = {"0.weight": head.chunk(2)[rank].clone()}
+        state["model"]["language_model"]["exit_output_layer"] = {
+            "0.weight": head.chunk(2)[rank].clone()
+        }
 
     write_old(tmp_path, weights, 2, 2, with_exits, exit_layer_nums=[1, 3], pre_exit=pre_exit)
     assert same(LegacyFiles(tmp_path), {**weights, **own})
@@ -84,7 +98,9 @@ def without_a_part(state, stage, rank):
 
 def another_width(state, stage, rank):
     if rank == 1:
-        state["model"]["language_model"]["encoder"]["layers.0.mlp.dense_4h_to_h.weight"] = torch.zeros(HIDDEN, 5).bfloat16()
+        state["model"]["language_model"]["encoder"]["layers.0.mlp.dense_4h_to_h.weight"] = (
+            torch.zeros(HIDDEN, 5).bfloat16()
+        )
 
 
 def with_a_pooler(state, stage, rank):
@@ -92,17 +108,37 @@ def with_a_pooler(state, stage, rank):
 
 
 FAULTS = {
-    "another class": (saved_with_another_class, r"refused: it asks for \S+getcwd.*save it again without"),
+    "another class": (
+        saved_with_another_class,
+        r"refused: it asks for \S+getcwd.*save it again without",
+    ),
     "head is not the embedding": (other_embedding, "output_layer.weight of the last stage differs"),
     "a layer less": (without_a_layer, "holds 3 layers, but was saved with num_layers 4"),
-    "a part less": (without_a_part, r"mp_rank_01_000 lacks decoder\.layers\.0\.mlp\.linear_fc2\.weight"),
-    "a part of another shape": (another_width, r"linear_fc2\.weight is torch.bfloat16 \[8, 6\] on tensor parallel rank 0, but"),
-    "not a GPT model": (with_a_pooler, r"language_model\.pooler\.dense\.weight: no weight of a plain GPT model"),
-    "another iteration": (lambda state, stage, rank: state.update(iteration=7 + stage), "is of iteration 8, the first of 7"),
-    "older order of queries": (lambda state, stage, rank: state.update(checkpoint_version=1.0), "checkpoint version 1.0"),
+    "a part less": (
+        without_a_part,
+        r"mp_rank_01_000 lacks decoder\.layers\.0\.mlp\.linear_fc2\.weight",
+    ),
+    "a part of another shape": (
+        another_width,
+        r"linear_fc2\.weight is torch.bfloat16 \[8, 6\] on tensor parallel rank 0, but",
+    ),
+    "not a GPT model": (
+        with_a_pooler,
+        r"language_model\.pooler\.dense\.weight: no weight of a plain GPT model",
+    ),
+    "another iteration": (
+        lambda state, stage, rank: state.update(iteration=7 + stage),
+        "is of iteration 8, the first of 7",
+    ),
+    "older order of queries": (
+        lambda state, stage, rank: state.update(checkpoint_version=1.0),
+        "checkpoint version 1.0",
+    ),
     "experts": (lambda state, stage, rank: setattr(state["args"], "num_experts", 4), "experts"),
-    "other layout said": (lambda state, stage, rank: setattr(state["args"], "tensor_model_parallel_size", 4),
-                          "saved with tensor_model_parallel_size 4, but files of 2"),
+    "other layout said": (
+        lambda state, stage, rank: setattr(state["args"], "tensor_model_parallel_size", 4),
+        "saved with tensor_model_parallel_size 4, but files of 2",
+    ),
     "no model": (lambda state, stage, rank: state.pop("model"), "holds no model"),
 }
 
@@ -142,8 +178,14 @@ def test_lost_and_damaged_files_are_told(tmp_path):
 def test_a_flipped_bit_of_a_weight_is_told(tmp_path):
     weights = tiny_weights(True)
     write_old(tmp_path, weights)
-    path, name = tmp_path / "mp_rank_00" / "model_optim_rng.pt", "decoder.layers.2.mlp.linear_fc1.weight"
-    content, wanted = bytearray(path.read_bytes()), weights[name].view(torch.int16).numpy().tobytes()
+    path, name = (
+        tmp_path / "mp_rank_00" / "model_optim_rng.pt",
+        "decoder.layers.2.mlp.linear_fc1.weight",
+    )
+    content, wanted = (
+        bytearray(path.read_bytes()),
+        weights[name].view(torch.int16).numpy().tobytes(),
+    )
     content[content.index(wanted) + 100] ^= 4
     path.write_bytes(content)
     files = LegacyFiles(tmp_path)
@@ -155,7 +197,10 @@ def test_enumerations_of_megatron_need_no_megatron(tmp_path):
     """Arguments hold enumerations, and files random state, of packages that may not be there."""
     import numpy
 
-    modules = {"megatron.model.enums": "AttnMaskType", "megatron.core.transformer.enums": "AttnBackend"}
+    modules = {
+        "megatron.model.enums": "AttnMaskType",
+        "megatron.core.transformer.enums": "AttnBackend",
+    }
     before = {name: sys.modules.get(name) for name in modules}
     try:
         kinds = []
@@ -166,7 +211,9 @@ def test_enumerations_of_megatron_need_no_megatron(tmp_path):
 
         def more(state, stage, rank):
             state["args"].kinds = kinds
-            state["rng_state"] = [{"random_rng_state": random.getstate(), "np_rng_state": numpy.random.get_state()}]
+            state["rng_state"] = [
+                {"random_rng_state": random.getstate(), "np_rng_state": numpy.random.get_state()}
+            ]
 
         weights = tiny_weights()
         write_old(tmp_path, weights, 1, 1, more)
@@ -174,7 +221,10 @@ def test_enumerations_of_megatron_need_no_megatron(tmp_path):
         for name, module in before.items():
             sys.modules.pop(name) if module is None else sys.modules.update({name: module})
     files = LegacyFiles(tmp_path)
-    assert same(files, weights) and repr(files.arguments["kinds"]) == "[AttnMaskType(1,), AttnBackend(1,)]"
+    assert (
+        same(files, weights)
+        and repr(files.arguments["kinds"]) == "[AttnMaskType(1,), AttnBackend(1,)]"
+    )
 
 
 def test_views_of_shared_storage_are_read_as_they_were(tmp_path):
@@ -182,7 +232,9 @@ def test_views_of_shared_storage_are_read_as_they_were(tmp_path):
 
     def shared(state, stage, rank):
         encoder = state["model"]["language_model"]["encoder"]
-        both = torch.stack([encoder[f"layers.{n}.self_attention.dense.weight"].t() for n in range(LAYERS)])
+        both = torch.stack(
+            [encoder[f"layers.{n}.self_attention.dense.weight"].t() for n in range(LAYERS)]
+        )
         for n in range(LAYERS):
             encoder[f"layers.{n}.self_attention.dense.weight"] = both[n].t()
 

@@ -10,8 +10,15 @@ from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.exits import ExitSettings
 from megatron_sorted.settings.model import ModelSettings
 
-NEW_FIELDS = {"use_rope_scaling", "rope_scaling_factor", "rope_scaling_low_freq_factor", "rope_scaling_high_freq_factor",
-              "rope_scaling_original_max_position_embeddings", "rotary_seq_len_interpolation_factor", "sliding_window"}
+NEW_FIELDS = {
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "rope_scaling_low_freq_factor",
+    "rope_scaling_high_freq_factor",
+    "rope_scaling_original_max_position_embeddings",
+    "rotary_seq_len_interpolation_factor",
+    "sliding_window",
+}
 LLAMA_3 = {  # as Megatron-LM's parser leaves it, with arguments of no concern left out
     "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32, "kv_channels": 128,
     "group_query_attention": True, "num_query_groups": 8, "seq_length": 8192, "max_position_embeddings": 131072,
@@ -40,7 +47,9 @@ def of(**changes) -> dict:
 
 def test_llama_3_of_megatron_lm():
     assert settings_of(argparse.Namespace(**LLAMA_3)) == settings_of(LLAMA_3) == EXPECTED
-    known = {field.name for part in (ModelSettings, ExitSettings) for field in dataclasses.fields(part)}
+    known = {
+        field.name for part in (ModelSettings, ExitSettings) for field in dataclasses.fields(part)
+    }
     assert EXPECTED.keys() <= known | NEW_FIELDS
 
 

@@ -13,10 +13,16 @@ from tests.support.stored_files import tiny_arguments, tiny_weights, write_old, 
 
 
 def rectangles(weights: dict) -> dict:
-    return {name: (value, [("__0_0.distcp", (0,) * value.dim(), tuple(value.shape))]) for name, value in weights.items()}
+    return {
+        name: (value, [("__0_0.distcp", (0,) * value.dim(), tuple(value.shape))])
+        for name, value in weights.items()
+    }
 
 
-@pytest.mark.parametrize(("tracker", "name"), [("7", "iter_0000007"), ("release\n", "release"), ("1234567890", "iter_1234567890")])
+@pytest.mark.parametrize(
+    ("tracker", "name"),
+    [("7", "iter_0000007"), ("release\n", "release"), ("1234567890", "iter_1234567890")],
+)
 def test_the_tracker_is_followed(tracker, name, tmp_path):
     write_old(tmp_path / name, tiny_weights())
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
@@ -29,7 +35,9 @@ def test_torch_dist_says_arguments(tmp_path):
     write_torch_dist(tmp_path / "iter_0000012", rectangles(tiny_weights()))
     source, settings = open_megatron(tmp_path / "iter_0000012")
     assert (settings, len(source.tensors)) == (None, 26)
-    torch.save({"args": tiny_arguments(1, 1), "iteration": 13}, tmp_path / "iter_0000012" / "common.pt")
+    torch.save(
+        {"args": tiny_arguments(1, 1), "iteration": 13}, tmp_path / "iter_0000012" / "common.pt"
+    )
     source, settings = open_megatron(tmp_path / "iter_0000012")
     assert settings["num_layers"] == 4 and isinstance(source, TorchDistFiles)
 
@@ -56,5 +64,7 @@ def test_a_missing_path_and_another_model_are_told(tmp_path):
     with pytest.raises(CheckpointError, match="is no directory"):
         open_megatron(tmp_path / "none")
     write_torch_dist(tmp_path, rectangles({"encoder.weight": torch.ones(2)}))
-    with pytest.raises(CheckpointError, match=r"holds no embedding\.word_embeddings\.weight \(but encoder\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no embedding\.word_embeddings\.weight \(but encoder\.weight"
+    ):
         open_megatron(tmp_path)

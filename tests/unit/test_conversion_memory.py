@@ -6,12 +6,21 @@ import torch
 from megatron_sorted.conversion.tensors.memory import LARGE_BYTES, bytes_of, new_tensor, same_bits
 
 
-@pytest.mark.parametrize("rows", [0, 3, LARGE_BYTES // 16 - 1, LARGE_BYTES // 16, LARGE_BYTES // 16 + 1])
+@pytest.mark.parametrize(
+    "rows", [0, 3, LARGE_BYTES // 16 - 1, LARGE_BYTES // 16, LARGE_BYTES // 16 + 1]
+)
 def test_a_tensor_of_any_size_is_like_any_other(rows):
     tensor = new_tensor((rows, 8), torch.bfloat16)
-    assert (tensor.shape, tensor.dtype, tensor.untyped_storage().nbytes()) == ((rows, 8), torch.bfloat16, 16 * rows)
+    assert (tensor.shape, tensor.dtype, tensor.untyped_storage().nbytes()) == (
+        (rows, 8),
+        torch.bfloat16,
+        16 * rows,
+    )
     tensor.fill_(1.5)
-    assert bytes_of(tensor) == torch.full((rows, 8), 1.5, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    assert (
+        bytes_of(tensor)
+        == torch.full((rows, 8), 1.5, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    )
     last = tensor[-1:].clone()
     del tensor
     assert (last == 1.5).all()
@@ -31,4 +40,6 @@ def test_numbers_that_are_equal_may_have_other_bits():
     assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert same_bits(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
     backing = torch.arange(40, dtype=torch.int16)
-    assert same_bits(backing[3:20], backing[3:20].clone()) and not same_bits(backing[3:20], backing[4:21])
+    assert same_bits(backing[3:20], backing[3:20].clone()) and not same_bits(
+        backing[3:20], backing[4:21]
+    )

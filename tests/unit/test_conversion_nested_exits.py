@@ -13,10 +13,31 @@ from tests.support.model_directories import tokens
 
 def test_it_stands_alone_and_says_what_it_is():
     source = Path(nested_exits.__file__).read_text()
-    imported = {alias.name.split(".")[0] for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module.split(".")[0] for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"collections", "copy", "dataclasses", "json", "pathlib", "safetensors", "torch", "transformers"}
-    assert "Apache-2.0" in nested_exits.__doc__ and "from nested_exits import load_nested_exits" in nested_exits.__doc__
+    imported = {
+        alias.name.split(".")[0]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    imported |= {
+        node.module.split(".")[0]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom)
+    }
+    assert imported == {
+        "collections",
+        "copy",
+        "dataclasses",
+        "json",
+        "pathlib",
+        "safetensors",
+        "torch",
+        "transformers",
+    }
+    assert (
+        "Apache-2.0" in nested_exits.__doc__
+        and "from nested_exits import load_nested_exits" in nested_exits.__doc__
+    )
 
 
 def test_exits_say_what_they_must_and_share_what_is_shared(tmp_path):
@@ -26,9 +47,14 @@ def test_exits_say_what_they_must_and_share_what_is_shared(tmp_path):
     for depth in (None, 1, 3, 4):
         expected, said = case.logits(depth or 4, tokens()), model(tokens(), depth=depth)
         assert float((said - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
-    assert model.model_at(1).lm_head is model.base.lm_head and model.model_at(3).model.norm is not model.base.model.norm
+    assert (
+        model.model_at(1).lm_head is model.base.lm_head
+        and model.model_at(3).model.norm is not model.base.model.norm
+    )
     number = sum(parameter.numel() for parameter in model.parameters())
-    assert number == sum(tensor.numel() for tensor in (*case.model.parameters(), *case.their_tensors().values()))
+    assert number == sum(
+        tensor.numel() for tensor in (*case.model.parameters(), *case.their_tensors().values())
+    )
     with pytest.raises(ValueError, match="depth 2 is no exit of this model; its exits are 1, 3, 4"):
         model(tokens(), depth=2)
     half = model.to(torch.bfloat16)
@@ -48,8 +74,13 @@ def test_a_prompt_filled_at_the_left_goes_on_as_if_it_were_alone(tmp_path):
 def test_errors_name_the_tensor(tmp_path):
     save_nested(tmp_path, "llama", "mlp", norms=True)
     change_config(tmp_path, exit_adapter_rank=2)
-    with pytest.raises(ValueError, match=r"exits\.safetensors: exits\.1\.adapter\.down\.weight is missing"):
+    with pytest.raises(
+        ValueError, match=r"exits\.safetensors: exits\.1\.adapter\.down\.weight is missing"
+    ):
         nested_exits.load_nested_exits(tmp_path)
     change_config(tmp_path, exit_adapter_rank=None, exit_mlp=None)
-    with pytest.raises(ValueError, match=r"exits\.1\.mlp\.down_proj\.weight, .*config\.json says nothing of such a tensor"):
+    with pytest.raises(
+        ValueError,
+        match=r"exits\.1\.mlp\.down_proj\.weight, .*config\.json says nothing of such a tensor",
+    ):
         nested_exits.load_nested_exits(tmp_path)

@@ -4,14 +4,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sorted.conversion.hugging_face.safetensors_files import INDEX, SafetensorsFile, SafetensorsWriter
+from megatron_sorted.conversion.hugging_face.safetensors_files import (
+    INDEX,
+    SafetensorsFile,
+    SafetensorsWriter,
+)
 from megatron_sorted.conversion.hugging_face.weight_files import HuggingFaceFiles
 from megatron_sorted.conversion.tensors.source import TensorInfo
 from megatron_sorted.errors import CheckpointError
 
 TENSORS = {
-    "a": torch.arange(12.0).view(3, 4), "b": torch.arange(5).to(torch.bfloat16), "c": torch.tensor(3.5, dtype=torch.float16),
-    "empty": torch.empty(0, 4), "d": torch.randn(7, 2, generator=torch.Generator().manual_seed(0)),
+    "a": torch.arange(12.0).view(3, 4),
+    "b": torch.arange(5).to(torch.bfloat16),
+    "c": torch.tensor(3.5, dtype=torch.float16),
+    "empty": torch.empty(0, 4),
+    "d": torch.randn(7, 2, generator=torch.Generator().manual_seed(0)),
 }
 INFOS = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
 
@@ -25,7 +32,9 @@ def write(directory, max_shard_bytes):
 
 def same(found, expected=TENSORS):
     return found.keys() == expected.keys() and all(
-        found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]) for name in expected)
+        found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name])
+        for name in expected
+    )
 
 
 @pytest.mark.parametrize(("size", "files"), [(1000, 1), (60, 2), (1, 5)])
@@ -40,7 +49,9 @@ def test_the_library_reads_what_is_written_and_we_read_it_too(size, files, tmp_p
     if files > 1:
         index = json.loads((tmp_path / INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in TENSORS.values())
-        assert {name: shard.name for shard in shards for name in load_file(shard)} == index["weight_map"]
+        assert {name: shard.name for shard in shards for name in load_file(shard)} == index[
+            "weight_map"
+        ]
 
 
 def test_we_read_what_the_library_writes(tmp_path):
@@ -70,20 +81,27 @@ def shards_of(tmp_path):
 
 def test_a_missing_shard_is_named(tmp_path):
     shards_of(tmp_path)[1].unlink()
-    with pytest.raises(CheckpointError, match=r"names 2 files and 1 are missing: model-00002-of-00002\.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"names 2 files and 1 are missing: model-00002-of-00002\.safetensors"
+    ):
         HuggingFaceFiles(tmp_path)
 
 
 def test_a_shard_cut_short_is_named(tmp_path):
     shard = shards_of(tmp_path)[1]
     shard.write_bytes(shard.read_bytes()[:-3])
-    with pytest.raises(CheckpointError, match=r"00002-of-00002\.safetensors: \d+ bytes where its header says \d+; it is too short"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"00002-of-00002\.safetensors: \d+ bytes where its header says \d+; it is too short",
+    ):
         HuggingFaceFiles(tmp_path)
 
 
 @pytest.mark.parametrize("length", [0, 5, 20])
 def test_a_file_of_a_few_bytes_is_no_safetensors_file(length, tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"\x40" + b"\0" * 7 + b"x" * length if length > 8 else b"x" * length)
+    (tmp_path / "model.safetensors").write_bytes(
+        b"\x40" + b"\0" * 7 + b"x" * length if length > 8 else b"x" * length
+    )
     with pytest.raises(CheckpointError, match=r"model.safetensors"):
         HuggingFaceFiles(tmp_path)
 
@@ -91,14 +109,19 @@ def test_a_file_of_a_few_bytes_is_no_safetensors_file(length, tmp_path):
 def test_a_name_in_two_shards_is_named(tmp_path):
     shards = shards_of(tmp_path)
     save_file({**load_file(shards[1]), "a": torch.ones(3, 4)}, shards[1], {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"a stands twice, in model-00001-of-00002\.safetensors and in model-00002-of-00002"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"a stands twice, in model-00001-of-00002\.safetensors and in model-00002-of-00002",
+    ):
         HuggingFaceFiles(tmp_path)
 
 
 def test_a_name_twice_in_one_header_is_named(tmp_path):
     entry = '"x":{"dtype":"F32","shape":[1],"data_offsets":[%d,%d]}'
     header = ("{" + entry % (0, 4) + "," + entry % (4, 8) + "}").encode()
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    (tmp_path / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + b"\0" * 8
+    )
     with pytest.raises(CheckpointError, match=r"model.safetensors: .*x stands twice"):
         HuggingFaceFiles(tmp_path)
 
@@ -107,11 +130,16 @@ def test_a_tensor_the_index_does_not_know_and_one_it_promises_are_named(tmp_path
     shards = shards_of(tmp_path)
     content = load_file(shards[0])
     save_file({**content, "other": torch.ones(2)}, shards[0], {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"other in model-00001-of-00002.safetensors is unknown"):
+    with pytest.raises(
+        CheckpointError, match=r"other in model-00001-of-00002.safetensors is unknown"
+    ):
         HuggingFaceFiles(tmp_path)
     content.pop("a")
     save_file(content, shards[0], {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"names a in model-00001-of-00002.safetensors, which does not hold it"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"names a in model-00001-of-00002.safetensors, which does not hold it",
+    ):
         HuggingFaceFiles(tmp_path)
 
 
@@ -126,7 +154,9 @@ def test_an_index_cannot_lead_out_of_the_directory(tmp_path):
 
 def test_pickles_are_refused_with_the_reason(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pickled \(pytorch_model.bin\). A pickle can run any program"):
+    with pytest.raises(
+        CheckpointError, match=r"pickled \(pytorch_model.bin\). A pickle can run any program"
+    ):
         HuggingFaceFiles(tmp_path)
 
 

@@ -15,10 +15,20 @@ from megatron_sorted.exported.tokenizer import open_tokenizer
 from tests.support.sentencepiece_files import SETTINGS, check_tokenizer, lines, train
 
 
-@pytest.mark.parametrize(("algorithm", "name"), [("bpe", "ours"), ("bpe", "symbols"), ("bpe", "blanks_removed"), ("unigram", "ours"),
-                                                 ("char", "symbols")])
+@pytest.mark.parametrize(
+    ("algorithm", "name"),
+    [
+        ("bpe", "ours"),
+        ("bpe", "symbols"),
+        ("bpe", "blanks_removed"),
+        ("unigram", "ours"),
+        ("char", "symbols"),
+    ],
+)
 def test_ids_and_texts_are_sentencepieces(algorithm, name, tmp_path):
-    check_tokenizer(algorithm, name, tmp_path)  # the other settings: tests/system/test_fast_tokenizers.py
+    check_tokenizer(
+        algorithm, name, tmp_path
+    )  # the other settings: tests/system/test_fast_tokenizers.py
 
 
 @pytest.fixture
@@ -29,34 +39,73 @@ def directory(tmp_path):
 
 def test_names_of_control_pieces_are_these_pieces_and_split_no_text_wrongly(directory):
     add_fast_tokenizer(directory)
-    fast, pieces = open_tokenizer(directory), SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-    ids = AutoTokenizer.from_pretrained(directory)("<s>one two</s><s> three\none", add_special_tokens=False).input_ids
-    proto = sentencepiece_model_pb2.ModelProto.FromString((directory / "tokenizer.model").read_bytes())
+    fast, pieces = (
+        open_tokenizer(directory),
+        SentencePieceProcessor(model_file=str(directory / "tokenizer.model")),
+    )
+    ids = AutoTokenizer.from_pretrained(directory)(
+        "<s>one two</s><s> three\none", add_special_tokens=False
+    ).input_ids
+    proto = sentencepiece_model_pb2.ModelProto.FromString(
+        (directory / "tokenizer.model").read_bytes()
+    )
     proto.normalizer_spec.add_dummy_prefix = False
     bare = SentencePieceProcessor(model_proto=proto.SerializeToString())
-    assert ids == [1, *bare.encode("one two"), 2, 1, *bare.encode(" three\none")] == fast.encode("<s>one two</s><s> three\none")
+    assert (
+        ids
+        == [1, *bare.encode("one two"), 2, 1, *bare.encode(" three\none")]
+        == fast.encode("<s>one two</s><s> three\none")
+    )
     assert fast.decode([1, *pieces.encode("one two"), 2], skip_special_tokens=True) == "one two"
 
 
 def test_what_a_tokenizer_config_says_stays_in_force(directory):
-    said = {"add_bos_token": False, "add_eos_token": True, "eos_token": {"content": "</s>"}, "chat_template": "{{ x }}", "legacy": True,
-            "tokenizer_class": "LlamaTokenizer", "auto_map": {"AutoTokenizer": ["t.T", None]}, "model_max_length": 5, "pad_token": "<pad>",
-            "added_tokens_decoder": {"700": {"content": "<pad>", "special": True}, "701": {"content": "<extra>", "special": False}}}
+    said = {
+        "add_bos_token": False,
+        "add_eos_token": True,
+        "eos_token": {"content": "</s>"},
+        "chat_template": "{{ x }}",
+        "legacy": True,
+        "tokenizer_class": "LlamaTokenizer",
+        "auto_map": {"AutoTokenizer": ["t.T", None]},
+        "model_max_length": 5,
+        "pad_token": "<pad>",
+        "added_tokens_decoder": {
+            "700": {"content": "<pad>", "special": True},
+            "701": {"content": "<extra>", "special": False},
+        },
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(said))
     assert add_fast_tokenizer(directory)
     written = json.loads((directory / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and "auto_map" not in written
-    fast, pieces = AutoTokenizer.from_pretrained(directory), SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    fast, pieces = (
+        AutoTokenizer.from_pretrained(directory),
+        SentencePieceProcessor(model_file=str(directory / "tokenizer.model")),
+    )
     assert fast("a b<extra>c").input_ids == [*pieces.encode("a b"), 701, *pieces.encode("c"), 2]
     ours = open_tokenizer(directory)
     assert ours.encode("a b<extra>c") == [*pieces.encode("a b"), 701, *pieces.encode("c")]
-    assert (ours.adds_bos, ours.adds_eos, ours.pad_id, ours.chat_templates) == (False, True, 700, {"default": "{{ x }}"})
-    assert (fast.chat_template, fast.model_max_length, fast.pad_token_id, fast.bos_token_id) == ("{{ x }}", 5, 700, 1)
+    assert (ours.adds_bos, ours.adds_eos, ours.pad_id, ours.chat_templates) == (
+        False,
+        True,
+        700,
+        {"default": "{{ x }}"},
+    )
+    assert (fast.chat_template, fast.model_max_length, fast.pad_token_id, fast.bos_token_id) == (
+        "{{ x }}",
+        5,
+        700,
+        1,
+    )
 
 
 def test_nothing_to_do(directory):
     (directory / "tokenizer.json").write_text("mine")
-    assert add_fast_tokenizer(directory) is None and (directory / "tokenizer.json").read_text() == "mine"
+    assert (
+        add_fast_tokenizer(directory) is None
+        and (directory / "tokenizer.json").read_text() == "mine"
+    )
     (directory / "tokenizer.json").unlink()
     (directory / "tokenizer.model").unlink()
     assert add_fast_tokenizer(directory) is None and list(directory.iterdir()) == []
@@ -69,7 +118,9 @@ def test_what_differs_is_refused(directory, monkeypatch):
         from tokenizers import normalizers
 
         fast = rebuild(said, data, "always")
-        fast.normalizer = normalizers.Replace(" ", "\u2581")  # as transformers does: no blank before the text
+        fast.normalizer = normalizers.Replace(
+            " ", "\u2581"
+        )  # as transformers does: no blank before the text
         return fast
 
     monkeypatch.setattr(export, "rebuild", wrong)
@@ -78,10 +129,13 @@ def test_what_differs_is_refused(directory, monkeypatch):
     assert [path.name for path in directory.iterdir()] == ["tokenizer.model"]
 
 
-@pytest.mark.parametrize(("changes", "reason"), [
-    ({"treat_whitespace_as_suffix": True}, "it writes blanks behind words"),
-    ({"model_type": "word", "byte_fallback": False}, "neither of BPE nor of unigram"),
-])
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"treat_whitespace_as_suffix": True}, "it writes blanks behind words"),
+        ({"model_type": "word", "byte_fallback": False}, "neither of BPE nor of unigram"),
+    ],
+)
 def test_kinds_that_cannot_be_rebuilt(tmp_path, changes, reason):
     changes = dict(changes)
     data = train(changes.pop("model_type", "bpe"), **changes)
@@ -94,14 +148,18 @@ def test_kinds_that_cannot_be_rebuilt(tmp_path, changes, reason):
 def test_damaged_files(directory, content):
     path = directory / "tokenizer.model"
     path.write_bytes(path.read_bytes()[:300] if content is None else content)
-    assert add_fast_tokenizer(directory).startswith("tokenizer.model goes alone, without tokenizer.json: ")
+    assert add_fast_tokenizer(directory).startswith(
+        "tokenizer.model goes alone, without tokenizer.json: "
+    )
     assert [path.name for path in directory.iterdir()] == ["tokenizer.model"]
 
 
 def test_added_tokens_that_leave_a_gap_are_refused(directory):
     (directory / "added_tokens.json").write_text('{"<pad>": 705}')
-    assert "'<pad>' is to be token 705, but the vocabulary of tokenizer.model and the tokens before it make it 700" in add_fast_tokenizer(
-        directory)
+    assert (
+        "'<pad>' is to be token 705, but the vocabulary of tokenizer.model and the tokens before it make it 700"
+        in add_fast_tokenizer(directory)
+    )
     (directory / "added_tokens.json").write_text('{"<pad>": 700}')
     assert "the same ids" in add_fast_tokenizer(directory)
     assert open_tokenizer(directory).encode("<pad>") == [700]
@@ -114,12 +172,26 @@ def test_without_the_library(directory, monkeypatch):
 
 
 def test_the_file_is_read_as_protobuf_reads_it():
-    for algorithm, name in (("bpe", "nmt_nfkc"), ("unigram", "symbols"), ("char", "special_tokens")):
+    for algorithm, name in (
+        ("bpe", "nmt_nfkc"),
+        ("unigram", "symbols"),
+        ("char", "special_tokens"),
+    ):
         data = train(algorithm, **SETTINGS[name])
         said, theirs = read_sentencepiece(data), sentencepiece_model_pb2.ModelProto.FromString(data)
-        assert [(p.text, p.score, p.kind) for p in said.pieces] == [(p.piece, p.score, p.type) for p in theirs.pieces]
+        assert [(p.text, p.score, p.kind) for p in said.pieces] == [
+            (p.piece, p.score, p.type) for p in theirs.pieces
+        ]
         trainer, rules = theirs.trainer_spec, theirs.normalizer_spec
         assert (said.algorithm, said.byte_fallback, said.suffix_blank, said.unknown_text) == (
-            trainer.model_type, trainer.byte_fallback, trainer.treat_whitespace_as_suffix, trainer.unk_surface)
+            trainer.model_type,
+            trainer.byte_fallback,
+            trainer.treat_whitespace_as_suffix,
+            trainer.unk_surface,
+        )
         assert (said.charsmap, said.adds_blank, said.removes_blanks, said.escapes_blanks) == (
-            rules.precompiled_charsmap, rules.add_dummy_prefix, rules.remove_extra_whitespaces, rules.escape_whitespaces)
+            rules.precompiled_charsmap,
+            rules.add_dummy_prefix,
+            rules.remove_extra_whitespaces,
+            rules.escape_whitespaces,
+        )

@@ -33,20 +33,39 @@ OFFERED = {
 
 
 def test_tensors_are_whole_whatever_the_boxes(tmp_path):
-    write_torch_dist(tmp_path, TENSORS, {"decoder.layers.mlp.linear_fc2._extra_state/shard_0_3": None, "random_state/shard_0.0_1.1": [1]})
+    write_torch_dist(
+        tmp_path,
+        TENSORS,
+        {
+            "decoder.layers.mlp.linear_fc2._extra_state/shard_0_3": None,
+            "random_state/shard_0.0_1.1": [1],
+        },
+    )
     files = TorchDistFiles(tmp_path)
     assert files.tensors.keys() == OFFERED.keys()
     for name, info in files.tensors.items():
         read = files.read(name)
-        assert torch.equal(read, OFFERED[name]) and read.dtype == info.dtype and tuple(read.shape) == info.shape, name
-        assert read.untyped_storage().nbytes() == info.num_bytes, f"{name} keeps more in memory than itself"
+        assert (
+            torch.equal(read, OFFERED[name])
+            and read.dtype == info.dtype
+            and tuple(read.shape) == info.shape
+        ), name
+        assert read.untyped_storage().nbytes() == info.num_bytes, (
+            f"{name} keeps more in memory than itself"
+        )
 
 
 def test_order_is_that_of_the_files(tmp_path):
     write_torch_dist(tmp_path, TENSORS)
     order = list(TorchDistFiles(tmp_path).tensors)
-    assert order[0] == "embedding.word_embeddings.weight" and order[-1] == "decoder.layers.0.mlp.linear_fc2.weight"
-    assert order[1:3] == ["decoder.layers.1.mlp.linear_fc2.weight", "decoder.layers.2.mlp.linear_fc2.weight"]
+    assert (
+        order[0] == "embedding.word_embeddings.weight"
+        and order[-1] == "decoder.layers.0.mlp.linear_fc2.weight"
+    )
+    assert order[1:3] == [
+        "decoder.layers.1.mlp.linear_fc2.weight",
+        "decoder.layers.2.mlp.linear_fc2.weight",
+    ]
 
 
 def without(name: str, box: int) -> dict:
@@ -68,7 +87,10 @@ def test_a_hole_is_told(name, box, offered, tmp_path):
 
 def test_a_missing_layer_is_told_at_once(tmp_path):
     write_torch_dist(tmp_path, without("decoder.layers.input_layernorm.weight", 1))
-    with pytest.raises(CheckpointError, match=r"decoder\.layers\.1\.self_attention\.linear_qkv\.layer_norm_weight: parts of it"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"decoder\.layers\.1\.self_attention\.linear_qkv\.layer_norm_weight: parts of it",
+    ):
         TorchDistFiles(tmp_path)
 
 
@@ -85,28 +107,50 @@ def test_lost_short_and_strange_files_are_told(tmp_path):
     path = tmp_path / "__1_0.distcp"
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    with pytest.raises(CheckpointError, match=r"__1_0\.distcp has \d+ bytes, but decoder\.layers\.mlp\.linear_fc2\.weight lies up to"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"__1_0\.distcp has \d+ bytes, but decoder\.layers\.mlp\.linear_fc2\.weight lies up to",
+    ):
         TorchDistFiles(tmp_path)
     path.write_bytes(bytes(len(content)))
-    with pytest.raises(CheckpointError, match=r"embedding\.word_embeddings\.weight in __1_0\.distcp: "):
+    with pytest.raises(
+        CheckpointError, match=r"embedding\.word_embeddings\.weight in __1_0\.distcp: "
+    ):
         TorchDistFiles(tmp_path).read("embedding.word_embeddings.weight")
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"__1_0\.distcp is missing; it holds embedding\.word_embeddings\.weight"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"__1_0\.distcp is missing; it holds embedding\.word_embeddings\.weight",
+    ):
         TorchDistFiles(tmp_path)
 
 
 def test_files_of_another_save_are_told(tmp_path):
     write_torch_dist(tmp_path, TENSORS)
-    other = {**TENSORS, "embedding.word_embeddings.weight": (EMBEDDING.double().int(), TENSORS["embedding.word_embeddings.weight"][1])}
+    other = {
+        **TENSORS,
+        "embedding.word_embeddings.weight": (
+            EMBEDDING.double().int(),
+            TENSORS["embedding.word_embeddings.weight"][1],
+        ),
+    }
     write_torch_dist(tmp_path / "other", other)
     (tmp_path / "__1_0.distcp").write_bytes((tmp_path / "other" / "__1_0.distcp").read_bytes())
-    with pytest.raises(CheckpointError, match=r"torch\.int32 \[4, 6\] lies where the metadata says torch\.float32 \[4, 6\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"torch\.int32 \[4, 6\] lies where the metadata says torch\.float32 \[4, 6\]",
+    ):
         TorchDistFiles(tmp_path).read("embedding.word_embeddings.weight")
 
 
 def test_both_dialects_at_once_are_told(tmp_path):
-    twice = {**TENSORS, "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (NORMS, TENSORS[
-        "decoder.layers.input_layernorm.weight"][1])}
+    twice = {
+        **TENSORS,
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (
+            NORMS,
+            TENSORS["decoder.layers.input_layernorm.weight"][1],
+        ),
+    }
     write_torch_dist(tmp_path, twice)
     with pytest.raises(CheckpointError, match="layer_norm_weight is there twice"):
         TorchDistFiles(tmp_path)
@@ -131,7 +175,9 @@ def test_common_part_takes_plain_values_only(tmp_path, capsys):
     with pytest.raises(CheckpointError, match=r"common\.pt: refused or damaged .*print"):
         files.common()
     assert capsys.readouterr().out == ""
-    assert pickle.loads(pickle.dumps(Runs())) is None and capsys.readouterr().out == "never\n"  # a plain pickle does run it
+    assert (
+        pickle.loads(pickle.dumps(Runs())) is None and capsys.readouterr().out == "never\n"
+    )  # a plain pickle does run it
 
 
 def test_an_empty_checkpoint_is_told(tmp_path):
@@ -149,7 +195,10 @@ def test_a_flipped_bit_is_told_with_the_name_of_its_tensor(tmp_path):
     files = TorchDistFiles(tmp_path)
     for name in files.tensors.keys() - {"embedding.word_embeddings.weight"}:
         files.read(name)
-    with pytest.raises(CheckpointError, match=r"word_embeddings.weight in __1_0.distcp: the bytes from \d+ on do not match their checksum"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"word_embeddings.weight in __1_0.distcp: the bytes from \d+ on do not match their checksum",
+    ):
         files.read("embedding.word_embeddings.weight")
 
 

@@ -33,7 +33,11 @@ def weights(case):
 
 
 def test_weights_are_read_as_decimals():
-    assert whole_parts([0.3, 0.7]) == [3, 7] and whole_parts([0.1, 0.2, 0.7]) == [1, 2, 7] and whole_parts([5]) == [1]
+    assert (
+        whole_parts([0.3, 0.7]) == [3, 7]
+        and whole_parts([0.1, 0.2, 0.7]) == [1, 2, 7]
+        and whole_parts([5]) == [1]
+    )
     assert whole_parts([2e-3, 1]) == [1, 500] and whole_parts([30, 70]) == [3, 7]
     assert whole_parts([0.123456789, 0.876543211]) == [123456789, 876543211]
     rounded = whole_parts([1 / 3, 2 / 3, 1 / 7])
@@ -43,7 +47,18 @@ def test_weights_are_read_as_decimals():
 def test_three_to_seven_by_hand():
     # due: A's first by slot 4, B's by 2, 3, 5 (its third may not be given before slot 2), then A's first, ...
     assert [BlendOrder([0.3, 0.7]).locate(i) for i in range(11)] == [
-        (1, 0), (1, 1), (0, 0), (1, 2), (1, 3), (0, 1), (1, 4), (1, 5), (0, 2), (1, 6), (1, 7)]
+        (1, 0),
+        (1, 1),
+        (0, 0),
+        (1, 2),
+        (1, 3),
+        (0, 1),
+        (1, 4),
+        (1, 5),
+        (0, 2),
+        (1, 6),
+        (1, 7),
+    ]
     assert [BlendOrder([1, 1]).locate(i)[0] for i in range(6)] == [0, 1, 0, 1, 0, 1]
 
 
@@ -58,7 +73,10 @@ def test_order_is_that_of_the_walk_and_within_one_sample(monkeypatch, case, peri
     for index, (source, counts) in enumerate(walk(parts, 200)):
         assert order.counts(index) == counts
         assert order.locate(index) == (source, counts[source])
-        assert all(abs(count * total - index * part) < total for count, part in zip(counts, parts, strict=True))
+        assert all(
+            abs(count * total - index * part) < total
+            for count, part in zip(counts, parts, strict=True)
+        )
     backwards = [order.locate(index) for index in reversed(range(200))]
     fresh = BlendOrder(weights(case))
     assert backwards[::-1] == [fresh.locate(index) for index in range(200)]
@@ -69,9 +87,14 @@ def test_the_furthest_behind_would_not_do():
     parts, worst = [1] * 6 + [20] * 2, 0
     total, counts = sum(parts), [0] * 8
     for n in range(1, total + 1):
-        behind = [part * max(n - 1, 1) - count * total for part, count in zip(parts, counts, strict=True)]
+        behind = [
+            part * max(n - 1, 1) - count * total for part, count in zip(parts, counts, strict=True)
+        ]
         counts[behind.index(max(behind))] += 1
-        worst = max(worst, *(abs(count * total - part * n) for part, count in zip(parts, counts, strict=True)))
+        worst = max(
+            worst,
+            *(abs(count * total - part * n) for part, count in zip(parts, counts, strict=True)),
+        )
     assert round(worst / total, 2) == 1.48
 
 
@@ -87,11 +110,23 @@ def test_long_after_the_start(first):
         counts[source] += 1
         if index % 97 == 0:
             assert order.counts(index + 1) == counts
-            assert all(abs(c * order.total - (index + 1) * part) < order.total for c, part in zip(counts, order.parts, strict=True))
+            assert all(
+                abs(c * order.total - (index + 1) * part) < order.total
+                for c, part in zip(counts, order.parts, strict=True)
+            )
 
 
 def test_a_source_of_one_sample_in_a_million():
     order = BlendOrder([1e-6, 1 - 1e-6])
-    assert [order.counts(n)[0] for n in (0, 10**6, 2 * 10**6, 10**9, 10**12)] == [0, 1, 2, 1000, 10**6]
+    assert [order.counts(n)[0] for n in (0, 10**6, 2 * 10**6, 10**9, 10**12)] == [
+        0,
+        1,
+        2,
+        1000,
+        10**6,
+    ]
     given = order.counts(10**9 + 500_000)[0]
-    assert given in (1000, 1001) and order.locate(10**9 + 999_999) in ((0, 1000), (1, 10**9 + 10**6 - 1001 - 1))
+    assert given in (1000, 1001) and order.locate(10**9 + 999_999) in (
+        (0, 1000),
+        (1, 10**9 + 10**6 - 1001 - 1),
+    )

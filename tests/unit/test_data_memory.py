@@ -16,7 +16,11 @@ from megatron_sorted.settings.run import Settings
 def write(prefix, num_documents, mean, with_modes):
     lengths = 2 + (random_keys(num_documents, mean) % np.uint64(2 * mean)).astype(np.int64)
     tokens = (np.arange(lengths.sum()) % 1000).astype(np.uint16)
-    sequences = np.stack([np.ones(num_documents, int), lengths - 1], axis=1).ravel() if with_modes else lengths
+    sequences = (
+        np.stack([np.ones(num_documents, int), lengths - 1], axis=1).ravel()
+        if with_modes
+        else lengths
+    )
     modes = np.tile([0, 1], num_documents) if with_modes else np.ones(num_documents)
     with IndexedWriter(str(prefix), np.uint16, with_modes) as writer:
         writer.append(Documents(tokens, sequences, modes, np.full(num_documents, 1 + with_modes)))
@@ -27,7 +31,14 @@ def write(prefix, num_documents, mean, with_modes):
 def test_memory_does_not_grow_with_epochs(tmp_path, kind):
     a, b = write(tmp_path / "a", 250, 12, True), write(tmp_path / "b", 200, 20, False)
     words = {"instructions": (a,), "text": (b,), "blend": ("0.123456789", a, "1", b)}[kind]
-    run = Settings(data_path=words, seq_length=128, vocab_size=1000, micro_batch_size=4, global_batch_size=8, split="1")
+    run = Settings(
+        data_path=words,
+        seq_length=128,
+        vocab_size=1000,
+        micro_batch_size=4,
+        global_batch_size=8,
+        split="1",
+    )
     source = open_train_samples(run, None)
     per_epoch = source.samples_per_epoch
 

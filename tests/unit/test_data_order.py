@@ -18,7 +18,12 @@ SEQ_LENGTH = 32
 def write(prefix, first, count, with_modes):
     """Writes ``count`` documents of 3 to 30 tokens, the first token of each its number."""
     lengths = 3 + shuffled(count, first, 99) % 28
-    tokens = np.concatenate([np.concatenate([[first + i], 1000 + (np.arange(n - 1) + i) % 900]) for i, n in enumerate(lengths.tolist())])
+    tokens = np.concatenate(
+        [
+            np.concatenate([[first + i], 1000 + (np.arange(n - 1) + i) % 900])
+            for i, n in enumerate(lengths.tolist())
+        ]
+    )
     if with_modes:
         sequences = np.stack([np.full(count, 2), lengths - 2], axis=1).ravel()
         documents = Documents(tokens, sequences, np.tile([0, 1], count), np.full(count, 2))
@@ -32,11 +37,22 @@ def write(prefix, first, count, with_modes):
 @pytest.fixture
 def files(tmp_path):
     """Returns prefixes of two instruction files and a text file."""
-    return {"a": write(tmp_path / "a", 0, 60, True), "b": write(tmp_path / "b", 100, 25, True), "t": write(tmp_path / "t", 200, 40, False)}
+    return {
+        "a": write(tmp_path / "a", 0, 60, True),
+        "b": write(tmp_path / "b", 100, 25, True),
+        "t": write(tmp_path / "t", 200, 40, False),
+    }
 
 
 def run_of(*words, **changes):
-    base = Settings(data_path=words, seq_length=SEQ_LENGTH, vocab_size=2000, micro_batch_size=2, global_batch_size=8, split="90,10")
+    base = Settings(
+        data_path=words,
+        seq_length=SEQ_LENGTH,
+        vocab_size=2000,
+        micro_batch_size=2,
+        global_batch_size=8,
+        split="90,10",
+    )
     return replace(base, **changes)
 
 
@@ -46,11 +62,22 @@ def rows(batches, count):
 
 
 # the second column was written down from version 0.1.0, whose runs must go on with the same data
-@pytest.mark.parametrize(("names", "pinned"), [("a", 3120363750), ("ab", 835877626), ("t", 222950771)])
+@pytest.mark.parametrize(
+    ("names", "pinned"), [("a", 3120363750), ("ab", 835877626), ("t", 222950771)]
+)
 def test_order_of_earlier_versions(files, names, pinned):
-    samples = open_train_samples(run_of(*(files[name] for name in names), reset_attention_mask=False), None)
+    samples = open_train_samples(
+        run_of(*(files[name] for name in names), reset_attention_mask=False), None
+    )
     parts = [samples.sample(index) for index in range(3 * samples.samples_per_epoch)]
-    assert crc32(b"".join(np.concatenate([s.tokens_s, s.labels_s, s.segments_s]).tobytes() for s in parts)) == pinned
+    assert (
+        crc32(
+            b"".join(
+                np.concatenate([s.tokens_s, s.labels_s, s.segments_s]).tobytes() for s in parts
+            )
+        )
+        == pinned
+    )
 
 
 BLENDS = [("a",), ("0.3", "a", "0.7", "b"), ("2", "a", "1", "b", "0.123456789", "t")]
@@ -66,13 +93,28 @@ def test_order_depends_on_neither_processes_nor_restarts(run):
     source = open_train_samples(run, None)
     order = [source.sample(index).tokens_s.tolist() for index in range(96)]
     for dp_size in (1, 2, 4):
-        ranks = [rows(make_train_batches(run, None, rank, dp_size), 48 // dp_size) for rank in range(dp_size)]
-        steps = [[row for rank in ranks for row in rank[g * 8 // dp_size : (g + 1) * 8 // dp_size]] for g in range(12)]
-        assert [sorted(step) for step in steps] == [sorted(order[g * 8 : (g + 1) * 8]) for g in range(12)]
+        ranks = [
+            rows(make_train_batches(run, None, rank, dp_size), 48 // dp_size)
+            for rank in range(dp_size)
+        ]
+        steps = [
+            [row for rank in ranks for row in rank[g * 8 // dp_size : (g + 1) * 8 // dp_size]]
+            for g in range(12)
+        ]
+        assert [sorted(step) for step in steps] == [
+            sorted(order[g * 8 : (g + 1) * 8]) for g in range(12)
+        ]
         # and in which order: micro-batch m of rank d holds samples m * 2 * dp + 2 d and the next
-        assert [row for m in range(4) for rank in ranks for row in rank[2 * m : 2 * m + 2]] [: 8] == order[:8]
-    for start in range(0, 90, 7):  # at any sample, not only where a step ends, with fresh files and caches
-        assert rows(make_train_batches(run, None, 0, 1, start_sample=start), 3) == order[start : start + 6]
+        assert [row for m in range(4) for rank in ranks for row in rank[2 * m : 2 * m + 2]][
+            :8
+        ] == order[:8]
+    for start in range(
+        0, 90, 7
+    ):  # at any sample, not only where a step ends, with fresh files and caches
+        assert (
+            rows(make_train_batches(run, None, 0, 1, start_sample=start), 3)
+            == order[start : start + 6]
+        )
 
 
 def test_another_batch_size_goes_on_at_the_right_sample(run):
@@ -80,19 +122,29 @@ def test_another_batch_size_goes_on_at_the_right_sample(run):
     order = [source.sample(index).tokens_s.tolist() for index in range(96)]
     for batch, micro in ((12, 2), (6, 3), (1, 1), (24, 4)):
         other = replace(run, global_batch_size=batch, micro_batch_size=micro)
-        assert rows(make_train_batches(other, None, 0, 1, start_sample=40), 48 // micro) == order[40:88]
+        assert (
+            rows(make_train_batches(other, None, 0, 1, start_sample=40), 48 // micro)
+            == order[40:88]
+        )
 
 
 def test_checksum_of_a_step_does_not_depend_on_the_grouping(run):
     source = open_train_samples(run, None)
-    expected = [sum(crc32(sample.tokens_s.tobytes() + sample.labels_s.tobytes())
-                    for sample in (source.sample(index) for index in range(g * 8, g * 8 + 8))) for g in range(6)]
+    expected = [
+        sum(
+            crc32(sample.tokens_s.tobytes() + sample.labels_s.tobytes())
+            for sample in (source.sample(index) for index in range(g * 8, g * 8 + 8))
+        )
+        for g in range(6)
+    ]
     for dp_size, micro in ((1, 1), (1, 2), (1, 8), (2, 2), (4, 1)):
         settings = replace(run, micro_batch_size=micro)
         found = [0] * 6
         for rank in range(dp_size):
             per_step = 8 // micro // dp_size
-            for number, batch in enumerate(islice(make_train_batches(settings, None, rank, dp_size), 6 * per_step)):
+            for number, batch in enumerate(
+                islice(make_train_batches(settings, None, rank, dp_size), 6 * per_step)
+            ):
                 found[number // per_step] += batch.to("cpu").checksum
         assert found == expected
     sample = source.sample(0)
@@ -101,7 +153,10 @@ def test_checksum_of_a_step_does_not_depend_on_the_grouping(run):
 
 
 def test_seed_and_weights_change_the_order(files):
-    runs = [run_of(x, files["a"], y, files["b"], seed=seed) for x, y, seed in (("0.3", "0.7", 1), ("0.3", "0.7", 2), ("0.4", "0.6", 1))]
+    runs = [
+        run_of(x, files["a"], y, files["b"], seed=seed)
+        for x, y, seed in (("0.3", "0.7", 1), ("0.3", "0.7", 2), ("0.4", "0.6", 1))
+    ]
     orders = [rows(make_train_batches(run, None, 0, 1), 20) for run in runs]
     assert orders[0] != orders[1] and orders[0] != orders[2]
     scaled = run_of("3", files["a"], "7", files["b"], seed=1)

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from megatron_sorted.data.samples import packing
-from megatron_sorted.data.samples.packing import assign_epoch, best_fit_decreasing, lay_out, lower_bound, shuffled
+from megatron_sorted.data.samples.packing import (
+    assign_epoch,
+    best_fit_decreasing,
+    lay_out,
+    lower_bound,
+    shuffled,
+)
 
 
 def first_fit_decreasing(lengths, capacity):
@@ -29,7 +35,11 @@ def test_by_hand():
 def test_tightest_window_is_taken():
     # 6 and 6 open two windows, 3 leaves one of them a room of 1, and 1 must go there, not into the room of 4.
     layout = lay_out(np.array([6, 6, 3, 1]), 10)
-    rooms = [10 - sum(n for n, w in zip([6, 6, 3, 1], layout.window_of_place, strict=True) if w == window) for window in range(2)]
+    rooms = [
+        10
+        - sum(n for n, w in zip([6, 6, 3, 1], layout.window_of_place, strict=True) if w == window)
+        for window in range(2)
+    ]
     assert sorted(rooms) == [0, 4]
 
 
@@ -53,8 +63,12 @@ DISTRIBUTIONS = {
     "short": lambda u, capacity: 1 + u * capacity / 8,
     "about a half": lambda u, capacity: capacity * (0.3 + 0.4 * u),
     "thirds": lambda u, capacity: capacity / 3 + np.where(u < 0.5, 1, -1) * (1 + 6 * u),
-    "instructions": lambda u, capacity: capacity / 16 * np.exp(1.2 * np.sqrt(-2 * np.log(1 - u)) * np.cos(40 * u)),  # as log-normal
-    "cut off at the window": lambda u, capacity: capacity / 3 / (1 - u),  # many exactly as long as a window
+    "instructions": lambda u, capacity: (
+        capacity / 16 * np.exp(1.2 * np.sqrt(-2 * np.log(1 - u)) * np.cos(40 * u))
+    ),  # as log-normal
+    "cut off at the window": lambda u, capacity: (
+        capacity / 3 / (1 - u)
+    ),  # many exactly as long as a window
 }
 
 
@@ -80,20 +94,65 @@ def test_never_more_windows_than_first_fit_decreasing(name, capacity):
 def test_best_fit_as_document_by_document(name):
     for capacity, count in ((12, 40), (50, 60), (300, 120)):
         lengths = made_up_lengths(name, capacity, count)
-        assert best_fit_decreasing(lengths, capacity).window_of_place.tolist() == one_by_one(lengths.tolist(), capacity)
+        assert best_fit_decreasing(lengths, capacity).window_of_place.tolist() == one_by_one(
+            lengths.tolist(), capacity
+        )
 
 
 def test_where_best_fit_needs_more_the_other_is_taken():
-    lengths = np.array([7, 9, 12, 7, 12, 6, 2, 3, 6, 8, 3, 13, 7, 3, 2, 7, 5, 11, 15, 15, 15, 2, 10, 7, 12, 15, 15, 7, 11, 15, 7, 1, 14, 2,
-                        6, 8])
-    assert best_fit_decreasing(lengths, 50).num_windows == 7 and first_fit_decreasing(lengths.tolist(), 50) == 6
+    lengths = np.array(
+        [
+            7,
+            9,
+            12,
+            7,
+            12,
+            6,
+            2,
+            3,
+            6,
+            8,
+            3,
+            13,
+            7,
+            3,
+            2,
+            7,
+            5,
+            11,
+            15,
+            15,
+            15,
+            2,
+            10,
+            7,
+            12,
+            15,
+            15,
+            7,
+            11,
+            15,
+            7,
+            1,
+            14,
+            2,
+            6,
+            8,
+        ]
+    )
+    assert (
+        best_fit_decreasing(lengths, 50).num_windows == 7
+        and first_fit_decreasing(lengths.tolist(), 50) == 6
+    )
     layout = lay_out(lengths, 50)
     used = np.bincount(layout.window_of_place, weights=np.sort(lengths)[::-1])
     assert layout.num_windows == 6 and used.max() <= 50 and used.sum() == lengths.sum()
 
 
 def test_lower_bound_by_hand():
-    assert lower_bound(np.array([6, 6, 6]), 10) == 3  # no two share a window, though 18 tokens fill two
+    assert (
+        lower_bound(np.array([6, 6, 6]), 10) == 3
+    )  # no two share a window, though 18 tokens fill two
     assert lower_bound(np.array([6, 6, 5, 5, 5]), 10) == 4  # a 5 has no room beside a 6
     assert lower_bound(np.array([6, 4, 4]), 10) == 2 and lower_bound(np.array([10] * 3), 10) == 3
     assert lower_bound(np.array([3, 3, 3]), 10) == 1 and lower_bound(np.zeros(0, int), 10) == 0
@@ -118,8 +177,10 @@ def test_every_epoch_holds_every_document_once_and_fits():
 def test_neighbours_change_between_epochs():
     lengths = np.full(100, 8)
     layout = lay_out(lengths, 16)
-    pairs = [{frozenset(documents[a : a + 2].tolist()) for a in starts[:-1]}
-             for documents, starts in (assign_epoch(layout, lengths, 1, epoch) for epoch in range(2))]
+    pairs = [
+        {frozenset(documents[a : a + 2].tolist()) for a in starts[:-1]}
+        for documents, starts in (assign_epoch(layout, lengths, 1, epoch) for epoch in range(2))
+    ]
     assert len(pairs[0] & pairs[1]) < 10
 
 

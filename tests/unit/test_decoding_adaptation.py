@@ -12,7 +12,13 @@ from fastapi.testclient import TestClient
 
 from megatron_sorted.commands.serve import read_arguments
 from megatron_sorted.decoding.choice import StrategyChoice
-from megatron_sorted.decoding.strategies import Full, SamplingParameters, SelfSpeculative, SortedSpeculative, TreeSpeculative
+from megatron_sorted.decoding.strategies import (
+    Full,
+    SamplingParameters,
+    SelfSpeculative,
+    SortedSpeculative,
+    TreeSpeculative,
+)
 from megatron_sorted.decoding.text_generator import TextGenerator
 from megatron_sorted.decoding.tuning.choices import CHOICES, LEARNED, write_choices
 from megatron_sorted.errors import DataError, SettingsError
@@ -24,7 +30,12 @@ from tests.support.decoding import plain_network
 from tests.unit.test_decoding_server import expected
 from tests.unit.test_decoding_writer import Letters
 
-STRATEGIES = [Full(), SelfSpeculative(1, 4), SortedSpeculative((1, 2), (0.5, 0.3), 6), TreeSpeculative((1,), (), 3, 3, 6)]
+STRATEGIES = [
+    Full(),
+    SelfSpeculative(1, 4),
+    SortedSpeculative((1, 2), (0.5, 0.3), 6),
+    TreeSpeculative((1,), (), 3, 3, 6),
+]
 NAMES = [strategy.name for strategy in STRATEGIES]
 ORIGIN = {"machine": {"device": "cpu"}, "draft": None}
 
@@ -61,7 +72,9 @@ def serving(path: Path, seconds=None, strategies=STRATEGIES, origin=ORIGIN):
 
 
 def ask(client, prompt: str = "hello", **more) -> str:
-    answer = client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 6, "temperature": 0, **more})
+    answer = client.post(
+        "/v1/completions", json={"prompt": prompt, "max_tokens": 6, "temperature": 0, **more}
+    )
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["text"]
 
@@ -76,12 +89,16 @@ def test_each_way_is_tried_and_the_fastest_kept_and_the_text_is_fulls(tmp_path):
             prompt = "ab"[number % 2] * (number % 5 + 1)
             sampling = SamplingParameters(0.8, seed=number) if number % 3 else None
             more = {"temperature": 0.8, "seed": number} if number % 3 else {}
-            assert ask(client, prompt, **more) == expected(writer, writer.encode(prompt), 6, sampling)
+            assert ask(client, prompt, **more) == expected(
+                writer, writer.encode(prompt), 6, sampling
+            )
         assert writer.taken[:4] == NAMES and writer.taken[30:].count("sorted_speculative") > 24
         told = client.get("/v1/adaptation").json()
         assert told["strategies"] == NAMES and list(told["tasks"]) == ["default"]
         rows = told["tasks"]["default"]
-        assert [row["strategy"] for row in rows] == NAMES and sum(row["times"] for row in rows) == 60
+        assert [row["strategy"] for row in rows] == NAMES and sum(
+            row["times"] for row in rows
+        ) == 60
         assert [row["tokens_per_second"] for row in rows] == [0.25, 0.33, 1.0, 0.5]
 
 
@@ -94,9 +111,13 @@ def test_tasks_are_kept_apart_and_a_way_that_is_named_is_taken_and_not_learned(t
         ask(client, strategy="full", task="third")
         assert sum(times_of(client, "odd")) == sum(times_of(client, "even")) == 20
         assert times_of(client, "even")[3] >= 12 and times_of(client, "odd")[3] <= 3
-        assert writer.taken[-2:] == ["full", "full"] and list(client.get("/v1/adaptation").json()["tasks"]) == ["even", "odd"]
-        [chat] = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}], "max_tokens": 2,
-                                                           "task": "chat"}).json()["choices"]
+        assert writer.taken[-2:] == ["full", "full"] and list(
+            client.get("/v1/adaptation").json()["tasks"]
+        ) == ["even", "odd"]
+        [chat] = client.post(
+            "/v1/chat/completions",
+            json={"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "task": "chat"},
+        ).json()["choices"]
         assert chat["finish_reason"] == "length" and sum(times_of(client, "chat")) == 1
 
 
@@ -104,9 +125,13 @@ def test_what_was_learned_outlives_the_server(tmp_path):
     path = tmp_path / LEARNED
     with serving(path) as (client, _, worker):
         for number in range(16):
-            assert json.loads(path.read_text())["tasks"] == {"default": [[0, 0, 0]] * 4}, f"written after {number} jobs"
+            assert json.loads(path.read_text())["tasks"] == {"default": [[0, 0, 0]] * 4}, (
+                f"written after {number} jobs"
+            )
             ask(client, task="a")
-        list(worker.submit(Job([[5]], Full(), SamplingParameters(), 1, [])).results())  # behind it the file is written
+        list(
+            worker.submit(Job([[5]], Full(), SamplingParameters(), 1, [])).results()
+        )  # behind it the file is written
         assert sum(times for times, _, _ in json.loads(path.read_text())["tasks"]["a"]) == 16
         ask(client, task="b")
         before = client.get("/v1/adaptation").json()
@@ -114,38 +139,74 @@ def test_what_was_learned_outlives_the_server(tmp_path):
         assert client.get("/v1/adaptation").json() == before
         ask(client, task="a")
         ask(client, task="b")
-        assert writer.taken == ["sorted_speculative", "self_speculative"] and sum(times_of(client, "a")) == 17
+        assert (
+            writer.taken == ["sorted_speculative", "self_speculative"]
+            and sum(times_of(client, "a")) == 17
+        )
 
 
 def test_what_was_learned_with_other_ways_or_elsewhere_is_set_aside(tmp_path, capsys):
     path = tmp_path / LEARNED
-    for number, (strategies, origin) in enumerate([(STRATEGIES, ORIGIN), (STRATEGIES[:2], ORIGIN), (STRATEGIES[:2], {**ORIGIN, "draft": "small@1"})]):
+    for number, (strategies, origin) in enumerate(
+        [
+            (STRATEGIES, ORIGIN),
+            (STRATEGIES[:2], ORIGIN),
+            (STRATEGIES[:2], {**ORIGIN, "draft": "small@1"}),
+        ]
+    ):
         with serving(path, strategies=strategies, origin=origin) as (client, *_):
             ask(client, task=str(number))
             assert list(client.get("/v1/adaptation").json()["tasks"]) == [str(number)]
         lines = capsys.readouterr().out.splitlines()
-        assert len(lines) == bool(number) and (not number or f"it is decoding_bandit_{number}.json now" in lines[0])
-    kept = [json.loads((tmp_path / f"decoding_bandit{name}.json").read_text())["tasks"] for name in ("_1", "_2", "")]
+        assert len(lines) == bool(number) and (
+            not number or f"it is decoding_bandit_{number}.json now" in lines[0]
+        )
+    kept = [
+        json.loads((tmp_path / f"decoding_bandit{name}.json").read_text())["tasks"]
+        for name in ("_1", "_2", "")
+    ]
     assert [list(tasks) for tasks in kept] == [["default", "0"], ["default", "1"], ["default", "2"]]
 
 
-@pytest.mark.parametrize("damage", [
-    "{", "[]", "{}", "\ud800", {"format": 2}, {"tasks": []}, {"tasks": {"a": [[1, 2, 3]]}}, {"tasks": {"a": [[1, 2, float("nan")]] * 4}},
-    {"tasks": {"a": [[1, 2]] * 4}}, {"tasks": {"a": [["1", 2, 3]] * 4}}, {"tasks": {"a": [[2, 1, 3]] * 4}},
-    {"tasks": {str(task): [[0, 0, 0]] * 4 for task in range(1001)}}], ids=lambda damage: str(damage)[:40].encode("unicode_escape").decode())
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{",
+        "[]",
+        "{}",
+        "\ud800",
+        {"format": 2},
+        {"tasks": []},
+        {"tasks": {"a": [[1, 2, 3]]}},
+        {"tasks": {"a": [[1, 2, float("nan")]] * 4}},
+        {"tasks": {"a": [[1, 2]] * 4}},
+        {"tasks": {"a": [["1", 2, 3]] * 4}},
+        {"tasks": {"a": [[2, 1, 3]] * 4}},
+        {"tasks": {str(task): [[0, 0, 0]] * 4 for task in range(1001)}},
+    ],
+    ids=lambda damage: str(damage)[:40].encode("unicode_escape").decode(),
+)
 def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, damage):
     path = tmp_path / LEARNED
     Adaptation(STRATEGIES, path, ORIGIN)
-    text = damage if isinstance(damage, str) else json.dumps({**json.loads(path.read_text()), **damage})
+    text = (
+        damage
+        if isinstance(damage, str)
+        else json.dumps({**json.loads(path.read_text()), **damage})
+    )
     content = text.encode(errors="surrogatepass")
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"decoding_bandit\.json: .*Remove it, or name another with --adapt-file"):
+    with pytest.raises(
+        DataError, match=r"decoding_bandit\.json: .*Remove it, or name another with --adapt-file"
+    ):
         Adaptation(STRATEGIES, path, ORIGIN)
     assert path.read_bytes() == content and os.listdir(tmp_path) == [LEARNED]
 
 
 def test_a_file_that_cannot_be_written_is_told_at_the_start_and_survived_later(tmp_path, capsys):
-    with pytest.raises(SettingsError, match=r"--adapt: .* cannot be written \(No such file or directory\)"):
+    with pytest.raises(
+        SettingsError, match=r"--adapt: .* cannot be written \(No such file or directory\)"
+    ):
         Adaptation(STRATEGIES, tmp_path / "none" / LEARNED, ORIGIN)
     (tmp_path / "some").mkdir()
     with serving(tmp_path / "some" / LEARNED) as (client, *_):
@@ -162,7 +223,11 @@ def test_further_tasks_count_as_the_default_one(tmp_path, monkeypatch):
         for task in ("a", "b", "c", "d", "b"):
             ask(client, task=task)
         told = client.get("/v1/adaptation").json()["tasks"]
-        assert {task: sum(row["times"] for row in rows) for task, rows in told.items()} == {"a": 1, "b": 2, "default": 2}
+        assert {task: sum(row["times"] for row in rows) for task, rows in told.items()} == {
+            "a": 1,
+            "b": 2,
+            "default": 2,
+        }
 
 
 def test_jobs_that_fail_teach_nothing_and_those_of_clients_that_left_do(tmp_path, monkeypatch):
@@ -170,7 +235,11 @@ def test_jobs_that_fail_teach_nothing_and_those_of_clients_that_left_do(tmp_path
         with monkeypatch.context() as patch:
             patch.setattr(writer, "write", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
             assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 500
-            patch.setattr(writer, "write", lambda *_: (_ for _ in ()).throw(DataError("prompt 0: bad. Mend it.")))
+            patch.setattr(
+                writer,
+                "write",
+                lambda *_: (_ for _ in ()).throw(DataError("prompt 0: bad. Mend it.")),
+            )
             assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 400
         assert client.get("/v1/adaptation").json()["tasks"] == {}
         job = Job([writer.encode("a")], None, SamplingParameters(), 200, [])
@@ -179,15 +248,24 @@ def test_jobs_that_fail_teach_nothing_and_those_of_clients_that_left_do(tmp_path
         gone = Job([writer.encode("a")], None, SamplingParameters(), 200, [])
         gone.gone.set()
         assert list(worker.submit(gone).results()) == [] and len(list(job.results())) == 1
-        assert writer.taken == ["self_speculative"], "full failed and waits, who was gone before the start took nothing"
-        assert times_of(client) == [0, 1, 0, 0] and worker.adaptation.bandit.tasks["default"][1][1] < 200
+        assert writer.taken == ["self_speculative"], (
+            "full failed and waits, who was gone before the start took nothing"
+        )
+        assert (
+            times_of(client) == [0, 1, 0, 0]
+            and worker.adaptation.bandit.tasks["default"][1][1] < 200
+        )
 
 
 def test_ways_to_try_are_the_tuned_lossless_ones_else_the_usual_ones(tmp_path):
     _, network = plain_network("llama")
     writer, choice = TextGenerator(network, Letters()), StrategyChoice(tmp_path)
     assert [strategy.name for strategy in candidate_strategies(choice, writer)] == NAMES
-    tuned = {"full": {}, "self_speculative": {"depth": 3, "num_draft_tokens": 2}, "early_exit": {"depths": [1], "thresholds": [0.9]}}
+    tuned = {
+        "full": {},
+        "self_speculative": {"depth": 3, "num_draft_tokens": 2},
+        "early_exit": {"depths": [1], "thresholds": [0.9]},
+    }
     write_choices(tmp_path / CHOICES, {"best": "full", "strategies": tuned})
     assert candidate_strategies(choice, writer) == [Full(), SelfSpeculative(3, 2)]
     (tmp_path / CHOICES).write_text("{")

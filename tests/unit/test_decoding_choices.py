@@ -16,21 +16,34 @@ from tests.unit.test_decoding_writer import Letters
 
 TREE = {"depths": [2], "thresholds": [], "num_levels": 3, "num_branches": 2, "num_nodes": 5}
 ALONE = {"best": "tree", "strategies": {"full": {}, "tree": TREE}}
-BY_SMALL = {"best": "self_speculative", "strategies": {"self_speculative": {"depth": 1, "num_draft_tokens": 7}}}
+BY_SMALL = {
+    "best": "self_speculative",
+    "strategies": {"self_speculative": {"depth": 1, "num_draft_tokens": 7}},
+}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Returns {name: (directory, network)}; ``twin`` is of the same shape and name as ``small``, but of another config."""
     folder, found = tmp_path_factory.mktemp("models"), {}
-    for place, num_layers, more in (("target", 4, {}), ("large", 6, {}), ("small", 1, {}), ("twin/small", 1, {"rms_norm_eps": 1e-5}),
-                                    ("foreign", 1, {"vocab_size": 320})):
+    for place, num_layers, more in (
+        ("target", 4, {}),
+        ("large", 6, {}),
+        ("small", 1, {}),
+        ("twin/small", 1, {"rms_norm_eps": 1e-5}),
+        ("foreign", 1, {"vocab_size": 320}),
+    ):
         make_model(num_layers=num_layers, **more).save_pretrained(folder / place)
-        found[place.split("/")[0]] = (folder / place, load_network(folder / place, range(1, num_layers + 1)))
+        found[place.split("/")[0]] = (
+            folder / place,
+            load_network(folder / place, range(1, num_layers + 1)),
+        )
     return found
 
 
-def strategy_of(models, name: str, draft: str | None = None, strategy: str | None = None, **options):
+def strategy_of(
+    models, name: str, draft: str | None = None, strategy: str | None = None, **options
+):
     directory, network = models[name]
     choice = StrategyChoice(directory, draft and models[draft][0], strategy, options)
     return choice.strategy(network, models[draft][1] if draft else None)
@@ -46,7 +59,9 @@ def test_the_tuned_way_is_that_of_the_draft_which_is_given(models):
         assert strategy_of(models, name) == TreeSpeculative((2,), (), 3, 2, 5)
         assert strategy_of(models, name, "small") == SelfSpeculative(1, 7)
         assert strategy_of(models, name, "small", num_draft_tokens=2) == SelfSpeculative(1, 2)
-        assert strategy_of(models, name, "twin", strategy="self_speculative") == SelfSpeculative(1, 4), "the usual one"
+        assert strategy_of(models, name, "twin", strategy="self_speculative") == SelfSpeculative(
+            1, 4
+        ), "the usual one"
         with pytest.raises(SettingsError, match="draft model: full drafts nothing"):
             strategy_of(models, name, "twin")
         with pytest.raises(SettingsError, match="draft model: it has 320 tokens and the model 300"):
@@ -60,22 +75,47 @@ def test_what_was_tuned_with_others_stays(tmp_path):
     write_choices(path, ALONE)
     write_choices(path, {**BY_SMALL, "best": "tree"}, "a@2")
     write_choices(path, {**ALONE, "best": "full"})
-    assert read_choices(path, "a@1") == BY_SMALL and read_choices(path, "a@2") == {**BY_SMALL, "best": "tree"}
-    assert read_choices(path)["best"] == "full" and read_choices(path)["strategies"] == ALONE["strategies"]
+    assert read_choices(path, "a@1") == BY_SMALL and read_choices(path, "a@2") == {
+        **BY_SMALL,
+        "best": "tree",
+    }
+    assert (
+        read_choices(path)["best"] == "full"
+        and read_choices(path)["strategies"] == ALONE["strategies"]
+    )
 
 
 def test_a_way_that_drafts_nothing_leaves_the_draft_alone(models):
     (directory, network), (small, draft) = models["target"], models["small"]
-    choice, writer = StrategyChoice(directory, small, "tree", {"num_levels": 2}), TextGenerator(network, Letters(), draft)
+    choice, writer = (
+        StrategyChoice(directory, small, "tree", {"num_levels": 2}),
+        TextGenerator(network, Letters(), draft),
+    )
     assert choice.named("full").strategy(network, writer.draft_for(Full)) == Full()
-    assert isinstance(choice.named("early_exit").strategy(network, writer.draft_for(EarlyExit)), EarlyExit)
+    assert isinstance(
+        choice.named("early_exit").strategy(network, writer.draft_for(EarlyExit)), EarlyExit
+    )
     assert len(list(writer.write([[5, 6]], Full(), max_new_tokens=1))) == 1
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 1}', '{"format": 1, "strategies": {"fast": {}}}', '{"format": 1, "strategies": []}',
-                                  '{"format": 1, "best": "fast", "strategies": {}}', '{"format": 1, "strategies": {"tree": {"colour": 1}}}',
-                                  '{"format": 1, "strategies": {"tree": []}}', '{"format": 1, "best": [], "strategies": {}}',
-                                  '{"format": 2, "strategies": {}}', '{"format": 1, "drafts": {"a@1": {}}}', '{"format": 1, "drafts": [1]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"format": 1}',
+        '{"format": 1, "strategies": {"fast": {}}}',
+        '{"format": 1, "strategies": []}',
+        '{"format": 1, "best": "fast", "strategies": {}}',
+        '{"format": 1, "strategies": {"tree": {"colour": 1}}}',
+        '{"format": 1, "strategies": {"tree": []}}',
+        '{"format": 1, "best": [], "strategies": {}}',
+        '{"format": 2, "strategies": {}}',
+        '{"format": 1, "drafts": {"a@1": {}}}',
+        '{"format": 1, "drafts": [1]}',
+    ],
+)
 def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
     path = tmp_path / CHOICES
     path.write_text(text)
@@ -85,21 +125,51 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, text):
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("options", [{"depths": "ab"}, {"depths": [1, "a"]}, {"num_nodes": "many"}, {"thresholds": 3}])
+@pytest.mark.parametrize(
+    "options", [{"depths": "ab"}, {"depths": [1, "a"]}, {"num_nodes": "many"}, {"thresholds": 3}]
+)
 def test_tuned_options_of_another_kind_are_told_of(models, options):
     directory = models["large"][0]
-    (directory / CHOICES).write_text(json.dumps({"format": 1, "best": "tree", "strategies": {"tree": {**TREE, **options}}}))
-    with pytest.raises(DataError, match=r"its options of tree are not as megatron-sorted tune writes them"):
+    (directory / CHOICES).write_text(
+        json.dumps({"format": 1, "best": "tree", "strategies": {"tree": {**TREE, **options}}})
+    )
+    with pytest.raises(
+        DataError, match=r"its options of tree are not as megatron-sorted tune writes them"
+    ):
         strategy_of(models, "large")
     (directory / CHOICES).unlink()
 
 
-@pytest.mark.parametrize(("module", "arguments", "message"), [
-    ("megatron_sorted.commands.generate", ["m", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens: 0 is not 1 or more"),
-    ("megatron_sorted.commands.generate", ["m", "--prompt", "a", "--threads", "-1"], "--threads: -1 is not 1 or more"),
-    ("megatron_sorted.commands.tune", ["m", "--prompt-file", "f", "--num-prompts", "0"], "--num-prompts: 0 is not"),
-    ("lab.prove_decoding", ["m", "--prompt-file", "f", "--most-prompt-tokens", "0"], "--most-prompt-tokens: 0 is not"),
-    ("megatron_sorted.commands.benchmark", ["m", "--questions", "f", "--per-group", "0"], "--per-group: 0 is not")])
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (
+            "megatron_sorted.commands.generate",
+            ["m", "--prompt", "a", "--max-new-tokens", "0"],
+            "--max-new-tokens: 0 is not 1 or more",
+        ),
+        (
+            "megatron_sorted.commands.generate",
+            ["m", "--prompt", "a", "--threads", "-1"],
+            "--threads: -1 is not 1 or more",
+        ),
+        (
+            "megatron_sorted.commands.tune",
+            ["m", "--prompt-file", "f", "--num-prompts", "0"],
+            "--num-prompts: 0 is not",
+        ),
+        (
+            "lab.prove_decoding",
+            ["m", "--prompt-file", "f", "--most-prompt-tokens", "0"],
+            "--most-prompt-tokens: 0 is not",
+        ),
+        (
+            "megatron_sorted.commands.benchmark",
+            ["m", "--questions", "f", "--per-group", "0"],
+            "--per-group: 0 is not",
+        ),
+    ],
+)
 def test_counts_of_nothing_are_refused_before_a_model_is_read(module, arguments, message):
     with pytest.raises(SettingsError, match=message):
         importlib.import_module(module).main(arguments)

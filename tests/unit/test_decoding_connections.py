@@ -35,7 +35,9 @@ class Gated:
             assert self.turns.acquire(timeout=PATIENCE)
             self.written.append(len(prompts[0]))
             finish = "length" if number == 4 else None
-            yield StreamedText(0, [(f"<{number}>", 4)], Added(0, [number], [4], 0, 0, finish), finish)
+            yield StreamedText(
+                0, [(f"<{number}>", 4)], Added(0, [number], [4], 0, 0, finish), finish
+            )
 
 
 @pytest.fixture
@@ -55,11 +57,30 @@ class Client:
 
     def __init__(self, app, **body):
         self.gone, self.texts, self.status = asyncio.Event(), "", None
-        self.body, self.begun, self.headers = json.dumps({"max_tokens": 5, **body}).encode(), False, {}
-        self.task = asyncio.create_task(app({
-            "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "root_path": "",
-            "headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0", "spec_version": "2.3"}, "scheme": "http",
-            "http_version": "1.1", "server": ("a", 80), "client": ("b", 1)}, self.receive, self.send))
+        self.body, self.begun, self.headers = (
+            json.dumps({"max_tokens": 5, **body}).encode(),
+            False,
+            {},
+        )
+        self.task = asyncio.create_task(
+            app(
+                {
+                    "type": "http",
+                    "method": "POST",
+                    "path": "/v1/completions",
+                    "query_string": b"",
+                    "root_path": "",
+                    "headers": [(b"content-type", b"application/json")],
+                    "asgi": {"version": "3.0", "spec_version": "2.3"},
+                    "scheme": "http",
+                    "http_version": "1.1",
+                    "server": ("a", 80),
+                    "client": ("b", 1),
+                },
+                self.receive,
+                self.send,
+            )
+        )
 
     async def receive(self) -> dict:
         if not self.begun:
@@ -115,7 +136,9 @@ def test_clients_that_leave_while_they_wait_make_room_at_once_and_are_not_writte
 
     async def scene() -> None:
         app, first = await busy(worker)
-        waiting = [Client(app, prompt="bcd", stream=bool(number % 2)) for number in range(MOST_WAITING)]
+        waiting = [
+            Client(app, prompt="bcd", stream=bool(number % 2)) for number in range(MOST_WAITING)
+        ]
         await until(lambda: len(worker.line) == MOST_WAITING)
         late = Client(app, prompt="bcd")
         await until(lambda: late.status)
@@ -128,7 +151,9 @@ def test_clients_that_leave_while_they_wait_make_room_at_once_and_are_not_writte
         new = Client(app, prompt="bc")
         gate.turns.release(10)
         await asyncio.wait_for(asyncio.gather(first.task, new.task), PATIENCE)
-        assert "<4>" in first.texts and new.status == 200 and gate.written == [2] * 5 + [3] * 5, "of those that waited none was written for"
+        assert "<4>" in first.texts and new.status == 200 and gate.written == [2] * 5 + [3] * 5, (
+            "of those that waited none was written for"
+        )
 
     asyncio.run(scene())
 
@@ -191,12 +216,22 @@ def test_a_body_that_is_too_large_is_read_to_its_end_but_not_kept(gated, monkeyp
         whole = json.dumps({"prompt": "a" * 2000}).encode()
         for content in (whole, iter([whole[:600], whole[600:]])):
             answer = client.post("/v1/completions", content=content, headers=kind)
-            assert answer.status_code == 413 and "more than 1000 bytes" in answer.json()["error"]["message"]
-        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 5}).status_code == 200
+            assert (
+                answer.status_code == 413
+                and "more than 1000 bytes" in answer.json()["error"]["message"]
+            )
+        assert (
+            client.post("/v1/completions", json={"prompt": "a", "max_tokens": 5}).status_code == 200
+        )
 
 
-@pytest.mark.parametrize(("error", "is_shown"), [(RuntimeError("broken"), True), (MemoryExhaustedError("out of memory."), False)])
-def test_a_failure_keeps_no_memory_and_one_that_nobody_caused_is_shown(gated, monkeypatch, capsys, error, is_shown):
+@pytest.mark.parametrize(
+    ("error", "is_shown"),
+    [(RuntimeError("broken"), True), (MemoryExhaustedError("out of memory."), False)],
+)
+def test_a_failure_keeps_no_memory_and_one_that_nobody_caused_is_shown(
+    gated, monkeypatch, capsys, error, is_shown
+):
     worker, _ = gated
 
     def fail(*_):
@@ -206,7 +241,11 @@ def test_a_failure_keeps_no_memory_and_one_that_nobody_caused_is_shown(gated, mo
             raise error from first
 
     monkeypatch.setattr(worker.writer, "write", fail)
-    found = worker.submit(Job([[1]], Full(), SamplingParameters(), 5, [])).pieces.get(timeout=PATIENCE)
+    found = worker.submit(Job([[1]], Full(), SamplingParameters(), 5, [])).pieces.get(
+        timeout=PATIENCE
+    )
     assert found is error
-    assert (found.__traceback__, found.__cause__, found.__context__) == (None, None, None), "frames hold the tensors of the text"
+    assert (found.__traceback__, found.__cause__, found.__context__) == (None, None, None), (
+        "frames hold the tensors of the text"
+    )
     assert ("in fail" in capsys.readouterr().err) is is_shown

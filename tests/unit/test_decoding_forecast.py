@@ -6,7 +6,14 @@ from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.choice import check_strategy
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.network import Network
-from megatron_sorted.decoding.strategies import EarlyExit, Fixed, Full, SamplingParameters, SelfSpeculative, SortedSpeculative
+from megatron_sorted.decoding.strategies import (
+    EarlyExit,
+    Fixed,
+    Full,
+    SamplingParameters,
+    SelfSpeculative,
+    SortedSpeculative,
+)
 from megatron_sorted.decoding.tuning import costs as costs_module
 from megatron_sorted.decoding.tuning.costs import Costs, measure_costs
 from megatron_sorted.decoding.tuning.forecast import forecast
@@ -15,9 +22,13 @@ from megatron_sorted.decoding.tuning.traces import Trace, record
 from tests.support.decoding import last_logits, plain_network, prompts
 
 DEPTHS, LENGTH = [1, 2, 3], 40
-UNIT = Costs((1, 64), dict.fromkeys((1, 2, 3, 4), (1.0, 64.0)), dict.fromkeys((1, 2, 3, 4), (0.5, 0.5)))
+UNIT = Costs(
+    (1, 64), dict.fromkeys((1, 2, 3, 4), (1.0, 64.0)), dict.fromkeys((1, 2, 3, 4), (0.5, 0.5))
+)
 """A layer costs 1 a token, a head 0.5 however many tokens."""
-FLAT = Costs((1, 64), dict.fromkeys((1, 2, 3, 4), (1.0, 1.0)), dict.fromkeys((1, 2, 3, 4), (0.1, 0.1)))
+FLAT = Costs(
+    (1, 64), dict.fromkeys((1, 2, 3, 4), (1.0, 1.0)), dict.fromkeys((1, 2, 3, 4), (0.1, 0.1))
+)
 """Reading many tokens costs what one costs: a machine that waits for its memory."""
 
 TARGET = Costs((1, 64), {4: (100.0, 6400.0)}, {4: (7.0, 7.0)})
@@ -39,12 +50,18 @@ def test_records_are_what_the_exits_say(recorded):
                 logits = last_logits(case, depth, [*text, *trace.tokens[:at]])
                 assert trace.same_dn[index][at] == (int(logits.argmax()) == trace.tokens[at])
                 p = logits.softmax(-1).sort(descending=True).values
-                assert trace.sure_dn["probability"][index][at] == pytest.approx(float(p[0]), rel=1e-3)
-                assert trace.sure_dn["margin"][index][at] == pytest.approx(float(p[0] - p[1]), abs=1e-4)
+                assert trace.sure_dn["probability"][index][at] == pytest.approx(
+                    float(p[0]), rel=1e-3
+                )
+                assert trace.sure_dn["margin"][index][at] == pytest.approx(
+                    float(p[0] - p[1]), abs=1e-4
+                )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("strategy", [SelfSpeculative(1, 3), SelfSpeculative(3, 7), SortedSpeculative((2,), (0.0,), 4)])
+@pytest.mark.parametrize(
+    "strategy", [SelfSpeculative(1, 3), SelfSpeculative(3, 7), SortedSpeculative((2,), (0.0,), 4)]
+)
 def test_steps_and_drafts_are_those_of_a_run(recorded, strategy, temperature):
     _, network, texts, _ = recorded
     sampling = SamplingParameters(temperature, seed=2)
@@ -58,15 +75,23 @@ def test_steps_and_drafts_are_those_of_a_run(recorded, strategy, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("strategy", [SelfSpeculative(1, 3), SelfSpeculative(4, 5), SortedSpeculative((2,), (0.0,), 4)])
-def test_steps_and_drafts_are_those_of_a_run_where_another_model_drafts(recorded, strategy, temperature):
+@pytest.mark.parametrize(
+    "strategy", [SelfSpeculative(1, 3), SelfSpeculative(4, 5), SortedSpeculative((2,), (0.0,), 4)]
+)
+def test_steps_and_drafts_are_those_of_a_run_where_another_model_drafts(
+    recorded, strategy, temperature
+):
     _, network, texts, _ = recorded
     _, draft = plain_network("llama", 0.2)
     sampling = SamplingParameters(temperature, seed=2)
     traces = record(network, texts, draft.depths, sampling, Limits(LENGTH), draft)
     found = forecast(strategy, traces, draft.depths, TARGET, 4, UNIT)
-    runs = [generate(network, [text], strategy, sampling, Limits(LENGTH), draft)[0] for text in texts]
-    assert [trace.tokens for trace in traces] == [run.tokens for run in runs] and found.num_same == 3 * LENGTH
+    runs = [
+        generate(network, [text], strategy, sampling, Limits(LENGTH), draft)[0] for text in texts
+    ]
+    assert [trace.tokens for trace in traces] == [
+        run.tokens for run in runs
+    ] and found.num_same == 3 * LENGTH
     assert found.num_steps == sum(run.counts.num_steps for run in runs)
     assert found.num_drafted == sum(run.counts.num_drafted for run in runs)
     assert found.num_accepted == sum(run.counts.num_accepted for run in runs)
@@ -99,7 +124,9 @@ def test_costs_are_added_up(recorded):
     # every token that was drafted or committed is read once by each layer it reached: none twice
     read = one.num_tokens + one.num_drafted - one.num_accepted
     heads = one.num_drafted + one.num_steps
-    assert one.seconds == pytest.approx(4 * read + 0.5 * heads, abs=4 * 3)  # the last step may end behind the text
+    assert one.seconds == pytest.approx(
+        4 * read + 0.5 * heads, abs=4 * 3
+    )  # the last step may end behind the text
 
 
 def test_early_exit_counts_what_differs(recorded):
@@ -108,7 +135,9 @@ def test_early_exit_counts_what_differs(recorded):
     always = forecast(EarlyExit((1, 3), (0.0, 1.0)), traces, DEPTHS, UNIT, 4)
     right = sum(sum(trace.same_dn[0]) for trace in traces)
     assert never.share_same == 1.0 and always.num_same == right
-    assert never.seconds == pytest.approx(3 * LENGTH * (4 + 1.5)) and always.seconds == pytest.approx(3 * LENGTH * 1.5)
+    assert never.seconds == pytest.approx(
+        3 * LENGTH * (4 + 1.5)
+    ) and always.seconds == pytest.approx(3 * LENGTH * 1.5)
 
 
 def test_the_tuner_finds_ways_that_are_faster_and_fit_the_model(recorded):
@@ -118,7 +147,10 @@ def test_the_tuner_finds_ways_that_are_faster_and_fit_the_model(recorded):
     assert fixed.expected.tokens_per_second > 1.1 * tuner.base.tokens_per_second
     assert adaptive.expected.tokens_per_second >= fixed.expected.tokens_per_second
     early = tuner.early_exit(0.8)
-    assert early.expected.share_same >= 0.8 and early.expected.tokens_per_second > tuner.base.tokens_per_second
+    assert (
+        early.expected.share_same >= 0.8
+        and early.expected.tokens_per_second > tuner.base.tokens_per_second
+    )
     for strategy in (fixed.strategy, adaptive.strategy, early.strategy, *tuner.trees()):
         check_strategy(strategy, network)
 
@@ -129,7 +161,11 @@ def test_the_tuner_finds_ways_of_another_model_that_drafts(recorded):
     traces = record(network, texts, draft.depths, limits=Limits(LENGTH), drafter=draft)
     tuner = Tuner(traces, draft.depths, Costs((1, 64), {4: (9.0, 9.0)}, {4: (0.1, 0.1)}), 4, FLAT)
     fixed, adaptive = tuner.self_speculative(), tuner.sorted_speculative()
-    assert adaptive.expected.tokens_per_second >= fixed.expected.tokens_per_second > 1.3 * tuner.base.tokens_per_second
+    assert (
+        adaptive.expected.tokens_per_second
+        >= fixed.expected.tokens_per_second
+        > 1.3 * tuner.base.tokens_per_second
+    )
     for strategy in (fixed.strategy, adaptive.strategy, *tuner.trees()):
         check_strategy(strategy, network, draft)
 
@@ -178,4 +214,8 @@ def test_measured_costs_are_those_of_what_is_read(monkeypatch, most_positions):
     monkeypatch.setattr(Network, "max_positions", most_positions)
     costs = measure_costs(network, [1, 4], length=64, widths=(1, 64))
     assert costs.layers == {1: (1, 64), 4: (3, 192)} and costs.heads == {1: (0, 0), 4: (0, 0)}
-    assert costs.of_layers(4, 0) == 0 and costs.of_layers(1, 128) == 128 and costs.of_layers(4, 22) == 66
+    assert (
+        costs.of_layers(4, 0) == 0
+        and costs.of_layers(1, 128) == 128
+        and costs.of_layers(4, 22) == 66
+    )

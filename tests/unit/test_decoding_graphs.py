@@ -24,8 +24,14 @@ from tests.support.exit_parts import save_nested
 from tests.support.model_directories import FAMILIES
 from tests.support.tape import Tape
 
-STRATEGIES = [Full(), Fixed(1), EarlyExit((1, 3), (0.02, 0.02)), SelfSpeculative(1, 4), SortedSpeculative((1, 3), (0.02, 0.02), 5),
-        TreeSpeculative((1, 3), (0.02,), 3, 2, 6)]
+STRATEGIES = [
+    Full(),
+    Fixed(1),
+    EarlyExit((1, 3), (0.02, 0.02)),
+    SelfSpeculative(1, 4),
+    SortedSpeculative((1, 3), (0.02, 0.02), 5),
+    TreeSpeculative((1, 3), (0.02,), 3, 2, 6),
+]
 
 
 def loaded(tmp_path, family="mistral", kind="block", record=True):
@@ -40,10 +46,21 @@ def loaded(tmp_path, family="mistral", kind="block", record=True):
 PAIRS = pytest.mark.long(reason="each pair of family, parts and replay stands in another row")
 
 
-@pytest.mark.parametrize(("family", "kind", "record"), [
-    pytest.param(family, kind, record, id=f"{family}-{kind}-{'replayed' if record else 'anew'}",
-                 marks=() if (number + (kind == "block") + record) % 2 else PAIRS)
-    for number, family in enumerate(FAMILIES) for kind in ("block", "adapter and mlp") for record in (False, True)])
+@pytest.mark.parametrize(
+    ("family", "kind", "record"),
+    [
+        pytest.param(
+            family,
+            kind,
+            record,
+            id=f"{family}-{kind}-{'replayed' if record else 'anew'}",
+            marks=() if (number + (kind == "block") + record) % 2 else PAIRS,
+        )
+        for number, family in enumerate(FAMILIES)
+        for kind in ("block", "adapter and mlp")
+        for record in (False, True)
+    ],
+)
 @torch.inference_mode()
 def test_every_exit_of_every_family(family, kind, record, tmp_path):
     case, _, network = loaded(tmp_path, family, kind, record)
@@ -51,12 +68,17 @@ def test_every_exit_of_every_family(family, kind, record, tmp_path):
         texts = prompts(lengths, 100)
         state = State(network, len(texts), 80, DEPTHS)
         for row, text in enumerate(texts):
-            state.append(torch.tensor([text] * len(texts)), [len(text) if place == row else 0 for place in range(len(texts))])
+            state.append(
+                torch.tensor([text] * len(texts)),
+                [len(text) if place == row else 0 for place in range(len(texts))],
+            )
         for step, depth in enumerate((1, 4, 1, 1, 3, 1, 4, 1, 1, 3, 1, 4)):
             state.read(depth)
             got = state.logits(depth, state.last_slots())[:, 0]
             for row, text in enumerate(texts):
-                torch.testing.assert_close(got[row], last_logits(case, depth, text), rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    got[row], last_logits(case, depth, text), rtol=1e-4, atol=1e-4
+                )
             more = torch.tensor(prompts([1] * len(texts), 100, seed=step))
             state.append(more)
             texts = [[*text, *new] for text, new in zip(texts, more.tolist(), strict=True)]
@@ -67,10 +89,15 @@ def test_every_exit_of_every_family(family, kind, record, tmp_path):
 def test_every_way_says_the_same_replayed(strategy, tmp_path):
     _, plain, network = loaded(tmp_path)
     texts = prompts((11, 3, 100), 100)
-    for sampling, rows in itertools.product((SamplingParameters(), SamplingParameters(0.8, repetition_penalty=1.2)), ([0], [2], [0, 1, 2])):
+    for sampling, rows in itertools.product(
+        (SamplingParameters(), SamplingParameters(0.8, repetition_penalty=1.2)),
+        ([0], [2], [0, 1, 2]),
+    ):
         chosen = [texts[row] for row in rows]
         wanted = [text.tokens for text in generate(plain, chosen, strategy, sampling, Limits(40))]
-        assert [text.tokens for text in generate(network, chosen, strategy, sampling, Limits(40))] == wanted
+        assert [
+            text.tokens for text in generate(network, chosen, strategy, sampling, Limits(40))
+        ] == wanted
     assert sum(memory.passes.num_replays for memory in network.idle) > 20
 
 
@@ -79,14 +106,19 @@ def test_rows_that_leave_take_other_memory_and_all_of_it_comes_back(tmp_path):
     texts, strategy = prompts((11, 3, 24), 100), SelfSpeculative(1, 3)
     ends = frozenset({generate(plain, [texts[0]], strategy, limits=Limits(10))[0].tokens[-1]})
     wanted = [text.tokens for text in generate(plain, texts, strategy, limits=Limits(30, ends))]
-    assert [text.tokens for text in generate(network, texts, strategy, limits=Limits(30, ends))] == wanted
+    assert [
+        text.tokens for text in generate(network, texts, strategy, limits=Limits(30, ends))
+    ] == wanted
     assert len({memory.num_rows for memory in network.idle}) > 1
 
 
 def test_memory_is_lent_again_but_never_to_two(tmp_path):
     _, plain, network = loaded(tmp_path)
     one, other = prompts((11, 5), 100)
-    [wanted], [also] = generate(plain, [one], limits=Limits(30)), generate(plain, [other], limits=Limits(20))
+    [wanted], [also] = (
+        generate(plain, [one], limits=Limits(30)),
+        generate(plain, [other], limits=Limits(20)),
+    )
     under_way = stream(network, [one], limits=Limits(30))
     tokens = [next(under_way).tokens[0] for _ in range(7)]
     assert generate(network, [other], limits=Limits(20))[0].tokens == also.tokens
@@ -102,7 +134,9 @@ def test_memory_is_lent_again_but_never_to_two(tmp_path):
             tensor.fill_(float("nan"))  # what a text that went wrong leaves behind
     network.idle = [memory]
     assert generate(network, [other], limits=Limits(20))[0].tokens == also.tokens
-    assert network.idle == [memory] and len(memory.passes._recorded) == recorded, "what was recorded is used by later texts"
+    assert network.idle == [memory] and len(memory.passes._recorded) == recorded, (
+        "what was recorded is used by later texts"
+    )
     for rows in range(1, MOST_IDLE + 3):
         generate(network, [other] * rows, limits=Limits(2))
     assert len(network.idle) == MOST_IDLE and memory not in network.idle
@@ -128,4 +162,6 @@ def test_no_more_is_recorded_than_there_is_room_for(monkeypatch):
     passes, tensor = Passes(Tape()), torch.zeros(1)
     for name in [*"abc", *"abc", *"abc"]:
         passes(name, lambda: tensor.add_(0))
-    assert passes.num_replays == 4, "a and b are recorded and replayed at their second and third time"
+    assert passes.num_replays == 4, (
+        "a and b are recorded and replayed at their second and third time"
+    )

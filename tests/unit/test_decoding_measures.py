@@ -12,21 +12,37 @@ from megatron_sorted.benchmark.trials import StrategyTrial, share_same, try_all
 from megatron_sorted.decoding.strategies import EarlyExit, Fixed, Full, SelfSpeculative
 
 DEPTHS = [1, 2, 4]
-SAID = ExitScores(torch.tensor([[4.0, 1.0, 8.0], [3.0, 2.0, 6.0], [1.0, 3.0, 5.0]]),
-            {"margin": torch.tensor([[0.1, 0.9, 0.5], [0.2, 0.9, 0.6], [1.0, 1.0, 1.0]])})
+SAID = ExitScores(
+    torch.tensor([[4.0, 1.0, 8.0], [3.0, 2.0, 6.0], [1.0, 3.0, 5.0]]),
+    {"margin": torch.tensor([[0.1, 0.9, 0.5], [0.2, 0.9, 0.6], [1.0, 1.0, 1.0]])},
+)
 
 
-@pytest.mark.parametrize(("strategy", "loss"), [
-    (Full(), 3.0), (SelfSpeculative(1), 3.0), (Fixed(1), 13 / 3), (Fixed(2), 11 / 3),
-    (EarlyExit((1, 2), (0.6, 0.5), "margin"), (1.0 + 1.0 + 6.0) / 3),  # the second token leaves at 1, the third at 2
-    (EarlyExit((2,), (0.6,), "margin"), (1.0 + 2.0 + 5.0) / 3),  # above, not at, its threshold
-    (EarlyExit((1, 2), (1.0, 1.0), "margin"), 3.0)])
+@pytest.mark.parametrize(
+    ("strategy", "loss"),
+    [
+        (Full(), 3.0),
+        (SelfSpeculative(1), 3.0),
+        (Fixed(1), 13 / 3),
+        (Fixed(2), 11 / 3),
+        (
+            EarlyExit((1, 2), (0.6, 0.5), "margin"),
+            (1.0 + 1.0 + 6.0) / 3,
+        ),  # the second token leaves at 1, the third at 2
+        (EarlyExit((2,), (0.6,), "margin"), (1.0 + 2.0 + 5.0) / 3),  # above, not at, its threshold
+        (EarlyExit((1, 2), (1.0, 1.0), "margin"), 3.0),
+    ],
+)
 def test_each_token_is_said_by_the_first_sure_exit(strategy, loss):
     assert SAID.loss_of(strategy, DEPTHS) == pytest.approx(loss)
 
 
 def test_the_front_leaves_out_what_is_deeper_and_worse():
-    strategies = {"shallow": EarlyExit((1,), (0.6,), "margin"), "worse": EarlyExit((2,), (0.15,), "margin"), "fixed @1": Fixed(1)}
+    strategies = {
+        "shallow": EarlyExit((1,), (0.6,), "margin"),
+        "worse": EarlyExit((2,), (0.15,), "margin"),
+        "fixed @1": Fixed(1),
+    }
     # mean depths 3 and 2; losses (1 + 1 + 5) / 3 and (3 + 2 + 6) / 3: both on the front
     assert list(front(SAID, strategies, DEPTHS, 16)) == ["shallow", "worse", "fixed @1"]
     strategies["deeper and no better"] = EarlyExit((1,), (0.95,), "margin")
@@ -36,8 +52,12 @@ def test_the_front_leaves_out_what_is_deeper_and_worse():
 
 
 def test_the_fastest_within_a_loss():
-    points = [Point("full", "full", 3.0, 0.0, 10, 1.0, 1.0), Point("sure", "early_exit", 3.02, 0.007, 20, 2.0, 0.9),
-              Point("hasty", "early_exit", 3.2, 0.07, 40, 4.0, 0.5), Point("drafts", "lossless", 3.0, 0.0, 30, 3.0, 1.0)]
+    points = [
+        Point("full", "full", 3.0, 0.0, 10, 1.0, 1.0),
+        Point("sure", "early_exit", 3.02, 0.007, 20, 2.0, 0.9),
+        Point("hasty", "early_exit", 3.2, 0.07, 40, 4.0, 0.5),
+        Point("drafts", "lossless", 3.0, 0.0, 30, 3.0, 1.0),
+    ]
     assert best_within(points, 0.01).name == "sure" and best_within(points, 0.1).name == "hasty"
     assert best_within(points[:1], 0.01) is None
 
@@ -47,14 +67,22 @@ def test_shares_and_speeds():
     assert base.tokens_per_second == 2.0 and base.tokens_per_step == 1.0
     assert share_same(base, base) == 1.0
     assert share_same(StrategyTrial([[1, 2, 9, 4], [5]], [1.0]), base) == 3 / 6
-    assert until_end([4, 2, 7, 2], frozenset({2})) == [4, 2] and until_end([4], frozenset({2})) == [4]
+    assert until_end([4, 2, 7, 2], frozenset({2})) == [4, 2] and until_end([4], frozenset({2})) == [
+        4
+    ]
 
 
 def test_fewer_prompts_than_a_batch_are_asked_several_times():
     writer = SimpleNamespace(network=SimpleNamespace(device=torch.device("cpu")))
     seen = []
-    found = try_all({"echo": lambda some: (seen.append(some) or some, 0)}, [[1], [2], [3]], writer, "trial", 8)["echo"]
-    assert seen[1:] == [[[1], [2], [3], [1], [2], [3], [1], [2]]] and found.num_tokens == 8 and len(found.seconds) == 1
+    found = try_all(
+        {"echo": lambda some: (seen.append(some) or some, 0)}, [[1], [2], [3]], writer, "trial", 8
+    )["echo"]
+    assert (
+        seen[1:] == [[[1], [2], [3], [1], [2], [3], [1], [2]]]
+        and found.num_tokens == 8
+        and len(found.seconds) == 1
+    )
 
 
 def test_the_best_point_of_a_sweep():

@@ -7,10 +7,23 @@ import pytest
 import torch
 
 from lab.decoding import proof
-from lab.decoding.proof import Draws, compare, draw_strategy, fit, greedy_draft_pairs, pairs_expected, sample_pairs
+from lab.decoding.proof import (
+    Draws,
+    compare,
+    draw_strategy,
+    fit,
+    greedy_draft_pairs,
+    pairs_expected,
+    sample_pairs,
+)
 from megatron_sorted.decoding.choice import check_strategy
 from megatron_sorted.decoding.generate import generate
-from megatron_sorted.decoding.strategies import SamplingParameters, SelfSpeculative, TreeSpeculative, draft_depths
+from megatron_sorted.decoding.strategies import (
+    SamplingParameters,
+    SelfSpeculative,
+    TreeSpeculative,
+    draft_depths,
+)
 from tests.support.decoding import plain_network
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 6], [4, 4]]
@@ -30,14 +43,24 @@ def test_drawn_ways_can_all_be_gone(network):
     strategies = [draw_strategy(chance, network.depths[:-1]) for _ in range(300)]
     for strategy in strategies:
         check_strategy(strategy, network)
-    assert {strategy.name for strategy in strategies} == {"self_speculative", "sorted_speculative", "tree"}
-    assert {depth for strategy in strategies for depth in draft_depths(strategy)} == set(network.depths[:-1])
+    assert {strategy.name for strategy in strategies} == {
+        "self_speculative",
+        "sorted_speculative",
+        "tree",
+    }
+    assert {depth for strategy in strategies for depth in draft_depths(strategy)} == set(
+        network.depths[:-1]
+    )
 
 
 def test_nothing_differs_and_texts_end_in_every_manner(network):
     found = compare(network, PROMPTS, 1500, seed=1, draws=Draws(24, frozenset({1, 2}), letters))
     assert found.num_tokens >= 1500 and found.num_same == found.num_tokens and not found.differences
-    assert set(found.finishes) == {"eos", "stop", "length"} and set(found.by_strategy) == {"self_speculative", "sorted_speculative", "tree"}
+    assert set(found.finishes) == {"eos", "stop", "length"} and set(found.by_strategy) == {
+        "self_speculative",
+        "sorted_speculative",
+        "tree",
+    }
     assert 0 < found.accepted < found.drafted
 
 
@@ -45,20 +68,33 @@ def test_a_wrong_token_is_found(network, monkeypatch):
     def slipped(network, prompts, strategy, sampling=None, limits=None, draft=None):
         texts = generate(network, prompts, strategy, sampling, limits, draft)
         if strategy.name == "tree" and len(texts[0].tokens) > 3:
-            texts[0] = dataclasses.replace(texts[0], tokens=[*texts[0].tokens[:3], (texts[0].tokens[3] + 1) % 8, *texts[0].tokens[4:]])
+            texts[0] = dataclasses.replace(
+                texts[0],
+                tokens=[*texts[0].tokens[:3], (texts[0].tokens[3] + 1) % 8, *texts[0].tokens[4:]],
+            )
         return texts
 
     monkeypatch.setattr(proof, "generate", slipped)
     found = compare(network, PROMPTS, 600, seed=1, draws=Draws(24, sampled=0.0))
-    assert found.differences and all(one.strategy.name == "tree" and one.place == 3 for one in found.differences)
+    assert found.differences and all(
+        one.strategy.name == "tree" and one.place == 3 for one in found.differences
+    )
     assert found.num_same < found.num_tokens and all(one.margin >= 0 for one in found.differences)
 
 
 def test_a_chi_square_is_that_of_the_tables():
     expected = {(0, 0): 0.5, (0, 1): 0.5}
-    one = fit({(0, 0): 5098, (0, 1): 4902}, expected)  # (98^2 + 98^2) / 5000 = 3.8416: 5 % with one degree of freedom
-    assert one.chi_square == pytest.approx(3.8416) and one.p == pytest.approx(0.05, abs=1e-4) and one.cells == 2
-    assert fit({(0, 0): 5000, (0, 1): 4999, (1, 1): 1}, expected).p == 0.0, "a pair that cannot come"
+    one = fit(
+        {(0, 0): 5098, (0, 1): 4902}, expected
+    )  # (98^2 + 98^2) / 5000 = 3.8416: 5 % with one degree of freedom
+    assert (
+        one.chi_square == pytest.approx(3.8416)
+        and one.p == pytest.approx(0.05, abs=1e-4)
+        and one.cells == 2
+    )
+    assert fit({(0, 0): 5000, (0, 1): 4999, (1, 1): 1}, expected).p == 0.0, (
+        "a pair that cannot come"
+    )
     rare = {(0, 0): 0.999, **{(1, place): 0.0001 for place in range(10)}}
     assert fit({(0, 0): 9990, (1, 3): 10}, rare).cells == 2, "rare pairs are counted together"
 

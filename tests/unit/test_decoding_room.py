@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from megatron_sorted.decoding.cache import capacity as room
-from megatron_sorted.decoding.cache.capacity import as_memory_error, bytes_needed, check_cache_memory, free_host_bytes
+from megatron_sorted.decoding.cache.capacity import (
+    as_memory_error,
+    bytes_needed,
+    check_cache_memory,
+    free_host_bytes,
+)
 from megatron_sorted.decoding.cache.state import State
 from megatron_sorted.decoding.generate import Limits, generate
 from megatron_sorted.decoding.strategies import SelfSpeculative
@@ -12,19 +17,40 @@ from megatron_sorted.errors import MemoryExhaustedError
 from tests.support.decoding import nested, plain_network
 
 
-@pytest.mark.parametrize(("kind", "stops"), [("block", (1, 4)), ("mlp", (3,)), ("adapter and block", (1, 3, 4))])
+@pytest.mark.parametrize(
+    ("kind", "stops"), [("block", (1, 4)), ("mlp", (3,)), ("adapter and block", (1, 3, 4))]
+)
 def test_bytes_are_those_that_are_taken(kind, stops, tmp_path):
     _, network = nested(tmp_path, "qwen3", kind)
     state = State(network, 3, 100, stops)
     assert bytes_needed(network, 3, state.capacity, stops) == state.memory.num_bytes
 
 
-@pytest.mark.parametrize(("files", "free"), [
-    ({}, None), ({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   2000 kB\n"}, 2_048_000),
-    ({"proc/meminfo": "MemAvailable: 2000 kB\n", "sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/memory.current": "5\n",
-      "sys/fs/cgroup/memory.stat": "anon 5\n"}, 2_048_000),
-    ({"proc/meminfo": "MemAvailable: 2000 kB\n", "sys/fs/cgroup/memory.max": "1000000\n", "sys/fs/cgroup/memory.current": "900000\n",
-      "sys/fs/cgroup/memory.stat": "anon 5\ninactive_file 300000\n"}, 400_000)])
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, None),
+        ({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   2000 kB\n"}, 2_048_000),
+        (
+            {
+                "proc/meminfo": "MemAvailable: 2000 kB\n",
+                "sys/fs/cgroup/memory.max": "max\n",
+                "sys/fs/cgroup/memory.current": "5\n",
+                "sys/fs/cgroup/memory.stat": "anon 5\n",
+            },
+            2_048_000,
+        ),
+        (
+            {
+                "proc/meminfo": "MemAvailable: 2000 kB\n",
+                "sys/fs/cgroup/memory.max": "1000000\n",
+                "sys/fs/cgroup/memory.current": "900000\n",
+                "sys/fs/cgroup/memory.stat": "anon 5\ninactive_file 300000\n",
+            },
+            400_000,
+        ),
+    ],
+)
 def test_free_bytes_are_the_least_that_host_and_container_give(files, free, tmp_path):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +62,10 @@ def test_what_does_not_fit_is_refused_before_it_is_begun(monkeypatch):
     _, network = plain_network("llama")
     monkeypatch.setattr(room, "free_host_bytes", lambda: 1_000_000)
     check_cache_memory(network, 1, 64, (4,))
-    with pytest.raises(MemoryExhaustedError, match=r"out of memory: 500 texts of 208 tokens need 0\.\d\d GB of keys and values, 0.00 GB"):
+    with pytest.raises(
+        MemoryExhaustedError,
+        match=r"out of memory: 500 texts of 208 tokens need 0\.\d\d GB of keys and values, 0.00 GB",
+    ):
         generate(network, [[1] * 7] * 500, limits=Limits(200))
     monkeypatch.setattr(room, "free_host_bytes", lambda: None)
     check_cache_memory(network, 500, 1 << 30, (4,))
@@ -51,10 +80,19 @@ def test_what_a_model_that_drafts_needs_counts_too(monkeypatch):
         generate(network, [[1] * 7], SelfSpeculative(2, 3), limits=Limits(8), draft=draft)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    ],
+)
 def test_every_allocator_is_told_alike(error):
-    with pytest.raises(MemoryExhaustedError, match=r"^out of memory \([^\n]+\)\. Shorten prompts"), as_memory_error():
+    with (
+        pytest.raises(MemoryExhaustedError, match=r"^out of memory \([^\n]+\)\. Shorten prompts"),
+        as_memory_error(),
+    ):
         raise error
 
 

@@ -22,7 +22,12 @@ from megatron_sorted.serving.worker import GenerationWorker, Job
 from tests.support.decoding import plain_network
 from tests.unit.test_decoding_writer import Letters
 
-STRATEGIES = {None: SelfSpeculative(2, 4), "full": Full(), "self_speculative": SelfSpeculative(1, 2), "fixed": SelfSpeculative(9, 2)}
+STRATEGIES = {
+    None: SelfSpeculative(2, 4),
+    "full": Full(),
+    "self_speculative": SelfSpeculative(1, 2),
+    "fixed": SelfSpeculative(9, 2),
+}
 
 
 class NamedLetters(Letters):
@@ -49,7 +54,9 @@ def served():
     worker.close()
 
 
-def expected(writer: TextGenerator, ids: list[int], count: int, sampling: SamplingParameters | None = None) -> str:
+def expected(
+    writer: TextGenerator, ids: list[int], count: int, sampling: SamplingParameters | None = None
+) -> str:
     [text] = generate(writer.network, [ids], Full(), sampling, Limits(count))
     return writer.tokenizer.decode(text.tokens)
 
@@ -60,16 +67,30 @@ def test_completions_of_one_and_of_many_prompts(served):
     said = client.post("/v1/completions", json=ask).json()
     wanted = expected(writer, writer.encode("hello"), 12)
     assert said["object"] == "text_completion"
-    assert said["choices"] == [{"index": 0, "text": wanted, "logprobs": None, "finish_reason": "length"}]
+    assert said["choices"] == [
+        {"index": 0, "text": wanted, "logprobs": None, "finish_reason": "length"}
+    ]
     assert said["usage"] == {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
-    many = client.post("/v1/completions", json={**ask, "prompt": ["hello", "b"], "echo": True, "strategy": "full"}).json()
-    assert [choice["text"] for choice in many["choices"]] == ["hello" + wanted, "b" + expected(writer, writer.encode("b"), 12)]
+    many = client.post(
+        "/v1/completions", json={**ask, "prompt": ["hello", "b"], "echo": True, "strategy": "full"}
+    ).json()
+    assert [choice["text"] for choice in many["choices"]] == [
+        "hello" + wanted,
+        "b" + expected(writer, writer.encode("b"), 12),
+    ]
     bare = client.post("/v1/completions", json={**ask, "prompt": [5, 6, 7]}).json()
     assert bare["choices"][0]["text"] == expected(writer, [5, 6, 7], 12)
     echoed = client.post("/v1/completions", json={**ask, "prompt": [5, 6, 7], "echo": True}).json()
-    assert echoed["choices"][0]["text"] == writer.tokenizer.decode([5, 6, 7]) + bare["choices"][0]["text"]
-    sampled = client.post("/v1/completions", json={**ask, "temperature": 0.8, "seed": 5, "top_p": 0.9, "n": 2}).json()
-    assert sampled["choices"][0]["text"] == expected(writer, writer.encode("hello"), 12, SamplingParameters(0.8, top_p=0.9, seed=5))
+    assert (
+        echoed["choices"][0]["text"]
+        == writer.tokenizer.decode([5, 6, 7]) + bare["choices"][0]["text"]
+    )
+    sampled = client.post(
+        "/v1/completions", json={**ask, "temperature": 0.8, "seed": 5, "top_p": 0.9, "n": 2}
+    ).json()
+    assert sampled["choices"][0]["text"] == expected(
+        writer, writer.encode("hello"), 12, SamplingParameters(0.8, top_p=0.9, seed=5)
+    )
     assert sampled["choices"][0]["text"] != sampled["choices"][1]["text"]
 
 
@@ -77,11 +98,19 @@ def test_a_stop_word_and_a_conversation(served):
     client, writer, _ = served
     ids = writer.encode_chat([{"role": "user", "content": "hi"}])
     whole = expected(writer, ids, 30)
-    ask = {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 30, "temperature": 0, "stop": whole[10:13]}
+    ask = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_completion_tokens": 30,
+        "temperature": 0,
+        "stop": whole[10:13],
+    }
     said = client.post("/v1/chat/completions", json=ask).json()
     [choice] = said["choices"]
     wanted = whole[: whole.index(whole[10:13])].lstrip(" ")
-    assert choice["message"] == {"role": "assistant", "content": wanted} and choice["finish_reason"] == "stop"
+    assert (
+        choice["message"] == {"role": "assistant", "content": wanted}
+        and choice["finish_reason"] == "stop"
+    )
 
 
 @pytest.mark.parametrize("with_usage", [False, True])
@@ -91,59 +120,110 @@ def test_streams(served, path, with_usage):
     more = {"stream_options": {"include_usage": True}} if with_usage else {}
     is_chat = "chat" in path
     ask = {"messages": [{"role": "user", "content": "hi"}]} if is_chat else {"prompt": "hi"}
-    with client.stream("POST", path, json={**ask, "max_tokens": 20, "temperature": 0, "stream": True, **more}) as answer:
-        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+    with client.stream(
+        "POST", path, json={**ask, "max_tokens": 20, "temperature": 0, "stream": True, **more}
+    ) as answer:
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith(
+            "text/event-stream"
+        )
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert lines[-1] == "[DONE]"
     chunks = [json.loads(line) for line in lines[:-1]]
     parts = [choice for chunk in chunks for choice in chunk["choices"]]
-    text = "".join(choice["delta"].get("content", "") if is_chat else choice["text"] for choice in parts)
+    text = "".join(
+        choice["delta"].get("content", "") if is_chat else choice["text"] for choice in parts
+    )
     ids = writer.encode_chat(ask["messages"]) if is_chat else writer.encode("hi")
     wanted = expected(writer, ids, 20)
-    assert text == (wanted.lstrip(" ") if is_chat else wanted) and parts[-1]["finish_reason"] == "length"
+    assert (
+        text == (wanted.lstrip(" ") if is_chat else wanted)
+        and parts[-1]["finish_reason"] == "length"
+    )
     assert len({chunk["id"] for chunk in chunks}) == 1
     if with_usage:
         assert chunks.pop()["usage"]["completion_tokens"] == 20
-    assert all(len(chunk["choices"]) == 1 for chunk in chunks), "clients look at the first choice of every chunk"
+    assert all(len(chunk["choices"]) == 1 for chunk in chunks), (
+        "clients look at the first choice of every chunk"
+    )
 
 
 def test_a_stream_has_no_ends_of_lines_within_lines(served, monkeypatch):
     client, writer, _ = served
     monkeypatch.setattr(writer.tokenizer, "decode", lambda ids: "a\u2028b\x85c\n" * len(ids))
-    with client.stream("POST", "/v1/completions", json={"prompt": "a", "max_tokens": 2, "stream": True}) as answer:
-        chunks = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line and "[DONE]" not in line]
+    with client.stream(
+        "POST", "/v1/completions", json={"prompt": "a", "max_tokens": 2, "stream": True}
+    ) as answer:
+        chunks = [
+            json.loads(line.removeprefix("data: "))
+            for line in answer.iter_lines()
+            if line and "[DONE]" not in line
+        ]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "a\u2028b\x85c\n" * 2
 
 
 BAD = [
-    ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens"), ({"prompt": "a", "temperature": -1}, 400, "temperature"),
-    ({"prompt": "a", "temperature": "hot"}, 400, "temperature"), ({"prompt": "a", "top_p": 2}, 400, "top_p"),
-    ({"prompt": "a", "stop": ""}, 400, "stop"), ({"prompt": "a", "n": 99}, 400, "n"), ({"prompt": []}, 400, "prompt"), ({}, 400, "prompt"),
-    ({"prompt": "a", "colour": "red"}, 400, "colour"), ({"prompt": "a", "model": "other"}, 404, "model"),
-    ({"prompt": "a" * 999}, 400, "prompt"), ({"prompt": [5000]}, 400, "prompt"), ({"prompt": "a", "strategy": "fast"}, 400, "strategy"),
-    ({"prompt": "a", "strategy": "fixed"}, 400, "strategy"), ({"prompt": {"a": 1}}, 400, "prompt"),
-    ({"prompt": "a", "task": ""}, 400, "task"), ({"prompt": "a", "task": "a" * 65}, 400, "task"), ({"prompt": "a", "task": 3}, 400, "task"),
-    ({"prompt": [5000], "echo": True}, 400, "prompt"), ({"prompt": [5000], "stream": True}, 400, "prompt"),
+    ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens"),
+    ({"prompt": "a", "temperature": -1}, 400, "temperature"),
+    ({"prompt": "a", "temperature": "hot"}, 400, "temperature"),
+    ({"prompt": "a", "top_p": 2}, 400, "top_p"),
+    ({"prompt": "a", "stop": ""}, 400, "stop"),
+    ({"prompt": "a", "n": 99}, 400, "n"),
+    ({"prompt": []}, 400, "prompt"),
+    ({}, 400, "prompt"),
+    ({"prompt": "a", "colour": "red"}, 400, "colour"),
+    ({"prompt": "a", "model": "other"}, 404, "model"),
+    ({"prompt": "a" * 999}, 400, "prompt"),
+    ({"prompt": [5000]}, 400, "prompt"),
+    ({"prompt": "a", "strategy": "fast"}, 400, "strategy"),
+    ({"prompt": "a", "strategy": "fixed"}, 400, "strategy"),
+    ({"prompt": {"a": 1}}, 400, "prompt"),
+    ({"prompt": "a", "task": ""}, 400, "task"),
+    ({"prompt": "a", "task": "a" * 65}, 400, "task"),
+    ({"prompt": "a", "task": 3}, 400, "task"),
+    ({"prompt": [5000], "echo": True}, 400, "prompt"),
+    ({"prompt": [5000], "stream": True}, 400, "prompt"),
     ({"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options"),
-    ({"prompt": "a", "stream": True, "stream_options": {"usage": True}}, 400, "stream_options.usage"),
-    ({"prompt": "a", "stream": True, "stream_options": {"include_usage": "maybe"}}, 400, "stream_options.include_usage"),
+    (
+        {"prompt": "a", "stream": True, "stream_options": {"usage": True}},
+        400,
+        "stream_options.usage",
+    ),
+    (
+        {"prompt": "a", "stream": True, "stream_options": {"include_usage": "maybe"}},
+        400,
+        "stream_options.include_usage",
+    ),
     ({"prompt": "a", "task": "\ud800"}, 400, "task"),
 ]
 
 
-@pytest.mark.parametrize(("body", "status", "field"), BAD, ids=[str(body)[:40] for body, _, _ in BAD])
+@pytest.mark.parametrize(
+    ("body", "status", "field"), BAD, ids=[str(body)[:40] for body, _, _ in BAD]
+)
 def test_a_malformed_request_is_refused_by_its_field(served, body, status, field):
     client, *_ = served
-    answer = client.post("/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"})
+    answer = client.post(
+        "/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"}
+    )
     error = answer.json()["error"]
-    assert answer.status_code == status and error["param"] == field and error["message"], answer.text
+    assert answer.status_code == status and error["param"] == field and error["message"], (
+        answer.text
+    )
     assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
-@pytest.mark.parametrize(("content", "body"), [
-    ("application/json", b"{"), ("application/json", b""), ("text/plain", b"hello"), ("application/json", b'{"prompt": "\xff"}'),
-    ("application/json", b"[" * 100_000), ("application/json", b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}")],
-    ids=["cut off", "empty", "no JSON", "no UTF-8", "deep", "long number"])
+@pytest.mark.parametrize(
+    ("content", "body"),
+    [
+        ("application/json", b"{"),
+        ("application/json", b""),
+        ("text/plain", b"hello"),
+        ("application/json", b'{"prompt": "\xff"}'),
+        ("application/json", b"[" * 100_000),
+        ("application/json", b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}"),
+    ],
+    ids=["cut off", "empty", "no JSON", "no UTF-8", "deep", "long number"],
+)
 def test_what_is_no_json_is_refused(served, content, body):
     client, *_ = served
     answer = client.post("/v1/completions", content=body, headers={"content-type": content})
@@ -152,8 +232,15 @@ def test_what_is_no_json_is_refused(served, content, body):
 
 def test_other_places_are_errors_of_the_same_form(served):
     client, *_ = served
-    for answer, status in ((client.get("/nowhere"), 404), (client.get("/v1/completions"), 405), (client.get("/v1/../../etc/passwd"), 404)):
-        assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
+    for answer, status in (
+        (client.get("/nowhere"), 404),
+        (client.get("/v1/completions"), 405),
+        (client.get("/v1/../../etc/passwd"), 404),
+    ):
+        assert (
+            answer.status_code == status
+            and answer.json()["error"]["type"] == "invalid_request_error"
+        )
 
 
 def test_conversations_that_are_none(served):
@@ -165,18 +252,32 @@ def test_conversations_that_are_none(served):
 
 def test_out_of_memory_and_failures_are_told_and_the_server_lives_on(served, monkeypatch):
     client, *_ = served
-    host = RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
-    for error, status in ((torch.OutOfMemoryError("no room"), 503), (host, 503), (MemoryError(), 503), (RuntimeError("broken"), 500)):
+    host = RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    )
+    for error, status in (
+        (torch.OutOfMemoryError("no room"), 503),
+        (host, 503),
+        (MemoryError(), 503),
+        (RuntimeError("broken"), 500),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(generate_module, "start_batch", Mock(side_effect=error))
             answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
             assert answer.status_code == status and answer.json()["error"]["type"] == "server_error"
-        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        assert (
+            client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        )
 
 
 def test_a_server_that_does_not_adapt_takes_tasks_and_says_so(served):
     client, *_ = served
-    assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "task": "b"}).status_code == 200
+    assert (
+        client.post(
+            "/v1/completions", json={"prompt": "a", "max_tokens": 2, "task": "b"}
+        ).status_code
+        == 200
+    )
     answer = client.get("/v1/adaptation")
     assert answer.status_code == 404 and "--adapt" in answer.json()["error"]["message"]
 
@@ -191,7 +292,9 @@ def test_a_client_that_is_gone_ends_its_job(served):
     assert len(list(job.results())) == 3, "the job went on to its end"
     late = Job([writer.encode("a")], Full(), SamplingParameters(), 200, [])
     late.gone.set()
-    assert list(worker.submit(late).results()) == [], "nobody waited for it any more when its turn came"
+    assert list(worker.submit(late).results()) == [], (
+        "nobody waited for it any more when its turn came"
+    )
 
 
 def test_requests_that_come_at_once_are_answered_one_after_another(served):
@@ -199,7 +302,9 @@ def test_requests_that_come_at_once_are_answered_one_after_another(served):
     answers: dict[int, str] = {}
 
     def ask(number: int) -> None:
-        said = client.post("/v1/completions", json={"prompt": "a" * number, "max_tokens": 8, "temperature": 0}).json()
+        said = client.post(
+            "/v1/completions", json={"prompt": "a" * number, "max_tokens": 8, "temperature": 0}
+        ).json()
         answers[number] = said["choices"][0]["text"]
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(1, 7)]
@@ -208,7 +313,9 @@ def test_requests_that_come_at_once_are_answered_one_after_another(served):
     until = time.monotonic() + 60
     for thread in threads:
         thread.join(max(0, until - time.monotonic()))
-    assert answers == {number: expected(writer, writer.encode("a" * number), 8) for number in range(1, 7)}
+    assert answers == {
+        number: expected(writer, writer.encode("a" * number), 8) for number in range(1, 7)
+    }
 
 
 def log_softmax_of(case, ids: list[int]) -> torch.Tensor:
@@ -220,23 +327,49 @@ def test_logprobs_of_prompts_and_texts_are_those_of_transformers(served):
     client, writer, _ = served
     case, _ = plain_network("llama")
     prompts = [[5, 6, 7, 8], [11, 3]]
-    ask = {"prompt": prompts, "max_tokens": 6, "temperature": 0.9, "seed": 3, "logprobs": 3, "echo": True}
+    ask = {
+        "prompt": prompts,
+        "max_tokens": 6,
+        "temperature": 0.9,
+        "seed": 3,
+        "logprobs": 3,
+        "echo": True,
+    }
     for more in ({}, {"strategy": "full"}):  # its own way is speculative
         choices = client.post("/v1/completions", json={**ask, **more}).json()["choices"]
         for prompt, choice in zip(prompts, choices, strict=True):
             found = choice["logprobs"]
-            texts = generate(writer.network, prompts, Full(), SamplingParameters(0.9, seed=3), Limits(6, writer.end_ids))
+            texts = generate(
+                writer.network,
+                prompts,
+                Full(),
+                SamplingParameters(0.9, seed=3),
+                Limits(6, writer.end_ids),
+            )
             ids = [*prompt, *texts[prompts.index(prompt)].tokens]
             expected_sv = log_softmax_of(case, ids[:-1])
-            assert len(found["tokens"]) == len(found["token_logprobs"]) == len(found["text_offset"]) == len(ids)
+            assert (
+                len(found["tokens"])
+                == len(found["token_logprobs"])
+                == len(found["text_offset"])
+                == len(ids)
+            )
             assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
             for place in range(1, len(ids)):
                 row = expected_sv[place - 1]
                 assert math.isclose(found["token_logprobs"][place], row[ids[place]], abs_tol=1e-5)
                 best = sorted(found["top_logprobs"][place].values(), reverse=True)[:3]
-                assert torch.allclose(torch.tensor(best, dtype=torch.double), row.topk(len(best)).values, atol=1e-5)
-    bare = client.post("/v1/completions", json={**ask, "echo": False, "max_tokens": 2, "logprobs": 0}).json()["choices"][0]["logprobs"]
-    assert len(bare["tokens"]) == 2 and bare["top_logprobs"] == [{}, {}] and bare["text_offset"][0] == 0
+                assert torch.allclose(
+                    torch.tensor(best, dtype=torch.double), row.topk(len(best)).values, atol=1e-5
+                )
+    bare = client.post(
+        "/v1/completions", json={**ask, "echo": False, "max_tokens": 2, "logprobs": 0}
+    ).json()["choices"][0]["logprobs"]
+    assert (
+        len(bare["tokens"]) == 2
+        and bare["top_logprobs"] == [{}, {}]
+        and bare["text_offset"][0] == 0
+    )
 
 
 def test_logprobs_of_likelihoods_need_no_new_token(served):
@@ -244,14 +377,31 @@ def test_logprobs_of_likelihoods_need_no_new_token(served):
     case, _ = plain_network("llama")
     ids = [5, 6, 7, 8, 9]
     for count in (0, 1):
-        [choice] = client.post("/v1/completions", json={"prompt": [ids], "max_tokens": count, "temperature": 0, "logprobs": 1,
-                                                        "echo": True, "seed": 1234}).json()["choices"]
+        [choice] = client.post(
+            "/v1/completions",
+            json={
+                "prompt": [ids],
+                "max_tokens": count,
+                "temperature": 0,
+                "logprobs": 1,
+                "echo": True,
+                "seed": 1234,
+            },
+        ).json()["choices"]
         found = choice["logprobs"]["token_logprobs"]
         assert choice["finish_reason"] == "length" and len(found) == 5 + count
         expected_sv = log_softmax_of(case, ids)
-        assert all(math.isclose(found[place], expected_sv[place - 1, ids[place]], abs_tol=1e-5) for place in range(1, 5))
-        is_greedy = [one == max(top.values()) for one, top in zip(found[1:], choice["logprobs"]["top_logprobs"][1:], strict=True)]
-        assert is_greedy[:4] == [int(expected_sv[place - 1].argmax()) == ids[place] for place in range(1, 5)]
+        assert all(
+            math.isclose(found[place], expected_sv[place - 1, ids[place]], abs_tol=1e-5)
+            for place in range(1, 5)
+        )
+        is_greedy = [
+            one == max(top.values())
+            for one, top in zip(found[1:], choice["logprobs"]["top_logprobs"][1:], strict=True)
+        ]
+        assert is_greedy[:4] == [
+            int(expected_sv[place - 1].argmax()) == ids[place] for place in range(1, 5)
+        ]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -259,35 +409,68 @@ def test_logprobs_in_streams_are_those_of_whole_answers(served, path):
     client, *_ = served
     ask = {"max_tokens": 7, "temperature": 0.5, "seed": 2}
     if "chat" in path:
-        ask |= {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2}
+        ask |= {
+            "messages": [{"role": "user", "content": "hi"}],
+            "logprobs": True,
+            "top_logprobs": 2,
+        }
         join = lambda parts: [one for part in parts for one in part["content"]]  # noqa: E731
     else:
         ask |= {"prompt": "hi", "logprobs": 2, "echo": True}
-        join = lambda parts: [one for part in parts for one in zip(part["tokens"], part["token_logprobs"],  # noqa: E731
-                                                                   part["text_offset"], strict=True)]
+
+        def join(parts):
+            return [
+                one
+                for part in parts
+                for one in zip(
+                    part["tokens"], part["token_logprobs"], part["text_offset"], strict=True
+                )
+            ]
+
     whole = client.post(path, json=ask).json()["choices"][0]["logprobs"]
     with client.stream("POST", path, json={**ask, "stream": True}) as answer:
-        chunks = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line and "[DONE]" not in line]
-    parts = [choice["logprobs"] for chunk in chunks for choice in chunk["choices"] if choice.get("logprobs")]
+        chunks = [
+            json.loads(line.removeprefix("data: "))
+            for line in answer.iter_lines()
+            if line and "[DONE]" not in line
+        ]
+    parts = [
+        choice["logprobs"]
+        for chunk in chunks
+        for choice in chunk["choices"]
+        if choice.get("logprobs")
+    ]
     assert join(parts) == join([whole]) and len(join([whole])) == 7 + 3 * ("chat" not in path)
     if "chat" in path:
-        assert all(len(one["top_logprobs"]) == 2 and bytes(one["bytes"]).decode() == one["token"] for one in whole["content"])
+        assert all(
+            len(one["top_logprobs"]) == 2 and bytes(one["bytes"]).decode() == one["token"]
+            for one in whole["content"]
+        )
 
 
 def test_ways_that_write_other_texts_have_no_logprobs(served, monkeypatch):
     client, *_ = served
     monkeypatch.setitem(STRATEGIES, "fixed", Fixed(2))
-    answer = client.post("/v1/completions", json={"prompt": "a", "strategy": "fixed", "logprobs": 1})
+    answer = client.post(
+        "/v1/completions", json={"prompt": "a", "strategy": "fixed", "logprobs": 1}
+    )
     assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("logprobs: ")
 
 
 def test_a_text_of_no_new_tokens(served):
     client, *_ = served
-    whole = client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 0, "echo": True}).json()
+    whole = client.post(
+        "/v1/completions", json={"prompt": "abc", "max_tokens": 0, "echo": True}
+    ).json()
     assert whole["choices"][0]["text"] == "abc" and whole["choices"][0]["finish_reason"] == "length"
-    with client.stream("POST", "/v1/completions", json={"prompt": "abc", "max_tokens": 0, "stream": True}) as answer:
+    with client.stream(
+        "POST", "/v1/completions", json={"prompt": "abc", "max_tokens": 0, "stream": True}
+    ) as answer:
         lines = [line for line in answer.iter_lines() if line]
-    assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length" and lines[-1] == "data: [DONE]"
+    assert (
+        json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        and lines[-1] == "data: [DONE]"
+    )
 
 
 def test_models_by_name(served):
@@ -300,9 +483,14 @@ def test_models_by_name(served):
 
 def test_half_a_pair_is_refused_wherever_it_stands(served):
     client, *_ = served
-    for path, body, field in (("completions", '{"prompt":"a\\ud83d"}', "prompt"), ("completions", '{"prompt":"a","\\ud83d":1}', "\ud83d"),
-                              ("chat/completions", '{"messages":[{"role":"user","content":"\\ud83d"}]}', "messages")):
-        answer = client.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
+    for path, body, field in (
+        ("completions", '{"prompt":"a\\ud83d"}', "prompt"),
+        ("completions", '{"prompt":"a","\\ud83d":1}', "\ud83d"),
+        ("chat/completions", '{"messages":[{"role":"user","content":"\\ud83d"}]}', "messages"),
+    ):
+        answer = client.post(
+            f"/v1/{path}", content=body, headers={"content-type": "application/json"}
+        )
         assert answer.status_code == 400 and answer.json()["error"]["param"] == field
 
 
@@ -316,9 +504,16 @@ def test_of_a_long_text_no_more_than_its_beginning_is_encoded(served, monkeypatc
         return encode(text)
 
     monkeypatch.setattr(writer, "encode", counted)
-    for path, body in (("completions", {"prompt": "a" * 500_000}), ("completions", {"prompt": ["b", "a" * 500_000]}),
-                       ("chat/completions", {"messages": [{"role": "user", "content": "a" * 500_000}]})):
+    for path, body in (
+        ("completions", {"prompt": "a" * 500_000}),
+        ("completions", {"prompt": ["b", "a" * 500_000]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a" * 500_000}]}),
+    ):
         answer = client.post(f"/v1/{path}", json=body)
         error = answer.json()["error"]
-        assert answer.status_code == 400 and "500000 characters" in error["message"] and error["param"] in ("prompt", "messages")
+        assert (
+            answer.status_code == 400
+            and "500000 characters" in error["message"]
+            and error["param"] in ("prompt", "messages")
+        )
     assert max(lengths) < 10_000

@@ -14,7 +14,10 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 def make_state(network, texts, stops=DEPTHS, room=40) -> State:
     state = State(network, len(texts), max(map(len, texts)) + room, stops)
     longest = max(map(len, texts))
-    state.append(torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts]), [len(text) for text in texts])
+    state.append(
+        torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts]),
+        [len(text) for text in texts],
+    )
     return state
 
 
@@ -26,10 +29,19 @@ def said(state: State, depth: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_exit_of_ragged_rows_that_leave_early_and_are_filled_later(family, kind, tmp_path):
-    case, network = nested(tmp_path, family, kind, norms=family != "llama", heads=family == "mistral", tied=family == "qwen2")
+    case, network = nested(
+        tmp_path,
+        family,
+        kind,
+        norms=family != "llama",
+        heads=family == "mistral",
+        tied=family == "qwen2",
+    )
     texts = prompts((30, 3, 17), 100)
     state = make_state(network, texts)
-    for step, depth in enumerate((1, 4, 1, 1, 3, 1, 4, 3)):  # deeper layers find several tokens that they have not read
+    for step, depth in enumerate(
+        (1, 4, 1, 1, 3, 1, 4, 3)
+    ):  # deeper layers find several tokens that they have not read
         got = said(state, depth)
         for row, text in enumerate(texts):
             torch.testing.assert_close(got[row], last_logits(case, depth, text), **CLOSE)
@@ -63,13 +75,17 @@ def test_rows_that_end_leave_the_others_where_memory_is(rows, kind, tmp_path):
     said(state, 1)
     places = [tensor.data_ptr() for tensor in state.memory.tensors()]
     state.select_rows(rows)
-    assert [tensor.data_ptr() for tensor in state.memory.tensors()] == places, "no second memory beside the first"
+    assert [tensor.data_ptr() for tensor in state.memory.tensors()] == places, (
+        "no second memory beside the first"
+    )
     assert all(tensor.size(0) == len(rows) for tensor in state.memory.tensors())
     state.append(torch.tensor([[3]] * len(rows)))
     for depth in (3, 4):
         got = said(state, depth)
         for place, row in enumerate(rows):
-            torch.testing.assert_close(got[place], last_logits(case, depth, [*texts[row], 3]), **CLOSE)
+            torch.testing.assert_close(
+                got[place], last_logits(case, depth, [*texts[row], 3]), **CLOSE
+            )
 
 
 def test_a_long_prompt_is_read_in_parts(monkeypatch):
@@ -98,7 +114,9 @@ def test_each_node_of_a_tree_sees_its_own_path(family, lengths):
     got = state.logits(4, slots)
     for row, text in enumerate(texts):
         for node in range(6):
-            torch.testing.assert_close(got[row, node], last_logits(case, 4, [*text, *path(nodes[row], node)]), **CLOSE)
+            torch.testing.assert_close(
+                got[row, node], last_logits(case, 4, [*text, *path(nodes[row], node)]), **CLOSE
+            )
 
 
 def test_a_tree_is_cut_and_its_best_path_becomes_text():

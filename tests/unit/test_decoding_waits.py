@@ -25,15 +25,24 @@ from tests.support.model_directories import family_model
 
 NEVER, ALWAYS = 1.0, 0.0
 STRATEGIES = [
-    (Full(), 1), (Fixed(2), 1), (SelfSpeculative(2, 6), 1),
+    (Full(), 1),
+    (Fixed(2), 1),
+    (SelfSpeculative(2, 6), 1),
     # every exit is asked, then the last one's token is read
-    (EarlyExit((1, 3), (NEVER, NEVER)), 3), (EarlyExit((1, 3), (ALWAYS, NEVER)), 2),
+    (EarlyExit((1, 3), (NEVER, NEVER)), 3),
+    (EarlyExit((1, 3), (ALWAYS, NEVER)), 2),
     # by drafted token the exits that are asked; then one verification
-    (SortedSpeculative((1, 3), (ALWAYS, NEVER), 6), 7), (SortedSpeculative((1, 3), (NEVER, ALWAYS), 6), 13),
+    (SortedSpeculative((1, 3), (ALWAYS, NEVER), 6), 7),
+    (SortedSpeculative((1, 3), (NEVER, ALWAYS), 6), 13),
     (SortedSpeculative((1, 3), (NEVER, NEVER), 6), 3),
     # by level the exits but the last; the candidates; the tree; what was chosen
-    (TreeSpeculative((2,), (), 4, 2, 6), 3), (TreeSpeculative((1, 3), (NEVER,), 4, 2, 6), 7)]
-SAMPLINGS = [SamplingParameters(), SamplingParameters(0.9, top_k=20, top_p=0.9, repetition_penalty=1.2)]
+    (TreeSpeculative((2,), (), 4, 2, 6), 3),
+    (TreeSpeculative((1, 3), (NEVER,), 4, 2, 6), 7),
+]
+SAMPLINGS = [
+    SamplingParameters(),
+    SamplingParameters(0.9, top_k=20, top_p=0.9, repetition_penalty=1.2),
+]
 
 
 @pytest.fixture
@@ -50,7 +59,12 @@ def stand_in(monkeypatch):
 
 def check(model, waits, strategy, sampling, lengths, measure, graphs):
     with waits, torch.inference_mode():
-        network = Network(model, {depth: Exit(model.model.norm, model.lm_head) for depth in (1, 2, 3, 4)}, packed=False, graphs=graphs)
+        network = Network(
+            model,
+            {depth: Exit(model.model.norm, model.lm_head) for depth in (1, 2, 3, 4)},
+            packed=False,
+            graphs=graphs,
+        )
         if hasattr(strategy, "measure"):
             strategy = type(strategy)(**{**vars(strategy), "measure": measure})
         batch = start_batch(network, prompts(lengths, 100), strategy, sampling, 60, None)
@@ -65,7 +79,11 @@ def check(model, waits, strategy, sampling, lengths, measure, graphs):
 @pytest.mark.parametrize("graphs", [False, True], ids=["by the host", "by the device"])
 @pytest.mark.parametrize("lengths", [(9,), (9, 4)], ids=["one", "ragged"])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
-@pytest.mark.parametrize(("strategy", "times"), STRATEGIES, ids=[f"{strategy.name}-{times}" for strategy, times in STRATEGIES])
+@pytest.mark.parametrize(
+    ("strategy", "times"),
+    STRATEGIES,
+    ids=[f"{strategy.name}-{times}" for strategy, times in STRATEGIES],
+)
 def test_a_step_waits_no_oftener_than_it_must(strategy, times, sampling, lengths, graphs, stand_in):
     for waited in check(*stand_in, strategy, sampling, lengths, "probability", graphs):
         assert len(waited) == times, waited
@@ -73,15 +91,26 @@ def test_a_step_waits_no_oftener_than_it_must(strategy, times, sampling, lengths
 
 @pytest.mark.parametrize("measure", SURENESS)
 def test_measures_do_not_wait(measure, stand_in):
-    for waited in check(*stand_in, EarlyExit((1, 3), (NEVER, NEVER)), SamplingParameters(), (9,), measure, False):
+    for waited in check(
+        *stand_in, EarlyExit((1, 3), (NEVER, NEVER)), SamplingParameters(), (9,), measure, False
+    ):
         assert len(waited) == 3, waited
 
 
 def test_rows_leave_without_a_wait(stand_in):
     model, waits = stand_in
     with waits, torch.inference_mode():
-        network = Network(model, {depth: Exit(model.model.norm, model.lm_head) for depth in (2, 4)}, packed=False)
-        batch = start_batch(network, prompts((9, 4, 6), 100), SelfSpeculative(2, 3), SamplingParameters(0.9, repetition_penalty=1.2), 20, None)
+        network = Network(
+            model, {depth: Exit(model.model.norm, model.lm_head) for depth in (2, 4)}, packed=False
+        )
+        batch = start_batch(
+            network,
+            prompts((9, 4, 6), 100),
+            SelfSpeculative(2, 3),
+            SamplingParameters(0.9, repetition_penalty=1.2),
+            20,
+            None,
+        )
         step = make_step(SelfSpeculative(2, 3), batch)
         step.step()
         waits.found.clear()

@@ -39,7 +39,9 @@ def test_clients_that_left_leave_the_line():
     with pytest.raises(BusyError):
         worker.submit(job())
     waiting[5].leave()
-    assert waiting[5].pieces.get(timeout=30) is None, "it is told at once, before those in front of it"
+    assert waiting[5].pieces.get(timeout=30) is None, (
+        "it is told at once, before those in front of it"
+    )
     last = worker.submit(job())  # there is room again
     for one in (*waiting[:5], *waiting[6:]):
         one.leave()

@@ -22,7 +22,10 @@ class Letters:
 
     def __init__(self):
         euro = "€ä".encode()
-        self.pieces = [(WORDS * 10)[token].encode() if token % 5 else bytes([euro[token // 5 % len(euro)]]) for token in range(100)]
+        self.pieces = [
+            (WORDS * 10)[token].encode() if token % 5 else bytes([euro[token // 5 % len(euro)]])
+            for token in range(100)
+        ]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [[] for _ in texts]  # nothing depends on what is before a text
@@ -53,7 +56,10 @@ def written(writer, texts, **more) -> tuple[list[str], list[str], list[int]]:
 def test_pieces_are_the_whole(writer, strategy):
     texts = prompts((5, 9), 100)
     found, finishes, counts = written(writer, texts, strategy=strategy, max_new_tokens=40)
-    whole = [writer.tokenizer.decode(text.tokens) for text in generate(writer.network, texts, limits=Limits(40))]
+    whole = [
+        writer.tokenizer.decode(text.tokens)
+        for text in generate(writer.network, texts, limits=Limits(40))
+    ]
     assert found == whole and finishes == ["length"] * 2 and counts == [40] * 2
 
 
@@ -63,7 +69,9 @@ def test_stop_words_are_left_out_wherever_they_stand(writer, strategy):
     [whole], _, _ = written(writer, texts, strategy=strategy, max_new_tokens=40)
     for begin, size in ((3, 2), (10, 5), (17, 1), (25, 7)):
         word = whole[begin : begin + size]
-        [found], [finish], _ = written(writer, texts, strategy=strategy, max_new_tokens=40, stop=["not there", word])
+        [found], [finish], _ = written(
+            writer, texts, strategy=strategy, max_new_tokens=40, stop=["not there", word]
+        )
         assert finish == "stop" and found == whole[: whole.index(word)]
 
 
@@ -82,13 +90,25 @@ EURO, A_UMLAUT, END, DOT, B = [0, 5, 10], [15, 20], 99, 9, 1
 """Tokens of `Letters`: bytes of a character, and others."""
 
 
-@pytest.mark.parametrize(("steps", "stop", "text", "finish"), [
-    ([[B, *EURO, *A_UMLAUT]], [], " b€ä", "length"), ([[B], [*EURO, DOT, B]], [], " b€. b", "length"),
-    ([[B, *EURO, END]], [], " b€", "eos"), ([[B, 0], [5, 10, END]], [], " b€", "eos"), ([[B, *EURO, DOT]], ["€"], " b", "stop"),
-    ([[B, *A_UMLAUT, *EURO]], ["ä€"], " b", "stop"), ([[B, 0], [5, 10, DOT]], ["€."], " b", "stop"),
-    ([[B, 0], [5, END]], [], " b\ufffd", "eos"), ([[B, 0], [END]], ["c"], " b\ufffd", "eos"),
-    ([[B, B, B, B, B, 0]], [], " b" * 5 + "\ufffd", "length"), ([[B, DOT], [END]], [". c", ". d"], " b.", "eos")])
-def test_characters_that_end_with_their_text_are_whole(writer, monkeypatch, steps, stop, text, finish):
+@pytest.mark.parametrize(
+    ("steps", "stop", "text", "finish"),
+    [
+        ([[B, *EURO, *A_UMLAUT]], [], " b€ä", "length"),
+        ([[B], [*EURO, DOT, B]], [], " b€. b", "length"),
+        ([[B, *EURO, END]], [], " b€", "eos"),
+        ([[B, 0], [5, 10, END]], [], " b€", "eos"),
+        ([[B, *EURO, DOT]], ["€"], " b", "stop"),
+        ([[B, *A_UMLAUT, *EURO]], ["ä€"], " b", "stop"),
+        ([[B, 0], [5, 10, DOT]], ["€."], " b", "stop"),
+        ([[B, 0], [5, END]], [], " b\ufffd", "eos"),
+        ([[B, 0], [END]], ["c"], " b\ufffd", "eos"),
+        ([[B, B, B, B, B, 0]], [], " b" * 5 + "\ufffd", "length"),
+        ([[B, DOT], [END]], [". c", ". d"], " b.", "eos"),
+    ],
+)
+def test_characters_that_end_with_their_text_are_whole(
+    writer, monkeypatch, steps, stop, text, finish
+):
     """Several tokens of one step are one character, and the text is over with that step; or over with half a character."""
     writer.end_ids = frozenset({END})
     monkeypatch.setattr(generate_module, "make_step", lambda strategy, batch: Script(steps))
@@ -99,7 +119,9 @@ def test_characters_that_end_with_their_text_are_whole(writer, monkeypatch, step
 def test_a_tokenizer_that_writes_the_end_of_a_text_otherwise_does_no_harm(writer, monkeypatch):
     decode = writer.tokenizer.decode
     monkeypatch.setattr(writer.tokenizer, "decode", lambda ids: decode(ids).replace(" b b b", "Z"))
-    monkeypatch.setattr(generate_module, "make_step", lambda strategy, batch: Script([[B], [B], [B], [DOT]]))
+    monkeypatch.setattr(
+        generate_module, "make_step", lambda strategy, batch: Script([[B], [B], [B], [DOT]])
+    )
     assert written(writer, [[5, 6]], max_new_tokens=6, stop=["Z"])[:2] == ([" b b b"], ["stop"])
 
 
@@ -112,11 +134,19 @@ def test_a_text_goes_on_where_the_prompt_ends(tmp_path, monkeypatch):
     for end in range(2, len(whole)):
         rest = text.removeprefix(writer.tokenizer.decode(whole[:end], skip_special_tokens=True))
         for stop in ([], [rest[:2]], [rest[-2:]]):
-            monkeypatch.setattr(generate_module, "make_step", lambda strategy, batch, end=end: Script([whole[end:]]))
-            [found], [finish], _ = written(writer, [whole[:end]], max_new_tokens=len(whole) - end, stop=stop)
-            assert (found, finish) == ((rest[: rest.index(stop[0])], "stop") if stop else (rest, "length"))
+            monkeypatch.setattr(
+                generate_module, "make_step", lambda strategy, batch, end=end: Script([whole[end:]])
+            )
+            [found], [finish], _ = written(
+                writer, [whole[:end]], max_new_tokens=len(whole) - end, stop=stop
+            )
+            assert (found, finish) == (
+                (rest[: rest.index(stop[0])], "stop") if stop else (rest, "length")
+            )
     monkeypatch.setattr(generate_module, "make_step", lambda strategy, batch: Script([whole[1:]]))
-    assert written(writer, [whole[:1]], max_new_tokens=len(whole) - 1)[0] == [text], "nothing stands before it"
+    assert written(writer, [whole[:1]], max_new_tokens=len(whole) - 1)[0] == [text], (
+        "nothing stands before it"
+    )
 
 
 def test_stop_words_that_mean_nothing_are_refused(writer):
@@ -129,14 +159,23 @@ def test_stop_words_that_mean_nothing_are_refused(writer):
 
 
 def test_a_token_is_made_text_once_however_many_stop_words_there_are(writer):
-    texts, asked = [], Limits(12, stop=("not", "there", "at", "all"), to_text=lambda tokens: texts.append(len(tokens)) or "")
+    texts, asked = (
+        [],
+        Limits(
+            12,
+            stop=("not", "there", "at", "all"),
+            to_text=lambda tokens: texts.append(len(tokens)) or "",
+        ),
+    )
     generate(writer.network, [[5, 6]], limits=asked)
     assert texts == list(range(1, 13))
 
 
 def test_prompts_and_conversations(writer):
     assert writer.encode("ab") == [1, 97, 98]
-    assert writer.encode_chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]) == [1, 97, 10, 98, 10]
+    assert writer.encode_chat(
+        [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    ) == [1, 97, 10, 98, 10]
     writer.tokenizer.bos_id = None
     writer.tokenizer.__class__ = type("Bare", (Letters,), {"encode_prompt": lambda self, text: []})
     with pytest.raises(DataError, match="prompt: it is empty"):

@@ -1,6 +1,5 @@
 """What the doctor says of GPUs, NPUs, libraries and variables, from hand-made facts of every failure."""
 
-
 import pytest
 
 from megatron_sorted.doctor.devices import ascend, extras, gpu, names, variables
@@ -9,8 +8,15 @@ from megatron_sorted.doctor.finding import FAIL, OK, WARN, worst
 from megatron_sorted.doctor.probes import Probe
 
 CPU_BUILD = {"version": "2.13.0+cpu", "cuda": None, "devices": []}
-GPUS = {"version": "2.13.0+cu130", "cuda": "13.0", "devices": ["NVIDIA H100 80GB HBM3"] * 2, "capabilities": [[9, 0]] * 2,
-        "architectures": ["sm_80", "sm_90", "sm_100"], "nccl": True, "nccl_version": "2.28.3"}
+GPUS = {
+    "version": "2.13.0+cu130",
+    "cuda": "13.0",
+    "devices": ["NVIDIA H100 80GB HBM3"] * 2,
+    "capabilities": [[9, 0]] * 2,
+    "architectures": ["sm_80", "sm_90", "sm_100"],
+    "nccl": True,
+    "nccl_version": "2.28.3",
+}
 HOST = gpu.GpuHost("580.82", 2)
 
 
@@ -25,16 +31,58 @@ def only(findings):
         (HOST, GPUS, "auto", {}, OK, "2 x NVIDIA H100 80GB HBM3, CUDA 13.0, NCCL 2.28.3"),
         (HOST, CPU_BUILD, "auto", {}, FAIL, "built without CUDA"),
         (gpu.GpuHost("", 0), CPU_BUILD, "cuda", {}, FAIL, "built without CUDA"),
-        (gpu.GpuHost("525.60", 2), GPUS, "auto", {}, FAIL, "driver 525.60 is too old for CUDA 13.0"),
-        (gpu.GpuHost("525.59", 2), {**GPUS, "cuda": "12.8"}, "auto", {}, FAIL, "too old for CUDA 12.8"),
+        (
+            gpu.GpuHost("525.60", 2),
+            GPUS,
+            "auto",
+            {},
+            FAIL,
+            "driver 525.60 is too old for CUDA 13.0",
+        ),
+        (
+            gpu.GpuHost("525.59", 2),
+            {**GPUS, "cuda": "12.8"},
+            "auto",
+            {},
+            FAIL,
+            "too old for CUDA 12.8",
+        ),
         (gpu.GpuHost("525.60.13", 2), {**GPUS, "cuda": "12.8"}, "auto", {}, OK, "CUDA 12.8"),
-        (HOST, {**GPUS, "devices": [], "device_error": "no CUDA-capable device"}, "auto", {}, FAIL, "no CUDA-capable device"),
-        (HOST, {**GPUS, "devices": []}, "cuda", {"CUDA_VISIBLE_DEVICES": ""}, FAIL, "CUDA_VISIBLE_DEVICES is ''"),
+        (
+            HOST,
+            {**GPUS, "devices": [], "device_error": "no CUDA-capable device"},
+            "auto",
+            {},
+            FAIL,
+            "no CUDA-capable device",
+        ),
+        (
+            HOST,
+            {**GPUS, "devices": []},
+            "cuda",
+            {"CUDA_VISIBLE_DEVICES": ""},
+            FAIL,
+            "CUDA_VISIBLE_DEVICES is ''",
+        ),
         (gpu.GpuHost("", 0), {**GPUS, "devices": []}, "auto", {}, OK, "no GPU to use"),
         (HOST, {**GPUS, "device_error": "out of memory"}, "auto", {}, FAIL, "out of memory"),
-        (HOST, {**GPUS, "capabilities": [[7, 0], [9, 0]]}, "auto", {}, FAIL, "has no code for NVIDIA H100 80GB HBM3 (7.0)"),
+        (
+            HOST,
+            {**GPUS, "capabilities": [[7, 0], [9, 0]]},
+            "auto",
+            {},
+            FAIL,
+            "has no code for NVIDIA H100 80GB HBM3 (7.0)",
+        ),
         (HOST, {**GPUS, "nccl": False}, "auto", {}, FAIL, "built without NCCL"),
-        (HOST, {**GPUS, "devices": ["NVIDIA L4", "NVIDIA L40"]}, "auto", {}, WARN, "different devices: NVIDIA L4, NVIDIA L40"),
+        (
+            HOST,
+            {**GPUS, "devices": ["NVIDIA L4", "NVIDIA L40"]},
+            "auto",
+            {},
+            WARN,
+            "different devices: NVIDIA L4, NVIDIA L40",
+        ),
     ],
 )
 def test_gpus(host, torch, device, environment, verdict, words):
@@ -55,7 +103,8 @@ def test_code_for_a_gpu(architectures, major, minor, runs):
 def test_the_driver_is_read_from_the_system(tmp_path):
     (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
     (tmp_path / "proc/driver/nvidia/version").write_text(
-        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Sat Feb 17 22:55:48 UTC 2024\nGCC version:  gcc 12\n")
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Sat Feb 17 22:55:48 UTC 2024\nGCC version:  gcc 12\n"
+    )
     (tmp_path / "dev").mkdir()
     for name in ("nvidia0", "nvidia11", "nvidiactl", "nvidia-uvm"):
         (tmp_path / "dev" / name).touch()
@@ -64,14 +113,27 @@ def test_the_driver_is_read_from_the_system(tmp_path):
 
 
 def npu_host(**changed):
-    return ascend.NpuHost(**{"device_files": 8, "unreadable": (), "driver": "25.2.0", "set_env": "/usr/local/Ascend/cann/set_env.sh",
-                             "cann": "9.1.0", "sourced": True, **changed})
+    return ascend.NpuHost(
+        **{
+            "device_files": 8,
+            "unreadable": (),
+            "driver": "25.2.0",
+            "set_env": "/usr/local/Ascend/cann/set_env.sh",
+            "cann": "9.1.0",
+            "sourced": True,
+            **changed,
+        }
+    )
 
 
 NPUS = Probe({"version": "2.12.0", "devices": ["Ascend910B2"] * 8})
 INSTALLED = {"torch": "2.12.0+cpu", "torch_npu": "2.12.0"}
-NO_LIBRARY = Probe(errors=("RuntimeError: Failed to load the backend extension: torch_npu.",
-                           "ImportError: libhccl.so: cannot open shared object file: No such file or directory"))
+NO_LIBRARY = Probe(
+    errors=(
+        "RuntimeError: Failed to load the backend extension: torch_npu.",
+        "ImportError: libhccl.so: cannot open shared object file: No such file or directory",
+    )
+)
 
 
 @pytest.mark.parametrize(
@@ -100,11 +162,19 @@ NO_LIBRARY = Probe(errors=("RuntimeError: Failed to load the backend extension: 
 def test_npus(host, installed, probe, device, verdict, value, remedy):
     found = ascend.check_npus(host, installed, probe, device)
     assert worst(found) == verdict
-    assert any(value in finding.value and remedy in finding.remedy and finding.verdict == verdict for finding in found), found
+    assert any(
+        value in finding.value and remedy in finding.remedy and finding.verdict == verdict
+        for finding in found
+    ), found
 
 
 def test_a_host_without_npus_is_not_spoken_of():
-    assert not ascend.check_npus(npu_host(device_files=0, sourced=False, set_env="", cann=""), {"torch": "2.13.0"}, None, "auto")
+    assert not ascend.check_npus(
+        npu_host(device_files=0, sourced=False, set_env="", cann=""),
+        {"torch": "2.13.0"},
+        None,
+        "auto",
+    )
 
 
 @pytest.mark.parametrize(("name", "knows"), [
@@ -119,18 +189,27 @@ def test_cann_is_read_from_the_system(tmp_path):
     (home / "latest/runtime").mkdir(parents=True)
     (home / "set_env.sh").touch()
     (home / "latest/runtime/version.info").write_text("Version=7.7.0.1\nversion_dir=8.3.RC1\n")
-    (home / "latest/version.cfg").write_text("# version: 1.0\nruntime_running_version=[7.8.0.1.231:8.3.RC1]\n")
+    (home / "latest/version.cfg").write_text(
+        "# version: 1.0\nruntime_running_version=[7.8.0.1.231:8.3.RC1]\n"
+    )
     (tmp_path / "dev").mkdir()
     for name in ("davinci0", "davinci7", "davinci_manager"):
         (tmp_path / "dev" / name).touch()
     found = ascend.read_npu_host(tmp_path, {})
-    assert (found.device_files, found.set_env, found.cann, found.sourced) == (2, str(home / "set_env.sh"), "8.3.RC1", False)
+    assert (found.device_files, found.set_env, found.cann, found.sourced) == (
+        2,
+        str(home / "set_env.sh"),
+        "8.3.RC1",
+        False,
+    )
     assert ascend.read_npu_host(tmp_path, {"ASCEND_HOME_PATH": str(home / "latest")}).sourced
 
 
 def test_gpu_and_npu_software_beside_each_other():
     assert only(ascend.check_both_kinds(GPUS, 2, NPUS)).verdict == FAIL
-    assert not ascend.check_both_kinds(GPUS, 0, NPUS) and not ascend.check_both_kinds(CPU_BUILD, 0, NPUS)
+    assert not ascend.check_both_kinds(GPUS, 0, NPUS) and not ascend.check_both_kinds(
+        CPU_BUILD, 0, NPUS
+    )
     assert not ascend.check_both_kinds(GPUS, 2, None)
 
 
@@ -148,13 +227,20 @@ def test_gpu_and_npu_software_beside_each_other():
     ],
 )  # fmt: skip
 def test_optional_libraries(check, probe, verdict, remedy):
-    found = only(extras.check_transformer_engine(probe, 1) if check == "engine" else extras.check_apex(probe, {}))
+    found = only(
+        extras.check_transformer_engine(probe, 1)
+        if check == "engine"
+        else extras.check_apex(probe, {})
+    )
     assert found.verdict == verdict and remedy in found.remedy
 
 
 def test_an_engine_without_a_gpu_is_to_be_removed():
     broken = Probe(errors=("ImportError: libcuda.so.1",))
-    assert "pip uninstall transformer-engine" in only(extras.check_transformer_engine(broken, 0)).remedy
+    assert (
+        "pip uninstall transformer-engine"
+        in only(extras.check_transformer_engine(broken, 0)).remedy
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,8 +277,16 @@ def test_waits_against_those_of_a_run(environment, limit, wrong):
 
 
 def test_good_variables_are_shown_and_nothing_else():
-    good = {"NCCL_DEBUG": "WARN", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HCCL_CONNECT_TIMEOUT": "1800", "TASK_QUEUE_ENABLE": "2",
-            "HCCL_EXEC_TIMEOUT": "600", "HCCL_BUFFSIZE": "200", "ASCEND_RT_VISIBLE_DEVICES": "0,1", "HOME": "/root"}
+    good = {
+        "NCCL_DEBUG": "WARN",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "HCCL_CONNECT_TIMEOUT": "1800",
+        "TASK_QUEUE_ENABLE": "2",
+        "HCCL_EXEC_TIMEOUT": "600",
+        "HCCL_BUFFSIZE": "200",
+        "ASCEND_RT_VISIBLE_DEVICES": "0,1",
+        "HOME": "/root",
+    }
     found = only(variables.check_variables(good, True))
     assert found.verdict == OK and "NCCL_DEBUG=WARN" in found.value and "HOME" not in found.value
 
@@ -221,18 +315,40 @@ def test_adapters(environment, verdict):
 
 
 def test_devices_that_a_process_may_see():
-    here = LocalDevices({"torch": Probe(GPUS), "torch_npu": Probe(errors=("x",))}, GPUS, HOST, npu_host(device_files=0))
+    here = LocalDevices(
+        {"torch": Probe(GPUS), "torch_npu": Probe(errors=("x",))},
+        GPUS,
+        HOST,
+        npu_host(device_files=0),
+    )
     assert here.chosen("auto") == "cuda" and here.chosen("cpu") == "cpu" and here.present
-    assert here.count("cuda", {}) == 2 and here.count("cuda", {"CUDA_VISIBLE_DEVICES": "1"}) == 1 and here.count("cpu", {}) == 0
-    assert here.count("cuda", {"CUDA_VISIBLE_DEVICES": "-1"}) == 0 and here.has_bf16("cuda") and here.has_bf16("cpu")
+    assert (
+        here.count("cuda", {}) == 2
+        and here.count("cuda", {"CUDA_VISIBLE_DEVICES": "1"}) == 1
+        and here.count("cpu", {}) == 0
+    )
+    assert (
+        here.count("cuda", {"CUDA_VISIBLE_DEVICES": "-1"}) == 0
+        and here.has_bf16("cuda")
+        and here.has_bf16("cpu")
+    )
     old = {**GPUS, "capabilities": [[9, 0], [7, 5]]}
     assert not LocalDevices({"torch": Probe(old)}, old, HOST, npu_host()).has_bf16("cuda")
 
 
 def test_published_links_and_what_adapters_say(tmp_path):
-    assert names.expected_within_node("NVIDIA H100 80GB HBM3") == 450e9 and names.expected_within_node("NVIDIA H100 PCIe") is None
-    assert names.expected_within_node("Ascend910B2") == 28e9 and names.expected_within_node("NVIDIA A100-SXM4-80GB") == 300e9
-    for adapter, state, rate in (("mlx5_0", "4: ACTIVE\n", "200 Gb/sec (4X HDR)\n"), ("mlx5_1", "1: DOWN\n", "10 Gb/sec\n")):
+    assert (
+        names.expected_within_node("NVIDIA H100 80GB HBM3") == 450e9
+        and names.expected_within_node("NVIDIA H100 PCIe") is None
+    )
+    assert (
+        names.expected_within_node("Ascend910B2") == 28e9
+        and names.expected_within_node("NVIDIA A100-SXM4-80GB") == 300e9
+    )
+    for adapter, state, rate in (
+        ("mlx5_0", "4: ACTIVE\n", "200 Gb/sec (4X HDR)\n"),
+        ("mlx5_1", "1: DOWN\n", "10 Gb/sec\n"),
+    ):
         port = tmp_path / adapter / "ports/1"
         port.mkdir(parents=True)
         (port / "state").write_text(state)

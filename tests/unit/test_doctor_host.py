@@ -28,7 +28,10 @@ def only(findings):
 ])  # fmt: skip
 def test_python(version, active, verdict):
     environment = {} if active is None else {"VIRTUAL_ENV": active}
-    assert only(packages.check_python(version, "/env/bin/python", "/env", environment)).verdict == verdict
+    assert (
+        only(packages.check_python(version, "/env/bin/python", "/env", environment)).verdict
+        == verdict
+    )
 
 
 def test_python_path(tmp_path):
@@ -48,17 +51,28 @@ def write_core(folder: Path, text: str) -> str:
 
 
 def test_copies_on_the_path_and_editable_ones(tmp_path):
-    first = write_core(tmp_path / "one", "MAJOR = 0\nMINOR = 12\nPATCH = 1\n__version__ = '.'.join(map(str, x))\n")
+    first = write_core(
+        tmp_path / "one", "MAJOR = 0\nMINOR = 12\nPATCH = 1\n__version__ = '.'.join(map(str, x))\n"
+    )
     second = write_core(tmp_path / "two", "__version__ = '0.16.1'\n")
     checkout = write_core(tmp_path / "checkout" / "src", "")
     info = tmp_path / "two" / "megatron_core-0.15.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.15.0\n")
-    (info / "direct_url.json").write_text(f'{{"dir_info": {{"editable": true}}, "url": "file://{tmp_path}/checkout"}}')
+    (info / "direct_url.json").write_text(
+        f'{{"dir_info": {{"editable": true}}, "url": "file://{tmp_path}/checkout"}}'
+    )
     (tmp_path / "link").symlink_to(tmp_path / "one")
-    found = packages.copies_of("megatron/core", "megatron-core", [first, second, str(tmp_path / "link"), str(tmp_path / "nothing")])
+    found = packages.copies_of(
+        "megatron/core",
+        "megatron-core",
+        [first, second, str(tmp_path / "link"), str(tmp_path / "nothing")],
+    )
     assert [(copy.folder, copy.version, copy.editable) for copy in found] == [
-        (first, "0.12.1", False), (second, "0.16.1", False), (checkout, "0.15.0", True)]
+        (first, "0.12.1", False),
+        (second, "0.16.1", False),
+        (checkout, "0.15.0", True),
+    ]
 
 
 @pytest.mark.parametrize(("versions", "verdict", "words"), [
@@ -67,16 +81,28 @@ def test_copies_on_the_path_and_editable_ones(tmp_path):
     (["0.16.1", "0.11.0"], WARN, "2 copies; taken: 0.16.1 in /a0; also: 0.11.0 in /a1"), (["0.11.0", "0.16.1"], FAIL, "taken: 0.11.0"),
 ])  # fmt: skip
 def test_copies_are_judged_by_the_one_that_is_taken(versions, verdict, words):
-    copies = [packages.InstalledCopy(f"/a{number}", version) for number, version in enumerate(versions)]
+    copies = [
+        packages.InstalledCopy(f"/a{number}", version) for number, version in enumerate(versions)
+    ]
     found = only(packages.check_megatron_copies(copies))
-    assert found.verdict == verdict and words in found.value and bool(found.remedy) == (verdict != OK)
+    assert (
+        found.verdict == verdict and words in found.value and bool(found.remedy) == (verdict != OK)
+    )
 
 
 def test_required_packages():
     whole = {name.lower(): "9.0" for name in packages.REQUIRED}
     assert only(packages.check_required(whole)).verdict == OK
-    found = packages.check_required({**{name: version for name, version in whole.items() if name != "psutil"}, "pydantic": "1.10"})
-    assert [(finding.name, finding.verdict) for finding in found] == [("pydantic", FAIL), ("psutil", FAIL)]
+    found = packages.check_required(
+        {
+            **{name: version for name, version in whole.items() if name != "psutil"},
+            "pydantic": "1.10",
+        }
+    )
+    assert [(finding.name, finding.verdict) for finding in found] == [
+        ("pydantic", FAIL),
+        ("psutil", FAIL),
+    ]
     assert "hangs" in found[1].value
 
 
@@ -86,9 +112,20 @@ def test_required_packages():
         ({"torch": Probe(TORCH)}, OK, "2.13.0 in /x/torch"),
         ({"torch": Probe({**TORCH, "version": "2.3.0"})}, FAIL, "2.3.0"),
         ({"torch": Probe({**TORCH, "gloo": False})}, FAIL, "without gloo"),
-        ({"torch": Probe(errors=("ModuleNotFoundError: No module named 'torch'",))}, FAIL, "not installed"),
+        (
+            {"torch": Probe(errors=("ModuleNotFoundError: No module named 'torch'",))},
+            FAIL,
+            "not installed",
+        ),
         ({"torch": Probe(errors=("crashed with SIGSEGV",))}, FAIL, "SIGSEGV"),
-        ({"torch": Probe(errors=("RuntimeError: a", "ImportError: b")), "torch alone": Probe(TORCH)}, FAIL, "ImportError: b"),
+        (
+            {
+                "torch": Probe(errors=("RuntimeError: a", "ImportError: b")),
+                "torch alone": Probe(TORCH),
+            },
+            FAIL,
+            "ImportError: b",
+        ),
     ],
 )
 def test_torch(probes, verdict, words):
@@ -97,8 +134,11 @@ def test_torch(probes, verdict, words):
 
 
 def test_imports_that_crash_hang_or_end_are_told_apart(tmp_path):
-    for name, text in (("apex", "import os; os.abort()"), ("torch", "import time; time.sleep(60)"),
-                       ("transformer_engine", "print('hello'); raise SystemExit(3)")):
+    for name, text in (
+        ("apex", "import os; os.abort()"),
+        ("torch", "import time; time.sleep(60)"),
+        ("transformer_engine", "print('hello'); raise SystemExit(3)"),
+    ):
         (tmp_path / f"{name}.py").write_text(text)
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}
     assert "SIGABRT" in probe(["apex"], environment, 60)[0].error
@@ -122,7 +162,11 @@ def test_what_is_examined_stands_where_training_finds_it(monkeypatch, root, is_c
     [((65536, -1), []), ((1024, -1), ["ulimit -n (files)"]), ((-1, 65536), ["ulimit -l (locked)"])],
 )
 def test_limits(values, names):
-    assert [finding.name for finding in limits.check_limits(*values, has_device=True) if finding.verdict != OK] == names
+    assert [
+        finding.name
+        for finding in limits.check_limits(*values, has_device=True)
+        if finding.verdict != OK
+    ] == names
 
 
 def test_limits_that_matter_to_devices_only():
@@ -142,10 +186,20 @@ def test_limits_of_containers_of_both_versions(tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     for folder in (two, one / "cpu", one / "memory", one / "pids"):
         folder.mkdir(parents=True)
-    for name, text in (("cpu.max", "150000 100000"), ("memory.max", "8589934592"), ("memory.current", "1024"), ("pids.max", "max")):
+    for name, text in (
+        ("cpu.max", "150000 100000"),
+        ("memory.max", "8589934592"),
+        ("memory.current", "1024"),
+        ("pids.max", "max"),
+    ):
         (two / name).write_text(text + "\n")
-    for name, text in (("cpu/cpu.cfs_quota_us", "-1"), ("cpu/cpu.cfs_period_us", "100000"), ("pids/pids.max", "512"),
-                       ("memory/memory.limit_in_bytes", "9223372036854771712"), ("memory/memory.usage_in_bytes", "5")):
+    for name, text in (
+        ("cpu/cpu.cfs_quota_us", "-1"),
+        ("cpu/cpu.cfs_period_us", "100000"),
+        ("pids/pids.max", "512"),
+        ("memory/memory.limit_in_bytes", "9223372036854771712"),
+        ("memory/memory.usage_in_bytes", "5"),
+    ):
         (one / name).write_text(text + "\n")
     assert limits.read_container(two) == Container(8 * GIB, 1024, 1.5, None)
     assert limits.read_container(one) == Container(None, 5, None, 512)
@@ -155,7 +209,14 @@ def test_limits_of_containers_of_both_versions(tmp_path):
 def test_memory_of_a_container():
     assert only(limits.check_memory(64 * GIB, 32 * GIB, Container())).verdict == OK
     assert only(limits.check_memory(64 * GIB, GIB // 2, Container())).verdict == WARN
-    assert only(limits.check_memory(64 * GIB, 32 * GIB, Container(memory_bytes=2 * GIB, memory_used_bytes=3 * GIB // 2))).verdict == WARN
+    assert (
+        only(
+            limits.check_memory(
+                64 * GIB, 32 * GIB, Container(memory_bytes=2 * GIB, memory_used_bytes=3 * GIB // 2)
+            )
+        ).verdict
+        == WARN
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,8 +233,12 @@ def test_processors(usable, container, threads, processes, wrong):
     assert [finding.name for finding in found if finding.verdict != OK] == wrong
 
 
-LOOPBACK, FAST, SLOW, DOWN = (Interface("lo", "127.0.0.1", True, None), Interface("eth0", "10.0.0.1", True, 200000),
-                              Interface("eth1", "10.1.0.1", True, 1000), Interface("ib0", "", False, None))
+LOOPBACK, FAST, SLOW, DOWN = (
+    Interface("lo", "127.0.0.1", True, None),
+    Interface("eth0", "10.0.0.1", True, 200000),
+    Interface("eth1", "10.1.0.1", True, 1000),
+    Interface("ib0", "", False, None),
+)
 GLOO, NCCL, HCCL = (f"{library}_SOCKET_IFNAME" for library in ("GLOO", "NCCL", "HCCL"))
 
 
@@ -198,19 +263,32 @@ def test_host_name_and_master():
     def host(*addresses, nodes=2, named=()):
         return only(interfaces.check_host_name("n1", addresses, nodes, dict(named))).verdict
 
-    assert (host("10.0.0.1"), host("127.0.1.1"), host(), host("127.0.1.1", nodes=1), host(nodes=1)) == (OK, FAIL, FAIL, OK, WARN)
+    assert (
+        host("10.0.0.1"),
+        host("127.0.1.1"),
+        host(),
+        host("127.0.1.1", nodes=1),
+        host(nodes=1),
+    ) == (OK, FAIL, FAIL, OK, WARN)
     assert host("127.0.1.1", named={GLOO: "eth0"}.items()) == OK
 
     def master(address, *addresses, nodes=2):
         return worst(interfaces.check_master(address, addresses, nodes))
 
-    assert (master(None), master("n0", "10.0.0.1"), master("n0"), master("localhost", "127.0.0.1")) == (OK, OK, FAIL, FAIL)
+    assert (
+        master(None),
+        master("n0", "10.0.0.1"),
+        master("n0"),
+        master("localhost", "127.0.0.1"),
+    ) == (OK, OK, FAIL, FAIL)
     assert master("localhost", "::1", "127.0.0.1", nodes=1) == OK
 
 
 def test_this_host_has_a_loopback():
     assert any(one.address == "127.0.0.1" and one.up for one in interfaces.read_interfaces())
-    assert "127.0.0.1" in interfaces.addresses_of("localhost") and not interfaces.addresses_of("no.such.host.invalid")
+    assert "127.0.0.1" in interfaces.addresses_of("localhost") and not interfaces.addresses_of(
+        "no.such.host.invalid"
+    )
 
 
 MOUNTS = """\
@@ -249,7 +327,12 @@ def test_disks(kind, changed, num_nodes, verdict, words):
 
 def test_a_real_folder_is_tried_and_left_as_it_was(tmp_path):
     facts = disks.try_disk(tmp_path, 60, mebibytes=2)
-    assert facts["same"] and facts["free"] > 0 and facts["seconds"] > 0 and not list(tmp_path.iterdir())
+    assert (
+        facts["same"]
+        and facts["free"] > 0
+        and facts["seconds"] > 0
+        and not list(tmp_path.iterdir())
+    )
     assert "error" in disks.try_disk(tmp_path / "missing", 60)
     assert "did not end" in disks.try_disk(tmp_path, 0.001)["error"]
     assert disks.existing_folder(tmp_path / "a" / "b") == tmp_path
@@ -284,12 +367,24 @@ GPU_SITE = dataclasses.replace(SITE, device="cuda", num_devices=8)
 @pytest.mark.parametrize(
     ("changed", "site", "verdict", "words"),
     [
-        ({}, SITE, OK, "on 4 processes"), ({}, dataclasses.replace(SITE, world_size=3), FAIL, "3 is not a multiple of 2"),
+        ({}, SITE, OK, "on 4 processes"),
+        ({}, dataclasses.replace(SITE, world_size=3), FAIL, "3 is not a multiple of 2"),
         ({"bf16": True}, dataclasses.replace(GPU_SITE, has_bf16=False), FAIL, "--bf16"),
-        ({"fp16": True}, SITE, WARN, "--fp16"), ({}, dataclasses.replace(GPU_SITE, num_devices=0), FAIL, "has none"),
-        ({}, dataclasses.replace(GPU_SITE, num_devices=2), FAIL, "4 processes on this host, 2 devices"),
+        ({"fp16": True}, SITE, WARN, "--fp16"),
+        ({}, dataclasses.replace(GPU_SITE, num_devices=0), FAIL, "has none"),
+        (
+            {},
+            dataclasses.replace(GPU_SITE, num_devices=2),
+            FAIL,
+            "4 processes on this host, 2 devices",
+        ),
         ({}, dataclasses.replace(GPU_SITE, local_processes=None), OK, "8 x cuda"),
-        ({"mock_data": False, "data_path": ("none",), "tokenizer_model": "none.model"}, SITE, FAIL, "none.bin"),
+        (
+            {"mock_data": False, "data_path": ("none",), "tokenizer_model": "none.model"},
+            SITE,
+            FAIL,
+            "none.bin",
+        ),
         ({"load": "nowhere"}, SITE, FAIL, "nowhere is not a folder"),
         ({"hang_timeout_minutes": 100.0}, SITE, WARN, "100"),
     ],
@@ -301,8 +396,12 @@ def test_runs(tmp_path, changed, site, verdict, words):
 
 
 def test_data_files_are_opened(tmp_path):
-    settings = dataclasses.replace(settings_of(tmp_path), mock_data=False, data_path=(str(tmp_path / "text"),),
-                                   tokenizer_model=str(tmp_path / "tokenizer.model"))
+    settings = dataclasses.replace(
+        settings_of(tmp_path),
+        mock_data=False,
+        data_path=(str(tmp_path / "text"),),
+        tokenizer_model=str(tmp_path / "tokenizer.model"),
+    )
     for name, text in (("text.bin", "x"), ("text.idx", ""), ("tokenizer.model", "x")):
         (tmp_path / name).write_text(text)
     bad = [finding for finding in run_file.check_run(settings, SITE) if finding.verdict != OK]
@@ -314,7 +413,9 @@ def test_data_files_are_opened(tmp_path):
 def test_a_run_file_that_cannot_be_read_is_a_finding(tmp_path):
     (tmp_path / "run.yaml").write_text("num-layer: 4\n")
     settings, found = run_file.load_run(tmp_path / "run.yaml")
-    assert settings is None and "num-layer" in only(found).value and "num-layers" in only(found).remedy
+    assert (
+        settings is None and "num-layer" in only(found).value and "num-layers" in only(found).remedy
+    )
 
 
 def test_the_size_of_a_checkpoint(tmp_path):
@@ -330,14 +431,32 @@ def test_the_size_of_a_checkpoint(tmp_path):
 def test_processes_a_run_is_checked_for(tmp_path):
     settings = settings_of(tmp_path)
     wanted = run_file.wanted_processes
-    assert settings.world_size is None and [wanted(settings, None, None, devices) for devices in (8, 0, 3)] == [8, 2, 2]
+    assert settings.world_size is None and [
+        wanted(settings, None, None, devices) for devices in (8, 0, 3)
+    ] == [8, 2, 2]
     settings = dataclasses.replace(settings, world_size=128)
-    assert (wanted(settings, 16, 4, 8), wanted(settings, None, 4, 8), wanted(settings, None, None, 8)) == (16, 4, 128)
+    assert (
+        wanted(settings, 16, 4, 8),
+        wanted(settings, None, 4, 8),
+        wanted(settings, None, None, 8),
+    ) == (16, 4, 128)
 
 
-TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
-SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_NODEID": "1"}
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "GROUP_RANK": "1",
+}
+SRUN = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "9",
+    "SLURM_NTASKS": "16",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NODEID": "1",
+}
 
 
 @pytest.mark.parametrize(("environment", "world", "num_nodes"), [
@@ -362,7 +481,10 @@ def test_a_world_that_cannot_be(environment, words):
     ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "mpiexec"),
 ])  # fmt: skip
 def test_tasks_that_would_each_be_a_run_of_their_own_are_refused(environment, launcher):
-    with pytest.raises(PlatformError, match=f"{launcher} started 2 tasks .* torchrun, on several hosts with slurm/gpu.sbatch"):
+    with pytest.raises(
+        PlatformError,
+        match=f"{launcher} started 2 tasks .* torchrun, on several hosts with slurm/gpu.sbatch",
+    ):
         read_world_of_training(environment)
     # torchrun below it is what is asked for
     assert read_world_of_training({**environment, **TORCHRUN}) == World(5, 8, 1, 4, 1)

@@ -1,6 +1,5 @@
 """The doctor's tables and its judgement of jobs, from hand-made cards, figures and phases."""
 
-
 import pytest
 import torch
 
@@ -8,7 +7,12 @@ from megatron_sorted.doctor.finding import FAIL, OK, WARN, broken, doubtful, fin
 from megatron_sorted.doctor.network.cards import Card, check_alike, digest_of, node_names
 from megatron_sorted.doctor.network.clocks import check_offsets
 from megatron_sorted.doctor.network.examination import check_missing
-from megatron_sorted.doctor.network.judge import check_collectives, check_messages, check_sums, published_across
+from megatron_sorted.doctor.network.judge import (
+    check_collectives,
+    check_messages,
+    check_sums,
+    published_across,
+)
 from megatron_sorted.doctor.network.measure import Meter, differing
 from megatron_sorted.doctor.network.meeting import MissingRanksError
 from megatron_sorted.doctor.network.pairs import ACROSS, WITHIN, pair_rounds, ring_rounds
@@ -26,15 +30,27 @@ def only(findings):
 
 
 def card(rank, node=0, host="n0", device="cpu", versions=(), variables=()):
-    return Card(rank, node, rank % 2, host, 100 + rank, {"torch": "2.13.0", "megatron-core": "0.16.1", **dict(versions)},
-                {"NCCL_DEBUG": "WARN", **dict(variables)}, (), device, "")
+    return Card(
+        rank,
+        node,
+        rank % 2,
+        host,
+        100 + rank,
+        {"torch": "2.13.0", "megatron-core": "0.16.1", **dict(versions)},
+        {"NCCL_DEBUG": "WARN", **dict(variables)},
+        (),
+        device,
+        "",
+    )
 
 
 def test_the_table_is_aligned_and_wrapped():
     found = [fine("python", "3.11"), broken("torch_npu", "libhccl.so " * 8, "source set_env.sh")]
     text = as_text({"n0": found}, 80)
     lines = text.splitlines()
-    assert lines[0] == "OK    python     3.11" and lines[1].startswith("FAIL  torch_npu  libhccl.so")
+    assert lines[0] == "OK    python     3.11" and lines[1].startswith(
+        "FAIL  torch_npu  libhccl.so"
+    )
     assert all(len(line) <= 80 for line in lines) and lines[-2] == " " * 17 + "-> source set_env.sh"
     assert lines[-1] == "1 fine, 0 doubtful, 1 that will not work"
 
@@ -44,12 +60,20 @@ def test_hosts_with_the_same_finding_share_a_row():
     much, little = fine("memory", "5 GiB"), fine("memory", "4 GiB")
     by_host = {"n0": [much, fine("disk", "fast")], "n1": [little, slow], "n2": [much, slow]}
     rows = merge_hosts(by_host)
-    assert [(row.hosts, row.finding.verdict) for row in rows] == [(("n0", "n2", "n1"), OK), (("n0",), OK), (("n1", "n2"), WARN)]
+    assert [(row.hosts, row.finding.verdict) for row in rows] == [
+        (("n0", "n2", "n1"), OK),
+        (("n0",), OK),
+        (("n1", "n2"), WARN),
+    ]
     assert rows[0].finding.value == "5 GiB (on n0; others differ)"
     text = as_text(by_host, 100)
     assert "OK    memory  all     5 GiB" in text and "WARN  disk    n1, n2  slow" in text
     data = as_data(by_host, [{"operation": "clock"}])
-    assert (data["verdict"], len(data["findings"]), data["network"]) == (WARN, 6, [{"operation": "clock"}])
+    assert (data["verdict"], len(data["findings"]), data["network"]) == (
+        WARN,
+        6,
+        [{"operation": "clock"}],
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8])
@@ -67,7 +91,12 @@ def test_pairs_within_and_across_nodes():
     rounds = pair_rounds({0: [0, 1], 1: [2, 3], 2: [4, 5]})
     assert all(len({pair.kind for pair in one}) == 1 for one in rounds)
     within = {(pair.first, pair.second) for one in rounds for pair in one if pair.kind == WITHIN}
-    across = {frozenset((pair.first, pair.second)) for one in rounds for pair in one if pair.kind == ACROSS}
+    across = {
+        frozenset((pair.first, pair.second))
+        for one in rounds
+        for pair in one
+        if pair.kind == ACROSS
+    }
     assert within == {(0, 1), (2, 3), (4, 5)}
     assert across == {frozenset(pair) for pair in ((0, 2), (1, 3), (2, 4), (3, 5), (4, 0), (5, 1))}
     for one in rounds:
@@ -78,16 +107,32 @@ def test_pairs_within_and_across_nodes():
 
 def test_processes_that_differ_are_named():
     alike = [card(rank, rank // 2, f"n{rank // 2}") for rank in range(4)]
-    assert only(check_alike(alike)).verdict == OK and "megatron-core 0.16.1" in check_alike(alike)[0].value
-    other = check_alike([*alike[:3], card(3, 1, "n1", versions={"megatron-core": "0.12.1"}.items())])
-    assert only(other) == broken("same megatron-core", "0.16.1 on 3 processes; 0.12.1 on rank 3 on n1",
-                                 "Install the same on every node (one image, or one shared environment).")
+    assert (
+        only(check_alike(alike)).verdict == OK
+        and "megatron-core 0.16.1" in check_alike(alike)[0].value
+    )
+    other = check_alike(
+        [*alike[:3], card(3, 1, "n1", versions={"megatron-core": "0.12.1"}.items())]
+    )
+    assert only(other) == broken(
+        "same megatron-core",
+        "0.16.1 on 3 processes; 0.12.1 on rank 3 on n1",
+        "Install the same on every node (one image, or one shared environment).",
+    )
     lacking = check_alike([*alike[:3], card(3, 1, "n1", versions={"apex": "0.1"}.items())])
     assert only(lacking).value == "missing on 3 processes; 0.1 on rank 3 on n1"
-    driver = check_alike([card(0, versions={"NVIDIA driver": "580"}.items()), card(1, versions={"NVIDIA driver": "570"}.items())])
+    driver = check_alike(
+        [
+            card(0, versions={"NVIDIA driver": "580"}.items()),
+            card(1, versions={"NVIDIA driver": "570"}.items()),
+        ]
+    )
     assert [finding.verdict for finding in driver] == [WARN, OK]
     variable = check_alike([*alike[:3], card(3, 1, "n1", variables={"NCCL_ALGO": "Ring"}.items())])
-    assert [(finding.name, finding.verdict) for finding in variable] == [("same versions", OK), ("same NCCL_ALGO", WARN)]
+    assert [(finding.name, finding.verdict) for finding in variable] == [
+        ("same versions", OK),
+        ("same NCCL_ALGO", WARN),
+    ]
     assert check_alike([card(0), card(1, device="NVIDIA L4")])[0].name == "same device"
 
 
@@ -117,8 +162,15 @@ def test_clocks(ahead, uncertainty, verdict):
 
 
 def figure(operation, scope, rank, speed, total=2**24, wrong=0, peer=None, seconds=None):
-    row = {"operation": operation, "scope": scope, "bytes": total, "seconds": seconds or total / speed, "bytes_per_second": speed,
-           "wrong": wrong, "rank": rank}
+    row = {
+        "operation": operation,
+        "scope": scope,
+        "bytes": total,
+        "seconds": seconds or total / speed,
+        "bytes_per_second": speed,
+        "wrong": wrong,
+        "rank": rank,
+    }
     return row if peer is None else {**row, "peer": peer}
 
 
@@ -126,7 +178,10 @@ def test_wrong_sums_fail_and_name_who_saw_them():
     good = [figure("all-reduce", "all processes", rank, 1e9) for rank in range(4)]
     assert only(check_sums(good, NAMES)).verdict == OK
     found = only(check_sums([*good, figure("all-gather", WITHIN, 3, 1e9, wrong=17)], NAMES))
-    assert found.verdict == FAIL and found.value == "all-gather of 16 MiB: 17 wrong numbers; seen by rank 3 on n1"
+    assert (
+        found.verdict == FAIL
+        and found.value == "all-gather of 16 MiB: 17 wrong numbers; seen by rank 3 on n1"
+    )
 
 
 def test_wrong_numbers_are_counted():
@@ -138,7 +193,11 @@ def test_wrong_numbers_are_counted():
 def test_the_pattern_repeats_and_its_sums_are_exact():
     meter = Meter(torch.device("cpu"), lambda: None, None, 1.0)
     pattern = meter.pattern(600)
-    assert pattern[:3].tolist() == [0, 1, 2] and pattern[255:258].tolist() == [255, 0, 1] and pattern.dtype == torch.float32
+    assert (
+        pattern[:3].tolist() == [0, 1, 2]
+        and pattern[255:258].tolist() == [255, 0, 1]
+        and pattern.dtype == torch.float32
+    )
     largest = pattern.max() * 4096 + 4096 * 4095 // 2
     assert int(largest) == 255 * 4096 + 4096 * 4095 // 2 < 2**24
 
@@ -148,41 +207,68 @@ def test_a_slow_node_is_named():
     even = [figure("all-reduce", WITHIN, rank, 1e9 + rank) for rank in range(8)]
     small = [figure("all-reduce", WITHIN, rank, 1e7, total=4096) for rank in range(8)]
     found = only(check_collectives(even + small, WITHIN, place))
-    assert found.verdict == OK and found.value == "4 KiB 410 us; 16 MiB 1.00 GB/s on the slowest, n0"
+    assert (
+        found.verdict == OK and found.value == "4 KiB 410 us; 16 MiB 1.00 GB/s on the slowest, n0"
+    )
     slow = [*even[:5], figure("all-reduce", WITHIN, 5, 0.4e9), *even[6:]]
     found = only(check_collectives(slow, WITHIN, place))
-    assert found.verdict == WARN and "1 of 4 are below half of the usual 1.00 GB/s: n2 0.40 GB/s" in found.value
+    assert (
+        found.verdict == WARN
+        and "1 of 4 are below half of the usual 1.00 GB/s: n2 0.40 GB/s" in found.value
+    )
 
 
 def test_slow_pairs_are_named_and_links_that_fell_back():
     pairs = [figure("message", ACROSS, rank, 20e9, peer=rank + 2) for rank in range(4)]
     found = only(check_messages(pairs, ACROSS, NAMES, 25e9))
     assert found.verdict == OK and "slowest: rank 0 on n0 - rank 2 on n1, 20.00 GB/s" in found.value
-    found = only(check_messages([*pairs, figure("message", ACROSS, 5, 2e9, peer=7)], ACROSS, NAMES, None))
-    assert found.verdict == WARN and "below half of the usual 20.00 GB/s: rank 5 on n2 - rank 7 on n3 2.00 GB/s" in found.value
+    found = only(
+        check_messages([*pairs, figure("message", ACROSS, 5, 2e9, peer=7)], ACROSS, NAMES, None)
+    )
+    assert (
+        found.verdict == WARN
+        and "below half of the usual 20.00 GB/s: rank 5 on n2 - rank 7 on n3 2.00 GB/s"
+        in found.value
+    )
     found = only(check_messages(pairs, ACROSS, NAMES, 50e9))
     assert found.verdict == WARN and "the link should do 50.00 GB/s" in found.value
     assert not check_messages([], ACROSS, NAMES, None)
 
 
 def test_the_share_of_adapters():
-    assert published_across([200.0] * 8, 8) == 25e9 and published_across([400.0], 8) == 6.25e9 and published_across([], 8) is None
+    assert (
+        published_across([200.0] * 8, 8) == 25e9
+        and published_across([400.0], 8) == 6.25e9
+        and published_across([], 8) is None
+    )
 
 
 def test_all_figures_are_judged_together():
     cards = [card(rank, rank // 2, f"n{rank // 2}") for rank in range(4)]
     figures = [figure("all-reduce", "all processes", rank, 1e9) for rank in range(4)]
-    figures += [figure("message", WITHIN, 0, 1e9, peer=1), figure("message", WITHIN, 1, 1e9, peer=0),
-                {"operation": "clock", "rank": 0, "peer": 2, "seconds": 0.5, "uncertainty": 0.1}]
-    assert [finding.name for finding in judge(figures, cards)] == ["clocks", "sums", "all-reduce, all processes", "messages within a node"]
+    figures += [
+        figure("message", WITHIN, 0, 1e9, peer=1),
+        figure("message", WITHIN, 1, 1e9, peer=0),
+        {"operation": "clock", "rank": 0, "peer": 2, "seconds": 0.5, "uncertainty": 0.1},
+    ]
+    assert [finding.name for finding in judge(figures, cards)] == [
+        "clocks",
+        "sums",
+        "all-reduce, all processes",
+        "messages within a node",
+    ]
 
 
 def test_missing_ranks_are_named_with_their_nodes():
     error = MissingRanksError([1, 4, 5], [card(0, 0, "a"), card(2, 1, "b"), card(3, 1, "b")])
     found = check_missing(error, World(0, 6, 0, 2, 0), 60, False)
-    assert found.value == ("3 of 6 did not come within 60 s: rank 1 (on a), rank 4 (node 2, from which nobody came), "
-                           "rank 5 (node 2, from which nobody came)")
-    assert "the launcher ended the job" in check_missing(error, World(0, 6, 0, 2, 0), 60, True).value
+    assert found.value == (
+        "3 of 6 did not come within 60 s: rank 1 (on a), rank 4 (node 2, from which nobody came), "
+        "rank 5 (node 2, from which nobody came)"
+    )
+    assert (
+        "the launcher ended the job" in check_missing(error, World(0, 6, 0, 2, 0), 60, True).value
+    )
 
 
 ALIKE = dict.fromkeys(range(3), (3, "all-reduce"))
@@ -191,16 +277,39 @@ ALIKE = dict.fromkeys(range(3), (3, "all-reduce"))
 @pytest.mark.parametrize(
     ("phases", "errors", "silent", "told", "words"),
     [
-        ({0: (3, "all-reduce"), 1: (2, "clocks"), 2: (3, "all-reduce")}, {}, [], False,
-         "in all-reduce the others wait for rank 1 on b, for 8 s"),
+        (
+            {0: (3, "all-reduce"), 1: (2, "clocks"), 2: (3, "all-reduce")},
+            {},
+            [],
+            False,
+            "in all-reduce the others wait for rank 1 on b, for 8 s",
+        ),
         (ALIKE, {}, [], False, "all processes stand still in all-reduce, for 8 s"),
-        (ALIKE, {}, [1], False, "in all-reduce the others wait for rank 1 on b, without a sign of life, for 8 s"),
-        (ALIKE, {0: "gloo:\nclosed by peer"}, [], False,
-         "failed in all-reduce. rank 0 on a: gloo: closed by peer"),
-        ({0: (1, "connections"), 2: (1, "connections")}, {}, [], True,
-         "the launcher ended the job, since a process had ended; in connections the others wait for rank 1 on b"),
+        (
+            ALIKE,
+            {},
+            [1],
+            False,
+            "in all-reduce the others wait for rank 1 on b, without a sign of life, for 8 s",
+        ),
+        (
+            ALIKE,
+            {0: "gloo:\nclosed by peer"},
+            [],
+            False,
+            "failed in all-reduce. rank 0 on a: gloo: closed by peer",
+        ),
+        (
+            {0: (1, "connections"), 2: (1, "connections")},
+            {},
+            [],
+            True,
+            "the launcher ended the job, since a process had ended; in connections the others wait for rank 1 on b",
+        ),
     ],
 )
 def test_why_a_test_ended_early(phases, errors, silent, told, words):
-    found = explain(phases, errors, silent, {0: "rank 0 on a", 1: "rank 1 on b", 2: "rank 2 on c"}, told, 8)
+    found = explain(
+        phases, errors, silent, {0: "rank 0 on a", 1: "rank 1 on b", 2: "rank 2 on c"}, told, 8
+    )
     assert found.value == words and worst([found]) == FAIL

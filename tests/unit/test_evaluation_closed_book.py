@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from megatron_sorted.errors import SettingsError
-from megatron_sorted.evaluation.closed_book import Answered, Answering, answer_questions, decode_greedily, encode_prompts
+from megatron_sorted.evaluation.closed_book import (
+    Answered,
+    Answering,
+    answer_questions,
+    decode_greedily,
+    encode_prompts,
+)
 from megatron_sorted.evaluation.nested_model import load_nested_model
 from megatron_sorted.evaluation.questions import Question
 from megatron_sorted.exported.tokenizer import open_tokenizer
@@ -15,7 +21,9 @@ PROMPTS = ["Once", *TEXTS, "The cat", "A", "A bird flew and the dog"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return load_nested_model(write_model(tmp_path_factory.mktemp("model") / "m", max_position_embeddings=128))
+    return load_nested_model(
+        write_model(tmp_path_factory.mktemp("model") / "m", max_position_embeddings=128)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,10 @@ def test_batches_say_what_single_prompts_say(model, tokenizer, depth):
     prompts, num_cut = encode_prompts(PROMPTS, tokenizer, 128 - 12)
     assert num_cut == 0 and all(ids[0] == 1 for ids in prompts)
     sub, ends = model.sub_model(depth), Answering(tokenizer, 12).stop_ids
-    expected = [tokenizer.decode(one_by_one(sub, ids, ends, 12), skip_special_tokens=True) for ids in prompts]
+    expected = [
+        tokenizer.decode(one_by_one(sub, ids, ends, 12), skip_special_tokens=True)
+        for ids in prompts
+    ]
     for batch_size in (1, 3, 16):
         assert decode_greedily(sub, prompts, Answering(tokenizer, 12, batch_size)) == expected
     assert len(set(expected)) > 3
@@ -45,7 +56,11 @@ def test_batches_say_what_single_prompts_say(model, tokenizer, depth):
 def test_an_answer_ends_at_a_line_break(model, tokenizer):
     ends = Answering(tokenizer, 12).stop_ids
     breaks = tokenizer.vocabulary()["<0x0A>"]
-    assert breaks in ends and 2 in ends and all("\n" in tokenizer.decode([token]) for token in ends if token != 2)
+    assert (
+        breaks in ends
+        and 2 in ends
+        and all("\n" in tokenizer.decode([token]) for token in ends if token != 2)
+    )
     sub = model.sub_model(3)
     prompts, _ = encode_prompts(PROMPTS, tokenizer, 50)
     with torch.no_grad():
@@ -65,7 +80,9 @@ def test_scores_of_made_answers(model, tokenizer):
     found = answer_questions(model, 2, questions, prompts, Answering(tokenizer, 5))
     assert found.answers[0] == said and found.mean("exact_match_with_case") == 0.5
     scores = Answered([], {"f1": [0.0, 1.0, 0.5, 0.5]})
-    assert scores.mean("f1") == 0.5 and scores.standard_error("f1") == pytest.approx((0.5 / 3) ** 0.5 / 2)
+    assert scores.mean("f1") == 0.5 and scores.standard_error("f1") == pytest.approx(
+        (0.5 / 3) ** 0.5 / 2
+    )
 
 
 def test_long_prompts_lose_their_beginning(tokenizer):

@@ -10,14 +10,25 @@ from megatron_sorted.evaluation.harness import Harness, _metrics
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(PlatformError, match=r"--tasks needs lm-evaluation-harness .* pip install lm-eval"):
+    with pytest.raises(
+        PlatformError, match=r"--tasks needs lm-evaluation-harness .* pip install lm-eval"
+    ):
         Harness(["anything"])
 
 
 def test_flat_names_of_metrics():
-    flat = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.25, "em,strict": 1, "em_stderr,strict": "N/A", "sample_len": 3}
+    flat = {
+        "alias": "x",
+        "acc,none": 0.5,
+        "acc_stderr,none": 0.25,
+        "em,strict": 1,
+        "em_stderr,strict": "N/A",
+        "sample_len": 3,
+    }
     assert _metrics(flat) == {
-        "acc": {"value": 0.5, "standard_error": 0.25}, "em (strict)": {"value": 1.0, "standard_error": None}}
+        "acc": {"value": 0.5, "standard_error": 0.25},
+        "em (strict)": {"value": 1.0, "standard_error": None},
+    }
 
 
 TASK = """task: long_answers
@@ -46,7 +57,9 @@ def task(tmp_path, monkeypatch):
 def test_what_a_task_generates_is_checked_before_anything_is_measured(task):
     harness = Harness(["long_answers"], task / "tasks")
     harness.check({"large": 65})
-    with pytest.raises(DataError, match="long_answers asks for up to 64 new tokens, and small has 64 positions"):
+    with pytest.raises(
+        DataError, match="long_answers asks for up to 64 new tokens, and small has 64 positions"
+    ):
         harness.check({"large": 65, "small": 64})
 
 

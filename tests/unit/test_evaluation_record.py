@@ -15,7 +15,9 @@ from tests.support.faults import interrupted
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
     """Return a folder in memory, where there is such a file system."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    ) as folder:
         yield Path(folder)
 
 
@@ -35,11 +37,17 @@ def test_what_was_measured_is_there_when_the_rest_fails(tmp_path):
     record = Record(tmp_path)
     assert record.kept is None
     record.keep({"texts": 1}, {})
-    assert results(tmp_path) == {"unfinished": True, "texts": 1} and record.kept == tmp_path / "evaluation.json"
+    assert (
+        results(tmp_path) == {"unfinished": True, "texts": 1}
+        and record.kept == tmp_path / "evaluation.json"
+    )
     again = Record(tmp_path)  # over unfinished results nothing is kept aside
     again.keep({"texts": 2}, {"asked": "x\n"})
     again.finish({"texts": 2}, {"asked": "x\n"})
-    assert results(tmp_path) == {"texts": 2} and sorted(os.listdir(tmp_path)) == ["answers_asked.jsonl", "evaluation.json"]
+    assert results(tmp_path) == {"texts": 2} and sorted(os.listdir(tmp_path)) == [
+        "answers_asked.jsonl",
+        "evaluation.json",
+    ]
 
 
 def test_finished_results_stay_until_the_new_ones_are_finished(tmp_path):
@@ -53,4 +61,7 @@ def test_finished_results_stay_until_the_new_ones_are_finished(tmp_path):
         found = results(tmp_path)
         seen.add(found["run"])
         assert "unfinished" not in found
-    assert seen == {1, 2} and sorted(os.listdir(tmp_path)) == ["answers_asked.jsonl", "evaluation.json"]
+    assert seen == {1, 2} and sorted(os.listdir(tmp_path)) == [
+        "answers_asked.jsonl",
+        "evaluation.json",
+    ]

@@ -8,26 +8,76 @@ from megatron_sorted.evaluation.output.table import write_tables
 
 def results(names=("nested", "plain"), questions=True):
     """Returns results of two models with exits 2 and 10."""
+
     def text(offset):
-        return {depth: {"loss": loss + offset, "loss_standard_error": 0.01, "bits_per_byte": loss / 2, "perplexity": 10.0 ** depth,
-                        "agreement": 0.5} for depth, loss in ((10, 1.25), (2, 2.5))}
+        return {
+            depth: {
+                "loss": loss + offset,
+                "loss_standard_error": 0.01,
+                "bits_per_byte": loss / 2,
+                "perplexity": 10.0**depth,
+                "agreement": 0.5,
+            }
+            for depth, loss in ((10, 1.25), (2, 2.5))
+        }
 
     def asked(share):
         scores = ("exact_match", "f1", "exact_match_with_case")
-        return {depth: {key: share for score in scores for key in (score, f"{score}_standard_error")} for depth in (2, 10)}
+        return {
+            depth: {key: share for score in scores for key in (score, f"{score}_standard_error")}
+            for depth in (2, 10)
+        }
 
     found = {
         "settings": {"seq_length": 64, "shots": 2, "counted": "every token"},
-        "models": {name: {"exits": {depth: {"parameters": 1000 * depth, "flops_per_token": 2000 * depth} for depth in (2, 10)}}
-                   for name in names},
-        "texts": {"valid": {"documents": 3, "bytes": 1234, "models": {
-            name: {"tokens": 600, "unknown_tokens": 7 * place, "exits": text(place)} for place, name in enumerate(names)}}},
-        "questions": {"trivia": {"questions": 50, "models": {
-            name: {"cut_prompts": 0, "exits": asked(0.125 * place)} for place, name in enumerate(names)}}} if questions else {},
-        "tasks": {"choice": {"models": {name: {"exits": {depth: {"samples": 4, "acc": {"value": 0.25, "standard_error": None}}
-                                                          for depth in (2, 10)}} for name in names}}}}
+        "models": {
+            name: {
+                "exits": {
+                    depth: {"parameters": 1000 * depth, "flops_per_token": 2000 * depth}
+                    for depth in (2, 10)
+                }
+            }
+            for name in names
+        },
+        "texts": {
+            "valid": {
+                "documents": 3,
+                "bytes": 1234,
+                "models": {
+                    name: {"tokens": 600, "unknown_tokens": 7 * place, "exits": text(place)}
+                    for place, name in enumerate(names)
+                },
+            }
+        },
+        "questions": {
+            "trivia": {
+                "questions": 50,
+                "models": {
+                    name: {"cut_prompts": 0, "exits": asked(0.125 * place)}
+                    for place, name in enumerate(names)
+                },
+            }
+        }
+        if questions
+        else {},
+        "tasks": {
+            "choice": {
+                "models": {
+                    name: {
+                        "exits": {
+                            depth: {"samples": 4, "acc": {"value": 0.25, "standard_error": None}}
+                            for depth in (2, 10)
+                        }
+                    }
+                    for name in names
+                }
+            }
+        },
+    }
     if len(names) > 1:
-        found["texts"]["valid"]["models"]["nested"]["exits"][2]["loss_minus"] = {"plain": {"value": -1.0, "standard_error": 0.5}}
+        found["texts"]["valid"]["models"]["nested"]["exits"][2]["loss_minus"] = {
+            "plain": {"value": -1.0, "standard_error": 0.5}
+        }
     return found
 
 
@@ -36,27 +86,61 @@ def test_tables():
     assert lines[0] == "valid: 3 documents, 1,234 bytes, 600 tokens"
     rows = [line.split() for line in lines if line.strip()[:2] in ("2 ", "10")]
     assert rows[:4] == [
-        ["2", "nested", "2,000", "4.00e+03", "2.5000", "±", "0.0100", "1.2500", "100.000", "50.0%", "-1.0000", "±", "0.5000"],
+        [
+            "2",
+            "nested",
+            "2,000",
+            "4.00e+03",
+            "2.5000",
+            "±",
+            "0.0100",
+            "1.2500",
+            "100.000",
+            "50.0%",
+            "-1.0000",
+            "±",
+            "0.5000",
+        ],
         ["2", "plain", "2,000", "4.00e+03", "3.5000", "±", "0.0100", "1.2500", "100.000", "50.0%"],
         ["10", "nested", "10,000", "2.00e+04", "1.2500", "±", "0.0100", "0.6250", "1e+10", "50.0%"],
-        ["10", "plain", "10,000", "2.00e+04", "2.2500", "±", "0.0100", "0.6250", "1e+10", "50.0%"]]
-    assert rows[4:6] == [["2", "nested", "2,000", "4.00e+03", "0.0%", "±", "0.0", "0.0%", "0.0%"],
-                         ["2", "plain", "2,000", "4.00e+03", "12.5%", "±", "12.5", "12.5%", "12.5%"]]
+        ["10", "plain", "10,000", "2.00e+04", "2.2500", "±", "0.0100", "0.6250", "1e+10", "50.0%"],
+    ]
+    assert rows[4:6] == [
+        ["2", "nested", "2,000", "4.00e+03", "0.0%", "±", "0.0", "0.0%", "0.0%"],
+        ["2", "plain", "2,000", "4.00e+03", "12.5%", "±", "12.5", "12.5%", "12.5%"],
+    ]
     assert rows[8] == ["2", "nested", "2,000", "4.00e+03", "0.2500"]
     text = "\n".join(lines)
     assert "7 unknown tokens of plain" in text and "unknown tokens of nested" not in text
-    assert "loss: nats per counted token" in text and "exact: answers equal" in text and "FLOPs/token: forward, 64 tokens" in text
+    assert (
+        "loss: nats per counted token" in text
+        and "exact: answers equal" in text
+        and "FLOPs/token: forward, 64 tokens" in text
+    )
     header = next(line for line in lines if line.startswith("depth"))
-    assert header.index("perplexity") + len("perplexity") == lines[4].index("100.000") + len("100.000")
+    assert header.index("perplexity") + len("perplexity") == lines[4].index("100.000") + len(
+        "100.000"
+    )
 
 
 def test_picture(tmp_path):
     assert [(row.title, row.percent) for row in rows_of(results())] == [
-        ("Held-out loss, valid (lower is better)", False), ("Exact match, trivia (higher is better)", True), ("choice, acc", False)]
+        ("Held-out loss, valid (lower is better)", False),
+        ("Exact match, trivia (higher is better)", True),
+        ("choice, acc", False),
+    ]
     line = rows_of(results())[0].lines[1]
-    assert (line.name, line.depths, line.flops, line.values) == ("plain", [2, 10], [4000, 20000], [3.5, 2.25])
+    assert (line.name, line.depths, line.flops, line.values) == (
+        "plain",
+        [2, 10],
+        [4000, 20000],
+        [3.5, 2.25],
+    )
     draw(results(), tmp_path / "a.png")
     header = (tmp_path / "a.png").read_bytes()[:24]
-    assert header[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", header[16:24]) == (1400, 1500)
+    assert header[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", header[16:24]) == (
+        1400,
+        1500,
+    )
     draw(results(("one",), questions=False), tmp_path / "b.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]

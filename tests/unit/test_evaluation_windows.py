@@ -25,10 +25,22 @@ def test_each_token_once_and_with_enough_before_it(num_targets, length, stride):
 
 
 def test_windows_of_prompts_alone_are_not_run_and_batches_hold_what_they_may():
-    documents = [EncodedDocument([1] * 9, [False] * 7 + [True, True]), EncodedDocument([1] * 4, [False] * 4),
-                 EncodedDocument([1, 1], [False, True])]
+    documents = [
+        EncodedDocument([1] * 9, [False] * 7 + [True, True]),
+        EncodedDocument([1] * 4, [False] * 4),
+        EncodedDocument([1, 1], [False, True]),
+    ]
     windows = cut_documents(documents, 3, 3)
     assert windows == [Window(0, 6, 8, 7), Window(2, 0, 1, 1)]
     windows = [Window(0, 0, n, 1) for n in (2, 5, 3, 5, 1)]
-    assert [[w.num_read for w in batch] for batch in batch_windows(windows, 10)] == [[5, 5], [3, 2, 1]]
-    assert [[w.num_read for w in batch] for batch in batch_windows(windows, 1)] == [[5], [5], [3], [2], [1]]
+    assert [[w.num_read for w in batch] for batch in batch_windows(windows, 10)] == [
+        [5, 5],
+        [3, 2, 1],
+    ]
+    assert [[w.num_read for w in batch] for batch in batch_windows(windows, 1)] == [
+        [5],
+        [5],
+        [3],
+        [2],
+        [1],
+    ]

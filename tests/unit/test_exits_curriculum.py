@@ -20,14 +20,26 @@ def test_rotation_moves_on_by_one_and_keeps_the_last():
 def test_gradual_goes_down_from_the_last():
     on = gradual(DEPTHS, 20)
     assert [sorted(on(step)) for step in (0, 4, 5, 9, 10, 14, 15, 1000)] == [
-        [8], [8], [6, 8], [6, 8], [4, 6, 8], [4, 6, 8], [2, 4, 6, 8], [2, 4, 6, 8]]
+        [8],
+        [8],
+        [6, 8],
+        [6, 8],
+        [4, 6, 8],
+        [4, 6, 8],
+        [2, 4, 6, 8],
+        [2, 4, 6, 8],
+    ]
     assert gradual(DEPTHS, 0)(0) == set(DEPTHS)
 
 
 def test_shares_are_divided_again_and_a_list_is_not():
-    shares = Curriculum(make_coefficient_rule((2, 4, 6), 8, Weighting("linear")), rotation(DEPTHS, 3))
+    shares = Curriculum(
+        make_coefficient_rule((2, 4, 6), 8, Weighting("linear")), rotation(DEPTHS, 3)
+    )
     assert shares.coefficients(1) == pytest.approx({2: 0.0, 4: 1 / 3, 6: 0.0, 8: 2 / 3})
-    listed = Curriculum(make_coefficient_rule((2, 4, 6), 8, Weighting(weights=(0.1, 0.2, 0.3))), rotation(DEPTHS, 3))
+    listed = Curriculum(
+        make_coefficient_rule((2, 4, 6), 8, Weighting(weights=(0.1, 0.2, 0.3))), rotation(DEPTHS, 3)
+    )
     assert listed.coefficients(1) == {2: 0.0, 4: 0.2, 6: 0.0, 8: 1.0}
 
 

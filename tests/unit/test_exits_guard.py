@@ -2,7 +2,13 @@
 
 import pytest
 
-from megatron_sorted.exits.coefficients import EXIT_LAYERS, LOSSES, Observation, Weighting, make_coefficient_rule
+from megatron_sorted.exits.coefficients import (
+    EXIT_LAYERS,
+    LOSSES,
+    Observation,
+    Weighting,
+    make_coefficient_rule,
+)
 from megatron_sorted.exits.guard import Guard
 from megatron_sorted.exits.loss_rules import InverseLoss
 from megatron_sorted.exits.simulated_exit import SimulatedExit

@@ -32,7 +32,9 @@ def test_uncertainty_takes_gradient_steps():
     # s <- 0 - 0.5 (1 - L) / 2
     assert rule.uncertainty == pytest.approx({2: 0.5, 4: 0.25})
     shallow, deep = math.exp(-0.5), math.exp(-0.25)
-    assert rule.coefficients(1) == pytest.approx({2: shallow / (shallow + deep), 4: deep / (shallow + deep)})
+    assert rule.coefficients(1) == pytest.approx(
+        {2: shallow / (shallow + deep), 4: deep / (shallow + deep)}
+    )
     rule.observe(1, told({2: 3.0, 4: 2.0}))
     assert rule.uncertainty[2] == pytest.approx(0.5 - 0.25 * (1 - 3 * math.exp(-0.5)))
     for step in range(2, 300):
@@ -58,16 +60,24 @@ def test_inverse_loss_of_an_exit_never_seen_is_the_mean():
 
 def test_dwa_compares_two_windows():
     rule = MADE["dwa"]()
-    for step, losses in enumerate(({2: 4.0, 4: 4.0}, {2: 2.0, 4: 2.0}, {2: 2.0, 4: 1.0}, {2: 4.0, 4: 2.0})):
+    for step, losses in enumerate(
+        ({2: 4.0, 4: 4.0}, {2: 2.0, 4: 2.0}, {2: 2.0, 4: 1.0}, {2: 4.0, 4: 2.0})
+    ):
         assert rule.coefficients(step) == EQUAL
         rule.observe(step, told(losses))
     # window means 3, 3 and then 3, 1.5: r = 1 and 0.5, temperature 2
     shallow, deep = math.exp(0.5), math.exp(0.25)
-    assert rule.coefficients(4) == pytest.approx({2: shallow / (shallow + deep), 4: deep / (shallow + deep)})
+    assert rule.coefficients(4) == pytest.approx(
+        {2: shallow / (shallow + deep), 4: deep / (shallow + deep)}
+    )
     rule.observe(4, told({2: 1.0}))
     rule.observe(5, told({2: 1.0}))  # 4 did not train: it counts as unchanged
-    assert rule.coefficients(6) == pytest.approx({2: math.exp(1 / 6) / (math.exp(1 / 6) + math.exp(0.5)),
-                                                  4: math.exp(0.5) / (math.exp(1 / 6) + math.exp(0.5))})
+    assert rule.coefficients(6) == pytest.approx(
+        {
+            2: math.exp(1 / 6) / (math.exp(1 / 6) + math.exp(0.5)),
+            4: math.exp(0.5) / (math.exp(1 / 6) + math.exp(0.5)),
+        }
+    )
 
 
 def test_gradnorm_pulls_norms_together():
@@ -94,12 +104,18 @@ def test_gradnorm_leaves_alone_what_it_cannot_compare():
 
 def test_excess_loss_raises_whoever_is_furthest_from_its_reference():
     rule = MADE["excess_loss"]()
-    rule.observe(0, told({2: 5.0, 4: 2.0}))  # excess 2 and 0: e^1 to 1, then a tenth of equal shares
+    rule.observe(
+        0, told({2: 5.0, 4: 2.0})
+    )  # excess 2 and 0: e^1 to 1, then a tenth of equal shares
     share = math.e / (math.e + 1)
-    assert rule.coefficients(1) == pytest.approx({2: 0.9 * share + 0.05, 4: 0.9 * (1 - share) + 0.05})
+    assert rule.coefficients(1) == pytest.approx(
+        {2: 0.9 * share + 0.05, 4: 0.9 * (1 - share) + 0.05}
+    )
     before = rule.coefficients(1)
     rule.observe(1, told({2: 1.0, 4: 1.5}))  # both better than their references: only smoothing
-    assert rule.coefficients(2) == pytest.approx({depth: 0.9 * value + 0.05 for depth, value in before.items()})
+    assert rule.coefficients(2) == pytest.approx(
+        {depth: 0.9 * value + 0.05 for depth, value in before.items()}
+    )
 
 
 def test_simulated_exit_spreads_the_shares_over_near_exits():
@@ -133,12 +149,17 @@ def test_coefficients_sum_to_one_and_state_goes_on(name):
     assert rule.name == name and rule.normalised
     for step in range(7):
         losses, norms = {2: 3.0 / (step + 1), 4: 2.0}, {2: 1.0, 4: 0.5 + step}
-        rule.observe(step, told(losses, grad_norms=norms, exit_shares={2: 0.3, 4: 0.7}, confidences=(0.1, 0.5)))
+        rule.observe(
+            step,
+            told(losses, grad_norms=norms, exit_shares={2: 0.3, 4: 0.7}, confidences=(0.1, 0.5)),
+        )
         assert sum(rule.coefficients(step + 1).values()) == pytest.approx(1, abs=1e-12)
         resumed = MADE[name]()
         resumed.load_state_dict(rule.state_dict())
         assert resumed.coefficients(step + 1) == rule.coefficients(step + 1)
-        assert resumed.state_dict() == rule.state_dict() and resumed.thresholds(step + 1) == rule.thresholds(step + 1)
+        assert resumed.state_dict() == rule.state_dict() and resumed.thresholds(
+            step + 1
+        ) == rule.thresholds(step + 1)
     fresh = MADE[name]()
     fresh.load_state_dict({})
     fresh.load_state_dict({**rule.state_dict(), "rule": "another"})
@@ -151,5 +172,7 @@ def test_a_state_of_other_exits_is_taken_where_they_are_the_same():
     after.load_state_dict(before.state_dict())
     assert after.average == {4: 1.0}
     simulated = SimulatedExit((4, 6), 10, 10.0, 3, 1)
-    simulated.load_state_dict({"rule": "simulated_exit", "shares": {"2": 0.9, "4": 0.1}, "lowest": 0.1, "highest": 0.2})
+    simulated.load_state_dict(
+        {"rule": "simulated_exit", "shares": {"2": 0.9, "4": 0.1}, "lowest": 0.1, "highest": 0.2}
+    )
     assert simulated.shares == {4: 0.5, 6: 0.5}

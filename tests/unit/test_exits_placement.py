@@ -24,7 +24,10 @@ def test_layers_of_stages_of_unequal_size():
     assert split_layers(7, 2, 1, first_stage_layers=3) == [3, 4]
 
 
-@pytest.mark.skipif(not is_at_least(*ALL), reason="older megatron-core tells only a running stage of its layers, as in tests/ranks")
+@pytest.mark.skipif(
+    not is_at_least(*ALL),
+    reason="older megatron-core tells only a running stage of its layers, as in tests/ranks",
+)
 @pytest.mark.parametrize(
     ("num_layers", "stages", "chunks", "first", "last"),
     [
@@ -40,12 +43,20 @@ def test_layers_are_split_as_megatron_splits_them(num_layers, stages, chunks, fi
         pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         num_layers_in_first_pipeline_stage=first, num_layers_in_last_pipeline_stage=last,
     )  # fmt: skip
-    settings = Settings(num_layers=num_layers, pipeline_model_parallel_size=stages, decoder_first_pipeline_num_layers=first,
-                        decoder_last_pipeline_num_layers=last, exit_layer_nums=())
+    settings = Settings(
+        num_layers=num_layers,
+        pipeline_model_parallel_size=stages,
+        decoder_first_pipeline_num_layers=first,
+        decoder_last_pipeline_num_layers=last,
+        exit_layer_nums=(),
+    )
     lengths = split_layers(num_layers, stages, chunks, first, last)
     if chunks > 1:
         settings = replace(settings, pipeline_model_parallel_layout=layout_text(lengths))
-    ours = {(chunk.stage, chunk.chunk): (chunk.first_layer, chunk.num_layers) for chunk in layout_of(settings).chunks}
+    ours = {
+        (chunk.stage, chunk.chunk): (chunk.first_layer, chunk.num_layers)
+        for chunk in layout_of(settings).chunks
+    }
     theirs = {}
     for stage in range(stages):
         for chunk in range(chunks):
@@ -76,22 +87,44 @@ def test_layers_that_do_not_divide_are_refused(arguments, message):
         split_layers(*arguments)
 
 
-@pytest.mark.parametrize(("text", "stages"), [
-    ("Et*3|t*5|t*5|t*4L", 4), ("Et|tt|t*3|tL", 2), ("Ettt|(tt|)*3tL", 5), ("Et*4|(t*4|)*14t*2L", 4), ("E t, | t*2 L", 2), ("EtttL", 1)])
+@pytest.mark.parametrize(
+    ("text", "stages"),
+    [
+        ("Et*3|t*5|t*5|t*4L", 4),
+        ("Et|tt|t*3|tL", 2),
+        ("Ettt|(tt|)*3tL", 5),
+        ("Et*4|(t*4|)*14t*2L", 4),
+        ("E t, | t*2 L", 2),
+        ("EtttL", 1),
+    ],
+)
 def test_a_layout_is_read_as_megatron_reads_it(text, stages):
-    layouts = pytest.importorskip("megatron.core.transformer.pipeline_parallel_layer_layout", reason="megatron-core 0.12 has no layouts")
+    layouts = pytest.importorskip(
+        "megatron.core.transformer.pipeline_parallel_layer_layout",
+        reason="megatron-core 0.12 has no layouts",
+    )
     layers = layers_of_layout(text)
-    ours = layout_of(Settings(num_layers=sum(layers), pipeline_model_parallel_size=stages, pipeline_model_parallel_layout=text,
-                              exit_layer_nums=())).chunks
+    ours = layout_of(
+        Settings(
+            num_layers=sum(layers),
+            pipeline_model_parallel_size=stages,
+            pipeline_model_parallel_layout=text,
+            exit_layer_nums=(),
+        )
+    ).chunks
     theirs = layouts.PipelineParallelLayerLayout(text.replace(" ", ""), stages)
     places = [(chunk.stage, chunk.chunk) for chunk in ours]
     assert sorted(places) == [(s, c) for s in range(stages) for c in range(len(layers) // stages)]
     counted = {(s, c): theirs.layout[s][c].count(layouts.LayerType.decoder) for s, c in places}
     assert {(c.stage, c.chunk): c.num_layers for c in ours} == counted
-    assert [c.first_layer for c in ours] == [sum(counted[place] for place in places[:n]) for n in range(len(places))]
+    assert [c.first_layer for c in ours] == [
+        sum(counted[place] for place in places[:n]) for n in range(len(places))
+    ]
 
 
-@pytest.mark.parametrize("text", ["tt|tt", "Ett|tt", "Ett||ttL", "E|ttL", "Et|mtL", "Et|tL|", "Et*x|tL", ""])
+@pytest.mark.parametrize(
+    "text", ["tt|tt", "Ett|tt", "Ett||ttL", "E|ttL", "Et|mtL", "Et|tL|", "Et*x|tL", ""]
+)
 def test_what_is_no_layout_is_refused(text):
     with pytest.raises(SettingsError, match="--pipeline-model-parallel-layout"):
         layers_of_layout(text)
@@ -99,5 +132,8 @@ def test_what_is_no_layout_is_refused(text):
 
 @pytest.mark.parametrize(("layers", "num_layers", "stages"), [([2, 2], 5, 2), ([2, 2, 1], 5, 2)])
 def test_a_layout_of_other_layers_or_stages_is_refused(layers, num_layers, stages):
-    with pytest.raises(SettingsError, match=f"{len(layers)} chunks with {sum(layers)} layers, but --num-layers is {num_layers}"):
+    with pytest.raises(
+        SettingsError,
+        match=f"{len(layers)} chunks with {sum(layers)} layers, but --num-layers is {num_layers}",
+    ):
         check_chunks(layers, num_layers, stages)

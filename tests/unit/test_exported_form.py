@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_sorted.conversion.tokenizers.prompt_form_files import write_form, write_generation_config
+from megatron_sorted.conversion.tokenizers.prompt_form_files import (
+    write_form,
+    write_generation_config,
+)
 from megatron_sorted.errors import DataError
 from megatron_sorted.exported.form import form_of_model
 from megatron_sorted.text.conversation import chat_form
@@ -15,7 +18,9 @@ from megatron_sorted.text.tokenizer.opening import open_tokenizer
 from megatron_sorted.text.written_forms import text_form, written_form
 from tests.support.chat_templates import CHATML, INST, write_fast_tokenizer
 
-MODEL = SimpleNamespace(config=SimpleNamespace(vocab_size=400), generation_config=SimpleNamespace(eos_token_id=7))
+MODEL = SimpleNamespace(
+    config=SimpleNamespace(vocab_size=400), generation_config=SimpleNamespace(eos_token_id=7)
+)
 
 
 def written(directory, **files):
@@ -26,44 +31,87 @@ def written(directory, **files):
 
 
 def test_the_stored_form_is_used_and_can_be_overridden(tmp_path):
-    tokenizer = written(tmp_path, config={"eos_token_id": 2}, generation_config={"eos_token_id": [3, 9]})
+    tokenizer = written(
+        tmp_path, config={"eos_token_id": 2}, generation_config={"eos_token_id": [3, 9]}
+    )
     form = chat_form(tokenizer, None)[0]
     (tmp_path / FILE).write_text(form.as_json())
     found = form_of_model(tmp_path, tokenizer)
-    assert found.is_stored and found.prompt_form.template == CHATML and found.line == "prompt form: chat, as trained"
-    assert found.end_ids_of(MODEL, tokenizer) == {2, 3, 4, 9}  # the files', <|im_end|> as trained, </s>
+    assert (
+        found.is_stored
+        and found.prompt_form.template == CHATML
+        and found.line == "prompt form: chat, as trained"
+    )
+    assert found.end_ids_of(MODEL, tokenizer) == {
+        2,
+        3,
+        4,
+        9,
+    }  # the files', <|im_end|> as trained, </s>
     other = form_of_model(tmp_path, tokenizer, "alpaca")
-    assert not other.is_stored and "### Response" in other.prompt_form.template and "trained in chat" in other.line
+    assert (
+        not other.is_stored
+        and "### Response" in other.prompt_form.template
+        and "trained in chat" in other.line
+    )
     assert other.end_ids_of(MODEL, tokenizer) == {2, 3, 4, 9}
 
 
 def test_models_without_a_form_are_asked_as_before(tmp_path):
     tokenizer = written(tmp_path, config={"eos_token_id": None})
     found = form_of_model(tmp_path, tokenizer)
-    assert not found.is_stored and found.prompt_form.template == CHATML and "carries no prompt form (it was made by" in found.line
-    assert found.end_ids_of(MODEL, tokenizer) == {2}  # what transformers makes up for a silent config.json is no end token
+    assert (
+        not found.is_stored
+        and found.prompt_form.template == CHATML
+        and "carries no prompt form (it was made by" in found.line
+    )
+    assert found.end_ids_of(MODEL, tokenizer) == {
+        2
+    }  # what transformers makes up for a silent config.json is no end token
     tokenizer.chat_templates = {}
     assert form_of_model(tmp_path, tokenizer).prompt_form is None
     (tmp_path / FILE).write_text(text_form(tokenizer, True).as_json())
     found = form_of_model(tmp_path, tokenizer)
-    assert found.prompt_form.name == "text" and "trained on text, not on conversations" in found.line
+    assert (
+        found.prompt_form.name == "text" and "trained on text, not on conversations" in found.line
+    )
 
 
-@pytest.mark.parametrize(("said", "usual"), [
-    ({}, {}), ({"do_sample": True}, {"temperature": 1.0}), ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0}),
-    ({"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1},
-     {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1}), ({"do_sample": True, "top_k": 0},
-                                                                                   {"temperature": 1.0, "top_k": None})])
+@pytest.mark.parametrize(
+    ("said", "usual"),
+    [
+        ({}, {}),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0}),
+        (
+            {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1},
+            {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1},
+        ),
+        ({"do_sample": True, "top_k": 0}, {"temperature": 1.0, "top_k": None}),
+    ],
+)
 def test_sampling_defaults(tmp_path, said, usual):
     tokenizer = written(tmp_path, generation_config=said)
     assert form_of_model(tmp_path, tokenizer).sampling_defaults() == usual
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda form: dataclasses.replace(form, ends=(ControlToken("<|im_end|>", 9),)),
-     r"end token '<\|im_end\|>' was trained as id 9, but .* 4"),
-    (lambda form: dataclasses.replace(form, ends=(ControlToken("<|gone|>", 9),)), r"end token '<\|gone\|>' was trained as id 9"),
-    (lambda form: dataclasses.replace(form, begin=ControlToken("<s>", 5)), r"first token '<s>' was trained as id 5, but .* 1\.")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda form: dataclasses.replace(form, ends=(ControlToken("<|im_end|>", 9),)),
+            r"end token '<\|im_end\|>' was trained as id 9, but .* 4",
+        ),
+        (
+            lambda form: dataclasses.replace(form, ends=(ControlToken("<|gone|>", 9),)),
+            r"end token '<\|gone\|>' was trained as id 9",
+        ),
+        (
+            lambda form: dataclasses.replace(form, begin=ControlToken("<s>", 5)),
+            r"first token '<s>' was trained as id 5, but .* 1\.",
+        ),
+    ],
+)
 def test_a_form_of_another_tokenizer_is_refused(tmp_path, change, message):
     tokenizer = written(tmp_path)
     (tmp_path / FILE).write_text(change(chat_form(tokenizer, None)[0]).as_json())
@@ -73,19 +121,28 @@ def test_a_form_of_another_tokenizer_is_refused(tmp_path, change, message):
 
 @pytest.mark.parametrize("eos", [-1, 400, 1 << 40, "</s>", [2, None], 2.0, True])
 def test_end_tokens_that_are_none(tmp_path, eos):
-    tokenizer = written(tmp_path, config={"eos_token_id": 2}, generation_config={"eos_token_id": eos})
-    with pytest.raises(DataError, match=r"generation_config.json: eos_token_id .* is not one of the model's 0\.\.399"):
+    tokenizer = written(
+        tmp_path, config={"eos_token_id": 2}, generation_config={"eos_token_id": eos}
+    )
+    with pytest.raises(
+        DataError,
+        match=r"generation_config.json: eos_token_id .* is not one of the model's 0\.\.399",
+    ):
         form_of_model(tmp_path, tokenizer).end_ids_of(MODEL, tokenizer)
 
 
 def test_end_tokens_need_rows(tmp_path):
     tokenizer = written(tmp_path)
     (tmp_path / FILE).write_text(chat_form(tokenizer, None)[0].as_json())
-    with pytest.raises(DataError, match=r"'<\|im_end\|>', id 4, but the model has 4 tokens, so it can never stop"):
+    with pytest.raises(
+        DataError, match=r"'<\|im_end\|>', id 4, but the model has 4 tokens, so it can never stop"
+    ):
         form_of_model(tmp_path, tokenizer).check_rows(4)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"3", b'{"format": 2}', b"[" * 100_000, b'{"format": 1, "name": "x"}'])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"3", b'{"format": 2}', b"[" * 100_000, b'{"format": 1, "name": "x"}']
+)
 def test_damaged_forms(content):
     with pytest.raises(DataError, match=r"here: (not .*prompt form|not JSON|its lists .* deep)"):
         form_from_bytes(content, "here")
@@ -98,8 +155,14 @@ def test_what_was_not_trained_is_replaced_in_an_export(tmp_path):
     form = written_form("alpaca", tokenizer, True, True)
     (note,) = write_form(tmp_path, form)
     write_generation_config(tmp_path, {}, (1, 2))
-    assert open_tokenizer(tmp_path).chat_templates == {"default": form.template} and "in place of the tokenizer's own" in note
-    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [1, 2], "temperature": 0.6}
+    assert (
+        open_tokenizer(tmp_path).chat_templates == {"default": form.template}
+        and "in place of the tokenizer's own" in note
+    )
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {
+        "eos_token_id": [1, 2],
+        "temperature": 0.6,
+    }
     own = open_tokenizer(write_fast_tokenizer(tmp_path / "own", CHATML))
     assert write_form(tmp_path / "own", chat_form(own, None)[0]) == []
     assert not (tmp_path / "own" / "chat_template.jinja").exists()  # it is there already

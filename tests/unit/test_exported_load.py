@@ -23,16 +23,35 @@ def directory(intact, tmp_path):
     return shutil.copytree(intact, tmp_path / "m")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"exit_layer_indices": [99]}, r"config\.json: exit_layer_indices \[99\]: .* 99 is not a layer"),
-    ({"exit_layer_indices": [0, 2]}, r"exit_layer_indices \[0, 2\]"), ({"exit_layer_indices": "ab"}, "exit_layer_indices 'ab': not a list"),
-    ({"exit_layer_indices": [1.5]}, "not a list of depths"), ({"exit_layer_indices": 2}, "exit_layer_indices 2"),
-    ({"num_hidden_layers": "2"}, "num_hidden_layers is '2' where a number"), ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-    ({"num_attention_heads": 0}, r"config\.json: num_attention_heads is 0 where a number above 0 is needed\. Mend"),
-    ({"max_position_embeddings": "many"}, "max_position_embeddings is 'many' where a number above 0"),
-    ({"eos_token_id": [1, "a"]}, "eos_token_id is .* where a token's number, a list of them"),
-    ({"rope_scaling": "abc"}, "rope_scaling is 'abc' where an object or null"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config is .*; only weights that are not quantised")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"exit_layer_indices": [99]},
+            r"config\.json: exit_layer_indices \[99\]: .* 99 is not a layer",
+        ),
+        ({"exit_layer_indices": [0, 2]}, r"exit_layer_indices \[0, 2\]"),
+        ({"exit_layer_indices": "ab"}, "exit_layer_indices 'ab': not a list"),
+        ({"exit_layer_indices": [1.5]}, "not a list of depths"),
+        ({"exit_layer_indices": 2}, "exit_layer_indices 2"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2' where a number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        (
+            {"num_attention_heads": 0},
+            r"config\.json: num_attention_heads is 0 where a number above 0 is needed\. Mend",
+        ),
+        (
+            {"max_position_embeddings": "many"},
+            "max_position_embeddings is 'many' where a number above 0",
+        ),
+        ({"eos_token_id": [1, "a"]}, "eos_token_id is .* where a token's number, a list of them"),
+        ({"rope_scaling": "abc"}, "rope_scaling is 'abc' where an object or null"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantization_config is .*; only weights that are not quantised",
+        ),
+    ],
+)
 def test_a_config_that_contradicts_itself(directory, change, message):
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -41,8 +60,17 @@ def test_a_config_that_contradicts_itself(directory, change, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("index", "message"), [('{"weight_map": []}', "no weight_map"), ("{", "not JSON"), (
-    '{"weight_map": {"lm_head.weight": "../../etc/passwd"}}', "'../../etc/passwd', which lies outside the directory")])
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ('{"weight_map": []}', "no weight_map"),
+        ("{", "not JSON"),
+        (
+            '{"weight_map": {"lm_head.weight": "../../etc/passwd"}}',
+            "'../../etc/passwd', which lies outside the directory",
+        ),
+    ],
+)
 def test_an_index_that_leads_nowhere(directory, index, message):
     (directory / "model.safetensors").rename(directory / "model-1.safetensors")
     (directory / "model.safetensors.index.json").write_text(index)
@@ -50,16 +78,28 @@ def test_an_index_that_leads_nowhere(directory, index, message):
         load_with_exits(directory, torch.float32)
 
 
-@pytest.mark.parametrize("written", ['{"eos_token": 5}', '{"added_tokens_decoder": [1]}',
-                                     '{"added_tokens_decoder": {"x": {"content": "a"}}}'])
+@pytest.mark.parametrize(
+    "written",
+    [
+        '{"eos_token": 5}',
+        '{"added_tokens_decoder": [1]}',
+        '{"added_tokens_decoder": {"x": {"content": "a"}}}',
+    ],
+)
 def test_words_beside_a_sentencepiece_file(directory, written):
     (directory / "tokenizer_config.json").write_text(written)
-    with pytest.raises(DataError, match=r"tokenizer_config\.json: .* not (a token|an object|an id)\. .* --tokenizer"):
+    with pytest.raises(
+        DataError,
+        match=r"tokenizer_config\.json: .* not (a token|an object|an id)\. .* --tokenizer",
+    ):
         open_tokenizer(directory)
 
 
 @pytest.mark.parametrize("ends", ["x", [1, None]])
 def test_end_tokens_that_are_none(directory, ends):
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    with pytest.raises(DataError, match=r"generation_config\.json: eos_token_id .* is not one of the model's 0\.\.299\. Mend"):
+    with pytest.raises(
+        DataError,
+        match=r"generation_config\.json: eos_token_id .* is not one of the model's 0\.\.299\. Mend",
+    ):
         open_writer(directory)

@@ -17,33 +17,54 @@ from tests.support.model_directories import save_model
 
 def directory_with(path, **config):
     path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 6, **config}))
-    save_file({f"tensor {number}": torch.zeros(1) for number in range(6)}, path / "model.safetensors")
+    (path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "num_hidden_layers": 6, **config})
+    )
+    save_file(
+        {f"tensor {number}": torch.zeros(1) for number in range(6)}, path / "model.safetensors"
+    )
     return path
 
 
 def test_depths(tmp_path):
     plain = directory_with(tmp_path)
-    assert plan_exits(plain).depths == (1, 2, 3, 4, 5, 6) and plan_exits(plain, [4, 2]).depths == (2, 4, 6)
+    assert plan_exits(plain).depths == (1, 2, 3, 4, 5, 6) and plan_exits(plain, [4, 2]).depths == (
+        2,
+        4,
+        6,
+    )
     nested = directory_with(tmp_path, exit_layer_indices=[2, 4])
     assert plan_exits(nested).depths == (2, 4, 6) and plan_exits(nested, [3]).depths == (3, 6)
     (tmp_path / "exits.safetensors").touch()
-    own = directory_with(tmp_path, exit_layer_indices=[2, 4, 6], own_exit_norms=True, tie_exit_lm_head=True)
+    own = directory_with(
+        tmp_path, exit_layer_indices=[2, 4, 6], own_exit_norms=True, tie_exit_lm_head=True
+    )
     plan = plan_exits(own)
     assert (plan.own, plan.num_layers) == (("norms",), 6)
-    with pytest.raises(SettingsError, match=r"no norms of its own for depth 3\. Use some of 2, 4, 6"):
+    with pytest.raises(
+        SettingsError, match=r"no norms of its own for depth 3\. Use some of 2, 4, 6"
+    ):
         plan_exits(own, [3])
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported. Supported are llama"),
-    ({"num_hidden_layers": None}, "num_hidden_layers is None where a number above 0"),
-    ({"exit_layer_indices": [2, 9]}, r"exit_layer_indices \[2, 9\]: .* 9 is not a layer of this model"),
-    ({"exit_layer_indices": [2, 2]}, "2 is listed more than once"),
-    ({"exit_layer_indices": []}, "not a list of depths"),
-    ({"own_exit_norms": True}, "has no exit_layer_indices"),
-    ({"own_exit_norms": True, "exit_layer_indices": [2]}, "own norms, but exits.safetensors is missing"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported. Supported are llama"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None where a number above 0"),
+        (
+            {"exit_layer_indices": [2, 9]},
+            r"exit_layer_indices \[2, 9\]: .* 9 is not a layer of this model",
+        ),
+        ({"exit_layer_indices": [2, 2]}, "2 is listed more than once"),
+        ({"exit_layer_indices": []}, "not a list of depths"),
+        ({"own_exit_norms": True}, "has no exit_layer_indices"),
+        (
+            {"own_exit_norms": True, "exit_layer_indices": [2]},
+            "own norms, but exits.safetensors is missing",
+        ),
+    ],
+)
 def test_contradictions(tmp_path, config, message):
     with pytest.raises(CheckpointError, match=message):
         plan_exits(directory_with(tmp_path, **config))
@@ -68,8 +89,15 @@ def test_what_is_no_model_directory(tmp_path):
 
 def test_a_checkpoint_is_exported_for_the_time_of_the_process(tmp_path):
     save_model(tmp_path / "origin", "qwen3")
-    import_model(open_model(tmp_path / "origin"), tmp_path / "checkpoints", Exits((2,)), Writing(verify=False))
+    import_model(
+        open_model(tmp_path / "origin"),
+        tmp_path / "checkpoints",
+        Exits((2,)),
+        Writing(verify=False),
+    )
     exported = open_model_directory(tmp_path / "checkpoints")
     assert plan_exits(exported).depths == (2, 4)
-    one, other = (load_file(place / "model.safetensors") for place in (exported, tmp_path / "origin"))
+    one, other = (
+        load_file(place / "model.safetensors") for place in (exported, tmp_path / "origin")
+    )
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -7,11 +7,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_sorted.errors import DataError
-from megatron_sorted.exported.tokenizer import (
-    for_transformers,
-    open_tokenizer,
-    prefix_id,
-)
+from megatron_sorted.exported.tokenizer import for_transformers, open_tokenizer, prefix_id
 from tests.support.evaluated import TEXTS, write_tokenizer
 
 PROBES = [*TEXTS, "", " ", "  two  blanks \t", "\U0001f600 größer\n\n\n- a"]
@@ -43,17 +39,25 @@ def test_transformers_gets_the_same(directory):
     assert made(texts).input_ids == [own.encode_prompt(text) for text in texts]
     assert made(texts, add_special_tokens=False).input_ids == own.encode_batch(texts)
     assert [made.decode(own.encode(text)) for text in texts] == [
-        own.decode(own.encode(text)) for text in texts]
+        own.decode(own.encode(text)) for text in texts
+    ]
     batch = made(["The bird", "The bird sang over the house"], padding=True)
     gap = len(batch.input_ids[1]) - len(own.encode("The bird")) - 1
-    assert batch.attention_mask[0][:gap + 1] == [0] * gap + [1] and batch.input_ids[0][gap] == 1
+    assert batch.attention_mask[0][: gap + 1] == [0] * gap + [1] and batch.input_ids[0][gap] == 1
     assert len(made) == own.vocab_size and made.eos_token_id == own.eos_id
 
 
 def test_tokenizer_config_is_heard(directory, tmp_path):
     write_tokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
-        "add_bos_token": False, "eos_token": {"content": "<s>"}, "chat_template": "{{ messages }}"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "add_bos_token": False,
+                "eos_token": {"content": "<s>"},
+                "chat_template": "{{ messages }}",
+            }
+        )
+    )
     tokenizer = open_tokenizer(tmp_path)
     assert tokenizer.encode_prompt("a") == open_tokenizer(directory).encode_prompt("a")[1:]
     assert tokenizer.eos_id == 1 and tokenizer.chat_templates == {"default": "{{ messages }}"}
@@ -62,11 +66,14 @@ def test_tokenizer_config_is_heard(directory, tmp_path):
 
 
 def test_tokenizer_json(tmp_path):
-    fast = Tokenizer(models.WordLevel({"[eos]": 0, "a": 1, "cat": 2, "[unk]": 3}, unk_token="[unk]"))
+    fast = Tokenizer(
+        models.WordLevel({"[eos]": 0, "a": 1, "cat": 2, "[unk]": 3}, unk_token="[unk]")
+    )
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
     fast.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "[eos]"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "[eos]"})
+    )
     tokenizer = open_tokenizer(tmp_path)
     assert tokenizer.encode_batch(["a cat", "cat b"]) == [[1, 2], [2, 3]]
     assert prefix_id(tokenizer) == 0

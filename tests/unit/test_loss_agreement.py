@@ -9,8 +9,14 @@ from megatron_sorted.loss.agreement import accept_length, draft_counts, followin
 def follow(mask, positions=None, segments=None):
     """Returns ``following_n`` of samples given as lists."""
     mask = torch.tensor(mask, dtype=torch.float32)
-    positions = torch.arange(mask.size(1)).expand(mask.shape) if positions is None else torch.tensor(positions)
-    return following_n(mask, positions, None if segments is None else torch.tensor(segments)).tolist()
+    positions = (
+        torch.arange(mask.size(1)).expand(mask.shape)
+        if positions is None
+        else torch.tensor(positions)
+    )
+    return following_n(
+        mask, positions, None if segments is None else torch.tensor(segments)
+    ).tolist()
 
 
 def test_following_in_sequence_then_batch_order():

@@ -20,7 +20,12 @@ def make_network():
 
 
 def gradients(layers, x, case):
-    return [x.grad, *(p.grad for p in layers.parameters()), case.norm.weight.grad, case.weight_ph.grad]
+    return [
+        x.grad,
+        *(p.grad for p in layers.parameters()),
+        case.norm.weight.grad,
+        case.weight_ph.grad,
+    ]
 
 
 def train_eagerly(depths):
@@ -30,8 +35,13 @@ def train_eagerly(depths):
     for depth, layer in enumerate(layers, start=1):
         hidden = torch.tanh(layer(hidden))
         if depth in depths:
-            logits = F.rms_norm(hidden, (8,), case.norm.weight, EPSILON).flatten(0, 1) @ case.weight_ph.t()
-            loss = loss + COEFFICIENTS[depth] * F.cross_entropy(logits, case.targets.labels_n, reduction="sum")
+            logits = (
+                F.rms_norm(hidden, (8,), case.norm.weight, EPSILON).flatten(0, 1)
+                @ case.weight_ph.t()
+            )
+            loss = loss + COEFFICIENTS[depth] * F.cross_entropy(
+                logits, case.targets.labels_n, reduction="sum"
+            )
     (RULE_FACTOR * loss).backward()
     return gradients(layers, x, case)
 
@@ -51,9 +61,14 @@ def train_deferred(depths, kept=None):
     for depth, layer in enumerate(layers, start=1):
         hidden = torch.tanh(layer(hidden))
         exit_backward = backward if depth in depths else None
-        with torch.autograd.graph.saved_tensors_hooks(keep if kept is not None else lambda tensor: tensor, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            keep if kept is not None else lambda tensor: tensor, lambda tensor: tensor
+        ):
             if depth < 3:
-                before, hidden = hidden, tap(hidden, exit_backward, torch.tensor(COEFFICIENTS[depth] * RULE_FACTOR))
+                before, hidden = (
+                    hidden,
+                    tap(hidden, exit_backward, torch.tensor(COEFFICIENTS[depth] * RULE_FACTOR)),
+                )
                 assert hidden._base is None  # the schedules cannot free a view
                 assert torch.equal(hidden, before)
             else:
@@ -70,7 +85,9 @@ def train_deferred(depths, kept=None):
 def test_gradients_equal_those_of_eager_exits(depths):
     for ours, eager in zip(train_deferred(depths), train_eagerly(depths), strict=True):
         # a layer above the deepest exit has gradient None in plain autograd and 0 in a schedule that runs it
-        torch.testing.assert_close(ours, torch.zeros_like(ours) if eager is None else eager, rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(
+            ours, torch.zeros_like(ours) if eager is None else eager, rtol=2e-6, atol=1e-6
+        )
 
 
 def test_forward_keeps_the_hidden_state_and_nothing_else():

@@ -1,6 +1,5 @@
 """The loss of a taught exit against F.cross_entropy, F.kl_div and autograd in float64; and how much memory it takes."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,34 +13,56 @@ from tests.support.taught import divergence
 from tests.unit.test_loss_memory import Allocations
 
 FACTOR = 0.37
-RULES = [Distillation(1.0), Distillation(0.3), Distillation(0.6, 2.0), Distillation(1.0, 0.5), Distillation(0.6, 3.0, 5),
-         Distillation(0.5, 1.0, 1)]
+RULES = [
+    Distillation(1.0),
+    Distillation(0.3),
+    Distillation(0.6, 2.0),
+    Distillation(1.0, 0.5),
+    Distillation(0.6, 3.0, 5),
+    Distillation(0.5, 1.0, 1),
+]
 
 
 def make_teacher(case: LossCase, seed: int = 3) -> tuple[torch.Tensor, torch.nn.Parameter]:
     """Returns a teacher's normed hidden state and an output matrix of its own."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(case.weight_ph.shape, generator=generator).to(case.weight_ph.dtype)
-    return torch.randn(case.hidden_tbh.shape, generator=generator).to(case.hidden_tbh.dtype), torch.nn.Parameter(weight)
+    return torch.randn(case.hidden_tbh.shape, generator=generator).to(
+        case.hidden_tbh.dtype
+    ), torch.nn.Parameter(weight)
 
 
 def run(case, teacher, rule, chunk_tokens=4, with_choice=False):
     """Returns losses and gradient to the hidden state."""
-    token_loss = TaughtCrossEntropy(case.request(chunk_tokens, with_choice=with_choice), rule, *teacher)
+    token_loss = TaughtCrossEntropy(
+        case.request(chunk_tokens, with_choice=with_choice), rule, *teacher
+    )
     return exit_loss(case.hidden_tbh, case.norm, case.weight_ph, token_loss, torch.tensor(FACTOR))
 
 
 def expected(case, teacher, rule):
     """Returns cross entropies, divergences, and gradients to hidden state, norm and output matrix, in float64."""
-    hidden, norm, weight = (x.detach().double().requires_grad_() for x in (case.hidden_tbh, case.norm.weight, case.weight_ph))
-    logits = F.rms_norm(hidden, hidden.shape[-1:], norm, EPSILON).flatten(0, 1) @ weight[: case.shard.size].t()
+    hidden, norm, weight = (
+        x.detach().double().requires_grad_()
+        for x in (case.hidden_tbh, case.norm.weight, case.weight_ph)
+    )
+    logits = (
+        F.rms_norm(hidden, hidden.shape[-1:], norm, EPSILON).flatten(0, 1)
+        @ weight[: case.shard.size].t()
+    )
     taught = teacher[0].double().flatten(0, 1) @ teacher[1].detach().double()[: case.shard.size].t()
     if case.targets.index_n is not None:
         logits, taught = logits[case.targets.index_n], taught[case.targets.index_n]
     entropy = F.cross_entropy(logits, case.targets.labels_n, reduction="none")
     apart = divergence(logits, taught, rule.temperature, rule.top_k)
     loss = (1 - rule.weight) * entropy + rule.weight * rule.temperature**2 * apart
-    return entropy, apart, torch.autograd.grad(FACTOR * (loss * case.targets.loss_mask_n.double()).sum(), (hidden, norm, weight))
+    return (
+        entropy,
+        apart,
+        torch.autograd.grad(
+            FACTOR * (loss * case.targets.loss_mask_n.double()).sum(), (hidden, norm, weight)
+        ),
+    )
 
 
 def close(actual, exact, tolerance):
@@ -83,14 +104,20 @@ def test_the_mean_over_tokens_is_not_torchs_batchmean():
     teacher = make_teacher(case)
     losses, _ = run(case, teacher, Distillation(1.0))
     logits = case.norm(case.hidden_tbh).detach() @ case.weight_ph.detach().t()
-    student, target = logits.transpose(0, 1).log_softmax(-1), (teacher[0] @ teacher[1].detach().t()).transpose(0, 1).softmax(-1)
+    student, target = (
+        logits.transpose(0, 1).log_softmax(-1),
+        (teacher[0] @ teacher[1].detach().t()).transpose(0, 1).softmax(-1),
+    )
     batchmean = F.kl_div(student, target, reduction="batchmean")
     assert losses.kl_n.mean().item() == pytest.approx(batchmean.item() / 2, rel=1e-5)
 
 
 def test_a_teacher_that_agrees_says_nothing():
     case = make_case()
-    teacher = (case.norm(case.hidden_tbh).detach(), torch.nn.Parameter(case.weight_ph.detach().clone()))
+    teacher = (
+        case.norm(case.hidden_tbh).detach(),
+        torch.nn.Parameter(case.weight_ph.detach().clone()),
+    )
     losses, d_hidden = run(case, teacher, Distillation(1.0, 2.0))
     assert losses.kl_n.abs().max() < 2e-6 and d_hidden.abs().max() < 2e-6
 
@@ -105,7 +132,12 @@ def test_tokens_as_likely_as_the_last_kept_one_are_kept_too():
     assert kept.sum(1).max() >= 4
     target = logits.masked_fill(~kept, float("-inf")).softmax(1)
     student = (case.norm(case.hidden_tbh).flatten(0, 1) @ case.weight_ph.t()).log_softmax(1)
-    torch.testing.assert_close(losses.kl_n, F.kl_div(student, target, reduction="none").sum(1).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        losses.kl_n,
+        F.kl_div(student, target, reduction="none").sum(1).detach(),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_no_token_counts():
@@ -141,7 +173,12 @@ def test_bf16_is_as_good_as_bf16_can_be():
     teacher[1].data *= 0.2
     losses, d_hidden = run(case, teacher, rule, 16)
     entropy, apart, (e_hidden, _, e_weight) = expected(case, teacher, rule)
-    for actual, exact in ((losses.loss_n, entropy), (losses.kl_n, apart), (d_hidden, e_hidden), (case.weight_ph.main_grad, e_weight)):
+    for actual, exact in (
+        (losses.loss_n, entropy),
+        (losses.kl_n, apart),
+        (d_hidden, e_hidden),
+        (case.weight_ph.main_grad, e_weight),
+    ):
         assert (actual.double() - exact).norm() / exact.norm() < 0.015
 
 
@@ -163,4 +200,6 @@ def test_largest_tensor_is_a_chunk_of_logits(dtype, rule):
     teacher = make_teacher(case)
     with Allocations([case.weight_ph, case.weight_ph.main_grad, *teacher]) as seen:
         run(case, teacher, rule, 16)
-    assert max(seen.sizes) <= 16 * 1000 * 4  # the head has 256,000 bytes in fp32, all logits 512,000
+    assert (
+        max(seen.sizes) <= 16 * 1000 * 4
+    )  # the head has 256,000 bytes in fp32, all logits 512,000

@@ -29,7 +29,9 @@ def test_equilibrium_is_the_mean_over_the_exits_above():
     assert below_second.item() == pytest.approx(6.0)
     assert rule.join(gradients[0].clone(), below_second, 2).item() == pytest.approx(6.0)
     torch.testing.assert_close(join(rule, 3), (OWN / 4 + DEEPER * 3 / 4).squeeze(1))
-    assert torch.equal(join(rule, 0), OWN.squeeze(1)), "above the deepest exit that trains nothing comes from"
+    assert torch.equal(join(rule, 0), OWN.squeeze(1)), (
+        "above the deepest exit that trains nothing comes from"
+    )
 
 
 def test_balance_of_each_token():
@@ -41,7 +43,9 @@ def test_balance_of_each_token():
 
 def test_balance_of_the_micro_batch():
     factor = 3 * (104 / 31) ** 0.5
-    torch.testing.assert_close(join(GradientRule("balance", True, 3.0)), (factor * OWN + DEEPER).squeeze(1))
+    torch.testing.assert_close(
+        join(GradientRule("balance", True, 3.0)), (factor * OWN + DEEPER).squeeze(1)
+    )
 
 
 def test_projection_of_each_token():
@@ -55,7 +59,9 @@ def test_projection_of_the_micro_batch():
     assert torch.equal(join(GradientRule("project", True)), (OWN + DEEPER).squeeze(1))
     opposed = join(GradientRule("project", True), deeper=-DEEPER)
     torch.testing.assert_close(opposed, (OWN - 39 / 104 * DEEPER - DEEPER).squeeze(1))
-    assert abs(((opposed + DEEPER.squeeze(1)) * DEEPER.squeeze(1)).sum()) < 1e-4, "what is left of own has no part along deeper"
+    assert abs(((opposed + DEEPER.squeeze(1)) * DEEPER.squeeze(1)).sum()) < 1e-4, (
+        "what is left of own has no part along deeper"
+    )
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -75,6 +81,12 @@ def test_half_precision_keeps_its_dtype_and_a_common_factor_passes_through(name,
     own, deeper = (torch.randn(7, 3, 64, generator=generator) for _ in range(2))
     exact = join(GradientRule(name, whole), own=own, deeper=deeper)
     for scale in (1.0, 2.0**9):  # a sum of 64 squares of 512 would be infinite in fp16
-        half = join(GradientRule(name, whole), own=(scale * own).to(dtype), deeper=(scale * deeper).to(dtype))
+        half = join(
+            GradientRule(name, whole),
+            own=(scale * own).to(dtype),
+            deeper=(scale * deeper).to(dtype),
+        )
         assert half.dtype == dtype
-        assert ((half.float() / scale - exact).norm() / exact.norm()).item() < (2e-3 if dtype == torch.float16 else 1e-2)
+        assert ((half.float() / scale - exact).norm() / exact.norm()).item() < (
+            2e-3 if dtype == torch.float16 else 1e-2
+        )

@@ -33,7 +33,9 @@ def assert_equal_to_reference(case, losses, d_hidden, dtype=torch.float64, toler
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 5, 15, 100])  # of 15 tokens: some divide, one is larger
+@pytest.mark.parametrize(
+    "chunk_tokens", [1, 4, 5, 15, 100]
+)  # of 15 tokens: some divide, one is larger
 def test_equals_cross_entropy_and_autograd(chunk_tokens, dtype):
     case = make_case()
     assert_equal_to_reference(case, *run(case, chunk_tokens), dtype)
@@ -44,7 +46,9 @@ def test_some_tokens_are_right_and_some_wrong():
     # labels by construction: the most likely token for even places, the least likely for odd ones
     logits = case.norm(case.hidden_tbh).flatten(0, 1) @ case.weight_ph.t()
     even = torch.arange(15) % 2 == 0
-    case.targets = Targets(None, torch.where(even, logits.argmax(1), logits.argmin(1)), torch.ones(15))
+    case.targets = Targets(
+        None, torch.where(even, logits.argmax(1), logits.argmin(1)), torch.ones(15)
+    )
     losses, d_hidden = run(case)
     assert torch.equal(losses.correct_n, even)
     assert_equal_to_reference(case, losses, d_hidden)
@@ -61,7 +65,9 @@ def test_by_hand():
     losses, _ = run(case, factor=1.0)
     close(losses.loss_n, torch.tensor([math.log(4)]), 1e-6)
     assert losses.correct_n.tolist() == [False]
-    close(case.weight_ph.grad, torch.tensor([[1 / 8, 1 / 8], [-3 / 4, -3 / 4], [5 / 8, 5 / 8]]), 1e-6)
+    close(
+        case.weight_ph.grad, torch.tensor([[1 / 8, 1 / 8], [-3 / 4, -3 / 4], [5 / 8, 5 / 8]]), 1e-6
+    )
 
 
 def test_only_indexed_tokens_count():
@@ -101,12 +107,16 @@ def test_evaluation_gives_losses_only():
     losses, gradient = run(case, factor=None)
     assert gradient is None and case.weight_ph.grad is None and case.norm.weight.grad is None
     trained = run(case)[0]
-    assert torch.equal(losses.loss_n, trained.loss_n) and torch.equal(losses.correct_n, trained.correct_n)
+    assert torch.equal(losses.loss_n, trained.loss_n) and torch.equal(
+        losses.correct_n, trained.correct_n
+    )
 
 
 def test_large_logits_do_not_overflow():
     case = make_case()
-    case.weight_ph.data *= 300  # logits of some thousands: exp would be infinite without the maximum
+    case.weight_ph.data *= (
+        300  # logits of some thousands: exp would be infinite without the maximum
+    )
     losses, d_hidden = run(case)
     assert losses.loss_n.max() > 1000
     expected = reference(case, FACTOR, torch.float64)
@@ -122,7 +132,11 @@ def test_bf16_is_as_good_as_bf16_can_be():
     losses, d_hidden = run(case, chunk_tokens=16)
     expected = reference(case, FACTOR, torch.float64)
     assert d_hidden.dtype == torch.bfloat16 and losses.loss_n.dtype == torch.float32
-    for actual, exact in ((losses.loss_n, expected.loss_n), (d_hidden, expected.d_hidden), (case.weight_ph.main_grad, expected.d_weight)):
+    for actual, exact in (
+        (losses.loss_n, expected.loss_n),
+        (d_hidden, expected.d_hidden),
+        (case.weight_ph.main_grad, expected.d_weight),
+    ):
         error = (actual.double() - exact).norm() / exact.norm()
         assert error < 0.01
     # the rounding is ours alone where bf16 autograd is no better
@@ -144,10 +158,23 @@ def test_shard_without_a_label_sees_only_its_part():
 def test_most_likely_token_on_request_and_nothing_else_changes():
     case, same = make_case(), make_case()
     plain, d_plain = run(same)
-    losses, d_hidden = exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.loss(4, with_choice=True), torch.tensor(FACTOR))
+    losses, d_hidden = exit_loss(
+        case.hidden_tbh,
+        case.norm,
+        case.weight_ph,
+        case.loss(4, with_choice=True),
+        torch.tensor(FACTOR),
+    )
     logits = case.norm(case.hidden_tbh).flatten(0, 1) @ case.weight_ph.t()
-    assert losses.choice_n.dtype == torch.int32 and losses.choice_n.tolist() == logits.argmax(1).tolist()
-    assert plain.choice_n is None and torch.equal(plain.loss_n, losses.loss_n) and torch.equal(d_plain, d_hidden)
+    assert (
+        losses.choice_n.dtype == torch.int32
+        and losses.choice_n.tolist() == logits.argmax(1).tolist()
+    )
+    assert (
+        plain.choice_n is None
+        and torch.equal(plain.loss_n, losses.loss_n)
+        and torch.equal(d_plain, d_hidden)
+    )
     assert torch.equal(case.weight_ph.grad, same.weight_ph.grad)
 
 
@@ -155,5 +182,7 @@ def test_of_equally_likely_tokens_the_lowest_id_is_chosen():
     case = make_case(dtype=torch.bfloat16)
     case.weight_ph.data[9:] = case.weight_ph.data[9]  # rows 9.. are all alike
     case.weight_ph.data[:9] = 0
-    losses, _ = exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.loss(4, with_choice=True))
+    losses, _ = exit_loss(
+        case.hidden_tbh, case.norm, case.weight_ph, case.loss(4, with_choice=True)
+    )
     assert set(losses.choice_n.tolist()) <= {0, 9} and len(set(losses.choice_n.tolist())) == 2

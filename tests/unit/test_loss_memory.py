@@ -19,7 +19,11 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Returns what the operation returns."""
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {
+            x.untyped_storage().data_ptr()
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         for tensor in (x for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
             storage = tensor.untyped_storage()
@@ -33,14 +37,18 @@ def largest_allocation(dtype, chunk_tokens):
     case = make_case(t=64, b=2, h=64, rows=1000, dtype=dtype)
     case.weight_ph.main_grad, case.norm.weight.main_grad = torch.zeros(1000, 64), torch.zeros(64)
     with Allocations([case.weight_ph, case.weight_ph.main_grad]) as seen:
-        exit_loss(case.hidden_tbh, case.norm, case.weight_ph, case.loss(chunk_tokens), torch.tensor(1.0))
+        exit_loss(
+            case.hidden_tbh, case.norm, case.weight_ph, case.loss(chunk_tokens), torch.tensor(1.0)
+        )
     return max(seen.sizes), chunk_tokens * 1000 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_largest_tensor_is_a_chunk_of_logits(dtype):
     largest, chunk_bytes = largest_allocation(dtype, chunk_tokens=16)
-    assert largest <= chunk_bytes  # 64,000 bytes; the head has 256,000 in fp32 (128,000 in bf16), all logits 512,000
+    assert (
+        largest <= chunk_bytes
+    )  # 64,000 bytes; the head has 256,000 in fp32 (128,000 in bf16), all logits 512,000
 
 
 def test_recorder_sees_whole_logits():

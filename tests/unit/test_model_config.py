@@ -8,11 +8,14 @@ from megatron_sorted.platform.cpu import CpuPlatform
 from megatron_sorted.settings.run import Settings
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"transformer_impl": "transformer_engine"}, ["--transformer-impl", "cpu", "local"]),
-    ({"context_parallel_size": 2}, ["--context-parallel-size: 2", "Transformer Engine"]),
-    ({"num_experts": 4}, ["--num-experts: 4", "router", "Transformer Engine"]),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"transformer_impl": "transformer_engine"}, ["--transformer-impl", "cpu", "local"]),
+        ({"context_parallel_size": 2}, ["--context-parallel-size: 2", "Transformer Engine"]),
+        ({"num_experts": 4}, ["--num-experts: 4", "router", "Transformer Engine"]),
+    ],
+)
 def test_what_needs_transformer_engine_is_refused_on_cpu(changes, words):
     with pytest.raises(PlatformError) as caught:
         check_platform(Settings(**changes), CpuPlatform())
@@ -29,5 +32,8 @@ def test_a_torch_that_cannot_sum_shards_is_refused_before_anything_starts(monkey
     check_platform(sharded, CpuPlatform())
     monkeypatch.setattr("megatron_sorted.parallel.fsdp.FSDPModule", object)
     check_platform(Settings(), CpuPlatform())
-    with pytest.raises(PlatformError, match=r"--data-parallel fsdp: torch .* Install torch 2\.8 or later, or use --data-parallel ddp"):
+    with pytest.raises(
+        PlatformError,
+        match=r"--data-parallel fsdp: torch .* Install torch 2\.8 or later, or use --data-parallel ddp",
+    ):
         check_platform(sharded, CpuPlatform())

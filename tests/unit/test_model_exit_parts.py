@@ -11,8 +11,12 @@ from tests.support.loss_case import EPSILON, make_case
 
 
 def make_adapter(sequence_parallel: bool = False) -> ExitAdapter:
-    config = SimpleNamespace(hidden_size=8, params_dtype=torch.float32, init_method=torch.nn.init.normal_,
-                             sequence_parallel=sequence_parallel)
+    config = SimpleNamespace(
+        hidden_size=8,
+        params_dtype=torch.float32,
+        init_method=torch.nn.init.normal_,
+        sequence_parallel=sequence_parallel,
+    )
     return ExitAdapter(config, 2)
 
 
@@ -25,7 +29,10 @@ def test_an_adapter_begins_as_nothing_and_is_marked_for_sequence_parallelism():
     x = torch.randn(3, 2, 8)
     adapter = make_adapter(True)
     assert torch.equal(adapter(x), x) and adapter.down.weight.any()
-    assert {name: tuple(p.shape) for name, p in adapter.named_parameters()} == {"down.weight": (2, 8), "up.weight": (8, 2)}
+    assert {name: tuple(p.shape) for name, p in adapter.named_parameters()} == {
+        "down.weight": (2, 8),
+        "up.weight": (8, 2),
+    }
     assert all(p.sequence_parallel for p in adapter.parameters())
     assert not any(p.sequence_parallel for p in make_adapter().parameters())
 
@@ -45,7 +52,12 @@ def test_an_exit_read_through_an_adapter_has_the_gradients_of_autograd(already_a
     got = [p.grad.clone() for p in reader.parameters()]
     for parameter in (*reader.parameters(), case.weight_ph):
         parameter.grad = None
-    read = torch.nn.functional.rms_norm(hidden + hidden @ adapter.down.weight.t() @ adapter.up.weight.t(), (8,), case.norm.weight, EPSILON)
+    read = torch.nn.functional.rms_norm(
+        hidden + hidden @ adapter.down.weight.t() @ adapter.up.weight.t(),
+        (8,),
+        case.norm.weight,
+        EPSILON,
+    )
     logits = read.flatten(0, 1) @ case.weight_ph.t()
     expected = torch.nn.functional.cross_entropy(logits, case.targets.labels_n, reduction="none")
     assert torch.allclose(losses.loss_n, expected, atol=1e-6)
@@ -91,7 +103,17 @@ def test_what_a_fused_kernel_has_added_is_not_added_again():
 
 
 def test_exits_layers_are_not_computed_again():
-    config = SimpleNamespace(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1, hidden_size=8)
+    config = SimpleNamespace(
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+        hidden_size=8,
+    )
     plain = without_recomputation(config)
-    assert (plain.recompute_granularity, plain.recompute_method, plain.recompute_num_layers, plain.hidden_size) == (None, None, None, 8)
+    assert (
+        plain.recompute_granularity,
+        plain.recompute_method,
+        plain.recompute_num_layers,
+        plain.hidden_size,
+    ) == (None, None, None, 8)
     assert config.recompute_granularity == "full"

@@ -8,14 +8,26 @@ import torch
 from megatron_sorted.model.stage import freeze_others, is_trained
 from tests.support.tiny import tiny
 
-OWN = ("exit_norms.2.weight", "exit_output_layers.2.weight", "exit_blocks.2.mlp.linear_fc2.weight", "exit_mlps.2.mlp.linear_fc1.weight",
-       "exit_adapters.2.up.weight")
-BASE = ("embedding.word_embeddings.weight", "decoder.layers.0.mlp.linear_fc2.weight", "final_layernorm.weight", "output_layer.weight")
+OWN = (
+    "exit_norms.2.weight",
+    "exit_output_layers.2.weight",
+    "exit_blocks.2.mlp.linear_fc2.weight",
+    "exit_mlps.2.mlp.linear_fc1.weight",
+    "exit_adapters.2.up.weight",
+)
+BASE = (
+    "embedding.word_embeddings.weight",
+    "decoder.layers.0.mlp.linear_fc2.weight",
+    "final_layernorm.weight",
+    "output_layer.weight",
+)
 
 
 def test_names():
     assert all(is_trained(name, tiny()) for name in (*OWN, *BASE))
-    assert [is_trained(name, tiny(tune_exit=True)) for name in (*OWN, *BASE)] == [True] * 5 + [False] * 4
+    assert [is_trained(name, tiny(tune_exit=True)) for name in (*OWN, *BASE)] == [True] * 5 + [
+        False
+    ] * 4
 
 
 def make_stage(first_layer: int) -> torch.nn.Module:
@@ -31,13 +43,20 @@ def make_stage(first_layer: int) -> torch.nn.Module:
 def test_a_stage_is_frozen_but_for_its_exits(first_layer, tune):
     stage = make_stage(first_layer)
     freeze_others(stage, tiny(tune_exit=tune))
-    assert {name: p.requires_grad for name, p in stage.named_parameters()} == {"decoder.weight": not tune, "exit_norms.2.weight": True}
+    assert {name: p.requires_grad for name, p in stage.named_parameters()} == {
+        "decoder.weight": not tune,
+        "exit_norms.2.weight": True,
+    }
     assert stage.trains_below is not tune
 
 
 @pytest.mark.parametrize(("first_layer", "expected"), [(0, False), (2, True)])
-def test_layers_that_train_do_so_on_every_stage_so_gradients_come_out_of_all_but_the_first(first_layer, expected, monkeypatch):
-    monkeypatch.setattr("megatron_sorted.model.stage.is_trained", lambda name, settings: name.startswith("decoder"))
+def test_layers_that_train_do_so_on_every_stage_so_gradients_come_out_of_all_but_the_first(
+    first_layer, expected, monkeypatch
+):
+    monkeypatch.setattr(
+        "megatron_sorted.model.stage.is_trained", lambda name, settings: name.startswith("decoder")
+    )
     stage = make_stage(first_layer)
     freeze_others(stage, tiny())
     assert stage.trains_below is expected

@@ -25,7 +25,10 @@ def read(directory) -> dict[str, list[tuple[int, float]]]:
     """Returns {tag: [(step, value)]} as TensorBoard shows it."""
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def test_every_number_of_a_report_is_there(tmp_path):
@@ -36,7 +39,9 @@ def test_every_number_of_a_report_is_there(tmp_path):
     assert set(found) == set(expected) | set(both)
     for tag, value in expected.items():
         assert [step for step, _ in found[tag]] == [20, 30]
-        assert all(read_value == pytest.approx(value, rel=1e-6) for _, read_value in found[tag]), tag  # scalars are float32
+        assert all(read_value == pytest.approx(value, rel=1e-6) for _, read_value in found[tag]), (
+            tag
+        )  # scalars are float32
     for tag, value in both.items():
         assert found[tag] == [(20, pytest.approx(value, rel=1e-6))]
 
@@ -45,11 +50,16 @@ def test_a_resume_takes_back_what_came_after_the_checkpoint(tmp_path, monkeypatc
     def reports(steps, rate):
         return [dataclasses.replace(STEP, step=step, learning_rate=rate) for step in steps]
 
-    monkeypatch.setattr("time.time", lambda: 1_000_000)  # files are read in the order of their names
+    monkeypatch.setattr(
+        "time.time", lambda: 1_000_000
+    )  # files are read in the order of their names
     write(tmp_path, 0, reports(range(1, 10), 1.0))
     monkeypatch.setattr("time.time", lambda: 2_000_000)
     write(tmp_path, 6, reports(range(7, 9), 2.0))
-    assert read(tmp_path)["learning-rate"] == [(step, 1.0) for step in range(1, 7)] + [(7, 2.0), (8, 2.0)]
+    assert read(tmp_path)["learning-rate"] == [(step, 1.0) for step in range(1, 7)] + [
+        (7, 2.0),
+        (8, 2.0),
+    ]
 
 
 def test_neither_torch_nor_tensorflow_is_imported(tmp_path):
@@ -60,7 +70,12 @@ assert "tensorboard" not in sys.modules
 TensorBoard({str(tmp_path)!r}, 8, 0).start()
 print(sorted({{"torch", "tensorflow", "wandb"}} & set(sys.modules)))
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):

@@ -23,26 +23,38 @@ def open_said(settings: Settings):
 @pytest.mark.parametrize("tensorboard", [False, True])
 @pytest.mark.parametrize("json_lines", [False, True])
 def test_each_alone_or_together(tmp_path, json_lines, tensorboard):
-    settings = replace(SETTINGS, save=str(tmp_path / "save") if json_lines else None,
-                       tensorboard_dir=str(tmp_path / "tb") if tensorboard else None)
+    settings = replace(
+        SETTINGS,
+        save=str(tmp_path / "save") if json_lines else None,
+        tensorboard_dir=str(tmp_path / "tb") if tensorboard else None,
+    )
     writers, said = open_said(settings)
     writers.write(STEP)
     writers.write(EVALUATION)
     writers.close()
     writers.close()  # a second time does nothing
     assert said == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["save"] * json_lines + ["tb"] * tensorboard
+    assert (
+        sorted(path.name for path in tmp_path.iterdir())
+        == ["save"] * json_lines + ["tb"] * tensorboard
+    )
     if json_lines:
         assert [path.name for path in (tmp_path / "save").iterdir()] == ["metrics.jsonl"]
-        assert [line["kind"] for line in read_json_lines(tmp_path / "save" / "metrics.jsonl")] == ["train", "evaluation"]
+        assert [line["kind"] for line in read_json_lines(tmp_path / "save" / "metrics.jsonl")] == [
+            "train",
+            "evaluation",
+        ]
 
 
 def test_a_full_disk_is_said_once_and_stops_nothing(tmp_path):
-    writers, said = open_said(replace(SETTINGS, metrics_file="/dev/full", tensorboard_dir=str(tmp_path)))
+    writers, said = open_said(
+        replace(SETTINGS, metrics_file="/dev/full", tensorboard_dir=str(tmp_path))
+    )
     for _ in range(3):
         writers.write(STEP)
     assert said == [
-        "JSON lines: a report could not be written ([Errno 28] No space left on device). Training goes on, later ones are tried"]
+        "JSON lines: a report could not be written ([Errno 28] No space left on device). Training goes on, later ones are tried"
+    ]
     writers.close()
     assert said[1:] == ["JSON lines: 3 reports could not be written"]
     assert b"lm loss" in next(tmp_path.iterdir()).read_bytes()
@@ -61,7 +73,9 @@ def test_disabled_wandb_writes_and_starts_nothing(tmp_path, monkeypatch, how):
         monkeypatch.setenv("WANDB_MODE", "disabled")
     mode = "disabled" if how == "setting" else "online"
     monkeypatch.setattr(subprocess, "Popen", None)
-    writers, said = open_said(replace(SETTINGS, save=str(tmp_path), wandb_project="p", wandb_mode=mode))
+    writers, said = open_said(
+        replace(SETTINGS, save=str(tmp_path), wandb_project="p", wandb_mode=mode)
+    )
     writers.write(STEP)
     writers.close()
     assert said == [] and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -69,5 +83,12 @@ def test_disabled_wandb_writes_and_starts_nothing(tmp_path, monkeypatch, how):
 
 def test_nothing_heavy_is_imported():
     heavy = {"torch", "megatron", "numpy", "wandb", "tensorboard"}
-    code = f"import sys, megatron_sorted.monitoring.writers; print(sorted({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = (
+        f"import sys, megatron_sorted.monitoring.writers; print(sorted({heavy} & set(sys.modules)))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )

@@ -38,7 +38,9 @@ def test_all_get_one_name():
 def test_a_new_attempt_never_takes_the_name_of_the_one_before(late):
     store = dist.HashStore()
     before = meet(store, range(4))[0]
-    for _ in range(3):  # every rank but one comes at once, and finds a complete set of words of the attempt before
+    for _ in range(
+        3
+    ):  # every rank but one comes at once, and finds a complete set of words of the attempt before
         names = meet(store, range(4), delays={late: 0.15})
         assert len(names) == 4 and len(set(names.values())) == 1 and names[0] != before
         before = names[0]
@@ -47,7 +49,9 @@ def test_a_new_attempt_never_takes_the_name_of_the_one_before(late):
 def test_an_attempt_that_broke_off_half_way_does_no_harm():
     store = dist.HashStore()
     broken = meet(store, (0, 2), timeout=0.3)
-    assert broken[0] == ("rank 0: not all 4 processes met within 0 s (missing: rank 1, 3). Look for their errors, or raise "
-                         "--distributed-timeout-minutes.")
+    assert broken[0] == (
+        "rank 0: not all 4 processes met within 0 s (missing: rank 1, 3). Look for their errors, or raise "
+        "--distributed-timeout-minutes."
+    )
     names = meet(store, range(4), delays={1: 0.1, 2: 0.2})
     assert len(set(names.values())) == 1

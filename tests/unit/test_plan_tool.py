@@ -56,7 +56,10 @@ def test_mistakes_are_told_in_a_line(words, plan):
 
 
 def test_a_number_of_processes_that_is_none_is_refused_by_its_line(plan):
-    assert "run.yaml, line 2, world-size: 'four' is not what this setting takes. Give a whole number or none." in plan("four")[0]
+    assert (
+        "run.yaml, line 2, world-size: 'four' is not what this setting takes. Give a whole number or none."
+        in plan("four")[0]
+    )
 
 
 def test_a_file_of_version_0_8_is_planned_with_a_note(plan, tmp_path):
@@ -64,9 +67,14 @@ def test_a_file_of_version_0_8_is_planned_with_a_note(plan, tmp_path):
     (tmp_path / "old.yaml").write_text(f"# planned-device: H100\n{text}device: cuda\n")
     status, shown = plan(1, str(tmp_path / "old.yaml"))
     path = tmp_path / "old.yaml"
-    assert status == 0 and "torchrun --nproc-per-node 4" in shown and "note: planned for" not in shown
+    assert (
+        status == 0 and "torchrun --nproc-per-node 4" in shown and "note: planned for" not in shown
+    )
     for key, word in (("world-size", 4), ("planned-device", "H100")):
-        assert f"note: {path}: '# {key}: {word}' is a comment. Write it as a key of the file: {key}: {word}" in shown
+        assert (
+            f"note: {path}: '# {key}: {word}' is a comment. Write it as a key of the file: {key}: {word}"
+            in shown
+        )
 
 
 def test_a_file_that_is_not_there_is_told(monkeypatch, tmp_path):
@@ -79,7 +87,10 @@ def test_where_no_line_starts_the_run_the_plan_says_why(plan):
     words = ["--device", "cuda", "--planned-device", "H100"]
     assert "no line to start it: 12 processes do not fill hosts of 8 devices" in plan(12, *words)[1]
     said = plan(16, *words, "--world-size", "32")[1]
-    assert "with world-size: 32 in " in said and ", which says 16: slurm/gpu.sbatch --site SITE --nodes 4" in said
+    assert (
+        "with world-size: 32 in " in said
+        and ", which says 16: slurm/gpu.sbatch --site SITE --nodes 4" in said
+    )
     assert plan(8, *words)[1].splitlines()[-1].startswith("torchrun --nproc-per-node 8 ")
 
 
@@ -104,10 +115,26 @@ def test_limits_no_layout_keeps_and_the_numbers_for_programs(plan):
 
 def test_a_split_that_the_rules_refuse_is_not_proposed(plan):
     """Balanced for exits early on it has a chunk of fewer layers than are computed again at a time."""
-    words = ["--pipeline-model-parallel-size", "2", "--exit-layer-nums", "1", "2", "3", "--global-batch-size", "16",
-             "--recompute-granularity", "full", "--vocab-size", "20000", "--device", "cpu"]
+    words = [
+        "--pipeline-model-parallel-size",
+        "2",
+        "--exit-layer-nums",
+        "1",
+        "2",
+        "3",
+        "--global-batch-size",
+        "16",
+        "--recompute-granularity",
+        "full",
+        "--vocab-size",
+        "20000",
+        "--device",
+        "cpu",
+    ]
     assert "--pipeline-model-parallel-layout" in plan(2, *words)[1]
-    assert "--pipeline-model-parallel-layout" not in plan(2, *words, "--recompute-num-layers", "4")[1]
+    assert (
+        "--pipeline-model-parallel-layout" not in plan(2, *words, "--recompute-num-layers", "4")[1]
+    )
 
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -115,12 +142,17 @@ ASKED = {"demo_nested.yaml", "nested_52m.yaml"}  # their tokenizers are made by 
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_every_example_is_planned_or_what_is_missing_is_asked_for(path, monkeypatch, capsys, tmp_path):
+def test_every_example_is_planned_or_what_is_missing_is_asked_for(
+    path, monkeypatch, capsys, tmp_path
+):
     monkeypatch.chdir(tmp_path)  # no data and no models lie here
     words = []
     if path.name in ASKED:
         monkeypatch.setattr(sys, "argv", ["plan.py", str(path)])
-        with pytest.raises(SettingsError, match=r"--vocab-size: not said, .* Give the number of its tokens: --vocab-size N"):
+        with pytest.raises(
+            SettingsError,
+            match=r"--vocab-size: not said, .* Give the number of its tokens: --vocab-size N",
+        ):
             plan_command.main()
         words = ["--vocab-size", "4096"]
     monkeypatch.setattr(sys, "argv", ["plan.py", str(path), *words])
@@ -128,7 +160,9 @@ def test_every_example_is_planned_or_what_is_missing_is_asked_for(path, monkeypa
     said = capsys.readouterr().out
     assert status == 0 and "memory: " in said
     text = path.read_text()
-    assert ("note: planned for" in said) == ("\nplanned-device:" not in text and "device: cpu" not in text)
+    assert ("note: planned for" in said) == (
+        "\nplanned-device:" not in text and "device: cpu" not in text
+    )
     for name in ("exit-kd-weight", "tune-exit"):
         assert (f"note: --{name} " in said) == (f"{name}:" in text)
 
@@ -140,12 +174,22 @@ def test_what_is_proposed_fits_with_the_error_of_plans_to_spare(plan):
     limit = (least + largest) / 2
     found = json.loads(plan(8, *words, "--memory-gb", f"{limit / 1e9:.9f}")[1])["proposals"]
     assert {one["peak_bytes"] for one in found} == {
-        one["peak_bytes"] for one in proposed if one["peak_bytes"] <= 0.93 * limit}
-    assert any(0.93 * limit < one["peak_bytes"] <= limit for one in proposed), "none shows the margin"
+        one["peak_bytes"] for one in proposed if one["peak_bytes"] <= 0.93 * limit
+    }
+    assert any(0.93 * limit < one["peak_bytes"] <= limit for one in proposed), (
+        "none shows the margin"
+    )
 
 
 def test_a_plan_close_to_the_limit_says_so(plan):
-    peak = max(stage["memory"]["total"] for stage in json.loads(plan(8, "--device", "cpu", "--json")[1])["plan"]["stages"])
-    for share, words in ((0.99, "DOES NOT FIT"), (1.03, "MAY NOT FIT: plans were measured up to 7.5% too low"), (1.08, ": fits, with")):
+    peak = max(
+        stage["memory"]["total"]
+        for stage in json.loads(plan(8, "--device", "cpu", "--json")[1])["plan"]["stages"]
+    )
+    for share, words in (
+        (0.99, "DOES NOT FIT"),
+        (1.03, "MAY NOT FIT: plans were measured up to 7.5% too low"),
+        (1.08, ": fits, with"),
+    ):
         status, said = plan(8, "--device", "cpu", "--memory-gb", f"{share * peak / 1e9:.9f}")
         assert words in said and status == (share < 1)

@@ -2,7 +2,13 @@
 
 import pytest
 
-from megatron_sorted.planning.schedule import SIMULATED, Pass, most_alive, passes_of_stage, time_of_passes
+from megatron_sorted.planning.schedule import (
+    SIMULATED,
+    Pass,
+    most_alive,
+    passes_of_stage,
+    time_of_passes,
+)
 
 
 def written(text: str) -> list[Pass]:
@@ -22,11 +28,17 @@ def test_interleaved():
     assert passes_of_stage(1, 2, 2, 2) == written("F0.0 F0.1 F1.0 B1.0 F1.1 B1.1 B0.0 B0.1")
 
 
-@pytest.mark.parametrize(("stages", "chunks", "micro_batches"), [(1, 1, 3), (4, 1, 7), (2, 2, 8), (4, 4, 32), (3, 2, 6)])
+@pytest.mark.parametrize(
+    ("stages", "chunks", "micro_batches"), [(1, 1, 3), (4, 1, 7), (2, 2, 8), (4, 4, 32), (3, 2, 6)]
+)
 def test_a_step_without_messages_lasts_as_the_bubble_formula_says(stages, chunks, micro_batches):
     # Narayanan et al., arXiv 2104.04473: the bubble is (p - 1) / (v m) of the time without one
-    timing = time_of_passes([[1.0] * chunks] * stages, [[2.0] * chunks] * stages, 0.0, micro_batches)
-    assert timing.seconds == pytest.approx(3 * chunks * micro_batches * (1 + (stages - 1) / (chunks * micro_batches)))
+    timing = time_of_passes(
+        [[1.0] * chunks] * stages, [[2.0] * chunks] * stages, 0.0, micro_batches
+    )
+    assert timing.seconds == pytest.approx(
+        3 * chunks * micro_batches * (1 + (stages - 1) / (chunks * micro_batches))
+    )
     assert timing.busy_seconds == (3 * chunks * micro_batches,) * stages
 
 

@@ -9,7 +9,13 @@ from megatron_sorted.exits.placement import layers_of_layout
 from megatron_sorted.planning.devices import DEVICES
 from megatron_sorted.planning.estimate import make_plan
 from megatron_sorted.planning.operations import operations_of_chunk
-from megatron_sorted.planning.split import balanced_parts, balanced_split, layout_text, weights_of_layers, with_split
+from megatron_sorted.planning.split import (
+    balanced_parts,
+    balanced_split,
+    layout_text,
+    weights_of_layers,
+    with_split,
+)
 from megatron_sorted.settings.run import Settings
 
 WEIGHTS = [1, 1, 1.7, 1, 1, 1.7, 1, 1, 1, 1.7]
@@ -19,7 +25,7 @@ def heaviest(weights, lengths, stages):
     """Returns the weight of the heaviest stage."""
     parts, start = [], 0
     for length in lengths:
-        parts.append(sum(weights[start:start + length]))
+        parts.append(sum(weights[start : start + length]))
         start += length
     return max(sum(parts[stage::stages]) for stage in range(stages))
 
@@ -47,16 +53,29 @@ def test_no_move_of_one_layer_makes_chunks_better_and_few_splits_are(stages, chu
     assert heaviest(WEIGHTS, lengths, stages) <= every[len(every) // 10]
 
 
-@pytest.mark.parametrize("lengths", [[3], [1, 2], [4, 4, 4, 2], [5, 4, 4, 4], [1, 1, 1], [2, 2, 3, 3, 3, 1]])
+@pytest.mark.parametrize(
+    "lengths", [[3], [1, 2], [4, 4, 4, 2], [5, 4, 4, 4], [1, 1, 1], [2, 2, 3, 3, 3, 1]]
+)
 def test_layouts_are_read_back(lengths):
     assert layers_of_layout(layout_text(lengths)) == lengths
 
 
-NESTED = Settings(num_layers=32, hidden_size=1024, num_attention_heads=16, seq_length=1024, vocab_size=32000, mock_data=True,
-                  untie_embeddings_and_output_weights=True, pipeline_model_parallel_size=4, global_batch_size=16)
+NESTED = Settings(
+    num_layers=32,
+    hidden_size=1024,
+    num_attention_heads=16,
+    seq_length=1024,
+    vocab_size=32000,
+    mock_data=True,
+    untie_embeddings_and_output_weights=True,
+    pipeline_model_parallel_size=4,
+    global_batch_size=16,
+)
 
 
-@pytest.mark.parametrize(("exits", "num_layers"), [((8, 16, 24), 32), ((10, 20, 30), 40), ((6, 14, 22), 32)])
+@pytest.mark.parametrize(
+    ("exits", "num_layers"), [((8, 16, 24), 32), ((10, 20, 30), 40), ((6, 14, 22), 32)]
+)
 def test_exits_on_every_stage_leave_the_slowest_within_two_percent_of_the_mean(exits, num_layers):
     settings = replace(NESTED, exit_layer_nums=exits, num_layers=num_layers)
     lengths = balanced_split(weights_of_layers(settings, 32000), 4, 1)
@@ -64,16 +83,28 @@ def test_exits_on_every_stage_leave_the_slowest_within_two_percent_of_the_mean(e
     assert all(chunk.exits for stage in plan.stages for chunk in stage.chunks)
     assert plan.imbalance < 1.02
     # a plain model on equal stages has its one head on the last of them
-    assert make_plan(replace(settings, exit_layer_nums=()), 32000, 4, DEVICES["A100"], 2048).imbalance > 1.05
+    assert (
+        make_plan(replace(settings, exit_layer_nums=()), 32000, 4, DEVICES["A100"], 2048).imbalance
+        > 1.05
+    )
 
 
 def test_stages_with_many_exits_get_few_layers():
     # one head costs what a layer does, so that 36 layers and 4 exits are 40 layers: 10 for each stage
-    settings = replace(NESTED, num_layers=36, exit_layer_nums=(2, 4, 6), seq_length=64, vocab_size=4 * 1024 + 3 * 2752 + 64)
+    settings = replace(
+        NESTED,
+        num_layers=36,
+        exit_layer_nums=(2, 4, 6),
+        seq_length=64,
+        vocab_size=4 * 1024 + 3 * 2752 + 64,
+    )
     vocabulary = settings.vocab_size
     lengths = balanced_split(weights_of_layers(settings, vocabulary), 4, 1)
     assert lengths == [7, 10, 10, 9]
-    split, equal = (make_plan(each, vocabulary, 4, DEVICES["A100"], 2048) for each in (with_split(settings, lengths), settings))
+    split, equal = (
+        make_plan(each, vocabulary, 4, DEVICES["A100"], 2048)
+        for each in (with_split(settings, lengths), settings)
+    )
     assert split.imbalance < 1.02 and equal.imbalance == pytest.approx(12 / 10, rel=0.01)
     assert split.seconds < equal.seconds
     [work] = [operations_of_chunk(settings, chunk, vocabulary) for chunk in split.stages[0].chunks]

@@ -14,7 +14,13 @@ from megatron_sorted.platform.select import choose_platform
 from tests.support.ranks import run_ranks
 
 ARGUMENTS = {
-    "arange": (3,), "as_tensor": ([1.0],), "empty_strided": ((2,), (1,)), "full": ((2,), 1.0), "randint": (5, (2,)), "tensor": ([1.0],)}
+    "arange": (3,),
+    "as_tensor": ([1.0],),
+    "empty_strided": ((2,), (1,)),
+    "full": ((2,), 1.0),
+    "randint": (5, (2,)),
+    "tensor": ([1.0],),
+}
 
 
 def redirected() -> dict:
@@ -25,12 +31,24 @@ def redirected() -> dict:
     like = torch.zeros(2)
     for name in FACTORIES:
         arguments = (like,) if name.endswith("_like") else ARGUMENTS.get(name, (2,))
-        for device in ("cuda", torch.device("cuda", 0), 0, torch.cuda.current_device(), "cpu", None):
+        for device in (
+            "cuda",
+            torch.device("cuda", 0),
+            0,
+            torch.cuda.current_device(),
+            "cpu",
+            None,
+        ):
             seen[f"{name} {device!r}"] = getattr(torch, name)(*arguments, device=device).device.type
     meta = torch.empty(2, device="meta")
     seen["meta"] = meta.device.type
-    seen["types"] = [torch.zeros(1, dtype=kind).type() for kind in (torch.float32, torch.bfloat16, torch.float16)]
-    seen["cast"] = torch.zeros(1).type(torch.int64).dtype, torch.zeros(1).type("torch.DoubleTensor").dtype
+    seen["types"] = [
+        torch.zeros(1, dtype=kind).type() for kind in (torch.float32, torch.bfloat16, torch.float16)
+    ]
+    seen["cast"] = (
+        torch.zeros(1).type(torch.int64).dtype,
+        torch.zeros(1).type("torch.DoubleTensor").dtype,
+    )
     seen["same"] = like.cuda() is like and like.cuda(0) is like
     module = torch.nn.Linear(1, 1)
     seen["module"] = module.cuda() is module
@@ -66,7 +84,11 @@ def tracker_forks() -> dict:
 def test_factories_types_and_moves_stay_on_the_cpu():
     [seen] = run_ranks(1, redirected)
     assert seen.pop("meta") == "meta"
-    assert seen.pop("types") == ["torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", "torch.cuda.HalfTensor"]
+    assert seen.pop("types") == [
+        "torch.cuda.FloatTensor",
+        "torch.cuda.BFloat16Tensor",
+        "torch.cuda.HalfTensor",
+    ]
     assert seen.pop("cast") == (torch.int64, torch.float64)
     assert seen.pop("same") and seen.pop("module")
     assert len(seen) >= 5 * len(FACTORIES) and set(seen.values()) == {"cpu"}, seen
@@ -91,7 +113,10 @@ def test_peak_memory_is_measured_anew():
 
 
 def test_platforms_by_name():
-    assert type(choose_platform("cpu")) is CpuPlatform and type(choose_platform("cuda")) is CudaPlatform
+    assert (
+        type(choose_platform("cpu")) is CpuPlatform
+        and type(choose_platform("cuda")) is CudaPlatform
+    )
     with pytest.raises(PlatformError) as error:
         choose_platform("tpu")
     assert str(error.value) == "--device tpu: no such platform. Use one of: auto, cpu, cuda, npu."
@@ -106,13 +131,21 @@ def without_gpu() -> tuple[str, str]:
 
 
 def test_no_gpu_is_a_sentence():
-    assert run_ranks(1, without_gpu) == [(
-        "cpu", "--device cuda: torch sees no GPU on this host. Install a CUDA build of torch, or use --device cpu.")]
+    assert run_ranks(1, without_gpu) == [
+        (
+            "cpu",
+            "--device cuda: torch sees no GPU on this host. Install a CUDA build of torch, or use --device cpu.",
+        )
+    ]
 
 
 def test_a_start_on_a_cpu_loads_neither_compiler_nor_wandb():
-    code = ("import sys; from types import SimpleNamespace; from megatron_sorted.platform.select import load_device; "
-            "load_device(SimpleNamespace(device='cpu')); import megatron_sorted.training.run.loop; "
-            "print(sorted(name for name in ('torch._dynamo', 'torch._inductor', 'wandb') if sys.modules.get(name)))")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    code = (
+        "import sys; from types import SimpleNamespace; from megatron_sorted.platform.select import load_device; "
+        "load_device(SimpleNamespace(device='cpu')); import megatron_sorted.training.run.loop; "
+        "print(sorted(name for name in ('torch._dynamo', 'torch._inductor', 'wandb') if sys.modules.get(name)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

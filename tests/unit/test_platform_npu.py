@@ -17,11 +17,16 @@ from tests.support.tiny import TINY
 
 def test_gpus_and_npus_in_one_process_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(PlatformError, match=r"one kind of accelerator only\. Install a CPU build of torch"):
+    with pytest.raises(
+        PlatformError, match=r"one kind of accelerator only\. Install a CPU build of torch"
+    ):
         load_torch_npu()
 
 
-@pytest.mark.parametrize(("gpus", "npus", "expected"), [(True, False, "cuda"), (False, True, "npu"), (False, False, "cpu")])
+@pytest.mark.parametrize(
+    ("gpus", "npus", "expected"),
+    [(True, False, "cuda"), (False, True, "npu"), (False, False, "cpu")],
+)
 def test_auto_takes_the_accelerator_that_is_there(gpus, npus, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
     monkeypatch.setattr(select, "has_npus", lambda: npus)
@@ -47,9 +52,14 @@ def test_torch_npu_without_devices_is_no_accelerator(monkeypatch, tmp_path):
 
 def test_no_fused_operation_is_used_unless_a_platform_brings_it():
     assert fused_kernels() == FusedKernels() == chosen_kernels(())
-    assert chosen_kernels(("swiglu",)).swiglu is KERNELS["swiglu"] and chosen_kernels(("swiglu",)).attention is None
+    assert (
+        chosen_kernels(("swiglu",)).swiglu is KERNELS["swiglu"]
+        and chosen_kernels(("swiglu",)).attention is None
+    )
     assert set(TINY.npu_kernels) == set(KERNELS)
 
 
 def test_every_mend_has_a_name_of_its_own_and_a_reason():
-    assert len({mend.name for mend in MENDS}) == len(MENDS) and all(len(mend.reason) > 20 for mend in MENDS)
+    assert len({mend.name for mend in MENDS}) == len(MENDS) and all(
+        len(mend.reason) > 20 for mend in MENDS
+    )

@@ -17,15 +17,21 @@ NAMES = [
 
 @pytest.mark.parametrize(("name", "bf16", "fp32"), NAMES)
 def test_known_cards(name, bf16, fp32):
-    assert peak_tflops_of(name, torch.bfloat16) == bf16 and peak_tflops_of(name, torch.float32) == fp32
-    assert peak_tflops_of(name, torch.float16) == (bf16 or {"S": 125, "P": 112, "T": 65}[name.split("-")[1][0] if "-" in name else "T"])
+    assert (
+        peak_tflops_of(name, torch.bfloat16) == bf16 and peak_tflops_of(name, torch.float32) == fp32
+    )
+    assert peak_tflops_of(name, torch.float16) == (
+        bf16 or {"S": 125, "P": 112, "T": 65}[name.split("-")[1][0] if "-" in name else "T"]
+    )
 
 
 @pytest.mark.parametrize("name", [
     "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA A100X", "NVIDIA A10G",
     "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H20", "NVIDIA H100 80GB HBM2e", "AMD Instinct MI300X", "Tesla V100-SXM3-32GB", ""])  # fmt: skip
 def test_unknown_cards_have_no_peak(name):
-    assert peak_tflops_of(name, torch.bfloat16) is None and peak_tflops_of(name, torch.float32) is None
+    assert (
+        peak_tflops_of(name, torch.bfloat16) is None and peak_tflops_of(name, torch.float32) is None
+    )
 
 
 @pytest.mark.parametrize(("name", "bf16"), [
@@ -33,7 +39,10 @@ def test_unknown_cards_have_no_peak(name):
     ("Ascend910B4-1", 245.8), ("Ascend910_9392", 353.9), ("Ascend910A", None), ("Ascend910B", None), ("Ascend910ProB", None)])  # fmt: skip
 def test_npus(name, bf16):
     assert peak_tflops_of(name, torch.bfloat16) == bf16
-    assert peak_tflops_of(name, torch.float16) == (bf16 or 256) and peak_tflops_of(name, torch.float32) is None
+    assert (
+        peak_tflops_of(name, torch.float16) == (bf16 or 256)
+        and peak_tflops_of(name, torch.float32) is None
+    )
 
 
 def test_unknown_kinds_of_number_and_the_cpu_have_no_peak():

@@ -23,15 +23,22 @@ def test_versions_that_are_taken(version):
 
 @pytest.mark.parametrize("version", ["0.11.0", "0.12.0", "0.17.0rc0", "1.0"])
 def test_other_versions_are_refused_with_value_rule_and_remedy(version):
-    with pytest.raises(PlatformError, match=rf"megatron-core {version}: .* runs on 0.12.1 to 0.16. .*pip install 'megatron-core==0.16.\*'"):
+    with pytest.raises(
+        PlatformError,
+        match=rf"megatron-core {version}: .* runs on 0.12.1 to 0.16. .*pip install 'megatron-core==0.16.\*'",
+    ):
         versions.check_megatron_version(version)
 
 
 def test_what_an_older_version_cannot_do_is_refused():
     versions.check_megatron_can(("--lora-rank", False), version="0.14.0")
     versions.check_megatron_can(("--lora-rank", True), version="0.15.0")
-    with pytest.raises(PlatformError, match=r"--lora-rank: needs megatron-core 0.15 or later, and 0.14.0 is here"):
-        versions.check_megatron_can(("--data-parallel fsdp", False), ("--lora-rank", True), version="0.14.0")
+    with pytest.raises(
+        PlatformError, match=r"--lora-rank: needs megatron-core 0.15 or later, and 0.14.0 is here"
+    ):
+        versions.check_megatron_can(
+            ("--data-parallel fsdp", False), ("--lora-rank", True), version="0.14.0"
+        )
 
 
 def test_only_known_arguments_are_passed():
@@ -55,4 +62,6 @@ def test_pages_and_requirements_say_the_same_versions(file, words):
 
 
 def test_the_oldest_torch_is_the_one_that_is_required():
-    assert set(re.findall(r"torch>=([\d.]+)", (ROOT / "setup.py").read_text(encoding="utf-8"))) == {versions.shown(OLDEST_TORCH)}
+    assert set(re.findall(r"torch>=([\d.]+)", (ROOT / "setup.py").read_text(encoding="utf-8"))) == {
+        versions.shown(OLDEST_TORCH)
+    }

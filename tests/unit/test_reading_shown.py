@@ -18,9 +18,16 @@ def test_what_a_terminal_obeys_is_escaped(name):
 
 
 def test_words_of_any_language_stay_and_long_names_are_cut():
-    assert shown("größer 你好 مرحبا 🙂 \\x1b") == "größer 你好 مرحبا 🙂 \\x1b" and shown(5) == "5" and shown(None) == "None"
+    assert (
+        shown("größer 你好 مرحبا 🙂 \\x1b") == "größer 你好 مرحبا 🙂 \\x1b"
+        and shown(5) == "5"
+        and shown(None) == "None"
+    )
     assert shown("x" * 301) == "x" * 300 + "..." and shown("abc", 2) == "ab..."
-    assert shown(os.fsdecode(b"a\xff")) == r"a\udcff" and shown(Path(os.fsdecode(b"\xff"))) == r"\udcff"
+    assert (
+        shown(os.fsdecode(b"a\xff")) == r"a\udcff"
+        and shown(Path(os.fsdecode(b"\xff"))) == r"\udcff"
+    )
 
 
 def test_lines_of_ours_stay_lines():
@@ -28,7 +35,12 @@ def test_lines_of_ours_stay_lines():
 
 
 def test_a_models_text_on_a_terminal():
-    assert for_terminal("a\n\tb\r\x1b]0;title\x07\u200d\u202b\x9b") == "a\n\tb\\r\\x1b]0;title\\x07\u200d\u202b\\x9b"
+    assert (
+        for_terminal("a\n\tb\r\x1b]0;title\x07\u200d\u202b\x9b")
+        == "a\n\tb\\r\\x1b]0;title\\x07\u200d\u202b\\x9b"
+    )
     assert Page([2], in_colour=False, on_terminal=True).shown("\x1b[2J", 2) == "\\x1b[2J"
     assert Page([2], in_colour=False).shown("\x1b[2J", 2) == "\x1b[2J"
-    assert Page([2], in_colour=True, on_terminal=True).shown("\x1b", 2).count("\x1b") == 2  # the two of ours
+    assert (
+        Page([2], in_colour=True, on_terminal=True).shown("\x1b", 2).count("\x1b") == 2
+    )  # the two of ours

@@ -11,11 +11,17 @@ from megatron_sorted.errors import DataError
 from megatron_sorted.reporting.exits import read_evaluation
 
 
-def write_evaluation(folder: Path, run: str, losses: dict[int, float], exact: dict[int, float]) -> Path:
+def write_evaluation(
+    folder: Path, run: str, losses: dict[int, float], exact: dict[int, float]
+) -> Path:
     """Returns the file of a run with one real set and one on which nothing is right."""
-    scores = {str(d): {"loss": losses[d], "token_accuracy": 0.5, "exact_match": exact[d]} for d in losses}
+    scores = {
+        str(d): {"loss": losses[d], "token_accuracy": 0.5, "exact_match": exact[d]} for d in losses
+    }
     floor = {str(d): {"loss": 9.0, "token_accuracy": 0.0, "exact_match": 0.0} for d in losses}
-    exits = {str(d): {"parameters": 1_000_000 * d, "flops_per_token": 2_000_000 * d} for d in losses}
+    exits = {
+        str(d): {"parameters": 1_000_000 * d, "flops_per_token": 2_000_000 * d} for d in losses
+    }
     path = folder / f"{run}.json"
     sets = {"phrasing_text_document": scores, "unseen_text_document": floor}
     path.write_text(json.dumps({"run": run, "exits": exits, "sets": sets}), encoding="utf-8")
@@ -23,12 +29,16 @@ def write_evaluation(folder: Path, run: str, losses: dict[int, float], exact: di
 
 
 def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    nested = write_evaluation(tmp_path, "nested", {10: 0.25, 2: 1.5}, {10: 0.915, 2: 0.5})  # depth 10 must come after depth 2
+    nested = write_evaluation(
+        tmp_path, "nested", {10: 0.25, 2: 1.5}, {10: 0.915, 2: 0.5}
+    )  # depth 10 must come after depth 2
     plain = write_evaluation(tmp_path, "plain", {2: 8.0, 10: 0.2}, {2: 0.0, 10: 0.93})
     picture = tmp_path / "new" / "exits.png"
     main([str(nested), str(plain), "--output", str(picture)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("run     depth") and lines[0].endswith("phrasing loss  phrasing exact  unseen loss  unseen exact")
+    assert lines[0].startswith("run     depth") and lines[0].endswith(
+        "phrasing loss  phrasing exact  unseen loss  unseen exact"
+    )
     rows = [line.split() for line in lines if line.startswith(("nested", "plain"))]
     assert rows == [
         ["nested", "2", "2,000,000", "4.00e+06", "1.500", "50.0%", "9.000", "0.0%"],
@@ -42,7 +52,13 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
 
 
 def test_one_run_alone_is_drawn(tmp_path: Path) -> None:
-    main([str(write_evaluation(tmp_path, "only", {4: 1.0}, {4: 0.5})), "--output", str(tmp_path / "only.png")])
+    main(
+        [
+            str(write_evaluation(tmp_path, "only", {4: 1.0}, {4: 0.5})),
+            "--output",
+            str(tmp_path / "only.png"),
+        ]
+    )
     assert (tmp_path / "only.png").stat().st_size > 5000
 
 
@@ -53,7 +69,11 @@ def test_mistakes(tmp_path: Path) -> None:
     broken.write_text('{"run": "x", "exits": {}}', encoding="utf-8")
     with pytest.raises(DataError, match="not an evaluation file"):
         read_evaluation(broken)
-    found = json.loads(write_evaluation(tmp_path, "holes", {2: 1.0, 4: 1.0}, {2: 0.0, 4: 0.0}).read_text(encoding="utf-8"))
+    found = json.loads(
+        write_evaluation(tmp_path, "holes", {2: 1.0, 4: 1.0}, {2: 0.0, 4: 0.0}).read_text(
+            encoding="utf-8"
+        )
+    )
     del found["sets"]["unseen_text_document"]["4"]
     broken.write_text(json.dumps(found), encoding="utf-8")
     with pytest.raises(DataError, match=r"every set needs scores for each exit \[2, 4\]"):

@@ -16,7 +16,11 @@ DRAWN = {"exit_sampling": "probabilities", "exit_probabilities": (0.5, 0.5, 0.0)
 
 ALLOWED = [
     {"exit_gradient_rule": "project", "exit_gradient_scope": "micro-batch"},
-    {"exit_gradient_rule": "balance", "exit_gradient_scope": "micro-batch", "exit_gradient_balance": 0.1},
+    {
+        "exit_gradient_rule": "balance",
+        "exit_gradient_scope": "micro-batch",
+        "exit_gradient_balance": 0.1,
+    },
     {"exit_gradient_rule": "equilibrium"},
     {"log_exit_gradients": True},
     TAUGHT,
@@ -24,7 +28,10 @@ ALLOWED = [
     {**TAUGHT, "exit_layer_weight": (0.0, 0.5)},
     {**TAUGHT, "exit_layer_weight": (0.5, 0.5, 0.0), "tune_exit": True, "use_exit_norm": True},
     {**TAUGHT, "exit_sampling": "uniform"},
-    {**TAUGHT, "exit_curriculum": "gradual"},  # at first the last exit alone is on; the others learn from it later
+    {
+        **TAUGHT,
+        "exit_curriculum": "gradual",
+    },  # at first the last exit alone is on; the others learn from it later
     {"exit_gradient_rule": "project", "exit_curriculum": "gradual"},
 ]
 REFUSED = [
@@ -32,19 +39,43 @@ REFUSED = [
     ({"exit_kd_weight": -0.5}, "--exit-kd-weight: -0.5 is negative"),
     ({**TAUGHT, "exit_kd_temperature": 0.0}, "--exit-kd-temperature: 0.0 is not above 0"),
     ({**TAUGHT, "exit_kd_temperature": -1.0}, "--exit-kd-temperature: -1.0 is not above 0"),
-    ({**TAUGHT, "exit_kd_top_k": 101}, "--exit-kd-top-k: 101 is more than the vocabulary's 100 tokens"),
+    (
+        {**TAUGHT, "exit_kd_top_k": 101},
+        "--exit-kd-top-k: 101 is more than the vocabulary's 100 tokens",
+    ),
     ({**TAUGHT, "exit_kd_top_k": 0}, "--exit-kd-top-k: 0 is not above 0"),
     ({"exit_kd_temperature": 2.0}, "no effect without distillation"),
     ({"exit_kd_top_k": 5}, "no effect without distillation"),
     ({**TAUGHT, "exit_layer_nums": ()}, "--exit-kd-weight: 0.5, but no intermediate exit trains"),
-    ({**TAUGHT, "exit_layer_weight": (0.0, 0.0)}, "--exit-kd-weight: 0.5, but no intermediate exit trains"),
-    ({**TAUGHT, "exit_layer_weight": (0.5, 0.5, 0.0)}, "the teacher, the last exit (depth 8), does not train"),
+    (
+        {**TAUGHT, "exit_layer_weight": (0.0, 0.0)},
+        "--exit-kd-weight: 0.5, but no intermediate exit trains",
+    ),
+    (
+        {**TAUGHT, "exit_layer_weight": (0.5, 0.5, 0.0)},
+        "the teacher, the last exit (depth 8), does not train",
+    ),
     ({**TAUGHT, **DRAWN}, "the teacher, the last exit (depth 8), does not train"),
-    ({"exit_gradient_rule": "project", "exit_layer_nums": ()}, "--exit-gradient-rule: project, but fewer than two exits train"),
-    ({"exit_gradient_rule": "balance", "exit_layer_weight": (0.0, 0.0)}, "--exit-gradient-rule: balance, but fewer than two exits train"),
-    ({"exit_gradient_rule": "equilibrium", "exit_gradient_scope": "micro-batch"}, "--exit-gradient-scope: micro-batch has no effect"),
-    ({"exit_gradient_rule": "project", "exit_gradient_balance": 2.0}, "--exit-gradient-balance: 2 has no effect"),
-    ({"exit_gradient_rule": "balance", "exit_gradient_balance": 0.0}, "--exit-gradient-balance: 0.0 is not above 0"),
+    (
+        {"exit_gradient_rule": "project", "exit_layer_nums": ()},
+        "--exit-gradient-rule: project, but fewer than two exits train",
+    ),
+    (
+        {"exit_gradient_rule": "balance", "exit_layer_weight": (0.0, 0.0)},
+        "--exit-gradient-rule: balance, but fewer than two exits train",
+    ),
+    (
+        {"exit_gradient_rule": "equilibrium", "exit_gradient_scope": "micro-batch"},
+        "--exit-gradient-scope: micro-batch has no effect",
+    ),
+    (
+        {"exit_gradient_rule": "project", "exit_gradient_balance": 2.0},
+        "--exit-gradient-balance: 2 has no effect",
+    ),
+    (
+        {"exit_gradient_rule": "balance", "exit_gradient_balance": 0.0},
+        "--exit-gradient-balance: 0.0 is not above 0",
+    ),
 ]
 
 
@@ -71,4 +102,8 @@ def test_the_vocabulary_of_a_tokenizer_is_checked_when_it_is_known():
 
 def test_where_exits_are_taught_all_layers_are_run():
     taught = replace(BASE, **TAUGHT)
-    assert deepest_layer_run(BASE, {2: 1.0}) == 2 and deepest_layer_run(taught, {2: 1.0}) == 8 and deepest_layer_run(taught, {8: 1.0}) == 8
+    assert (
+        deepest_layer_run(BASE, {2: 1.0}) == 2
+        and deepest_layer_run(taught, {2: 1.0}) == 8
+        and deepest_layer_run(taught, {8: 1.0}) == 8
+    )

@@ -30,22 +30,49 @@ ALLOWED = [
     {"exit_adapter_rank": 4, "num_experts": 2},
 ]
 REFUSED = [
-    ({"use_exit_block": True, "exit_layer_nums": ()}, "--use-exit-block: there is no intermediate exit .* --exit-layer-nums"),
-    ({"use_exit_mlp": True, "exit_layer_nums": (8,)}, "--use-exit-mlp: there is no intermediate exit"),
-    ({"exit_adapter_rank": 1, "exit_layer_nums": ()}, "--exit-adapter-rank: there is no intermediate exit"),
+    (
+        {"use_exit_block": True, "exit_layer_nums": ()},
+        "--use-exit-block: there is no intermediate exit .* --exit-layer-nums",
+    ),
+    (
+        {"use_exit_mlp": True, "exit_layer_nums": (8,)},
+        "--use-exit-mlp: there is no intermediate exit",
+    ),
+    (
+        {"exit_adapter_rank": 1, "exit_layer_nums": ()},
+        "--exit-adapter-rank: there is no intermediate exit",
+    ),
     ({"use_exit_block": True, "use_exit_mlp": True}, "a block has an MLP of its own. Give one"),
     ({"exit_adapter_rank": 257}, "--exit-adapter-rank: 257 is above --hidden-size 256.* Lower it"),
     ({"exit_adapter_rank": -1}, "--exit-adapter-rank: -1 is negative"),
     ({"use_exit_block": True, "num_experts": 2}, "not done with experts .--num-experts 2"),
     ({"tune_exit": True}, "--tune-exit: there is nothing to tune. .*--use-exit-block"),
     ({**TUNE, "exit_layer_nums": ()}, "--tune-exit: there is nothing to tune"),
-    ({**TUNE, "exit_layer_weight": (0.5, 1.0, 0.25)}, "--exit-layer-weight: 0.25 for the last exit, which --tune-exit freezes.* Leave"),
-    ({**TUNE, "exit_layer_nums": (8, 2), "exit_layer_weight": (0.5, 1.0)}, "--exit-layer-weight: 0.5 for the last exit"),
-    ({**TUNE, **WARM, "exit_layer_weight_init": (0.5, 1.0, 1.0)}, "--exit-layer-weight-init: 1 for the last exit"),
-    ({**TUNE, **DRAWN, "exit_probabilities": (0.5, 0.25, 0.25)}, "--exit-probabilities: 0.25 for the last exit.* Give it 0"),
-    ({**TUNE, "exit_layer_weight": (0.0, 0.0)}, "--exit-layer-weight: every intermediate exit counts 0 at step 0"),
+    (
+        {**TUNE, "exit_layer_weight": (0.5, 1.0, 0.25)},
+        "--exit-layer-weight: 0.25 for the last exit, which --tune-exit freezes.* Leave",
+    ),
+    (
+        {**TUNE, "exit_layer_nums": (8, 2), "exit_layer_weight": (0.5, 1.0)},
+        "--exit-layer-weight: 0.5 for the last exit",
+    ),
+    (
+        {**TUNE, **WARM, "exit_layer_weight_init": (0.5, 1.0, 1.0)},
+        "--exit-layer-weight-init: 1 for the last exit",
+    ),
+    (
+        {**TUNE, **DRAWN, "exit_probabilities": (0.5, 0.25, 0.25)},
+        "--exit-probabilities: 0.25 for the last exit.* Give it 0",
+    ),
+    (
+        {**TUNE, "exit_layer_weight": (0.0, 0.0)},
+        "--exit-layer-weight: every intermediate exit counts 0 at step 0",
+    ),
     ({**TUNE, **WARM}, "--exit-layer-weight-init: every intermediate exit counts 0 at step 0"),
-    ({**TUNE, "exit_sampling": "uniform", "num_sampled_exits": 3}, "--num-sampled-exits: 3 of 2 exits"),
+    (
+        {**TUNE, "exit_sampling": "uniform", "num_sampled_exits": 3},
+        "--num-sampled-exits: 3 of 2 exits",
+    ),
 ]
 
 

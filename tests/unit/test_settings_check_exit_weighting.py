@@ -15,23 +15,41 @@ from megatron_sorted.settings.weighting import LEARNED, coefficient_rule
 BASE = replace(Settings(), mock_data=True, vocab_size=100, exit_layer_nums=(2, 4))
 REFERENCES = {"exit_reference_loss": (3.0, 2.5, 2.0)}
 EXCESS = {"exit_layer_weight_rule": "excess_loss"}
-LAST_AT_ZERO = {"exit_layer_weight_warmup_iters": 5, "exit_layer_weight": (1.0, 1.0, 1.0), "exit_layer_weight_init": (1.0, 1.0, 0.0)}
+LAST_AT_ZERO = {
+    "exit_layer_weight_warmup_iters": 5,
+    "exit_layer_weight": (1.0, 1.0, 1.0),
+    "exit_layer_weight_init": (1.0, 1.0, 0.0),
+}
 GUARD = {"exit_guard": True, "exit_guard_loss": 2.0}
 
 
-@pytest.mark.parametrize("words", [
-    *({"exit_layer_weight_rule": rule, **(REFERENCES if rule == "excess_loss" else {})} for rule in LEARNED),
-    {**EXCESS, **REFERENCES, "exit_excess_rate": 2.0},
-    {"exit_layer_weight_rule": "layerskip", "exit_layer_weight_scale": 0.2},
-    GUARD,
-    {"exit_guard": True, **REFERENCES},
-    {**GUARD, "exit_layer_weight": (0.1, 0.1), "exit_guard_margin": 0.1},
-    {"exit_curriculum": "rotation", "exit_curriculum_interval": 2},
-    {"exit_curriculum": "gradual", "exit_curriculum_fraction": 1.0, **GUARD},
-    {"exit_sampling": "coefficients", "num_sampled_exits": 2, "exit_layer_weight_rule": "gradnorm"},
-    {"exit_curriculum": "rotation", "exit_sampling": "uniform"},
-    {"layer_dropout": 0.1, "layer_dropout_schedule": "exponential", "recompute_granularity": "selective"},
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            {"exit_layer_weight_rule": rule, **(REFERENCES if rule == "excess_loss" else {})}
+            for rule in LEARNED
+        ),
+        {**EXCESS, **REFERENCES, "exit_excess_rate": 2.0},
+        {"exit_layer_weight_rule": "layerskip", "exit_layer_weight_scale": 0.2},
+        GUARD,
+        {"exit_guard": True, **REFERENCES},
+        {**GUARD, "exit_layer_weight": (0.1, 0.1), "exit_guard_margin": 0.1},
+        {"exit_curriculum": "rotation", "exit_curriculum_interval": 2},
+        {"exit_curriculum": "gradual", "exit_curriculum_fraction": 1.0, **GUARD},
+        {
+            "exit_sampling": "coefficients",
+            "num_sampled_exits": 2,
+            "exit_layer_weight_rule": "gradnorm",
+        },
+        {"exit_curriculum": "rotation", "exit_sampling": "uniform"},
+        {
+            "layer_dropout": 0.1,
+            "layer_dropout_schedule": "exponential",
+            "recompute_granularity": "selective",
+        },
+    ],
+)
 def test_a_run_within_the_rules_passes(words):
     check_settings(replace(BASE, **words), 1)
 
@@ -71,8 +89,17 @@ def test_a_run_outside_a_rule_is_refused(words, message):
     assert str(error.value).endswith(".")
 
 
-@pytest.mark.parametrize(("word", "meant"), [("uncertanty", "uncertainty"), ("grad-norm", "gradnorm"), ("layer_skip", "layerskip"),
-                                             ("simulated-exit", "simulated_exit"), ("excess", "excess_loss"), ("invers", "inverse")])
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("uncertanty", "uncertainty"),
+        ("grad-norm", "gradnorm"),
+        ("layer_skip", "layerskip"),
+        ("simulated-exit", "simulated_exit"),
+        ("excess", "excess_loss"),
+        ("invers", "inverse"),
+    ],
+)
 def test_an_unknown_rule_names_the_nearest(word, meant):
     with pytest.raises(SettingsError) as error:
         load_settings(["--exit-layer-weight-rule", word])
@@ -83,9 +110,20 @@ def test_an_unknown_rule_names_the_nearest(word, meant):
 
 
 def test_guard_stands_on_curriculum_on_rule():
-    rule = coefficient_rule(replace(BASE, **EXCESS, **REFERENCES, exit_guard=True, exit_guard_margin=0.25, exit_curriculum="rotation"))
+    rule = coefficient_rule(
+        replace(
+            BASE,
+            **EXCESS,
+            **REFERENCES,
+            exit_guard=True,
+            exit_guard_margin=0.25,
+            exit_curriculum="rotation",
+        )
+    )
     assert isinstance(rule, Guard) and rule.reference == 2.25
-    assert isinstance(rule.rule, Curriculum) and type(rule.rule.rule) is type(LEARNED["excess_loss"](replace(BASE, **REFERENCES)))
+    assert isinstance(rule.rule, Curriculum) and type(rule.rule.rule) is type(
+        LEARNED["excess_loss"](replace(BASE, **REFERENCES))
+    )
     assert rule.rule.rule.references == {2: 3.0, 4: 2.5, 8: 2.0}
     assert rule.coefficients(0) == pytest.approx({2: 0.5, 4: 0.0, 8: 0.5})
     assert rule.coefficients(1) == pytest.approx({2: 0.0, 4: 0.5, 8: 0.5})

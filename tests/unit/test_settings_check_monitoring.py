@@ -12,26 +12,44 @@ from megatron_sorted.settings.run import Settings
 BASE = replace(Settings(), mock_data=True, vocab_size=100)
 
 
-@pytest.mark.parametrize(("words", "world_size"), [
-    ({"wandb_project": "p" * 128}, 1),
-    ({"wandb_project": "nested 7B", "wandb_exp_name": "a", "wandb_entity": "b", "wandb_group": "c", "wandb_save_dir": "d"}, 1),
-    ({"wandb_mode": "disabled"}, 1),
-    ({"tensorboard_dir": "tb"}, 1),
-])
+@pytest.mark.parametrize(
+    ("words", "world_size"),
+    [
+        ({"wandb_project": "p" * 128}, 1),
+        (
+            {
+                "wandb_project": "nested 7B",
+                "wandb_exp_name": "a",
+                "wandb_entity": "b",
+                "wandb_group": "c",
+                "wandb_save_dir": "d",
+            },
+            1,
+        ),
+        ({"wandb_mode": "disabled"}, 1),
+        ({"tensorboard_dir": "tb"}, 1),
+    ],
+)
 def test_a_run_within_the_rules_passes(words, world_size):
     check_settings(replace(BASE, **words), world_size)
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    ({"wandb_project": ""}, "--wandb-project: '' cannot be a project's name"),
-    ({"wandb_project": "p" * 129}, "Give 1 to 128 characters"),
-    ({"wandb_project": "team/p"}, "--wandb-project: 'team/p' cannot be a project's name"),
-    ({"wandb_exp_name": "a"}, "--wandb-exp-name: without --wandb-project nothing goes to Weights & Biases"),
-    ({"wandb_entity": "a"}, "--wandb-entity: without"),
-    ({"wandb_group": "a"}, "--wandb-group: without"),
-    ({"wandb_save_dir": "a"}, "--wandb-save-dir: without"),
-    ({"metrics_file": "/"}, "--metrics-file: / is a directory. Give a file"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"wandb_project": ""}, "--wandb-project: '' cannot be a project's name"),
+        ({"wandb_project": "p" * 129}, "Give 1 to 128 characters"),
+        ({"wandb_project": "team/p"}, "--wandb-project: 'team/p' cannot be a project's name"),
+        (
+            {"wandb_exp_name": "a"},
+            "--wandb-exp-name: without --wandb-project nothing goes to Weights & Biases",
+        ),
+        ({"wandb_entity": "a"}, "--wandb-entity: without"),
+        ({"wandb_group": "a"}, "--wandb-group: without"),
+        ({"wandb_save_dir": "a"}, "--wandb-save-dir: without"),
+        ({"metrics_file": "/"}, "--metrics-file: / is a directory. Give a file"),
+    ],
+)
 def test_a_run_outside_a_rule_is_refused(words, message):
     with pytest.raises(SettingsError) as error:
         check_settings(replace(BASE, **words), 1)

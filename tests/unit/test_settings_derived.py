@@ -29,25 +29,41 @@ def test_heads():
     assert derived.kv_channels(BASE) == 32
     assert derived.kv_channels(replace(BASE, kv_channels=48)) == 48
     assert derived.num_query_groups(BASE) == 8
-    assert derived.num_query_groups(replace(BASE, group_query_attention=True, num_query_groups=2)) == 2
+    assert (
+        derived.num_query_groups(replace(BASE, group_query_attention=True, num_query_groups=2)) == 2
+    )
     assert derived.max_position_embeddings(BASE) == 256
     assert derived.max_position_embeddings(replace(BASE, max_position_embeddings=512)) == 512
 
 
-@pytest.mark.parametrize(("vocab_size", "tp", "rows"), [(32000, 1, 32000), (32001, 1, 32128), (1, 4, 512), (512, 4, 512), (513, 4, 1024)])
+@pytest.mark.parametrize(
+    ("vocab_size", "tp", "rows"),
+    [(32000, 1, 32000), (32001, 1, 32128), (1, 4, 512), (512, 4, 512), (513, 4, 1024)],
+)
 def test_the_vocabulary_is_padded_upwards(vocab_size, tp, rows):
-    assert derived.padded_vocab_size(vocab_size, replace(BASE, tensor_model_parallel_size=tp)) == rows
+    assert (
+        derived.padded_vocab_size(vocab_size, replace(BASE, tensor_model_parallel_size=tp)) == rows
+    )
 
 
 def test_batch():
-    settings = replace(BASE, tensor_model_parallel_size=2, pipeline_model_parallel_size=2, context_parallel_size=2, micro_batch_size=3)
+    settings = replace(
+        BASE,
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        context_parallel_size=2,
+        micro_batch_size=3,
+    )
     assert derived.data_parallel_size(settings, 32) == 4
     assert derived.global_batch_size(settings, 32) == 12
     assert derived.num_micro_batches(settings, 32) == 1
     settings = replace(settings, global_batch_size=60)
     assert derived.global_batch_size(settings, 32) == 60
     assert derived.num_micro_batches(settings, 32) == 5
-    assert derived.samples_per_step(settings, 4) == 60 and derived.samples_per_step(replace(settings, global_batch_size=None), 4) == 12
+    assert (
+        derived.samples_per_step(settings, 4) == 60
+        and derived.samples_per_step(replace(settings, global_batch_size=None), 4) == 12
+    )
 
 
 def test_exits():
@@ -80,21 +96,30 @@ def test_shares_of_the_data(words, ranges):
     assert derived.split_ranges(replace(BASE, **words)) == ranges
 
 
-@pytest.mark.parametrize("split", ["", "0,1", "0", "1,1,1,1", "-1,2", "2,-1", "a,b", "nan,1", "1,nan", "inf,1", "1,inf"])
+@pytest.mark.parametrize(
+    "split", ["", "0,1", "0", "1,1,1,1", "-1,2", "2,-1", "a,b", "nan,1", "1,nan", "inf,1", "1,inf"]
+)
 def test_shares_that_cannot_be_are_refused(split):
     with pytest.raises(SettingsError, match="is not one to three shares"):
         derived.split_ranges(replace(BASE, split=split))
 
 
-@pytest.mark.parametrize(("flag", "field"), [("--valid-data-path", "valid_data_path"), ("--test-data-path", "test_data_path")])
+@pytest.mark.parametrize(
+    ("flag", "field"),
+    [("--valid-data-path", "valid_data_path"), ("--test-data-path", "test_data_path")],
+)
 def test_a_test_share_beside_data_of_its_own_is_refused(flag, field):
-    with pytest.raises(SettingsError, match=f"--split: '98,1,1' holds a test share back .* beside {flag}"):
+    with pytest.raises(
+        SettingsError, match=f"--split: '98,1,1' holds a test share back .* beside {flag}"
+    ):
         derived.split_ranges(replace(BASE, split="98,1,1", **{field: ("x",)}))
 
 
 def test_a_blend_alternates_weights_and_prefixes():
     blend = replace(BASE, data_path=("0.3", "a", "7e-1", "b/2"))
-    assert derived.data_blend(blend) == ((0.3, "a"), (0.7, "b/2")) and derived.data_prefixes(blend) == ("a", "b/2")
+    assert derived.data_blend(blend) == ((0.3, "a"), (0.7, "b/2")) and derived.data_prefixes(
+        blend
+    ) == ("a", "b/2")
     assert derived.data_blend(replace(BASE, data_path=("2", "./3"))) == ((2.0, "./3"),)
     for plain in ((), ("a",), ("a", "b", "nan")):
         settings = replace(BASE, data_path=plain)
@@ -133,5 +158,7 @@ def test_the_frozen_last_exit_counts_nothing_and_the_others_share_the_whole():
     assert derived.trained_exits(listed, coefficient_rule(listed), 0) == {2: 0.3, 4: 0.1}
     assert derived.deepest_layer_run(tuned, (2, 4)) == 4
     overlapped = replace(tuned, overlap_grad_reduce=True)
-    assert derived.deepest_layer_run(overlapped, (2,)) == 4, "the parts of exit 4 must be reached too"
+    assert derived.deepest_layer_run(overlapped, (2,)) == 4, (
+        "the parts of exit 4 must be reached too"
+    )
     assert derived.deepest_layer_run(replace(tuned, pipeline_model_parallel_size=2), (2,)) == 8

@@ -11,7 +11,10 @@ from megatron_sorted.settings.launch import launch_line
 from megatron_sorted.settings.load import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = {"examples/pangu_38b_16x8.yaml": ("slurm/npu.sbatch", 128), "examples/llama2_13b_nested.yaml": ("slurm/gpu.sbatch", 16)}
+EXAMPLES = {
+    "examples/pangu_38b_16x8.yaml": ("slurm/npu.sbatch", 128),
+    "examples/llama2_13b_nested.yaml": ("slurm/gpu.sbatch", 16),
+}
 
 
 def test_one_host_needs_no_launcher():
@@ -23,10 +26,18 @@ def test_one_host_needs_no_launcher():
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_launcher_takes_the_line(example, tmp_path):
     script, processes = EXAMPLES[example]
-    line = launch_line(load_settings(["--config", str(ROOT / example)]), example, ["--seed", "7"], processes, 8)
+    line = launch_line(
+        load_settings(["--config", str(ROOT / example)]), example, ["--seed", "7"], processes, 8
+    )
     assert line == f"{script} --site SITE --nodes {processes // 8} {example} --seed 7"
-    (tmp_path / "site").write_text(f"DEVICES_PER_NODE=8\nPYTHON={shutil.which('false')}x\n")  # not there: settings are checked on the nodes
+    (tmp_path / "site").write_text(
+        f"DEVICES_PER_NODE=8\nPYTHON={shutil.which('false')}x\n"
+    )  # not there: settings are checked on the nodes
     words = shlex.split(line.replace("SITE", str(tmp_path / "site")))
-    done = subprocess.run([words[0], "--print", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [words[0], "--print", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert f"--nnodes={processes // 8} --nproc-per-node=8" in done.stdout and "--seed 7" in done.stdout
+    assert (
+        f"--nnodes={processes // 8} --nproc-per-node=8" in done.stdout and "--seed 7" in done.stdout
+    )

@@ -17,13 +17,17 @@ OWN = {"use_exit_norm": True, "untie_exit_output_weights": True}
 
 def rows(layout: Layout) -> list[tuple]:
     """Return what the tables below hold of each chunk."""
-    return [(c.stage, c.chunk, c.first_layer, c.num_layers, c.exits, c.segments) for c in layout.chunks]
+    return [
+        (c.stage, c.chunk, c.first_layer, c.num_layers, c.exits, c.segments) for c in layout.chunks
+    ]
 
 
 def owners(layout: Layout) -> dict[str, list[tuple[int, int]]]:
     """Return the (stage, chunk) of those that hold a copy of the shared norm and of the shared output matrix."""
-    return {"norm": [(c.stage, c.chunk) for c in layout.chunks if c.owns_norm],
-            "head": [(c.stage, c.chunk) for c in layout.chunks if c.owns_head]}
+    return {
+        "norm": [(c.stage, c.chunk) for c in layout.chunks if c.owns_norm],
+        "head": [(c.stage, c.chunk) for c in layout.chunks if c.owns_head],
+    }
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
@@ -42,11 +46,17 @@ def test_layers_and_exits(settings, expected):
     assert rows(layout) == expected
     assert [c.has_embedding for c in layout.chunks] == [True, *[False] * (len(expected) - 1)]
     assert [c.is_last for c in layout.chunks] == [*[False] * (len(expected) - 1), True]
-    assert layout.num_chunks == num_virtual_chunks(settings) == len(expected) // settings.pipeline_model_parallel_size
+    assert (
+        layout.num_chunks
+        == num_virtual_chunks(settings)
+        == len(expected) // settings.pipeline_model_parallel_size
+    )
     assert layout.depths == tuple(depth for row in expected for depth in row[4])
     assert layers_of_chunks(settings) == [row[3] for row in expected]
     for depth in range(1, settings.num_layers + 1):
-        assert depth in range(layout.chunk_at(depth).first_layer + 1, layout.chunk_at(depth).last_layer + 1)
+        assert depth in range(
+            layout.chunk_at(depth).first_layer + 1, layout.chunk_at(depth).last_layer + 1
+        )
 
 
 @pytest.mark.parametrize(("settings", "norm", "head"), [
@@ -65,12 +75,20 @@ def test_layers_and_exits(settings, expected):
 def test_norms_and_output_matrices(settings, norm, head):
     layout = layout_of(settings)
     assert owners(layout) == {"norm": norm, "head": head}
-    assert layout.copies == {"norm": tuple(sorted(s for s, _ in norm)), "head": tuple(sorted(s for s, _ in head))}
+    assert layout.copies == {
+        "norm": tuple(sorted(s for s, _ in norm)),
+        "head": tuple(sorted(s for s, _ in head)),
+    }
 
 
 def test_what_exits_own():
     first, last = layout_of(replace(PP2, **OWN)).chunks
-    assert (first.exit_norms, first.exit_heads, last.exit_norms, last.exit_heads) == ((2, 3), (2, 3), (6,), (6,))
+    assert (first.exit_norms, first.exit_heads, last.exit_norms, last.exit_heads) == (
+        (2, 3),
+        (2, 3),
+        (6,),
+        (6,),
+    )
     assert (first.intermediate, last.intermediate) == ((2, 3), (6,))
     assert layout_of(VPP).of_stage(1) == (layout_of(VPP).chunks[1], layout_of(VPP).chunks[3])
     assert layout_of(VPP).chunks[0].exit_norms == layout_of(VPP).chunks[0].exit_heads == ()

@@ -28,7 +28,9 @@ def test_without_words_every_setting_has_its_default():
 def test_flags_override_the_file_and_the_file_overrides_defaults(run_file):
     path = run_file("num-layers: 12\ntrain_iters: 7\nbf16: true\n")
     settings = load_settings(["--train-iters", "9", "--config", path, "--no-swiglu"])
-    assert settings == dataclasses.replace(Settings(), num_layers=12, train_iters=9, bf16=True, swiglu=False)
+    assert settings == dataclasses.replace(
+        Settings(), num_layers=12, train_iters=9, bf16=True, swiglu=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,10 @@ def test_a_line_of_the_file_becomes_a_value_of_the_field(run_file, text, name, v
     settings = load_settings(["--config", run_file(text + "\n")])
     assert getattr(settings, name) == value
     assert [type(part) for part in (value if isinstance(value, tuple) else (value,))] == [
-        type(part) for part in (getattr(settings, name) if isinstance(value, tuple) else (getattr(settings, name),))
+        type(part)
+        for part in (
+            getattr(settings, name) if isinstance(value, tuple) else (getattr(settings, name),)
+        )
     ]
 
 
@@ -111,19 +116,40 @@ def test_a_wrong_flag_is_refused_with_a_remedy(words, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lr: 1e-4\ntrain-iter: 3\n", ", line 2, train-iter: there is no such setting. Did you mean train-iters?"),
+        (
+            "lr: 1e-4\ntrain-iter: 3\n",
+            ", line 2, train-iter: there is no such setting. Did you mean train-iters?",
+        ),
         ("lr: fast\n", ", line 1, lr: 'fast' is not what this setting takes. Give a number."),
         ("\nlr: '1e-4'\n", ", line 2, lr: '1e-4' is not what this setting takes. Give a number."),
-        ("num-layers: 8.0\n", ", line 1, num-layers: 8.0 is not what this setting takes. Give a whole number."),
-        ("num-layers: true\n", ", line 1, num-layers: True is not what this setting takes. Give a whole number."),
+        (
+            "num-layers: 8.0\n",
+            ", line 1, num-layers: 8.0 is not what this setting takes. Give a whole number.",
+        ),
+        (
+            "num-layers: true\n",
+            ", line 1, num-layers: True is not what this setting takes. Give a whole number.",
+        ),
         ("bf16: 1\n", ", line 1, bf16: 1 is not what this setting takes. Give true or false."),
         ("save: 7\n", ", line 1, save: 7 is not what this setting takes. Give text or none."),
-        ("exit-layer-nums: 4\n", ", line 1, exit-layer-nums: 4 is not what this setting takes. Give a list, each element a whole number."),
+        (
+            "exit-layer-nums: 4\n",
+            ", line 1, exit-layer-nums: 4 is not what this setting takes. Give a list, each element a whole number.",
+        ),
         ("lr: .inf\n", ", line 1, lr: inf is not a finite number. Give a finite one."),
-        ("lr: 1\nbf16: true\nlr: 2\n", ", line 3: lr stands already on line 1. Keep one of the two."),
-        ("train-iters: 1\ntrain_iters: 2\n", ", line 2: train_iters stands already on line 1. Keep one of the two."),
+        (
+            "lr: 1\nbf16: true\nlr: 2\n",
+            ", line 3: lr stands already on line 1. Keep one of the two.",
+        ),
+        (
+            "train-iters: 1\ntrain_iters: 2\n",
+            ", line 2: train_iters stands already on line 1. Keep one of the two.",
+        ),
         ("3: 4\n", ", line 1: the key 3 is not text. Keys are names of settings."),
-        ("- lr\n", ": a run is a mapping, this file holds something else. Write one `key: value` a line."),
+        (
+            "- lr\n",
+            ": a run is a mapping, this file holds something else. Write one `key: value` a line.",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_line(run_file, text, message):
@@ -149,13 +175,28 @@ OTHER = {
 
 def test_printed_settings_are_the_same_run_again(run_file, capsys):
     settings = dataclasses.replace(Settings(), **OTHER)
-    words = ["--exit-layer-nums", "2", "4", "--lr", "1e-5", "--save", OTHER["save"], "--load", "true", "--eval-interval", "3", "--bf16"]
+    words = [
+        "--exit-layer-nums",
+        "2",
+        "4",
+        "--lr",
+        "1e-5",
+        "--save",
+        OTHER["save"],
+        "--load",
+        "true",
+        "--eval-interval",
+        "3",
+        "--bf16",
+    ]
     with pytest.raises(SystemExit) as stop:
         load_settings([*words, "--data-path", "1e5", "é", "--print-settings"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "\nlr: 1e-05\n" in printed and printed.count("# ") >= 5
-    assert len([line for line in printed.splitlines() if line and line[0] != "#"]) == len(dataclasses.fields(Settings))
+    assert len([line for line in printed.splitlines() if line and line[0] != "#"]) == len(
+        dataclasses.fields(Settings)
+    )
     assert load_settings(["--config", run_file(printed)]) == settings
 
 
@@ -163,7 +204,10 @@ def test_plain_data_is_the_same_run_again():
     settings = dataclasses.replace(Settings(), **OTHER)
     assert settings_from_dict(json.loads(json.dumps(settings_as_dict(settings)))) == settings
     assert settings_from_dict({"num-layers": 3}).num_layers == 3
-    with pytest.raises(SettingsError, match=r"manifest, num_layer: there is no such setting\. Did you mean num-layers\?"):
+    with pytest.raises(
+        SettingsError,
+        match=r"manifest, num_layer: there is no such setting\. Did you mean num-layers\?",
+    ):
         settings_from_dict({"num_layer": 3}, "manifest")
 
 
@@ -191,4 +235,8 @@ def test_a_file_that_can_be_read_once_is_read_whole(keys):
         settings = load_settings(["--config", f"/dev/fd/{reading}"])
     finally:
         os.close(reading)
-    assert (settings.num_layers, settings.vocab_size, settings.world_size) == (3, 100, 3 if keys else 2)
+    assert (settings.num_layers, settings.vocab_size, settings.world_size) == (
+        3,
+        100,
+        3 if keys else 2,
+    )

@@ -33,6 +33,7 @@ def made(tmp_path_factory):
         if name not in found:
             found[name] = make_directory(name, root / name)
         return found[name]
+
     return make
 
 
@@ -69,17 +70,35 @@ def test_every_command_reads_the_same_ids(made, name):
     prepared = open_tokenizer(directory)
     texts = [text for text in [*PROBES, *named(prepared)] if text.strip()]
     wanted = [prepared.encode_prompt(text) for text in texts]
-    options = EncodeOptions("HuggingFaceTokenizer", str(directory), None, "text", "plain", None, "skip", False, 0.0, False)
+    options = EncodeOptions(
+        "HuggingFaceTokenizer",
+        str(directory),
+        None,
+        "text",
+        "plain",
+        None,
+        "skip",
+        False,
+        0.0,
+        False,
+    )
     lines = b"\n".join(json.dumps({"text": text}).encode() for text in texts)
     encoder = Encoder(replace(options, append_eod=False))
     tokens = np.split(*_documents(encoder.encode(Block("x.jsonl", 1, lines))))
     kept = [ids for ids in wanted if len(ids) > 1]
     assert [ids.tolist() for ids in tokens] == kept
-    run = open_of_run(Settings(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(directory)))
+    run = open_of_run(
+        Settings(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(directory))
+    )
     exported = open_exported(directory)
-    evaluated = encode_documents([Document({"text": text}, "text") for text in texts], exported) if (
-        exported.bos_id is not None or exported.eos_id is not None) else []
-    assert [document.ids[1:] for document in evaluated] == [ids[prepared.adds_bos:] for ids in wanted]
+    evaluated = (
+        encode_documents([Document({"text": text}, "text") for text in texts], exported)
+        if (exported.bos_id is not None or exported.eos_id is not None)
+        else []
+    )
+    assert [document.ids[1:] for document in evaluated] == [
+        ids[prepared.adds_bos :] for ids in wanted
+    ]
     writer = TextGenerator(_network(), exported)
     harness = for_transformers(exported)
     for reader in (run.encode_prompt, writer.encode, lambda text: harness(text).input_ids):
@@ -93,10 +112,15 @@ def _documents(encoded):
 
 def _network():
     """Return what a writer asks of a network before it writes."""
-    return SimpleNamespace(vocab_size=1024, model=SimpleNamespace(generation_config=None, config=SimpleNamespace(vocab_size=1024)))
+    return SimpleNamespace(
+        vocab_size=1024,
+        model=SimpleNamespace(generation_config=None, config=SimpleNamespace(vocab_size=1024)),
+    )
 
 
-@pytest.mark.parametrize("shift", [0, *(pytest.param(shift, marks=pytest.mark.long) for shift in (1, 2, 3))])
+@pytest.mark.parametrize(
+    "shift", [0, *(pytest.param(shift, marks=pytest.mark.long) for shift in (1, 2, 3))]
+)
 def test_autotokenizer_reads_every_export_as_we_do(tmp_path, shift):
     for number, name in enumerate(MAKES):
         for family in (FAMILIES[(number + shift) % 4],):
@@ -106,13 +130,29 @@ def test_autotokenizer_reads_every_export_as_we_do(tmp_path, shift):
             write_for_transformers(directory)
             after = open_tokenizer(directory)
             texts = [*PROBES, *named(before)]
-            assert before.encode_batch(texts) == after.encode_batch(texts) == auto_ids(directory, texts), (name, family)
-            assert before.encode_prompt("zebra") == after.encode_prompt("zebra") == auto_ids(directory, "zebra", True)
+            assert (
+                before.encode_batch(texts)
+                == after.encode_batch(texts)
+                == auto_ids(directory, texts)
+            ), (name, family)
+            assert (
+                before.encode_prompt("zebra")
+                == after.encode_prompt("zebra")
+                == auto_ids(directory, "zebra", True)
+            )
             read = AutoTokenizer.from_pretrained(directory)
             for word, token in before.special_tokens.items():
                 assert getattr(read, word) == token == after.special_tokens[word], (name, family)
-            assert (after.adds_bos, after.adds_eos, after.eos_id) == (before.adds_bos, before.adds_eos, before.eos_id)
-            assert before.hashes <= after.hashes and not after.notes and after.chat_templates == before.chat_templates
+            assert (after.adds_bos, after.adds_eos, after.eos_id) == (
+                before.adds_bos,
+                before.adds_eos,
+                before.eos_id,
+            )
+            assert (
+                before.hashes <= after.hashes
+                and not after.notes
+                and after.chat_templates == before.chat_templates
+            )
 
 
 def test_templates_of_a_sentencepiece_directory_hold_control_tokens(made):
@@ -121,10 +161,16 @@ def test_templates_of_a_sentencepiece_directory_hold_control_tokens(made):
     tokenizer = open_tokenizer(directory)
     chat = [{"role": "user", "content": "say hi"}, {"role": "assistant", "content": "hello</s>"}]
     read = AutoTokenizer.from_pretrained(directory)
-    for template in ("{{ bos_token }}[A] {{ messages[0].content }} [B]{{ eos_token }}" + CHATML, CHATML):
+    for template in (
+        "{{ bos_token }}[A] {{ messages[0].content }} [B]{{ eos_token }}" + CHATML,
+        CHATML,
+    ):
         text = read.apply_chat_template(chat, chat_template=template, tokenize=False)
         assert tokenizer.encode_rendered(text) == read(text, add_special_tokens=False).input_ids
-    assert set(tokenizer.chat_templates) == {"default", "other"} and tokenizer.chat_templates["default"] == CHATML
+    assert (
+        set(tokenizer.chat_templates) == {"default", "other"}
+        and tokenizer.chat_templates["default"] == CHATML
+    )
 
 
 def test_templates_in_files_of_their_own(made):
@@ -139,15 +185,22 @@ def test_sentencepiece_itself_is_the_reading_of_a_bare_file(made):
     for place in (made("pieces_bpe"), made("pieces_bpe") / "tokenizer.model"):
         tokenizer = open_tokenizer(place)
         assert tokenizer.encode_batch(list(PROBES)) == pieces.encode(list(PROBES))
-        assert [tokenizer.decode(pieces.encode(text)) for text in PROBES] == [pieces.decode(pieces.encode(text)) for text in PROBES]
+        assert [tokenizer.decode(pieces.encode(text)) for text in PROBES] == [
+            pieces.decode(pieces.encode(text)) for text in PROBES
+        ]
 
 
 def test_the_class_that_rebuilds_a_file_is_named(made):
     for name in ("llama", "llama_without_prefix"):
         [line] = open_tokenizer(made(name)).notes
-        assert line.startswith(f"{name}: tokenizer.json is read as it stands; AutoTokenizer of transformers 5 rebuilds it as Llama")
+        assert line.startswith(
+            f"{name}: tokenizer.json is read as it stands; AutoTokenizer of transformers 5 rebuilds it as Llama"
+        )
     [line] = open_tokenizer(made("bos_by_config")).notes
-    assert line == "bos_by_config: texts begin with bos ('<|begin|>'), as add_bos_token says; transformers 5 puts none"
+    assert (
+        line
+        == "bos_by_config: texts begin with bos ('<|begin|>'), as add_bos_token says; transformers 5 puts none"
+    )
 
 
 def test_a_dropped_merge_never_comes_back(made):
@@ -162,4 +215,7 @@ def test_two_files_that_differ_are_named(made, tmp_path):
     (directory / "tokenizer.json").write_bytes((made("byte_level") / "tokenizer.json").read_bytes())
     [line] = open_tokenizer(directory).notes
     assert line == "m: tokenizer.json is read; tokenizer.model beside it cuts 'a' into other tokens"
-    assert open_tokenizer(made("both")).hashes >= open_tokenizer(made("both") / "tokenizer.model").hashes
+    assert (
+        open_tokenizer(made("both")).hashes
+        >= open_tokenizer(made("both") / "tokenizer.model").hashes
+    )

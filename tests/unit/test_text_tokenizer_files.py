@@ -20,45 +20,74 @@ def settings(directory, **words):
     (directory / "tokenizer_config.json").write_text(json.dumps(words))
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    ({"eos_token": 5}, "eos_token: 5 is not a token"),
-    ({"eos_token": {"content": 1}}, "is not a token"),
-    ({"added_tokens_decoder": [1]}, "added_tokens_decoder: not an object"),
-    ({"added_tokens_decoder": {"x": {"content": "a"}}}, "'x' is not an id"),
-    ({"added_tokens_decoder": {"-1": {"content": "a"}}}, "'-1' is not an id"),
-    ({"added_tokens_decoder": {"405": {"content": "<a>"}}}, "'<a>' is to be token 405, .* make it 400"),
-    ({"added_tokens_decoder": {"7": {"content": "<|end|>"}}}, r"'<\|end\|>' is to be token 7, .* make it 1"),
-    ({"chat_template": 5}, "chat_template: neither a text nor a list"),
-    ({"chat_template": [{"name": "a"}]}, "chat_template: neither a text nor a list"),
-    ({"chat_template": "x" * (template_files.LARGEST_TEMPLATE_BYTES + 1)}, "at most 1,048,576 are read"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"eos_token": 5}, "eos_token: 5 is not a token"),
+        ({"eos_token": {"content": 1}}, "is not a token"),
+        ({"added_tokens_decoder": [1]}, "added_tokens_decoder: not an object"),
+        ({"added_tokens_decoder": {"x": {"content": "a"}}}, "'x' is not an id"),
+        ({"added_tokens_decoder": {"-1": {"content": "a"}}}, "'-1' is not an id"),
+        (
+            {"added_tokens_decoder": {"405": {"content": "<a>"}}},
+            "'<a>' is to be token 405, .* make it 400",
+        ),
+        (
+            {"added_tokens_decoder": {"7": {"content": "<|end|>"}}},
+            r"'<\|end\|>' is to be token 7, .* make it 1",
+        ),
+        ({"chat_template": 5}, "chat_template: neither a text nor a list"),
+        ({"chat_template": [{"name": "a"}]}, "chat_template: neither a text nor a list"),
+        (
+            {"chat_template": "x" * (template_files.LARGEST_TEMPLATE_BYTES + 1)},
+            "at most 1,048,576 are read",
+        ),
+    ],
+)
 def test_settings_that_no_tokenizer_has(directory, words, message):
     settings(directory, **words)
     with pytest.raises(DataError, match=f"--tokenizer-model: .*{message}"):
         open_tokenizer(directory)
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b"[" * 100_000, b"\xff\xfe", b'{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}',
-    b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}', b'{"version": "1.0", "model": {"type": "None"}}',
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}',
+        b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}',
+        b'{"version": "1.0", "model": {"type": "None"}}',
+    ],
+)
 def test_damaged_vocabularies(directory, content):
     (directory / "tokenizer.json").write_bytes(content)
     with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer"):
         open_tokenizer(directory)
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"],
+)
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"[" * 100_000])
 def test_damaged_settings(directory, name, content):
     (directory / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"{name}: (not JSON|not a JSON object|its lists .* nested more than 100 deep)"):
+    with pytest.raises(
+        DataError,
+        match=rf"{name}: (not JSON|not a JSON object|its lists .* nested more than 100 deep)",
+    ):
         open_tokenizer(directory)
 
 
 def test_files_larger_than_reason(directory, monkeypatch):
     monkeypatch.setattr(json_text.read_bounded, "__defaults__", (json_text.REMEDY, DataError, 100))
-    with pytest.raises(DataError, match=r"tokenizer\.json: more than 100 bytes, the most that is read"):
+    with pytest.raises(
+        DataError, match=r"tokenizer\.json: more than 100 bytes, the most that is read"
+    ):
         open_tokenizer(directory)
 
 
@@ -66,13 +95,20 @@ def test_templates_that_are_no_text_or_too_large(directory):
     (directory / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"chat_template\.jinja: not UTF-8 at byte 0"):
         open_tokenizer(directory)
-    (directory / "chat_template.jinja").write_bytes(b"x" * (template_files.LARGEST_TEMPLATE_BYTES + 1))
+    (directory / "chat_template.jinja").write_bytes(
+        b"x" * (template_files.LARGEST_TEMPLATE_BYTES + 1)
+    )
     with pytest.raises(DataError, match=r"chat_template\.jinja: more than 1,048,576 bytes"):
         open_tokenizer(directory)
 
 
 def test_nothing_in_the_directory_is_executed(directory):
-    settings(directory, tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, eos_token="<|end|>")
+    settings(
+        directory,
+        tokenizer_class="Evil",
+        auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+        eos_token="<|end|>",
+    )
     (directory / "evil.py").write_text("raise SystemExit('executed')")
     assert open_tokenizer(directory).encode("a b")
 
@@ -84,21 +120,31 @@ def test_added_tokens_of_either_file(directory):
     assert tokenizer.encode("x<a><b>") == [*plain.encode("x"), 400, 401]
     settings(directory, added_tokens_decoder={"400": {"content": "<c>", "special": True}})
     tokenizer = open_tokenizer(directory)
-    assert tokenizer.encode("<c>") == [400] and 400 in tokenizer.special_ids and len(tokenizer.encode("<a>")) > 1
+    assert (
+        tokenizer.encode("<c>") == [400]
+        and 400 in tokenizer.special_ids
+        and len(tokenizer.encode("<a>")) > 1
+    )
 
 
 def test_contradicting_names_of_a_special_token(directory):
     (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|pad|>"}))
     tokenizer = open_tokenizer(directory)
     assert tokenizer.eos_id == 2
-    assert "eos_token is '<|end|>' in tokenizer_config.json, '<|pad|>' in special_tokens_map.json; '<|pad|>' is taken" in tokenizer.notes[0]
+    assert (
+        "eos_token is '<|end|>' in tokenizer_config.json, '<|pad|>' in special_tokens_map.json; '<|pad|>' is taken"
+        in tokenizer.notes[0]
+    )
 
 
 def test_pairs_without_a_known_class_are_refused(tmp_path):
     directory = make_directory("gpt2_files", tmp_path)
     assert open_tokenizer(directory).encode_batch(list(PROBES))
     settings(directory, tokenizer_class="OtherTokenizer")
-    with pytest.raises(DataError, match=r"vocab\.json and merges\.txt do not say how texts are cut, .*Name one of LlamaTokenizer"):
+    with pytest.raises(
+        DataError,
+        match=r"vocab\.json and merges\.txt do not say how texts are cut, .*Name one of LlamaTokenizer",
+    ):
         open_tokenizer(directory)
     settings(directory, tokenizer_class="GPT2Tokenizer")
     (directory / "merges.txt").write_text("a\n")
@@ -108,7 +154,10 @@ def test_pairs_without_a_known_class_are_refused(tmp_path):
 
 def test_no_tokenizer(tmp_path):
     for path in (tmp_path, tmp_path / "absent", tmp_path / "absent.model"):
-        with pytest.raises(DataError, match=r"--tokenizer-model: .*: no tokenizer \(tokenizer\.json, tokenizer\.model, or vocab\.json"):
+        with pytest.raises(
+            DataError,
+            match=r"--tokenizer-model: .*: no tokenizer \(tokenizer\.json, tokenizer\.model, or vocab\.json",
+        ):
             open_tokenizer(path)
 
 

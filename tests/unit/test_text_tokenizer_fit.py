@@ -29,7 +29,9 @@ def test_an_added_token_needs_no_row(directory):
     assert "vocabulary of 400; added tokens '[PAD]' (400) have no row" in line
     assert surplus_line(tokenizer, 401, "model") is None
     check_ids([tokenizer.encode("a b")], tokenizer, 400, "x")
-    with pytest.raises(DataError, match=r"x: text 2 holds '\[PAD\]', token 400, for which the model has no row"):
+    with pytest.raises(
+        DataError, match=r"x: text 2 holds '\[PAD\]', token 400, for which the model has no row"
+    ):
         check_ids([[1], tokenizer.encode("a [PAD]")], tokenizer, 400, "x")
 
 
@@ -43,7 +45,9 @@ def test_a_pad_without_a_row_is_not_used(directory):
 
 def test_a_named_token_that_no_file_holds_is_added_as_in_transformers(tmp_path):
     make_directory("byte_level", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "pad_token": "<new>"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|end|>", "pad_token": "<new>"})
+    )
     tokenizer = open_tokenizer(tmp_path)
     assert tokenizer.pad_id == 400 and "'<new>' (400)" in surplus_line(tokenizer, 400, "model")
 
@@ -65,7 +69,10 @@ def test_a_sentencepiece_file_with_added_tokens(tmp_path):
 
 @pytest.mark.parametrize("rows", [100, 399])
 def test_texts_that_need_more_rows_are_refused(directory, rows):
-    with pytest.raises(DataError, match=f"model: the model has a vocabulary of {rows}, but texts of .* up to 399.*Give the model's own"):
+    with pytest.raises(
+        DataError,
+        match=f"model: the model has a vocabulary of {rows}, but texts of .* up to 399.*Give the model's own",
+    ):
         surplus_line(open_tokenizer(directory), rows, "model")
     with pytest.raises(DataError, match="up to 9"):
         surplus_line(NullTokenizer(10), 9, "model")

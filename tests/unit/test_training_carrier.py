@@ -4,7 +4,13 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 
-from megatron_sorted.training.step.carrier import TeacherSlot, halves_of_message, narrow, teach, widen
+from megatron_sorted.training.step.carrier import (
+    TeacherSlot,
+    halves_of_message,
+    narrow,
+    teach,
+    widen,
+)
 from tests.support.tiny import tiny
 
 
@@ -27,7 +33,9 @@ def test_a_teacher_passes_two_stages_bit_for_bit(freed):
         messages.append((output, message))
         hidden = narrow(message, rectangles[number + 1])
         assert torch.equal(hidden, output[:3])
-        hidden.register_hook(lambda d, number=number: seen.update({number: rectangles[number + 1].normed_tbh}))
+        hidden.register_hook(
+            lambda d, number=number: seen.update({number: rectangles[number + 1].normed_tbh})
+        )
     last = torch.tanh(layers[2](hidden))
     exit_backward = teach(lambda h, factor: factor * h, norm, rectangles[2])
     last.backward(exit_backward(last.detach(), torch.tensor(0.5)))
@@ -39,7 +47,9 @@ def test_a_teacher_passes_two_stages_bit_for_bit(freed):
         else:
             output.backward(message.grad)
     assert torch.equal(seen[1], teacher) and torch.equal(rectangles[0].normed_tbh, teacher)
-    assert rectangles[1].normed_tbh is None and rectangles[2].normed_tbh is None, "a box is empty once the teacher has gone on"
+    assert rectangles[1].normed_tbh is None and rectangles[2].normed_tbh is None, (
+        "a box is empty once the teacher has gone on"
+    )
     # the gradients are those of the same layers without messages
     got = [layer.weight.grad.clone() for layer in layers]
     for layer in layers:
@@ -59,12 +69,21 @@ def test_a_teacher_that_does_not_train_sends_no_gradient():
     assert box.normed_tbh is not None and not box.normed_tbh.requires_grad
 
 
-@pytest.mark.parametrize(("changes", "depths", "forward_only", "halves"), [
-    ({"exit_kd_weight": 0.5, "pipeline_model_parallel_size": 2}, (1, 4), False, 2),
-    ({"exit_kd_weight": 0.5, "pipeline_model_parallel_size": 2}, (1,), False, 2),
-    ({"exit_kd_weight": 0.5, "pipeline_model_parallel_size": 2}, (4,), False, 1),  # nobody is taught at this step
-    ({"exit_kd_weight": 0.5, "pipeline_model_parallel_size": 2}, (1, 4), True, 1),
-    ({"exit_kd_weight": 0.5}, (1, 4), False, 1),
-    ({"pipeline_model_parallel_size": 2}, (1, 4), False, 1)])
+@pytest.mark.parametrize(
+    ("changes", "depths", "forward_only", "halves"),
+    [
+        ({"exit_kd_weight": 0.5, "pipeline_model_parallel_size": 2}, (1, 4), False, 2),
+        ({"exit_kd_weight": 0.5, "pipeline_model_parallel_size": 2}, (1,), False, 2),
+        (
+            {"exit_kd_weight": 0.5, "pipeline_model_parallel_size": 2},
+            (4,),
+            False,
+            1,
+        ),  # nobody is taught at this step
+        ({"exit_kd_weight": 0.5, "pipeline_model_parallel_size": 2}, (1, 4), True, 1),
+        ({"exit_kd_weight": 0.5}, (1, 4), False, 1),
+        ({"pipeline_model_parallel_size": 2}, (1, 4), False, 1),
+    ],
+)
 def test_messages_are_wide_only_where_a_teacher_travels(changes, depths, forward_only, halves):
     assert halves_of_message(tiny(**changes), depths, forward_only) == halves

@@ -13,7 +13,15 @@ from tests.support.tiny import tiny
 def run(directory, rank=0, first=0, last=8, **changes) -> list[str]:
     """Trains steps first+1..last with a profiler; returns what it said."""
     said = []
-    settings = tiny(**{"profile": True, "profile_step_start": 3, "profile_step_end": 5, "profile_ranks": (0, 2), **changes})
+    settings = tiny(
+        **{
+            "profile": True,
+            "profile_step_start": 3,
+            "profile_step_end": 5,
+            "profile_ranks": (0, 2),
+            **changes,
+        }
+    )
     profiler = Profiler(settings, rank, directory, said.append)
     profiler.step(first)
     for done in range(first + 1, last + 1):
@@ -44,9 +52,14 @@ def test_steps_are_recorded_as_reports_number_them(tmp_path, first, last, change
     assert len(list((tmp_path / "profile").iterdir())) == 2
 
 
-@pytest.mark.parametrize(("rank", "first", "changes"), [(1, 0, {}), (0, 4, {}), (0, 0, {"profile": False})])
+@pytest.mark.parametrize(
+    ("rank", "first", "changes"), [(1, 0, {}), (0, 4, {}), (0, 0, {"profile": False})]
+)
 def test_others_and_later_steps_are_not_recorded(tmp_path, rank, first, changes):
-    assert run(tmp_path / "profile", rank, first, **changes) == [] and not (tmp_path / "profile").exists()
+    assert (
+        run(tmp_path / "profile", rank, first, **changes) == []
+        and not (tmp_path / "profile").exists()
+    )
 
 
 def test_trouble_ends_the_recording_and_not_the_run(tmp_path):

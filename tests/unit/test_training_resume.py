@@ -14,13 +14,30 @@ RUN = Settings(train_iters=100, exit_layer_nums=(2, 4), save="a", wandb_project=
 def test_only_what_bears_on_training_is_said(tmp_path):
     saved = settings_as_dict(RUN)
     assert changed_settings(saved, RUN) == []
-    other = Settings(train_iters=200, exit_layer_nums=(2, 6), lr=1e-3, save="b", log_interval=1, profile=True, tensor_model_parallel_size=2)
+    other = Settings(
+        train_iters=200,
+        exit_layer_nums=(2, 6),
+        lr=1e-3,
+        save="b",
+        log_interval=1,
+        profile=True,
+        tensor_model_parallel_size=2,
+    )
     assert set(changed_settings(saved, other)) == {
-        "train-iters 100 -> 200", "exit-layer-nums 2,4 -> 2,6", "lr 0.0003 -> 0.001", "tensor-model-parallel-size 1 -> 2"}
-    candidate = Candidate(tmp_path / "iter_0000005", {"progress": {"step": 5, "samples": 40}, "settings": saved})
+        "train-iters 100 -> 200",
+        "exit-layer-nums 2,4 -> 2,6",
+        "lr 0.0003 -> 0.001",
+        "tensor-model-parallel-size 1 -> 2",
+    }
+    candidate = Candidate(
+        tmp_path / "iter_0000005", {"progress": {"step": 5, "samples": 40}, "settings": saved}
+    )
     assert loaded_line(candidate, RUN, 2.5e-4) == (
-        f"loaded {tmp_path}/iter_0000005: step 5, 40 samples consumed, learning rate 2.500e-04; nothing changed")
-    assert loaded_line(candidate, Settings(**{**vars(RUN), "lr": 1.0}), 2.5e-4).endswith("; changed: lr 0.0003 -> 1.0")
+        f"loaded {tmp_path}/iter_0000005: step 5, 40 samples consumed, learning rate 2.500e-04; nothing changed"
+    )
+    assert loaded_line(candidate, Settings(**{**vars(RUN), "lr": 1.0}), 2.5e-4).endswith(
+        "; changed: lr 0.0003 -> 1.0"
+    )
 
 
 def test_names_of_silent_settings_exist():
@@ -31,14 +48,34 @@ class _Optimizer:
     """What Megatron's schedule needs of an optimizer."""
 
     def __init__(self):
-        self.param_groups = [{"lr": 0.0, "max_lr": 1.0, "min_lr": 0.0, "weight_decay": 0.0, "lr_mult": 1.0, "wd_mult": 1.0}]
+        self.param_groups = [
+            {
+                "lr": 0.0,
+                "max_lr": 1.0,
+                "min_lr": 0.0,
+                "weight_decay": 0.0,
+                "lr_mult": 1.0,
+                "wd_mult": 1.0,
+            }
+        ]
 
 
 def make_schedule(samples_a_step, steps=100):
     return OptimizerParamScheduler(
-        _Optimizer(), init_lr=0.0, max_lr=1.0, min_lr=0.0, lr_warmup_steps=0, lr_decay_style="linear",
-        lr_decay_steps=steps * samples_a_step, start_wd=0.0, end_wd=0.0, wd_incr_steps=1, wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)
+        _Optimizer(),
+        init_lr=0.0,
+        max_lr=1.0,
+        min_lr=0.0,
+        lr_warmup_steps=0,
+        lr_decay_style="linear",
+        lr_decay_steps=steps * samples_a_step,
+        start_wd=0.0,
+        end_wd=0.0,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
 
 
 @pytest.mark.parametrize("samples_now", [8, 16, 4])

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sorted.checkpoint.manifest import MANIFEST, Progress, manifest_text, read_manifest, record_file
+from megatron_sorted.checkpoint.manifest import (
+    MANIFEST,
+    Progress,
+    manifest_text,
+    read_manifest,
+    record_file,
+)
 from megatron_sorted.conversion.network import network_to_start_from
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.run import Settings
@@ -22,15 +28,25 @@ def changed(directory: Path, **entries: object) -> Path:
     """Give a checkpoint's manifest other entries; None takes one away."""
     manifest = {**read_manifest(directory), **entries}
     progress, files = manifest.pop("progress"), list(manifest.pop("files"))
-    said = {name: value for name, value in manifest.items() if name not in ("format", "sha256") and value is not None}
-    (directory / MANIFEST).write_text(manifest_text(said, Progress(**progress), {name: record_file(directory / name) for name in files}))
+    said = {
+        name: value
+        for name, value in manifest.items()
+        if name not in ("format", "sha256") and value is not None
+    }
+    (directory / MANIFEST).write_text(
+        manifest_text(
+            said, Progress(**progress), {name: record_file(directory / name) for name in files}
+        )
+    )
     return directory
 
 
 @pytest.fixture
 def run(folder) -> Settings:
     """Return a run that takes weights of ``theirs`` and saves into ``own``."""
-    changed(write_checkpoint(folder / "theirs", settings(folder)), run_id="theirs", contents="weights")
+    changed(
+        write_checkpoint(folder / "theirs", settings(folder)), run_id="theirs", contents="weights"
+    )
     return settings(folder, load=str(folder / "theirs"), save=str(folder / "own"))
 
 
@@ -41,29 +57,52 @@ def save(run: Settings, step: int, start: str | None, **entries: object) -> Path
 
 @pytest.mark.parametrize("strategy", ["load", "finetune", "pretrained", "nothing"])
 def test_the_same_command_goes_on_from_what_it_saved(run, strategy, monkeypatch):
-    changes = {"load": {}, "finetune": {"finetune": True}, "nothing": {"load": None},
-               "pretrained": {"load": None, "pretrained_checkpoint": run.load}}[strategy]
+    changes = {
+        "load": {},
+        "finetune": {"finetune": True},
+        "nothing": {"load": None},
+        "pretrained": {"load": None, "pretrained_checkpoint": run.load},
+    }[strategy]
     run = dataclasses.replace(run, **changes)
     first = open_inputs(run)
-    assert first.going_on == () and first.settings.load == (None if strategy == "nothing" else str(Path(run.save).parent / "theirs"))
+    assert first.going_on == () and first.settings.load == (
+        None if strategy == "nothing" else str(Path(run.save).parent / "theirs")
+    )
     start = start_of(first.settings, newest_of(first.checkpoints))
-    assert start == ("weights drawn with seed 1234" if strategy == "nothing" else "weights of run theirs")
+    assert start == (
+        "weights drawn with seed 1234" if strategy == "nothing" else "weights of run theirs"
+    )
     directory = save(run, 3, start)
     for spelled in (run.save, os.path.relpath(run.save) + "/"):
         again = open_inputs(dataclasses.replace(run, save=spelled))
-        assert again.checkpoints.usable[0].step == 3 and again.checkpoints.usable[0].directory.samefile(directory)
-        assert (again.settings.load, again.settings.finetune, again.settings.ckpt_step) == (spelled, False, None)
-        assert again.going_on[0].startswith(f"--save {spelled} holds checkpoints of this run up to step 3: going on from them")
+        assert again.checkpoints.usable[0].step == 3 and again.checkpoints.usable[
+            0
+        ].directory.samefile(directory)
+        assert (again.settings.load, again.settings.finetune, again.settings.ckpt_step) == (
+            spelled,
+            False,
+            None,
+        )
+        assert again.going_on[0].startswith(
+            f"--save {spelled} holds checkpoints of this run up to step 3: going on from them"
+        )
 
 
 def test_checkpoints_of_another_run_are_refused(run):
     save(run, 3, "weights of run others")
-    with pytest.raises(CheckpointError, match=r"own holds checkpoints up to step 3 of another run: it started from weights of run others, "
-                                              "this one from weights of run theirs. Give another directory, or go on"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"own holds checkpoints up to step 3 of another run: it started from weights of run others, "
+        "this one from weights of run theirs. Give another directory, or go on",
+    ):
         open_inputs(run)
-    with pytest.raises(CheckpointError, match=r"of another run: .* this one from weights drawn with seed 1234"):
+    with pytest.raises(
+        CheckpointError, match=r"of another run: .* this one from weights drawn with seed 1234"
+    ):
         open_inputs(dataclasses.replace(run, load=None))
-    with pytest.raises(CheckpointError, match="holds checkpoints up to step 3 of another run"):  # each start would begin anew in it
+    with pytest.raises(
+        CheckpointError, match="holds checkpoints up to step 3 of another run"
+    ):  # each start would begin anew in it
         open_inputs(dataclasses.replace(run, load=run.save, finetune=True))
     open_inputs(dataclasses.replace(run, load=run.save))  # as the message says
 
@@ -76,14 +115,20 @@ def test_an_older_version_did_not_write_what_a_run_started_from(run):
 
 def test_what_does_not_fit_is_not_gone_on_from(run):
     save(dataclasses.replace(run, hidden_size=64), 3, "weights of run theirs")
-    with pytest.raises(CheckpointError, match=r"--save: .*own holds checkpoints with which this run cannot go on: .*--hidden-size: 64 in"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"--save: .*own holds checkpoints with which this run cannot go on: .*--hidden-size: 64 in",
+    ):
         open_inputs(run)
 
 
 def test_damaged_ones_and_imports_over_a_run_are_not_replaced(run):
     directory = save(run, 3, "weights of run theirs")
     (directory / ".metadata").write_text("")
-    with pytest.raises(CheckpointError, match=r"that this run would replace and cannot go on from: .*\.metadata: 0 bytes where"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"that this run would replace and cannot go on from: .*\.metadata: 0 bytes where",
+    ):
         open_inputs(run)
     changed(write_checkpoint(Path(run.save), run, 0), contents="weights", saved_at="2999")
     with pytest.raises(CheckpointError, match="that this run would replace"):
@@ -102,7 +147,10 @@ def test_a_run_that_goes_on_elsewhere_takes_the_newer_of_both(run, folder):
     assert open_inputs(run).checkpoints.usable[0].directory == theirs
     save(run, 8, None, **saved, saved_at="2026-01-08")
     again = open_inputs(run)
-    assert again.checkpoints.usable[0].step == 8 and "going on from them, not from --load" in again.going_on[0]
+    assert (
+        again.checkpoints.usable[0].step == 8
+        and "going on from them, not from --load" in again.going_on[0]
+    )
     changed(theirs, saved_at="2026-01-09")  # trained on since
     assert open_inputs(run).checkpoints.usable[0].directory == theirs
     changed(theirs, run_id="other")
@@ -116,7 +164,9 @@ def test_where_nothing_is_saved_nothing_is_looked_at(run):
 
 
 def test_a_checkpoint_brings_the_tokenizer_that_lies_in_it(run):
-    directory = save(run, 3, None, tokenizer={"type": "SentencePieceTokenizer", "name": "t.model", "sha256": "0"})
+    directory = save(
+        run, 3, None, tokenizer={"type": "SentencePieceTokenizer", "name": "t.model", "sha256": "0"}
+    )
     asked = {"load": run.save, "use_checkpoint_args": True}
     assert "tokenizer_model" not in network_to_start_from(asked)  # none lies there
     (directory / "tokenizer").mkdir()
@@ -134,5 +184,8 @@ def test_an_export_of_another_run_is_not_replaced(tmp_path):
     check_export_of_run(export, "mine")
     for text in ('{"run_id": "other"}', "[]", "[" * 100_000):
         (tmp_path / "export.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"--save-hf: .* holds the export of run (other|unknown), this one is run mine"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"--save-hf: .* holds the export of run (other|unknown), this one is run mine",
+        ):
             check_export_of_run(export, "mine")

@@ -24,11 +24,17 @@ print("alive")
 
 def test_signals_are_noted_and_then_ignored():
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n", "")
 
 
 def test_numbers_have_names():
     from megatron_sorted.training.watch.signals import STOP_SIGNALS, signal_name
 
-    assert [signal_name(number) for number in STOP_SIGNALS] == ["SIGTERM", "SIGUSR1"] == [s.name for s in map(signal.Signals, STOP_SIGNALS)]
+    assert (
+        [signal_name(number) for number in STOP_SIGNALS]
+        == ["SIGTERM", "SIGUSR1"]
+        == [s.name for s in map(signal.Signals, STOP_SIGNALS)]
+    )

@@ -5,7 +5,12 @@ import torch
 
 from megatron_sorted.platform.cpu import CpuPlatform
 from megatron_sorted.settings.costs import forward_flops_per_token
-from megatron_sorted.training.run.throughput import device_peak_tflops, model_flops_utilisation, step_flops, tflops_per_device
+from megatron_sorted.training.run.throughput import (
+    device_peak_tflops,
+    model_flops_utilisation,
+    step_flops,
+    tflops_per_device,
+)
 from tests.support.tiny import tiny
 
 # tiny: 4 layers, hidden 32, MLP 48 (three matrices), 4 heads of 8 channels in 2 groups, vocabulary 100, 8 samples of 16 tokens
@@ -25,17 +30,24 @@ TOKENS = 8 * 16
 def test_operations_of_a_step(changes, world_size, depths, layers, heads):
     settings = tiny(**changes)
     assert forward_flops_per_token(settings, 100)[1] == LAYER + HEAD
-    assert step_flops(settings, 100, world_size, depths) == TOKENS * 3 * (layers * LAYER + heads * HEAD)
+    assert step_flops(settings, 100, world_size, depths) == TOKENS * 3 * (
+        layers * LAYER + heads * HEAD
+    )
 
 
 def test_batch_follows_from_the_processes():
-    settings = tiny(global_batch_size=None, tensor_model_parallel_size=2)  # micro-batches of 2, 4 data parallel ranks
+    settings = tiny(
+        global_batch_size=None, tensor_model_parallel_size=2
+    )  # micro-batches of 2, 4 data parallel ranks
     assert step_flops(settings, 100, 8, (4,)) == step_flops(tiny(), 100, 1, (4,))
 
 
 def test_rates():
     assert tflops_per_device(6e15, 2.0, 10) == pytest.approx(300.0)
-    assert model_flops_utilisation(300.0, 1000.0) == pytest.approx(0.3) and model_flops_utilisation(300.0, None) is None
+    assert (
+        model_flops_utilisation(300.0, 1000.0) == pytest.approx(0.3)
+        and model_flops_utilisation(300.0, None) is None
+    )
     assert tflops_per_device(1.0, 0.0, 1) > 0
 
 

@@ -31,7 +31,9 @@ def only_part(optimizer) -> DistributedOptimizer | None:
     return parts[0] if len(parts) == 1 and isinstance(parts[0], DistributedOptimizer) else None
 
 
-def _whole_tensors(base: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple[int, ShardedTensor]]:
+def _whole_tensors(
+    base: ShardedTensor | ShardedTensorFactory,
+) -> Iterator[tuple[int, ShardedTensor]]:
     """Yield (first element within the parameter, sharded tensor) of what a parameter is saved as: itself, or its parts along dim 0."""
     if isinstance(base, ShardedTensor):
         yield 0, base
@@ -39,26 +41,49 @@ def _whole_tensors(base: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple
     first = 0
     for part in nested_values(base.build()):
         # the two halves of a gated MLP; whatever is cut or turned otherwise is not known here
-        assert part.data.storage_offset() == base.data.storage_offset() + first, f"{part.key}: not a run of whole rows"
+        assert part.data.storage_offset() == base.data.storage_offset() + first, (
+            f"{part.key}: not a run of whole rows"
+        )
         yield first, part
         first += part.data.numel()
     assert first == base.data.numel(), f"{base.key}: parts and parameter differ in size"
 
 
-def own_rectangles(base: ShardedTensor | ShardedTensorFactory, start: int, end: int) -> Iterator[tuple[int, ShardedTensor]]:
+def own_rectangles(
+    base: ShardedTensor | ShardedTensorFactory, start: int, end: int
+) -> Iterator[tuple[int, ShardedTensor]]:
     """Yield (first element within the range, sharded tensor without data) of each rectangle of elements ``start``..``end`` - 1."""
     for first, whole in _whole_tensors(base):
-        inside = rectangles_of_range(whole.local_shape, max(start - first, 0), min(end - first, whole.data.numel()))
+        inside = rectangles_of_range(
+            whole.local_shape, max(start - first, 0), min(end - first, whole.data.numel())
+        )
         for box in inside:
-            stacked = whole.prepend_axis_num  # layers are saved as one tensor with the layer as first dimension
-            offset = tuple(at + more for at, more in zip(whole.global_offset, (0,) * stacked + box.offset, strict=True))
+            stacked = (
+                whole.prepend_axis_num
+            )  # layers are saved as one tensor with the layer as first dimension
+            offset = tuple(
+                at + more
+                for at, more in zip(whole.global_offset, (0,) * stacked + box.offset, strict=True)
+            )
             # each data parallel rank has a part of its own, so none is a copy of another's
-            yield first + box.first - start, replace(
-                whole, data=None, dtype=torch.float32, local_shape=(1,) * stacked + box.shape, global_offset=offset,
-                axis_fragmentations=None, replica_id=(*whole.replica_id[:-1], 0), prepend_axis_num=0)
+            yield (
+                first + box.first - start,
+                replace(
+                    whole,
+                    data=None,
+                    dtype=torch.float32,
+                    local_shape=(1,) * stacked + box.shape,
+                    global_offset=offset,
+                    axis_fragmentations=None,
+                    replica_id=(*whole.replica_id[:-1], 0),
+                    prepend_axis_num=0,
+                ),
+            )
 
 
-def state_of_parts(optimizer: DistributedOptimizer, model_state: dict[str, Any], with_data: bool) -> dict[str, Any]:
+def state_of_parts(
+    optimizer: DistributedOptimizer, model_state: dict[str, Any], with_data: bool
+) -> dict[str, Any]:
     """Return the state of this rank's parts of parameters as sharded tensors, for a sharded state dict.
 
     Args:
@@ -66,7 +91,11 @@ def state_of_parts(optimizer: DistributedOptimizer, model_state: dict[str, Any],
         model_state: The model's sharded state dict, for names and places.
         with_data: True for saving; for loading, tensors are made when they are read.
     """
-    bases = {id(base.data): base for base in nested_values(model_state) if isinstance(base, ShardedTensor | ShardedTensorFactory)}
+    bases = {
+        id(base.data): base
+        for base in nested_values(model_state)
+        if isinstance(base, ShardedTensor | ShardedTensorFactory)
+    }
     result = {}
     for index, parameter in enumerate(optimizer.model_param_group_index_map):
         within = optimizer._get_model_param_range_map(parameter)["param"]
@@ -78,13 +107,20 @@ def state_of_parts(optimizer: DistributedOptimizer, model_state: dict[str, Any],
 
 
 def named_rectangles(
-    state: Mapping[str, torch.Tensor], rectangles: list[tuple[int, ShardedTensor]], with_data: bool,
+    state: Mapping[str, torch.Tensor], rectangles: list[tuple[int, ShardedTensor]], with_data: bool
 ) -> dict[str, dict[int, ShardedTensor]]:
     """Return what an optimizer keeps of a parameter's part, as rectangles under Megatron's names."""
-    return {name: {first: replace(box, key=f"{PREFIX}.{name}.{box.key}",
-                                  data=rectangle_of(flat, first, box) if with_data else None)
-                   for first, box in rectangles}
-            for name, flat in state.items()}
+    return {
+        name: {
+            first: replace(
+                box,
+                key=f"{PREFIX}.{name}.{box.key}",
+                data=rectangle_of(flat, first, box) if with_data else None,
+            )
+            for first, box in rectangles
+        }
+        for name, flat in state.items()
+    }
 
 
 def rectangle_of(part: torch.Tensor, first: int, box: ShardedTensor) -> torch.Tensor:

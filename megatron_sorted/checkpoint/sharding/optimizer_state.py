@@ -45,13 +45,18 @@ def fill_empty_state(optimizer) -> None:
             for parameter in group["params"]:
                 inner.state[parameter] = {
                     "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def give_sgd_a_first_state(optimizer) -> None:
     """Let Megatron load the state of torch's SGD, for which it has no function that makes the state a loaded one replaces."""
     for one in parts_of(optimizer):
-        if isinstance(getattr(one, "optimizer", None), torch.optim.SGD) and one.init_state_fn is None:
+        if (
+            isinstance(getattr(one, "optimizer", None), torch.optim.SGD)
+            and one.init_state_fn is None
+        ):
             one.init_state_fn = _start_momentum
 
 
@@ -71,8 +76,14 @@ def steps_taken(optimizer) -> int:
     """
     counts = [0.0]
     for one in parts_of(optimizer):
-        counts += [float(entries["step"]) for entries in one.optimizer.state.values() if "step" in entries]
-        counts += [float(group["step"]) for group in one.optimizer.param_groups if group.get("step") is not None]
+        counts += [
+            float(entries["step"]) for entries in one.optimizer.state.values() if "step" in entries
+        ]
+        counts += [
+            float(group["step"])
+            for group in one.optimizer.param_groups
+            if group.get("step") is not None
+        ]
     most = torch.tensor(max(counts), device=current_device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most.item())
@@ -88,7 +99,9 @@ def state_dict_with_steps(one, steps: int) -> dict[str, Any]:
         return state
     counted = bool(inner.state)
     if not counted:
-        inner.state["steps"] = {"step": torch.tensor(float(steps))}  # torch lists what is kept under another key than a parameter as it is
+        inner.state["steps"] = {
+            "step": torch.tensor(float(steps))
+        }  # torch lists what is kept under another key than a parameter as it is
     try:
         return one.state_dict()
     finally:
@@ -103,7 +116,9 @@ def mend_empty_state(one, state: dict[str, Any], steps: int) -> None:
     it): Megatron keeps an empty list of the first rank and cannot merge it with another rank's.
     """
     if MAIN_WEIGHTS in state:
-        state[MAIN_WEIGHTS] = {index: dict(enumerate(group)) for index, group in enumerate(state[MAIN_WEIGHTS])}
+        state[MAIN_WEIGHTS] = {
+            index: dict(enumerate(group)) for index, group in enumerate(state[MAIN_WEIGHTS])
+        }
     own = state.get("optimizer", state)
     if not _is_torchs_adam(one.optimizer):
         for group in own["param_groups"] if steps else ():
@@ -118,7 +133,11 @@ def _is_torchs_adam(inner) -> bool:
 
 def _own_steps(one) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Return the step counts that torch's own Adam keeps with each parameter, taken out of its state; none for other optimizers."""
-    return {parameter: entries.pop("step") for parameter, entries in one.optimizer.state.items() if "step" in entries}
+    return {
+        parameter: entries.pop("step")
+        for parameter, entries in one.optimizer.state.items()
+        if "step" in entries
+    }
 
 
 def load_optimizer_state(optimizer, state: Any) -> None:
@@ -131,11 +150,17 @@ def load_optimizer_state(optimizer, state: Any) -> None:
     parts = parts_of(optimizer)
     states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
     for one, part in zip(parts, states, strict=True):
-        if isinstance(one, Float16OptimizerWithFloat16Params) and not isinstance(part.get(MAIN_WEIGHTS), list):
+        if isinstance(one, Float16OptimizerWithFloat16Params) and not isinstance(
+            part.get(MAIN_WEIGHTS), list
+        ):
             loaded = part.get(MAIN_WEIGHTS, {})
-            part[MAIN_WEIGHTS] = [[tensor for _, tensor in sorted(loaded.get(index, {}).items())]
-                                  for index in range(len(one.optimizer.param_groups))]
-        if "parts" not in part and ("param_state" not in part or not _is_torchs_adam(one.optimizer)):
+            part[MAIN_WEIGHTS] = [
+                [tensor for _, tensor in sorted(loaded.get(index, {}).items())]
+                for index in range(len(one.optimizer.param_groups))
+            ]
+        if "parts" not in part and (
+            "param_state" not in part or not _is_torchs_adam(one.optimizer)
+        ):
             with rules_of_groups_kept(one.optimizer):
                 one.load_state_dict(part)
             continue

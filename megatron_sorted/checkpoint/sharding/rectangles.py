@@ -38,11 +38,16 @@ def rectangles_of_range(shape: Sequence[int], start: int, end: int) -> list[Rect
     first_row, last_row = start // row, (end - 1) // row
     if first_row == last_row:  # inside one row
         inside = rectangles_of_range(shape[1:], start - first_row * row, end - first_row * row)
-        return [Rectangle(first_row * row + box.first, (first_row, *box.offset), (1, *box.shape)) for box in inside]
+        return [
+            Rectangle(first_row * row + box.first, (first_row, *box.offset), (1, *box.shape))
+            for box in inside
+        ]
     whole_from = first_row if start == first_row * row else first_row + 1
     whole_to = last_row + 1 if end == (last_row + 1) * row else last_row
     rest = (0,) * (len(shape) - 1)
     rectangles = rectangles_of_range(shape, start, whole_from * row)
     if whole_from < whole_to:
-        rectangles.append(Rectangle(whole_from * row, (whole_from, *rest), (whole_to - whole_from, *shape[1:])))
+        rectangles.append(
+            Rectangle(whole_from * row, (whole_from, *rest), (whole_to - whole_from, *shape[1:]))
+        )
     return rectangles + rectangles_of_range(shape, whole_to * row, end)

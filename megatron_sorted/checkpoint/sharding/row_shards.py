@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_sorted.checkpoint.sharding.optimizer_shards import named_rectangles, own_rectangles, parts_of, rectangle_of
+from megatron_sorted.checkpoint.sharding.optimizer_shards import (
+    named_rectangles,
+    own_rectangles,
+    parts_of,
+    rectangle_of,
+)
 from megatron_sorted.checkpoint.sharding.optimizer_state import fill_empty_state
 
 ADAM = ("exp_avg", "exp_avg_sq")
@@ -29,7 +34,10 @@ def _rectangles(chunk: Any) -> Iterator[tuple[Any, list[tuple[int, ShardedTensor
     for shard in chunk.row_shards:
         row = shard.sharded.shape[1:].numel()
         start = shard.first_row * row
-        yield shard, list(own_rectangles(chunk.states[shard.name], start, start + shard.rows.numel()))
+        yield (
+            shard,
+            list(own_rectangles(chunk.states[shard.name], start, start + shard.rows.numel())),
+        )
 
 
 def row_states(chunk: Any, with_data: bool) -> dict[str, Any]:
@@ -39,11 +47,21 @@ def row_states(chunk: Any, with_data: bool) -> dict[str, Any]:
         chunk: The model.
         with_data: True for saving: weights in the precision that layers see. For loading, tensors are made when they are read.
     """
-    states = {name: state for name, state in chunk.states.items() if not isinstance(state, ShardedTensor | ShardedTensorFactory)}
+    states = {
+        name: state
+        for name, state in chunk.states.items()
+        if not isinstance(state, ShardedTensor | ShardedTensorFactory)
+    }
     for shard, rectangles in _rectangles(chunk):
         dtype = chunk.states[shard.name].data.dtype
         states[shard.name] = {
-            first: replace(box, dtype=dtype, data=rectangle_of(shard.rows, first, box).to(dtype) if with_data else None) for first, box in rectangles}
+            first: replace(
+                box,
+                dtype=dtype,
+                data=rectangle_of(shard.rows, first, box).to(dtype) if with_data else None,
+            )
+            for first, box in rectangles
+        }
     return states
 
 
@@ -53,10 +71,17 @@ def views_of_rows(chunk: Any) -> Rows:
     for shard, rectangles in _rectangles(chunk):
         states[shard.name] = {}
         for first, box in rectangles:
-            stacked = len(box.local_shape) - shard.rows.dim()  # the dimension in which layers are stacked
+            stacked = (
+                len(box.local_shape) - shard.rows.dim()
+            )  # the dimension in which layers are stacked
             shape = box.local_shape[stacked:]
-            states[shard.name][first] = replace(box, local_shape=shape, prepend_axis_num=stacked, dtype=shard.rows.dtype,
-                                                data=rectangle_of(shard.rows, first, box).view(shape))
+            states[shard.name][first] = replace(
+                box,
+                local_shape=shape,
+                prepend_axis_num=stacked,
+                dtype=shard.rows.dtype,
+                data=rectangle_of(shard.rows, first, box).view(shape),
+            )
     return states
 
 
@@ -85,12 +110,17 @@ def optimizer_rows(optimizer: Any, chunk: Any, steps: int, with_data: bool) -> d
     fill_empty_state(part)
     if not part.optimizer.state:  # of a fused Adam
         part.init_state_fn(part.optimizer, part.config)
-    groups = [{key: value for key, value in group.items() if key != "params"} | {"step": steps} for group in part.optimizer.param_groups]
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} | {"step": steps}
+        for group in part.optimizer.param_groups
+    ]
     state: dict[str, Any] = {"optimizer": {"param_groups": groups}, "parts": {}}
     if getattr(part, "grad_scaler", None):
         state["grad_scaler"] = part.grad_scaler.state_dict()
     for index, (shard, rectangles) in enumerate(_rectangles(chunk)):
-        state["parts"][index] = named_rectangles(_states_of(part.optimizer, shard), rectangles, with_data)
+        state["parts"][index] = named_rectangles(
+            _states_of(part.optimizer, shard), rectangles, with_data
+        )
     return state
 
 
@@ -100,7 +130,9 @@ def take_optimizer_rows(optimizer: Any, chunk: Any, loaded: dict[str, Any]) -> N
     inner = part.optimizer
     saved = loaded["optimizer"]["param_groups"]
     for group, said in zip(inner.param_groups, saved, strict=True):
-        group.update({key: value for key, value in said.items() if key in group})  # fused Adams count steps in the group
+        group.update(
+            {key: value for key, value in said.items() if key in group}
+        )  # fused Adams count steps in the group
         for rows in group["params"]:
             if "step" in inner.state[rows]:
                 inner.state[rows]["step"].fill_(float(said["step"]))

@@ -45,13 +45,19 @@ def inner(chunk: torch.nn.Module) -> torch.nn.Module:
 
 def weights_in_place(chunk: torch.nn.Module) -> dict[str, Any]:
     """Return the sharded state dict of this rank's weights, with the weights or views of them as data."""
-    return views_of_rows(chunk) if keeps_rows(chunk) else inner(chunk).sharded_state_dict(metadata=dict(CONTENT))
+    return (
+        views_of_rows(chunk)
+        if keeps_rows(chunk)
+        else inner(chunk).sharded_state_dict(metadata=dict(CONTENT))
+    )
 
 
 def _by_name(chunks: list) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield every chunk with the name of its state."""
-    return ((f"model{index}" if len(chunks) > 1 else "model", chunk)
-            for index, chunk in enumerate(chunks))
+    return (
+        (f"model{index}" if len(chunks) > 1 else "model", chunk)
+        for index, chunk in enumerate(chunks)
+    )
 
 
 def _model_states(chunks: list, is_loading: bool) -> dict[str, Any]:
@@ -62,7 +68,10 @@ def _model_states(chunks: list, is_loading: bool) -> dict[str, Any]:
 
 def random_place() -> list[int]:
     """Return what random numbers depend on beside the seed: the sizes of pipeline and tensor parallel groups."""
-    return [parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_world_size()]
+    return [
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    ]
 
 
 def _random_object(state: Any) -> ShardedObject:
@@ -70,7 +79,10 @@ def _random_object(state: Any) -> ShardedObject:
 
     Data parallel ranks draw alike, so the first writes for all, and their number may change.
     """
-    place = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank())
+    place = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     return ShardedObject("random_state", state, tuple(random_place()), place, replica_id=replica)
 
@@ -90,17 +102,26 @@ def optimizer_state(optimizer, model_state: dict[str, Any], is_loading: bool) ->
         return state
     if hasattr(optimizer, "_synchronize_steps"):
         optimizer._synchronize_steps()
-    return {**state_dict_with_steps(part, steps), "parts": state_of_parts(part, model_state, with_data=not is_loading)}
+    return {
+        **state_dict_with_steps(part, steps),
+        "parts": state_of_parts(part, model_state, with_data=not is_loading),
+    }
 
 
-def _optimizer_of(chunks: list, optimizer, states: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+def _optimizer_of(
+    chunks: list, optimizer, states: dict[str, Any], is_loading: bool
+) -> dict[str, Any]:
     """Return the optimizer's sharded state dict.
 
     Collective: one all-reduce of a number over all ranks, and those of ``optimizer_state``.
     """
     if keeps_rows(chunks[0]):
-        return optimizer_rows(optimizer, chunks[0], steps_taken(optimizer), with_data=not is_loading)
-    return optimizer_state(optimizer, states.get("model", states), is_loading)  # looks parameters up by name
+        return optimizer_rows(
+            optimizer, chunks[0], steps_taken(optimizer), with_data=not is_loading
+        )
+    return optimizer_state(
+        optimizer, states.get("model", states), is_loading
+    )  # looks parameters up by name
 
 
 def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> dict[str, Any]:
@@ -116,13 +137,17 @@ def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> di
     """
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)  # or each rank would save its own shard new and the others' old
+            chunk.start_param_sync(
+                force_sync=True
+            )  # or each rank would save its own shard new and the others' old
     states = _model_states(chunks, is_loading=False)
     return {
         **states,
         "optimizer": _optimizer_of(chunks, optimizer, states, is_loading=False),
         "opt_param_scheduler": schedule.state_dict(),
-        "random_state": _random_object({"python": random.getstate(), "numpy": np.random.get_state(), **random_state()}),
+        "random_state": _random_object(
+            {"python": random.getstate(), "numpy": np.random.get_state(), **random_state()}
+        ),
         "more": more,
         "content_metadata": dict(CONTENT),
     }
@@ -130,12 +155,14 @@ def sharded_state(chunks: list, optimizer, schedule, more: dict[str, Any]) -> di
 
 def _take_out(states: dict[str, Any], is_taken: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
     """Return {model: {name: state}} of the names that are taken, after taking them out of ``states``."""
-    return {model: {name: state.pop(name) for name in list(state) if is_taken(name)}
-            for model, state in states.items()}
+    return {
+        model: {name: state.pop(name) for name in list(state) if is_taken(name)}
+        for model, state in states.items()
+    }
 
 
 def _take_what_is_not_saved(
-    states: dict[str, Any], manifest: Mapping[str, Any],
+    states: dict[str, Any], manifest: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Return {model: {name: value}} of what the checkpoint lacks, after taking it out of ``states``.
 
@@ -150,13 +177,20 @@ def _take_what_is_not_saved(
     extra = _take_out(states, lambda name: weights_only and name.endswith("_extra_state"))
     has_adapters = manifest.get("settings", {}).get("lora_rank")
     new = _take_out(states, lambda name: not has_adapters and is_adapter(name))
-    values = {model: {name: value.data for name, value in found.items()}
-              for model, found in new.items()}
+    values = {
+        model: {name: value.data for name, value in found.items()} for model, found in new.items()
+    }
     return {model: {**dict.fromkeys(extra[model]), **found} for model, found in values.items()}
 
 
-def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, optimizer, load_optimizer: bool,
-                 load_random: bool) -> dict[str, Any]:
+def load_sharded(
+    directory: Path,
+    manifest: Mapping[str, Any],
+    chunks: list,
+    optimizer,
+    load_optimizer: bool,
+    load_random: bool,
+) -> dict[str, Any]:
     """Return the further state of a checkpoint after loading weights and, if asked for, optimizer and random state.
 
     The state of the learning-rate schedule is returned under "opt_param_scheduler" beside "more"; both are empty where the checkpoint
@@ -179,9 +213,14 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
         wanted["random_state"] = _random_object(None)
     try:
         loaded = dist_checkpointing.load(wanted, str(directory))
-    except (Exception, CheckpointException) as error:  # torch's is no Exception; damage shows as anything from KeyError on
-        raise CheckpointError(f"{directory}: could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
-                              "If files were lost or damaged, load an earlier checkpoint with --ckpt-step.") from error
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # torch's is no Exception; damage shows as anything from KeyError on
+        raise CheckpointError(
+            f"{directory}: could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "If files were lost or damaged, load an earlier checkpoint with --ckpt-step."
+        ) from error
     for name, chunk in _by_name(chunks):
         if keeps_rows(chunk):
             take_rows(chunk, loaded[name])
@@ -198,10 +237,16 @@ def load_sharded(directory: Path, manifest: Mapping[str, Any], chunks: list, opt
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         set_random_state(state)
-    return {"more": loaded.get("more", {}), "opt_param_scheduler": loaded.get("opt_param_scheduler", {}), "random_state": same_place}
+    return {
+        "more": loaded.get("more", {}),
+        "opt_param_scheduler": loaded.get("opt_param_scheduler", {}),
+        "random_state": same_place,
+    }
 
 
-def find_damage_on_all_ranks(directory: Path, manifest: Mapping[str, Any], shards_too: bool = True) -> list[str]:
+def find_damage_on_all_ranks(
+    directory: Path, manifest: Mapping[str, Any], shards_too: bool = True
+) -> list[str]:
     """Return what is wrong with a checkpoint's files, the same on all ranks; each rank reads its share of the bytes.
 
     Collective: one all-gather of sentences over all ranks.
@@ -213,7 +258,11 @@ def find_damage_on_all_ranks(directory: Path, manifest: Mapping[str, Any], shard
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     load, mine = [0] * world_size, []
-    files = {name: said for name, said in manifest["files"].items() if shards_too or not name.endswith(".distcp")}
+    files = {
+        name: said
+        for name, said in manifest["files"].items()
+        if shards_too or not name.endswith(".distcp")
+    }
     for name, said in sorted(files.items(), key=lambda item: -item[1]["bytes"]):
         lightest = load.index(min(load))
         load[lightest] += said["bytes"]

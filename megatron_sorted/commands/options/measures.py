@@ -14,8 +14,19 @@ from megatron_sorted.evaluation.documents import read_documents
 from megatron_sorted.evaluation.evaluate import Measures, QuestionSet, Subject
 from megatron_sorted.evaluation.harness import Harness
 from megatron_sorted.evaluation.heads import HeadTraining
-from megatron_sorted.evaluation.prepared import PreparedData, sequence_length, settings_of_checkpoint
-from megatron_sorted.evaluation.questions import TEMPLATE, as_conversation, check_template, choose_examples, read_questions, write_prompts
+from megatron_sorted.evaluation.prepared import (
+    PreparedData,
+    sequence_length,
+    settings_of_checkpoint,
+)
+from megatron_sorted.evaluation.questions import (
+    TEMPLATE,
+    as_conversation,
+    check_template,
+    choose_examples,
+    read_questions,
+    write_prompts,
+)
 from megatron_sorted.exported.form import form_of_model
 from megatron_sorted.exported.model_directory import open_model_directory, plan_exits
 from megatron_sorted.exported.tokenizer import open_tokenizer
@@ -31,18 +42,36 @@ def name_subjects(values: argparse.Namespace) -> list[Subject]:
         CheckpointError: A directory is no model.
     """
     subjects = []
-    for text, is_baseline in [*((text, False) for text in values.models), *((text, True) for text in values.baseline)]:
+    for text, is_baseline in [
+        *((text, False) for text in values.models),
+        *((text, True) for text in values.baseline),
+    ]:
         name, equals, path = text.partition("=")
         if not equals or "/" in name:
             name, path = "", text
         heads = values.train_heads is not None and is_baseline == bool(values.baseline)
-        subjects.append(Subject(name or Path(path).resolve().name, open_model_directory(Path(path)), is_baseline, heads))
-    names = [name for subject in subjects for name in [subject.name, *[f"{subject.name}+ICT"] * subject.with_heads]]
+        subjects.append(
+            Subject(
+                name or Path(path).resolve().name,
+                open_model_directory(Path(path)),
+                is_baseline,
+                heads,
+            )
+        )
+    names = [
+        name
+        for subject in subjects
+        for name in [subject.name, *[f"{subject.name}+ICT"] * subject.with_heads]
+    ]
     for name in names:
         if names.count(name) > 1:
-            raise SettingsError(f"two models are called {name}. Give one another name: NAME=DIRECTORY.")
+            raise SettingsError(
+                f"two models are called {name}. Give one another name: NAME=DIRECTORY."
+            )
     if values.save_heads and sum(subject.with_heads for subject in subjects) != 1:
-        raise SettingsError("--save-heads writes one directory, of one model with --train-heads. Train heads of one model at a time.")
+        raise SettingsError(
+            "--save-heads writes one directory, of one model with --train-heads. Train heads of one model at a time."
+        )
     return subjects
 
 
@@ -55,19 +84,33 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
     forms = []
     for subject in subjects:
         plan_exits(subject.directory, values.depths)
-        forms.append(form_of_model(subject.directory, open_tokenizer(subject.directory, values.tokenizer), values.prompt_template))
-    in_forms = values.question_template is None and all(form.is_stored or values.prompt_template for form in forms)
+        forms.append(
+            form_of_model(
+                subject.directory,
+                open_tokenizer(subject.directory, values.tokenizer),
+                values.prompt_template,
+            )
+        )
+    in_forms = values.question_template is None and all(
+        form.is_stored or values.prompt_template for form in forms
+    )
     if values.shots is None:
         values.shots = 0 if in_forms else 5
-    allowed = {subject.name: max_length_of_config(read_config(subject.directory)) for subject in subjects}
+    allowed = {
+        subject.name: max_length_of_config(read_config(subject.directory)) for subject in subjects
+    }
     longest = min(DEFAULT_SEQ_LENGTH, *allowed.values())
     prepared = _read_prepared(values, longest)
     seq_length = values.seq_length or (prepared.settings.seq_length if prepared else longest)
     for name, length in allowed.items():
         if seq_length > length:
-            raise SettingsError(f"--seq-length: {seq_length} is more than the {length} positions of {name}. Use at most {length}.")
+            raise SettingsError(
+                f"--seq-length: {seq_length} is more than the {length} positions of {name}. Use at most {length}."
+            )
     if values.stride and values.stride > seq_length:
-        raise SettingsError(f"--stride: {values.stride} is more than --seq-length {seq_length}, so tokens would be left out. Use less.")
+        raise SettingsError(
+            f"--stride: {values.stride} is more than --seq-length {seq_length}, so tokens would be left out. Use less."
+        )
     if values.save_heads:
         check_destination(values.save_heads, values.overwrite, 0)
     as_turns = values.question_template is None
@@ -77,22 +120,49 @@ def read_measures(values: argparse.Namespace, subjects: Sequence[Subject]) -> Me
     questions = {}
     for name, path in _by_name(values.questions).items():
         found = read_questions(path)
-        asked = found[:values.num_questions]
+        asked = found[: values.num_questions]
         some = choose_examples(asked, values.shots, examples or found, values.seed)
-        questions[name] = QuestionSet(asked, write_prompts(asked, values.shots, examples or found, template, values.seed),
-                                      [as_conversation(*pair) for pair in zip(asked, some, strict=True)] if as_turns else [])
-    texts = {name: read_documents(path, values.separator, values.limit) for name, path in _by_name(values.text).items()}
+        questions[name] = QuestionSet(
+            asked,
+            write_prompts(asked, values.shots, examples or found, template, values.seed),
+            [as_conversation(*pair) for pair in zip(asked, some, strict=True)] if as_turns else [],
+        )
+    texts = {
+        name: read_documents(path, values.separator, values.limit)
+        for name, path in _by_name(values.text).items()
+    }
     harness = Harness(values.tasks, values.tasks_path) if values.tasks else None
     if harness is not None:
         harness.check(allowed)
     heads = read_documents(values.train_heads, values.separator) if values.train_heads else None
-    training = HeadTraining(values.train_heads_epochs, values.train_heads_lr, values.train_heads_batch_size, seed=values.seed)
+    training = HeadTraining(
+        values.train_heads_epochs,
+        values.train_heads_lr,
+        values.train_heads_batch_size,
+        seed=values.seed,
+    )
     return Measures(
-        texts, questions, seq_length, values.stride or seq_length, prepared,
-        tuple(values.depths) if values.depths else None, KINDS[values.dtype],
-        values.tokenizer, values.prompt_template, values.append_eos, values.batch_tokens, values.batch_size, values.max_new_tokens,
-        harness, values.task_shots, values.task_limit, heads, training,
-        values.save_heads, values.overwrite)
+        texts,
+        questions,
+        seq_length,
+        values.stride or seq_length,
+        prepared,
+        tuple(values.depths) if values.depths else None,
+        KINDS[values.dtype],
+        values.tokenizer,
+        values.prompt_template,
+        values.append_eos,
+        values.batch_tokens,
+        values.batch_size,
+        values.max_new_tokens,
+        harness,
+        values.task_shots,
+        values.task_limit,
+        heads,
+        training,
+        values.save_heads,
+        values.overwrite,
+    )
 
 
 def _read_prepared(values: argparse.Namespace, default_length: int) -> PreparedData | None:
@@ -103,16 +173,46 @@ def _read_prepared(values: argparse.Namespace, default_length: int) -> PreparedD
     Raises:
         SettingsError: --split or a mask is given without --data-path, or --split is no list of shares.
     """
-    given = {name: getattr(values, name) for name in ("split", *MASKS) if getattr(values, name) is not None}
+    given = {
+        name: getattr(values, name)
+        for name in ("split", *MASKS)
+        if getattr(values, name) is not None
+    }
     if not values.data_path:
         if given:
-            raise SettingsError(f"--{next(iter(given)).replace('_', '-')}: says how prepared data are read. Give --data-path as well, or "
-                                "leave it out.")
+            raise SettingsError(
+                f"--{next(iter(given)).replace('_', '-')}: says how prepared data are read. Give --data-path as well, or "
+                "leave it out."
+            )
         return None
-    of_run = next(filter(None, (settings_of_checkpoint(Path(text.partition("=")[2] or text)) for text in values.models)), {})
-    length = values.seq_length or of_run.get("seq_length") or sequence_length(values.data_path) or default_length
-    settings = Settings(**{**of_run, **{name: given[name] for name in given if name != "split"}, "seq_length": length})
-    files = {"data_path": tuple(values.data_path), "split": values.split} if values.split else {"valid_data_path": tuple(values.data_path)}
+    of_run = next(
+        filter(
+            None,
+            (
+                settings_of_checkpoint(Path(text.partition("=")[2] or text))
+                for text in values.models
+            ),
+        ),
+        {},
+    )
+    length = (
+        values.seq_length
+        or of_run.get("seq_length")
+        or sequence_length(values.data_path)
+        or default_length
+    )
+    settings = Settings(
+        **{
+            **of_run,
+            **{name: given[name] for name in given if name != "split"},
+            "seq_length": length,
+        }
+    )
+    files = (
+        {"data_path": tuple(values.data_path), "split": values.split}
+        if values.split
+        else {"valid_data_path": tuple(values.data_path)}
+    )
     settings = dataclasses.replace(settings, **files)
     split_ranges(settings)
     return PreparedData(tuple(values.data_path), settings, values.limit)

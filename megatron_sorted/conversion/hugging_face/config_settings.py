@@ -7,16 +7,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_sorted.conversion.hugging_face.config_rules import NAME_CODE, check_config, told
-from megatron_sorted.conversion.hugging_face.exit_keys import exits_of_config, keys_of_exits, without_exits
-from megatron_sorted.conversion.hugging_face.families import FAMILIES, count_of_config, family_of_config, family_of_settings
+from megatron_sorted.conversion.hugging_face.exit_keys import (
+    exits_of_config,
+    keys_of_exits,
+    without_exits,
+)
+from megatron_sorted.conversion.hugging_face.families import (
+    FAMILIES,
+    count_of_config,
+    family_of_config,
+    family_of_settings,
+)
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.shown import shown
-from megatron_sorted.settings.derived import exit_depths, ffn_hidden_size, kv_channels, max_position_embeddings, num_query_groups
+from megatron_sorted.settings.derived import (
+    exit_depths,
+    ffn_hidden_size,
+    kv_channels,
+    max_position_embeddings,
+    num_query_groups,
+)
 from megatron_sorted.settings.run import Settings
 
 # Values that change what a network computes in a way ours cannot: {key: the only value that is understood}.
-UNDERSTOOD = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "partial_rotary_factor": 1.0,
-              "quantization_config": None, "add_cross_attention": False, "is_encoder_decoder": False}
+UNDERSTOOD = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+}
 
 
 def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
@@ -34,9 +57,15 @@ def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
     config = {**family.absent, **config}
     for key, value in UNDERSTOOD.items():
         if config.get(key, value) not in (value, None):
-            raise CheckpointError(f"{where}: {key} is {told(config[key])}; of {family.model_type} models only {value!r} is supported.")
-    if family.slides is False and set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-        raise CheckpointError(f"{where}: layer_types holds {told(sorted(set(config['layer_types'])))}; only full_attention is supported.")
+            raise CheckpointError(
+                f"{where}: {key} is {told(config[key])}; of {family.model_type} models only {value!r} is supported."
+            )
+    if family.slides is False and set(config.get("layer_types") or ["full_attention"]) != {
+        "full_attention"
+    }:
+        raise CheckpointError(
+            f"{where}: layer_types holds {told(sorted(set(config['layer_types'])))}; only full_attention is supported."
+        )
 
     def need(key: str) -> int:
         return count_of_config(config, key, where)
@@ -47,20 +76,39 @@ def settings_of_config(config: Mapping[str, Any], where: str) -> Settings:
     length = need("max_position_embeddings")
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if not config.get("head_dim") and hidden % heads:
-        raise CheckpointError(f"{where}: hidden_size {hidden} does not divide by num_attention_heads {heads}, and head_dim is not given.")
+        raise CheckpointError(
+            f"{where}: hidden_size {hidden} does not divide by num_attention_heads {heads}, and head_dim is not given."
+        )
     try:
         return Settings(
-            num_layers=need("num_hidden_layers"), hidden_size=hidden, ffn_hidden_size=need("intermediate_size"), num_attention_heads=heads,
-            kv_channels=config.get("head_dim") or hidden // heads, group_query_attention=groups != heads,
-            num_query_groups=groups if groups != heads else None, seq_length=length, max_position_embeddings=length,
-            normalization="RMSNorm", norm_epsilon=float(config.get("rms_norm_eps") or 1e-6), swiglu=True, disable_bias_linear=True,
-            add_qkv_bias=family.qkv_bias, qk_layernorm=family.qk_norm, vocab_size=need("vocab_size"),
+            num_layers=need("num_hidden_layers"),
+            hidden_size=hidden,
+            ffn_hidden_size=need("intermediate_size"),
+            num_attention_heads=heads,
+            kv_channels=config.get("head_dim") or hidden // heads,
+            group_query_attention=groups != heads,
+            num_query_groups=groups if groups != heads else None,
+            seq_length=length,
+            max_position_embeddings=length,
+            normalization="RMSNorm",
+            norm_epsilon=float(config.get("rms_norm_eps") or 1e-6),
+            swiglu=True,
+            disable_bias_linear=True,
+            add_qkv_bias=family.qkv_bias,
+            qk_layernorm=family.qk_norm,
+            vocab_size=need("vocab_size"),
             untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
-            init_method_std=float(config.get("initializer_range", 0.02)), bf16=dtype == "bfloat16", fp16=dtype == "float16",
+            init_method_std=float(config.get("initializer_range", 0.02)),
+            bf16=dtype == "bfloat16",
+            fp16=dtype == "float16",
             sliding_window=config.get("sliding_window") if family.slides else None,
-            **_rotary_settings(config, where), **exits_of_config(config, where))
+            **_rotary_settings(config, where),
+            **exits_of_config(config, where),
+        )
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: a value of the wrong kind ({error}). Fetch the file again.") from error
+        raise CheckpointError(
+            f"{where}: a value of the wrong kind ({error}). Fetch the file again."
+        ) from error
 
 
 def _rotary_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -68,28 +116,47 @@ def _rotary_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if base != int(base):
-        raise CheckpointError(f"{where}: rope_theta {base} is not a whole number, which --rotary-base must be.")
+        raise CheckpointError(
+            f"{where}: rope_theta {base} is not a whole number, which --rotary-base must be."
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
-    fields: dict[str, Any] = {"position_embedding_type": "rope", "rotary_base": int(base), "rotary_percent": 1.0}
+    fields: dict[str, Any] = {
+        "position_embedding_type": "rope",
+        "rotary_base": int(base),
+        "rotary_percent": 1.0,
+    }
     if rope.get("partial_rotary_factor") not in (None, 1.0):
-        raise CheckpointError(f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1.")
+        raise CheckpointError(
+            f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1."
+        )
     try:
         if kind == "linear":
             fields["rotary_seq_len_interpolation_factor"] = float(rope["factor"])
         elif kind == "llama3":
-            fields |= {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"]),
-                       "rope_scaling_low_freq_factor": float(rope["low_freq_factor"]),
-                       "rope_scaling_high_freq_factor": float(rope["high_freq_factor"]),
-                       "rope_scaling_original_max_position_embeddings": int(rope["original_max_position_embeddings"])}
+            fields |= {
+                "use_rope_scaling": True,
+                "rope_scaling_factor": float(rope["factor"]),
+                "rope_scaling_low_freq_factor": float(rope["low_freq_factor"]),
+                "rope_scaling_high_freq_factor": float(rope["high_freq_factor"]),
+                "rope_scaling_original_max_position_embeddings": int(
+                    rope["original_max_position_embeddings"]
+                ),
+            }
         elif kind != "default":
-            raise CheckpointError(f"{where}: rotary positions of kind {told(kind)} are not supported; default, linear and llama3 are.")
+            raise CheckpointError(
+                f"{where}: rotary positions of kind {told(kind)} are not supported; default, linear and llama3 are."
+            )
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{where}: rotary positions of kind {kind} without {shown(error.args[0], 60)}. Fetch the file "
-                              "again.") from None
+        raise CheckpointError(
+            f"{where}: rotary positions of kind {kind} without {shown(error.args[0], 60)}. Fetch the file "
+            "again."
+        ) from None
     return fields
 
 
-def config_of_settings(settings: Settings, dtype: str, origin: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def config_of_settings(
+    settings: Settings, dtype: str, origin: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the config.json of a network.
 
     Args:
@@ -104,16 +171,29 @@ def config_of_settings(settings: Settings, dtype: str, origin: Mapping[str, Any]
     if origin is not None and origin.get("model_type") in FAMILIES:
         kept = FAMILIES[origin["model_type"]]
         # a Mistral without a window computes what a LLaMA does; it stays a Mistral
-        if (kept.qkv_bias, kept.qk_norm) == (family.qkv_bias, family.qk_norm) and (kept.slides or not family.slides):
+        if (kept.qkv_bias, kept.qk_norm) == (family.qkv_bias, family.qk_norm) and (
+            kept.slides or not family.slides
+        ):
             family = kept
     new = {
-        "architectures": [family.architecture], "model_type": family.model_type, "vocab_size": settings.vocab_size,
-        "hidden_size": settings.hidden_size, "intermediate_size": ffn_hidden_size(settings), "num_hidden_layers": settings.num_layers,
-        "num_attention_heads": settings.num_attention_heads, "num_key_value_heads": num_query_groups(settings),
-        "head_dim": kv_channels(settings), "hidden_act": "silu", "max_position_embeddings": max_position_embeddings(settings),
-        "initializer_range": settings.init_method_std, "rms_norm_eps": settings.norm_epsilon,
-        "tie_word_embeddings": not settings.untie_embeddings_and_output_weights, "attention_dropout": settings.attention_dropout,
-        "torch_dtype": dtype, "rope_theta": float(settings.rotary_base), "rope_scaling": _rope_scaling(settings),
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "vocab_size": settings.vocab_size,
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": ffn_hidden_size(settings),
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_attention_heads,
+        "num_key_value_heads": num_query_groups(settings),
+        "head_dim": kv_channels(settings),
+        "hidden_act": "silu",
+        "max_position_embeddings": max_position_embeddings(settings),
+        "initializer_range": settings.init_method_std,
+        "rms_norm_eps": settings.norm_epsilon,
+        "tie_word_embeddings": not settings.untie_embeddings_and_output_weights,
+        "attention_dropout": settings.attention_dropout,
+        "torch_dtype": dtype,
+        "rope_theta": float(settings.rotary_base),
+        "rope_scaling": _rope_scaling(settings),
     }
     if family.slides:
         new["sliding_window"] = settings.sliding_window
@@ -122,15 +202,25 @@ def config_of_settings(settings: Settings, dtype: str, origin: Mapping[str, Any]
     if origin is not None:
         new = without_exits(_in_the_words_of(origin, new))
     depths = exit_depths(settings)
-    parts = (settings.use_exit_block, settings.use_exit_mlp, settings.exit_adapter_rank) if len(depths) > 1 else ()
-    return new | keys_of_exits(depths, settings.use_exit_norm, settings.untie_exit_output_weights, *parts)
+    parts = (
+        (settings.use_exit_block, settings.use_exit_mlp, settings.exit_adapter_rank)
+        if len(depths) > 1
+        else ()
+    )
+    return new | keys_of_exits(
+        depths, settings.use_exit_norm, settings.untie_exit_output_weights, *parts
+    )
 
 
 def _rope_scaling(settings: Settings) -> dict[str, Any] | None:
     if settings.use_rope_scaling:
-        return {"rope_type": "llama3", "factor": settings.rope_scaling_factor, "low_freq_factor": settings.rope_scaling_low_freq_factor,
-                "high_freq_factor": settings.rope_scaling_high_freq_factor,
-                "original_max_position_embeddings": settings.rope_scaling_original_max_position_embeddings}
+        return {
+            "rope_type": "llama3",
+            "factor": settings.rope_scaling_factor,
+            "low_freq_factor": settings.rope_scaling_low_freq_factor,
+            "high_freq_factor": settings.rope_scaling_high_freq_factor,
+            "original_max_position_embeddings": settings.rope_scaling_original_max_position_embeddings,
+        }
     if settings.rotary_seq_len_interpolation_factor is not None:
         return {"rope_type": "linear", "factor": settings.rotary_seq_len_interpolation_factor}
     return None
@@ -140,14 +230,32 @@ def _in_the_words_of(origin: Mapping[str, Any], new: dict[str, Any]) -> dict[str
     """Return ``origin`` with what ``new`` says, under the keys that ``origin`` uses."""
     new = dict(new)
     if "rope_parameters" in origin:
-        new["rope_parameters"] = {"rope_type": "default", **(new.pop("rope_scaling") or {}), "rope_theta": new.pop("rope_theta")}
+        new["rope_parameters"] = {
+            "rope_type": "default",
+            **(new.pop("rope_scaling") or {}),
+            "rope_theta": new.pop("rope_theta"),
+        }
     if "dtype" in origin:
         new["dtype"] = new.pop("torch_dtype")
     # a key that older files leave out, with the value it then has, need not appear
-    optional = {"head_dim": new["hidden_size"] // new["num_attention_heads"], "attention_dropout": 0.0, "rope_scaling": None,
-                "attention_bias": False, "mlp_bias": False, "num_key_value_heads": new["num_attention_heads"]}
+    optional = {
+        "head_dim": new["hidden_size"] // new["num_attention_heads"],
+        "attention_dropout": 0.0,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "num_key_value_heads": new["num_attention_heads"],
+    }
     for key, value in optional.items():
         if key not in origin and new.get(key) == value:
             new.pop(key, None)
-    counted_by_layer = {} if "layer_types" not in origin else {"layer_types": ["full_attention"] * new["num_hidden_layers"]}
-    return {**{key: value for key, value in origin.items() if key not in NAME_CODE}, **new, **counted_by_layer}
+    counted_by_layer = (
+        {}
+        if "layer_types" not in origin
+        else {"layer_types": ["full_attention"] * new["num_hidden_layers"]}
+    )
+    return {
+        **{key: value for key, value in origin.items() if key not in NAME_CODE},
+        **new,
+        **counted_by_layer,
+    }

@@ -37,14 +37,34 @@ class Family:
     absent: Mapping[str, Any] = field(default_factory=dict)
 
 
-FAMILIES = {family.model_type: family for family in (
-    Family("llama", "LlamaForCausalLM", absent={"max_position_embeddings": 2048}),
-    Family("mistral", "MistralForCausalLM", slides=True,
-           absent={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}),
-    Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, absent={"max_position_embeddings": 32768, "num_key_value_heads": 32}),
-    Family("qwen3", "Qwen3ForCausalLM", qk_norm=True,
-           absent={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128}),
-)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "LlamaForCausalLM", absent={"max_position_embeddings": 2048}),
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            slides=True,
+            absent={
+                "max_position_embeddings": 131072,
+                "num_key_value_heads": 8,
+                "sliding_window": 4096,
+            },
+        ),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            qkv_bias=True,
+            absent={"max_position_embeddings": 32768, "num_key_value_heads": 32},
+        ),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            qk_norm=True,
+            absent={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+        ),
+    )
+}
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -55,8 +75,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG
     if not path.is_file():
-        raise CheckpointError(f"{shown(directory)}: no {CONFIG}, so this is no Hugging Face model. Give a directory that holds "
-                              "config.json and safetensors.")
+        raise CheckpointError(
+            f"{shown(directory)}: no {CONFIG}, so this is no Hugging Face model. Give a directory that holds "
+            "config.json and safetensors."
+        )
     return read_json_object(path, "Fetch it again.", CheckpointError, MOST_CONFIG_BYTES)
 
 
@@ -68,13 +90,19 @@ def family_of_config(config: Mapping[str, Any], where: str) -> Family:
     """
     said = config.get("model_type")
     family = FAMILIES.get(said) if isinstance(said, str) else None
-    known = ", ".join(f"{family.model_type} ({family.architecture})" for family in FAMILIES.values())
+    known = ", ".join(
+        f"{family.model_type} ({family.architecture})" for family in FAMILIES.values()
+    )
     if family is None:
-        raise CheckpointError(f"{where}: model_type {told(said)} is not supported. Supported are {known}.")
+        raise CheckpointError(
+            f"{where}: model_type {told(said)} is not supported. Supported are {known}."
+        )
     architectures = config.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
-        raise CheckpointError(f"{where}: architectures {shown(architectures, 60)} is not a language model of a supported kind. "
-                              f"Supported are {known}.")
+        raise CheckpointError(
+            f"{where}: architectures {shown(architectures, 60)} is not a language model of a supported kind. "
+            f"Supported are {known}."
+        )
     return family
 
 
@@ -89,7 +117,10 @@ def num_layers_of_config(config: Mapping[str, Any], where: str) -> int:
 
 def max_length_of_config(config: Mapping[str, Any]) -> int:
     """Return the longest sequence a supported model can be used with."""
-    return config.get("max_position_embeddings") or FAMILIES[config["model_type"]].absent["max_position_embeddings"]
+    return (
+        config.get("max_position_embeddings")
+        or FAMILIES[config["model_type"]].absent["max_position_embeddings"]
+    )
 
 
 def count_of_config(config: Mapping[str, Any], key: str, where: str) -> int:
@@ -99,7 +130,9 @@ def count_of_config(config: Mapping[str, Any], key: str, where: str) -> int:
         CheckpointError: It is none.
     """
     if not is_count(config.get(key)):
-        raise CheckpointError(f"{where}: {key} is {told(config.get(key))} where a number above 0 is needed. Fetch the file again.")
+        raise CheckpointError(
+            f"{where}: {key} is {told(config.get(key))} where a number above 0 is needed. Fetch the file again."
+        )
     return config[key]
 
 
@@ -109,14 +142,28 @@ def family_of_settings(settings: Settings) -> Family:
     Raises:
         CheckpointError: There is none, naming the setting that none has.
     """
-    needed = {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True, "position_embedding_type": "rope",
-              "rotary_percent": 1.0, "num_experts": None, "use_sandwich_norm": False}
+    needed = {
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "position_embedding_type": "rope",
+        "rotary_percent": 1.0,
+        "num_experts": None,
+        "use_sandwich_norm": False,
+    }
     for name, value in needed.items():
         if getattr(settings, name) != value:
-            raise CheckpointError(f"--{name.replace('_', '-')}: {getattr(settings, name)}, which no supported Hugging Face family has "
-                                  f"(only {value}). Such a model stays a Megatron checkpoint.")
+            raise CheckpointError(
+                f"--{name.replace('_', '-')}: {getattr(settings, name)}, which no supported Hugging Face family has "
+                f"(only {value}). Such a model stays a Megatron checkpoint."
+            )
     for family in FAMILIES.values():
-        if (family.qkv_bias, family.qk_norm, family.slides) == (settings.add_qkv_bias, settings.qk_layernorm,
-                                                                settings.sliding_window is not None):
+        if (family.qkv_bias, family.qk_norm, family.slides) == (
+            settings.add_qkv_bias,
+            settings.qk_layernorm,
+            settings.sliding_window is not None,
+        ):
             return family
-    raise CheckpointError("--add-qkv-bias, --qk-layernorm and --sliding-window: no supported Hugging Face family has them together.")
+    raise CheckpointError(
+        "--add-qkv-bias, --qk-layernorm and --sliding-window: no supported Hugging Face family has them together."
+    )

@@ -15,11 +15,27 @@ from megatron_sorted.settings.run import Settings
 
 MODULE = "nested_exits.py"
 # {measure: title}; every other number of an evaluation file is left to that file.
-TITLES = {"loss": "loss, nats per token", "bits_per_byte": "bits per byte", "perplexity": "perplexity",
-          "agreement": "agrees with the full model", "token_accuracy": "tokens right",
-          "exact_match": "exact match", "f1": "F1", "exact_match_with_case": "exact match with case",
-          "acc": "accuracy", "acc_norm": "accuracy, normalised"}
-SHARES = {"agreement", "token_accuracy", "exact_match", "f1", "exact_match_with_case", "acc", "acc_norm"}
+TITLES = {
+    "loss": "loss, nats per token",
+    "bits_per_byte": "bits per byte",
+    "perplexity": "perplexity",
+    "agreement": "agrees with the full model",
+    "token_accuracy": "tokens right",
+    "exact_match": "exact match",
+    "f1": "F1",
+    "exact_match_with_case": "exact match with case",
+    "acc": "accuracy",
+    "acc_norm": "accuracy, normalised",
+}
+SHARES = {
+    "agreement",
+    "token_accuracy",
+    "exact_match",
+    "f1",
+    "exact_match_with_case",
+    "acc",
+    "acc_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -41,14 +57,21 @@ def read_quality(path: Path, model: str | None = None) -> Quality:
         DataError: It is no such file, or it holds several models and none was named.
     """
     try:
-        content = read_json_object(path, "Give an evaluation file, one of megatron-sorted evaluate.")
+        content = read_json_object(
+            path, "Give an evaluation file, one of megatron-sorted evaluate."
+        )
         if "sets" in content:  # of a training run
-            by_set = {name.removesuffix("_text_document"): exits for name, exits in content["sets"].items()}
+            by_set = {
+                name.removesuffix("_text_document"): exits
+                for name, exits in content["sets"].items()
+            }
         else:
             by_set = _of_models(content, model, path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not an evaluation file ({type(error).__name__}: {error}). "
-                        "Give one of megatron-sorted evaluate.") from error
+        raise DataError(
+            f"{path}: not an evaluation file ({type(error).__name__}: {error}). "
+            "Give one of megatron-sorted evaluate."
+        ) from error
     sets: dict[str, dict[str, dict[int, float]]] = {}
     for name, exits in by_set.items():
         for depth, values in exits.items():
@@ -64,12 +87,17 @@ def _of_models(content: Mapping[str, Any], model: str | None, path: Path) -> dic
     if model is None:
         own = [name for name in names if not content["models"][name]["is_baseline"]]
         if len(own) != 1:
-            raise DataError(f"{path}: holds {', '.join(names)}. Say which is this model with --evaluation-name.")
+            raise DataError(
+                f"{path}: holds {', '.join(names)}. Say which is this model with --evaluation-name."
+            )
         model = own[0]
     if model not in names:
         raise DataError(f"{path}: holds no {model!r} but {', '.join(names)}.")
-    return {name: one["models"][model]["exits"] for part in ("texts", "questions", "tasks")
-            for name, one in content.get(part, {}).items()}
+    return {
+        name: one["models"][model]["exits"]
+        for part in ("texts", "questions", "tasks")
+        for name, one in content.get(part, {}).items()
+    }
 
 
 def _shown(measure: str, value: float) -> str:
@@ -77,16 +105,28 @@ def _shown(measure: str, value: float) -> str:
 
 
 def _quality_lines(quality: Quality | None, depth: int, num_layers: int) -> list[str]:
-    sets = {} if quality is None else {name: values for name, values in quality.sets.items() if any(depth in by for by in values.values())}
+    sets = (
+        {}
+        if quality is None
+        else {
+            name: values
+            for name, values in quality.sets.items()
+            if any(depth in by for by in values.values())
+        }
+    )
     if not sets:
-        return ["Not measured. `megatron-sorted evaluate` measures loss, questions and tasks at every exit; "
-                "`megatron-sorted extract --evaluation evaluation.json` puts the figures here."]
+        return [
+            "Not measured. `megatron-sorted evaluate` measures loss, questions and tasks at every exit; "
+            "`megatron-sorted extract --evaluation evaluation.json` puts the figures here."
+        ]
     lines = [f"| measured on | | this model | all {num_layers} layers |", "|---|---|---:|---:|"]
     for name, values in sets.items():
         for measure, by_depth in values.items():
             if depth in by_depth:
                 full = _shown(measure, by_depth[num_layers]) if num_layers in by_depth else ""
-                lines.append(f"| {name} | {TITLES[measure]} | {_shown(measure, by_depth[depth])} | {full} |")
+                lines.append(
+                    f"| {name} | {TITLES[measure]} | {_shown(measure, by_depth[depth])} | {full} |"
+                )
     return [*lines, "", f"From `{quality.source}`."]
 
 
@@ -105,8 +145,14 @@ class Origin:
     step: int | None = None
 
 
-def model_card(name: str, origin: Origin, part: Settings, quality: Quality | None,
-               has_tokenizer: bool = True, exit_depth: int | None = None) -> str:
+def model_card(
+    name: str,
+    origin: Origin,
+    part: Settings,
+    quality: Quality | None,
+    has_tokenizer: bool = True,
+    exit_depth: int | None = None,
+) -> str:
     """Return the card.
 
     Args:
@@ -119,40 +165,81 @@ def model_card(name: str, origin: Origin, part: Settings, quality: Quality | Non
     """
     full, step = origin.settings, origin.step
     depth, layers, vocabulary = exit_depth or part.num_layers, full.num_layers, full.vocab_size
-    parameters, whole = sub_model_parameters(part, vocabulary)[part.num_layers], sub_model_parameters(full, vocabulary)[layers]
+    parameters, whole = (
+        sub_model_parameters(part, vocabulary)[part.num_layers],
+        sub_model_parameters(full, vocabulary)[layers],
+    )
     length = min(part.seq_length, 2048)
-    flops, whole_flops = (forward_flops_per_token(settings, vocabulary, length)[settings.num_layers] for settings in (part, full))
+    flops, whole_flops = (
+        forward_flops_per_token(settings, vocabulary, length)[settings.num_layers]
+        for settings in (part, full)
+    )
     nested, inner = exit_depths(full), exit_depths(part)[:-1]
     trained = f"one of its exits ({', '.join(map(str, nested))})"
     if len(nested) == 1:
-        trained = "an ordinary model" + ("" if depth == layers else " that was not trained to stop there")
+        trained = "an ordinary model" + (
+            "" if depth == layers else " that was not trained to stop there"
+        )
     more = ""
     if depth < part.num_layers:
-        more = "the layer of its own before the norm, " if full.use_exit_block else (
-            "the MLP of its own as one more layer (whose attention adds nothing: its `o_proj` is zero), ")
-    in_place = "" if full.use_exit_norm or full.untie_exit_output_weights or part_names(full) else (
-        f" In the full model's own directory the same layers are `assistant_early_exit={depth}`.")
+        more = (
+            "the layer of its own before the norm, "
+            if full.use_exit_block
+            else (
+                "the MLP of its own as one more layer (whose attention adds nothing: its `o_proj` is zero), "
+            )
+        )
+    in_place = (
+        ""
+        if full.use_exit_norm or full.untie_exit_output_weights or part_names(full)
+        else (
+            f" In the full model's own directory the same layers are `assistant_early_exit={depth}`."
+        )
+    )
     family = family_of_settings(part)
     lines = [
-        "---", "library_name: transformers", "tags: [nested, early-exit]", "---", "", f"# {name}", "",
+        "---",
+        "library_name: transformers",
+        "tags: [nested, early-exit]",
+        "---",
+        "",
+        f"# {name}",
+        "",
         f"The first {depth} of {layers} layers of `{origin.name}`{'' if step is None else f' (training step {step:,})'}, "
-        f"{trained}, with {more}the norm and head that read it. An ordinary `{family.architecture}` of {part.num_layers} layers.", "",
-        "| | this model | all layers | share |", "|---|---:|---:|---:|",
+        f"{trained}, with {more}the norm and head that read it. An ordinary `{family.architecture}` of {part.num_layers} layers.",
+        "",
+        "| | this model | all layers | share |",
+        "|---|---:|---:|---:|",
         f"| layers | {part.num_layers} | {layers} | {100 * part.num_layers / layers:.0f} % |",
         f"| parameters | {parameters:,} | {whole:,} | {100 * parameters / whole:.0f} % |",
-        f"| FLOPs per token (forward, {length} tokens) | {flops:.3g} | {whole_flops:.3g} | {100 * flops / whole_flops:.0f} % |", "",
-        "## Measured quality", "", *_quality_lines(quality, depth, layers), "",
-        "## Use", "", "```python", f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if has_tokenizer else ''}",
+        f"| FLOPs per token (forward, {length} tokens) | {flops:.3g} | {whole_flops:.3g} | {100 * flops / whole_flops:.0f} % |",
+        "",
+        "## Measured quality",
+        "",
+        *_quality_lines(quality, depth, layers),
+        "",
+        "## Use",
+        "",
+        "```python",
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if has_tokenizer else ''}",
         f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        *([f'tokenizer = AutoTokenizer.from_pretrained("{name}")'] if has_tokenizer else []), "```", "",
+        *([f'tokenizer = AutoTokenizer.from_pretrained("{name}")'] if has_tokenizer else []),
+        "```",
+        "",
         "It drafts for the full model, whose vocabulary it shares: `full.generate(..., assistant_model=model)` in transformers, or as the "
         f"draft model of vLLM or SGLang.{in_place}",
     ]
     if inner:
-        lines += ["", f"Its own exits are {', '.join(map(str, inner))} (`exit_layer_indices` in config.json)."]
+        lines += [
+            "",
+            f"Its own exits are {', '.join(map(str, inner))} (`exit_layer_indices` in config.json).",
+        ]
         if own := part_names(part):
-            lines += ["", f"Each of them has {', '.join(own)} of its own, in `{EXITS}`. {use_of_exits(name, inner[0])[0]}",
-                      *use_of_exits(name, inner[0])[1:]]
+            lines += [
+                "",
+                f"Each of them has {', '.join(own)} of its own, in `{EXITS}`. {use_of_exits(name, inner[0])[0]}",
+                *use_of_exits(name, inner[0])[1:],
+            ]
     return "\n".join([*lines, "", f"Cut out with megatron_sorted {__version__}.", ""])
 
 
@@ -160,44 +247,97 @@ def part_names(settings: Settings) -> list[str]:
     """Return what stands between an intermediate exit's hidden state and its norm, in words and in that order; empty if nothing does."""
     if len(exit_depths(settings)) == 1:
         return []
-    return [what for has, what in ((settings.exit_adapter_rank, f"a low-rank adapter (rank {settings.exit_adapter_rank})"),
-                                   (settings.use_exit_block, "a layer (block)"), (settings.use_exit_mlp, "a normed MLP")) if has]
+    return [
+        what
+        for has, what in (
+            (settings.exit_adapter_rank, f"a low-rank adapter (rank {settings.exit_adapter_rank})"),
+            (settings.use_exit_block, "a layer (block)"),
+            (settings.use_exit_mlp, "a normed MLP"),
+        )
+        if has
+    ]
 
 
 def nested_files(name: str, settings: Settings) -> dict[str, str]:
     """Return the texts that go beside a model, by name; none where its exits have no parts."""
     if not part_names(settings):
         return {}
-    return {MODULE: Path(__file__).with_name(MODULE).read_text(encoding="utf-8"), "README.md": _card(name, settings)}
+    return {
+        MODULE: Path(__file__).with_name(MODULE).read_text(encoding="utf-8"),
+        "README.md": _card(name, settings),
+    }
 
 
 def use_of_exits(name: str, depth: int) -> list[str]:
     """Return lines of a card that say how exits are run."""
-    return [f"Exits run with `{MODULE}` of this directory, a small module of megatron_sorted (Apache-2.0) that needs torch, safetensors "
-            f"and transformers; nothing here asks for `trust_remote_code`. Copy it beside your program (`cp {name}/{MODULE} .`) and "
-            "import it:", "",
-            "```python", "from nested_exits import load_nested_exits", "",
-            f'model = load_nested_exits("{name}")', f"logits = model(input_ids, depth={depth})",
-            f"tokens = model.generate(input_ids, depth={depth}, max_new_tokens=32)", "```"]
+    return [
+        f"Exits run with `{MODULE}` of this directory, a small module of megatron_sorted (Apache-2.0) that needs torch, safetensors "
+        f"and transformers; nothing here asks for `trust_remote_code`. Copy it beside your program (`cp {name}/{MODULE} .`) and "
+        "import it:",
+        "",
+        "```python",
+        "from nested_exits import load_nested_exits",
+        "",
+        f'model = load_nested_exits("{name}")',
+        f"logits = model(input_ids, depth={depth})",
+        f"tokens = model.generate(input_ids, depth={depth}, max_new_tokens=32)",
+        "```",
+    ]
 
 
 def _card(name: str, settings: Settings) -> str:
-    depths, vocabulary, length = exit_depths(settings), settings.vocab_size, min(settings.seq_length, 2048)
+    depths, vocabulary, length = (
+        exit_depths(settings),
+        settings.vocab_size,
+        min(settings.seq_length, 2048),
+    )
     family, last = family_of_settings(settings), depths[-1]
-    parameters, flops = sub_model_parameters(settings, vocabulary), forward_flops_per_token(settings, vocabulary, length)
-    own = [*part_names(settings), *["a norm"] * settings.use_exit_norm, *["a head"] * settings.untie_exit_output_weights]
-    shared = [what for is_own, what in ((settings.use_exit_norm, "norm"), (settings.untie_exit_output_weights, "head")) if not is_own]
+    parameters, flops = (
+        sub_model_parameters(settings, vocabulary),
+        forward_flops_per_token(settings, vocabulary, length),
+    )
+    own = [
+        *part_names(settings),
+        *["a norm"] * settings.use_exit_norm,
+        *["a head"] * settings.untie_exit_output_weights,
+    ]
+    shared = [
+        what
+        for is_own, what in (
+            (settings.use_exit_norm, "norm"),
+            (settings.untie_exit_output_weights, "head"),
+        )
+        if not is_own
+    ]
     lines = [
-        "---", "library_name: transformers", "tags: [nested, early-exit]", "---", "", f"# {name}", "",
+        "---",
+        "library_name: transformers",
+        "tags: [nested, early-exit]",
+        "---",
+        "",
+        f"# {name}",
+        "",
         f"A nested `{family.architecture}` of {last} layers. Plain transformers loads it as the ordinary full model: "
         f'`AutoModelForCausalLM.from_pretrained("{name}")`. It also speaks after {", ".join(map(str, depths[:-1]))} layers. Each of these '
-        f"exits has {', '.join(own)} of its own, in `{EXITS}`{', and shares ' + ' and '.join(shared) if shared else ''}.", "",
-        f"| exit | parameters | share | FLOPs per token (forward, {length} tokens) | share |", "|---:|---:|---:|---:|---:|",
-        *(f"| {depth} | {parameters[depth]:,} | {100 * parameters[depth] / parameters[last]:.0f} % | {flops[depth]:.3g} | "
-          f"{100 * flops[depth] / flops[last]:.0f} % |" for depth in depths), "",
-        "## Use of the exits", "", *use_of_exits(name, depths[0]), ""]
+        f"exits has {', '.join(own)} of its own, in `{EXITS}`{', and shares ' + ' and '.join(shared) if shared else ''}.",
+        "",
+        f"| exit | parameters | share | FLOPs per token (forward, {length} tokens) | share |",
+        "|---:|---:|---:|---:|---:|",
+        *(
+            f"| {depth} | {parameters[depth]:,} | {100 * parameters[depth] / parameters[last]:.0f} % | {flops[depth]:.3g} | "
+            f"{100 * flops[depth] / flops[last]:.0f} % |"
+            for depth in depths
+        ),
+        "",
+        "## Use of the exits",
+        "",
+        *use_of_exits(name, depths[0]),
+        "",
+    ]
     if settings.exit_adapter_rank:
         lines += ["An exit with an adapter is no ordinary model, so it cannot be cut out as one."]
     else:
-        lines += ["`megatron-sorted extract` of megatron_sorted cuts each exit out as an ordinary model that needs no such module."]
+        lines += [
+            "`megatron-sorted extract` of megatron_sorted cuts each exit out as an ordinary model that needs no such module."
+        ]
     return "\n".join([*lines, "", f"Written by megatron_sorted {__version__}.", ""])

@@ -19,8 +19,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 FILE = "exits.safetensors"
-CODE_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation", "auto_map",
-             "quantization_config", "transformers_weights", "text_config")
+CODE_KEYS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+    "auto_map",
+    "quantization_config",
+    "transformers_weights",
+    "text_config",
+)
 """Of config.json; no exported model has them."""
 
 
@@ -29,7 +37,10 @@ class ExitAdapter(nn.Module):
 
     def __init__(self, hidden_size: int, rank: int):
         super().__init__()
-        self.down, self.up = nn.Linear(hidden_size, rank, bias=False), nn.Linear(rank, hidden_size, bias=False)
+        self.down, self.up = (
+            nn.Linear(hidden_size, rank, bias=False),
+            nn.Linear(rank, hidden_size, bias=False),
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the hidden state with the addition."""
@@ -71,7 +82,9 @@ class ExitBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args, **more) -> Tensor:
         """Return the hidden state after the layer, which gets what any layer of the model gets."""
-        return self.layer(hidden_states if self.adapter is None else self.adapter(hidden_states), *args, **more)
+        return self.layer(
+            hidden_states if self.adapter is None else self.adapter(hidden_states), *args, **more
+        )
 
 
 @dataclass
@@ -94,8 +107,13 @@ class NestedExits(nn.Module):
     def __init__(self, base: nn.Module, exits: dict[int, Exit]):
         super().__init__()
         self.base, self.depths = base, tuple(sorted(exits))
-        own = {str(depth): nn.ModuleList(part for part in (found.block, found.norm, found.head) if part is not None)
-               for depth, found in exits.items() if depth != self.depths[-1]}
+        own = {
+            str(depth): nn.ModuleList(
+                part for part in (found.block, found.norm, found.head) if part is not None
+            )
+            for depth, found in exits.items()
+            if depth != self.depths[-1]
+        }
         self.own = nn.ModuleDict(own)
         self._exits, self._models = exits, {self.depths[-1]: base}
 
@@ -107,17 +125,25 @@ class NestedExits(nn.Module):
         """
         depth = self.depths[-1] if depth is None else depth
         if depth not in self.depths:
-            raise ValueError(f"depth {depth} is no exit of this model; its exits are {', '.join(map(str, self.depths))}")
+            raise ValueError(
+                f"depth {depth} is no exit of this model; its exits are {', '.join(map(str, self.depths))}"
+            )
         if depth not in self._models:
             self._models[depth] = shallow_model(self.base, depth, self._exits[depth])
         return self._models[depth]
 
-    def forward(self, input_ids: Tensor, depth: int | None = None, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, depth: int | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Return the logits [batch, tokens, vocabulary] of an exit; no layer above it runs."""
-        return self.model_at(depth)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return self.model_at(depth)(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).logits
 
     @torch.inference_mode()
-    def generate(self, input_ids: Tensor, depth: int | None = None, max_new_tokens: int = 32, **more) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, depth: int | None = None, max_new_tokens: int = 32, **more
+    ) -> Tensor:
         """Return the tokens and what the exit adds to them greedily, each read once (a block keeps keys and values like any layer).
 
         Args:
@@ -132,7 +158,9 @@ class NestedExits(nn.Module):
         return self.model_at(depth).generate(input_ids, generation_config=config, **more)
 
 
-def load_nested_exits(directory: str | Path, dtype: torch.dtype | str = "auto", **more) -> NestedExits:
+def load_nested_exits(
+    directory: str | Path, dtype: torch.dtype | str = "auto", **more
+) -> NestedExits:
     """Return the model of a directory with its exits; nothing in the directory is executed.
 
     Args:
@@ -147,12 +175,27 @@ def load_nested_exits(directory: str | Path, dtype: torch.dtype | str = "auto", 
 
     config = _read_config(Path(directory))
     if named := [key for key in CODE_KEYS if config.get(key)]:
-        raise ValueError(f"{directory}: config.json says {', '.join(named)}, which can make transformers fetch or run code; remove it")
-    base, found = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, local_files_only=True, use_safetensors=True,
-                                                       trust_remote_code=False, output_loading_info=True, **more)
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):  # transformers fills what is missing with random numbers
+        raise ValueError(
+            f"{directory}: config.json says {', '.join(named)}, which can make transformers fetch or run code; remove it"
+        )
+    base, found = AutoModelForCausalLM.from_pretrained(
+        str(directory),
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **more,
+    )
+    for kind in (
+        "missing_keys",
+        "mismatched_keys",
+        "unexpected_keys",
+    ):  # transformers fills what is missing with random numbers
         if found.get(kind):
-            raise ValueError(f"{directory}: {kind.replace('_', ' ')}: {', '.join(sorted(map(str, found[kind]))[:3])}")
+            raise ValueError(
+                f"{directory}: {kind.replace('_', ' ')}: {', '.join(sorted(map(str, found[kind]))[:3])}"
+            )
     return NestedExits(base.eval(), read_exits(Path(directory), base, config)).requires_grad_(False)
 
 
@@ -160,7 +203,9 @@ def _read_config(directory: Path) -> dict:
     try:
         return dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     except (RecursionError, TypeError) as error:
-        raise ValueError(f"{directory / 'config.json'}: not a JSON object of reasonable nesting") from error
+        raise ValueError(
+            f"{directory / 'config.json'}: not a JSON object of reasonable nesting"
+        ) from error
 
 
 def read_exits(directory: Path, base: nn.Module, config: dict | None = None) -> dict[int, Exit]:
@@ -178,10 +223,16 @@ def read_exits(directory: Path, base: nn.Module, config: dict | None = None) -> 
     last = base.config.num_hidden_layers
     depths = tuple(config.get("exit_layer_indices") or (last,))
     if config.get("exit_block") and config.get("exit_mlp"):
-        raise ValueError(f"{directory / 'config.json'}: says exit_block and exit_mlp; an exit has a block or an MLP of its own, never both")
+        raise ValueError(
+            f"{directory / 'config.json'}: says exit_block and exit_mlp; an exit has a block or an MLP of its own, never both"
+        )
     modules = {depth: _new_modules(base, config, depth) for depth in depths if depth != last}
-    own = {name: module.get_parameter(inner) for depth, made in modules.items() for kind, module in made.items()
-           for inner, name in _names(depth, kind, module).items()}
+    own = {
+        name: module.get_parameter(inner)
+        for depth, made in modules.items()
+        for kind, module in made.items()
+        for inner, name in _names(depth, kind, module).items()
+    }
     tensors = _read(directory / FILE, own) if own else {}
     weight = base.get_input_embeddings().weight
     exits = {last: Exit(base.model.norm, base.lm_head)}
@@ -202,8 +253,14 @@ def greedy(base: nn.Module, **more):
     from transformers import GenerationConfig
 
     own = base.generation_config
-    return GenerationConfig(do_sample=False, num_beams=1, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id,
-                            pad_token_id=own.pad_token_id, **more)
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
+        **more,
+    )
 
 
 def shallow_model(base: nn.Module, depth: int, found: Exit) -> nn.Module:
@@ -216,8 +273,15 @@ def shallow_model(base: nn.Module, depth: int, found: Exit) -> nn.Module:
     config.tie_word_embeddings = found.head.weight is base.model.embed_tokens.weight
     with torch.device("meta"):
         model = type(base)(config)
-    model.model.embed_tokens, model.model.rotary_emb = base.model.embed_tokens, base.model.rotary_emb
-    model.model.layers, model.model.norm, model.lm_head = nn.ModuleList(layers), found.norm, found.head
+    model.model.embed_tokens, model.model.rotary_emb = (
+        base.model.embed_tokens,
+        base.model.rotary_emb,
+    )
+    model.model.layers, model.model.norm, model.lm_head = (
+        nn.ModuleList(layers),
+        found.norm,
+        found.head,
+    )
     # that of its family may end texts at a token that means something else here
     model.generation_config = copy.deepcopy(base.generation_config)
     return model.requires_grad_(False).eval()
@@ -231,8 +295,12 @@ def _new_modules(base: nn.Module, config: dict, depth: int) -> dict[str, nn.Modu
             made["adapter"] = ExitAdapter(hidden, config["exit_adapter_rank"])
         if config.get("exit_block"):
             if len(set(getattr(base.config, "layer_types", None) or [""])) > 1:
-                raise ValueError("layer_types: the layers are of several kinds, and config.json does not say of which an exit's block is")
-            made["block"] = type(base.model.layers[0])(base.config, depth)  # keeps its keys and values in the next layer's place
+                raise ValueError(
+                    "layer_types: the layers are of several kinds, and config.json does not say of which an exit's block is"
+                )
+            made["block"] = type(base.model.layers[0])(
+                base.config, depth
+            )  # keeps its keys and values in the next layer's place
         if config.get("exit_mlp"):
             made["mlp"] = ExitMlp(_copy_norm(base), type(base.model.layers[0].mlp)(base.config))
         if config.get("own_exit_norms"):
@@ -248,7 +316,10 @@ def _copy_norm(base: nn.Module) -> nn.Module:
 
 def _names(depth: int, kind: str, module: nn.Module) -> dict[str, str]:
     """Return {name within the module: name in the file} of a module's parameters."""
-    return {name: f"exits.{depth}.{kind}.{name.removeprefix('mlp.') if kind == 'mlp' else name}" for name, _ in module.named_parameters()}
+    return {
+        name: f"exits.{depth}.{kind}.{name.removeprefix('mlp.') if kind == 'mlp' else name}"
+        for name, _ in module.named_parameters()
+    }
 
 
 def _assemble(base: nn.Module, made: dict[str, nn.Module]) -> Exit:
@@ -271,7 +342,11 @@ def _read(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
         if name not in found:
             raise ValueError(f"{path}: {name} is missing")
         if found[name].shape != parameter.shape:
-            raise ValueError(f"{path}: {name} has shape {list(found[name].shape)}, the model's own has {list(parameter.shape)}")
+            raise ValueError(
+                f"{path}: {name} has shape {list(found[name].shape)}, the model's own has {list(parameter.shape)}"
+            )
     if unknown := sorted(found.keys() - wanted.keys()):
-        raise ValueError(f"{path}: {', '.join(unknown[:3])}: config.json says nothing of such a tensor")
+        raise ValueError(
+            f"{path}: {', '.join(unknown[:3])}: config.json says nothing of such a tensor"
+        )
     return found

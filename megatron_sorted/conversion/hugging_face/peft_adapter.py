@@ -14,7 +14,12 @@ from megatron_sorted.conversion.staging import staged_directory
 from megatron_sorted.conversion.tensors.merged_lora import AdapterOf, MergedLora
 from megatron_sorted.conversion.tensors.source import TensorInfo
 from megatron_sorted.conversion.tensors.table import TensorPair
-from megatron_sorted.conversion.tokenizers.prompt_form_files import form_of, trained_ends, write_form, write_generation_config
+from megatron_sorted.conversion.tokenizers.prompt_form_files import (
+    form_of,
+    trained_ends,
+    write_form,
+    write_generation_config,
+)
 from megatron_sorted.errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -24,13 +29,26 @@ PREFIX = "base_model.model."  # peft's name of the model it wraps
 def _config(adapters: AdapterOf, targets: list[str], base: str) -> dict[str, Any]:
     """Return the configuration that peft's ``LoraConfig`` reads; what it does not name has its defaults, of a finished adapter."""
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "r": adapters.rank_used,
-        "lora_alpha": adapters.alpha, "lora_dropout": 0.0, "target_modules": targets, "bias": "none", "fan_in_fan_out": False,
-        "use_rslora": False, "use_dora": False, "init_lora_weights": True, "modules_to_save": None,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": adapters.rank_used,
+        "lora_alpha": adapters.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
     }
 
 
-def export_adapter(model: OpenModel, destination: Path, base: str, overwrite: bool = False) -> tuple[int, int]:
+def export_adapter(
+    model: OpenModel, destination: Path, base: str, overwrite: bool = False
+) -> tuple[int, int]:
     """Return the number of tensors and of bytes of the adapter written to ``destination``.
 
     Peft adds ``lora_alpha / r`` times B A to a matrix, as we do. Numbers keep the kind they are stored in.
@@ -47,20 +65,29 @@ def export_adapter(model: OpenModel, destination: Path, base: str, overwrite: bo
     """
     source = model.source
     if not isinstance(source, MergedLora) or not source.adapters.rank_used:
-        raise CheckpointError(f"{model.directory}: has no adapters to write (a checkpoint of a run with --lora-rank has). Use export for "
-                              "the whole model.")
+        raise CheckpointError(
+            f"{model.directory}: has no adapters to write (a checkpoint of a run with --lora-rank has). Use export for "
+            "the whole model."
+        )
     if own := [pair.ours for pair in model.pairs if pair.is_own_exit]:
-        raise CheckpointError(f"{model.directory}: {own[0]} was trained beside the adapters, and peft has no place for it. Use export, "
-                              "which merges the adapters and keeps what exits own.")
+        raise CheckpointError(
+            f"{model.directory}: {own[0]} was trained beside the adapters, and peft has no place for it. Use export, "
+            "which merges the adapters and keeps what exits own."
+        )
     form = form_of(model)
     ends = trained_ends(model, form)
-    halves: list[tuple[str, TensorPair, int, bool]] = []  # name of theirs, our matrix, part of it, whether A
+    halves: list[
+        tuple[str, TensorPair, int, bool]
+    ] = []  # name of theirs, our matrix, part of it, whether A
     tensors: dict[str, TensorInfo] = {}
     pairs = [pair for pair in model.pairs if source.is_adapted(pair.ours)]
     for pair in pairs:
         dtype = source.source.tensors[pair.ours.removesuffix("weight") + "lora_a"].dtype
         for part, (name, (rows, columns)) in enumerate(zip(pair.theirs, pair.shapes, strict=True)):
-            for letter, shape in (("A", (source.adapters.rank_used, columns)), ("B", (rows, source.adapters.rank_used))):
+            for letter, shape in (
+                ("A", (source.adapters.rank_used, columns)),
+                ("B", (rows, source.adapters.rank_used)),
+            ):
                 theirs = f"{PREFIX}{name.removesuffix('weight')}lora_{letter}.weight"
                 tensors[theirs] = TensorInfo(shape, dtype)
                 halves.append((theirs, pair, part, letter == "A"))
@@ -75,11 +102,15 @@ def export_adapter(model: OpenModel, destination: Path, base: str, overwrite: bo
         writer.close()
         for name, path in model.files.items():
             folder, short = name.split("/", 1)
-            if folder == TOKENIZER:  # as with peft: who loads the adapter also finds how the model is asked
+            if (
+                folder == TOKENIZER
+            ):  # as with peft: who loads the adapter also finds how the model is asked
                 (aside / short).parent.mkdir(exist_ok=True)
                 (aside / short).write_bytes(path.read_bytes())
         if form is not None:
             write_form(aside, form)
             write_generation_config(aside, {}, ends)
-        (aside / CONFIG).write_text(json.dumps(_config(source.adapters, targets, base), indent=2) + "\n", encoding="utf-8")
+        (aside / CONFIG).write_text(
+            json.dumps(_config(source.adapters, targets, base), indent=2) + "\n", encoding="utf-8"
+        )
     return len(tensors), total

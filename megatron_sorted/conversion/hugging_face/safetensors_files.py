@@ -24,8 +24,16 @@ from megatron_sorted.reading.shown import shown
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_HEADER_BYTES = 100_000_000
@@ -57,18 +65,28 @@ def read_header(path: Path) -> dict[str, TensorLocation]:
     try:
         spans = sorted((*_span(value), name) for name, value in header.items())
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{shown(path)}: not a safetensors file (a tensor's data_offsets: {shown(error)}). {AGAIN}") from error
+        raise CheckpointError(
+            f"{shown(path)}: not a safetensors file (a tensor's data_offsets: {shown(error)}). {AGAIN}"
+        ) from error
     last = max((end for _, end, _ in spans), default=0)
     if begin + last != size:
-        state = "too short: the download did not finish" if begin + last > size else "longer than its header says"
-        raise CheckpointError(f"{shown(path)}: {size} bytes where its header says {begin + last}; it is {state}. {AGAIN}")
+        state = (
+            "too short: the download did not finish"
+            if begin + last > size
+            else "longer than its header says"
+        )
+        raise CheckpointError(
+            f"{shown(path)}: {size} bytes where its header says {begin + last}; it is {state}. {AGAIN}"
+        )
     places, at = {}, 0
     for offset, end, name in spans:
         told = f"{shown(path)}: {shown(name, MOST_NAME)}"
         info = _info(header[name], told)
         if offset != at or end - offset != info.num_bytes:
-            raise CheckpointError(f"{told} of shape {list(info.shape)} is said to lie from byte {offset} to {end}, where "
-                                  f"{info.num_bytes} bytes from {at} on are its place. {AGAIN}")
+            raise CheckpointError(
+                f"{told} of shape {list(info.shape)} is said to lie from byte {offset} to {end}, where "
+                f"{info.num_bytes} bytes from {at} on are its place. {AGAIN}"
+            )
         places[name], at = TensorLocation(path, begin + offset, info), end
     return places
 
@@ -80,16 +98,26 @@ def _header_object(path: Path) -> tuple[dict[str, Any], int, int]:
             length = int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size
             if size >= 8 and length > MOST_HEADER_BYTES:
-                raise CheckpointError(f"{shown(path)}: not a safetensors file: its header would have {length:,} bytes, more than the "
-                                      f"format allows ({MOST_HEADER_BYTES:,}). {AGAIN}")
+                raise CheckpointError(
+                    f"{shown(path)}: not a safetensors file: its header would have {length:,} bytes, more than the "
+                    f"format allows ({MOST_HEADER_BYTES:,}). {AGAIN}"
+                )
             if length > size - 8:
-                raise CheckpointError(f"{shown(path)}: {size} bytes, not even its header is complete. {AGAIN}")
+                raise CheckpointError(
+                    f"{shown(path)}: {size} bytes, not even its header is complete. {AGAIN}"
+                )
             text = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{shown(path)}: cannot be read ({error.strerror or error}). {AGAIN}") from error
-    found = parse_json(text, f"{path}: not a safetensors file", AGAIN, CheckpointError, unique_names=True)
+        raise CheckpointError(
+            f"{shown(path)}: cannot be read ({error.strerror or error}). {AGAIN}"
+        ) from error
+    found = parse_json(
+        text, f"{path}: not a safetensors file", AGAIN, CheckpointError, unique_names=True
+    )
     if not isinstance(found, dict):
-        raise CheckpointError(f"{shown(path)}: not a safetensors file: its header is no object. {AGAIN}")
+        raise CheckpointError(
+            f"{shown(path)}: not a safetensors file: its header is no object. {AGAIN}"
+        )
     return found, 8 + length, size
 
 
@@ -103,10 +131,19 @@ def _span(value: Mapping[str, Any]) -> tuple[int, int]:
 def _info(value: Mapping[str, Any], told: str) -> TensorInfo:
     dtype, shape = value.get("dtype"), value.get("shape")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{told} is of kind {shown(dtype, MOST_NAME)}; known are {', '.join(DTYPES)}. Convert quantised weights "
-                              "to one of these first.")
-    if not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS or not all(map(_is_size, shape)) or math.prod(shape) >= 1 << 60:
-        raise CheckpointError(f"{told} is of shape {shown(repr(shape), MOST_NAME)}, which no tensor has. {AGAIN}")
+        raise CheckpointError(
+            f"{told} is of kind {shown(dtype, MOST_NAME)}; known are {', '.join(DTYPES)}. Convert quantised weights "
+            "to one of these first."
+        )
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MOST_DIMENSIONS
+        or not all(map(_is_size, shape))
+        or math.prod(shape) >= 1 << 60
+    ):
+        raise CheckpointError(
+            f"{told} is of shape {shown(repr(shape), MOST_NAME)}, which no tensor has. {AGAIN}"
+        )
     return TensorInfo(tuple(shape), DTYPES[dtype])
 
 
@@ -142,10 +179,14 @@ def read_tensor(name: str, place: TensorLocation) -> torch.Tensor:
             while target:
                 got = file.readinto(target)
                 if not got:
-                    raise CheckpointError(f"{shown(place.file)}: ends within {shown(name, MOST_NAME)}. Fetch it again.")
+                    raise CheckpointError(
+                        f"{shown(place.file)}: ends within {shown(name, MOST_NAME)}. Fetch it again."
+                    )
                 target = target[got:]
     except OSError as error:
-        raise CheckpointError(f"{shown(place.file)}: {shown(name, MOST_NAME)} could not be read ({error.strerror or error}).") from error
+        raise CheckpointError(
+            f"{shown(place.file)}: {shown(name, MOST_NAME)} could not be read ({error.strerror or error})."
+        ) from error
     return tensor
 
 
@@ -161,8 +202,14 @@ class SafetensorsWriter:
             what it does not name, such as ``exits.safetensors``.
     """
 
-    def __init__(self, directory: Path, tensors: Mapping[str, TensorInfo], max_shard_bytes: int, single_name: str = SINGLE,
-                 always_index: bool = False):
+    def __init__(
+        self,
+        directory: Path,
+        tensors: Mapping[str, TensorInfo],
+        max_shard_bytes: int,
+        single_name: str = SINGLE,
+        always_index: bool = False,
+    ):
         self.directory, self.tensors, self._always_index = directory, tensors, always_index
         shards: list[dict[str, TensorInfo]] = [{}]
         filled = 0
@@ -173,9 +220,21 @@ class SafetensorsWriter:
             shards[-1][name] = info
             filled += info.num_bytes
         total = len(shards)
-        names = [single_name] if total == 1 else [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+        names = (
+            [single_name]
+            if total == 1
+            else [
+                f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)
+            ]
+        )
         self._shards = list(zip(names, shards, strict=True))
-        self._expected = iter([(name, file, next(iter(shard)) == name) for file, shard in self._shards for name in shard])
+        self._expected = iter(
+            [
+                (name, file, next(iter(shard)) == name)
+                for file, shard in self._shards
+                for name in shard
+            ]
+        )
         self._file = None
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -187,21 +246,29 @@ class SafetensorsWriter:
         expected, file_name, begins = next(self._expected)
         info = self.tensors[name]
         assert name == expected, f"{name} came where {expected} was announced"
-        assert tuple(tensor.shape) == info.shape and tensor.dtype == info.dtype, f"{name}: {tensor.shape} {tensor.dtype}, announced {info}"
+        assert tuple(tensor.shape) == info.shape and tensor.dtype == info.dtype, (
+            f"{name}: {tensor.shape} {tensor.dtype}, announced {info}"
+        )
         if begins:
             self._begin(file_name)
         flat = tensor.detach().contiguous().view(-1)
         if flat.numel():
             rest = bytes_of(flat)
             while rest:
-                rest = rest[self._file.write(rest):]
+                rest = rest[self._file.write(rest) :]
 
     def _begin(self, file_name: str) -> None:
         self._end()
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
+        header: dict[str, object] = {
+            "__metadata__": {"format": "pt"}
+        }  # transformers refuses files that do not say so
         offset = 0
         for name, info in dict(self._shards)[file_name].items():
-            header[name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, offset + info.num_bytes]}
+            header[name] = {
+                "dtype": NAMES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [offset, offset + info.num_bytes],
+            }
             offset += info.num_bytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -228,4 +295,6 @@ class SafetensorsWriter:
                 "metadata": {"total_size": sum(info.num_bytes for info in self.tensors.values())},
                 "weight_map": {name: file for file, shard in self._shards for name in shard},
             }
-            (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (self.directory / INDEX).write_text(
+                json.dumps(index, indent=2) + "\n", encoding="utf-8"
+            )

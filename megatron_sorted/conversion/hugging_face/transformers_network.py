@@ -49,13 +49,18 @@ def config_for_transformers(config: Mapping[str, Any], where: str) -> "PreTraine
     check_config(config, where)
     made = CONFIG_MAPPING[family.model_type]
     known = {field.name for field in dataclasses.fields(made)} | set(OLDER_KEYS)
-    words = {key: float(config[key]) if key in DECIMAL else config[key]
-             for key in RULES if key in config and key in known and key not in NOT_OF_THE_CONFIG}
+    words = {
+        key: float(config[key]) if key in DECIMAL else config[key]
+        for key in RULES
+        if key in config and key in known and key not in NOT_OF_THE_CONFIG
+    }
     with _in_plain_words(where):
         return made(**words, architectures=[family.architecture])
 
 
-def network_of_config(config: Mapping[str, Any], where: str, dtype: torch.dtype, attention: str) -> nn.Module:
+def network_of_config(
+    config: Mapping[str, Any], where: str, dtype: torch.dtype, attention: str
+) -> nn.Module:
     """Return a model whose parameters and rotary frequencies are on no device yet.
 
     Args:
@@ -72,7 +77,9 @@ def network_of_config(config: Mapping[str, Any], where: str, dtype: torch.dtype,
     made = config_for_transformers(config, where)
     with _in_plain_words(where), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        network = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=attention).eval()
+        network = AutoModelForCausalLM.from_config(
+            made, dtype=dtype, attn_implementation=attention
+        ).eval()
     return network
 
 
@@ -93,7 +100,11 @@ def fill_network(network: nn.Module, source: TensorSource, where: str) -> None:
         CheckpointError: A tensor is missing, unknown or of another shape, cannot be read, or a tied head differs from the embedding.
     """
     parameters = dict(network.named_parameters())
-    if check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()}, source.tensors, where):
+    if check_shapes(
+        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        source.tensors,
+        where,
+    ):
         check_tied(source, where)
     for name, parameter in parameters.items():
         holder, _, attribute = name.rpartition(".")

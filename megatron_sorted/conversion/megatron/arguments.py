@@ -9,40 +9,93 @@ from megatron_sorted.errors import CheckpointError
 from megatron_sorted.reading.shown import shown
 
 REFUSED = {
-    "num_experts": "experts", "multi_latent_attention": "multi-latent attention", "apply_layernorm_1p": "norms stored less one",
-    "layernorm_zero_centered_gamma": "norms stored less one", "squared_relu": "squared ReLU", "quick_geglu": "another gated activation",
-    "openai_gelu": "another GELU", "onnx_safe": "another GELU", "heterogeneous_layers_config_path": "layers of different kinds",
-    "heterogeneous_layers_config_encoded_json": "layers of different kinds", "heterogeneous_block_specs": "layers of different kinds",
-    "mtp_num_layers": "layers that predict several tokens", "rotary_interleaved": "rotary embedding of neighbouring channels",
-    "apply_residual_connection_post_layernorm": "residuals after the norm", "attention_output_gate": "gated attention",
-    "experimental_attention_variant": "another attention", "linear_attention_freq": "another attention", "no_rope_freq":
-    "layers without rotary embedding", "softmax_scale": "another softmax scale", "window_attn_skip_freq": "a window on some layers only",
-    "qk_l2_norm": "another norm of queries and keys", "glu_linear_offset": "another gated activation", "activation_func_clamp_value":
-    "another gated activation", "is_hybrid_model": "Mamba layers", "hybrid_override_pattern": "Mamba layers", "hybrid_attention_ratio":
-    "Mamba layers", "retro_add_retriever": "retrieval", "use_mup": "scaled activations", "use_exit_mlp": "exits with an MLP of their own",
-    "use_exit_block": "exits with a layer of their own", "geglu": "another gated activation", "gelu_tanh": "another GELU", "post_norm":
-    "norms after the layers", "noop_layers": "layers left out", "embed_layernorm": "a norm after the embedding", "input_embeds_norm":
-    "scaled embeddings", "scale_emb": "scaled embeddings", "scale_depth": "scaled residuals", "dim_model_base": "scaled logits",
-    "output_logit_softcapping": "capped logits", "attn_logit_softcapping": "capped attention", "query_pre_attn_scalar":
-    "another softmax scale", "interleave_sliding_window": "a window on some layers only", "add_output_layer_bias": "a biased head",
+    "num_experts": "experts",
+    "multi_latent_attention": "multi-latent attention",
+    "apply_layernorm_1p": "norms stored less one",
+    "layernorm_zero_centered_gamma": "norms stored less one",
+    "squared_relu": "squared ReLU",
+    "quick_geglu": "another gated activation",
+    "openai_gelu": "another GELU",
+    "onnx_safe": "another GELU",
+    "heterogeneous_layers_config_path": "layers of different kinds",
+    "heterogeneous_layers_config_encoded_json": "layers of different kinds",
+    "heterogeneous_block_specs": "layers of different kinds",
+    "mtp_num_layers": "layers that predict several tokens",
+    "rotary_interleaved": "rotary embedding of neighbouring channels",
+    "apply_residual_connection_post_layernorm": "residuals after the norm",
+    "attention_output_gate": "gated attention",
+    "experimental_attention_variant": "another attention",
+    "linear_attention_freq": "another attention",
+    "no_rope_freq": "layers without rotary embedding",
+    "softmax_scale": "another softmax scale",
+    "window_attn_skip_freq": "a window on some layers only",
+    "qk_l2_norm": "another norm of queries and keys",
+    "glu_linear_offset": "another gated activation",
+    "activation_func_clamp_value": "another gated activation",
+    "is_hybrid_model": "Mamba layers",
+    "hybrid_override_pattern": "Mamba layers",
+    "hybrid_attention_ratio": "Mamba layers",
+    "retro_add_retriever": "retrieval",
+    "use_mup": "scaled activations",
+    "use_exit_mlp": "exits with an MLP of their own",
+    "use_exit_block": "exits with a layer of their own",
+    "geglu": "another gated activation",
+    "gelu_tanh": "another GELU",
+    "post_norm": "norms after the layers",
+    "noop_layers": "layers left out",
+    "embed_layernorm": "a norm after the embedding",
+    "input_embeds_norm": "scaled embeddings",
+    "scale_emb": "scaled embeddings",
+    "scale_depth": "scaled residuals",
+    "dim_model_base": "scaled logits",
+    "output_logit_softcapping": "capped logits",
+    "attn_logit_softcapping": "capped attention",
+    "query_pre_attn_scalar": "another softmax scale",
+    "interleave_sliding_window": "a window on some layers only",
+    "add_output_layer_bias": "a biased head",
 }
 """Arguments whose network we do not have, when they are set. Those from "geglu" on are MindSpeed-LLM's."""
-SIZES = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels", "seq_length", "max_position_embeddings",
-         "vocab_size", "padded_vocab_size")
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "ffn_hidden_size",
+    "kv_channels",
+    "seq_length",
+    "max_position_embeddings",
+    "vocab_size",
+    "padded_vocab_size",
+)
 PLAIN = ("num_layers", "hidden_size", "num_attention_heads")
 DEFAULTS = {
-    "ffn_hidden_size": None, "kv_channels": None, "seq_length": None, "max_position_embeddings": None, "normalization": "LayerNorm",
-    "swiglu": False, "add_qkv_bias": False, "qk_layernorm": False, "untie_embeddings_and_output_weights": False,
-    "make_vocab_size_divisible_by": 128, "rotary_base": 10000, "rotary_percent": 1.0, "rotary_seq_len_interpolation_factor": None,
+    "ffn_hidden_size": None,
+    "kv_channels": None,
+    "seq_length": None,
+    "max_position_embeddings": None,
+    "normalization": "LayerNorm",
+    "swiglu": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "untie_embeddings_and_output_weights": False,
+    "make_vocab_size_divisible_by": 128,
+    "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "rotary_seq_len_interpolation_factor": None,
 }
 """What Megatron-LM means where a version had no such argument yet."""
-LLAMA_3 = {"rope_scaling_factor": 8.0, "rope_scaling_low_freq_factor": 1.0, "rope_scaling_high_freq_factor": 4.0,
-           "rope_scaling_original_max_position_embeddings": 8192}
+LLAMA_3 = {
+    "rope_scaling_factor": 8.0,
+    "rope_scaling_low_freq_factor": 1.0,
+    "rope_scaling_high_freq_factor": 4.0,
+    "rope_scaling_original_max_position_embeddings": 8192,
+}
 """What megatron-core computes with under ``--use-rope-scaling``; only the factor is an argument of it."""
 
 
 def _refuse(name: str, value: Any, reason: str) -> CheckpointError:
-    return CheckpointError(f"the checkpoint's arguments say {name} = {shown(repr(value), 60)}: {reason}.")
+    return CheckpointError(
+        f"the checkpoint's arguments say {name} = {shown(repr(value), 60)}: {reason}."
+    )
 
 
 def _position_embedding(said: Mapping[str, Any]) -> str:
@@ -53,7 +106,9 @@ def _position_embedding(said: Mapping[str, Any]) -> str:
     if kind is None:
         kind = "learned_absolute" if said.get("add_position_embedding", True) else "none"
     if kind not in ("rope", "learned_absolute", "none"):
-        raise _refuse("position_embedding_type", kind, "only rope, learned_absolute and none can be converted")
+        raise _refuse(
+            "position_embedding_type", kind, "only rope, learned_absolute and none can be converted"
+        )
     return kind
 
 
@@ -67,8 +122,14 @@ def _rope_scaling(said: Mapping[str, Any]) -> dict[str, Any]:
     if said.get("rope_scaling_factor") is not None:
         found["rope_scaling_factor"] = float(said["rope_scaling_factor"])
     if kind:
-        for theirs, ours in (("low_freq_factor", "rope_scaling_low_freq_factor"), ("high_freq_factor", "rope_scaling_high_freq_factor"),
-                             ("rope_scaling_original_max_position_embeddings", "rope_scaling_original_max_position_embeddings")):
+        for theirs, ours in (
+            ("low_freq_factor", "rope_scaling_low_freq_factor"),
+            ("high_freq_factor", "rope_scaling_high_freq_factor"),
+            (
+                "rope_scaling_original_max_position_embeddings",
+                "rope_scaling_original_max_position_embeddings",
+            ),
+        ):
             if said.get(theirs) is not None:
                 found[ours] = type(LLAMA_3[ours])(said[theirs])
     return {"use_rope_scaling": True, **found}
@@ -81,8 +142,14 @@ def _sliding_window(said: Mapping[str, Any]) -> dict[str, Any]:
     if window is None or window[0] < 0:
         return {}
     if window[1] != 0:
-        raise _refuse("window_size", tuple(window), "only windows that look back, (tokens, 0), can be converted")
-    return {"sliding_window": int(window[0]) + 1}  # Megatron counts the tokens before the one that looks
+        raise _refuse(
+            "window_size",
+            tuple(window),
+            "only windows that look back, (tokens, 0), can be converted",
+        )
+    return {
+        "sliding_window": int(window[0]) + 1
+    }  # Megatron counts the tokens before the one that looks
 
 
 def _exits(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,15 +157,29 @@ def _exits(said: Mapping[str, Any]) -> dict[str, Any]:
     if not numbers:
         return {}
     if not said.get("use_exit_norm"):
-        raise _refuse("exit_layer_nums", list(numbers), "its exits (EE-LLM, without --use-exit-norm) feed their head without a norm, which "
-                      "ours never do, so they would say something else. Leave its exits out and train ours")
+        raise _refuse(
+            "exit_layer_nums",
+            list(numbers),
+            "its exits (EE-LLM, without --use-exit-norm) feed their head without a norm, which "
+            "ours never do, so they would say something else. Leave its exits out and train ours",
+        )
     depths = tuple(sorted(number - 1 if said.get("pre_exit") else number for number in numbers))
     if depths[0] < 1:
-        raise _refuse("exit_layer_nums", list(numbers), "with --pre-exit an exit before layer 1 runs no layer; there is no such sub-model")
-    return {"exit_layer_nums": depths, "use_exit_norm": True, "untie_exit_output_weights": bool(said.get("untie_exit_output_weights"))}
+        raise _refuse(
+            "exit_layer_nums",
+            list(numbers),
+            "with --pre-exit an exit before layer 1 runs no layer; there is no such sub-model",
+        )
+    return {
+        "exit_layer_nums": depths,
+        "use_exit_norm": True,
+        "untie_exit_output_weights": bool(said.get("untie_exit_output_weights")),
+    }
 
 
-def vocabulary_sizes(arguments: argparse.Namespace | Mapping[str, Any]) -> tuple[int | None, int | None]:
+def vocabulary_sizes(
+    arguments: argparse.Namespace | Mapping[str, Any],
+) -> tuple[int | None, int | None]:
     """Return the number of real tokens and of the embedding's rows, each None where the arguments do not say."""
     said = arguments if isinstance(arguments, Mapping) else vars(arguments)
     real, padded = said.get("vocab_size"), said.get("padded_vocab_size")
@@ -123,27 +204,45 @@ def settings_of(arguments: argparse.Namespace | Mapping[str, Any]) -> dict[str, 
         value = said.get(name)
         if value and not (name.startswith("scale_") and value == 1.0 and value is not True):
             raise _refuse(name, value, f"{reason} cannot be converted")
-    if (kind := getattr(said.get("softmax_type"), "name", said.get("softmax_type"))) not in (None, "vanilla"):
+    if (kind := getattr(said.get("softmax_type"), "name", said.get("softmax_type"))) not in (
+        None,
+        "vanilla",
+    ):
         raise _refuse("softmax_type", kind, "another softmax cannot be converted")
     missing = [name for name in PLAIN if said.get(name) is None]
     if missing:
-        raise CheckpointError(f"the checkpoint's arguments do not say {', '.join(missing)}; they are not those of a GPT model.")
+        raise CheckpointError(
+            f"the checkpoint's arguments do not say {', '.join(missing)}; they are not those of a GPT model."
+        )
     for name in SIZES:
         value = said.get(name)
         if value is not None and not is_count(value):
             raise _refuse(name, value, "a whole number above 0 is needed")
-    found = {name: said[name] for name in PLAIN} | {name: said.get(name, default) for name, default in DEFAULTS.items()}
+    found = {name: said[name] for name in PLAIN} | {
+        name: said.get(name, default) for name, default in DEFAULTS.items()
+    }
     if found["normalization"] not in ("RMSNorm", "LayerNorm"):
-        raise _refuse("normalization", found["normalization"], "only RMSNorm and LayerNorm can be converted")
+        raise _refuse(
+            "normalization", found["normalization"], "only RMSNorm and LayerNorm can be converted"
+        )
     if found["rotary_base"] != int(found["rotary_base"]):
         raise _refuse("rotary_base", found["rotary_base"], "only whole numbers can be converted")
     found["rotary_base"] = int(found["rotary_base"])
     grouped = bool(said.get("group_query_attention"))
-    found |= {"group_query_attention": grouped, "num_query_groups": said.get("num_query_groups") if grouped else None}
+    found |= {
+        "group_query_attention": grouped,
+        "num_query_groups": said.get("num_query_groups") if grouped else None,
+    }
     found["norm_epsilon"] = said.get("norm_epsilon", said.get("layernorm_epsilon", 1e-5))
-    found["disable_bias_linear"] = not said.get("add_bias_linear", not said.get("disable_bias_linear", False))
+    found["disable_bias_linear"] = not said.get(
+        "add_bias_linear", not said.get("disable_bias_linear", False)
+    )
     found["position_embedding_type"] = _position_embedding(said)
     real, padded = vocabulary_sizes(said)
     found["vocab_size"] = padded if real is None else real
-    return {**{name: value for name, value in found.items() if value is not None},
-            **_rope_scaling(said), **_sliding_window(said), **_exits(said)}
+    return {
+        **{name: value for name, value in found.items() if value is not None},
+        **_rope_scaling(said),
+        **_sliding_window(said),
+        **_exits(said),
+    }

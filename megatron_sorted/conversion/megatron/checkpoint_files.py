@@ -11,7 +11,13 @@ from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_sorted.checkpoint.manifest import CONTENT, FileRecord
@@ -52,7 +58,9 @@ class WeightsWriter:
             OSError: The disk is full or fails.
         """
         info = self.tensors[name]
-        assert tuple(tensor.shape) == info.shape and tensor.dtype == info.dtype, f"{name}: {tensor.shape} {tensor.dtype}, announced {info}"
+        assert tuple(tensor.shape) == info.shape and tensor.dtype == info.dtype, (
+            f"{name}: {tensor.shape} {tensor.dtype}, announced {info}"
+        )
         stored, layer = global_name(name)
         tensor = tensor.contiguous() if layer is None else tensor.contiguous().unsqueeze(0)
         offset = (layer or 0, *(0,) * (tensor.dim() - 1))
@@ -62,12 +70,22 @@ class WeightsWriter:
         begin = self._stream.tell()
         try:
             torch.save(tensor, self._stream)
-        except RuntimeError as error:  # torch's own words for a stream that could not be written hide the reason
+        except (
+            RuntimeError
+        ) as error:  # torch's own words for a stream that could not be written hide the reason
             raise self._stream.failure or error from None
         index = MetadataIndex(stored, offset, layer or 0)
-        entry = self._stored.setdefault(stored, TensorStorageMetadata(TensorProperties(dtype=info.dtype), torch.Size(full), []))
+        entry = self._stored.setdefault(
+            stored, TensorStorageMetadata(TensorProperties(dtype=info.dtype), torch.Size(full), [])
+        )
         entry.chunks.append(ChunkStorageMetadata(index.offset, tensor.shape))
-        self._results.append(WriteResult(index, self._stream.tell() - begin, _StorageInfo(SHARDS, begin, self._stream.tell() - begin)))
+        self._results.append(
+            WriteResult(
+                index,
+                self._stream.tell() - begin,
+                _StorageInfo(SHARDS, begin, self._stream.tell() - begin),
+            )
+        )
 
     def close(self, small_files: Mapping[str, bytes]) -> dict[str, FileRecord]:
         """Return size and hash of every file of the checkpoint but the manifest, after writing the descriptions and ``small_files``.
@@ -80,11 +98,22 @@ class WeightsWriter:
         self._writer.finish(Metadata(self._stored, version=CURRENT_DCP_VERSION), [self._results])
         common = io.BytesIO()
         torch.save({"content_metadata": CONTENT, "more": {}}, common)
-        description = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
-                       "common_backend": "torch", "common_backend_version": 1}
-        for name, data in {"common.pt": common.getvalue(), "metadata.json": json.dumps(description).encode(), **small_files}.items():
+        description = {
+            "sharded_backend": "torch_dist",
+            "sharded_backend_version": 1,
+            "common_backend": "torch",
+            "common_backend_version": 1,
+        }
+        for name, data in {
+            "common.pt": common.getvalue(),
+            "metadata.json": json.dumps(description).encode(),
+            **small_files,
+        }.items():
             self._writer.fs.write_bytes(self.directory / name, data)
-        return {str(path.relative_to(self.directory)): record for path, record in self._writer.fs.records.items()}
+        return {
+            str(path.relative_to(self.directory)): record
+            for path, record in self._writer.fs.records.items()
+        }
 
     def abandon(self) -> None:
         """Close the file after a failure; what was written is the caller's to remove."""

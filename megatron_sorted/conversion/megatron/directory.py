@@ -26,23 +26,35 @@ def find_megatron(path: Path) -> Path:
         CheckpointError: There is none.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path}: is no directory. Give a checkpoint ({KINDS}), or the directory of several.")
+        raise CheckpointError(
+            f"{path}: is no directory. Give a checkpoint ({KINDS}), or the directory of several."
+        )
     if (path / METADATA).exists() or any(path.glob("mp_rank_*")):
         return path
     try:
         said = (path / TRACKER).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         hint = " It looks like a Hugging Face directory." if (path / "config.json").exists() else ""
-        steps = sorted(entry.name for entry in path.iterdir() if ITERATION.fullmatch(entry.name) or entry.name == RELEASE)
+        steps = sorted(
+            entry.name
+            for entry in path.iterdir()
+            if ITERATION.fullmatch(entry.name) or entry.name == RELEASE
+        )
         inside = f" Give one of those in it: {', '.join(steps[-5:])}." if steps else ""
-        raise CheckpointError(f"{path}: holds neither {TRACKER} nor a checkpoint ({KINDS}).{hint}{inside}") from None
+        raise CheckpointError(
+            f"{path}: holds neither {TRACKER} nor a checkpoint ({KINDS}).{hint}{inside}"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / TRACKER}: not readable ({error}).") from error
     if said != RELEASE and not (re.fullmatch(r"[0-9]+", said) and len(said) <= MOST_DIGITS):
-        raise CheckpointError(f"{path / TRACKER}: says {shown(repr(said), 60)}, which is neither a number nor {RELEASE!r}.")
+        raise CheckpointError(
+            f"{path / TRACKER}: says {shown(repr(said), 60)}, which is neither a number nor {RELEASE!r}."
+        )
     directory = path / RELEASE if said == RELEASE else iteration_directory(path, int(said))
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: is missing, though {TRACKER} names it. Copy it too, or give another checkpoint's directory.")
+        raise CheckpointError(
+            f"{directory}: is missing, though {TRACKER} names it. Copy it too, or give another checkpoint's directory."
+        )
     return directory
 
 
@@ -62,8 +74,10 @@ def _settings(arguments: dict[str, Any] | None, directory: Path) -> dict[str, An
     try:
         return settings_of(arguments)
     except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise CheckpointError(f"{shown(directory)}: its arguments are not those of Megatron ({shown(error, 100)}). "
-                              "Copy it again.") from error
+        raise CheckpointError(
+            f"{shown(directory)}: its arguments are not those of Megatron ({shown(error, 100)}). "
+            "Copy it again."
+        ) from error
 
 
 def open_megatron(path: str | Path) -> tuple[TorchDistFiles | LegacyFiles, dict[str, Any] | None]:
@@ -79,8 +93,10 @@ def open_megatron(path: str | Path) -> tuple[TorchDistFiles | LegacyFiles, dict[
     if (directory / METADATA).exists():
         backend = _backend(directory)
         if backend not in (None, "torch_dist"):
-            raise CheckpointError(f"{directory}: is stored as {shown(repr(backend), 60)}, which cannot be read. Load it in Megatron-LM and "
-                                  "save it with --ckpt-format torch_dist.")
+            raise CheckpointError(
+                f"{directory}: is stored as {shown(repr(backend), 60)}, which cannot be read. Load it in Megatron-LM and "
+                "save it with --ckpt-format torch_dist."
+            )
         source: TorchDistFiles | LegacyFiles = TorchDistFiles(directory)
         if (directory / COMMON).exists():
             arguments = plain_arguments(source.common().get("args"))
@@ -88,9 +104,13 @@ def open_megatron(path: str | Path) -> tuple[TorchDistFiles | LegacyFiles, dict[
         source = LegacyFiles(directory)
         arguments = source.arguments
     else:
-        raise CheckpointError(f"{directory}: holds neither {METADATA} nor mp_rank_* directories, so it is none of {KINDS}.")
+        raise CheckpointError(
+            f"{directory}: holds neither {METADATA} nor mp_rank_* directories, so it is none of {KINDS}."
+        )
     settings = _settings(arguments, directory)
     if EMBEDDING not in source.tensors:
         some = ", ".join(shown(name, 60) for name in list(source.tensors)[:3])
-        raise CheckpointError(f"{directory}: holds no {EMBEDDING} (but {some}, ...), so it is no GPT model of Megatron.")
+        raise CheckpointError(
+            f"{directory}: holds no {EMBEDDING} (but {some}, ...), so it is no GPT model of Megatron."
+        )
     return source, settings

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_sorted.conversion.megatron.legacy_layout import RankFile, num_layers, rank_files, read_rank_file
+from megatron_sorted.conversion.megatron.legacy_layout import (
+    RankFile,
+    num_layers,
+    rank_files,
+    read_rank_file,
+)
 from megatron_sorted.conversion.megatron.names import LAYER, cut_axis
 from megatron_sorted.conversion.megatron.saved_tensors import SavedFile, SavedTensor
 from megatron_sorted.conversion.tensors.source import TensorInfo, TensorSource
@@ -77,12 +82,16 @@ class LegacyFiles(TensorSource):
         ranks = {place: read_rank_file(path) for place, path in rank_files(self.directory).items()}
         first = ranks[0, 0]
         self.arguments, self.step = first.arguments, first.step
-        self._stages, self._tensor_ranks = (1 + max(place[axis] for place in ranks) for axis in (0, 1))
+        self._stages, self._tensor_ranks = (
+            1 + max(place[axis] for place in ranks) for axis in (0, 1)
+        )
         self._check_together(ranks)
         self._weights: dict[str, _Joined] = {}
         self._join_all(ranks)
         self._drop_tied_head()
-        self.tensors: Mapping[str, TensorInfo] = {name: weight.info for name, weight in self._weights.items()}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: weight.info for name, weight in self._weights.items()
+        }
 
     def _error(self, told: str) -> CheckpointError:
         return CheckpointError(f"{self.directory}: {told}")
@@ -90,17 +99,26 @@ class LegacyFiles(TensorSource):
     def _check_together(self, ranks: dict[tuple[int, int], RankFile]) -> None:
         for rank in ranks.values():
             if rank.step != self.step:
-                raise self._error(f"{rank.file.path.parent.name} is of iteration {rank.step}, the first of {self.step}; the files are of "
-                                  "different saves.")
+                raise self._error(
+                    f"{rank.file.path.parent.name} is of iteration {rank.step}, the first of {self.step}; the files are of "
+                    "different saves."
+                )
             if len(rank.chunks) != len(ranks[0, 0].chunks):
-                raise self._error(f"{rank.file.path.parent.name} holds {len(rank.chunks)} chunks of the model, the first "
-                                  f"{len(ranks[0, 0].chunks)}.")
+                raise self._error(
+                    f"{rank.file.path.parent.name} holds {len(rank.chunks)} chunks of the model, the first "
+                    f"{len(ranks[0, 0].chunks)}."
+                )
         said = self.arguments or {}
         if (said.get("expert_model_parallel_size") or 1) > 1 or said.get("num_experts"):
             raise self._error("is of a model with experts, which cannot be converted.")
-        for name, found in (("tensor_model_parallel_size", self._tensor_ranks), ("pipeline_model_parallel_size", self._stages)):
+        for name, found in (
+            ("tensor_model_parallel_size", self._tensor_ranks),
+            ("pipeline_model_parallel_size", self._stages),
+        ):
             if said.get(name) not in (None, found):
-                raise self._error(f"was saved with {name} {said[name]}, but files of {found} are there. Copy the whole directory again.")
+                raise self._error(
+                    f"was saved with {name} {said[name]}, but files of {found} are there. Copy the whole directory again."
+                )
 
     def _join_all(self, ranks: dict[tuple[int, int], RankFile]) -> None:
         """Number layers in the order in which a token passes the chunks: first chunks of all stages, then second ones."""
@@ -114,17 +132,31 @@ class LegacyFiles(TensorSource):
                     parts = []
                     for member in members:
                         if local not in member.chunks[chunk]:
-                            raise self._error(f"{member.file.path.parent.name} lacks {local}, which other tensor parallel ranks have.")
+                            raise self._error(
+                                f"{member.file.path.parent.name} lacks {local}, which other tensor parallel ranks have."
+                            )
                         parts.append(_Part(member.file, member.chunks[chunk][local]))
                     name = self._global_name(local, layers, count)
-                    entries.append(((stage, place.file_offset), name, self._join(name, parts, members[0].chunks[chunk], local)))
-                more = {name for member in members for name in member.chunks[chunk]} - members[0].chunks[chunk].keys()
+                    entries.append(
+                        (
+                            (stage, place.file_offset),
+                            name,
+                            self._join(name, parts, members[0].chunks[chunk], local),
+                        )
+                    )
+                more = {name for member in members for name in member.chunks[chunk]} - members[
+                    0
+                ].chunks[chunk].keys()
                 if more:
-                    raise self._error(f"{sorted(more)[0]} is on some tensor parallel ranks of stage {stage} only.")
+                    raise self._error(
+                        f"{sorted(more)[0]} is on some tensor parallel ranks of stage {stage} only."
+                    )
                 layers += count
         said = (self.arguments or {}).get("num_layers")
         if said is not None and said != layers:
-            raise self._error(f"holds {layers} layers, but was saved with num_layers {said}. Files are missing or of another save.")
+            raise self._error(
+                f"holds {layers} layers, but was saved with num_layers {said}. Files are missing or of another save."
+            )
         for _, name, weight in sorted(entries, key=lambda entry: entry[0]):
             if name in self._weights:
                 raise self._error(f"{name} is there twice.")
@@ -138,11 +170,17 @@ class LegacyFiles(TensorSource):
             return f"decoder.layers.{layer}.{rest}"
         if local.startswith("exit_output_layer."):
             numbers = (self.arguments or {}).get("exit_layer_nums") or []
-            here = [number for number in numbers if layers_before < number <= layers_before + layers_here]
+            here = [
+                number
+                for number in numbers
+                if layers_before < number <= layers_before + layers_here
+            ]
             index = int(local.split(".")[1])
             if index >= len(here):
-                raise self._error(f"holds head {index} of the exits of a stage, but by its arguments only {here} of layers "
-                                  f"{layers_before + 1}..{layers_before + layers_here} are exits.")
+                raise self._error(
+                    f"holds head {index} of the exits of a stage, but by its arguments only {here} of layers "
+                    f"{layers_before + 1}..{layers_before + layers_here} are exits."
+                )
             return f"exit_output_layers.{self._exit_depth(here[index])}.weight"
         return local
 
@@ -150,17 +188,23 @@ class LegacyFiles(TensorSource):
         """Return the depth of EE-LLM's exit ``number``: after that layer, or with ``pre_exit`` before it."""
         return number - 1 if (self.arguments or {}).get("pre_exit") else number
 
-    def _join(self, name: str, parts: list[_Part], chunk: Mapping[str, SavedTensor], local: str) -> _Joined:
+    def _join(
+        self, name: str, parts: list[_Part], chunk: Mapping[str, SavedTensor], local: str
+    ) -> _Joined:
         one = parts[0].place
         for part in parts:
             if part.place.dtype != one.dtype or part.place.shape != one.shape:
-                raise self._error(f"{name} is {one.dtype} {list(one.shape)} on tensor parallel rank 0, but {part.place.dtype} "
-                                  f"{list(part.place.shape)} in {part.file.path.parent.name}.")
+                raise self._error(
+                    f"{name} is {one.dtype} {list(one.shape)} on tensor parallel rank 0, but {part.place.dtype} "
+                    f"{list(part.place.shape)} in {part.file.path.parent.name}."
+                )
         axis = cut_axis(name) if len(parts) > 1 else None
         shape, gated = list(one.shape), False
         if axis is not None:
             if axis >= len(shape):
-                raise self._error(f"{name} is of shape {shape}, which tensor parallel ranks cannot share.")
+                raise self._error(
+                    f"{name} is of shape {shape}, which tensor parallel ranks cannot share."
+                )
             shape[axis] *= len(parts)
             if ".linear_fc1." in name:
                 down = chunk.get(f"{local.partition('.linear_fc1.')[0]}.linear_fc2.weight")
@@ -174,17 +218,25 @@ class LegacyFiles(TensorSource):
         """
         if HEAD not in self._weights or EMBEDDING not in self._weights:
             return
-        untied = self.arguments.get("untie_embeddings_and_output_weights", False) if self.arguments is not None else None
+        untied = (
+            self.arguments.get("untie_embeddings_and_output_weights", False)
+            if self.arguments is not None
+            else None
+        )
         if untied:
             return
         head, embedding = self._weights[HEAD], self._weights[EMBEDDING]
         equal = head.info == embedding.info and all(
-            torch.equal(one.read(), other.read()) for one, other in zip(head.parts, embedding.parts, strict=True))
+            torch.equal(one.read(), other.read())
+            for one, other in zip(head.parts, embedding.parts, strict=True)
+        )
         if equal:
             del self._weights[HEAD]
         elif untied is not None:
-            raise self._error(f"{HEAD} of the last stage differs from {EMBEDDING}, though its arguments say that they are tied. The files "
-                              "are of different saves, or training went wrong; it cannot be converted truthfully.")
+            raise self._error(
+                f"{HEAD} of the last stage differs from {EMBEDDING}, though its arguments say that they are tied. The files "
+                "are of different saves, or training went wrong; it cannot be converted truthfully."
+            )
 
     def read(self, name: str) -> torch.Tensor:
         """Return a whole tensor in memory of its own.
@@ -202,5 +254,6 @@ class LegacyFiles(TensorSource):
                 raise self._error(
                     f"{name} differs between tensor parallel ranks ({part.file.path.parent.name}: by up to {by:.3g}), where all should "
                     "have the same; so there is no one model to convert. Load it in Megatron-LM and save it as torch_dist, which "
-                    "keeps rank 0's.")
+                    "keeps rank 0's."
+                )
         return result

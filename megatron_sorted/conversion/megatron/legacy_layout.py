@@ -43,25 +43,33 @@ def rank_files(directory: Path) -> dict[tuple[int, int], Path]:
         if not match or not (files or path.is_dir()):
             continue
         if match[3] is not None and files:
-            raise CheckpointError(f"{path}: is of a model spread over expert parallel ranks; models with experts cannot be converted.")
+            raise CheckpointError(
+                f"{path}: is of a model spread over expert parallel ranks; models with experts cannot be converted."
+            )
         if match[3] is not None:
             continue  # the optimizer's own directories of Megatron-LM in 2023
         if not files:
             raise CheckpointError(f"{path / FILES[0]}: is missing. Copy the whole directory again.")
         place = (int(match[2] or 0), int(match[1]))
         if place in found:
-            raise CheckpointError(f"{directory}: both {found[place].parent.name} and {path.name} are there; they are of different saves.")
+            raise CheckpointError(
+                f"{directory}: both {found[place].parent.name} and {path.name} are there; they are of different saves."
+            )
         found[place] = files[0]
     if not found:
-        raise CheckpointError(f"{directory}: holds no mp_rank_* directories, so it is no legacy Megatron checkpoint.")
+        raise CheckpointError(
+            f"{directory}: holds no mp_rank_* directories, so it is no legacy Megatron checkpoint."
+        )
     stages, tensor_ranks = (1 + max(place[axis] for place in found) for axis in (0, 1))
     pipeline = any(path.parent.name.count("_") > 2 for path in found.values())
     for stage in range(stages):
         for rank in range(tensor_ranks):
             if (stage, rank) not in found:
                 name = f"mp_rank_{rank:02d}_{stage:03d}" if pipeline else f"mp_rank_{rank:02d}"
-                raise CheckpointError(f"{directory / name}: is missing; there are {len(found)} of {stages * tensor_ranks} ranks' files. "
-                                      "Copy the whole directory again.")
+                raise CheckpointError(
+                    f"{directory / name}: is missing; there are {len(found)} of {stages * tensor_ranks} ranks' files. "
+                    "Copy the whole directory again."
+                )
     return found
 
 
@@ -81,20 +89,28 @@ def _flatten(content: Mapping[str, Any], prefix: str, told: str) -> dict[str, to
         elif isinstance(value, Mapping):
             found.update(_flatten(value, f"{name}.", told))
         elif value is not None and not is_no_weight(name):
-            raise CheckpointError(f"{told}: {shown(name)} is a {type(value).__name__}, where weights should be.")
+            raise CheckpointError(
+                f"{told}: {shown(name)} is a {type(value).__name__}, where weights should be."
+            )
     return found
 
 
 def _chunk(saved: SavedFile, content: Any, told: str) -> dict[str, SavedTensor]:
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{told}: is a {type(content).__name__}, where the model's weights should be.")
+        raise CheckpointError(
+            f"{told}: is a {type(content).__name__}, where the model's weights should be."
+        )
     found: dict[str, SavedTensor] = {}
     for name, tensor in _flatten(content, "", told).items():
         while name.startswith("module."):
             name = name.removeprefix("module.")
         if is_no_weight(name):
             continue
-        current = plain_name(current_name(name) if name.startswith(("language_model.", "word_embeddings_for_head.")) else name)
+        current = plain_name(
+            current_name(name)
+            if name.startswith(("language_model.", "word_embeddings_for_head."))
+            else name
+        )
         if current in found:
             raise CheckpointError(f"{told}: {shown(current)} is there twice.")
         found[current] = saved.place(tensor)
@@ -111,20 +127,34 @@ def read_rank_file(path: Path) -> RankFile:
     content = saved.content
     saved.content = None  # the optimizer's part of it may be large
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict; it is no checkpoint of Megatron.")
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}, not a dict; it is no checkpoint of Megatron."
+        )
     version = content.get("checkpoint_version", 0)
     if not isinstance(version, int | float) or version < OLDEST_VERSION:
-        raise CheckpointError(f"{path}: is of checkpoint version {version}, which orders queries, keys and values another way; from "
-                              f"{OLDEST_VERSION} on it can be read. Load it in Megatron-LM and save it again.")
-    keys = ["model"] if "model" in content else [f"model{n}" for n in range(sum(bool(re.fullmatch(r"model\d+", k)) for k in content))]
+        raise CheckpointError(
+            f"{path}: is of checkpoint version {version}, which orders queries, keys and values another way; from "
+            f"{OLDEST_VERSION} on it can be read. Load it in Megatron-LM and save it again."
+        )
+    keys = (
+        ["model"]
+        if "model" in content
+        else [f"model{n}" for n in range(sum(bool(re.fullmatch(r"model\d+", k)) for k in content))]
+    )
     if not keys or any(key not in content for key in keys):
-        raise CheckpointError(f"{path}: holds no model (neither 'model' nor 'model0', 'model1', ...).")
+        raise CheckpointError(
+            f"{path}: holds no model (neither 'model' nor 'model0', 'model1', ...)."
+        )
     step = content.get("iteration", 0)
     try:
         chunks = [_chunk(saved, content[key], f"{path}: {key}") for key in keys]
     except RecursionError:
-        raise CheckpointError(f"{shown(path)}: its weights are nested too deeply; this is no checkpoint of Megatron.") from None
-    return RankFile(saved, chunks, plain_arguments(content.get("args")), step if isinstance(step, int) else 0)
+        raise CheckpointError(
+            f"{shown(path)}: its weights are nested too deeply; this is no checkpoint of Megatron."
+        ) from None
+    return RankFile(
+        saved, chunks, plain_arguments(content.get("args")), step if isinstance(step, int) else 0
+    )
 
 
 def num_layers(chunk: Mapping[str, SavedTensor], told: str) -> int:
@@ -135,5 +165,7 @@ def num_layers(chunk: Mapping[str, SavedTensor], told: str) -> int:
     """
     layers = {int(match[1]) for match in map(LAYER.fullmatch, chunk) if match}
     if layers != set(range(len(layers))):
-        raise CheckpointError(f"{told}: holds layers {sorted(layers)} of its stage, which do not go from 0 on without a gap.")
+        raise CheckpointError(
+            f"{told}: holds layers {sorted(layers)} of its stage, which do not go from 0 on without a gap."
+        )
     return len(layers)

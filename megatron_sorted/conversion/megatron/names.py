@@ -9,16 +9,25 @@ from megatron_sorted.errors import CheckpointError
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
-NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
 """What layers of plain PyTorch call the two norms of a layer."""
 
 OLD_LAYER = {
-    "input_norm": "self_attention.linear_qkv.layer_norm_", "input_layernorm": "self_attention.linear_qkv.layer_norm_",
-    "post_attention_norm": "mlp.linear_fc1.layer_norm_", "post_attention_layernorm": "mlp.linear_fc1.layer_norm_",
-    "self_attention.query_key_value": "self_attention.linear_qkv.", "attention.query_key_value": "self_attention.linear_qkv.",
-    "self_attention.dense": "self_attention.linear_proj.", "attention.dense": "self_attention.linear_proj.",
-    "self_attention.q_layernorm": "self_attention.q_layernorm.", "self_attention.k_layernorm": "self_attention.k_layernorm.",
-    "mlp.dense_h_to_4h": "mlp.linear_fc1.", "mlp.dense_4h_to_h": "mlp.linear_fc2.",
+    "input_norm": "self_attention.linear_qkv.layer_norm_",
+    "input_layernorm": "self_attention.linear_qkv.layer_norm_",
+    "post_attention_norm": "mlp.linear_fc1.layer_norm_",
+    "post_attention_layernorm": "mlp.linear_fc1.layer_norm_",
+    "self_attention.query_key_value": "self_attention.linear_qkv.",
+    "attention.query_key_value": "self_attention.linear_qkv.",
+    "self_attention.dense": "self_attention.linear_proj.",
+    "attention.dense": "self_attention.linear_proj.",
+    "self_attention.q_layernorm": "self_attention.q_layernorm.",
+    "self_attention.k_layernorm": "self_attention.k_layernorm.",
+    "mlp.dense_h_to_4h": "mlp.linear_fc1.",
+    "mlp.dense_4h_to_h": "mlp.linear_fc2.",
 }
 """Parts of a layer of Megatron-LM's older ``language_model`` (megatron/model, later megatron/legacy/model)."""
 OLD_REST = {
@@ -34,23 +43,43 @@ OLD_REST = {
 OLD = re.compile(r"language_model\.(?:encoder|transformer)\.layers\.(\d+)\.(.+)\.(weight|bias)")
 OLD_EXIT_HEAD = re.compile(r"language_model\.exit_output_layer\.(\d+)\.weight")
 
-COLUMN = re.compile(r"(.+\.)?(linear_qkv|linear_fc1)\.(weight|bias)|embedding\.word_embeddings\.weight|output_layer\.weight"
-                    r"|exit_output_layers\.\d+\.weight")
+COLUMN = re.compile(
+    r"(.+\.)?(linear_qkv|linear_fc1)\.(weight|bias)|embedding\.word_embeddings\.weight|output_layer\.weight"
+    r"|exit_output_layers\.\d+\.weight"
+)
 ROW = re.compile(r".+\.(linear_proj|linear_fc2)\.weight")
-WHOLE = re.compile(r".*layer_?norm(_|\.)(weight|bias)|exit_norms\.\d+\.(weight|bias)|.+\.(linear_proj|linear_fc2)\.bias"
-                   r"|embedding\.position_embeddings\.weight")
+WHOLE = re.compile(
+    r".*layer_?norm(_|\.)(weight|bias)|exit_norms\.\d+\.(weight|bias)|.+\.(linear_proj|linear_fc2)\.bias"
+    r"|embedding\.position_embeddings\.weight"
+)
 
 
 def is_no_weight(name: str) -> bool:
     """Return whether a stored name is no weight of the model: extra state of layers, rotary frequencies, optimizer, random state."""
-    return "_extra_state" in name or name.endswith("rotary_pos_emb.inv_freq") or name.startswith(
-        ("optimizer.", "chained_", "random_state", "rng_state", "rerun_state", "opt_param_scheduler"))
+    return (
+        "_extra_state" in name
+        or name.endswith("rotary_pos_emb.inv_freq")
+        or name.startswith(
+            (
+                "optimizer.",
+                "chained_",
+                "random_state",
+                "rng_state",
+                "rerun_state",
+                "opt_param_scheduler",
+            )
+        )
+    )
 
 
 def plain_name(name: str) -> str:
     """Return the name of Transformer Engine's dialect for a megatron-core name of either."""
     for theirs, ours in NORMS.items():
-        name = re.sub(rf"^(decoder\.layers\.(?:\d+\.)?|exit_blocks\.\d+\.){re.escape(theirs)}", rf"\1{ours}", name)
+        name = re.sub(
+            rf"^(decoder\.layers\.(?:\d+\.)?|exit_blocks\.\d+\.){re.escape(theirs)}",
+            rf"\1{ours}",
+            name,
+        )
     return name
 
 
@@ -72,7 +101,9 @@ def current_name(old: str) -> str:
             return f"decoder.layers.{layer}.{OLD_LAYER[part]}{kind}"
         if part == "exit_norm":
             return f"decoder.layers.{layer}.exit_norm.{kind}"
-    raise CheckpointError(f"{old}: no weight of a plain GPT model (decoder only, no experts, no exit blocks), so it cannot be converted.")
+    raise CheckpointError(
+        f"{old}: no weight of a plain GPT model (decoder only, no experts, no exit blocks), so it cannot be converted."
+    )
 
 
 def cut_axis(name: str) -> int | None:
@@ -87,5 +118,7 @@ def cut_axis(name: str) -> int | None:
         return 1
     if WHOLE.fullmatch(name):
         return None
-    raise CheckpointError(f"{name}: it is not known how tensor parallel ranks share this weight. Save the checkpoint with tensor "
-                          "parallel size 1, or as torch_dist.")
+    raise CheckpointError(
+        f"{name}: it is not known how tensor parallel ranks share this weight. Save the checkpoint with tensor "
+        "parallel size 1, or as torch_dist."
+    )

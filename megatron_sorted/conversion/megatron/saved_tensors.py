@@ -40,7 +40,11 @@ class FileSlice(io.RawIOBase):
 
     def __init__(self, path: Path, piece: StoredPiece | None = None):
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
-        self._begin, self._size = (0, os.fstat(self._file.fileno()).st_size) if piece is None else (piece.offset, piece.num_bytes)
+        self._begin, self._size = (
+            (0, os.fstat(self._file.fileno()).st_size)
+            if piece is None
+            else (piece.offset, piece.num_bytes)
+        )
         self._at = 0
 
     def readable(self) -> bool:
@@ -57,7 +61,9 @@ class FileSlice(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Return the new position in the piece."""
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        self._at = max(
+            0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        )
         return self._at
 
     def readinto(self, buffer) -> int:
@@ -85,14 +91,23 @@ def _checksums(file: FileSlice, told: str) -> dict[int, tuple[int, int]]:
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
     whole = file.seek(0, io.SEEK_END)
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records) or sum(record.file_size for record in records) > whole:
-        raise CheckpointError(f"{told}: its records are compressed, or have more bytes than the file, which torch.save never writes; it is "
-                              "damaged. Copy it again.")
+    if (
+        any(record.compress_type != zipfile.ZIP_STORED for record in records)
+        or sum(record.file_size for record in records) > whole
+    ):
+        raise CheckpointError(
+            f"{told}: its records are compressed, or have more bytes than the file, which torch.save never writes; it is "
+            "damaged. Copy it again."
+        )
     for record in records:
         file.seek(record.header_offset)
         header = file.read(LOCAL_HEADER_BYTES)
-        begin = record.header_offset + LOCAL_HEADER_BYTES + int.from_bytes(header[26:28], "little") + int.from_bytes(
-            header[28:30], "little")
+        begin = (
+            record.header_offset
+            + LOCAL_HEADER_BYTES
+            + int.from_bytes(header[26:28], "little")
+            + int.from_bytes(header[28:30], "little")
+        )
         found[begin] = (record.file_size, record.CRC)
         if record.filename.endswith(("/data.pkl", "/byteorder")):
             file.seek(begin)
@@ -100,12 +115,16 @@ def _checksums(file: FileSlice, told: str) -> dict[int, tuple[int, int]]:
             if zlib.crc32(content) != record.CRC != NO_CHECKSUM:
                 raise _damaged(told, begin)
             if record.filename.endswith("/byteorder") and content != b"little":
-                raise CheckpointError(f"{told}: was written on a machine of another byte order. Save it again on this kind of machine.")
+                raise CheckpointError(
+                    f"{told}: was written on a machine of another byte order. Save it again on this kind of machine."
+                )
     return found
 
 
 def _damaged(told: str, begin: int) -> CheckpointError:
-    return CheckpointError(f"{told}: the bytes from {begin} on do not match their checksum; the file is damaged. Copy it again.")
+    return CheckpointError(
+        f"{told}: the bytes from {begin} on do not match their checksum; the file is damaged. Copy it again."
+    )
 
 
 class SavedFile:
@@ -131,14 +150,20 @@ class SavedFile:
             with FileSlice(path, piece) as file:
                 self._records = _checksums(file, self._told)
                 file.seek(0)
-                self.content: Any = load_plain(path if piece is None else file, self._told, map_location="meta")
+                self.content: Any = load_plain(
+                    path if piece is None else file, self._told, map_location="meta"
+                )
         except FileNotFoundError:
             raise CheckpointError(f"{self._told}: is missing.") from None
         except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
-            raise CheckpointError(f"{self._told}: not readable ({shown(error)}). It is damaged or was cut off, or was written by torch "
-                                  "before 1.6: then load it and save it again with a newer one.") from error
+            raise CheckpointError(
+                f"{self._told}: not readable ({shown(error)}). It is damaged or was cut off, or was written by torch "
+                "before 1.6: then load it and save it again with a newer one."
+            ) from error
         except OSError as error:
-            raise CheckpointError(f"{self._told}: cannot be read ({error.strerror or error}).") from error
+            raise CheckpointError(
+                f"{self._told}: cannot be read ({error.strerror or error})."
+            ) from error
 
     def place(self, tensor: torch.Tensor) -> SavedTensor:
         """Return where a tensor of ``content`` lies.
@@ -150,11 +175,22 @@ class SavedFile:
         begin = storage._checkpoint_offset
         size, _ = self._records.get(begin, (0, 0))
         if size < storage.nbytes():
-            raise CheckpointError(f"{self._told}: a tensor of {storage.nbytes()} bytes lies where the file has {size}; it is damaged.")
+            raise CheckpointError(
+                f"{self._told}: a tensor of {storage.nbytes()} bytes lies where the file has {size}; it is damaged."
+            )
         if tensor.numel() * tensor.itemsize > storage.nbytes():
-            raise CheckpointError(f"{self._told}: a tensor of shape {list(tensor.shape)} is made of {storage.nbytes()} bytes, fewer than "
-                                  "it has; no weight is saved so. Copy it again.")
-        return SavedTensor(tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), begin, storage.nbytes())
+            raise CheckpointError(
+                f"{self._told}: a tensor of shape {list(tensor.shape)} is made of {storage.nbytes()} bytes, fewer than "
+                "it has; no weight is saved so. Copy it again."
+            )
+        return SavedTensor(
+            tensor.dtype,
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.storage_offset(),
+            begin,
+            storage.nbytes(),
+        )
 
     def read(self, place: SavedTensor, check: bool = True) -> torch.Tensor:
         """Return a tensor in memory of its own, contiguous; only its storage is read, and with ``check`` compared with its checksum.
@@ -166,7 +202,9 @@ class SavedFile:
             return torch.empty(place.shape, dtype=place.dtype)
         content = new_tensor((place.storage_bytes,), torch.uint8)
         # its memory as bytes, without NumPy and without the zeros that a bytearray would write first
-        target = memoryview((ctypes.c_ubyte * place.storage_bytes).from_address(content.data_ptr())).cast("B")
+        target = memoryview(
+            (ctypes.c_ubyte * place.storage_bytes).from_address(content.data_ptr())
+        ).cast("B")
         done = checksum = 0
         try:
             with FileSlice(self.path, self._piece) as file:
@@ -174,7 +212,9 @@ class SavedFile:
                 while done < len(target):
                     got = file.readinto(target[done : done + BLOCK_BYTES])
                     if not got:
-                        raise CheckpointError(f"{self._told}: ends at byte {place.file_offset + done}; it was cut off.")
+                        raise CheckpointError(
+                            f"{self._told}: ends at byte {place.file_offset + done}; it was cut off."
+                        )
                     if check:
                         checksum = zlib.crc32(target[done : done + got], checksum)
                     done += got

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 
 from megatron_sorted.checkpoint.plain_objects import load_plain
-from megatron_sorted.checkpoint.restricted_pickle import StoredChunk, StoredPiece, StoredTensor, read_stored_names
+from megatron_sorted.checkpoint.restricted_pickle import (
+    StoredChunk,
+    StoredPiece,
+    StoredTensor,
+    read_stored_names,
+)
 from megatron_sorted.conversion.megatron.names import STACKED, is_no_weight, plain_name
 from megatron_sorted.conversion.megatron.saved_tensors import SavedFile
 from megatron_sorted.conversion.tensors.memory import new_tensor
@@ -30,7 +35,9 @@ class _Place:
     layer: int | None
 
 
-def _overlap(chunk: StoredChunk, layer: int | None) -> tuple[tuple[slice, ...], tuple[slice, ...], int] | None:
+def _overlap(
+    chunk: StoredChunk, layer: int | None
+) -> tuple[tuple[slice, ...], tuple[slice, ...], int] | None:
     """Return where a chunk's part of a tensor goes, where in the chunk it is, and its elements; None if it has no part of it."""
     offsets, sizes = chunk.offsets, chunk.sizes
     source = tuple(slice(0, size) for size in sizes)
@@ -65,21 +72,31 @@ class TorchDistFiles(TensorSource):
         """
         self.directory = Path(directory)
         names = read_stored_names(self.directory)
-        self._sound: set[StoredPiece] = set()  # whose bytes were found to be those that were saved; once is enough
-        self._stored = {name: stored for name, stored in names.tensors.items() if not is_no_weight(name)}
+        self._sound: set[StoredPiece] = (
+            set()
+        )  # whose bytes were found to be those that were saved; once is enough
+        self._stored = {
+            name: stored for name, stored in names.tensors.items() if not is_no_weight(name)
+        }
         found: dict[str, tuple[tuple[str, int], TensorInfo, _Place]] = {}
         sizes: dict[str, int] = {}
         for name, stored in self._stored.items():
             self._check_pieces(name, stored, sizes)
             for offered, place in self._offers(name, stored):
                 if offered in found:
-                    raise CheckpointError(f"{shown(self.directory)}: {shown(offered)} is there twice, as {shown(found[offered][2].stored)} "
-                                          f"and as {shown(name)}.")
+                    raise CheckpointError(
+                        f"{shown(self.directory)}: {shown(offered)} is there twice, as {shown(found[offered][2].stored)} "
+                        f"and as {shown(name)}."
+                    )
                 shape = stored.shape if place.layer is None else stored.shape[1:]
                 parts = [chunk.piece for chunk in stored.chunks if _overlap(chunk, place.layer)]
                 if not parts:
                     raise self._hole(offered, place)
-                found[offered] = (min((p.file, p.offset) for p in parts), TensorInfo(shape, stored.dtype), place)
+                found[offered] = (
+                    min((p.file, p.offset) for p in parts),
+                    TensorInfo(shape, stored.dtype),
+                    place,
+                )
         if not found:
             raise CheckpointError(f"{self.directory}: holds no weights of a GPT model.")
         order = sorted(found, key=lambda name: found[name][0])
@@ -89,37 +106,56 @@ class TorchDistFiles(TensorSource):
     @staticmethod
     def _offers(name: str, stored: StoredTensor) -> list[tuple[str, _Place]]:
         if match := STACKED.fullmatch(name):
-            return [(plain_name(f"decoder.layers.{layer}.{match[1]}"), _Place(name, layer)) for layer in range(stored.shape[0])]
+            return [
+                (plain_name(f"decoder.layers.{layer}.{match[1]}"), _Place(name, layer))
+                for layer in range(stored.shape[0])
+            ]
         return [(plain_name(name), _Place(name, None))]
 
     def _hole(self, name: str, place: _Place) -> CheckpointError:
-        files = sorted({chunk.piece.file for chunk in self._stored[place.stored].chunks if chunk.piece})
-        return CheckpointError(f"{shown(self.directory)}: {shown(name)}: parts of it are in no file (those of {place.stored} lie in "
-                               f"{', '.join(files) or 'none'}). The save was not complete, or the files are of different saves.")
+        files = sorted(
+            {chunk.piece.file for chunk in self._stored[place.stored].chunks if chunk.piece}
+        )
+        return CheckpointError(
+            f"{shown(self.directory)}: {shown(name)}: parts of it are in no file (those of {place.stored} lie in "
+            f"{', '.join(files) or 'none'}). The save was not complete, or the files are of different saves."
+        )
 
     def _check_pieces(self, name: str, stored: StoredTensor, sizes: dict[str, int]) -> None:
-        if 0 in stored.shape or (STACKED.fullmatch(name) and (not stored.shape or stored.shape[0] > MOST_LAYERS)):
-            raise CheckpointError(f"{shown(self.directory)}: {shown(name)} is of shape {shown(list(stored.shape), 60)}, which no weight "
-                                  f"has (layers: {MOST_LAYERS:,} at most). The metadata is damaged; copy the directory again.")
+        if 0 in stored.shape or (
+            STACKED.fullmatch(name) and (not stored.shape or stored.shape[0] > MOST_LAYERS)
+        ):
+            raise CheckpointError(
+                f"{shown(self.directory)}: {shown(name)} is of shape {shown(list(stored.shape), 60)}, which no weight "
+                f"has (layers: {MOST_LAYERS:,} at most). The metadata is damaged; copy the directory again."
+            )
         for chunk in stored.chunks:
             if chunk.piece is None:
-                raise CheckpointError(f"{shown(self.directory)}: {shown(name)}: the metadata does not say where its part "
-                                      f"at {list(chunk.offsets)} lies.")
+                raise CheckpointError(
+                    f"{shown(self.directory)}: {shown(name)}: the metadata does not say where its part "
+                    f"at {list(chunk.offsets)} lies."
+                )
             file = chunk.piece.file
             if file not in sizes:
                 path = self.directory / file
                 sizes[file] = path.stat().st_size if path.is_file() else -1
             if sizes[file] < 0:
-                raise CheckpointError(f"{shown(self.directory)}: {shown(file)} is missing; it holds {shown(name)}. "
-                                      "Copy the whole directory again.")
+                raise CheckpointError(
+                    f"{shown(self.directory)}: {shown(file)} is missing; it holds {shown(name)}. "
+                    "Copy the whole directory again."
+                )
             if math.prod(chunk.sizes) * stored.dtype.itemsize > chunk.piece.num_bytes:
-                raise CheckpointError(f"{shown(self.directory)}: {shown(name)} has a part of shape {shown(list(chunk.sizes), 60)} in "
-                                      f"{chunk.piece.num_bytes} bytes, which do not hold it. The metadata is damaged; copy the directory "
-                                      "again.")
+                raise CheckpointError(
+                    f"{shown(self.directory)}: {shown(name)} has a part of shape {shown(list(chunk.sizes), 60)} in "
+                    f"{chunk.piece.num_bytes} bytes, which do not hold it. The metadata is damaged; copy the directory "
+                    "again."
+                )
             end = chunk.piece.offset + chunk.piece.num_bytes
             if sizes[file] < end:
-                raise CheckpointError(f"{shown(self.directory)}: {shown(file)} has {sizes[file]} bytes, but {shown(name)} lies up "
-                                      f"to byte {end}; it was cut off. Copy it again.")
+                raise CheckpointError(
+                    f"{shown(self.directory)}: {shown(file)} has {sizes[file]} bytes, but {shown(name)} lies up "
+                    f"to byte {end}; it was cut off. Copy it again."
+                )
 
     def common(self) -> dict[str, Any]:
         """Return what all ranks share (``common.pt``): arguments, step, and whatever else the program put there.
@@ -129,17 +165,29 @@ class TorchDistFiles(TensorSource):
         """
         found = load_plain(self.directory / COMMON, str(self.directory / COMMON))
         if not isinstance(found, dict):
-            raise CheckpointError(f"{self.directory / COMMON}: holds a {type(found).__name__}, not a dict; it is no common part of a save.")
+            raise CheckpointError(
+                f"{self.directory / COMMON}: holds a {type(found).__name__}, not a dict; it is no common part of a save."
+            )
         return found
 
     def _load(self, name: str, stored: StoredTensor, chunk: StoredChunk) -> torch.Tensor:
         told = f"{self.directory}: {name} in {chunk.piece.file}"
         saved = SavedFile(self.directory / chunk.piece.file, chunk.piece, told)
         tensor = saved.content
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype != stored.dtype or tuple(tensor.shape) != chunk.sizes:
-            said = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise CheckpointError(f"{told}: {said} lies where the metadata says {stored.dtype} {list(chunk.sizes)}; the files are of "
-                                  "different saves.")
+        if (
+            not isinstance(tensor, torch.Tensor)
+            or tensor.dtype != stored.dtype
+            or tuple(tensor.shape) != chunk.sizes
+        ):
+            said = (
+                f"{tensor.dtype} {list(tensor.shape)}"
+                if isinstance(tensor, torch.Tensor)
+                else type(tensor).__name__
+            )
+            raise CheckpointError(
+                f"{told}: {said} lies where the metadata says {stored.dtype} {list(chunk.sizes)}; the files are of "
+                "different saves."
+            )
         result = saved.read(saved.place(tensor), check=chunk.piece not in self._sound)
         self._sound.add(chunk.piece)
         return result
@@ -155,14 +203,24 @@ class TorchDistFiles(TensorSource):
         parts = [(chunk, part) for chunk in stored.chunks if (part := _overlap(chunk, place.layer))]
         rectangles = [target for _, (target, _, _) in parts]
         count = sum(numel for *_, (_, _, numel) in parts)
-        if count != torch.Size(info.shape).numel() or any(_meet(a, b) for i, a in enumerate(rectangles) for b in rectangles[:i]):
+        if count != torch.Size(info.shape).numel() or any(
+            _meet(a, b) for i, a in enumerate(rectangles) for b in rectangles[:i]
+        ):
             raise self._hole(name, place)
         if len(parts) == 1:
             chunk, (_, source, numel) = parts[0]
             whole = self._load(name, stored, chunk)
             part = whole[source].reshape(info.shape)
-            return part if whole.untyped_storage().nbytes() == numel * info.dtype.itemsize else part.clone()
+            return (
+                part
+                if whole.untyped_storage().nbytes() == numel * info.dtype.itemsize
+                else part.clone()
+            )
         result = new_tensor(info.shape, info.dtype)
-        for chunk, (target, source, _) in sorted(parts, key=lambda part: (part[0].piece.file, part[0].piece.offset)):
-            result[target] = self._load(name, stored, chunk)[source].reshape([s.stop - s.start for s in target])
+        for chunk, (target, source, _) in sorted(
+            parts, key=lambda part: (part[0].piece.file, part[0].piece.offset)
+        ):
+            result[target] = self._load(name, stored, chunk)[source].reshape(
+                [s.stop - s.start for s in target]
+            )
         return result

@@ -32,7 +32,11 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two contiguous tensors of one kind and length are the same bit for bit, compared eight bytes at a time."""
     one, other = one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8)
     words = one.numel() // 8 * 8
-    aligned = all(tensor.data_ptr() % 8 == 0 and tensor.storage_offset() % 8 == 0 for tensor in (one, other))
+    aligned = all(
+        tensor.data_ptr() % 8 == 0 and tensor.storage_offset() % 8 == 0 for tensor in (one, other)
+    )
     if not aligned:
         return torch.equal(one, other)
-    return torch.equal(one[:words].view(torch.int64), other[:words].view(torch.int64)) and torch.equal(one[words:], other[words:])
+    return torch.equal(
+        one[:words].view(torch.int64), other[:words].view(torch.int64)
+    ) and torch.equal(one[words:], other[words:])

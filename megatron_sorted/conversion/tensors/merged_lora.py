@@ -13,7 +13,12 @@ from megatron_sorted.settings.matrices import layer_shapes
 from megatron_sorted.settings.run import Settings
 
 BLOCK_BYTES = 8 << 20
-WHERE = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
+WHERE = {
+    "linear_qkv": "self_attention",
+    "linear_proj": "self_attention",
+    "linear_fc1": "mlp",
+    "linear_fc2": "mlp",
+}
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,26 @@ class MergedLora(TensorSource):
 
     def __init__(self, source: TensorSource, adapters: AdapterOf):
         self.source, self.adapters = source, adapters
-        self.tensors: Mapping[str, TensorInfo] = {name: info for name, info in source.tensors.items() if not is_adapter(name)}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: info for name, info in source.tensors.items() if not is_adapter(name)
+        }
 
     def is_adapted(self, name: str) -> bool:
         """Return whether an adapter is added to the matrix called ``name``."""
         target = name.removesuffix("weight")
-        return name.endswith(".weight") and f"{target}lora_a" in self.source.tensors and self.adapters.rank_used > 0
+        return (
+            name.endswith(".weight")
+            and f"{target}lora_a" in self.source.tensors
+            and self.adapters.rank_used > 0
+        )
 
     def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A [b, in] and B [out, b] of the ranks used of the matrix called ``name``, in fp32."""
         target, b = name.removesuffix("weight"), self.adapters.rank_used
-        a_rc, b_or = self.source.read(f"{target}lora_a")[:b], self.source.read(f"{target}lora_b")[:, :b]
+        a_rc, b_or = (
+            self.source.read(f"{target}lora_a")[:b],
+            self.source.read(f"{target}lora_b")[:, :b],
+        )
         # copies, so that both begin where a library's kernels are fastest, whatever lay before them in the file
         return a_rc.to(torch.float32, copy=True), b_or.to(torch.float32, copy=True).contiguous()
 
@@ -54,14 +68,23 @@ class MergedLora(TensorSource):
         if not self.is_adapted(name):
             return tensor
         a_rc, b_or = self.pair(name)
-        scale, rows = self.adapters.alpha / self.adapters.rank_used, max(1, BLOCK_BYTES // (4 * tensor.shape[1]))
+        scale, rows = (
+            self.adapters.alpha / self.adapters.rank_used,
+            max(1, BLOCK_BYTES // (4 * tensor.shape[1])),
+        )
         for first in range(0, tensor.shape[0], rows):
             block = tensor[first : first + rows]
-            block.copy_(block.to(torch.float32, copy=True).addmm_(b_or[first : first + rows], a_rc, alpha=scale))
+            block.copy_(
+                block.to(torch.float32, copy=True).addmm_(
+                    b_or[first : first + rows], a_rc, alpha=scale
+                )
+            )
         return tensor
 
 
-def merge_adapters(source: TensorSource, settings: Settings, rank_used: int | None, where: str) -> tuple[TensorSource, Settings]:
+def merge_adapters(
+    source: TensorSource, settings: Settings, rank_used: int | None, where: str
+) -> tuple[TensorSource, Settings]:
     """Return source and settings of the ordinary model that a checkpoint with adapters is; others as they are.
 
     Args:
@@ -77,13 +100,24 @@ def merge_adapters(source: TensorSource, settings: Settings, rank_used: int | No
         return source, settings
     used, ranks = settings.lora_rank if rank_used is None else rank_used, nested_ranks(settings)
     if used not in (0, *ranks):
-        what = f"the ranks {', '.join(map(str, ranks))}" if settings.dylora else f"all {settings.lora_rank} ranks together (no --dylora)"
-        raise CheckpointError(f"--lora-rank-used: {used}, but the adapters of {where} were trained to work at {what}. Use one of "
-                              f"{', '.join(map(str, (0, *ranks)))} (0: the network without them).")
+        what = (
+            f"the ranks {', '.join(map(str, ranks))}"
+            if settings.dylora
+            else f"all {settings.lora_rank} ranks together (no --dylora)"
+        )
+        raise CheckpointError(
+            f"--lora-rank-used: {used}, but the adapters of {where} were trained to work at {what}. Use one of "
+            f"{', '.join(map(str, (0, *ranks)))} (0: the network without them)."
+        )
     _check_adapters(source, settings, where)
-    plain = {field.name: field.default for field in dataclasses.fields(Settings)
-             if field.name in MUST_AGREE or field.name.startswith(("lora_", "dylora"))}
-    return MergedLora(source, AdapterOf(settings.lora_targets, settings.lora_alpha, used)), dataclasses.replace(settings, **plain)
+    plain = {
+        field.name: field.default
+        for field in dataclasses.fields(Settings)
+        if field.name in MUST_AGREE or field.name.startswith(("lora_", "dylora"))
+    }
+    return MergedLora(
+        source, AdapterOf(settings.lora_targets, settings.lora_alpha, used)
+    ), dataclasses.replace(settings, **plain)
 
 
 def _check_adapters(source: TensorSource, settings: Settings, where: str) -> None:
@@ -97,9 +131,14 @@ def _check_adapters(source: TensorSource, settings: Settings, where: str) -> Non
         rows, columns = layer_shapes(settings).matrices[target]
         for layer in range(settings.num_layers):
             name = f"decoder.layers.{layer}.{WHERE[target]}.{target}"
-            wanted |= {f"{name}.lora_a": (settings.lora_rank, columns), f"{name}.lora_b": (rows, settings.lora_rank)}
+            wanted |= {
+                f"{name}.lora_a": (settings.lora_rank, columns),
+                f"{name}.lora_b": (rows, settings.lora_rank),
+            }
     found = {name: info.shape for name, info in source.tensors.items() if is_adapter(name)}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
-            raise CheckpointError(f"{where}: {name} has shape {list(found.get(name) or ()) or 'none, for it is missing'}, and its settings "
-                                  f"make it {list(wanted.get(name) or ()) or 'unknown'}.")
+            raise CheckpointError(
+                f"{where}: {name} has shape {list(found.get(name) or ()) or 'none, for it is missing'}, and its settings "
+                f"make it {list(wanted.get(name) or ()) or 'unknown'}."
+            )

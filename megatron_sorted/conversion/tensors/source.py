@@ -47,7 +47,10 @@ class Renamed(TensorSource):
     def __init__(self, source: TensorSource, names: Mapping[str, str]):
         """Args: ``names`` gives the source's name of a tensor by its second one."""
         self.source, self.names = source, names
-        self.tensors = {**source.tensors, **{name: source.tensors[old] for name, old in names.items()}}
+        self.tensors = {
+            **source.tensors,
+            **{name: source.tensors[old] for name, old in names.items()},
+        }
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor in memory of its own."""

@@ -48,8 +48,13 @@ class {CLASS}(PreTrainedTokenizerFast):
     """Nothing but the file."""
 '''
 OF_THE_OLD_CLASS = (
-    "auto_map", "sp_model_kwargs", "vocab_file", "tokenizer_file", "use_fast",
-    "spaces_between_special_tokens")
+    "auto_map",
+    "sp_model_kwargs",
+    "vocab_file",
+    "tokenizer_file",
+    "use_fast",
+    "spaces_between_special_tokens",
+)
 """Entries of a tokenizer_config.json that speak to the class it named before."""
 
 
@@ -64,7 +69,8 @@ def write_for_transformers(directory: Path) -> list[str]:
         return lines
     tokenizer = open_tokenizer(directory, None)
     if isinstance(tokenizer, HuggingFaceTokenizer) and (
-            tokenizer.differs_from_auto or JSON not in tokenizer.files):
+        tokenizer.differs_from_auto or JSON not in tokenizer.files
+    ):
         lines += tokenizer.notes
         lines.append(_write_anew(directory, tokenizer))
     return lines
@@ -74,10 +80,15 @@ def _write_anew(directory: Path, tokenizer: HuggingFaceTokenizer) -> str:
     """Write what ``tokenizer`` is as tokenizer.json and a tokenizer_config.json that fits."""
     config = read_settings(directory / CONFIG)
     kept: dict[str, Any] = {
-        name: value for name, value in config.items() if name not in OF_THE_OLD_CLASS}
+        name: value for name, value in config.items() if name not in OF_THE_OLD_CLASS
+    }
     kept |= tokenizer.special_tokens
-    kept |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": tokenizer.adds_bos,
-             "add_eos_token": tokenizer.adds_eos, MADE_OF: sorted(tokenizer.hashes)}
+    kept |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": tokenizer.adds_bos,
+        "add_eos_token": tokenizer.adds_eos,
+        MADE_OF: sorted(tokenizer.hashes),
+    }
     model = read_settings(directory / "config.json")
     add_ends(tokenizer.fast, kept)
     write_text_atomically(directory / JSON, tokenizer.fast.to_str())
@@ -89,8 +100,10 @@ def _write_anew(directory: Path, tokenizer: HuggingFaceTokenizer) -> str:
 def _check_alike(directory: Path, tokenizer: HuggingFaceTokenizer) -> None:
     again = open_tokenizer(directory, None)
     if again.notes and getattr(again, "differs_from_auto", False):
-        raise CheckpointError(f"{directory}: {again.notes[0]}, also after it was written anew. "
-                              "Please report this directory.")
+        raise CheckpointError(
+            f"{directory}: {again.notes[0]}, also after it was written anew. "
+            "Please report this directory."
+        )
     assert again.vocab_size == tokenizer.vocab_size and again.adds_bos == tokenizer.adds_bos
 
 
@@ -105,8 +118,10 @@ def add_fast_tokenizer(directory: Path) -> str | None:
     try:
         text, config, line = _tokenizer_json(directory)
     except (ImportError, OSError, ValueError, DataError) as error:
-        return (f"{PIECES} goes alone, without {JSON}: {str(error).rstrip('.')}. Transformers and vLLM "
-                "may cut texts into other tokens; sentencepiece and our own tools read it as it is.")
+        return (
+            f"{PIECES} goes alone, without {JSON}: {str(error).rstrip('.')}. Transformers and vLLM "
+            "may cut texts into other tokens; sentencepiece and our own tools read it as it is."
+        )
     model = read_settings(directory / "config.json")
     if isinstance(model.get("max_position_embeddings"), int):
         config.setdefault("model_max_length", model["max_position_embeddings"])
@@ -126,7 +141,9 @@ def write_settings(directory: Path, config: Mapping[str, Any], model_type: str |
         module = MODULE.removesuffix(".py")
         config = {**config, "auto_map": {"AutoTokenizer": [None, f"{module}.{CLASS}"]}}
         write_text_atomically(directory / MODULE, MODULE_TEXT)
-    write_text_atomically(directory / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_text_atomically(
+        directory / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    )
 
 
 def _tokenizer_json(directory: Path) -> tuple[str, dict[str, Any], str]:
@@ -151,12 +168,22 @@ def _tokenizer_json(directory: Path) -> tuple[str, dict[str, Any], str]:
         raise ValueError(fast)
     config = {name: value for name, value in files.config.items() if name not in OF_THE_OLD_CLASS}
     _add_tokens(fast, files, own)
-    config |= {**own.special_tokens, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-               "add_bos_token": own.adds_bos, "add_eos_token": own.adds_eos}
+    config |= {
+        **own.special_tokens,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": own.adds_bos,
+        "add_eos_token": own.adds_eos,
+    }
     if files.added:
         added = fast.get_added_tokens_decoder()
-        config["added_tokens_decoder"] = {str(i): {"content": added[i].content, **{name: getattr(added[i], name) for name in FLAGS}}
-                                          for i in sorted(files.added)}
+        config["added_tokens_decoder"] = {
+            str(i): {
+                "content": added[i].content,
+                **{name: getattr(added[i], name) for name in FLAGS},
+            }
+            for i in sorted(files.added)
+        }
     add_ends(fast, config)
     count, ties = compare_tokenizers(said, own, fast)
     line = f"{JSON}: made of {PIECES}, the same ids and texts as sentencepiece on {count - ties:,} of {count:,} texts"
@@ -174,12 +201,23 @@ def _add_tokens(fast: "Tokenizer", files: TokenizerFiles, own: SentencePieceToke
     from tokenizers import AddedToken
 
     flags = {token.content: token.flags for token in files.added.values()}
-    for content, (number, is_special) in sorted(own.named_tokens.items(), key=lambda pair: pair[1][0]):
+    for content, (number, is_special) in sorted(
+        own.named_tokens.items(), key=lambda pair: pair[1][0]
+    ):
         # a normalized name has a blank before it, which a text has not
-        fast.add_tokens([AddedToken(content, **{**flags.get(content, {}), "special": is_special, "normalized": False})])
+        fast.add_tokens(
+            [
+                AddedToken(
+                    content,
+                    **{**flags.get(content, {}), "special": is_special, "normalized": False},
+                )
+            ]
+        )
         if fast.token_to_id(content) != number:
-            raise ValueError(f"{content!r} is to be token {number}, but the file and the tokens before it "
-                             f"end at {fast.get_vocab_size() - 1}")
+            raise ValueError(
+                f"{content!r} is to be token {number}, but the file and the tokens before it "
+                f"end at {fast.get_vocab_size() - 1}"
+            )
 
 
 def add_ends(fast: "Tokenizer", config: Mapping[str, Any]) -> None:
@@ -187,7 +225,14 @@ def add_ends(fast: "Tokenizer", config: Mapping[str, Any]) -> None:
     from tokenizers import processors
 
     ends = {name: config[f"{name}_token"] for name in ("bos", "eos") if config[f"add_{name}_token"]}
-    one, other = (([f"{ends['bos']}:{part}"] if "bos" in ends else []) + [f"${letter}:{part}"] + (
-        [f"{ends['eos']}:{part}"] if "eos" in ends else []) for part, letter in ((0, "A"), (1, "B")))
+    one, other = (
+        ([f"{ends['bos']}:{part}"] if "bos" in ends else [])
+        + [f"${letter}:{part}"]
+        + ([f"{ends['eos']}:{part}"] if "eos" in ends else [])
+        for part, letter in ((0, "A"), (1, "B"))
+    )
     fast.post_processor = processors.TemplateProcessing(
-        single=one, pair=one + other, special_tokens=[(token, fast.token_to_id(token)) for token in sorted(set(ends.values()))])
+        single=one,
+        pair=one + other,
+        special_tokens=[(token, fast.token_to_id(token)) for token in sorted(set(ends.values()))],
+    )

@@ -21,7 +21,9 @@ BLANK = "\u2581"  # sentencepiece writes a blank as this sign
 INSIDE = "\ufdd0"  # a sign that Unicode keeps free for a program's own use
 
 
-def rebuild(said: SentencePieceFile, data: bytes, blank_before: str = "always") -> "Tokenizer | str":
+def rebuild(
+    said: SentencePieceFile, data: bytes, blank_before: str = "always"
+) -> "Tokenizer | str":
     """Return a fast tokenizer with the vocabulary and the rules of a sentencepiece file, without special tokens; or why there is none.
 
     Args:
@@ -33,7 +35,12 @@ def rebuild(said: SentencePieceFile, data: bytes, blank_before: str = "always") 
 
     if said.algorithm not in (BPE, UNIGRAM, CHAR):
         return "it is neither of BPE nor of unigram nor of single characters"
-    if said.suffix_blank or not said.escapes_blanks or said.changes_decoded or any(piece.kind == UNUSED for piece in said.pieces):
+    if (
+        said.suffix_blank
+        or not said.escapes_blanks
+        or said.changes_decoded
+        or any(piece.kind == UNUSED for piece in said.pieces)
+    ):
         return "it writes blanks behind words or as they are, rewrites what it decodes, or has unused pieces"
     unknown = next((i for i, piece in enumerate(said.pieces) if piece.kind == UNKNOWN), None)
     if unknown is None or len({piece.text for piece in said.pieces}) < len(said.pieces):
@@ -43,8 +50,14 @@ def rebuild(said: SentencePieceFile, data: bytes, blank_before: str = "always") 
     fast.normalizer = _normalizer(said, data, said.adds_blank and not is_first)
     # Metaspace puts no blank before a text that begins with its own sign, which sentencepiece does. So the first
     # step's sign is a blank, with which no text begins here; the second makes it U+2581, and puts none behind tokens.
-    steps = [pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False),
-             pre_tokenizers.Metaspace(BLANK, prepend_scheme="never", split=False)] if is_first else []
+    steps = (
+        [
+            pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False),
+            pre_tokenizers.Metaspace(BLANK, prepend_scheme="never", split=False),
+        ]
+        if is_first
+        else []
+    )
     if said.algorithm != UNIGRAM and (symbols := user_symbols(said)):
         steps.append(pre_tokenizers.Split(Regex("|".join(map(_literal, symbols))), "isolated"))
     if steps:
@@ -55,7 +68,9 @@ def rebuild(said: SentencePieceFile, data: bytes, blank_before: str = "always") 
 
 def user_symbols(said: SentencePieceFile) -> list[str]:
     """Return the symbols that the user defined, longest first, as sentencepiece looks for them."""
-    return sorted((piece.text for piece in said.pieces if piece.kind == USER_DEFINED), key=len, reverse=True)
+    return sorted(
+        (piece.text for piece in said.pieces if piece.kind == USER_DEFINED), key=len, reverse=True
+    )
 
 
 def derive_merges(said: SentencePieceFile) -> list[tuple[str, str]]:
@@ -75,19 +90,30 @@ def _model(said: SentencePieceFile, unknown: int) -> Any:
 
     if said.algorithm != UNIGRAM:
         # A symbol of the user's has no merges: it is cut out first and then found whole.
-        return models.BPE({piece.text: i for i, piece in enumerate(said.pieces)}, derive_merges(said) if said.algorithm == BPE else [],
-                          unk_token=said.pieces[unknown].text, fuse_unk=True, byte_fallback=said.byte_fallback,
-                          ignore_merges=bool(user_symbols(said)))
+        return models.BPE(
+            {piece.text: i for i, piece in enumerate(said.pieces)},
+            derive_merges(said) if said.algorithm == BPE else [],
+            unk_token=said.pieces[unknown].text,
+            fuse_unk=True,
+            byte_fallback=said.byte_fallback,
+            ignore_merges=bool(user_symbols(said)),
+        )
     normal = [piece.score for piece in said.pieces if piece.kind == NORMAL] or [0.0]
     scores = []
     for piece in said.pieces:
         if piece.kind == NORMAL:
             scores.append(piece.score)
         elif piece.kind == USER_DEFINED:
-            scores.append(len(piece.text.encode()) * max(0.0, *normal) - 0.1)  # what sentencepiece takes; its largest starts at 0
+            scores.append(
+                len(piece.text.encode()) * max(0.0, *normal) - 0.1
+            )  # what sentencepiece takes; its largest starts at 0
         else:  # the library would find the names of bytes and control pieces in a text; no path of pieces is as bad as this
             scores.append(100 * min(normal) - 100)
-    return models.Unigram([(piece.text, score) for piece, score in zip(said.pieces, scores, strict=True)], unknown, said.byte_fallback)
+    return models.Unigram(
+        [(piece.text, score) for piece, score in zip(said.pieces, scores, strict=True)],
+        unknown,
+        said.byte_fallback,
+    )
 
 
 def _normalizer(said: SentencePieceFile, data: bytes, adds_blank: bool) -> Any:
@@ -96,7 +122,12 @@ def _normalizer(said: SentencePieceFile, data: bytes, adds_blank: bool) -> Any:
 
     steps = []
     if said.charsmap:
-        own = SentencePieceNormalizer(model_proto=data, add_dummy_prefix=False, escape_whitespaces=False, remove_extra_whitespaces=False)
+        own = SentencePieceNormalizer(
+            model_proto=data,
+            add_dummy_prefix=False,
+            escape_whitespaces=False,
+            remove_extra_whitespaces=False,
+        )
         steps = charsmap_steps(said.charsmap, own)
     if said.removes_blanks:
         steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -110,8 +141,12 @@ def _normalizer(said: SentencePieceFile, data: bytes, adds_blank: bool) -> Any:
 def _decoder(said: SentencePieceFile, unknown_piece: str) -> Any:
     from tokenizers import Regex, decoders
 
-    steps = [decoders.Replace(Regex(rf"\A{_literal(unknown_piece)}\z"), INSIDE), decoders.Replace(BLANK, " "), decoders.ByteFallback(),
-             decoders.Fuse()]
+    steps = [
+        decoders.Replace(Regex(rf"\A{_literal(unknown_piece)}\z"), INSIDE),
+        decoders.Replace(BLANK, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
     if said.adds_blank or said.removes_blanks:
         steps.append(decoders.Strip(" ", 1 << 20 if said.removes_blanks else 1, 0))
     return decoders.Sequence([*steps, decoders.Replace(INSIDE, said.unknown_text)])

@@ -8,7 +8,15 @@ from typing import Any
 from megatron_sorted.checkpoint.layout import HUGGING_FACE, TOKENIZER
 from megatron_sorted.conversion.open_model import OpenModel
 from megatron_sorted.reading.json_text import read_settings
-from megatron_sorted.text.prompt_form import CHAT, FILE, PromptForm, check_rows, check_tokens, end_tokens, form_from_bytes
+from megatron_sorted.text.prompt_form import (
+    CHAT,
+    FILE,
+    PromptForm,
+    check_rows,
+    check_tokens,
+    end_tokens,
+    form_from_bytes,
+)
 from megatron_sorted.text.tokenizer.template_files import CONFIG as SETTINGS
 from megatron_sorted.text.tokenizer.template_files import LEGACY_TEMPLATE, MORE_TEMPLATES, TEMPLATE
 
@@ -38,10 +46,16 @@ def trained_ends(model: OpenModel, form: PromptForm | None) -> tuple[int, ...]:
         DataError: What it came with are no tokens of it.
     """
     rows = model.settings.vocab_size
-    path = model.files.get(f"{HUGGING_FACE}/{GENERATION}", model.files.get(f"{TOKENIZER}/{GENERATION}"))
+    path = model.files.get(
+        f"{HUGGING_FACE}/{GENERATION}", model.files.get(f"{TOKENIZER}/{GENERATION}")
+    )
     said = read_settings(path) if path is not None else {}
-    found = [*end_tokens(said.get("eos_token_id"), f"{path}", rows),
-             *end_tokens((model.config or {}).get("eos_token_id"), f"{model.directory}: config.json", rows)]
+    found = [
+        *end_tokens(said.get("eos_token_id"), f"{path}", rows),
+        *end_tokens(
+            (model.config or {}).get("eos_token_id"), f"{model.directory}: config.json", rows
+        ),
+    ]
     return tuple(dict.fromkeys([*found, *(form.end_ids if form else ())]))
 
 
@@ -59,9 +73,14 @@ def write_form(directory: Path, form: PromptForm) -> list[str]:
     """
     (directory / FILE).write_text(form.as_json(), encoding="utf-8")
     if not form.is_conversation or (
-            form.name == CHAT and _own_template(directory) == form.template):
+        form.name == CHAT and _own_template(directory) == form.template
+    ):
         return []
-    others = [*(directory / MORE_TEMPLATES).glob("*.jinja"), directory / LEGACY_TEMPLATE, directory / TEMPLATE]
+    others = [
+        *(directory / MORE_TEMPLATES).glob("*.jinja"),
+        directory / LEGACY_TEMPLATE,
+        directory / TEMPLATE,
+    ]
     replaces = any(path.is_file() for path in others)
     for path in others:
         path.unlink(missing_ok=True)
@@ -71,8 +90,11 @@ def write_form(directory: Path, form: PromptForm) -> list[str]:
         replaces = True
         _write_object(directory / SETTINGS, settings)
     (directory / TEMPLATE).write_text(form.template, encoding="utf-8")
-    instead = (" in place of the tokenizer's own, which was not trained"
-               if replaces and form.name != CHAT else "")
+    instead = (
+        " in place of the tokenizer's own, which was not trained"
+        if replaces and form.name != CHAT
+        else ""
+    )
     return [f"{TEMPLATE}: the {form.label} form, as trained{instead}"]
 
 
@@ -85,15 +107,20 @@ def _own_template(directory: Path) -> str | None:
     return read_settings(directory / SETTINGS).get("chat_template")
 
 
-def write_generation_config(directory: Path, config: Mapping[str, Any], ends: tuple[int, ...]) -> None:
+def write_generation_config(
+    directory: Path, config: Mapping[str, Any], ends: tuple[int, ...]
+) -> None:
     """Write generation_config.json: what stands there stays, and every token that ends a text is added.
 
     Raises:
         DataError: What stands there is no JSON object.
     """
     path = directory / GENERATION
-    said = read_settings(path) or {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-                                 if config.get(name) is not None}
+    said = read_settings(path) or {
+        name: config[name]
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if config.get(name) is not None
+    }
     if ends:
         said["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
     _write_object(path, said)

@@ -59,14 +59,26 @@ def read_sentencepiece(data: bytes) -> SentencePieceFile:
     if not pieces:
         raise ValueError("no pieces")
     return SentencePieceFile(
-        pieces, trainer.get(3, UNIGRAM), bool(trainer.get(35, 0)), bool(trainer.get(24, 0)),
-        trainer.get(44, " \u2047 ".encode()).decode(), normalizer.get(2, b""), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1)),
-        bool(normalizer.get(5, 1)), bool(denormalizer.get(2, b"")))
+        pieces,
+        trainer.get(3, UNIGRAM),
+        bool(trainer.get(35, 0)),
+        bool(trainer.get(24, 0)),
+        trainer.get(44, " \u2047 ".encode()).decode(),
+        normalizer.get(2, b""),
+        bool(normalizer.get(3, 1)),
+        bool(normalizer.get(4, 1)),
+        bool(normalizer.get(5, 1)),
+        bool(denormalizer.get(2, b"")),
+    )
 
 
 def _piece(content: bytes) -> VocabularyPiece:
     found = dict(_fields(content))
-    return VocabularyPiece(found.get(1, b"").decode(), struct.unpack("<f", found.get(2, bytes(4)))[0], found.get(3, NORMAL))
+    return VocabularyPiece(
+        found.get(1, b"").decode(),
+        struct.unpack("<f", found.get(2, bytes(4)))[0],
+        found.get(3, NORMAL),
+    )
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -78,7 +90,9 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         if form == 0:
             content, position = _varint(data, position)
         elif form in (1, 2, 5):
-            length, position = _varint(data, position) if form == 2 else (8 if form == 1 else 4, position)
+            length, position = (
+                _varint(data, position) if form == 2 else (8 if form == 1 else 4, position)
+            )
             content, position = data[position : position + length], position + length
         else:
             raise ValueError(f"field {number} has form {form}")

@@ -38,12 +38,17 @@ def rotary_frequencies(settings: Settings) -> torch.Tensor:
 
 def _rotate(heads_bnsd: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
     angles_sd = torch.arange(heads_bnsd.size(2), dtype=torch.float32)[:, None] * frequencies
-    cos_sd, sin_sd = torch.cat((angles_sd, angles_sd), -1).cos(), torch.cat((angles_sd, angles_sd), -1).sin()
+    cos_sd, sin_sd = (
+        torch.cat((angles_sd, angles_sd), -1).cos(),
+        torch.cat((angles_sd, angles_sd), -1).sin(),
+    )
     left, right = heads_bnsd.chunk(2, -1)
     return heads_bnsd * cos_sd + torch.cat((-right, left), -1) * sin_sd
 
 
-def nested_exits(settings: Settings, read: Read, tokens_bs: torch.Tensor, depths: Sequence[int]) -> dict[int, ReadExit]:
+def nested_exits(
+    settings: Settings, read: Read, tokens_bs: torch.Tensor, depths: Sequence[int]
+) -> dict[int, ReadExit]:
     """Return {depth: exit} in fp32; a depth that is no exit is read by the last exit's norm and head.
 
     Args:
@@ -61,15 +66,26 @@ def nested_exits(settings: Settings, read: Read, tokens_bs: torch.Tensor, depths
         hidden_bsh = read("embedding.word_embeddings.weight")[tokens_bs].float()
         for layer in range(max(depths)):
             hidden_bsh = _layer(
-                settings, lambda name, layer=layer: read(f"decoder.layers.{layer}.{name}"), hidden_bsh, frequencies, visible)
+                settings,
+                lambda name, layer=layer: read(f"decoder.layers.{layer}.{name}"),
+                hidden_bsh,
+                frequencies,
+                visible,
+            )
             if layer + 1 in depths:
                 read_bsh = _after_parts(settings, read, layer + 1, hidden_bsh, frequencies, visible)
                 exits[layer + 1] = _read_exit(settings, read, layer + 1, read_bsh)
     return exits
 
 
-def _after_parts(settings: Settings, read: Read, depth: int, hidden_bsh: torch.Tensor, frequencies: torch.Tensor,
-                 visible: torch.Tensor) -> torch.Tensor:
+def _after_parts(
+    settings: Settings,
+    read: Read,
+    depth: int,
+    hidden_bsh: torch.Tensor,
+    frequencies: torch.Tensor,
+    visible: torch.Tensor,
+) -> torch.Tensor:
     """Return what an exit's norm reads: the hidden state after the exit's own adapter, then its block or MLP, where it has them."""
     if depth not in exit_depths(settings)[:-1]:
         return hidden_bsh
@@ -77,7 +93,13 @@ def _after_parts(settings: Settings, read: Read, depth: int, hidden_bsh: torch.T
         low_bsr = multiply(hidden_bsh, read(f"exit_adapters.{depth}.down.weight"))
         hidden_bsh = hidden_bsh + multiply(low_bsr, read(f"exit_adapters.{depth}.up.weight"))
     if settings.use_exit_block:
-        hidden_bsh = _layer(settings, lambda name: read(f"exit_blocks.{depth}.{name}"), hidden_bsh, frequencies, visible)
+        hidden_bsh = _layer(
+            settings,
+            lambda name: read(f"exit_blocks.{depth}.{name}"),
+            hidden_bsh,
+            frequencies,
+            visible,
+        )
     if settings.use_exit_mlp:
         hidden_bsh = _mlp(settings, lambda name: read(f"exit_mlps.{depth}.{name}"), hidden_bsh)
     return hidden_bsh
@@ -87,22 +109,35 @@ def _norm(settings: Settings, hidden: torch.Tensor, weight: torch.Tensor) -> tor
     return functional.rms_norm(hidden, hidden.shape[-1:], weight.float(), settings.norm_epsilon)
 
 
-def _layer(settings: Settings, read: Read, hidden_bsh: torch.Tensor, frequencies: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+def _layer(
+    settings: Settings,
+    read: Read,
+    hidden_bsh: torch.Tensor,
+    frequencies: torch.Tensor,
+    visible: torch.Tensor,
+) -> torch.Tensor:
     """Return the hidden state after one layer."""
     b, s, _ = hidden_bsh.shape
     groups, d = num_query_groups(settings), kv_channels(settings)
     queries = settings.num_attention_heads // groups
     normed = _norm(settings, hidden_bsh, read("self_attention.linear_qkv.layer_norm_weight"))
     bias = read("self_attention.linear_qkv.bias") if settings.add_qkv_bias else None
-    fused = multiply(normed, read("self_attention.linear_qkv.weight"), bias).view(b, s, groups, queries + 2, d)
+    fused = multiply(normed, read("self_attention.linear_qkv.weight"), bias).view(
+        b, s, groups, queries + 2, d
+    )
     query_bnsd = fused[..., :queries, :].reshape(b, s, -1, d).transpose(1, 2)
-    key_bgsd, value_bgsd = fused[..., queries, :].transpose(1, 2), fused[..., queries + 1, :].transpose(1, 2)
+    key_bgsd, value_bgsd = (
+        fused[..., queries, :].transpose(1, 2),
+        fused[..., queries + 1, :].transpose(1, 2),
+    )
     if settings.qk_layernorm:
         query_bnsd = _norm(settings, query_bnsd, read("self_attention.q_layernorm.weight"))
         key_bgsd = _norm(settings, key_bgsd, read("self_attention.k_layernorm.weight"))
     query_bnsd, key_bgsd = _rotate(query_bnsd, frequencies), _rotate(key_bgsd, frequencies)
     key_bnsd, value_bnsd = (heads.repeat_interleave(queries, 1) for heads in (key_bgsd, value_bgsd))
-    scores = (query_bnsd @ key_bnsd.transpose(-1, -2) / math.sqrt(d)).masked_fill(~visible, float("-inf"))
+    scores = (query_bnsd @ key_bnsd.transpose(-1, -2) / math.sqrt(d)).masked_fill(
+        ~visible, float("-inf")
+    )
     context_bsh = (scores.softmax(-1) @ value_bnsd).transpose(1, 2).reshape(b, s, -1)
     hidden_bsh = hidden_bsh + multiply(context_bsh, read("self_attention.linear_proj.weight"))
     return _mlp(settings, lambda name: read(f"mlp.{name}"), hidden_bsh)
@@ -118,8 +153,18 @@ def _mlp(settings: Settings, read: Read, hidden_bsh: torch.Tensor) -> torch.Tens
 def _read_exit(settings: Settings, read: Read, depth: int, hidden_bsh: torch.Tensor) -> ReadExit:
     """Return one exit, over the real vocabulary."""
     is_own = depth in exit_depths(settings)[:-1]
-    norm = f"exit_norms.{depth}.weight" if is_own and settings.use_exit_norm else "decoder.final_layernorm.weight"
-    head = "output_layer.weight" if settings.untie_embeddings_and_output_weights else "embedding.word_embeddings.weight"
+    norm = (
+        f"exit_norms.{depth}.weight"
+        if is_own and settings.use_exit_norm
+        else "decoder.final_layernorm.weight"
+    )
+    head = (
+        "output_layer.weight"
+        if settings.untie_embeddings_and_output_weights
+        else "embedding.word_embeddings.weight"
+    )
     if is_own and settings.untie_exit_output_weights:
         head = f"exit_output_layers.{depth}.weight"
-    return ReadExit(_norm(settings, hidden_bsh, read(norm)), lambda: read(head)[: settings.vocab_size])
+    return ReadExit(
+        _norm(settings, hidden_bsh, read(norm)), lambda: read(head)[: settings.vocab_size]
+    )

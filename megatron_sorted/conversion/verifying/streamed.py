@@ -8,18 +8,28 @@ from torch.nn import functional
 
 from megatron_sorted.conversion.tensors.source import TensorSource
 
-BLOCK_BYTES = 8 << 20  # stays in the caches between being made and being used; smaller ones would only make threads wait for each other
+BLOCK_BYTES = (
+    8 << 20
+)  # stays in the caches between being made and being used; smaller ones would only make threads wait for each other
 ROWS_AT_LEAST = 128
 
 
-def multiply(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def multiply(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return ``hidden @ weight.T + bias`` in fp32 for a weight [rows, h] of any kind; no fp32 copy of the whole weight is made."""
     if weight.dtype == torch.float32:
         result = functional.linear(hidden, weight)
     else:
         rows = max(ROWS_AT_LEAST, BLOCK_BYTES // (4 * weight.shape[1]))
         block = torch.empty(min(rows, weight.shape[0]), weight.shape[1], dtype=torch.float32)
-        result = torch.cat([functional.linear(hidden, block[: len(part)].copy_(part)) for part in weight.split(rows)], -1)
+        result = torch.cat(
+            [
+                functional.linear(hidden, block[: len(part)].copy_(part))
+                for part in weight.split(rows)
+            ],
+            -1,
+        )
     return result if bias is None else result + bias.float()
 
 

@@ -10,10 +10,17 @@ from importlib.util import find_spec
 import torch
 
 from megatron_sorted.conversion.hugging_face.families import CONFIG
-from megatron_sorted.conversion.hugging_face.transformers_network import compute_rotations, network_of_config
+from megatron_sorted.conversion.hugging_face.transformers_network import (
+    compute_rotations,
+    network_of_config,
+)
 from megatron_sorted.conversion.open_model import OpenModel
 from megatron_sorted.conversion.tensors.table import EMBEDDING, HEAD
-from megatron_sorted.conversion.verifying.streamed import ReadExit, StreamedEmbedding, StreamedLinear
+from megatron_sorted.conversion.verifying.streamed import (
+    ReadExit,
+    StreamedEmbedding,
+    StreamedLinear,
+)
 from megatron_sorted.errors import CheckpointError
 from megatron_sorted.settings.derived import exit_depths
 
@@ -25,8 +32,10 @@ def require_transformers() -> None:
         CheckpointError: It is not.
     """
     if find_spec("transformers") is None:
-        raise CheckpointError("Verifying compares with transformers, which is not installed. pip install transformers, or give "
-                              "--no-verify.")
+        raise CheckpointError(
+            "Verifying compares with transformers, which is not installed. pip install transformers, or give "
+            "--no-verify."
+        )
 
 
 def _build(model: OpenModel) -> torch.nn.Module:
@@ -35,10 +44,16 @@ def _build(model: OpenModel) -> torch.nn.Module:
     network = network_of_config(model.config, str(model.directory / CONFIG), torch.float32, "eager")
     compute_rotations(network, str(model.directory / CONFIG))
     config = network.config
-    return _stream(network, model, lambda name: EMBEDDING if name == "lm_head.weight" and config.tie_word_embeddings else name)
+    return _stream(
+        network,
+        model,
+        lambda name: EMBEDDING if name == "lm_head.weight" and config.tie_word_embeddings else name,
+    )
 
 
-def _stream(network: torch.nn.Module, model: OpenModel, stored: Callable[[str], str]) -> torch.nn.Module:
+def _stream(
+    network: torch.nn.Module, model: OpenModel, stored: Callable[[str], str]
+) -> torch.nn.Module:
     """Return a module of transformers whose matrices are read when they are needed and whose norms are read now.
 
     Args:
@@ -49,7 +64,9 @@ def _stream(network: torch.nn.Module, model: OpenModel, stored: Callable[[str], 
     for name, module in list(network.named_modules()):
         if isinstance(module, torch.nn.Linear):
             bias = stored(f"{name}.bias") if module.bias is not None else None
-            replacement: torch.nn.Module = StreamedLinear(model.source, stored(f"{name}.weight"), bias)
+            replacement: torch.nn.Module = StreamedLinear(
+                model.source, stored(f"{name}.weight"), bias
+            )
         elif isinstance(module, torch.nn.Embedding):
             replacement = StreamedEmbedding(model.source, stored(f"{name}.weight"))
         else:
@@ -59,11 +76,17 @@ def _stream(network: torch.nn.Module, model: OpenModel, stored: Callable[[str], 
     for name, parameter in list(network.named_parameters()):  # norms
         holder, _, attribute = name.rpartition(".")
         assert parameter.dim() == 1, name
-        setattr(network.get_submodule(holder), attribute, torch.nn.Parameter(model.source.read(stored(name)).float(), requires_grad=False))
+        setattr(
+            network.get_submodule(holder),
+            attribute,
+            torch.nn.Parameter(model.source.read(stored(name)).float(), requires_grad=False),
+        )
     return network
 
 
-def _after_parts(model: OpenModel, network: torch.nn.Module, depth: int, hidden_bsh: torch.Tensor, more: dict) -> torch.Tensor:
+def _after_parts(
+    model: OpenModel, network: torch.nn.Module, depth: int, hidden_bsh: torch.Tensor, more: dict
+) -> torch.Tensor:
     """Return what an exit's norm reads: the hidden state after the exit's adapter, then its block or MLP, where it has them.
 
     Args:
@@ -77,7 +100,9 @@ def _after_parts(model: OpenModel, network: torch.nn.Module, depth: int, hidden_
     if depth not in exit_depths(settings)[:-1]:
         return hidden_bsh
     if settings.exit_adapter_rank:
-        down, up = (StreamedLinear(model.source, f"{own}.adapter.{part}.weight") for part in ("down", "up"))
+        down, up = (
+            StreamedLinear(model.source, f"{own}.adapter.{part}.weight") for part in ("down", "up")
+        )
         hidden_bsh = hidden_bsh + up(down(hidden_bsh))
     if settings.use_exit_block:
         with torch.device("meta"):
@@ -99,7 +124,9 @@ def _norm(model: OpenModel, network: torch.nn.Module, stored: str) -> torch.nn.M
     return norm
 
 
-def transformers_exits(model: OpenModel, tokens_bs: torch.Tensor, depths: Sequence[int]) -> dict[int, ReadExit]:
+def transformers_exits(
+    model: OpenModel, tokens_bs: torch.Tensor, depths: Sequence[int]
+) -> dict[int, ReadExit]:
     """Return {depth: exit} as transformers' own classes compute it in fp32.
 
     Raises:
@@ -113,15 +140,22 @@ def transformers_exits(model: OpenModel, tokens_bs: torch.Tensor, depths: Sequen
             def hook(_module, _inputs, more, output):
                 hidden_bsh = output[0] if isinstance(output, tuple) else output
                 states[depth] = _after_parts(model, network, depth, hidden_bsh, more)
+
             return hook
 
-        hooks = [network.model.layers[depth - 1].register_forward_hook(keep(depth), with_kwargs=True) for depth in depths]
+        hooks = [
+            network.model.layers[depth - 1].register_forward_hook(keep(depth), with_kwargs=True)
+            for depth in depths
+        ]
         network.model(tokens_bs, use_cache=False)
         for hook in hooks:
             hook.remove()
         exits = {}
         for depth in depths:
-            norm, head = network.model.norm, EMBEDDING if network.config.tie_word_embeddings else HEAD
+            norm, head = (
+                network.model.norm,
+                EMBEDDING if network.config.tie_word_embeddings else HEAD,
+            )
             is_own = depth in exit_depths(model.settings)[:-1]
             if is_own and model.settings.use_exit_norm:
                 norm = _norm(model, network, f"exits.{depth}.norm.weight")

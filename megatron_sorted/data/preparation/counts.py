@@ -42,7 +42,9 @@ class SetCounts:
         self.documents += len(documents.num_sequences)
         self.tokens += int(documents.lengths.sum())
         first = documents.num_sequences.cumsum() - documents.num_sequences
-        self.trained_tokens += int(documents.lengths[documents.modes == RESPONSE].sum()) - int((documents.modes[first] == RESPONSE).sum())
+        self.trained_tokens += int(documents.lengths[documents.modes == RESPONSE].sum()) - int(
+            (documents.modes[first] == RESPONSE).sum()
+        )
 
 
 @dataclass
@@ -72,19 +74,42 @@ class Summary:
 
     def lines(self) -> list[str]:
         """Return a small table."""
-        rows = [("samples read", f"{self.samples_read:,}"), ("documents", f"{self.train.documents:,}"),
-                ("tokens", f"{self.train.tokens:,}"), ("trained tokens", f"{self.train.trained_tokens:,}")]
+        rows = [
+            ("samples read", f"{self.samples_read:,}"),
+            ("documents", f"{self.train.documents:,}"),
+            ("tokens", f"{self.train.tokens:,}"),
+            ("trained tokens", f"{self.train.trained_tokens:,}"),
+        ]
         if self.valid.documents:
-            rows += [("valid documents", f"{self.valid.documents:,}"), ("valid tokens", f"{self.valid.tokens:,}")]
+            rows += [
+                ("valid documents", f"{self.valid.documents:,}"),
+                ("valid tokens", f"{self.valid.tokens:,}"),
+            ]
         rows.append(("truncated", f"{self.truncated:,}"))
         if self.split:
-            rows.append(("in several documents", f"{self.split:,}  earlier turns are written otherwise once there are later ones"))
-        rows += [(f"skipped: {reason}", f"{count:,}  first at {', '.join(self.skipped.where[reason])}")
-                 for reason, count in sorted(self.skipped.count.items())]
+            rows.append(
+                (
+                    "in several documents",
+                    f"{self.split:,}  earlier turns are written otherwise once there are later ones",
+                )
+            )
+        rows += [
+            (f"skipped: {reason}", f"{count:,}  first at {', '.join(self.skipped.where[reason])}")
+            for reason, count in sorted(self.skipped.count.items())
+        ]
         ends = " ".join(end["text"] for end in self.prompt_form["ends"]) or "nothing"
-        rows.append(("prompt form", f"{self.prompt_form['name']}; answers end with {ends}" if self.prompt_form["name"] != "text"
-                     else f"text; documents end with {ends}"))
+        rows.append(
+            (
+                "prompt form",
+                f"{self.prompt_form['name']}; answers end with {ends}"
+                if self.prompt_form["name"] != "text"
+                else f"text; documents end with {ends}",
+            )
+        )
         name, sha256, vocab_size = (self.tokenizer[key] for key in ("name", "sha256", "vocab_size"))
-        rows += [("tokenizer", f"{name}  sha256 {sha256[:16]}  vocabulary {vocab_size:,}"), ("seconds", f"{self.seconds:.1f}"),
-                 ("samples/s", f"{self.samples_per_second:,.0f}")]
+        rows += [
+            ("tokenizer", f"{name}  sha256 {sha256[:16]}  vocabulary {vocab_size:,}"),
+            ("seconds", f"{self.seconds:.1f}"),
+            ("samples/s", f"{self.samples_per_second:,.0f}"),
+        ]
         return [f"{title:<28} {value}" for title, value in rows]

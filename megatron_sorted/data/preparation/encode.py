@@ -41,7 +41,11 @@ class EncodeOptions:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the summary of prepared data says of them; of the tokenizer it says more."""
-        return {name: value for name, value in asdict(self).items() if not name.startswith("tokenizer") and name != "vocab_size"}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if not name.startswith("tokenizer") and name != "vocab_size"
+        }
 
 
 class _Collector:
@@ -68,7 +72,9 @@ class _Collector:
     def finish(self) -> Documents:
         lengths = np.fromiter(map(len, self.sequences), np.int32, len(self.sequences))
         tokens = np.fromiter(chain.from_iterable(self.sequences), self.dtype, int(lengths.sum()))
-        return Documents(tokens, lengths, np.array(self.modes, np.int8), np.array(self.num_sequences, np.int32))
+        return Documents(
+            tokens, lengths, np.array(self.modes, np.int8), np.array(self.num_sequences, np.int32)
+        )
 
 
 @dataclass
@@ -94,17 +100,28 @@ class Encoder:
 
     def __init__(self, options: EncodeOptions, tokenizer: Tokenizer | None = None):
         self.options = options
-        self.tokenizer = tokenizer or load_tokenizer(options.tokenizer_type, options.tokenizer_model, options.vocab_size)
+        self.tokenizer = tokenizer or load_tokenizer(
+            options.tokenizer_type, options.tokenizer_model, options.vocab_size
+        )
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         if options.append_eod and self.tokenizer.eos_id is None and not self._has_own_ends():
-            raise DataError(f"--append-eod: {self.tokenizer.name} has no end-of-text token. Use --no-append-eod.")
-        self.reader = SampleReader(options.data_format, options.prompt_template, self.tokenizer, options.append_eod,
-                                   options.takes_both)
+            raise DataError(
+                f"--append-eod: {self.tokenizer.name} has no end-of-text token. Use --no-append-eod."
+            )
+        self.reader = SampleReader(
+            options.data_format,
+            options.prompt_template,
+            self.tokenizer,
+            options.append_eod,
+            options.takes_both,
+        )
         self.pieces = PieceEncoder(self.tokenizer, [end.text for end in self.form.ends])
         self.specials = self.tokenizer.special_ids | set(self.form.end_ids)
 
     def _has_own_ends(self) -> bool:
-        label = resolved_label(self.options.prompt_template, self.options.data_format, self.tokenizer)
+        label = resolved_label(
+            self.options.prompt_template, self.options.data_format, self.tokenizer
+        )
         return self.options.data_format != "text" and label.startswith(CHAT)
 
     @property
@@ -140,7 +157,9 @@ class Encoder:
                 self._leave_out(block, counts, number, reason, "")
                 continue
             counts.num_split += len(documents) > 1
-            counts.ends.update(piece.end for pieces in sample.documents for piece in pieces if piece.end)
+            counts.ends.update(
+                piece.end for pieces in sample.documents for piece in pieces if piece.end
+            )
         counts.train, counts.valid = train.finish(), valid.finish()
         return counts
 
@@ -161,13 +180,19 @@ class Encoder:
             except UnicodeEncodeError:
                 yield number, None, "invalid_unicode", ""
 
-    def _leave_out(self, block: Block, counts: Encoded, number: int, reason: str, more: str) -> None:
+    def _leave_out(
+        self, block: Block, counts: Encoded, number: int, reason: str, more: str
+    ) -> None:
         words = f" ({shown(more, 80)})" if more else ""
         if self.options.strict:
-            raise DataError(f"{block.place(number)}: {reason}{words}. Mend the line, or leave --strict out to skip and count such lines.")
+            raise DataError(
+                f"{block.place(number)}: {reason}{words}. Mend the line, or leave --strict out to skip and count such lines."
+            )
         counts.skipped.add(reason, [f"{block.place(number, Path(block.path).name)}{words}"])
 
-    def _ids(self, samples: list[tuple[int, ConversationSample]]) -> Iterator[list[list[TrainedIds]]]:
+    def _ids(
+        self, samples: list[tuple[int, ConversationSample]]
+    ) -> Iterator[list[list[TrainedIds]]]:
         """Yield, for every document of the samples in order, the sequences of what it becomes."""
         documents = [pieces for _, sample in samples for pieces in sample.documents]
         if self.options.data_format != "text":
@@ -194,7 +219,10 @@ class Encoder:
         ends = set(self.form.end_ids)
         for place, (ids, is_response) in enumerate(document):
             if is_response and not self.specials.isdisjoint(ids[:-1]):
-                inside = (set(ids[:-1]) & self.specials) - {self.tokenizer.unk_id, self.tokenizer.bos_id if place == 0 else None}
+                inside = (set(ids[:-1]) & self.specials) - {
+                    self.tokenizer.unk_id,
+                    self.tokenizer.bos_id if place == 0 else None,
+                }
                 if inside & ends or (inside and self.form.name != CHAT):
                     return True
         return False
@@ -202,7 +230,11 @@ class Encoder:
     def _fit(self, document: list[TrainedIds]) -> tuple[bool, str | None]:
         """Cut a document (in place) to what a sample holds; return whether it was cut, and why it is useless if it is."""
         limit, cut = self.options.seq_length, False
-        if limit is not None and self.options.data_format != "text" and sum(len(ids) for ids, _ in document) > limit + 1:
+        if (
+            limit is not None
+            and self.options.data_format != "text"
+            and sum(len(ids) for ids, _ in document) > limit + 1
+        ):
             if self.options.too_long == "skip":
                 return False, "too_long"
             cut, room, place = True, limit + 1, 0

@@ -4,7 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sorted.data.preparation.templates import conversation_of, format_of_row, text_of, turns_of
+from megatron_sorted.data.preparation.templates import (
+    conversation_of,
+    format_of_row,
+    text_of,
+    turns_of,
+)
 from megatron_sorted.errors import DataError
 from megatron_sorted.text.conversation import Conversations, TextSpan, chat_form
 from megatron_sorted.text.prompt_form import ALPACA, CHAT, PLAIN, PromptForm, parse_label
@@ -45,8 +50,14 @@ class SampleReader:
         DataError: The tokenizer has no such template, or answers cannot be found in what it writes.
     """
 
-    def __init__(self, data_format: str, label: str, tokenizer: Tokenizer, append_eod: bool = True,
-                 takes_both: bool = False):
+    def __init__(
+        self,
+        data_format: str,
+        label: str,
+        tokenizer: Tokenizer,
+        append_eod: bool = True,
+        takes_both: bool = False,
+    ):
         self._takes_both = takes_both
         if data_format == "text":
             self._set(text_form(tokenizer, append_eod), data_format)
@@ -54,27 +65,45 @@ class SampleReader:
         name, template = parse_label(resolved_label(label, data_format, tokenizer))
         if name == CHAT:
             if not append_eod:
-                raise DataError("--no-append-eod: the chat template itself writes what ends an answer. Leave the option out, or use "
-                                "--prompt-template plain.")
+                raise DataError(
+                    "--no-append-eod: the chat template itself writes what ends an answer. Leave the option out, or use "
+                    "--prompt-template plain."
+                )
             form, conversations = chat_form(tokenizer, template)
             self._set(form, data_format, conversations)
         else:
-            self._set(written_form(name, tokenizer, name == ALPACA and data_format == "instruction", append_eod), data_format)
+            self._set(
+                written_form(
+                    name, tokenizer, name == ALPACA and data_format == "instruction", append_eod
+                ),
+                data_format,
+            )
 
     @classmethod
     def of_form(cls, form: PromptForm, data_format: str, tokenizer: Tokenizer) -> "SampleReader":
         """Return a reader for a form that came with a model; errors as for a new one."""
         reader = cls.__new__(cls)
         reader._takes_both = False
-        conversations = Conversations(form.template, form.label, tokenizer) if form.name == CHAT and data_format != "text" else None
+        conversations = (
+            Conversations(form.template, form.label, tokenizer)
+            if form.name == CHAT and data_format != "text"
+            else None
+        )
         reader._set(form, data_format, conversations)
         return reader
 
-    def _set(self, form: PromptForm, data_format: str, conversations: Conversations | None = None) -> None:
+    def _set(
+        self, form: PromptForm, data_format: str, conversations: Conversations | None = None
+    ) -> None:
         self.form, self.data_format, self._chat = form, data_format, conversations
         self._opens = form.name == ALPACA and data_format == "instruction"
         self._read: Callable[[Any], ConversationSample] = (
-            self._text if data_format == "text" else self._conversation if conversations is not None else self._written)
+            self._text
+            if data_format == "text"
+            else self._conversation
+            if conversations is not None
+            else self._written
+        )
 
     def read(self, record: Any) -> ConversationSample:
         """Return the documents of a record.
@@ -96,7 +125,9 @@ class SampleReader:
         turns = turns_of(record, self._format_of(record))
         pieces = written_pieces(self.form, turns, self._opens)
         begin, end = self.form.begin, self.form.ends[0].text if self.form.ends else ""
-        texts = [piece.text.removesuffix(end) if piece.is_response else piece.text for piece in pieces]
+        texts = [
+            piece.text.removesuffix(end) if piece.is_response else piece.text for piece in pieces
+        ]
         if begin is not None:
             texts[0] = texts[0].removeprefix(begin.text)
         return ConversationSample([pieces], "\0".join(texts))
@@ -112,5 +143,3 @@ def resolved_label(label: str, data_format: str, tokenizer: Tokenizer) -> str:
     if label != AUTO:
         return label
     return CHAT if data_format == "messages" and tokenizer.chat_templates else PLAIN
-
-

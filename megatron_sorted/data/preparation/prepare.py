@@ -17,7 +17,14 @@ from tqdm import tqdm
 
 from megatron_sorted.data.indexed import IndexedWriter
 from megatron_sorted.data.preparation.counts import Summary
-from megatron_sorted.data.preparation.encode import Encoded, EncodeOptions, Encoder, encode_in_worker, start_worker, usable_pieces
+from megatron_sorted.data.preparation.encode import (
+    Encoded,
+    EncodeOptions,
+    Encoder,
+    encode_in_worker,
+    start_worker,
+    usable_pieces,
+)
 from megatron_sorted.data.preparation.forms import SampleReader
 from megatron_sorted.data.preparation.replacing import publish, remove_partial
 from megatron_sorted.data.preparation.templates import detect_format
@@ -29,7 +36,9 @@ from megatron_sorted.reading.shown import shown
 from megatron_sorted.text.prompt_form import ControlToken, PromptForm
 from megatron_sorted.text.tokenizer.contract import NullTokenizer, Tokenizer
 
-BLOCKS_AHEAD = 4  # per worker: enough to keep all busy, few enough that memory does not grow with the input
+BLOCKS_AHEAD = (
+    4  # per worker: enough to keep all busy, few enough that memory does not grow with the input
+)
 FORMAT_LINES = 1000  # how many lines are looked at to find the format
 
 
@@ -65,27 +74,44 @@ def find_format(paths: tuple[str, ...]) -> str:
                 return found
             fields = fields or (sorted(record) if isinstance(record, dict) else [])
     if not fields:
-        raise DataError(f"--input: {shown(paths[0])} holds no JSON lines. {_of_plain_text(paths[0])}")
-    raise DataError(f"--format auto: no line among the first {FORMAT_LINES} of {shown(paths[0])} has a field 'messages', 'instruction' or "
-                    f"'text' (found: {shown(', '.join(fields))}). Name the fields so, or check the file.")
+        raise DataError(
+            f"--input: {shown(paths[0])} holds no JSON lines. {_of_plain_text(paths[0])}"
+        )
+    raise DataError(
+        f"--format auto: no line among the first {FORMAT_LINES} of {shown(paths[0])} has a field 'messages', 'instruction' or "
+        f"'text' (found: {shown(', '.join(fields))}). Name the fields so, or check the file."
+    )
 
 
 def _of_plain_text(path: str) -> str:
-    return (f"Of a plain text, megatron-sorted split --input {shown(path)} --separator ... --output DIRECTORY makes them: "
-            "DIRECTORY/train.jsonl.")
+    return (
+        f"Of a plain text, megatron-sorted split --input {shown(path)} --separator ... --output DIRECTORY makes them: "
+        "DIRECTORY/train.jsonl."
+    )
 
 
 def _check_outputs(options: PrepareOptions) -> None:
-    names = [f"{name}.{ending}" for name in output_names(options.output_prefix) for ending in ("bin", "idx")]
+    names = [
+        f"{name}.{ending}"
+        for name in output_names(options.output_prefix)
+        for ending in ("bin", "idx")
+    ]
     names.append(f"{options.output_prefix}.json")
     if options.train_tokenizer:
         names.append(f"{options.output_prefix}_tokenizer.model")
     existing = [name for name in names if Path(name).exists()]
     if existing and not options.overwrite:
-        raise DataError(f"--output-prefix: {', '.join(existing)} exist already. Choose another prefix, or give --overwrite.")
-    read = [*options.inputs, *([options.encode.tokenizer_model] if options.encode.tokenizer_model else [])]
+        raise DataError(
+            f"--output-prefix: {', '.join(existing)} exist already. Choose another prefix, or give --overwrite."
+        )
+    read = [
+        *options.inputs,
+        *([options.encode.tokenizer_model] if options.encode.tokenizer_model else []),
+    ]
     if taken := [name for name in existing if any(same_path(name, one) for one in read)]:
-        raise DataError(f"--output-prefix: {taken[0]} is read, and would be replaced by what is written. Choose another prefix.")
+        raise DataError(
+            f"--output-prefix: {taken[0]} is read, and would be replaced by what is written. Choose another prefix."
+        )
 
 
 def _staged_tokenizer(prefix: str) -> Path:
@@ -97,10 +123,20 @@ def _train_tokenizer(options: PrepareOptions, encode: EncodeOptions) -> str:
     """Return the path of a tokenizer trained on the texts of the input; it gets its name with the data that it encoded."""
     path = str(_staged_tokenizer(options.output_prefix))
 
-    reader = SampleReader(encode.data_format, encode.prompt_template, NullTokenizer(1), append_eod=False, takes_both=encode.takes_both)
+    reader = SampleReader(
+        encode.data_format,
+        encode.prompt_template,
+        NullTokenizer(1),
+        append_eod=False,
+        takes_both=encode.takes_both,
+    )
 
     def read_texts() -> Iterator[str]:
-        return (piece.text for block in read_blocks(options.inputs, options.limit) for piece in usable_pieces(block, reader))
+        return (
+            piece.text
+            for block in read_blocks(options.inputs, options.limit)
+            for piece in usable_pieces(block, reader)
+        )
 
     train_sentencepiece(read_texts, path, options.train_tokenizer, num_threads=options.workers)
     return path
@@ -112,7 +148,9 @@ def _encode_all(blocks: Iterator[Block], encode: EncodeOptions, workers: int) ->
         encoder = Encoder(encode)
         yield from map(encoder.encode, blocks)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(encode,))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(encode,)
+    )
     waiting: deque[Future[Encoded]] = deque()
     try:
         for block in blocks:
@@ -122,7 +160,9 @@ def _encode_all(blocks: Iterator[Block], encode: EncodeOptions, workers: int) ->
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise DataError(f"--workers {workers}: a worker process died (out of memory?). Use fewer workers.") from error
+        raise DataError(
+            f"--workers {workers}: a worker process died (out of memory?). Use fewer workers."
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -147,7 +187,9 @@ def prepare(options: PrepareOptions) -> Summary:
     try:
         return _prepare(options, size)
     finally:
-        for name in output_names(options.output_prefix):  # of what failed; what was published has other names
+        for name in output_names(
+            options.output_prefix
+        ):  # of what failed; what was published has other names
             remove_partial(name)
         discard_tree(_staged_tokenizer(options.output_prefix).parent)
 
@@ -157,22 +199,42 @@ def _prepare(options: PrepareOptions, size: int) -> Summary:
     if encode.data_format == "auto":
         encode = replace(encode, data_format=find_format(options.inputs), takes_both=True)
     if options.train_tokenizer:
-        encode = replace(encode, tokenizer_type="SentencePieceTokenizer",
-                         tokenizer_model=_train_tokenizer(options, encode))
-    encoder = Encoder(encode)  # here too, so that a damaged tokenizer stops us before any process starts
+        encode = replace(
+            encode,
+            tokenizer_type="SentencePieceTokenizer",
+            tokenizer_model=_train_tokenizer(options, encode),
+        )
+    encoder = Encoder(
+        encode
+    )  # here too, so that a damaged tokenizer stops us before any process starts
     encode = replace(encode, prompt_template=encoder.form.label)
-    summary = Summary(tokenizer={"type": encode.tokenizer_type, "name": encoder.tokenizer.name, "sha256": encoder.tokenizer.sha256,
-                                 "vocab_size": encoder.tokenizer.vocab_size}, notes=encoder.tokenizer.notes)
+    summary = Summary(
+        tokenizer={
+            "type": encode.tokenizer_type,
+            "name": encoder.tokenizer.name,
+            "sha256": encoder.tokenizer.sha256,
+            "vocab_size": encoder.tokenizer.vocab_size,
+        },
+        notes=encoder.tokenizer.notes,
+    )
     ends: set[str] = set()
     train_name, valid_name = output_names(options.output_prefix)
     with_modes = encode.data_format != "text"
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=size, unit="B", unit_scale=True, disable=None, desc="prepare"))
-        train = stack.enter_context(IndexedWriter(train_name, encoder.dtype, with_modes, publishes=False))
+        bar = stack.enter_context(
+            tqdm(total=size, unit="B", unit_scale=True, disable=None, desc="prepare")
+        )
+        train = stack.enter_context(
+            IndexedWriter(train_name, encoder.dtype, with_modes, publishes=False)
+        )
         valid = None
         if encode.valid_fraction:
-            valid = stack.enter_context(IndexedWriter(valid_name, encoder.dtype, with_modes, publishes=False))
-        for encoded in _encode_all(read_blocks(options.inputs, options.limit, bar.update), encode, options.workers):
+            valid = stack.enter_context(
+                IndexedWriter(valid_name, encoder.dtype, with_modes, publishes=False)
+            )
+        for encoded in _encode_all(
+            read_blocks(options.inputs, options.limit, bar.update), encode, options.workers
+        ):
             summary.samples_read += encoded.num_samples
             summary.truncated += encoded.num_truncated
             summary.split += encoded.num_split
@@ -190,7 +252,11 @@ def _prepare(options: PrepareOptions, size: int) -> Summary:
     if valid is None:
         for ending in ("idx", "bin"):  # of an earlier run that --overwrite replaces
             Path(f"{valid_name}.{ending}").unlink(missing_ok=True)
-    asked = {"inputs": [Path(path).name for path in options.inputs], "workers": options.workers, **encode.as_dict()}
+    asked = {
+        "inputs": [Path(path).name for path in options.inputs],
+        "workers": options.workers,
+        **encode.as_dict(),
+    }
     write_text_atomically(f"{options.output_prefix}.json", summary.as_json(asked))
     return summary
 
@@ -198,7 +264,9 @@ def _prepare(options: PrepareOptions, size: int) -> Summary:
 def with_ends(form: PromptForm, ends: set[str], tokenizer: Tokenizer) -> PromptForm:
     """Return the form with every token that an answer of these data ends with; calls of tools may end otherwise than words."""
     known = {end.text for end in form.ends}
-    more = tuple(ControlToken(text, tokenizer.encode_rendered(text)[0]) for text in sorted(ends - known))
+    more = tuple(
+        ControlToken(text, tokenizer.encode_rendered(text)[0]) for text in sorted(ends - known)
+    )
     return replace(form, ends=form.ends + more)
 
 
@@ -210,17 +278,26 @@ def _publish(options: PrepareOptions, names: list[str]) -> None:
     """
     write_text_atomically(f"{options.output_prefix}.json", json.dumps({"unfinished": True}) + "\n")
     if options.train_tokenizer:
-        os.replace(_staged_tokenizer(options.output_prefix), f"{options.output_prefix}_tokenizer.model")
+        os.replace(
+            _staged_tokenizer(options.output_prefix), f"{options.output_prefix}_tokenizer.model"
+        )
     publish(names)
 
 
 def _check_enough(summary: Summary, encode: EncodeOptions, path: str) -> None:
     if not summary.train.documents:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.count.items()) or "no lines"
+        reasons = (
+            ", ".join(f"{count} {reason}" for reason, count in summary.skipped.count.items())
+            or "no lines"
+        )
         remedy = "Check the file and --format."
         if summary.skipped.count.keys() <= {"not_json"}:
             remedy += f" {_of_plain_text(path)}"
-        raise DataError(f"--input: none of {summary.samples_read} samples can be used ({reasons}). {remedy}")
+        raise DataError(
+            f"--input: none of {summary.samples_read} samples can be used ({reasons}). {remedy}"
+        )
     if encode.valid_fraction and not summary.valid.documents:
-        raise DataError(f"--valid-fraction {encode.valid_fraction}: none of {summary.train.documents} documents fell into it. "
-                        "Raise it, or give more data.")
+        raise DataError(
+            f"--valid-fraction {encode.valid_fraction}: none of {summary.train.documents} documents fell into it. "
+            "Raise it, or give more data."
+        )

@@ -39,7 +39,9 @@ def publish(prefixes: Sequence[str]) -> None:
 
 def _name(prefix: str) -> None:
     for ending in ENDINGS:
-        with contextlib.suppress(FileNotFoundError):  # another process that opens the data was first
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # another process that opens the data was first
             os.replace(f"{prefix}.{ending}.complete", f"{prefix}.{ending}")
     sync_directory(Path(prefix).absolute().parent)
 
@@ -55,8 +57,10 @@ def finish_interrupted(prefix: str) -> None:
     try:
         _name(prefix)
     except OSError as error:
-        raise DataError(f"{prefix}.idx.complete: megatron-sorted prepare was ended before this had its name, and it cannot be renamed "
-                        f"here ({error.strerror}). Make the folder writable, or prepare the data again.") from error
+        raise DataError(
+            f"{prefix}.idx.complete: megatron-sorted prepare was ended before this had its name, and it cannot be renamed "
+            f"here ({error.strerror}). Make the folder writable, or prepare the data again."
+        ) from error
 
 
 def remove_leftovers(prefix: str) -> None:

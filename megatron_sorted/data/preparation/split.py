@@ -12,8 +12,12 @@ from megatron_sorted.reading.shown import shown
 from megatron_sorted.reading.text_file import read_text
 
 
-def divide(samples: Sequence[dict], counts: tuple[int, int], num_tokens: Sequence[int] = (),
-           sizes_of: Callable[[Sequence[dict]], list[int]] | None = None) -> tuple[dict[str, list[dict]], dict[str, int]]:
+def divide(
+    samples: Sequence[dict],
+    counts: tuple[int, int],
+    num_tokens: Sequence[int] = (),
+    sizes_of: Callable[[Sequence[dict]], list[int]] | None = None,
+) -> tuple[dict[str, list[dict]], dict[str, int]]:
     """Return the sets by name, and what there is of them; copies are dropped first, so that no sample stands on two sides.
 
     Args:
@@ -27,15 +31,22 @@ def divide(samples: Sequence[dict], counts: tuple[int, int], num_tokens: Sequenc
     """
     kept = drop_copies(samples)
     sets = split_samples(kept, *counts)
-    facts = {"samples": len(samples), "copies_dropped": len(samples) - len(kept)} | {name: len(some) for name, some in sets.items()}
+    facts = {"samples": len(samples), "copies_dropped": len(samples) - len(kept)} | {
+        name: len(some) for name, some in sets.items()
+    }
     if sizes_of is not None:
         sizes = {name: sizes_of(some) for name, some in sets.items()}
         facts |= {f"{name}_tokens": sum(size) for name, size in sizes.items()}
-        sets |= {f"train_{number}": repeat_to(sets["train"], sizes["train"], number) for number in num_tokens}
+        sets |= {
+            f"train_{number}": repeat_to(sets["train"], sizes["train"], number)
+            for number in num_tokens
+        }
     return sets, facts
 
 
-def write_sets(folder: Path, sets: dict[str, list[dict]], facts: dict[str, int], source: Path) -> None:
+def write_sets(
+    folder: Path, sets: dict[str, list[dict]], facts: dict[str, int], source: Path
+) -> None:
     """Write each set that holds samples as JSON lines, and the facts as split.json.
 
     Raises:
@@ -43,7 +54,9 @@ def write_sets(folder: Path, sets: dict[str, list[dict]], facts: dict[str, int],
     """
     folder.mkdir(parents=True, exist_ok=True)
     if any(same_path(source, folder / f"{name}.jsonl") for name in sets):
-        raise DataError(f"--output: {source} would be replaced by a part of itself. Give another folder.")
+        raise DataError(
+            f"--output: {source} would be replaced by a part of itself. Give another folder."
+        )
     for name, some in sets.items():
         if some:
             lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in some)
@@ -61,7 +74,9 @@ def read_samples(path: Path, separator: str | None) -> list[dict]:
         return [record for _, record in read_records(path)]
     text = read_text(path)
     if not separator:
-        raise DataError(f"{shown(path)}: --separator is missing, so it would be a single text. Say what stands between two texts.")
+        raise DataError(
+            f"{shown(path)}: --separator is missing, so it would be a single text. Say what stands between two texts."
+        )
     return [{"text": piece.strip()} for piece in text.split(separator) if piece.strip()]
 
 
@@ -69,21 +84,37 @@ def drop_copies(samples: Sequence[dict]) -> list[dict]:
     """Return the samples without those that equal an earlier one but for blanks and letter case."""
     seen: dict[str, dict] = {}
     for sample in samples:
-        seen.setdefault(" ".join(json.dumps(sample, sort_keys=True, ensure_ascii=False).replace("\\n", " ").lower().split()), sample)
+        seen.setdefault(
+            " ".join(
+                json.dumps(sample, sort_keys=True, ensure_ascii=False)
+                .replace("\\n", " ")
+                .lower()
+                .split()
+            ),
+            sample,
+        )
     return list(seen.values())
 
 
-def split_samples(samples: Sequence[dict], num_held_out: int, num_tuning: int) -> dict[str, list[dict]]:
+def split_samples(
+    samples: Sequence[dict], num_held_out: int, num_tuning: int
+) -> dict[str, list[dict]]:
     """Return the three sets by name.
 
     Raises:
         DataError: Nothing would be left to train on.
     """
     if len(samples) <= num_held_out + num_tuning:
-        raise DataError(f"--num-held-out, --num-tuning: {num_held_out} + {num_tuning} of {len(samples)} samples leave none to train on. "
-                        "Use less.")
+        raise DataError(
+            f"--num-held-out, --num-tuning: {num_held_out} + {num_tuning} of {len(samples)} samples leave none to train on. "
+            "Use less."
+        )
     cut = num_held_out + num_tuning
-    return {"held_out": list(samples[:num_held_out]), "tuning": list(samples[num_held_out:cut]), "train": list(samples[cut:])}
+    return {
+        "held_out": list(samples[:num_held_out]),
+        "tuning": list(samples[num_held_out:cut]),
+        "train": list(samples[cut:]),
+    }
 
 
 def repeat_to(samples: Sequence[dict], sizes: Sequence[int], num_tokens: int) -> list[dict]:

@@ -8,7 +8,11 @@ from megatron_sorted.reading.json_lines import first_record, promises_json
 from megatron_sorted.reading.json_text import decode_json
 from megatron_sorted.text.written_forms import Turn
 
-FORMATS = ("messages", "instruction", "text")  # each also the name of the field that tells it, looked for in this order
+FORMATS = (
+    "messages",
+    "instruction",
+    "text",
+)  # each also the name of the field that tells it, looked for in this order
 
 
 class BrokenSampleError(ValueError):
@@ -35,7 +39,11 @@ def _text_field(record: dict[str, Any], name: str, default: str | None = None) -
 
 def _instruction(record: dict[str, Any]) -> tuple[str, str, str]:
     """Return instruction, input and response."""
-    instruction, given, response = _text_field(record, "instruction"), _text_field(record, "input", ""), _text_field(record, "output")
+    instruction, given, response = (
+        _text_field(record, "instruction"),
+        _text_field(record, "input", ""),
+        _text_field(record, "output"),
+    )
     if not (instruction.strip() or given.strip()):
         raise BrokenSampleError("empty_instruction")
     if not response.strip():
@@ -56,7 +64,10 @@ def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message without fields that are null; the arguments of tools' calls are as they stand, since a null may be meant there."""
     found = {name: value for name, value in message.items() if value is not None}
     if isinstance(calls := found.get("tool_calls"), list):
-        found["tool_calls"] = [_without_nulls(call) | _function_of(call) if isinstance(call, dict) else call for call in calls]
+        found["tool_calls"] = [
+            _without_nulls(call) | _function_of(call) if isinstance(call, dict) else call
+            for call in calls
+        ]
     return found
 
 
@@ -64,7 +75,13 @@ def _function_of(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function")
     if not isinstance(function, dict):
         return {}
-    return {"function": {name: value for name, value in function.items() if value is not None or name == "arguments"}}
+    return {
+        "function": {
+            name: value
+            for name, value in function.items()
+            if value is not None or name == "arguments"
+        }
+    }
 
 
 def turns_of(record: Any, data_format: str) -> list[Turn]:
@@ -79,7 +96,10 @@ def turns_of(record: Any, data_format: str) -> list[Turn]:
         return [Turn("user", instruction, given), Turn("assistant", response)]
     turns = []
     for message in _messages(record):
-        role, content = _text_field(message, "role"), _text_field(message, "content", "" if message.get("tool_calls") else None)
+        role, content = (
+            _text_field(message, "role"),
+            _text_field(message, "content", "" if message.get("tool_calls") else None),
+        )
         if role not in ("system", "user", "tool", "assistant"):
             raise BrokenSampleError("unknown_role")
         if message.get("tool_calls"):
@@ -102,7 +122,9 @@ def conversation_of(record: Any, data_format: str) -> Conversation:
     if data_format == "instruction":
         instruction, given, response = _instruction(record)
         question = f"{instruction}\n{given}" if given else instruction
-        return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": response}])
+        return Conversation(
+            [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+        )
     messages = _messages(record)
     for message in messages:
         role, content = _text_field(message, "role"), message.get("content")
@@ -113,7 +135,9 @@ def conversation_of(record: Any, data_format: str) -> Conversation:
             raise BrokenSampleError("empty_response")
         if content is None and role != "assistant":
             raise BrokenSampleError("missing_field")
-    messages = [message if "content" in message else {**message, "content": ""} for message in messages]
+    messages = [
+        message if "content" in message else {**message, "content": ""} for message in messages
+    ]
     return Conversation(messages, _listed(record, "tools"), _listed(record, "documents"))
 
 

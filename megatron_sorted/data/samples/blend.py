@@ -30,8 +30,13 @@ class BlendedSamples(SampleSource):
         sources = [part.source for part in parts]
         self.seq_length, self.pad_id = sources[0].seq_length, sources[0].pad_id
         self.packs = any(source.packs for source in sources)
-        self.fill = sum(share * source.fill for share, source in zip(self.shares, sources, strict=True))
-        passes_per_sample = sum(share**2 / source.samples_per_epoch for share, source in zip(self.shares, sources, strict=True))
+        self.fill = sum(
+            share * source.fill for share, source in zip(self.shares, sources, strict=True)
+        )
+        passes_per_sample = sum(
+            share**2 / source.samples_per_epoch
+            for share, source in zip(self.shares, sources, strict=True)
+        )
         self.samples_per_epoch = round(1 / passes_per_sample)
 
     def sample(self, index: int) -> Sample:
@@ -41,15 +46,25 @@ class BlendedSamples(SampleSource):
 
     def epoch_at(self, sample: int) -> float:
         """Return the passes over the sources in the first ``sample`` samples, averaged by their shares."""
-        return sum(share * epoch for share, epoch in zip(self.shares, self.epochs_at(sample).values(), strict=True))
+        return sum(
+            share * epoch
+            for share, epoch in zip(self.shares, self.epochs_at(sample).values(), strict=True)
+        )
 
     def epochs_at(self, sample: int) -> dict[str, float]:
         """Return {prefix: passes over it in the first ``sample`` samples}."""
-        return {part.name: part.source.epoch_at(count) for part, count in zip(self.parts, self._order.counts(sample), strict=True)}
+        return {
+            part.name: part.source.epoch_at(count)
+            for part, count in zip(self.parts, self._order.counts(sample), strict=True)
+        }
 
     def describe(self) -> str:
         """Return a line for the whole and one for each source, with its share of the samples."""
-        lines = [f"blend of {len(self.parts)} sources, {100 * self.fill:.1f} % filled; one pass is about {self.samples_per_epoch} samples"]
-        lines += [f"  {100 * share:.4g} % {part.name} (weight {part.weight:g}): {part.source.describe()}"
-                  for share, part in zip(self.shares, self.parts, strict=True)]
+        lines = [
+            f"blend of {len(self.parts)} sources, {100 * self.fill:.1f} % filled; one pass is about {self.samples_per_epoch} samples"
+        ]
+        lines += [
+            f"  {100 * share:.4g} % {part.name} (weight {part.weight:g}): {part.source.describe()}"
+            for share, part in zip(self.shares, self.parts, strict=True)
+        ]
         return "\n".join(lines)

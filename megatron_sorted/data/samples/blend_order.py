@@ -65,7 +65,10 @@ class BlendOrder:
         waiting = [(counts[i] * total // part, i) for i, part in enumerate(parts)]
         waiting.sort()
         ready: list[tuple[int, int]] = []
-        sources, numbers = np.empty(self._block_size, np.int32), np.empty(self._block_size, np.int64)
+        sources, numbers = (
+            np.empty(self._block_size, np.int32),
+            np.empty(self._block_size, np.int64),
+        )
         for inside in range(self._block_size):
             while waiting and waiting[0][0] <= first + inside:
                 i = heappop(waiting)[1]
@@ -96,11 +99,15 @@ class BlendOrder:
         under_way.sort(key=lambda i: (self._deadline(i, counts[i] + 1), i))
         released = {i: counts[i] * total // self.parts[i] for i in under_way}
         starts = sorted(set(released.values()))
-        minima = np.minimum.reduceat(self._surplus(starts[0], n), [start - starts[0] for start in starts]).tolist()
+        minima = np.minimum.reduceat(
+            self._surplus(starts[0], n), [start - starts[0] for start in starts]
+        ).tolist()
         given_before = None
         for taken in range(len(under_way) + 1):
             late = [sum(released[i] <= start for i in under_way[taken:]) for start in starts]
-            given = min(0, *(least - left_out for least, left_out in zip(minima, late, strict=True)))
+            given = min(
+                0, *(least - left_out for least, left_out in zip(minima, late, strict=True))
+            )
             if given_before is not None:
                 counts[under_way[taken - 1]] += given - given_before
             given_before = given

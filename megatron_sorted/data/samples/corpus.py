@@ -15,14 +15,21 @@ class Corpus:
         self._files: list[Indexed] = [open_indexed(prefix) for prefix in prefixes]
         kinds = {file.modes is not None for file in self._files}
         if len(kinds) > 1:
-            raise DataError(f"--data-path: {', '.join(prefixes)} mix instruction data and plain text, which are packed differently. "
-                            "Give each a weight (WEIGHT PREFIX WEIGHT PREFIX ...): in a blend each is packed by itself.")
+            raise DataError(
+                f"--data-path: {', '.join(prefixes)} mix instruction data and plain text, which are packed differently. "
+                "Give each a weight (WEIGHT PREFIX WEIGHT PREFIX ...): in a blend each is packed by itself."
+            )
         self.prefixes = tuple(prefixes)
         self.has_modes = kinds == {True}
         self._first = [round(share[0] * file.num_documents) for file in self._files]
         last = [round(share[1] * file.num_documents) for file in self._files]
         self._bounds = np.cumsum([0] + [b - a for a, b in zip(self._first, last, strict=True)])
-        self.lengths = np.concatenate([f.document_lengths()[a:b] for f, a, b in zip(self._files, self._first, last, strict=True)])
+        self.lengths = np.concatenate(
+            [
+                f.document_lengths()[a:b]
+                for f, a, b in zip(self._files, self._first, last, strict=True)
+            ]
+        )
 
     @property
     def num_documents(self) -> int:
@@ -49,9 +56,13 @@ class Corpus:
         Raises:
             DataError: None is; the model would learn nothing from these data.
         """
-        if self.has_modes and not any(self.trained(number)[1:].any() for number in range(self.num_documents)):
-            raise DataError(f"{', '.join(self.prefixes)}: none of the {self.num_documents} documents in this share has a token that is "
-                            "trained on (their responses are empty). Check the file they were prepared from.")
+        if self.has_modes and not any(
+            self.trained(number)[1:].any() for number in range(self.num_documents)
+        ):
+            raise DataError(
+                f"{', '.join(self.prefixes)}: none of the {self.num_documents} documents in this share has a token that is "
+                "trained on (their responses are empty). Check the file they were prepared from."
+            )
 
     def name_of(self, number: int) -> str:
         """Return where a document stands, for messages."""

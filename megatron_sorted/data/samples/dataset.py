@@ -45,27 +45,41 @@ class InstructionSamples(SampleSource):
     packs = True
 
     def __init__(self, corpus: Corpus, seq_length: int, vocab_size: int, pad_id: int, seed: int):
-        self.corpus, self.seq_length, self.vocab_size, self.pad_id, self.seed = corpus, seq_length, vocab_size, pad_id, seed
+        self.corpus, self.seq_length, self.vocab_size, self.pad_id, self.seed = (
+            corpus,
+            seq_length,
+            vocab_size,
+            pad_id,
+            seed,
+        )
         self._numbers = np.flatnonzero(corpus.lengths >= 2)
         self._positions = corpus.lengths[self._numbers] - 1
         if not self._numbers.size:
-            raise DataError(f"{', '.join(corpus.prefixes)}: no documents to train on ({corpus.num_documents} in this share). "
-                            "Give more data.")
+            raise DataError(
+                f"{', '.join(corpus.prefixes)}: no documents to train on ({corpus.num_documents} in this share). "
+                "Give more data."
+            )
         too_long = self._numbers[self._positions > seq_length]
         if too_long.size:
-            raise DataError(f"{corpus.name_of(too_long[0])} has {corpus.lengths[too_long[0]]} tokens, but --seq-length {seq_length} "
-                            f"holds at most {seq_length + 1} ({too_long.size} such documents; longest {corpus.lengths.max()}). "
-                            f"Prepare the data with --seq-length {seq_length}, or raise --seq-length.")
+            raise DataError(
+                f"{corpus.name_of(too_long[0])} has {corpus.lengths[too_long[0]]} tokens, but --seq-length {seq_length} "
+                f"holds at most {seq_length + 1} ({too_long.size} such documents; longest {corpus.lengths.max()}). "
+                f"Prepare the data with --seq-length {seq_length}, or raise --seq-length."
+            )
         self._layout = lay_out(self._positions, seq_length)
         self.samples_per_epoch = self._layout.num_windows
         self.fill = float(self._positions.sum() / (self.samples_per_epoch * seq_length))
         # one epoch is kept, not more: samples are asked for in rising order, and an epoch of 10^8 documents takes 1.6 GB
-        self._epoch = lru_cache(maxsize=1)(lambda epoch: assign_epoch(self._layout, self._positions, seed, epoch))
+        self._epoch = lru_cache(maxsize=1)(
+            lambda epoch: assign_epoch(self._layout, self._positions, seed, epoch)
+        )
 
     def describe(self) -> str:
         """Return documents, windows and fill in one line."""
-        return (f"{self._numbers.size} documents in {self.samples_per_epoch} samples of {self.seq_length} positions, "
-                f"{100 * self.fill:.1f} % filled")
+        return (
+            f"{self._numbers.size} documents in {self.samples_per_epoch} samples of {self.seq_length} positions, "
+            f"{100 * self.fill:.1f} % filled"
+        )
 
     def sample(self, index: int) -> Sample:
         """Return one packed window."""
@@ -96,16 +110,33 @@ class MockSamples(SampleSource):
 
     def describe(self) -> str:
         """Return that the data is made up."""
-        return f"made-up tokens, vocabulary {self.vocab_size}, samples of {self.seq_length} positions"
+        return (
+            f"made-up tokens, vocabulary {self.vocab_size}, samples of {self.seq_length} positions"
+        )
 
     def sample(self, index: int) -> Sample:
         """Return one window of random tokens."""
-        text = (random_keys(self.seq_length + 1, self.seed, index) % np.uint64(self.vocab_size)).astype(np.int64)
-        return Sample(text[:-1], text[1:], np.ones(self.seq_length, np.float32), np.zeros(self.seq_length, np.int32), 1)
+        text = (
+            random_keys(self.seq_length + 1, self.seed, index) % np.uint64(self.vocab_size)
+        ).astype(np.int64)
+        return Sample(
+            text[:-1],
+            text[1:],
+            np.ones(self.seq_length, np.float32),
+            np.zeros(self.seq_length, np.int32),
+            1,
+        )
 
 
-def open_samples(corpus: Corpus, seq_length: int, vocab_size: int, pad_id: int, seed: int,
-                 evaluation: bool = False, masks: DocumentMasks | None = None) -> SampleSource:
+def open_samples(
+    corpus: Corpus,
+    seq_length: int,
+    vocab_size: int,
+    pad_id: int,
+    seed: int,
+    evaluation: bool = False,
+    masks: DocumentMasks | None = None,
+) -> SampleSource:
     """Return the source that fits the kind of data: packed instructions where modes are present, else running text.
 
     Args:

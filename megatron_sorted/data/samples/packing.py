@@ -79,7 +79,9 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> PackedWindows:
 
 def _by_length(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
     """Return (length, number of documents), longest first."""
-    return zip(*(part[::-1].tolist() for part in np.unique(lengths, return_counts=True)), strict=True)
+    return zip(
+        *(part[::-1].tolist() for part in np.unique(lengths, return_counts=True)), strict=True
+    )
 
 
 def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> PackedWindows:
@@ -110,7 +112,10 @@ def lower_bound(lengths: np.ndarray, capacity: int) -> int:
     """
     count = np.bincount(lengths, minlength=capacity + 1)
     tokens = count * np.arange(capacity + 1)
-    longer, tokens_from = count[::-1].cumsum()[::-1], tokens[::-1].cumsum()[::-1]  # of at least this length
+    longer, tokens_from = (
+        count[::-1].cumsum()[::-1],
+        tokens[::-1].cumsum()[::-1],
+    )  # of at least this length
     half = capacity // 2 + 1
     k = np.arange(half)
     alone_or_first = longer[half]
@@ -133,7 +138,9 @@ def lay_out(lengths: np.ndarray, capacity: int) -> PackedWindows:
     return first if first.num_windows < best.num_windows else best
 
 
-def assign_epoch(layout: PackedWindows, lengths: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def assign_epoch(
+    layout: PackedWindows, lengths: np.ndarray, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the documents of one epoch in reading order and where each window starts among them.
 
     Shapes:

@@ -32,7 +32,9 @@ class Sample:
 def empty_sample(seq_length: int, pad_id: int) -> Sample:
     """Return a sample that is all padding and counts nowhere."""
     tokens = np.full(seq_length, pad_id, np.int64)
-    return Sample(tokens, tokens.copy(), np.zeros(seq_length, np.float32), np.zeros(seq_length, np.int32), 0)
+    return Sample(
+        tokens, tokens.copy(), np.zeros(seq_length, np.float32), np.zeros(seq_length, np.int32), 0
+    )
 
 
 class SampleSource(ABC):
@@ -75,5 +77,7 @@ def check_ids(text: np.ndarray, vocab_size: int, corpus: Corpus, numbers: Sequen
         tokens = corpus.document(number)
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
             wrong = int(tokens.max() if tokens.max() >= vocab_size else tokens.min())
-            raise DataError(f"{corpus.name_of(number)}: token {wrong} is outside the model's vocabulary of {vocab_size}. "
-                            "Use the tokenizer the data was prepared with, or prepare the data again.")
+            raise DataError(
+                f"{corpus.name_of(number)}: token {wrong} is outside the model's vocabulary of {vocab_size}. "
+                "Use the tokenizer the data was prepared with, or prepare the data again."
+            )

@@ -37,31 +37,72 @@ class TextSamples(SampleSource):
     Training shuffles documents and windows and drops what is left at the end of an epoch; evaluation keeps the file's order and pads.
     """
 
-    def __init__(self, corpus: Corpus, seq_length: int, vocab_size: int, pad_id: int, seed: int,
-                 evaluation: bool = False, masks: DocumentMasks | None = None):
-        self.corpus, self.seq_length, self.vocab_size, self.pad_id, self.seed = corpus, seq_length, vocab_size, pad_id, seed
+    def __init__(
+        self,
+        corpus: Corpus,
+        seq_length: int,
+        vocab_size: int,
+        pad_id: int,
+        seed: int,
+        evaluation: bool = False,
+        masks: DocumentMasks | None = None,
+    ):
+        self.corpus, self.seq_length, self.vocab_size, self.pad_id, self.seed = (
+            corpus,
+            seq_length,
+            vocab_size,
+            pad_id,
+            seed,
+        )
         self.evaluation, self.masks = evaluation, masks or DocumentMasks()
         self.packs = self.masks.reset_attention_mask
         self.num_tokens = int(corpus.lengths.sum())
         whole, rest = divmod(self.num_tokens - 1, seq_length)
         self.samples_per_epoch = whole + (evaluation and rest > 0)
         if self.samples_per_epoch < 1:
-            raise DataError(f"{', '.join(corpus.prefixes)}: {self.num_tokens} tokens in this share are too few for one sample of "
-                            f"--seq-length {seq_length} (it takes {seq_length + 1}). Give more data or lower --seq-length.")
-        self.fill = (self.num_tokens - 1) / (self.samples_per_epoch * seq_length) if evaluation else 1.0
+            raise DataError(
+                f"{', '.join(corpus.prefixes)}: {self.num_tokens} tokens in this share are too few for one sample of "
+                f"--seq-length {seq_length} (it takes {seq_length + 1}). Give more data or lower --seq-length."
+            )
+        self.fill = (
+            (self.num_tokens - 1) / (self.samples_per_epoch * seq_length) if evaluation else 1.0
+        )
         self._epoch = lru_cache(maxsize=1)(self._arrange)
 
     def describe(self) -> str:
         """Return documents, tokens and windows in one line, and how documents share a window."""
         masks = self.masks
-        sharing = "documents of a sample are kept apart" if masks.reset_attention_mask else "documents see those before them"
-        others = [words for words, is_so in (
-            ("positions run through the sample", masks.reset_attention_mask and not masks.reset_position_ids),
-            ("positions start again with each", masks.reset_position_ids and not masks.reset_attention_mask),
-            ("the next one's first token is predicted", masks.reset_attention_mask and not masks.eod_mask_loss),
-            ("the next one's first token is not predicted", masks.eod_mask_loss and not masks.reset_attention_mask)) if is_so]
-        return (f"{self.corpus.num_documents} documents, {self.num_tokens} tokens in {self.samples_per_epoch} samples of "
-                f"{self.seq_length} positions; {', '.join([sharing, *others])}")
+        sharing = (
+            "documents of a sample are kept apart"
+            if masks.reset_attention_mask
+            else "documents see those before them"
+        )
+        others = [
+            words
+            for words, is_so in (
+                (
+                    "positions run through the sample",
+                    masks.reset_attention_mask and not masks.reset_position_ids,
+                ),
+                (
+                    "positions start again with each",
+                    masks.reset_position_ids and not masks.reset_attention_mask,
+                ),
+                (
+                    "the next one's first token is predicted",
+                    masks.reset_attention_mask and not masks.eod_mask_loss,
+                ),
+                (
+                    "the next one's first token is not predicted",
+                    masks.eod_mask_loss and not masks.reset_attention_mask,
+                ),
+            )
+            if is_so
+        ]
+        return (
+            f"{self.corpus.num_documents} documents, {self.num_tokens} tokens in {self.samples_per_epoch} samples of "
+            f"{self.seq_length} positions; {', '.join([sharing, *others])}"
+        )
 
     def _arrange(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if self.evaluation:
@@ -79,15 +120,27 @@ class TextSamples(SampleSource):
         first = int(np.searchsorted(starts, begin, side="right")) - 1
         members = order[first : int(np.searchsorted(starts, end, side="left"))]
         # cut before they are joined: a document may be far longer than a window
-        parts = [self.corpus.document(number)[max(0, begin - at) : end - at]
-                 for number, at in zip(members, starts[first : first + len(members)].tolist(), strict=True)]
+        parts = [
+            self.corpus.document(number)[max(0, begin - at) : end - at]
+            for number, at in zip(
+                members, starts[first : first + len(members)].tolist(), strict=True
+            )
+        ]
         text = np.concatenate(parts).astype(np.int64)
         check_ids(text, self.vocab_size, self.corpus, members)
         sample = empty_sample(self.seq_length, self.pad_id)
         count = len(text) - 1
-        sample.tokens_s[:count], sample.labels_s[:count], sample.loss_mask_s[:count] = text[:-1], text[1:], 1
+        sample.tokens_s[:count], sample.labels_s[:count], sample.loss_mask_s[:count] = (
+            text[:-1],
+            text[1:],
+            1,
+        )
         sample.segments_s[count:] = 1
-        if not (self.masks.reset_attention_mask or self.masks.reset_position_ids or self.masks.eod_mask_loss):
+        if not (
+            self.masks.reset_attention_mask
+            or self.masks.reset_position_ids
+            or self.masks.eod_mask_loss
+        ):
             return replace(sample, num_pieces=1)
         return self._mask(sample, count, self._documents(text, [len(part) for part in parts]))
 

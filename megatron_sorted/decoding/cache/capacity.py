@@ -17,8 +17,14 @@ REMEDY = "Shorten prompts or ask for fewer new tokens or texts at once."
 
 def bytes_needed(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -> int:
     """Return the bytes of keys, values, hidden states and tokens of so many texts of ``capacity`` slots."""
-    blocks = [network.readers[stop].block for stop in set(stops) if stop in network.readers and network.readers[stop].block is not None]
-    keys = sum(2 * layer.num_groups * layer.head_size for layer in [*network.layers[: max(stops)], *blocks])
+    blocks = [
+        network.readers[stop].block
+        for stop in set(stops)
+        if stop in network.readers and network.readers[stop].block is not None
+    ]
+    keys = sum(
+        2 * layer.num_groups * layer.head_size for layer in [*network.layers[: max(stops)], *blocks]
+    )
     states = (len(set(stops)) + len(blocks)) * network.hidden_size
     return num_rows * capacity * ((keys + states) * network.embedding.element_size() + TOKEN_BYTES)
 
@@ -34,10 +40,16 @@ def free_host_bytes(root: Path = Path("/")) -> int | None:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
         found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
         group = root / "sys/fs/cgroup"
-        most, used = (group / "memory.max").read_text(encoding="ascii").strip(), int((group / "memory.current").read_text(encoding="ascii"))
+        most, used = (
+            (group / "memory.max").read_text(encoding="ascii").strip(),
+            int((group / "memory.current").read_text(encoding="ascii")),
+        )
         # files that were read count as used and are dropped when memory is short
-        files = [int(line.split()[1]) for line in (group / "memory.stat").read_text(encoding="ascii").splitlines()
-                 if line.startswith("inactive_file ")]
+        files = [
+            int(line.split()[1])
+            for line in (group / "memory.stat").read_text(encoding="ascii").splitlines()
+            if line.startswith("inactive_file ")
+        ]
         if most != "max":
             found.append(max(0, int(most) - used + sum(files)))
     except (OSError, ValueError, IndexError):
@@ -45,7 +57,9 @@ def free_host_bytes(root: Path = Path("/")) -> int | None:
     return min(found, default=None)
 
 
-def check_cache_memory(network: Network, num_rows: int, capacity: int, stops: Sequence[int], more_bytes: int = 0) -> None:
+def check_cache_memory(
+    network: Network, num_rows: int, capacity: int, stops: Sequence[int], more_bytes: int = 0
+) -> None:
     """Check that the texts fit; a device's own allocator says so by itself.
 
     Args:
@@ -62,8 +76,10 @@ def check_cache_memory(network: Network, num_rows: int, capacity: int, stops: Se
         return
     needed, free = bytes_needed(network, num_rows, capacity, stops) + more_bytes, free_host_bytes()
     if free is not None and needed > free:
-        raise MemoryExhaustedError(f"out of memory: {num_rows} texts of {capacity} tokens need {needed / 1e9:.2f} GB of keys and values, "
-                                   f"{free / 1e9:.2f} GB are free. {REMEDY}")
+        raise MemoryExhaustedError(
+            f"out of memory: {num_rows} texts of {capacity} tokens need {needed / 1e9:.2f} GB of keys and values, "
+            f"{free / 1e9:.2f} GB are free. {REMEDY}"
+        )
 
 
 @contextmanager

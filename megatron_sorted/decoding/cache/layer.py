@@ -51,10 +51,17 @@ class Layer:
         self.first_norm, self.second_norm = module.input_layernorm, module.post_attention_layernorm
         self.qkv = matrices.joined([attention.q_proj, attention.k_proj, attention.v_proj])
         self.gate_up = matrices.joined([mlp.gate_proj, mlp.up_proj])
-        self.out, self.down, self.activation = matrices.of(attention.o_proj), matrices.of(mlp.down_proj), mlp.act_fn
+        self.out, self.down, self.activation = (
+            matrices.of(attention.o_proj),
+            matrices.of(mlp.down_proj),
+            mlp.act_fn,
+        )
         self.qk_weight = None
         if hasattr(attention, "q_norm"):
-            both = [attention.q_norm.weight.expand(self.num_heads, -1), attention.k_norm.weight.expand(self.num_groups, -1)]
+            both = [
+                attention.q_norm.weight.expand(self.num_heads, -1),
+                attention.k_norm.weight.expand(self.num_groups, -1),
+            ]
             self.qk_weight, self.qk_epsilon = torch.cat(both), attention.q_norm.variance_epsilon
 
     def __call__(self, hidden_bnh: Tensor, places: Places, cache: Keys) -> Tensor:
@@ -66,7 +73,9 @@ class Layer:
         if self.qk_weight is not None:
             qk = F.rms_norm(qk, (size,), None, self.qk_epsilon) * self.qk_weight
         # rotate_half(x) is x rolled by half, its first half negated; the sign is in the table
-        qk = torch.addcmul(qk * places.cos_bnd[:, :, None], qk.roll(size // 2, dims=-1), places.sin_bnd[:, :, None])
+        qk = torch.addcmul(
+            qk * places.cos_bnd[:, :, None], qk.roll(size // 2, dims=-1), places.sin_bnd[:, :, None]
+        )
         cache.write(places, qk[:, :, self.num_heads :], qkv[:, :, both:])
         said = places.attend(qk[:, :, : self.num_heads], cache.keys, cache.values, self.window)
         hidden_bnh = hidden_bnh + self.out(said)

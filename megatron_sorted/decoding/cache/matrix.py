@@ -31,9 +31,17 @@ class Matrix:
         """Return the matrix with the first ``rows`` outputs; those that it lacks are -inf whatever comes in."""
         lacking = rows - self.weight.size(0)
         if lacking <= 0:
-            return Matrix(self.weight[:rows], None if self.bias is None else self.bias[:rows], self.packed is not None)
+            return Matrix(
+                self.weight[:rows],
+                None if self.bias is None else self.bias[:rows],
+                self.packed is not None,
+            )
         bias = self.weight.new_zeros(self.weight.size(0)) if self.bias is None else self.bias
-        return Matrix(F.pad(self.weight, (0, 0, 0, lacking)), F.pad(bias, (0, lacking), value=float("-inf")), self.packed is not None)
+        return Matrix(
+            F.pad(self.weight, (0, 0, 0, lacking)),
+            F.pad(bias, (0, lacking), value=float("-inf")),
+            self.packed is not None,
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [..., out] of [..., in]."""
@@ -44,10 +52,20 @@ class Matrix:
 
 def can_pack(weight: Tensor) -> bool:
     """Return whether torch can pack this matrix: numbers oneDNN knows, on a CPU, in a build that has it."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+    if (
+        weight.device.type != "cpu"
+        or not torch.backends.mkldnn.is_available()
+        or not torch.backends.mkldnn.enabled
+    ):
         return False
-    known = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return known and hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    known = weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return (
+        known
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
 
 
 class Matrices:
@@ -58,7 +76,11 @@ class Matrices:
 
     def of(self, module: nn.Linear) -> Matrix:
         """Return the matrix of a linear module."""
-        key = module.weight.data_ptr(), tuple(module.weight.shape), None if module.bias is None else module.bias.data_ptr()
+        key = (
+            module.weight.data_ptr(),
+            tuple(module.weight.shape),
+            None if module.bias is None else module.bias.data_ptr(),
+        )
         if key not in self._made:
             self._made[key] = Matrix(module.weight, module.bias, self.packed)
         return self._made[key]

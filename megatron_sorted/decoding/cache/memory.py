@@ -38,13 +38,24 @@ class LayerSegment:
         filled: By row, how many slots it has read.
     """
 
-    def __init__(self, source: int, layers: Sequence[Layer], adapter, caches: list[Keys], hidden_bch: Tensor):
-        self.source, self.layers, self.adapter, self.caches, self.hidden_bch = source, list(layers), adapter, caches, hidden_bch
+    def __init__(
+        self, source: int, layers: Sequence[Layer], adapter, caches: list[Keys], hidden_bch: Tensor
+    ):
+        self.source, self.layers, self.adapter, self.caches, self.hidden_bch = (
+            source,
+            list(layers),
+            adapter,
+            caches,
+            hidden_bch,
+        )
         self.filled = [0] * hidden_bch.size(0)
 
     def tensors(self) -> list[Tensor]:
         """Return all that it keeps by row."""
-        return [self.hidden_bch, *(tensor for cache in self.caches for tensor in (cache.keys, cache.values))]
+        return [
+            self.hidden_bch,
+            *(tensor for cache in self.caches for tensor in (cache.keys, cache.values)),
+        ]
 
 
 class Memory:
@@ -58,11 +69,25 @@ class Memory:
         passes: Replays those that are told on the device where their tokens stand; None where all are told by the host.
     """
 
-    def __init__(self, network: Network, num_rows: int, capacity: int, stops: Sequence[int], passes: Passes | None = None):
-        self.num_rows, self.capacity, self.stops, self.passes = num_rows, capacity, tuple(sorted(set(stops))), passes
+    def __init__(
+        self,
+        network: Network,
+        num_rows: int,
+        capacity: int,
+        stops: Sequence[int],
+        passes: Passes | None = None,
+    ):
+        self.num_rows, self.capacity, self.stops, self.passes = (
+            num_rows,
+            capacity,
+            tuple(sorted(set(stops))),
+            passes,
+        )
         self.embedding, self.readers = network.embedding, network.readers
         self.tokens_bc = torch.zeros(num_rows, capacity, dtype=torch.long, device=network.device)
-        self.cos_cd, self.sin_cd = rotation_tables(network.rotary, capacity, network.dtype, network.device)
+        self.cos_cd, self.sin_cd = rotation_tables(
+            network.rotary, capacity, network.dtype, network.device
+        )
         self.runs: dict[int, LayerSegment] = {}
         self.blocks: dict[int, LayerSegment] = {}
         low = 0
@@ -73,16 +98,34 @@ class Memory:
                 self.blocks[stop] = self._make_run(stop, [reader.block], reader.adapter)
             low = stop
         if passes is not None:
-            self._starts_b, self._counts_b = (torch.zeros(num_rows, dtype=torch.long, device=network.device) for _ in range(2))
-            self._slots_bn = torch.zeros(num_rows, MOST_WIDTH, dtype=torch.long, device=network.device)
+            self._starts_b, self._counts_b = (
+                torch.zeros(num_rows, dtype=torch.long, device=network.device) for _ in range(2)
+            )
+            self._slots_bn = torch.zeros(
+                num_rows, MOST_WIDTH, dtype=torch.long, device=network.device
+            )
             self._counts: list[int] = []
 
     def _make_run(self, source: int, layers: Sequence[Layer], adapter=None) -> LayerSegment:
         def empty(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=self.embedding.dtype, device=self.device)
 
-        caches = [Keys(*(empty(self.num_rows, layer.num_groups, self.capacity, layer.head_size) for _ in range(2))) for layer in layers]
-        return LayerSegment(source, layers, adapter, caches, empty(self.num_rows, self.capacity, self.embedding.size(1)))
+        caches = [
+            Keys(
+                *(
+                    empty(self.num_rows, layer.num_groups, self.capacity, layer.head_size)
+                    for _ in range(2)
+                )
+            )
+            for layer in layers
+        ]
+        return LayerSegment(
+            source,
+            layers,
+            adapter,
+            caches,
+            empty(self.num_rows, self.capacity, self.embedding.size(1)),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -128,12 +171,21 @@ class Memory:
                         tensor[new] = tensor[old]
         self.num_rows, self.tokens_bc = len(rows), self.tokens_bc[: len(rows)]
         for run in self.all_runs():
-            run.hidden_bch, run.filled = run.hidden_bch[: len(rows)], [run.filled[row] for row in rows]
-            run.caches = [Keys(cache.keys[: len(rows)], cache.values[: len(rows)]) for cache in run.caches]
+            run.hidden_bch, run.filled = (
+                run.hidden_bch[: len(rows)],
+                [run.filled[row] for row in rows],
+            )
+            run.caches = [
+                Keys(cache.keys[: len(rows)], cache.values[: len(rows)]) for cache in run.caches
+            ]
 
     def read(self, run: LayerSegment, at: tuple, places: Places) -> None:
         """Run layers on the tokens of the slots ``at``, which stand at ``places``."""
-        hidden = F.embedding(self.tokens_bc[at], self.embedding) if run.source == 0 else self.runs[run.source].hidden_bch[at]
+        hidden = (
+            F.embedding(self.tokens_bc[at], self.embedding)
+            if run.source == 0
+            else self.runs[run.source].hidden_bch[at]
+        )
         if run.adapter is not None:
             hidden = run.adapter(hidden)
         for layer, cache in zip(run.layers, run.caches, strict=True):
@@ -143,7 +195,9 @@ class Memory:
     def logits(self, depth: int, slots_bn: Tensor) -> Tensor:
         """Return the logits [b, n, v] of the exit at ``depth`` after the tokens at these slots, which it has read."""
         hidden = (self.blocks.get(depth) or self.runs[depth]).hidden_bch
-        return self.readers[depth].logits(hidden.gather(1, slots_bn[:, :, None].expand(-1, -1, hidden.size(2))))
+        return self.readers[depth].logits(
+            hidden.gather(1, slots_bn[:, :, None].expand(-1, -1, hidden.size(2)))
+        )
 
     def slots(self, starts_b: Tensor, counts_b: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Return n slots of each row from its start on, and which of them count; the others are the last slot, which is nobody's."""
@@ -155,7 +209,9 @@ class Memory:
         """Return the rows [b, 1]."""
         return torch.arange(self.num_rows, device=self.device)[:, None]
 
-    def places(self, slots_bn: Tensor, counted_bn: Tensor, span: int, tree: DraftTree | None = None) -> Places:
+    def places(
+        self, slots_bn: Tensor, counted_bn: Tensor, span: int, tree: DraftTree | None = None
+    ) -> Places:
         """Return places of rows that do not stand alike, or in a tree, or whose slots are known to the device only."""
         keys = torch.arange(span, device=self.device)
         seen = keys <= slots_bn[:, :, None]
@@ -166,17 +222,34 @@ class Memory:
             inside, key_inside = (node >= 0) & (node < size), (key_node >= 0) & (key_node < size)
             node, key_node = node.clamp(0, size - 1), key_node.clamp(0, size - 1)
             positions = torch.where(inside, first + tree.levels_bt.gather(1, node) - 1, positions)
-            key_positions = torch.where(key_inside, first + tree.levels_bt.gather(1, key_node) - 1, key_positions)
+            key_positions = torch.where(
+                key_inside, first + tree.levels_bt.gather(1, key_node) - 1, key_positions
+            )
             below = tree.seen_btt.gather(1, node[:, :, None].expand(-1, -1, size))
             below = below.gather(2, key_node[:, None].expand(-1, slots_bn.size(1), -1))
             seen = torch.where(inside[:, :, None] & key_inside[:, None], below, seen)
-        seen = torch.where(counted_bn[:, :, None], seen, keys == 0)  # nobody must see something, or the softmax is of nothing
+        seen = torch.where(
+            counted_bn[:, :, None], seen, keys == 0
+        )  # nobody must see something, or the softmax is of nothing
         positions = positions.clamp(max=self.capacity - 1)
-        return Places(self.cos_cd[positions], self.sin_cd[positions], span, None, self.rows(), slots_bn, positions, key_positions, seen)
+        return Places(
+            self.cos_cd[positions],
+            self.sin_cd[positions],
+            span,
+            None,
+            self.rows(),
+            slots_bn,
+            positions,
+            key_positions,
+            seen,
+        )
 
     def pass_(self, run: LayerSegment, starts: Sequence[int], counts: Sequence[int]) -> None:
         """Run layers on ``counts`` tokens of each row from its start on, told on the device where they stand."""
-        n, end = max(counts), max(start + count for start, count in zip(starts, counts, strict=True))
+        n, end = (
+            max(counts),
+            max(start + count for start, count in zip(starts, counts, strict=True)),
+        )
         span = min(max(LEAST_SPAN, 1 << (end - 1).bit_length()), self.capacity)
         set_numbers(self._starts_b, starts)
         if list(counts) != self._counts:
@@ -229,10 +302,19 @@ def lend(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -
 def take_back(network: Network, memory: Memory) -> None:
     """Keep memory for the next borrower, unless too much is idle; what has been idle longest goes first."""
     network.idle.append(memory)
-    while len(network.idle) > MOST_IDLE or sum(one.num_bytes for one in network.idle) > MOST_IDLE_BYTES:
+    while (
+        len(network.idle) > MOST_IDLE
+        or sum(one.num_bytes for one in network.idle) > MOST_IDLE_BYTES
+    ):
         del network.idle[0]
 
 
 def _make(network: Network, num_rows: int, capacity: int, stops: Sequence[int]) -> Memory:
     with torch.inference_mode(False):  # what is made within may not be written without
-        return Memory(network, num_rows, capacity, stops, Passes(network.make_recorder() if network.make_recorder else None))
+        return Memory(
+            network,
+            num_rows,
+            capacity,
+            stops,
+            Passes(network.make_recorder() if network.make_recorder else None),
+        )

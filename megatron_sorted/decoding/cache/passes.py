@@ -46,8 +46,12 @@ class Passes:
             self._recorded[name] = self._record(work)
         except RuntimeError as error:
             self._record = None
-            warnings.warn(f"passes are not recorded: {error}. Decoding goes on without graphs, slower. Load the network with graphs=False "
-                          "to not try it.", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"passes are not recorded: {error}. Decoding goes on without graphs, slower. Load the network with graphs=False "
+                "to not try it.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return False
         self._done.discard(name)
         return True

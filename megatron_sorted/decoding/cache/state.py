@@ -11,7 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_sorted.decoding.cache.memory import MOST_WIDTH, LayerSegment, Memory, lend, move, take_back
+from megatron_sorted.decoding.cache.memory import (
+    MOST_WIDTH,
+    LayerSegment,
+    Memory,
+    lend,
+    move,
+    take_back,
+)
 from megatron_sorted.decoding.cache.places import Places
 from megatron_sorted.decoding.cache.transfer import numbers, slots_from
 from megatron_sorted.decoding.network import Network
@@ -35,7 +42,9 @@ class State:
 
     def __init__(self, network: Network, num_rows: int, capacity: int, stops: Sequence[int]):
         self.network, self.lengths = network, [0] * num_rows
-        self.capacity = -(-(capacity + 1) // ROUND) * ROUND  # the last slot takes what is written for nobody
+        self.capacity = (
+            -(-(capacity + 1) // ROUND) * ROUND
+        )  # the last slot takes what is written for nobody
         self.tree: DraftTree | None = None
         self._take(self._memory(num_rows, stops))
 
@@ -73,7 +82,9 @@ class State:
         """Forget what comes after the first ``lengths`` tokens of each row."""
         self.lengths = list(lengths)
         for run in self.memory.all_runs():
-            run.filled = [min(filled, length) for filled, length in zip(run.filled, lengths, strict=True)]
+            run.filled = [
+                min(filled, length) for filled, length in zip(run.filled, lengths, strict=True)
+            ]
 
     def read(self, depth: int) -> None:
         """Read every row to ``depth``, one of the stops: each run of layers below it, those tokens that it has not read yet."""
@@ -124,19 +135,36 @@ class State:
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """End the tree: the nodes of each row's path become text, the others are forgotten."""
         longest = max(map(len, paths))
-        padded = [[*path, *range(self.tree.size - longest + len(path), self.tree.size)] for path in paths]
-        self._move(padded, numbers(padded, self.device).view(self.num_rows, longest), [len(path) for path in paths])
+        padded = [
+            [*path, *range(self.tree.size - longest + len(path), self.tree.size)] for path in paths
+        ]
+        self._move(
+            padded,
+            numbers(padded, self.device).view(self.num_rows, longest),
+            [len(path) for path in paths],
+        )
         self.tree = None
 
-    def _move(self, nodes: Sequence[Sequence[int]], nodes_bm: Tensor, counts: Sequence[int]) -> None:
+    def _move(
+        self, nodes: Sequence[Sequence[int]], nodes_bm: Tensor, counts: Sequence[int]
+    ) -> None:
         """Move nodes, told twice, to the first places of the tree; forget what is behind the first ``counts`` of them."""
         first = self.tree.first
-        if any(list(row[:count]) != list(range(count)) for row, count in zip(nodes, counts, strict=True)):
+        if any(
+            list(row[:count]) != list(range(count))
+            for row, count in zip(nodes, counts, strict=True)
+        ):
             starts = numbers(first, self.device)[:, None]
-            move(self.memory, starts + nodes_bm, starts + torch.arange(nodes_bm.size(1), device=self.device))
+            move(
+                self.memory,
+                starts + nodes_bm,
+                starts + torch.arange(nodes_bm.size(1), device=self.device),
+            )
         for run in self.memory.all_runs():
-            run.filled = [min(filled, begin) + sum(begin + node < filled for node in row[:count])
-                          for filled, begin, row, count in zip(run.filled, first, nodes, counts, strict=True)]
+            run.filled = [
+                min(filled, begin) + sum(begin + node < filled for node in row[:count])
+                for filled, begin, row, count in zip(run.filled, first, nodes, counts, strict=True)
+            ]
         self.lengths = [begin + count for begin, count in zip(first, counts, strict=True)]
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -158,15 +186,31 @@ class State:
         """Run these layers on the tokens that they have not read."""
         memory = self.memory
         while any(filled < length for filled, length in zip(run.filled, self.lengths, strict=True)):
-            ends = [min(length, filled + PART) for filled, length in zip(run.filled, self.lengths, strict=True)]
+            ends = [
+                min(length, filled + PART)
+                for filled, length in zip(run.filled, self.lengths, strict=True)
+            ]
             counts = [end - filled for end, filled in zip(ends, run.filled, strict=True)]
             n = max(counts)
-            in_tree = self.tree is not None and any(end > begin for end, begin in zip(ends, self.tree.first, strict=True))
-            if memory.passes is not None and not in_tree and n <= MOST_WIDTH and min(run.filled) > 0:
+            in_tree = self.tree is not None and any(
+                end > begin for end, begin in zip(ends, self.tree.first, strict=True)
+            )
+            if (
+                memory.passes is not None
+                and not in_tree
+                and n <= MOST_WIDTH
+                and min(run.filled) > 0
+            ):
                 memory.pass_(run, run.filled, counts)
             elif len(set(run.filled)) == 1 and len(set(ends)) == 1 and not in_tree:
                 span = slice(run.filled[0], ends[0])
-                memory.read(run, (slice(None), span), Places(memory.cos_cd[None, span], memory.sin_cd[None, span], ends[0], run.filled[0]))
+                memory.read(
+                    run,
+                    (slice(None), span),
+                    Places(
+                        memory.cos_cd[None, span], memory.sin_cd[None, span], ends[0], run.filled[0]
+                    ),
+                )
             else:
                 slots, counted = self._slots(run.filled, counts, n)
                 places = memory.places(slots, counted, max(ends), self.tree)

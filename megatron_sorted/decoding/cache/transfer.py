@@ -24,7 +24,9 @@ def set_numbers(target_b: Tensor, values: Sequence[int]) -> None:
         target_b.copy_(numbers(values, target_b.device))
 
 
-def slots_from(starts: Sequence[int], n: int, device: torch.device, last: Sequence[int] | None = None) -> Tensor:
+def slots_from(
+    starts: Sequence[int], n: int, device: torch.device, last: Sequence[int] | None = None
+) -> Tensor:
     """Return n slots [b, n] of each row from its start on, none behind ``last``; the host does not wait."""
     if len(set(starts)) == 1:
         slots = torch.arange(starts[0], starts[0] + n, device=device).expand(len(starts), n)

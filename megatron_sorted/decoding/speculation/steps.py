@@ -71,11 +71,15 @@ class DecodingBatch:
         if self.seen_bv is not None:
             self.seen_bv = self.seen_bv[numbers(rows, self.seen_bv.device)]
 
-    def choose_last(self, state: State, depth: int, seen_bv: Tensor | None) -> tuple[Tensor, Tensor]:
+    def choose_last(
+        self, state: State, depth: int, seen_bv: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the token [b] that an exit chooses after the last one of each row, and its logits [b, v]."""
         logits_bnv = state.logits(depth, state.last_slots())
         seen = None if seen_bv is None else seen_bv[:, None]
-        return self.sampler.choose(logits_bnv, [[length] for length in state.lengths], seen)[:, 0], logits_bnv[:, 0]
+        return self.sampler.choose(logits_bnv, [[length] for length in state.lengths], seen)[
+            :, 0
+        ], logits_bnv[:, 0]
 
 
 class OneToken:
@@ -88,27 +92,54 @@ class OneToken:
         measure: Of how sure an exit is.
     """
 
-    def __init__(self, batch: DecodingBatch, depths: Sequence[int], thresholds: Sequence[float] = (), measure: str = "probability"):
-        self.batch, self.depths, self.thresholds, self.measure = batch, list(depths), [*thresholds, -1.0], SURENESS[measure]
+    def __init__(
+        self,
+        batch: DecodingBatch,
+        depths: Sequence[int],
+        thresholds: Sequence[float] = (),
+        measure: str = "probability",
+    ):
+        self.batch, self.depths, self.thresholds, self.measure = (
+            batch,
+            list(depths),
+            [*thresholds, -1.0],
+            SURENESS[measure],
+        )
 
     def step(self) -> list[StepOutput]:
         """Return what was added to each text."""
         batch, state = self.batch, self.batch.state
-        tokens, depths = first_sure(batch, state, self.depths, self.thresholds, self.measure, batch.seen_bv)
+        tokens, depths = first_sure(
+            batch, state, self.depths, self.thresholds, self.measure, batch.seen_bv
+        )
         state.append(tokens[:, None])
-        said = [StepOutput([token], [depth]) for token, depth in zip(tokens.tolist(), depths, strict=True)]
+        said = [
+            StepOutput([token], [depth])
+            for token, depth in zip(tokens.tolist(), depths, strict=True)
+        ]
         batch.commit(said)
         return said
 
 
-def first_sure(batch: DecodingBatch, state: State, depths: Sequence[int], thresholds: Sequence[float], measure, seen_bv: Tensor | None,
-               asking: Sequence[bool] | None = None):
+def first_sure(
+    batch: DecodingBatch,
+    state: State,
+    depths: Sequence[int],
+    thresholds: Sequence[float],
+    measure,
+    seen_bv: Tensor | None,
+    asking: Sequence[bool] | None = None,
+):
     """Return the tokens [b] that follow the rows, each by the first exit whose confidence is above its threshold, and those exits.
 
     A row for which none is sure gets the last one's token, and its exit counted as negative. For rows that are not ``asking`` no exit is
     asked that the others do not need; what is returned for them means nothing.
     """
-    chosen, decided, by = None, None, [0 if asks else depths[0] for asks in asking or [True] * state.num_rows]
+    chosen, decided, by = (
+        None,
+        None,
+        [0 if asks else depths[0] for asks in asking or [True] * state.num_rows],
+    )
     for depth, threshold in zip(depths, thresholds, strict=True):
         state.read(depth)
         tokens, logits_bv = batch.choose_last(state, depth, seen_bv)
@@ -119,7 +150,10 @@ def first_sure(batch: DecodingBatch, state: State, depths: Sequence[int], thresh
             sure_b = measure(logits_bv) > threshold
             decided = sure_b if decided is None else decided | sure_b
             sure = sure_b.tolist()
-        by = [exit_ or (depth if is_sure else -depth if is_last else 0) for exit_, is_sure in zip(by, sure, strict=True)]
+        by = [
+            exit_ or (depth if is_sure else -depth if is_last else 0)
+            for exit_, is_sure in zip(by, sure, strict=True)
+        ]
         if all(by):
             break
     return chosen, by
@@ -136,9 +170,19 @@ class Chain:
         measure: Of how sure an exit is.
     """
 
-    def __init__(self, batch: DecodingBatch, depths: Sequence[int], thresholds: Sequence[float] | None, num_draft_tokens: int, measure: str):
+    def __init__(
+        self,
+        batch: DecodingBatch,
+        depths: Sequence[int],
+        thresholds: Sequence[float] | None,
+        num_draft_tokens: int,
+        measure: str,
+    ):
         self.batch, self.depths, self.num_draft_tokens = batch, list(depths), num_draft_tokens
-        self.thresholds, self.measure = [-1.0] if thresholds is None else list(thresholds), SURENESS[measure]
+        self.thresholds, self.measure = (
+            [-1.0] if thresholds is None else list(thresholds),
+            SURENESS[measure],
+        )
 
     def step(self) -> list[StepOutput]:
         """Return what was added to each text."""
@@ -157,7 +201,14 @@ class Chain:
             chosen, drafted, accepted = told[: most + 1], told[most + 1 :], 0
             while accepted < counts[row] and chosen[accepted] == drafted[accepted]:
                 accepted += 1
-            said.append(StepOutput(chosen[: accepted + 1], [*by[row][:accepted], batch.depth], counts[row], accepted))
+            said.append(
+                StepOutput(
+                    chosen[: accepted + 1],
+                    [*by[row][:accepted], batch.depth],
+                    counts[row],
+                    accepted,
+                )
+            )
         ends = [start + one.num_accepted for start, one in zip(starts, said, strict=True)]
         last = numbers([[one.tokens[-1]] for one in said], state.device)
         for one in {id(one): one for one in (state, drafter)}.values():
@@ -172,7 +223,9 @@ class Chain:
         goes_on = [True] * drafter.num_rows
         seen_bv = None if self.batch.seen_bv is None else self.batch.seen_bv.clone()
         for _ in range(self.num_draft_tokens):
-            tokens, exits = first_sure(self.batch, drafter, self.depths, self.thresholds, self.measure, seen_bv, goes_on)
+            tokens, exits = first_sure(
+                self.batch, drafter, self.depths, self.thresholds, self.measure, seen_bv, goes_on
+            )
             drafter.append(tokens[:, None], [int(flag) for flag in goes_on])
             if seen_bv is not None:
                 seen_bv.scatter_(1, tokens[:, None], True)
@@ -184,15 +237,24 @@ class Chain:
                 break
         return by
 
-    def _verify(self, starts: list[int], counts: list[int], most: int, drafted_bn: Tensor) -> Tensor:
+    def _verify(
+        self, starts: list[int], counts: list[int], most: int, drafted_bn: Tensor
+    ) -> Tensor:
         """Return what the full model chooses after each row's text and after each drafted token."""
         batch, state = self.batch, self.batch.state
-        slots = slots_from([start - 1 for start in starts], most + 1, state.device, [length - 1 for length in state.lengths])
+        slots = slots_from(
+            [start - 1 for start in starts],
+            most + 1,
+            state.device,
+            [length - 1 for length in state.lengths],
+        )
         seen = None
         if batch.seen_bv is not None:
             seen = batch.seen_bv[:, None].repeat(1, most + 1, 1)
             for place in range(most):
-                seen[:, place + 1 :].scatter_(2, drafted_bn[:, place, None, None].expand(-1, most - place, 1), True)
+                seen[:, place + 1 :].scatter_(
+                    2, drafted_bn[:, place, None, None].expand(-1, most - place, 1), True
+                )
         positions = [[start + place for place in range(most + 1)] for start in starts]
         return batch.sampler.choose(state.logits(batch.depth, slots), positions, seen)
 

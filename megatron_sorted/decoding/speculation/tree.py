@@ -32,8 +32,12 @@ class DraftTree:
     def of(cls, first: Sequence[int], device: torch.device) -> "DraftTree":
         """Return a tree without nodes behind texts of lengths ``first``."""
         rows = len(first)
-        return cls(list(first), torch.zeros(rows, 0, dtype=torch.long, device=device),
-                   torch.zeros(rows, 0, dtype=torch.long, device=device), torch.zeros(rows, 0, 0, dtype=torch.bool, device=device))
+        return cls(
+            list(first),
+            torch.zeros(rows, 0, dtype=torch.long, device=device),
+            torch.zeros(rows, 0, dtype=torch.long, device=device),
+            torch.zeros(rows, 0, 0, dtype=torch.bool, device=device),
+        )
 
     def grow(self, parents_bk: Tensor) -> None:
         """Add k nodes to every row, whose parents are in the tree."""
@@ -41,7 +45,10 @@ class DraftTree:
         old, device = self.size, parents_bk.device
         follows_text = parents_bk < 0
         place = parents_bk.clamp(min=0)
-        levels, seen = torch.ones_like(parents_bk), torch.zeros(rows, k, old + k, dtype=torch.bool, device=device)
+        levels, seen = (
+            torch.ones_like(parents_bk),
+            torch.zeros(rows, k, old + k, dtype=torch.bool, device=device),
+        )
         if old:
             levels = (self.levels_bt.gather(1, place) + 1).masked_fill(follows_text, 1)
             above = self.seen_btt.gather(1, place[:, :, None].expand(-1, -1, old))
@@ -55,7 +62,9 @@ class DraftTree:
     def select(self, nodes_bm: Tensor) -> None:
         """Keep these nodes of every row, increasing; with a node its parent is kept."""
         size, m = self.size, nodes_bm.size(1)
-        new_name = torch.full((nodes_bm.size(0), size), -1, dtype=torch.long, device=nodes_bm.device)
+        new_name = torch.full(
+            (nodes_bm.size(0), size), -1, dtype=torch.long, device=nodes_bm.device
+        )
         new_name.scatter_(1, nodes_bm, torch.arange(m, device=nodes_bm.device).expand_as(nodes_bm))
         parents = self.parents_bt.gather(1, nodes_bm)
         self.parents_bt = new_name.gather(1, parents.clamp(min=0)).masked_fill(parents < 0, -1)

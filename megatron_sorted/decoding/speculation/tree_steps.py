@@ -20,12 +20,17 @@ class CandidateNodes:
     """
 
     def __init__(self, rows: int, device: torch.device):
-        self.tokens, self.parents, self.nodes = (torch.zeros(rows, 0, dtype=torch.long, device=device) for _ in range(3))
+        self.tokens, self.parents, self.nodes = (
+            torch.zeros(rows, 0, dtype=torch.long, device=device) for _ in range(3)
+        )
         self.values = torch.zeros(rows, 0, device=device)
 
     def add(self, tokens_bk: Tensor, parents_bk: Tensor, values_bk: Tensor) -> None:
         """Add nodes that are not followed yet."""
-        self.tokens, self.parents = torch.cat((self.tokens, tokens_bk), 1), torch.cat((self.parents, parents_bk), 1)
+        self.tokens, self.parents = (
+            torch.cat((self.tokens, tokens_bk), 1),
+            torch.cat((self.parents, parents_bk), 1),
+        )
         self.nodes = torch.cat((self.nodes, torch.full_like(tokens_bk, -1)), 1)
         self.values = torch.cat((self.values, values_bk), 1)
 
@@ -64,13 +69,25 @@ class TreeStep:
             state.plant(nodes_bt, tree)
         state.read(batch.depth)
         slots = slots_from([start - 1 for start in starts], size + 1, state.device)
-        positions = [[start, *(start + level for level in row)] for start, row in zip(starts, levels, strict=True)]
-        chosen = batch.sampler.choose(state.logits(batch.depth, slots), positions, self._seen(nodes_bt, tree.seen_btt, True)).tolist()
+        positions = [
+            [start, *(start + level for level in row)]
+            for start, row in zip(starts, levels, strict=True)
+        ]
+        chosen = batch.sampler.choose(
+            state.logits(batch.depth, slots), positions, self._seen(nodes_bt, tree.seen_btt, True)
+        ).tolist()
         paths = [follow(*row) for row in zip(chosen, nodes, parents, strict=True)]
         said = []
         for row, path in enumerate(paths):
             tokens = [chosen[row][0], *(chosen[row][node + 1] for node in path)]
-            said.append(StepOutput(tokens, [*(by[levels[row][node] - 1] for node in path), batch.depth], size, len(path)))
+            said.append(
+                StepOutput(
+                    tokens,
+                    [*(by[levels[row][node] - 1] for node in path), batch.depth],
+                    size,
+                    len(path),
+                )
+            )
         last = numbers([[one.tokens[-1]] for one in said], state.device)
         for one in {id(one): one for one in (state, drafter)}.values():
             one.accept(paths)
@@ -90,9 +107,17 @@ class TreeStep:
             by.append(depth)
             positions = [[start + level - 1] * logits.size(1) for start in starts]
             seen = self._seen_at(drafter, frontier)
-            shares, tokens = self.batch.sampler.scores(logits, positions, seen).softmax(-1).topk(strategy.candidates, dim=-1)
+            shares, tokens = (
+                self.batch.sampler.scores(logits, positions, seen)
+                .softmax(-1)
+                .topk(strategy.candidates, dim=-1)
+            )
             first = found.tokens.size(1)
-            found.add(tokens.flatten(1), frontier[:, :, None].expand_as(tokens).flatten(1), (values[:, :, None] * shares).flatten(1))
+            found.add(
+                tokens.flatten(1),
+                frontier[:, :, None].expand_as(tokens).flatten(1),
+                (values[:, :, None] * shares).flatten(1),
+            )
             if level == strategy.num_levels:
                 break
             followed = found.best(strategy.num_branches, first)
@@ -120,16 +145,42 @@ class TreeStep:
         """Leave the best nodes in the tree: those that were followed as they are, the others added behind them."""
         best, count = found.best(self.strategy.num_nodes), found.tokens.size(1)
         told = torch.cat((found.nodes, found.tokens, found.parents, best), 1).tolist()
-        nodes, tokens, parents, chosen = ([row[first : first + count] for row in told] for first in range(0, 4 * count, count))
-        kept = [sorted({nodes[row][place] for place in places} - {-1}) for row, places in enumerate(chosen)]
+        nodes, tokens, parents, chosen = (
+            [row[first : first + count] for row in told] for first in range(0, 4 * count, count)
+        )
+        kept = [
+            sorted({nodes[row][place] for place in places} - {-1})
+            for row, places in enumerate(chosen)
+        ]
         most = max(map(len, kept))
         # rows keep equally many: more of those that were followed, which do no harm
-        kept = [sorted([*row, *[node for node in range(drafter.tree.size) if node not in set(row)][: most - len(row)]]) for row in kept]
-        leaves = [[place for place in places if nodes[row][place] < 0] for row, places in enumerate(chosen)]
+        kept = [
+            sorted(
+                [
+                    *row,
+                    *[node for node in range(drafter.tree.size) if node not in set(row)][
+                        : most - len(row)
+                    ],
+                ]
+            )
+            for row in kept
+        ]
+        leaves = [
+            [place for place in places if nodes[row][place] < 0]
+            for row, places in enumerate(chosen)
+        ]
         most = max(map(len, leaves))
         new_name = [{node: index for index, node in enumerate(row)} for row in kept]
-        fill = [[*((tokens[row][place], new_name[row].get(parents[row][place], -1)) for place in places),
-                 *[(tokens[row][0], -1)] * (most - len(places))] for row, places in enumerate(leaves)]
+        fill = [
+            [
+                *(
+                    (tokens[row][place], new_name[row].get(parents[row][place], -1))
+                    for place in places
+                ),
+                *[(tokens[row][0], -1)] * (most - len(places)),
+            ]
+            for row, places in enumerate(leaves)
+        ]
         drafter.keep_nodes(kept)
         if most:
             both = numbers(fill, drafter.device)
@@ -164,7 +215,14 @@ def follow(chosen: list[int], tokens: list[int], parents: list[int]) -> list[int
     """
     path, here = [], -1
     while True:
-        after = next((node for node, parent in enumerate(parents) if parent == here and tokens[node] == chosen[here + 1]), None)
+        after = next(
+            (
+                node
+                for node, parent in enumerate(parents)
+                if parent == here and tokens[node] == chosen[here + 1]
+            ),
+            None,
+        )
         if after is None:
             return path
         path.append(after)

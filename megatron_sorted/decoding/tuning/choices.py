@@ -36,7 +36,11 @@ def write_choices(path: Path, found: dict, key: str | None = None) -> None:
     """
     whole = _read(path)
     drafts = whole.get("drafts", {}) if key is None else {**whole.get("drafts", {}), key: found}
-    whole = {"format": FORMAT, **(found if key is None else whole), **({"drafts": drafts} if drafts else {})}
+    whole = {
+        "format": FORMAT,
+        **(found if key is None else whole),
+        **({"drafts": drafts} if drafts else {}),
+    }
     write_text_atomically(path, json.dumps(whole, indent=2) + "\n")
 
 
@@ -52,7 +56,10 @@ def _read(path: Path) -> dict:
             raise ValueError(f"its format is not {FORMAT}")
         drafts = whole.get("drafts", {})
         parts = [*([whole] if "strategies" in whole or not drafts else []), *drafts.values()]
-        if not all(isinstance(part["strategies"], dict) and part["strategies"].keys() <= STRATEGIES.keys() for part in parts):
+        if not all(
+            isinstance(part["strategies"], dict) and part["strategies"].keys() <= STRATEGIES.keys()
+            for part in parts
+        ):
             raise ValueError("it names unknown ways")
         for part in parts:
             if part.get("best", "full") not in STRATEGIES:
@@ -62,4 +69,6 @@ def _read(path: Path) -> dict:
                     raise ValueError(f"{name} has no {min(unknown)}")
         return whole
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{shown(path)}: not written by megatron-sorted tune ({shown(error)}). Remove it and tune again.") from error
+        raise DataError(
+            f"{shown(path)}: not written by megatron-sorted tune ({shown(error)}). Remove it and tune again."
+        ) from error

@@ -40,14 +40,18 @@ class Costs:
 def _between(widths: Sequence[int], seconds: Sequence[float], width: int) -> float:
     if width <= 0:
         return 0.0
-    for (left, low), (right, high) in zip(zip(widths, seconds, strict=True), zip(widths[1:], seconds[1:], strict=True), strict=False):
+    for (left, low), (right, high) in zip(
+        zip(widths, seconds, strict=True), zip(widths[1:], seconds[1:], strict=True), strict=False
+    ):
         if width <= right:
             return low + (high - low) * max(width - left, 0) / (right - left)
     return seconds[-1] * width / widths[-1]
 
 
 @torch.inference_mode()
-def measure_costs(network: Network, depths: Sequence[int], length: int = 256, widths: Sequence[int] = WIDTHS) -> Costs:
+def measure_costs(
+    network: Network, depths: Sequence[int], length: int = 256, widths: Sequence[int] = WIDTHS
+) -> Costs:
     """Return the median seconds of several passes at a text of ``length`` tokens.
 
     Args:
@@ -56,7 +60,9 @@ def measure_costs(network: Network, depths: Sequence[int], length: int = 256, wi
         length: Of the text before the tokens that are read.
         widths: Tokens read at once.
     """
-    length = max(1, min(length, network.max_positions - max(widths) - 1))  # of a tiny context something is before what is read
+    length = max(
+        1, min(length, network.max_positions - max(widths) - 1)
+    )  # of a tiny context something is before what is read
     state = State(network, 1, length + max(widths) + 1, depths)
     state.append(torch.randint(network.vocab_size, (1, length), device=network.device))
     state.read(depths[-1])
@@ -66,8 +72,10 @@ def measure_costs(network: Network, depths: Sequence[int], length: int = 256, wi
         for _ in range(REPEATS):
             state.append(torch.randint(network.vocab_size, (1, width), device=network.device))
             for depth in depths:
-                for kind, work in (("layers", lambda depth=depth: state.read_layers(depth)),
-                                   ("heads", lambda depth=depth, width=width: _choose(state, depth, width))):
+                for kind, work in (
+                    ("layers", lambda depth=depth: state.read_layers(depth)),
+                    ("heads", lambda depth=depth, width=width: _choose(state, depth, width)),
+                ):
                     began = now(network)
                     work()
                     seen.setdefault((kind, depth), []).append(now(network) - began)
@@ -75,7 +83,11 @@ def measure_costs(network: Network, depths: Sequence[int], length: int = 256, wi
         for depth in depths:
             layers[depth].append(statistics.median(seen["layers", depth]))
             heads[depth].append(statistics.median(seen["heads", depth]))
-    return Costs(tuple(widths), {depth: tuple(row) for depth, row in layers.items()}, {depth: tuple(row) for depth, row in heads.items()})
+    return Costs(
+        tuple(widths),
+        {depth: tuple(row) for depth, row in layers.items()},
+        {depth: tuple(row) for depth, row in heads.items()},
+    )
 
 
 def _choose(state: State, depth: int, width: int) -> list:

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
-from megatron_sorted.decoding.strategies import EarlyExit, Fixed, Full, SelfSpeculative, SortedSpeculative, Strategy
+from megatron_sorted.decoding.strategies import (
+    EarlyExit,
+    Fixed,
+    Full,
+    SelfSpeculative,
+    SortedSpeculative,
+    Strategy,
+)
 from megatron_sorted.decoding.tuning.costs import Costs
 from megatron_sorted.decoding.tuning.traces import Trace
 
@@ -86,7 +93,14 @@ class _Clock:
             reader.drop(count)
 
 
-def forecast(strategy: Strategy, traces: list[Trace], depths: list[int], costs: Costs, full: int, drafting: Costs | None = None) -> Forecast:
+def forecast(
+    strategy: Strategy,
+    traces: list[Trace],
+    depths: list[int],
+    costs: Costs,
+    full: int,
+    drafting: Costs | None = None,
+) -> Forecast:
     """Return what a way would take for the recorded texts, their prompts left out.
 
     After a drafted token that is wrong, the exits are taken to be as sure as they were on the right text.
@@ -115,13 +129,28 @@ def forecast(strategy: Strategy, traces: list[Trace], depths: list[int], costs: 
     return found
 
 
-def _one_token(strategy: Full | Fixed | EarlyExit, trace: Trace, at: int, place: dict[int, int], clock: _Clock, full: int,
-               found: Forecast) -> int:
-    asked = {Full: ((), ())}.get(type(strategy)) or (((strategy.depth,), (-1.0,)) if isinstance(strategy, Fixed) else (strategy.depths, strategy.thresholds))
+def _one_token(
+    strategy: Full | Fixed | EarlyExit,
+    trace: Trace,
+    at: int,
+    place: dict[int, int],
+    clock: _Clock,
+    full: int,
+    found: Forecast,
+) -> int:
+    asked = {Full: ((), ())}.get(type(strategy)) or (
+        ((strategy.depth,), (-1.0,))
+        if isinstance(strategy, Fixed)
+        else (strategy.depths, strategy.thresholds)
+    )
     by = full
     for depth, threshold in zip(*asked, strict=True):
         clock.model.read(depth, 1)
-        sure = 1.0 if isinstance(strategy, Fixed) else trace.sure_dn[strategy.measure][place[depth]][at]
+        sure = (
+            1.0
+            if isinstance(strategy, Fixed)
+            else trace.sure_dn[strategy.measure][place[depth]][at]
+        )
         if sure > threshold:
             by = depth
             break
@@ -133,8 +162,15 @@ def _one_token(strategy: Full | Fixed | EarlyExit, trace: Trace, at: int, place:
     return 1
 
 
-def _chain(strategy: SelfSpeculative | SortedSpeculative, trace: Trace, at: int, place: dict[int, int], clock: _Clock, full: int,
-           found: Forecast) -> int:
+def _chain(
+    strategy: SelfSpeculative | SortedSpeculative,
+    trace: Trace,
+    at: int,
+    place: dict[int, int],
+    clock: _Clock,
+    full: int,
+    found: Forecast,
+) -> int:
     is_sorted, n = isinstance(strategy, SortedSpeculative), len(trace.tokens)
     depths = strategy.depths if is_sorted else (strategy.depth,)
     drafted = right = 0
@@ -143,7 +179,11 @@ def _chain(strategy: SelfSpeculative | SortedSpeculative, trace: Trace, at: int,
         where, by, is_sure = min(at + step, n - 1), depths[-1], not is_sorted
         for depth in depths:
             clock.drafter.read(depth, 1)
-            if is_sorted and trace.sure_dn[strategy.measure][place[depth]][where] > strategy.thresholds[depths.index(depth)]:
+            if (
+                is_sorted
+                and trace.sure_dn[strategy.measure][place[depth]][where]
+                > strategy.thresholds[depths.index(depth)]
+            ):
                 by, is_sure = depth, True
                 break
         drafted += 1

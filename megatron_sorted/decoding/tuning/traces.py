@@ -29,8 +29,14 @@ class Trace:
 
 
 @torch.inference_mode()
-def record(network: Network, prompts: Sequence[Sequence[int]], depths: Sequence[int], sampling: SamplingParameters | None = None,
-           limits: Limits | None = None, drafter: Network | None = None) -> list[Trace]:
+def record(
+    network: Network,
+    prompts: Sequence[Sequence[int]],
+    depths: Sequence[int],
+    sampling: SamplingParameters | None = None,
+    limits: Limits | None = None,
+    drafter: Network | None = None,
+) -> list[Trace]:
     """Return what the exits say of the full model's own texts, each read once more.
 
     Args:

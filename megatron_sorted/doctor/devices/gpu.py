@@ -33,11 +33,15 @@ def read_gpu_host(root: Path) -> GpuHost:
     version = root / "proc/driver/nvidia/version"
     text = version.read_text(errors="replace") if version.is_file() else ""
     found = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", text)
-    files = [path for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    files = [
+        path for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)
+    ]
     return GpuHost(found.group(1) if found else "", len(files))
 
 
-def check_gpus(host: GpuHost, torch: Mapping[str, Any] | None, device: str, environment: Mapping[str, str]) -> list[Finding]:
+def check_gpus(
+    host: GpuHost, torch: Mapping[str, Any] | None, device: str, environment: Mapping[str, str]
+) -> list[Finding]:
     """Return whether torch can use the GPUs of this host.
 
     Args:
@@ -49,52 +53,106 @@ def check_gpus(host: GpuHost, torch: Mapping[str, Any] | None, device: str, envi
     present = bool(host.driver or host.device_files)
     found = []
     if present and not host.device_files:
-        found.append(doubtful("NVIDIA driver", f"{host.driver}, but no /dev/nvidia0",
-                              "Ask the scheduler for GPUs, or start the container with them (docker run --gpus all)."))
+        found.append(
+            doubtful(
+                "NVIDIA driver",
+                f"{host.driver}, but no /dev/nvidia0",
+                "Ask the scheduler for GPUs, or start the container with them (docker run --gpus all).",
+            )
+        )
     elif present:
-        found.append(fine("NVIDIA driver", f"{host.driver or 'version unknown'}, {host.device_files} GPUs"))
+        found.append(
+            fine("NVIDIA driver", f"{host.driver or 'version unknown'}, {host.device_files} GPUs")
+        )
     if torch is None:
         return found
     return found + _check_build(host, torch, device, environment)
 
 
-def _check_build(host: GpuHost, torch: Mapping[str, Any], device: str, environment: Mapping[str, str]) -> list[Finding]:
+def _check_build(
+    host: GpuHost, torch: Mapping[str, Any], device: str, environment: Mapping[str, str]
+) -> list[Finding]:
     build, devices = torch.get("cuda"), torch.get("devices", [])
     if build is None:
         if device == "cuda" or (host.device_files and device == "auto"):
             remedy = "Install a CUDA build of torch (pytorch.org/get-started), or use --device cpu."
-            return [broken("torch on GPU", f"torch {torch['version']} is built without CUDA", remedy)]
+            return [
+                broken("torch on GPU", f"torch {torch['version']} is built without CUDA", remedy)
+            ]
         return []
     oldest = OLDEST_DRIVER.get(numbers_of(build)[0])
     if host.driver and oldest and numbers_of(host.driver)[:2] < oldest:
         needed = ".".join(map(str, oldest))
-        return [broken("torch on GPU", f"driver {host.driver} is too old for CUDA {build}",
-                       f"Update the driver to {needed} or newer, or install torch for an older CUDA.")]
+        return [
+            broken(
+                "torch on GPU",
+                f"driver {host.driver} is too old for CUDA {build}",
+                f"Update the driver to {needed} or newer, or install torch for an older CUDA.",
+            )
+        ]
     if not devices:
         hidden = environment.get("CUDA_VISIBLE_DEVICES")
-        why = f"CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else torch.get("device_error") or "torch sees no GPU"
+        why = (
+            f"CUDA_VISIBLE_DEVICES is {hidden!r}"
+            if hidden is not None
+            else torch.get("device_error") or "torch sees no GPU"
+        )
         if device == "cuda" or (host.device_files and device == "auto" and hidden is None):
-            return [broken("torch on GPU", why, "Mend this, or use --device cpu; nvidia-smi says whether the driver itself works.")]
+            return [
+                broken(
+                    "torch on GPU",
+                    why,
+                    "Mend this, or use --device cpu; nvidia-smi says whether the driver itself works.",
+                )
+            ]
         return [fine("torch on GPU", f"built for CUDA {build}; no GPU to use ({why})")]
     return _check_devices(torch, devices, build, environment)
 
 
-def _check_devices(torch: Mapping[str, Any], devices: list[str], build: str, environment: Mapping[str, str]) -> list[Finding]:
-    shown = f"{len(devices)} x {devices[0]}, CUDA {build}, NCCL {torch.get('nccl_version', 'missing')}"
+def _check_devices(
+    torch: Mapping[str, Any], devices: list[str], build: str, environment: Mapping[str, str]
+) -> list[Finding]:
+    shown = (
+        f"{len(devices)} x {devices[0]}, CUDA {build}, NCCL {torch.get('nccl_version', 'missing')}"
+    )
     architectures = torch.get("architectures", [])
-    unknown = [f"{devices[i]} ({major}.{minor})" for i, (major, minor) in enumerate(torch.get("capabilities", []))
-               if architectures and not _has_code_for(architectures, major, minor)]
+    unknown = [
+        f"{devices[i]} ({major}.{minor})"
+        for i, (major, minor) in enumerate(torch.get("capabilities", []))
+        if architectures and not _has_code_for(architectures, major, minor)
+    ]
     if unknown:
-        return [broken("torch on GPU", f"torch {torch['version']} has no code for {', '.join(unknown)}",
-                       f"Install a build of torch for it; this one has {', '.join(torch['architectures'])}.")]
+        return [
+            broken(
+                "torch on GPU",
+                f"torch {torch['version']} has no code for {', '.join(unknown)}",
+                f"Install a build of torch for it; this one has {', '.join(torch['architectures'])}.",
+            )
+        ]
     if torch.get("device_error"):
-        return [broken("torch on GPU", f"{devices[0]}: {torch['device_error']}",
-                       "nvidia-smi shows who uses it and whether it is in order.")]
+        return [
+            broken(
+                "torch on GPU",
+                f"{devices[0]}: {torch['device_error']}",
+                "nvidia-smi shows who uses it and whether it is in order.",
+            )
+        ]
     if not torch.get("nccl", True):
-        return [broken("torch on GPU", f"{shown}: torch is built without NCCL", "Install torch from pytorch.org, not a build without it.")]
+        return [
+            broken(
+                "torch on GPU",
+                f"{shown}: torch is built without NCCL",
+                "Install torch from pytorch.org, not a build without it.",
+            )
+        ]
     if len(set(devices)) > 1:
-        return [doubtful("torch on GPU", f"different devices: {', '.join(sorted(set(devices)))}",
-                         "The slowest sets the pace; choose equal ones by CUDA_VISIBLE_DEVICES.")]
+        return [
+            doubtful(
+                "torch on GPU",
+                f"different devices: {', '.join(sorted(set(devices)))}",
+                "The slowest sets the pace; choose equal ones by CUDA_VISIBLE_DEVICES.",
+            )
+        ]
     hidden = environment.get("CUDA_VISIBLE_DEVICES")
     return [fine("torch on GPU", shown + (f", CUDA_VISIBLE_DEVICES={hidden}" if hidden else ""))]
 

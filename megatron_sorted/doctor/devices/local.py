@@ -33,7 +33,10 @@ class LocalDevices:
     def names(self) -> dict[str, list[str]]:
         """Return the names of the devices that can be computed on, by kind."""
         said = self.probes.get("torch_npu", Probe()).facts or {}
-        return {"cuda": list((self.torch or {}).get("devices", [])), "npu": list(said.get("devices", []))}
+        return {
+            "cuda": list((self.torch or {}).get("devices", [])),
+            "npu": list(said.get("devices", [])),
+        }
 
     @property
     def present(self) -> bool:
@@ -42,7 +45,11 @@ class LocalDevices:
 
     def chosen(self, wanted: str) -> str:
         """Return the device a run with ``--device wanted`` takes here."""
-        return wanted if wanted != "auto" else next((kind for kind, names in self.names.items() if names), "cpu")
+        return (
+            wanted
+            if wanted != "auto"
+            else next((kind for kind, names in self.names.items() if names), "cpu")
+        )
 
     def count(self, device: str, environment: Mapping[str, str]) -> int:
         """Return how many devices of a kind a process may see; 0 for cpu, which has cores instead."""
@@ -52,9 +59,15 @@ class LocalDevices:
 
     def has_bf16(self, device: str) -> bool:
         """Return whether a kind of device computes in bfloat16 here."""
-        return gpu.knows_bf16(self.torch or {}) if device == "cuda" else ascend.knows_bf16(self.names.get(device, []))
+        return (
+            gpu.knows_bf16(self.torch or {})
+            if device == "cuda"
+            else ascend.knows_bf16(self.names.get(device, []))
+        )
 
-    def checks(self, wanted: str, installed: Mapping[str, str], environment: Mapping[str, str]) -> list[Check]:
+    def checks(
+        self, wanted: str, installed: Mapping[str, str], environment: Mapping[str, str]
+    ) -> list[Check]:
         """Return the checks of devices, their libraries and their variables, by name.
 
         Args:
@@ -62,13 +75,22 @@ class LocalDevices:
             installed: Versions of distributions, by name in small letters.
             environment: The process's environment.
         """
-        npu, has_npu, num_gpus = self.probes.get("torch_npu"), bool(self.npus.device_files), len(self.names["cuda"])
+        npu, has_npu, num_gpus = (
+            self.probes.get("torch_npu"),
+            bool(self.npus.device_files),
+            len(self.names["cuda"]),
+        )
         versions = {**installed, **library_versions(installed)}
         return [
             ("GPU", lambda: gpu.check_gpus(self.gpus, self.torch, wanted, environment)),
             ("NPU", lambda: ascend.check_npus(self.npus, versions, npu, wanted)),
             ("kinds of devices", lambda: ascend.check_both_kinds(self.torch, num_gpus, npu)),
-            ("Transformer Engine", lambda: extras.check_transformer_engine(self.probes.get("transformer_engine"), num_gpus)),
+            (
+                "Transformer Engine",
+                lambda: extras.check_transformer_engine(
+                    self.probes.get("transformer_engine"), num_gpus
+                ),
+            ),
             ("Apex", lambda: extras.check_apex(self.probes.get("apex"), installed)),
             ("variables", lambda: variables.check_variables(environment, has_npu)),
         ]
@@ -77,4 +99,6 @@ class LocalDevices:
 def read_devices(probes: Mapping[str, Probe], environment: Mapping[str, str]) -> LocalDevices:
     """Return the devices of this host, given what became of importing libraries."""
     torch = probes["torch"].facts or probes.get("torch alone", Probe()).facts
-    return LocalDevices(probes, torch, gpu.read_gpu_host(Path("/")), ascend.read_npu_host(Path("/"), environment))
+    return LocalDevices(
+        probes, torch, gpu.read_gpu_host(Path("/")), ascend.read_npu_host(Path("/"), environment)
+    )

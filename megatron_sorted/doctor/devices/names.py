@@ -21,8 +21,17 @@ WITHIN_NODE = ((r"H[12]00.*(HBM|SXM)|H200(?!.*NVL)", 450e9), (r"A100.*SXM", 300e
 
 def library_versions(installed: Mapping[str, str]) -> dict[str, str]:
     """Return the versions of the libraries for devices, of all installed distributions by name in small letters."""
-    names = {"torch_npu": ("torch-npu", "torch_npu"), "transformer_engine": ("transformer-engine", "transformer_engine"), "apex": ("apex",)}
-    return {name: installed[spelt] for name, spellings in names.items() for spelt in spellings if spelt in installed}
+    names = {
+        "torch_npu": ("torch-npu", "torch_npu"),
+        "transformer_engine": ("transformer-engine", "transformer_engine"),
+        "apex": ("apex",),
+    }
+    return {
+        name: installed[spelt]
+        for name, spellings in names.items()
+        for spelt in spellings
+        if spelt in installed
+    }
 
 
 def device_versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Imports libraries and says as JSON what they are: a process of its own, since an import may fail, crash or hang.
 
-    python -m megatron_sorted.doctor.devices.probe torch megatron
+python -m megatron_sorted.doctor.devices.probe torch megatron
 """
 
 import contextlib
@@ -16,8 +16,13 @@ def torch_facts() -> dict[str, Any]:
     """Return what torch was built for and sees."""
     import torch
 
-    facts: dict[str, Any] = {"version": torch.__version__, "file": torch.__file__, "cuda": torch.version.cuda,
-                             "distributed": torch.distributed.is_available(), "devices": []}
+    facts: dict[str, Any] = {
+        "version": torch.__version__,
+        "file": torch.__file__,
+        "cuda": torch.version.cuda,
+        "distributed": torch.distributed.is_available(),
+        "devices": [],
+    }
     if facts["distributed"]:
         facts["gloo"] = torch.distributed.is_gloo_available()
         facts["nccl"] = torch.distributed.is_nccl_available()
@@ -25,7 +30,9 @@ def torch_facts() -> dict[str, Any]:
         facts["nccl_version"] = ".".join(map(str, torch.cuda.nccl.version()))
         facts["architectures"] = torch.cuda.get_arch_list()
         facts.update(_device_facts(torch, torch.cuda, "cuda"))
-        facts["capabilities"] = [list(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())]
+        facts["capabilities"] = [
+            list(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())
+        ]
     elif torch.version.cuda is not None:
         try:
             torch.cuda.init()
@@ -44,7 +51,9 @@ def npu_facts() -> dict[str, Any]:
 
 
 def _device_facts(torch: Any, module: Any, kind: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {"devices": [module.get_device_name(index) for index in range(module.device_count())]}
+    facts: dict[str, Any] = {
+        "devices": [module.get_device_name(index) for index in range(module.device_count())]
+    }
     try:
         total = (torch.ones(8, device=f"{kind}:0") * 3).sum().item()
         if total != 24:
@@ -83,7 +92,10 @@ def apex_facts() -> dict[str, Any]:
 
 
 FACTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "torch": torch_facts, "torch_npu": npu_facts, "megatron": megatron_facts, "transformer_engine": transformer_engine_facts,
+    "torch": torch_facts,
+    "torch_npu": npu_facts,
+    "megatron": megatron_facts,
+    "transformer_engine": transformer_engine_facts,
     "apex": apex_facts,
 }
 

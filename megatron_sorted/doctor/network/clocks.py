@@ -49,12 +49,19 @@ def check_offsets(offsets: Mapping[str, Sequence[float]]) -> list[Finding]:
     """
     if not offsets:
         return []
-    sure = {node: max(0.0, abs(ahead) - uncertainty) for node, (ahead, uncertainty) in offsets.items()}
+    sure = {
+        node: max(0.0, abs(ahead) - uncertainty) for node, (ahead, uncertainty) in offsets.items()
+    }
     last = max(sure, key=sure.get)
     shown = f"{last} {offsets[last][0] * 1000:+.1f} ms (+-{offsets[last][1] * 1000:.1f}) from the first node"
     far = [node for node, seconds in sure.items() if seconds > DOUBTFUL_SECONDS]
     if far:
         verdict = broken if sure[last] > BROKEN_SECONDS else doubtful
-        return [verdict("clocks", f"{shown}; {len(far)} of {len(offsets)} are off: {', '.join(far[:8])}",
-                        "Start chronyd or ntpd on these nodes: logs, file times and certificates go by the clock.")]
+        return [
+            verdict(
+                "clocks",
+                f"{shown}; {len(far)} of {len(offsets)} are off: {', '.join(far[:8])}",
+                "Start chronyd or ntpd on these nodes: logs, file times and certificates go by the clock.",
+            )
+        ]
     return [fine("clocks", f"furthest: {shown}")]

@@ -15,7 +15,14 @@ import torch.distributed as dist
 
 from megatron_sorted.doctor.disks import existing_folder
 from megatron_sorted.doctor.finding import Finding, broken, doubtful, fine, some
-from megatron_sorted.doctor.local import DISK_SECONDS, IMPORT_SECONDS, DoctorOptions, device_of, folder_of, look_around
+from megatron_sorted.doctor.local import (
+    DISK_SECONDS,
+    IMPORT_SECONDS,
+    DoctorOptions,
+    device_of,
+    folder_of,
+    look_around,
+)
 from megatron_sorted.doctor.network.cards import Card, check_alike, make_card, node_names
 from megatron_sorted.doctor.network.meeting import (
     PATIENCE_SECONDS,
@@ -48,19 +55,35 @@ def open_platform(device: str, local_rank: int) -> tuple[Platform | None, str, s
         platform = choose_platform(device)
         platform.select_device(local_rank)
         place = platform.device()
-        return platform, place.type if place.type == "cpu" else torch.get_device_module(place).get_device_name(), ""
+        return (
+            platform,
+            place.type if place.type == "cpu" else torch.get_device_module(place).get_device_name(),
+            "",
+        )
     except (PlatformError, RuntimeError) as error:
         return None, "none", str(error)
 
 
-def check_missing(error: MissingRanksError, world: World, limit_seconds: float, ended: bool) -> Finding:
+def check_missing(
+    error: MissingRanksError, world: World, limit_seconds: float, ended: bool
+) -> Finding:
     """Return which ranks did not come, with the host where their neighbours did; ``ended``: the launcher would not wait longer."""
     hosts = {card.rank // world.local_size: card.host for card in error.cards}
-    words = [f"rank {rank} ({f'on {hosts[node]}' if node in hosts else f'node {node}, from which nobody came'})"
-             for rank in error.missing for node in [rank // world.local_size]]
-    when = "before the launcher ended the job, since a process had ended" if ended else f"within {limit_seconds:.0f} s"
-    return broken("processes", f"{len(error.missing)} of {world.size} did not come {when}: {some(words, 16)}",
-                  "Look at their output and hosts: not started, still importing (--limit-seconds), or MASTER_ADDR not reachable there.")
+    words = [
+        f"rank {rank} ({f'on {hosts[node]}' if node in hosts else f'node {node}, from which nobody came'})"
+        for rank in error.missing
+        for node in [rank // world.local_size]
+    ]
+    when = (
+        "before the launcher ended the job, since a process had ended"
+        if ended
+        else f"within {limit_seconds:.0f} s"
+    )
+    return broken(
+        "processes",
+        f"{len(error.missing)} of {world.size} did not come {when}: {some(words, 16)}",
+        "Look at their output and hosts: not started, still importing (--limit-seconds), or MASTER_ADDR not reachable there.",
+    )
 
 
 def examine(question: DoctorOptions, limit_seconds: float, show: Show) -> int:
@@ -78,7 +101,9 @@ def examine(question: DoctorOptions, limit_seconds: float, show: Show) -> int:
         if world.rank == 0:
             ended = was_told_to_stop()  # then there is no time to look around
             here = [] if ended else look_around(question)
-            status = show({card.host: [*here, check_missing(missing, world, limit_seconds, ended)]}, ())
+            status = show(
+                {card.host: [*here, check_missing(missing, world, limit_seconds, ended)]}, ()
+            )
             dismiss(store, world.size)
             return status
         wait_for_the_end(store, world.rank, LOCAL_SECONDS)
@@ -93,30 +118,53 @@ def examine(question: DoctorOptions, limit_seconds: float, show: Show) -> int:
         return 0
     nodes = node_names(cards)
     came = gather(store, "findings", leaders, LOCAL_SECONDS + limit_seconds)
-    by_host = {nodes[cards[rank].node]: [Finding(**data) for data in came.get(rank, [])] for rank in leaders}
+    by_host = {
+        nodes[cards[rank].node]: [Finding(**data) for data in came.get(rank, [])]
+        for rank in leaders
+    }
     mute = [str(cards[rank]) for rank in leaders if rank not in came]
-    of_job = check_alike(cards) + [broken("examination", f"{', '.join(mute)} did not answer", "Start the doctor there alone.")] * bool(mute)
+    of_job = check_alike(cards) + [
+        broken("examination", f"{', '.join(mute)} did not answer", "Start the doctor there alone.")
+    ] * bool(mute)
     homeless = [card for card in cards if card.error]
     if homeless:
-        of_job.append(broken("devices of processes", f"{homeless[0]}: {homeless[0].error} ({len(homeless)} of {world.size} processes)",
-                             "Mend this; the network was not tested."))
+        of_job.append(
+            broken(
+                "devices of processes",
+                f"{homeless[0]}: {homeless[0].error} ({len(homeless)} of {world.size} processes)",
+                "Mend this; the network was not tested.",
+            )
+        )
     put(store, "go", 0, not homeless)
 
     def tell(found: list[Finding], figures: list) -> int:
-        tried = {finding.name for finding in found}  # what was tried together counts, not what a node supposed
-        whole = {node: [*(one for one in findings if one.name not in tried), *of_job, *found] for node, findings in by_host.items()}
+        tried = {
+            finding.name for finding in found
+        }  # what was tried together counts, not what a node supposed
+        whole = {
+            node: [*(one for one in findings if one.name not in tried), *of_job, *found]
+            for node, findings in by_host.items()
+        }
         return show(whole, figures)
 
     found, figures = [], []
     if not homeless:
-        found, figures = _take_part(store, cards, platform, question, limit_seconds, lambda finding: tell([finding], []))
+        found, figures = _take_part(
+            store, cards, platform, question, limit_seconds, lambda finding: tell([finding], [])
+        )
     status = tell(found, figures)
     dismiss(store, world.size)
     return status
 
 
-def _take_part(store: dist.Store, cards: list[Card], platform: Platform, question: DoctorOptions, limit_seconds: float,
-               on_end: Callable[[Finding], int] | None) -> tuple[list[Finding], list[dict]]:
+def _take_part(
+    store: dist.Store,
+    cards: list[Card],
+    platform: Platform,
+    question: DoctorOptions,
+    limit_seconds: float,
+    on_end: Callable[[Finding], int] | None,
+) -> tuple[list[Finding], list[dict]]:
     """Return, on rank 0, what the test of the network found, and its figures.
 
     Collective: every process of the job.
@@ -132,8 +180,13 @@ def _take_part(store: dist.Store, cards: list[Card], platform: Platform, questio
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     put(store, "phase", world.rank, (0, "the first connections"))
     try:
-        dist.init_process_group(platform.backend, store=dist.PrefixStore("group", store), rank=world.rank, world_size=world.size,
-                                timeout=timedelta(seconds=limit_seconds + PATIENCE_SECONDS))
+        dist.init_process_group(
+            platform.backend,
+            store=dist.PrefixStore("group", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=limit_seconds + PATIENCE_SECONDS),
+        )
         trial = NetworkTrial(store, cards, platform, world.rank)
         results = trial.run()
         shared = share_folder(store, trial, existing_folder(folder_of(question)), world, cards)
@@ -152,7 +205,9 @@ def _take_part(store: dist.Store, cards: list[Card], platform: Platform, questio
     return judge(figures, cards) + shared, figures
 
 
-def share_folder(store: dist.Store, trial: NetworkTrial, folder: Path, world: World, cards: list[Card]) -> list[Finding]:
+def share_folder(
+    store: dist.Store, trial: NetworkTrial, folder: Path, world: World, cards: list[Card]
+) -> list[Finding]:
     """Return, on rank 0, whether all nodes see the same folder.
 
     Collective: two all-reduces of 8 bytes over all processes.
@@ -178,10 +233,21 @@ def share_folder(store: dist.Store, trial: NetworkTrial, folder: Path, world: Wo
     with suppress(OSError):
         token.unlink()
     if failure:
-        return [broken("shared folder", f"{folder}: {failure}", "Give a folder that can be written: --folder here, --save in the run.")]
+        return [
+            broken(
+                "shared folder",
+                f"{folder}: {failure}",
+                "Give a folder that can be written: --folder here, --save in the run.",
+            )
+        ]
     sees = gather(store, "sees", [card.rank for card in cards if card.local_rank == 0], 60)
     blind = [nodes[cards[rank].node] for rank, there in sees.items() if not there]
     if blind:
-        return [doubtful("shared folder", f"{folder} of {nodes[cards[0].node]} is not seen on {', '.join(blind[:8])}",
-                         "--save needs a folder that all nodes see, at the same path.")]
+        return [
+            doubtful(
+                "shared folder",
+                f"{folder} of {nodes[cards[0].node]} is not seen on {', '.join(blind[:8])}",
+                "--save needs a folder that all nodes see, at the same path.",
+            )
+        ]
     return [fine("shared folder", f"{folder}: seen on all {len(nodes)} nodes")]

@@ -38,9 +38,15 @@ def examine_job(question: DoctorOptions, limit_seconds: float, show: Show) -> in
         return _alone(question, show, f"torch cannot be imported: {' '.join(str(error).split())}")
     try:
         return examine(question, limit_seconds, show)
-    except RuntimeError as error:  # the store of MASTER_ADDR:MASTER_PORT cannot be reached, or is gone
+    except (
+        RuntimeError
+    ) as error:  # the store of MASTER_ADDR:MASTER_PORT cannot be reached, or is gone
         address = f"{question.environment['MASTER_ADDR']}:{question.environment['MASTER_PORT']}"
-        return _alone(question, show, f"rank {question.world.rank} and {address}: {' '.join(str(error).split())[:300]}")
+        return _alone(
+            question,
+            show,
+            f"rank {question.world.rank} and {address}: {' '.join(str(error).split())[:300]}",
+        )
 
 
 def _alone(question: DoctorOptions, show: Show, why: str) -> int:
@@ -48,10 +54,18 @@ def _alone(question: DoctorOptions, show: Show, why: str) -> int:
     if question.world.local_rank > 0:
         return 1
     host = os.uname().nodename
-    finding = broken("network test", why, "Mend what fails on this host (the doctor on it alone says more), and see that "
-                                          "MASTER_ADDR is the first node's name and MASTER_PORT free and not blocked.")
+    finding = broken(
+        "network test",
+        why,
+        "Mend what fails on this host (the doctor on it alone says more), and see that "
+        "MASTER_ADDR is the first node's name and MASTER_PORT free and not blocked.",
+    )
     found = [*look_around(question), finding]
     if question.world.rank == 0:
         return show({host: found}, ())
-    print(as_text({host: [one for one in found if one.verdict == FAIL]}, 160), file=sys.stderr, flush=True)
+    print(
+        as_text({host: [one for one in found if one.verdict == FAIL]}, 160),
+        file=sys.stderr,
+        flush=True,
+    )
     return 1

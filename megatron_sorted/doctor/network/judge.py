@@ -39,14 +39,26 @@ def check_sums(figures: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -
     """
     wrong = [figure for figure in figures if figure["wrong"]]
     if not wrong:
-        return [fine("sums", f"correct: {len(figures)} tensors on {len({figure['rank'] for figure in figures})} processes")]
+        return [
+            fine(
+                "sums",
+                f"correct: {len(figures)} tensors on {len({figure['rank'] for figure in figures})} processes",
+            )
+        ]
     first, ranks = wrong[0], sorted({figure["rank"] for figure in wrong})
     who = some([names[rank] for rank in ranks], 4)
-    return [broken("sums", f"{first['operation']} of {size_words(first['bytes'])}: {first['wrong']} wrong numbers; seen by {who}",
-                   "Do not train: a device, its memory, a cable or the communication library is at fault. Test again without these nodes.")]
+    return [
+        broken(
+            "sums",
+            f"{first['operation']} of {size_words(first['bytes'])}: {first['wrong']} wrong numbers; seen by {who}",
+            "Do not train: a device, its memory, a cable or the communication library is at fault. Test again without these nodes.",
+        )
+    ]
 
 
-def check_collectives(figures: Sequence[Mapping[str, Any]], scope: str, place_of: Mapping[int, str]) -> list[Finding]:
+def check_collectives(
+    figures: Sequence[Mapping[str, Any]], scope: str, place_of: Mapping[int, str]
+) -> list[Finding]:
     """Return the speed of each collective operation in a scope, and the places that are slower than the others.
 
     Args:
@@ -57,7 +69,10 @@ def check_collectives(figures: Sequence[Mapping[str, Any]], scope: str, place_of
     found = []
     for operation in dict.fromkeys(figure["operation"] for figure in figures):
         mine = [figure for figure in figures if figure["operation"] == operation]
-        smallest, largest = min(figure["bytes"] for figure in mine), max(figure["bytes"] for figure in mine)
+        smallest, largest = (
+            min(figure["bytes"] for figure in mine),
+            max(figure["bytes"] for figure in mine),
+        )
         latency = max(figure["seconds"] for figure in mine if figure["bytes"] == smallest)
         speeds: dict[str, float] = {}
         for figure in mine:
@@ -72,7 +87,12 @@ def check_collectives(figures: Sequence[Mapping[str, Any]], scope: str, place_of
     return found
 
 
-def check_messages(figures: Sequence[Mapping[str, Any]], kind: str, names: Mapping[int, str], published: float | None) -> list[Finding]:
+def check_messages(
+    figures: Sequence[Mapping[str, Any]],
+    kind: str,
+    names: Mapping[int, str],
+    published: float | None,
+) -> list[Finding]:
     """Return latency and speed between pairs of processes, the slowest by name, and those slower than their like or than published.
 
     Args:
@@ -83,29 +103,54 @@ def check_messages(figures: Sequence[Mapping[str, Any]], kind: str, names: Mappi
     """
     if not figures:
         return []
-    smallest, largest = min(figure["bytes"] for figure in figures), max(figure["bytes"] for figure in figures)
+    smallest, largest = (
+        min(figure["bytes"] for figure in figures),
+        max(figure["bytes"] for figure in figures),
+    )
 
     def pair(figure: Mapping[str, Any]) -> str:
         return " - ".join(names[rank] for rank in sorted((figure["rank"], figure["peer"])))
 
     latency = {pair(figure): figure["seconds"] for figure in figures if figure["bytes"] == smallest}
-    speeds = {pair(figure): figure["bytes_per_second"] for figure in figures if figure["bytes"] == largest}
+    speeds = {
+        pair(figure): figure["bytes_per_second"] for figure in figures if figure["bytes"] == largest
+    }
     slowest = min(speeds, key=speeds.get)
-    shown = (f"{len(speeds)} pairs: {size_words(smallest)} {time_words(statistics.median(latency.values()))}, {size_words(largest)} "
-             f"{speed_words(statistics.median(speeds.values()))}; slowest: {slowest}, {speed_words(speeds[slowest])}")
+    shown = (
+        f"{len(speeds)} pairs: {size_words(smallest)} {time_words(statistics.median(latency.values()))}, {size_words(largest)} "
+        f"{speed_words(statistics.median(speeds.values()))}; slowest: {slowest}, {speed_words(speeds[slowest])}"
+    )
     return _compared(f"messages {kind}", shown, speeds, published)
 
 
-def _compared(name: str, shown: str, speeds: Mapping[str, float], published: float | None) -> list[Finding]:
+def _compared(
+    name: str, shown: str, speeds: Mapping[str, float], published: float | None
+) -> list[Finding]:
     usual = statistics.median(speeds.values())
-    slow = [place for place in speeds if len(speeds) >= FEWEST_TO_COMPARE and speeds[place] < SHARE_OF_USUAL * usual]
+    slow = [
+        place
+        for place in speeds
+        if len(speeds) >= FEWEST_TO_COMPARE and speeds[place] < SHARE_OF_USUAL * usual
+    ]
     if slow:
-        listed = ", ".join(f"{place} {speed_words(speeds[place])}" for place in sorted(slow, key=speeds.get)[:6])
-        return [doubtful(name, f"{shown}. {len(slow)} of {len(speeds)} are below half of the usual {speed_words(usual)}: {listed}",
-                         "Look at the links, cables, adapters and other programs of these hosts, or leave them out.")]
+        listed = ", ".join(
+            f"{place} {speed_words(speeds[place])}" for place in sorted(slow, key=speeds.get)[:6]
+        )
+        return [
+            doubtful(
+                name,
+                f"{shown}. {len(slow)} of {len(speeds)} are below half of the usual {speed_words(usual)}: {listed}",
+                "Look at the links, cables, adapters and other programs of these hosts, or leave them out.",
+            )
+        ]
     if published is not None and usual < SHARE_OF_PUBLISHED * published:
-        return [doubtful(name, f"{shown}; the link should do {speed_words(published)}",
-                         "The faster way is not taken: look at NVLink or RDMA, adapters, and variables that switch them off.")]
+        return [
+            doubtful(
+                name,
+                f"{shown}; the link should do {speed_words(published)}",
+                "The faster way is not taken: look at NVLink or RDMA, adapters, and variables that switch them off.",
+            )
+        ]
     return [fine(name, shown)]
 
 

@@ -77,7 +77,9 @@ def differing(got: torch.Tensor, expected: torch.Tensor) -> int:
     return int((got != expected).sum().item())
 
 
-def _all_reduce(meter: Meter, count: int, me: int, size: int, group: dist.ProcessGroup | None) -> tuple[Callable, Callable]:
+def _all_reduce(
+    meter: Meter, count: int, me: int, size: int, group: dist.ProcessGroup | None
+) -> tuple[Callable, Callable]:
     """Collective: the operation that is returned, over ``group``."""
     tensor = meter.pattern(count) + me
     expected = meter.pattern(count) * size + size * (size - 1) // 2
@@ -90,28 +92,49 @@ def _all_reduce(meter: Meter, count: int, me: int, size: int, group: dist.Proces
     return lambda: dist.all_reduce(tensor, group=group), verify
 
 
-def _all_gather(meter: Meter, count: int, me: int, size: int, group: dist.ProcessGroup | None) -> tuple[Callable, Callable]:
+def _all_gather(
+    meter: Meter, count: int, me: int, size: int, group: dist.ProcessGroup | None
+) -> tuple[Callable, Callable]:
     """Collective: the operation that is returned, over ``group``."""
     piece = meter.pattern(count // size) + me
     tensor = torch.empty(piece.numel() * size, device=meter.device)
     expected = torch.cat([meter.pattern(count // size) + other for other in range(size)])
-    return lambda: dist.all_gather_into_tensor(tensor, piece, group=group), lambda: differing(tensor, expected)
+    return lambda: dist.all_gather_into_tensor(tensor, piece, group=group), lambda: differing(
+        tensor, expected
+    )
 
 
-def _reduce_scatter(meter: Meter, count: int, me: int, size: int, group: dist.ProcessGroup | None) -> tuple[Callable, Callable]:
+def _reduce_scatter(
+    meter: Meter, count: int, me: int, size: int, group: dist.ProcessGroup | None
+) -> tuple[Callable, Callable]:
     """Collective: the operation that is returned, over ``group``."""
     length = count // size
     tensor, piece = meter.pattern(length * size) + me, torch.empty(length, device=meter.device)
-    expected = meter.pattern(length * size)[me * length : (me + 1) * length] * size + size * (size - 1) // 2
-    return lambda: dist.reduce_scatter_tensor(piece, tensor, group=group), lambda: differing(piece, expected)
+    expected = (
+        meter.pattern(length * size)[me * length : (me + 1) * length] * size
+        + size * (size - 1) // 2
+    )
+    return lambda: dist.reduce_scatter_tensor(piece, tensor, group=group), lambda: differing(
+        piece, expected
+    )
 
 
-COLLECTIVES = {"all-reduce": (_all_reduce, 2), "all-gather": (_all_gather, 1), "reduce-scatter": (_reduce_scatter, 1)}
+COLLECTIVES = {
+    "all-reduce": (_all_reduce, 2),
+    "all-gather": (_all_gather, 1),
+    "reduce-scatter": (_reduce_scatter, 1),
+}
 """Each with how often (size - 1) / size of its bytes pass the slowest link of a ring."""
 
 
-def measure_collective(name: str, sizes: Sequence[int], me: int, size: int, group: dist.ProcessGroup | None,
-                       meter: Meter) -> list[dict[str, Any]]:
+def measure_collective(
+    name: str,
+    sizes: Sequence[int],
+    me: int,
+    size: int,
+    group: dist.ProcessGroup | None,
+    meter: Meter,
+) -> list[dict[str, Any]]:
     """Return seconds, bytes a second over the slowest link, and wrong elements, for tensors of several sizes in bytes.
 
     Sizes that would take longer than the meter's budget are left out.
@@ -135,12 +158,21 @@ def measure_collective(name: str, sizes: Sequence[int], me: int, size: int, grou
         wrong: list[int] = []
         seconds = meter.time(operation, lambda verify=verify, wrong=wrong: wrong.append(verify()))
         last = meter.slowest(seconds)
-        found.append({"operation": name, "bytes": total, "seconds": seconds, "wrong": wrong[0],
-                      "bytes_per_second": total * passes * (size - 1) / size / seconds})
+        found.append(
+            {
+                "operation": name,
+                "bytes": total,
+                "seconds": seconds,
+                "wrong": wrong[0],
+                "bytes_per_second": total * passes * (size - 1) / size / seconds,
+            }
+        )
     return found
 
 
-def measure_messages(sizes: Sequence[int], rank: int, peer: int | None, meter: Meter) -> list[dict[str, Any]]:
+def measure_messages(
+    sizes: Sequence[int], rank: int, peer: int | None, meter: Meter
+) -> list[dict[str, Any]]:
     """Return seconds one way, bytes a second and wrong elements of messages to and fro between this process and another.
 
     Collective: all processes; those without a peer only wait. Messages go over the default group.
@@ -169,9 +201,23 @@ def measure_messages(sizes: Sequence[int], rank: int, peer: int | None, meter: M
 
         wrong: list[int] = []
         expected = meter.pattern(count) + (peer or 0)
-        seconds = meter.time(exchange, lambda other=other, expected=expected, wrong=wrong:
-                             wrong.append(0 if peer is None else differing(other, expected))) / 2
+        seconds = (
+            meter.time(
+                exchange,
+                lambda other=other, expected=expected, wrong=wrong: wrong.append(
+                    0 if peer is None else differing(other, expected)
+                ),
+            )
+            / 2
+        )
         if peer is not None:
-            found.append({"operation": "message", "bytes": total, "seconds": seconds, "wrong": wrong[0],
-                          "bytes_per_second": total / seconds})
+            found.append(
+                {
+                    "operation": "message",
+                    "bytes": total,
+                    "seconds": seconds,
+                    "wrong": wrong[0],
+                    "bytes_per_second": total / seconds,
+                }
+            )
     return found

@@ -38,12 +38,19 @@ def open_store(world: World, environment: Mapping[str, str], limit_seconds: floa
         RuntimeError: Nobody serves it at MASTER_ADDR:MASTER_PORT within the limit.
     """
     launcher_serves = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=world.rank == 0 and not launcher_serves,
-                          timeout=timedelta(seconds=limit_seconds), wait_for_workers=False)
+    store = dist.TCPStore(
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+        is_master=world.rank == 0 and not launcher_serves,
+        timeout=timedelta(seconds=limit_seconds),
+        wait_for_workers=False,
+    )
     return dist.PrefixStore(f"doctor/{environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def gather(store: dist.Store, what: str, ranks: Sequence[int], limit_seconds: float) -> dict[int, Any]:
+def gather(
+    store: dist.Store, what: str, ranks: Sequence[int], limit_seconds: float
+) -> dict[int, Any]:
     """Return what ranks have put into the store under a name, as far as it comes within the limit.
 
     Where SIGTERM is held back (`job.hold_termination`), its arrival ends the wait.

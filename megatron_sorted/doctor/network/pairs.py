@@ -36,7 +36,15 @@ def pair_rounds(nodes: Mapping[int, Sequence[int]]) -> list[list[RankPair]]:
     rounds: list[list[RankPair]] = []
     within = [ring_rounds(ranks) for ranks in nodes.values()]
     for number in range(max(map(len, within), default=0)):
-        rounds.append([RankPair(*pair, WITHIN) for one in within if number < len(one) for pair in one[number]])
+        rounds.append(
+            [RankPair(*pair, WITHIN) for one in within if number < len(one) for pair in one[number]]
+        )
     for links in ring_rounds(list(nodes)):
-        rounds.append([RankPair(a, b, ACROSS) for one, other in links for a, b in zip(nodes[one], nodes[other], strict=False)])
+        rounds.append(
+            [
+                RankPair(a, b, ACROSS)
+                for one, other in links
+                for a, b in zip(nodes[one], nodes[other], strict=False)
+            ]
+        )
     return rounds

@@ -10,8 +10,18 @@ from megatron_sorted.doctor.devices.names import expected_within_node
 from megatron_sorted.doctor.finding import Finding
 from megatron_sorted.doctor.network.cards import Card, node_names
 from megatron_sorted.doctor.network.clocks import check_offsets, measure_offset
-from megatron_sorted.doctor.network.judge import check_collectives, check_messages, check_sums, published_across
-from megatron_sorted.doctor.network.measure import COLLECTIVES, Meter, measure_collective, measure_messages
+from megatron_sorted.doctor.network.judge import (
+    check_collectives,
+    check_messages,
+    check_sums,
+    published_across,
+)
+from megatron_sorted.doctor.network.measure import (
+    COLLECTIVES,
+    Meter,
+    measure_collective,
+    measure_messages,
+)
 from megatron_sorted.doctor.network.meeting import put
 from megatron_sorted.doctor.network.pairs import ACROSS, WITHIN, pair_rounds
 from megatron_sorted.platform.contract import Platform
@@ -62,7 +72,10 @@ class NetworkTrial:
         figures = self._clocks()
         for name in COLLECTIVES:
             self.begin(f"{name}, {EVERYONE}")
-            figures += self._labelled(measure_collective(name, self.sizes, self.rank, len(self.cards), None, self.meter), EVERYONE)
+            figures += self._labelled(
+                measure_collective(name, self.sizes, self.rank, len(self.cards), None, self.meter),
+                EVERYONE,
+            )
         if len(self.nodes) > 1:
             figures += self._within_nodes()
         for number, pairs in enumerate(self.rounds, start=1):
@@ -80,9 +93,18 @@ class NetworkTrial:
         leaders = [ranks[0] for ranks in self.nodes.values() if ranks[0] != 0]
         for leader in leaders:
             if self.rank in (0, leader):
-                ahead, uncertainty = measure_offset(self.rank, leader if self.rank == 0 else 0, self.meter.host_group)
+                ahead, uncertainty = measure_offset(
+                    self.rank, leader if self.rank == 0 else 0, self.meter.host_group
+                )
                 if self.rank == 0:
-                    figures.append({"operation": "clock", "peer": leader, "seconds": ahead, "uncertainty": uncertainty})
+                    figures.append(
+                        {
+                            "operation": "clock",
+                            "peer": leader,
+                            "seconds": ahead,
+                            "uncertainty": uncertainty,
+                        }
+                    )
         return figures
 
     def _within_nodes(self) -> list[dict[str, Any]]:
@@ -96,13 +118,20 @@ class NetworkTrial:
             return figures
         for name in COLLECTIVES:
             self.begin(f"{name}, {WITHIN}")
-            found = measure_collective(name, self.sizes, ranks.index(self.rank), len(ranks), groups[node], self.meter)
+            found = measure_collective(
+                name, self.sizes, ranks.index(self.rank), len(ranks), groups[node], self.meter
+            )
             figures += self._labelled(found, WITHIN)
         return figures
 
     @staticmethod
-    def _labelled(found: list[dict[str, Any]], scope: str, peer: int | None = None) -> list[dict[str, Any]]:
-        return [{**figure, "scope": scope} | ({} if peer is None else {"peer": peer}) for figure in found]
+    def _labelled(
+        found: list[dict[str, Any]], scope: str, peer: int | None = None
+    ) -> list[dict[str, Any]]:
+        return [
+            {**figure, "scope": scope} | ({} if peer is None else {"peer": peer})
+            for figure in found
+        ]
 
 
 def judge(figures: Sequence[Mapping[str, Any]], cards: Sequence[Card]) -> list[Finding]:
@@ -115,17 +144,34 @@ def judge(figures: Sequence[Mapping[str, Any]], cards: Sequence[Card]) -> list[F
     names, nodes = {card.rank: str(card) for card in cards}, node_names(cards)
     place_of = {card.rank: nodes[card.node] for card in cards}
     measured = [figure for figure in figures if figure["operation"] != "clock"]
-    found = check_offsets({place_of[figure["peer"]]: (figure["seconds"], figure["uncertainty"])
-                           for figure in figures if figure["operation"] == "clock"})
+    found = check_offsets(
+        {
+            place_of[figure["peer"]]: (figure["seconds"], figure["uncertainty"])
+            for figure in figures
+            if figure["operation"] == "clock"
+        }
+    )
     found += check_sums(measured, names)
     on_device = cards[0].device != "cpu"
     local = max(sum(card.node == node for card in cards) for node in nodes)
     across = published_across(cards[0].adapter_gigabits, local) if on_device else None
     for scope in (EVERYONE, WITHIN):
-        mine = [figure for figure in measured if figure["scope"] == scope and figure["operation"] in COLLECTIVES]
+        mine = [
+            figure
+            for figure in measured
+            if figure["scope"] == scope and figure["operation"] in COLLECTIVES
+        ]
         if mine:
-            found += check_collectives(mine, scope, place_of if scope == WITHIN else dict.fromkeys(names, "the job"))
+            found += check_collectives(
+                mine, scope, place_of if scope == WITHIN else dict.fromkeys(names, "the job")
+            )
     for scope, published in ((WITHIN, expected_within_node(cards[0].device)), (ACROSS, across)):
-        pairs = [figure for figure in measured if figure["scope"] == scope and figure["operation"] == "message"]
-        found += check_messages([figure for figure in pairs if figure["rank"] < figure["peer"]], scope, names, published)
+        pairs = [
+            figure
+            for figure in measured
+            if figure["scope"] == scope and figure["operation"] == "message"
+        ]
+        found += check_messages(
+            [figure for figure in pairs if figure["rank"] < figure["peer"]], scope, names, published
+        )
     return found

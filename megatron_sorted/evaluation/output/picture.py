@@ -36,19 +36,63 @@ def rows_of(results: dict) -> list[PictureRow]:
     """Return the rows: the loss on every text, exact match on every question set, the first metric of every task."""
     rows = []
     for name, text in results["texts"].items():
-        rows.append(PictureRow(f"Held-out loss, {name} (lower is better)", "nats per token",
-                        _lines(results, text, lambda numbers: (numbers["loss"], numbers["loss_standard_error"])), False))
+        rows.append(
+            PictureRow(
+                f"Held-out loss, {name} (lower is better)",
+                "nats per token",
+                _lines(
+                    results, text, lambda numbers: (numbers["loss"], numbers["loss_standard_error"])
+                ),
+                False,
+            )
+        )
     for name, data in results.get("data", {}).items():
-        rows.append(PictureRow(f"Loss, {name}, prepared (lower is better)", "nats per token",
-                        _lines(results, data, lambda numbers: (numbers["loss"], numbers["loss_standard_error"])), False))
+        rows.append(
+            PictureRow(
+                f"Loss, {name}, prepared (lower is better)",
+                "nats per token",
+                _lines(
+                    results, data, lambda numbers: (numbers["loss"], numbers["loss_standard_error"])
+                ),
+                False,
+            )
+        )
     for name, asked in results["questions"].items():
-        rows.append(PictureRow(f"Exact match, {name} (higher is better)", "questions answered right",
-                        _lines(results, asked, lambda numbers: (numbers["exact_match"], numbers["exact_match_standard_error"])), True))
+        rows.append(
+            PictureRow(
+                f"Exact match, {name} (higher is better)",
+                "questions answered right",
+                _lines(
+                    results,
+                    asked,
+                    lambda numbers: (numbers["exact_match"], numbers["exact_match_standard_error"]),
+                ),
+                True,
+            )
+        )
     for name, task in results["tasks"].items():
-        metrics = [metric for numbers in next(iter(task["models"].values()))["exits"].values() for metric in numbers if metric != "samples"]
+        metrics = [
+            metric
+            for numbers in next(iter(task["models"].values()))["exits"].values()
+            for metric in numbers
+            if metric != "samples"
+        ]
         if metrics:
-            rows.append(PictureRow(f"{name}, {metrics[0]}", metrics[0], _lines(
-                results, task, lambda numbers, metric=metrics[0]: (numbers[metric]["value"], numbers[metric]["standard_error"])), False))
+            rows.append(
+                PictureRow(
+                    f"{name}, {metrics[0]}",
+                    metrics[0],
+                    _lines(
+                        results,
+                        task,
+                        lambda numbers, metric=metrics[0]: (
+                            numbers[metric]["value"],
+                            numbers[metric]["standard_error"],
+                        ),
+                    ),
+                    False,
+                )
+            )
     return rows
 
 
@@ -67,17 +111,39 @@ def draw(results: dict, output: Path) -> None:
             _ticks(left, row)
         figure.canvas.draw()  # labels need to know where points lie
         for row, (left, right) in zip(rows, grid, strict=True):
-            name_lines(left, [(line.name, colour, line.depths, line.values) for line, colour in zip(row.lines, COLOURS, strict=False)])
-            name_lines(right, [(line.name, colour, line.flops, line.values) for line, colour in zip(row.lines, COLOURS, strict=False)])
+            name_lines(
+                left,
+                [
+                    (line.name, colour, line.depths, line.values)
+                    for line, colour in zip(row.lines, COLOURS, strict=False)
+                ],
+            )
+            name_lines(
+                right,
+                [
+                    (line.name, colour, line.flops, line.values)
+                    for line, colour in zip(row.lines, COLOURS, strict=False)
+                ],
+            )
 
 
-def _lines(results: dict, measured: dict, number: Callable[[dict], tuple[float, float | None]]) -> list[Line]:
+def _lines(
+    results: dict, measured: dict, number: Callable[[dict], tuple[float, float | None]]
+) -> list[Line]:
     lines = []
     for name, model in measured["models"].items():
         depths = sorted(model["exits"])
         pairs = [number(model["exits"][depth]) for depth in depths]
         flops = [results["models"][name]["exits"][depth]["flops_per_token"] for depth in depths]
-        lines.append(Line(name, depths, flops, [value for value, _ in pairs], [error or 0.0 for _, error in pairs]))
+        lines.append(
+            Line(
+                name,
+                depths,
+                flops,
+                [value for value, _ in pairs],
+                [error or 0.0 for _, error in pairs],
+            )
+        )
     return lines
 
 
@@ -88,8 +154,17 @@ def _draw(axes, row: PictureRow, where: Callable[[Line], Sequence[float]]) -> No
         low = [value - error for value, error in zip(line.values, line.errors, strict=True)]
         high = [value + error for value, error in zip(line.values, line.errors, strict=True)]
         axes.fill_between(where(line), low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(where(line), line.values, color=colour, marker=marker, linewidth=2.5, markersize=8, clip_on=False,
-                  markeredgecolor="white", markeredgewidth=1.0)
+        axes.plot(
+            where(line),
+            line.values,
+            color=colour,
+            marker=marker,
+            linewidth=2.5,
+            markersize=8,
+            clip_on=False,
+            markeredgecolor="white",
+            markeredgewidth=1.0,
+        )
     top = max(value for line in row.lines for value in line.values)
     axes.set_ylim(0, 1.12 * top or 1.0)
     if row.percent:

@@ -39,13 +39,18 @@ class Record:
     def finish(self, results: dict, answers: Mapping[str, str]) -> None:
         """Write the whole, and remove what was written on the way under other names."""
         self._write(results, answers, "")
-        for path in (self._path(UNFINISHED), *(self._folder / f"answers_{name}{UNFINISHED}.jsonl" for name in answers)):
+        for path in (
+            self._path(UNFINISHED),
+            *(self._folder / f"answers_{name}{UNFINISHED}.jsonl" for name in answers),
+        ):
             path.unlink(missing_ok=True)
 
     def _write(self, results: dict, answers: Mapping[str, str], ending: str) -> None:
         for name, lines in answers.items():
             write_text_atomically(self._folder / f"answers_{name}{ending}.jsonl", lines)
-        write_text_atomically(self._path(ending), json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        write_text_atomically(
+            self._path(ending), json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+        )
 
 
 def _is_finished(path: Path) -> bool:

@@ -18,32 +18,83 @@ def results_of(found: Sequence[ModelMeasurements], measures: Measures) -> dict:
     What was not measured yet is left out.
     """
     baselines = [one for one in found if one.is_baseline]
-    texts = {name: {"documents": len(documents), "bytes": sum(document.num_bytes for document in documents),
-                    "models": {one.name: _text_numbers(one, name, sum(d.num_bytes for d in documents), baselines)
-                               for one in found if name in one.texts}}
-             for name, documents in measures.texts.items()}
-    data = {name: {"models": {one.name: _data_numbers(one, name, baselines) for one in found if name in one.prepared}}
-            for name in found[0].prepared}
-    questions = {name: {"questions": len(asked.questions),
-                        "models": {one.name: _question_numbers(one, name, baselines) for one in found if name in one.questions}}
-                 for name, asked in measures.questions.items()}
+    texts = {
+        name: {
+            "documents": len(documents),
+            "bytes": sum(document.num_bytes for document in documents),
+            "models": {
+                one.name: _text_numbers(one, name, sum(d.num_bytes for d in documents), baselines)
+                for one in found
+                if name in one.texts
+            },
+        }
+        for name, documents in measures.texts.items()
+    }
+    data = {
+        name: {
+            "models": {
+                one.name: _data_numbers(one, name, baselines)
+                for one in found
+                if name in one.prepared
+            }
+        }
+        for name in found[0].prepared
+    }
+    questions = {
+        name: {
+            "questions": len(asked.questions),
+            "models": {
+                one.name: _question_numbers(one, name, baselines)
+                for one in found
+                if name in one.questions
+            },
+        }
+        for name, asked in measures.questions.items()
+    }
     names = {task: None for one in found for tasks in one.tasks.values() for task in tasks}
-    tasks = {task: {"models": {one.name: {"exits": {depth: numbers[task] for depth, numbers in one.tasks.items()}}
-                               for one in found if one.tasks}}
-             for task in names}
-    return {"models": {one.name: one.facts for one in found}, "texts": texts, "data": data, "questions": questions, "tasks": tasks}
+    tasks = {
+        task: {
+            "models": {
+                one.name: {"exits": {depth: numbers[task] for depth, numbers in one.tasks.items()}}
+                for one in found
+                if one.tasks
+            }
+        }
+        for task in names
+    }
+    return {
+        "models": {one.name: one.facts for one in found},
+        "texts": texts,
+        "data": data,
+        "questions": questions,
+        "tasks": tasks,
+    }
 
 
-def _text_numbers(one: ModelMeasurements, name: str, num_bytes: int, baselines: Sequence[ModelMeasurements]) -> dict:
-    exits = _losses(one.texts[name], {other.name: other.texts.get(name, {}) for other in baselines if other is not one})
+def _text_numbers(
+    one: ModelMeasurements, name: str, num_bytes: int, baselines: Sequence[ModelMeasurements]
+) -> dict:
+    exits = _losses(
+        one.texts[name],
+        {other.name: other.texts.get(name, {}) for other in baselines if other is not one},
+    )
     for depth, held in one.texts[name].items():
         exits[depth]["bits_per_byte"] = held.bits_per_byte(num_bytes)
     last = one.texts[name][max(one.texts[name])]
-    return {"tokens": int(last.tokens_d.sum()), "unknown_tokens": one.unknown_tokens[name], "exits": exits}
+    return {
+        "tokens": int(last.tokens_d.sum()),
+        "unknown_tokens": one.unknown_tokens[name],
+        "exits": exits,
+    }
 
 
-def _data_numbers(one: ModelMeasurements, name: str, baselines: Sequence[ModelMeasurements]) -> dict:
-    exits = _losses(one.prepared[name], {other.name: other.prepared.get(name, {}) for other in baselines if other is not one})
+def _data_numbers(
+    one: ModelMeasurements, name: str, baselines: Sequence[ModelMeasurements]
+) -> dict:
+    exits = _losses(
+        one.prepared[name],
+        {other.name: other.prepared.get(name, {}) for other in baselines if other is not one},
+    )
     for depth, held in one.prepared[name].items():
         exits[depth]["exact_match"] = held.exact_match
     last = one.prepared[name][max(one.prepared[name])]
@@ -53,27 +104,44 @@ def _data_numbers(one: ModelMeasurements, name: str, baselines: Sequence[ModelMe
 def _losses(by_depth: dict[int, HeldOut], others: dict[str, dict[int, HeldOut]]) -> dict[int, dict]:
     exits = {}
     for depth, held in by_depth.items():
-        exits[depth] = {"loss": held.loss, "loss_standard_error": held.loss_standard_error,
-                        "perplexity": math.exp(min(held.loss, 700.0)), "agreement": held.agreement}
+        exits[depth] = {
+            "loss": held.loss,
+            "loss_standard_error": held.loss_standard_error,
+            "perplexity": math.exp(min(held.loss, 700.0)),
+            "agreement": held.agreement,
+        }
         for name, other in others.items():
             theirs = other.get(depth)
             # losses per token can only be compared when the tokens are the same
             if theirs is not None and torch.equal(theirs.tokens_d, held.tokens_d):
                 difference = HeldOut(held.nats_d - theirs.nats_d, held.agreed_d, held.tokens_d)
-                exits[depth].setdefault("loss_minus", {})[name] = {"value": difference.loss,
-                                                                   "standard_error": difference.loss_standard_error}
+                exits[depth].setdefault("loss_minus", {})[name] = {
+                    "value": difference.loss,
+                    "standard_error": difference.loss_standard_error,
+                }
     return exits
 
 
-def _question_numbers(one: ModelMeasurements, name: str, baselines: Sequence[ModelMeasurements]) -> dict:
+def _question_numbers(
+    one: ModelMeasurements, name: str, baselines: Sequence[ModelMeasurements]
+) -> dict:
     exits = {}
     for depth, answered in one.questions[name].items():
         exits[depth] = {score: answered.mean(score) for score in SCORES}
-        exits[depth] |= {f"{score}_standard_error": answered.standard_error(score) for score in SCORES}
+        exits[depth] |= {
+            f"{score}_standard_error": answered.standard_error(score) for score in SCORES
+        }
         for other in baselines:
-            if other is not one and (theirs := other.questions.get(name, {}).get(depth)) is not None:
-                pairs = zip(answered.scores["exact_match"], theirs.scores["exact_match"], strict=True)
+            if (
+                other is not one
+                and (theirs := other.questions.get(name, {}).get(depth)) is not None
+            ):
+                pairs = zip(
+                    answered.scores["exact_match"], theirs.scores["exact_match"], strict=True
+                )
                 difference = Answered([], {"exact_match": [mine - their for mine, their in pairs]})
-                exits[depth].setdefault("exact_match_minus", {})[other.name] = {"value": difference.mean("exact_match"),
-                                                                                "standard_error": difference.standard_error("exact_match")}
+                exits[depth].setdefault("exact_match_minus", {})[other.name] = {
+                    "value": difference.mean("exact_match"),
+                    "standard_error": difference.standard_error("exact_match"),
+                }
     return {"cut_prompts": one.cut_prompts[name], "exits": exits}

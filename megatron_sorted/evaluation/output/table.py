@@ -6,7 +6,9 @@ from textwrap import fill
 from megatron_sorted.settings.derived import MASKS
 
 LOSS = "loss: nats per counted token, total over all documents; ± one standard error over documents (ratio estimator)"
-BITS = "bits/byte: total nats / ln 2 / UTF-8 bytes of the counted text; comparable between tokenizers"
+BITS = (
+    "bits/byte: total nats / ln 2 / UTF-8 bytes of the counted text; comparable between tokenizers"
+)
 PERPLEXITY = "perplexity: e^loss, per token"
 AGREES = "agrees: share of counted tokens for which the exit and the last exit find the same token most likely"
 EXACT = "exact: answers equal to a right one after TriviaQA's normalisation (case, punctuation, articles, underscores); ± over questions"
@@ -25,28 +27,70 @@ def write_tables(results: dict) -> str:
     for name, text in results["texts"].items():
         tokens = {model: numbers["tokens"] for model, numbers in text["models"].items()}
         same = len(set(tokens.values())) == 1
-        counted = f"{next(iter(tokens.values())):,} tokens" if same else ", ".join(f"{n:,} tokens ({model})" for model, n in tokens.items())
-        columns = {"loss": _with_error("loss", 4), "bits/byte": _number("bits_per_byte", 4), "perplexity": _perplexity,
-                   "agrees": _percent("agreement")} | _minus(text, "loss_minus", lambda value: f"{value:+.4f}")
-        notes = [LOSS, BITS, PERPLEXITY, AGREES, *[MINUS] * _has(text, "loss_minus"), cost, f"counted: {results['settings']['counted']}"]
-        notes += [f"note: {numbers['unknown_tokens']:,} unknown tokens of {model}: its bits/byte leave out what these stand for"
-                  for model, numbers in text["models"].items() if numbers["unknown_tokens"]]
-        parts.append(_table(f"{name}: {text['documents']:,} documents, {text['bytes']:,} bytes, {counted}", text, results, columns, notes))
+        counted = (
+            f"{next(iter(tokens.values())):,} tokens"
+            if same
+            else ", ".join(f"{n:,} tokens ({model})" for model, n in tokens.items())
+        )
+        columns = {
+            "loss": _with_error("loss", 4),
+            "bits/byte": _number("bits_per_byte", 4),
+            "perplexity": _perplexity,
+            "agrees": _percent("agreement"),
+        } | _minus(text, "loss_minus", lambda value: f"{value:+.4f}")
+        notes = [
+            LOSS,
+            BITS,
+            PERPLEXITY,
+            AGREES,
+            *[MINUS] * _has(text, "loss_minus"),
+            cost,
+            f"counted: {results['settings']['counted']}",
+        ]
+        notes += [
+            f"note: {numbers['unknown_tokens']:,} unknown tokens of {model}: its bits/byte leave out what these stand for"
+            for model, numbers in text["models"].items()
+            if numbers["unknown_tokens"]
+        ]
+        parts.append(
+            _table(
+                f"{name}: {text['documents']:,} documents, {text['bytes']:,} bytes, {counted}",
+                text,
+                results,
+                columns,
+                notes,
+            )
+        )
     for name, measured in results.get("data", {}).items():
         parts.append(_data_table(name, measured, results, cost))
     for name, asked in results["questions"].items():
-        columns = {"exact": _percent_with_error("exact_match"), "F1": _percent("f1"), "case": _percent("exact_match_with_case")}
+        columns = {
+            "exact": _percent_with_error("exact_match"),
+            "F1": _percent("f1"),
+            "case": _percent("exact_match_with_case"),
+        }
         columns |= _minus(asked, "exact_match_minus", lambda value: f"{100 * value:+.1f}")
         notes = [EXACT, F1, CASE, *[MINUS_EXACT] * _has(asked, "exact_match_minus"), cost]
-        cut = [f"{numbers['cut_prompts']:,} of {asked['questions']:,} prompts of {model} were too long and lost their beginning"
-               for model, numbers in asked["models"].items() if numbers["cut_prompts"]]
+        cut = [
+            f"{numbers['cut_prompts']:,} of {asked['questions']:,} prompts of {model} were too long and lost their beginning"
+            for model, numbers in asked["models"].items()
+            if numbers["cut_prompts"]
+        ]
         title = f"{name}: {asked['questions']:,} questions, {results['settings']['shots']} examples each"
         parts.append(_table("\n".join([title, *cut]), asked, results, columns, notes))
     for name, task in results["tasks"].items():
-        metrics = {metric: None for model in task["models"].values() for numbers in model["exits"].values() for metric in numbers
-                   if metric != "samples"}
+        metrics = {
+            metric: None
+            for model in task["models"].values()
+            for numbers in model["exits"].values()
+            for metric in numbers
+            if metric != "samples"
+        }
         columns = {metric: _metric(metric) for metric in metrics}
-        notes = ["metrics: as the task defines them; ± lm-evaluation-harness's own standard error", cost]
+        notes = [
+            "metrics: as the task defines them; ± lm-evaluation-harness's own standard error",
+            cost,
+        ]
         parts.append(_table(f"{name} (lm-evaluation-harness)", task, results, columns, notes))
     return "\n\n".join(parts)
 
@@ -54,21 +98,40 @@ def write_tables(results: dict) -> str:
 def _data_table(name: str, measured: dict, results: dict, cost: str) -> str:
     """Return the table of one file of prepared data."""
     first = next(iter(measured["models"].values()))
-    data, of_instructions = results["settings"]["data"], next(iter(first["exits"].values()))["exact_match"] is not None
-    columns = {"loss": _with_error("loss", 4), "perplexity": _perplexity, "agrees": _percent("agreement")}
+    data, of_instructions = (
+        results["settings"]["data"],
+        next(iter(first["exits"].values()))["exact_match"] is not None,
+    )
+    columns = {
+        "loss": _with_error("loss", 4),
+        "perplexity": _perplexity,
+        "agrees": _percent("agreement"),
+    }
     columns |= {"exact": _percent("exact_match")} if of_instructions else {}
     columns |= _minus(measured, "loss_minus", lambda value: f"{value:+.4f}")
     unit = "documents" if of_instructions else "samples"
     flags = [f"{flag.replace('_', '-')} {'on' if data[flag] else 'off'}" for flag in MASKS]
     masks = "packed documents are kept apart" if of_instructions else ", ".join(flags)
-    notes = [f"loss: nats per trained token, as a run's own evaluation of these data; ± one standard error over {unit}", PERPLEXITY, AGREES,
-             *[EXACT_TOKENS] * of_instructions, *[MINUS] * _has(measured, "loss_minus"), cost,
-             f"samples: {data['seq_length']} positions, cut and packed as in training; {masks}"]
+    notes = [
+        f"loss: nats per trained token, as a run's own evaluation of these data; ± one standard error over {unit}",
+        PERPLEXITY,
+        AGREES,
+        *[EXACT_TOKENS] * of_instructions,
+        *[MINUS] * _has(measured, "loss_minus"),
+        cost,
+        f"samples: {data['seq_length']} positions, cut and packed as in training; {masks}",
+    ]
     title = f"{name}: {first['units']:,} {unit}, {first['tokens']:,} trained tokens (prepared data)"
     return _table(title, measured, results, columns, notes)
 
 
-def _table(title: str, measured: dict, results: dict, columns: dict[str, Callable[[dict], str]], notes: list[str]) -> str:
+def _table(
+    title: str,
+    measured: dict,
+    results: dict,
+    columns: dict[str, Callable[[dict], str]],
+    notes: list[str],
+) -> str:
     rows = [["depth", "model", "parameters", "FLOPs/token", *columns]]
     depths = sorted({depth for model in measured["models"].values() for depth in model["exits"]})
     breaks = []
@@ -77,16 +140,34 @@ def _table(title: str, measured: dict, results: dict, columns: dict[str, Callabl
         for name, model in measured["models"].items():
             if depth in model["exits"]:
                 cost = results["models"][name]["exits"][depth]
-                rows.append([str(depth), name, f"{cost['parameters']:,}", f"{cost['flops_per_token']:.2e}",
-                             *(column(model["exits"][depth]) for column in columns.values())])
+                rows.append(
+                    [
+                        str(depth),
+                        name,
+                        f"{cost['parameters']:,}",
+                        f"{cost['flops_per_token']:.2e}",
+                        *(column(model["exits"][depth]) for column in columns.values()),
+                    ]
+                )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for place, row in enumerate(rows):
         if place in breaks and (len(measured["models"]) > 1 or place == 1):
             lines.append("-" * (sum(widths) + 2 * len(widths) - 2))
-        cells = [cell.ljust(width) if at == 1 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(width) if at == 1 else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
-    return "\n".join([title, "", *lines, "", *(fill(note, 120, initial_indent="  ", subsequent_indent="      ") for note in notes)])
+    return "\n".join(
+        [
+            title,
+            "",
+            *lines,
+            "",
+            *(fill(note, 120, initial_indent="  ", subsequent_indent="      ") for note in notes),
+        ]
+    )
 
 
 def _number(key: str, decimals: int) -> Callable[[dict], str]:
@@ -98,11 +179,17 @@ def _percent(key: str) -> Callable[[dict], str]:
 
 
 def _percent_with_error(key: str) -> Callable[[dict], str]:
-    return lambda numbers: f"{100 * numbers[key]:.1f}%" + _error(numbers[f"{key}_standard_error"], lambda value: f"{100 * value:.1f}")
+    return lambda numbers: (
+        f"{100 * numbers[key]:.1f}%"
+        + _error(numbers[f"{key}_standard_error"], lambda value: f"{100 * value:.1f}")
+    )
 
 
 def _with_error(key: str, decimals: int) -> Callable[[dict], str]:
-    return lambda numbers: f"{numbers[key]:.{decimals}f}" + _error(numbers[f"{key}_standard_error"], lambda value: f"{value:.{decimals}f}")
+    return lambda numbers: (
+        f"{numbers[key]:.{decimals}f}"
+        + _error(numbers[f"{key}_standard_error"], lambda value: f"{value:.{decimals}f}")
+    )
 
 
 def _error(value: float | None, show: Callable[[float], str]) -> str:
@@ -117,21 +204,44 @@ def _perplexity(numbers: dict) -> str:
 def _metric(metric: str) -> Callable[[dict], str]:
     def show(numbers: dict) -> str:
         found = numbers.get(metric)
-        return "-" if found is None else f"{found['value']:.4f}" + _error(found["standard_error"], lambda value: f"{value:.4f}")
+        return (
+            "-"
+            if found is None
+            else f"{found['value']:.4f}"
+            + _error(found["standard_error"], lambda value: f"{value:.4f}")
+        )
+
     return show
 
 
 def _has(measured: dict, key: str) -> bool:
-    return any(key in numbers for model in measured["models"].values() for numbers in model["exits"].values())
+    return any(
+        key in numbers
+        for model in measured["models"].values()
+        for numbers in model["exits"].values()
+    )
 
 
-def _minus(measured: dict, key: str, show: Callable[[float], str]) -> dict[str, Callable[[dict], str]]:
-    others = {other: None for model in measured["models"].values() for numbers in model["exits"].values() for other in numbers.get(key, {})}
+def _minus(
+    measured: dict, key: str, show: Callable[[float], str]
+) -> dict[str, Callable[[dict], str]]:
+    others = {
+        other: None
+        for model in measured["models"].values()
+        for numbers in model["exits"].values()
+        for other in numbers.get(key, {})
+    }
 
     def column(other: str) -> Callable[[dict], str]:
         def cell(numbers: dict) -> str:
             found = numbers.get(key, {}).get(other)
-            return "" if found is None else show(found["value"]) + _error(found["standard_error"], lambda value: show(value).lstrip("+"))
+            return (
+                ""
+                if found is None
+                else show(found["value"])
+                + _error(found["standard_error"], lambda value: show(value).lstrip("+"))
+            )
+
         return cell
 
     return {f"- {other}": column(other) for other in others}

@@ -10,7 +10,9 @@ from torch.distributed import distributed_c10d as c10d
 
 @contextmanager
 def one_by_one(
-    group: dist.ProcessGroup | None = None, device: torch.device | None = None, async_ops: bool = False
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
+    async_ops: bool = False,
 ) -> Iterator[c10d._CoalescingManager]:
     """Stand in for torch's ``_coalescing_manager``: what is called within starts at the end, each call on its own, in their order.
 
@@ -25,9 +27,13 @@ def one_by_one(
     Collective: over ``group``, one of each call made within.
     """
     group = group or dist.group.WORLD
-    waiting = c10d._world.pg_coalesce_state  # torch's functions put their calls here as long as the group is in it
+    waiting = (
+        c10d._world.pg_coalesce_state
+    )  # torch's functions put their calls here as long as the group is in it
     if group in waiting:
-        raise RuntimeError("collectives of a group are collected already: this block is inside another of the same group")
+        raise RuntimeError(
+            "collectives of a group are collected already: this block is inside another of the same group"
+        )
     waiting[group] = []
     manager = c10d._CoalescingManager()
     try:

@@ -17,7 +17,9 @@ class NpuPlatform(Accelerator):
     name = "npu"
     backend = "hccl"
     kind = "NPUs (ASCEND_RT_VISIBLE_DEVICES may hide some)"
-    _kernels: tuple[str, ...] = tuple(KERNELS)  # names of the fused operations that the model is to use
+    _kernels: tuple[str, ...] = tuple(
+        KERNELS
+    )  # names of the fused operations that the model is to use
 
     @classmethod
     def use_kernels(cls, names: tuple[str, ...]) -> None:
@@ -32,7 +34,9 @@ class NpuPlatform(Accelerator):
         from megatron.core.models.common.embeddings import rope_utils
 
         # Megatron's door for Transformer Engine's operation, used where its configuration says apply_rope_fusion
-        rope_utils.fused_apply_rotary_pos_emb = kernels.rotary and (lambda t, freqs, interleaved: kernels.rotary(t, freqs))
+        rope_utils.fused_apply_rotary_pos_emb = kernels.rotary and (
+            lambda t, freqs, interleaved: kernels.rotary(t, freqs)
+        )
 
     def has_bf16(self) -> bool:
         """Return whether the NPU knows bf16: the first generation (910A) does not."""

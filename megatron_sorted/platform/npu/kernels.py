@@ -10,7 +10,9 @@ from megatron_sorted.platform.kernels import FusedKernels
 
 CAUSAL, WHOLE_MASK = 2, 1  # sparse modes of npu_fusion_attention
 CAUSAL_MASK_TOKENS = 2048  # whatever the length, a causal mask is given as one of this size
-_hidden = WeakIdKeyDictionary()  # additive masks are made once for all layers, and so is what becomes of them here
+_hidden = (
+    WeakIdKeyDictionary()
+)  # additive masks are made once for all layers, and so is what becomes of them here
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -40,7 +42,9 @@ def rotary(x_sbnd: torch.Tensor, angles_s11d: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=1)
 def _causal_mask(device: torch.device) -> torch.Tensor:
     """Return the fixed mask of sparse mode 2, True where a token may not look."""
-    return torch.ones(CAUSAL_MASK_TOKENS, CAUSAL_MASK_TOKENS, dtype=torch.bool, device=device).triu(1)
+    return torch.ones(CAUSAL_MASK_TOKENS, CAUSAL_MASK_TOKENS, dtype=torch.bool, device=device).triu(
+        1
+    )
 
 
 def _hidden_by(mask: torch.Tensor) -> torch.Tensor:
@@ -50,8 +54,13 @@ def _hidden_by(mask: torch.Tensor) -> torch.Tensor:
     return _hidden[mask]
 
 
-def attention(query_sbnd: torch.Tensor, key_sbgd: torch.Tensor, value_sbgd: torch.Tensor, mask: torch.Tensor | None,
-              scale: float) -> torch.Tensor:
+def attention(
+    query_sbnd: torch.Tensor,
+    key_sbgd: torch.Tensor,
+    value_sbgd: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
     """Return npu_fusion_attention; see ``FusedKernels``.
 
     Causal attention needs no mask of the sequence's size; packed documents and windows give theirs whole.
@@ -59,11 +68,18 @@ def attention(query_sbnd: torch.Tensor, key_sbgd: torch.Tensor, value_sbgd: torc
     import torch_npu
 
     if mask is None:
-        how = {"atten_mask": _causal_mask(query_sbnd.device), "sparse_mode": CAUSAL, "pre_tockens": 2**31 - 1, "next_tockens": 0}
+        how = {
+            "atten_mask": _causal_mask(query_sbnd.device),
+            "sparse_mode": CAUSAL,
+            "pre_tockens": 2**31 - 1,
+            "next_tockens": 0,
+        }
     else:
         how = {"atten_mask": _hidden_by(mask), "sparse_mode": WHOLE_MASK}
     query, key, value = (x.flatten(-2) for x in (query_sbnd, key_sbgd, value_sbgd))
-    return torch_npu.npu_fusion_attention(query, key, value, query_sbnd.size(2), "SBH", scale=scale, keep_prob=1.0, **how)[0]
+    return torch_npu.npu_fusion_attention(
+        query, key, value, query_sbnd.size(2), "SBH", scale=scale, keep_prob=1.0, **how
+    )[0]
 
 
 KERNELS = {"rms_norm": rms_norm, "swiglu": swiglu, "rotary": rotary, "attention": attention}

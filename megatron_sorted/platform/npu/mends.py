@@ -14,7 +14,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-REDUCTIONS = {dist.ReduceOp.SUM: torch.sum, dist.ReduceOp.MAX: torch.amax, dist.ReduceOp.MIN: torch.amin}
+REDUCTIONS = {
+    dist.ReduceOp.SUM: torch.sum,
+    dist.ReduceOp.MAX: torch.amax,
+    dist.ReduceOp.MIN: torch.amin,
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ class Mend:
 
 
 def _transfer_names() -> None:
-    with warnings.catch_warnings(record=True):  # it lists all it does on every rank, and adds a filter of its own, which ends here
+    with warnings.catch_warnings(
+        record=True
+    ):  # it lists all it does on every rank, and adds a filter of its own, which ends here
         from torch_npu.contrib import transfer_to_npu  # noqa: F401  importing it is what does it
 
 
@@ -80,22 +86,44 @@ def _float64_sums() -> None:
 
 
 MENDS = (
-    Mend("device names", "Megatron writes \"cuda\" and \"nccl\" on some 350 lines: AssertionError: Torch not compiled with CUDA enabled",
-         _transfer_names),
-    Mend("type names", "Megatron's optimizers tell dtypes apart by Tensor.type(), where transfer_to_npu leaves torch.npu.*: "
-         "TypeError: Wrapped parameters must be one of torch.cuda.FloatTensor", _type_names, adaptor_has_it=True),
-    Mend("capability", "torch.distributed.broadcast asks for the major number of the device capability, which is None: "
-         "TypeError: 'NoneType' object is not subscriptable", _capability, adaptor_has_it=True),
-    Mend("float64 sums", "HCCL has no all-reduce of float64. MindSpeed's goes through float32, which loses digits of checksums",
-         _float64_sums),
+    Mend(
+        "device names",
+        'Megatron writes "cuda" and "nccl" on some 350 lines: AssertionError: Torch not compiled with CUDA enabled',
+        _transfer_names,
+    ),
+    Mend(
+        "type names",
+        "Megatron's optimizers tell dtypes apart by Tensor.type(), where transfer_to_npu leaves torch.npu.*: "
+        "TypeError: Wrapped parameters must be one of torch.cuda.FloatTensor",
+        _type_names,
+        adaptor_has_it=True,
+    ),
+    Mend(
+        "capability",
+        "torch.distributed.broadcast asks for the major number of the device capability, which is None: "
+        "TypeError: 'NoneType' object is not subscriptable",
+        _capability,
+        adaptor_has_it=True,
+    ),
+    Mend(
+        "float64 sums",
+        "HCCL has no all-reduce of float64. MindSpeed's goes through float32, which loses digits of checksums",
+        _float64_sums,
+    ),
 )
 
 
-def apply_mends(leave_out: frozenset[str] = frozenset(), beside_adaptor: bool = False) -> tuple[str, ...]:
+def apply_mends(
+    leave_out: frozenset[str] = frozenset(), beside_adaptor: bool = False
+) -> tuple[str, ...]:
     """Return the names of the mends that were applied: all but ``leave_out`` and those an adaptor brings."""
     unknown = leave_out - {mend.name for mend in MENDS}
     assert not unknown, f"no such mends: {unknown}"
-    chosen = [mend for mend in MENDS if mend.name not in leave_out and not (beside_adaptor and mend.adaptor_has_it)]
+    chosen = [
+        mend
+        for mend in MENDS
+        if mend.name not in leave_out and not (beside_adaptor and mend.adaptor_has_it)
+    ]
     for mend in chosen:
         mend.apply()
     return tuple(mend.name for mend in chosen)

@@ -20,7 +20,10 @@ MENDED: list[str] = []
 
 def has_npus() -> bool:
     """Return whether this host has NPUs that its driver made visible, and torch_npu; neither is loaded to find out."""
-    return any(Path("/dev").glob("davinci[0-9]*")) and importlib.util.find_spec("torch_npu") is not None
+    return (
+        any(Path("/dev").glob("davinci[0-9]*"))
+        and importlib.util.find_spec("torch_npu") is not None
+    )
 
 
 def is_started() -> bool:
@@ -37,9 +40,12 @@ def load_torch_npu() -> None:
     if "torch_npu" not in sys.modules and torch.cuda.is_available():
         raise PlatformError(
             "--device npu: torch sees NVIDIA GPUs on this host, and a process can use one kind of accelerator only. Install a CPU build of "
-            "torch for NPUs, hide the GPUs with CUDA_VISIBLE_DEVICES= (empty), or use --device cuda.")
+            "torch for NPUs, hide the GPUs with CUDA_VISIBLE_DEVICES= (empty), or use --device cuda."
+        )
     if importlib.util.find_spec("torch_npu") is None:
-        raise PlatformError("--device npu: torch_npu is not installed. Install it on the Ascend host with pip install '.[train,npu]'.")
+        raise PlatformError(
+            "--device npu: torch_npu is not installed. Install it on the Ascend host with pip install '.[train,npu]'."
+        )
     try:
         importlib.import_module("torch_npu")
     except ImportError as error:
@@ -48,14 +54,17 @@ def load_torch_npu() -> None:
             raise PlatformError(
                 f"--device npu: torch_npu needs {missing.group(1)}, a library of CANN, which is not found. Install CANN and run\n"
                 "  source /usr/local/Ascend/ascend-toolkit/set_env.sh        (CANN 9: /usr/local/Ascend/cann/set_env.sh)\n"
-                "on every node, in the shell that starts the run.") from error
+                "on every node, in the shell that starts the run."
+            ) from error
         raise PlatformError(
             f"--device npu: torch_npu cannot be loaded beside torch {torch.__version__}: {error}. Its version must be that of torch; see "
-            "COMPATIBILITY.md of Ascend/pytorch for the CANN that goes with it.") from error
+            "COMPATIBILITY.md of Ascend/pytorch for the CANN that goes with it."
+        ) from error
     if not torch.npu.is_available():
         raise PlatformError(
             "--device npu: CANN sees no NPU. Look at npu-smi info, at ASCEND_RT_VISIBLE_DEVICES, and whether the job or the container was "
-            "given devices.")
+            "given devices."
+        )
 
 
 @contextmanager
@@ -74,18 +83,24 @@ def _load_mindspeed(arguments: str) -> None:
     if importlib.util.find_spec("mindspeed") is None:
         raise PlatformError(
             "--npu-adaptor mindspeed: MindSpeed is not installed. It is not on PyPI: clone branch core_r0.16.0 of gitcode.com/Ascend/"
-            "MindSpeed and pip install it, or leave --npu-adaptor out.")
+            "MindSpeed and pip install it, or leave --npu-adaptor out."
+        )
     try:
         with _command_line(arguments):
             importlib.import_module("mindspeed.megatron_adaptor")
     except ImportError as error:
         raise PlatformError(
             f"--npu-adaptor mindspeed: {error}. Install what MindSpeed needs (its own requirements, and triton-ascend), or leave "
-            "--npu-adaptor out.") from error
+            "--npu-adaptor out."
+        ) from error
 
 
-def start_npu(adaptor: str = "none", adaptor_arguments: str = "", leave_out: frozenset[str] = frozenset(),
-              coalesced_collectives: bool = True) -> None:
+def start_npu(
+    adaptor: str = "none",
+    adaptor_arguments: str = "",
+    leave_out: frozenset[str] = frozenset(),
+    coalesced_collectives: bool = True,
+) -> None:
     """Make this process one that computes on NPUs. Calling it again does nothing.
 
     Args:
@@ -99,7 +114,9 @@ def start_npu(adaptor: str = "none", adaptor_arguments: str = "", leave_out: fro
     """
     if is_started():
         return
-    assert "megatron.core" not in sys.modules, "Megatron was imported before the device was prepared: call load_device first"
+    assert "megatron.core" not in sys.modules, (
+        "Megatron was imported before the device was prepared: call load_device first"
+    )
     load_torch_npu()
     from megatron_sorted.platform.npu.mends import apply_mends
 

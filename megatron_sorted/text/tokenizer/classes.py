@@ -11,9 +11,11 @@ BLANK = "\u2581"
 END_OF_TEXT = "<|endoftext|>"
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-AS_WRITTEN = frozenset((
-    "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend", "PythonBackend"))
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+AS_WRITTEN = frozenset(
+    ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend", "PythonBackend")
+)
 """Class names that stand for a tokenizer.json as it is."""
 CLASS_OF_TYPE = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 ALWAYS_OF_TYPE = {"qwen2": "Qwen2Tokenizer"}
@@ -37,14 +39,22 @@ class TokenizerClass:
 
 CLASSES = {
     "LlamaTokenizer": TokenizerClass(
-        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, adds_bos=True),
+        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, adds_bos=True
+    ),
     "GPT2Tokenizer": TokenizerClass(
-        {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}),
+        {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+    ),
     "Qwen2Tokenizer": TokenizerClass(
-        {"eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT, "pad_token": END_OF_TEXT}),
+        {"eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    ),
     "GPTNeoXTokenizer": TokenizerClass(
-        {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT,
-         "pad_token": "<|padding|>"}),
+        {
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "unk_token": END_OF_TEXT,
+            "pad_token": "<|padding|>",
+        }
+    ),
 }
 
 
@@ -54,7 +64,9 @@ def class_of(name: str | None, model_type: str | None) -> str | None:
 
 
 def build_pipeline(
-    class_name: str, vocabulary: dict[str, int], merges: list[tuple[str, str]],
+    class_name: str,
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
     config: Mapping[str, Any],
 ) -> "Tokenizer | None":
     """Return the tokenizer that a class makes of a vocabulary; None for a class unknown here.
@@ -80,14 +92,18 @@ def build_pipeline(
         steps = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
         made.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * adds)
         return made
-    made = Tokenizer(models.BPE(
-        vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix=""))
+    made = Tokenizer(
+        models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="")
+    )
     made.decoder = decoders.ByteLevel()
     if class_name == "Qwen2Tokenizer":
         made.normalizer = normalizers.NFC()
-        made.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)])
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False),
+            ]
+        )
         return made
     made.normalizer = normalizers.NFC() if class_name == "GPTNeoXTokenizer" else None
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix))

@@ -99,12 +99,15 @@ class NullTokenizer(Tokenizer):
         try:
             batch = [[int(word) for word in text.split()] for text in texts]
         except ValueError as error:
-            raise DataError(f"NullTokenizer reads numbers only: {error}. "
-                            "Use another --tokenizer-type for text.") from error
+            raise DataError(
+                f"NullTokenizer reads numbers only: {error}. Use another --tokenizer-type for text."
+            ) from error
         for i in (i for ids in batch for i in ids):
             if not 0 <= i < self.vocab_size:
-                raise DataError(f"NullTokenizer: {i} is not one of 0..{self.vocab_size - 1}. "
-                                "Raise --vocab-size.")
+                raise DataError(
+                    f"NullTokenizer: {i} is not one of 0..{self.vocab_size - 1}. "
+                    "Raise --vocab-size."
+                )
         return batch
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:

@@ -15,13 +15,7 @@ from megatron_sorted.text.tokenizer.compare import (
     rebuilt_difference,
 )
 from megatron_sorted.text.tokenizer.contract import Tokenizer
-from megatron_sorted.text.tokenizer.files import (
-    JSON,
-    NAMED_TOKENS,
-    PIECES,
-    REMEDY,
-    TokenizerFiles,
-)
+from megatron_sorted.text.tokenizer.files import JSON, NAMED_TOKENS, PIECES, REMEDY, TokenizerFiles
 from megatron_sorted.text.tokenizer.library import read_with_library
 from megatron_sorted.text.tokenizer.pieces import SentencePieceTokenizer
 
@@ -53,14 +47,19 @@ class HuggingFaceTokenizer(Tokenizer):
         self.fast.no_truncation()
         self.fast.no_padding()
         if getattr(self.fast.model, "dropout", None):
-            self.notes += (f"{files.main.parent.name}: model.dropout is "
-                           f"{self.fast.model.dropout:g} in {files.main.name}; it is switched off",)
+            self.notes += (
+                f"{files.main.parent.name}: model.dropout is "
+                f"{self.fast.model.dropout:g} in {files.main.name}; it is switched off",
+            )
             self.fast.model.dropout, self.differs_from_auto = None, True
 
     def _set_special_tokens(self, files: TokenizerFiles, data: bytes) -> None:
         defaults = CLASSES[self._class].defaults if self._class in CLASSES else {}
-        self.special_tokens = {name: token for name, token in defaults.items()
-                               if self.fast.token_to_id(token) is not None}
+        self.special_tokens = {
+            name: token
+            for name, token in defaults.items()
+            if self.fast.token_to_id(token) is not None
+        }
         for name in NAMED_TOKENS:  # null in the settings: there is none, whatever the class has
             if name in files.config and files.config[name] is None:
                 self.special_tokens.pop(name, None)
@@ -68,7 +67,8 @@ class HuggingFaceTokenizer(Tokenizer):
             self.differs_from_auto |= rebuilding_class(files, data) != self._class
         self.special_tokens |= {name: token.content for name, token in files.named.items()}
         self._take_special_ids(
-            {name: self.fast.token_to_id(text) for name, text in self.special_tokens.items()})
+            {name: self.fast.token_to_id(text) for name, text in self.special_tokens.items()}
+        )
 
     def _set_sizes(self) -> None:
         added = self.fast.get_added_tokens_decoder()
@@ -79,6 +79,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _largest_of_texts(self, whole: dict[str, int], added: Collection[int]) -> int:
         """Return the largest id that texts can have which name no added token; -1 for none."""
+
         def is_reached(text: str, number: int) -> bool:
             return [token.id for token in self.fast.model.tokenize(text)] == [number]
 
@@ -103,23 +104,27 @@ class HuggingFaceTokenizer(Tokenizer):
         self.adds_bos = self.bos_id is not None and (wanted or starts)
         self.adds_eos = self.eos_id is not None and (
             files.config.get("add_eos_token") is True
-            or (ends and not (len(around) == 1 and self.bos_id == self.eos_id)))
+            or (ends and not (len(around) == 1 and self.bos_id == self.eos_id))
+        )
         where = files.main.parent.name
         if self.adds_bos and not starts:
             self.differs_from_auto = True
             self.notes += (
                 f"{where}: texts begin with bos ({self.special_tokens['bos_token']!r}), as "
                 f"{'add_bos_token says' if 'add_bos_token' in files.config else 'its class does'}; "
-                "transformers 5 puts none",)
+                "transformers 5 puts none",
+            )
         if starts and self.adds_bos and files.config.get("add_bos_token") is False:
             self.notes += (
                 f"{where}: add_bos_token is false, but {files.main.name} puts bos before texts; "
-                "bos is put, as in transformers 5",)
+                "bos is put, as in transformers 5",
+            )
         others = [i for i in around if i not in (self.bos_id, self.eos_id)]
         if others:
             self.notes += (
                 f"{where}: {files.main.name} puts {self.token_text(others[0])!r} around texts, "
-                "which is neither bos nor eos; it is left out, in training as in use",)
+                "which is neither bos nor eos; it is left out, in training as in use",
+            )
 
     def _compare(self, files: TokenizerFiles, data: bytes) -> None:
         """Note where this reading is not that of others, and which other files are the same."""
@@ -128,7 +133,8 @@ class HuggingFaceTokenizer(Tokenizer):
             self.differs_from_auto = True
             self.notes += (
                 f"{where}: {files.main.name} is read as it stands; AutoTokenizer of transformers "
-                f"5 rebuilds it as {found[0]}, which cuts {found[1]} into other tokens",)
+                f"5 rebuilds it as {found[0]}, which cuts {found[1]} into other tokens",
+            )
         made_of = files.config.get(MADE_OF)
         if isinstance(made_of, list):
             self.hashes |= {one for one in made_of if isinstance(one, str)}
@@ -147,13 +153,16 @@ class HuggingFaceTokenizer(Tokenizer):
         if text is None:
             self.hashes |= pieces.hashes
         else:
-            self.notes += (f"{where}: {JSON} is read; {PIECES} beside it cuts {text!r} into other "
-                           "tokens",)
+            self.notes += (
+                f"{where}: {JSON} is read; {PIECES} beside it cuts {text!r} into other tokens",
+            )
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, without bos and eos."""
-        return [encoding.ids for encoding in
-                self.fast.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self.fast.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         """Return the text of ids; control tokens by their names, or left out."""

@@ -20,7 +20,14 @@ JSON, PIECES, VOCABULARY, MERGES = "tokenizer.json", "tokenizer.model", "vocab.j
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 BESIDE = (CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, TEMPLATE, LEGACY_TEMPLATE)
 NAMED_TOKENS = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 PLACE = re.compile(r"[0-9]{1,18}")
 """An id as files write it; what is longer is none, and "²" neither."""
 REMEDY = "Give an intact directory."
@@ -104,8 +111,11 @@ def files_with(main: Path) -> dict[str, Path]:
     directory = main.parent
     names = [*BESIDE, *([MERGES] if main.name == VOCABULARY else [])]
     beside = {name: directory / name for name in names if (directory / name).is_file()}
-    return {main.name: main, **beside, **{
-        path.relative_to(directory).as_posix(): path for path in more_templates(directory)}}
+    return {
+        main.name: main,
+        **beside,
+        **{path.relative_to(directory).as_posix(): path for path in more_templates(directory)},
+    }
 
 
 def read_tokenizer_files(path: Path) -> TokenizerFiles:
@@ -121,7 +131,8 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
     if main is None:
         raise DataError(
             f"{path}: no tokenizer ({JSON}, {PIECES}, or {VOCABULARY} with {MERGES}). "
-            "Give a directory or a sentencepiece file that exists.")
+            "Give a directory or a sentencepiece file that exists."
+        )
     directory = main.parent
     config = read_settings(directory / CONFIG)
     notes: list[str] = []
@@ -131,8 +142,17 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
     extra = _extra_tokens(directory, config, older)
     model_type = read_settings(directory / "config.json").get("model_type")
     return TokenizerFiles(
-        path, main, files_with(main), config, model_type if isinstance(model_type, str) else None,
-        added, named, extra, read_chat_templates(directory, config), tuple(notes))
+        path,
+        main,
+        files_with(main),
+        config,
+        model_type if isinstance(model_type, str) else None,
+        added,
+        named,
+        extra,
+        read_chat_templates(directory, config),
+        tuple(notes),
+    )
 
 
 def _token(value: object, where: str) -> AddedToken:
@@ -140,7 +160,8 @@ def _token(value: object, where: str) -> AddedToken:
         return AddedToken(value)
     if isinstance(value, dict) and isinstance(value.get("content"), str) and value["content"]:
         return AddedToken(
-            value["content"], {name: bool(value[name]) for name in FLAGS if name in value})
+            value["content"], {name: bool(value[name]) for name in FLAGS if name in value}
+        )
     raise DataError(f"{where}: {value!r:.80} is not a token. Give an intact directory.")
 
 
@@ -164,7 +185,7 @@ def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, Added
 
 
 def _named_tokens(
-    directory: Path, config: Mapping[str, Any], older: Mapping[str, Any], notes: list[str],
+    directory: Path, config: Mapping[str, Any], older: Mapping[str, Any], notes: list[str]
 ) -> dict[str, AddedToken]:
     """Return the special tokens by name.
 
@@ -179,7 +200,8 @@ def _named_tokens(
             notes.append(
                 f"{directory.name}: {name} is {found[name].content!r} in {CONFIG}, "
                 f"{token.content!r} in {SPECIAL_TOKENS}; {taken.content!r} is taken, as "
-                "transformers does")
+                "transformers does"
+            )
         if overrides or name not in found:
             found[name] = token
     return found
@@ -188,13 +210,16 @@ def _named_tokens(
 def _named(settings: Mapping[str, Any], where: str) -> dict[str, AddedToken]:
     further = settings.get("extra_special_tokens")
     entries = {**(further if isinstance(further, dict) else {}), **settings}
-    return {name: _token(value, f"{where}: {name}") for name, value in entries.items()
-            if value and (name in NAMED_TOKENS or (
-                name.endswith("_token") and isinstance(value, str | dict)))}
+    return {
+        name: _token(value, f"{where}: {name}")
+        for name, value in entries.items()
+        if value
+        and (name in NAMED_TOKENS or (name.endswith("_token") and isinstance(value, str | dict)))
+    }
 
 
 def _extra_tokens(
-    directory: Path, config: Mapping[str, Any], older: Mapping[str, Any],
+    directory: Path, config: Mapping[str, Any], older: Mapping[str, Any]
 ) -> tuple[AddedToken, ...]:
     found: dict[str, AddedToken] = {}
     for settings, name in ((config, CONFIG), (older, SPECIAL_TOKENS)):
@@ -206,9 +231,7 @@ def _extra_tokens(
     return tuple(found.values())
 
 
-def check_place(
-    files: TokenizerFiles, number: int | None, place: int, token: AddedToken,
-) -> None:
+def check_place(files: TokenizerFiles, number: int | None, place: int, token: AddedToken) -> None:
     """Check that an added token stands where the settings say.
 
     Raises:
@@ -218,4 +241,5 @@ def check_place(
         raise DataError(
             f"{files.main.parent}: {token.content!r} is to be token {number}, but the vocabulary "
             f"of {files.main.name} and the tokens before it make it {place}. "
-            "Give a directory whose files belong together.")
+            "Give a directory whose files belong together."
+        )

@@ -25,19 +25,25 @@ def surplus_line(tokenizer: Tokenizer, num_rows: int, where: str) -> str | None:
     """
     if tokenizer.vocab_size <= num_rows:
         return None
-    ends = [i for i in (tokenizer.bos_id if tokenizer.adds_bos else None, tokenizer.eos_id)
-            if i is not None]
+    ends = [
+        i
+        for i in (tokenizer.bos_id if tokenizer.adds_bos else None, tokenizer.eos_id)
+        if i is not None
+    ]
     needed = max([tokenizer.text_size, *(i + 1 for i in ends)])
     if needed > num_rows:
         raise DataError(
             f"{where}: the model has a vocabulary of {num_rows}, but texts of tokenizer "
             f"{tokenizer.name} have ids up to {needed - 1}, so the two do not belong together. "
-            f"Give the model's own tokenizer, or for a new model a --vocab-size of at least {needed}.")
+            f"Give the model's own tokenizer, or for a new model a --vocab-size of at least {needed}."
+        )
     beyond = [i for i in range(num_rows, tokenizer.vocab_size) if tokenizer.token_text(i)]
     shown = ", ".join(f"{tokenizer.token_text(i)!r} ({i})" for i in beyond[:MOST_NAMES])
     more = f" and {len(beyond) - MOST_NAMES} more" if len(beyond) > MOST_NAMES else ""
-    return (f"{tokenizer.name}: the model has a vocabulary of {num_rows}; added tokens {shown}{more} "
-            "have no row in it: texts that name them are refused, others are not touched")
+    return (
+        f"{tokenizer.name}: the model has a vocabulary of {num_rows}; added tokens {shown}{more} "
+        "have no row in it: texts that name them are refused, others are not touched"
+    )
 
 
 def fitting_pad(tokenizer: Tokenizer, num_rows: int) -> int:
@@ -48,7 +54,7 @@ def fitting_pad(tokenizer: Tokenizer, num_rows: int) -> int:
 
 
 def check_ids(
-    batch: Iterable[Sequence[int]], tokenizer: Tokenizer, num_rows: int, where: str,
+    batch: Iterable[Sequence[int]], tokenizer: Tokenizer, num_rows: int, where: str
 ) -> None:
     """Check that a model has a row for every id of some texts.
 
@@ -62,4 +68,5 @@ def check_ids(
             token = tokenizer.token_text(max(ids))
             raise DataError(
                 f"{where}: text {number} holds {token!r}, token {max(ids)}, for which the model "
-                f"has no row (vocabulary {num_rows}). Take it out of the text.")
+                f"has no row (vocabulary {num_rows}). Take it out of the text."
+            )

@@ -35,8 +35,9 @@ def read_with_library(files: TokenizerFiles, data: bytes) -> "tokenizers.Tokeniz
     try:
         import tokenizers
     except ImportError as error:
-        raise DataError("A Hugging Face tokenizer needs the package 'tokenizers'. "
-                        "pip install tokenizers.") from error
+        raise DataError(
+            "A Hugging Face tokenizer needs the package 'tokenizers'. pip install tokenizers."
+        ) from error
     if files.main.name == VOCABULARY:
         fast = _pairs_of_bytes(files)
     else:
@@ -67,14 +68,18 @@ def _pairs_of_bytes(files: TokenizerFiles) -> "tokenizers.Tokenizer":
         raise DataError(
             f"{directory}: {VOCABULARY} and {MERGES} do not say how texts are cut, and the class "
             f"{name or 'of the tokenizer'} is unknown. Name one of {known} as tokenizer_class in "
-            "tokenizer_config.json, or save the tokenizer as tokenizer.json with transformers.")
+            "tokenizer_config.json, or save the tokenizer as tokenizer.json with transformers."
+        )
     vocabulary = read_json_object(files.main, REMEDY)
     if not all(type(i) is int and 0 <= i < 1 << 31 for i in vocabulary.values()):
         raise DataError(f"{files.main}: not {{token: id}}. Give an intact directory.")
     with _in_plain_words(f"{directory}: {VOCABULARY} and {MERGES} are no tokenizer"):
         lines = read_bounded(files.used[MERGES], REMEDY).decode("utf-8").split("\n")
-        merges = [tuple(line.split()) for line in map(str.strip, lines)
-                  if line and not line.startswith("#version")]
+        merges = [
+            tuple(line.split())
+            for line in map(str.strip, lines)
+            if line and not line.startswith("#version")
+        ]
         return build_pipeline(name, vocabulary, merges, files.config)
 
 

@@ -29,5 +29,8 @@ def open_tokenizer(path: Path | str, flag: str | None = "--tokenizer-model") -> 
         is_fast = files.main.name in (JSON, VOCABULARY)
         return HuggingFaceTokenizer(files) if is_fast else SentencePieceTokenizer(files)
     except DataError as error:
-        raise DataError(f"{flag}: {error}" if flag else f"{error} Another one is given with "
-                        "--tokenizer DIRECTORY or FILE.") from error
+        raise DataError(
+            f"{flag}: {error}"
+            if flag
+            else f"{error} Another one is given with --tokenizer DIRECTORY or FILE."
+        ) from error

@@ -68,29 +68,40 @@ class SentencePieceTokenizer(Tokenizer):
         self.notes, self.chat_templates = files.notes, files.chat_templates
         self.files = {PIECES if file == path else name: file for name, file in files.used.items()}
         size = self._size = self._pieces.vocab_size()
-        control = {self._pieces.id_to_piece(i): (i, True) for i in range(size)
-                   if self._pieces.is_control(i) or self._pieces.is_unknown(i)}
+        control = {
+            self._pieces.id_to_piece(i): (i, True)
+            for i in range(size)
+            if self._pieces.is_control(i) or self._pieces.is_unknown(i)
+        }
         self.named_tokens = control | self._added_tokens(files)
         self._names = {number: text for text, (number, _) in self.named_tokens.items()}
         self._set_special_tokens(files)
         self.vocab_size = max([size - 1, *self._names]) + 1
         self.text_size = 1 + next(
-            (i for i in reversed(range(size))
-             if not (self._pieces.is_control(i) or self._pieces.is_unused(i))), -1)
+            (
+                i
+                for i in reversed(range(size))
+                if not (self._pieces.is_control(i) or self._pieces.is_unused(i))
+            ),
+            -1,
+        )
         names = sorted(self.named_tokens, key=len, reverse=True)  # the longest at a place is meant
         self._cut = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})").split
         if files.place.is_dir() and (files.class_name or files.model_type):
             self.notes += (
                 f"{files.place.name}: {path.name} is read by sentencepiece itself; AutoTokenizer of "
-                "transformers 5 rebuilds it, and may cut texts into other tokens",)
+                "transformers 5 rebuilds it, and may cut texts into other tokens",
+            )
 
     def _added_tokens(self, files: TokenizerFiles) -> dict[str, tuple[int, bool]]:
         """Return {text: (id, whether it is special)} of the tokens that settings add, in order."""
         found: dict[str, tuple[int, bool]] = {}
         special = {token.content for token in files.special}
         known = {token.content for token in files.added.values()}
-        listed = [*sorted(files.added.items()),
-                  *((None, token) for token in files.special if token.content not in known)]
+        listed = [
+            *sorted(files.added.items()),
+            *((None, token) for token in files.special if token.content not in known),
+        ]
         following = self._size
         for number, token in listed:
             place = self._pieces.piece_to_id(token.content)
@@ -104,17 +115,24 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _set_special_tokens(self, files: TokenizerFiles) -> None:
         pieces = self._pieces
-        own = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(),
-               "unk_token": pieces.unk_id(), "pad_token": pieces.pad_id()}
+        own = {
+            "bos_token": pieces.bos_id(),
+            "eos_token": pieces.eos_id(),
+            "unk_token": pieces.unk_id(),
+            "pad_token": pieces.pad_id(),
+        }
         self.special_tokens = {
-            name: pieces.id_to_piece(number) for name, number in own.items() if number >= 0}
+            name: pieces.id_to_piece(number) for name, number in own.items() if number >= 0
+        }
         self.special_tokens |= {name: token.content for name, token in files.named.items()}
         self._take_special_ids(
-            {name: self.named_tokens[text][0] for name, text in self.special_tokens.items()})
+            {name: self.named_tokens[text][0] for name, text in self.special_tokens.items()}
+        )
         self.adds_bos = self.bos_id is not None and files.config.get("add_bos_token") is not False
         self.adds_eos = self.eos_id is not None and files.config.get("add_eos_token") is True
         self.special_ids = frozenset(
-            i for i, is_special in self.named_tokens.values() if is_special)
+            i for i, is_special in self.named_tokens.values() if is_special
+        )
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text; in one thread, since callers run several processes."""
@@ -122,8 +140,9 @@ class SentencePieceTokenizer(Tokenizer):
         behind: list[str] = []
         plans = [self._plan(text, first, behind) for text in texts]
         starts = iter(self._pieces.encode(first, out_type=int, num_threads=1))
-        others = iter(self._processors.behind.encode(behind, out_type=int, num_threads=1)
-                      if behind else ())
+        others = iter(
+            self._processors.behind.encode(behind, out_type=int, num_threads=1) if behind else ()
+        )
         found = []
         for plan in plans:
             ids: list[int] = []
@@ -199,7 +218,8 @@ def _opened(data: bytes, path: Path) -> "SentencePieceProcessor":
         raise DataError(
             f"{path}: not a sentencepiece model of {len(data)} bytes ({shown(error)}). Give an "
             "intact tokenizer.model, or train one with megatron-sorted prepare "
-            "--train-tokenizer.") from error
+            "--train-tokenizer."
+        ) from error
     return pieces
 
 

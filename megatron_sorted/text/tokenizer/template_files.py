@@ -8,7 +8,11 @@ from megatron_sorted.errors import DataError
 from megatron_sorted.reading.json_text import read_bounded, read_settings
 from megatron_sorted.reading.shown import shown
 
-CONFIG, TEMPLATE, LEGACY_TEMPLATE = "tokenizer_config.json", "chat_template.jinja", "chat_template.json"
+CONFIG, TEMPLATE, LEGACY_TEMPLATE = (
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 MORE_TEMPLATES = "additional_chat_templates"
 LARGEST_TEMPLATE_BYTES = 1 << 20
 MOST_TEMPLATES = 64
@@ -35,8 +39,10 @@ def read_chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str,
     found = {name: _template_text(path) for name, path in paths.items() if path.is_file()}
     if found:
         return found
-    for settings, name in ((config, CONFIG), (read_settings(directory / LEGACY_TEMPLATE),
-                                              LEGACY_TEMPLATE)):
+    for settings, name in (
+        (config, CONFIG),
+        (read_settings(directory / LEGACY_TEMPLATE), LEGACY_TEMPLATE),
+    ):
         if value := settings.get("chat_template"):
             return _listed_templates(value, f"{directory / name}: chat_template")
     return {}
@@ -55,11 +61,13 @@ def _listed_templates(value: object, where: str) -> dict[str, str]:
     elif isinstance(value, list) and all(isinstance(one, dict) for one in value):
         value = {one.get("name"): one.get("template") for one in value}
     if not isinstance(value, dict) or not all(
-            isinstance(part, str) for pair in value.items() for part in pair):
+        isinstance(part, str) for pair in value.items() for part in pair
+    ):
         raise DataError(f"{where}: neither a text nor a list of named texts. {REMEDY}")
     for name, text in value.items():
         if len(text) > LARGEST_TEMPLATE_BYTES:
             raise DataError(
                 f"{where}: {name!r:.40} has {len(text):,} characters, but at most "
-                f"{LARGEST_TEMPLATE_BYTES:,} are read. {REMEDY}")
+                f"{LARGEST_TEMPLATE_BYTES:,} are read. {REMEDY}"
+            )
     return value

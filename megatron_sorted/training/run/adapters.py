@@ -25,17 +25,26 @@ def check_same_adapters(candidate: Candidate, settings: Settings, weights_only: 
     before, now = {**absent, **saved}, settings_as_dict(settings)
     if not before["lora_rank"] and (not now["lora_rank"] or weights_only):
         return
-    different = [f"--{name.replace('_', '-')}: {_words(before[name])} in the checkpoint, {_words(now[name])} in this run"
-                 for name in MUST_AGREE if before[name] != now[name] and (name == "lora_rank" or before["lora_rank"])]
+    different = [
+        f"--{name.replace('_', '-')}: {_words(before[name])} in the checkpoint, {_words(now[name])} in this run"
+        for name in MUST_AGREE
+        if before[name] != now[name] and (name == "lora_rank" or before["lora_rank"])
+    ]
     if not different:
         return
     if before["lora_rank"]:
-        remedy = ("Use the checkpoint's values; or merge its adapters into the weights first (megatron-sorted convert export) and "
-                  "start from what that writes with --pretrained-checkpoint.")
+        remedy = (
+            "Use the checkpoint's values; or merge its adapters into the weights first (megatron-sorted convert export) and "
+            "start from what that writes with --pretrained-checkpoint."
+        )
     else:
-        remedy = ("Its optimizer has no state for adapters: start from its weights at step 0, with --pretrained-checkpoint (and another "
-                  "--save) or --finetune.")
-    raise CheckpointError(f"{candidate.directory}: made with other adapters. {'; '.join(different)}. {remedy}")
+        remedy = (
+            "Its optimizer has no state for adapters: start from its weights at step 0, with --pretrained-checkpoint (and another "
+            "--save) or --finetune."
+        )
+    raise CheckpointError(
+        f"{candidate.directory}: made with other adapters. {'; '.join(different)}. {remedy}"
+    )
 
 
 def _words(value: object) -> str:
@@ -51,8 +60,18 @@ def adapter_lines(settings: Settings, num_parameters: int) -> list[str]:
     """
     if not settings.lora_rank:
         return []
-    ranks = ("; each step uses the first " + " or ".join(map(str, settings.dylora_ranks or (f"1..{settings.lora_rank}",))) + " ranks"
-             + (" and trains the last of them" if settings.dylora_frozen else "")) if settings.dylora else ""
+    ranks = (
+        (
+            "; each step uses the first "
+            + " or ".join(map(str, settings.dylora_ranks or (f"1..{settings.lora_rank}",)))
+            + " ranks"
+            + (" and trains the last of them" if settings.dylora_frozen else "")
+        )
+        if settings.dylora
+        else ""
+    )
     count = adapter_parameters(settings)
-    return [f"adapters of rank {settings.lora_rank} on {', '.join(settings.lora_targets)}: {count:,} trained parameters, "
-            f"{100 * count / num_parameters:.2f} % of the frozen network's{ranks}"]
+    return [
+        f"adapters of rank {settings.lora_rank} on {', '.join(settings.lora_targets)}: {count:,} trained parameters, "
+        f"{100 * count / num_parameters:.2f} % of the frozen network's{ranks}"
+    ]

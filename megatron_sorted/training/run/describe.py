@@ -18,19 +18,21 @@ from megatron_sorted.parallel.groups import Place
 from megatron_sorted.platform.contract import Platform
 from megatron_sorted.platform.versions import megatron_version
 from megatron_sorted.settings.costs import forward_flops_per_token, sub_model_parameters
-from megatron_sorted.settings.derived import (
-    exit_depths,
-    global_batch_size,
-    num_micro_batches,
-)
+from megatron_sorted.settings.derived import exit_depths, global_batch_size, num_micro_batches
 from megatron_sorted.settings.layout import layout_of, num_virtual_chunks
 from megatron_sorted.settings.load import settings_as_dict
 from megatron_sorted.settings.run import Settings
 from megatron_sorted.training.run.adapters import adapter_lines
 
 
-def description(settings: Settings, vocab_size: int, run_id: str, place: Place, tokenizer: Tokenizer | None,
-                data: dict[str, Any] | None) -> dict[str, Any]:
+def description(
+    settings: Settings,
+    vocab_size: int,
+    run_id: str,
+    place: Place,
+    tokenizer: Tokenizer | None,
+    data: dict[str, Any] | None,
+) -> dict[str, Any]:
     """Return what a checkpoint's manifest says of the run, as plain data.
 
     Args:
@@ -42,36 +44,76 @@ def description(settings: Settings, vocab_size: int, run_id: str, place: Place, 
         data: What the data are (``data.identity.data_identity``).
     """
     return {
-        "run_id": run_id, "saved_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-        "versions": {"megatron_sorted": __version__, "megatron_core": megatron_version(), "torch": torch.__version__,
-                     "python": platform.python_version()},
+        "run_id": run_id,
+        "saved_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "versions": {
+            "megatron_sorted": __version__,
+            "megatron_core": megatron_version(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "exits": exits_description(settings),
-        "shape": network_shape(settings, vocab_size), "settings": settings_as_dict(settings),
-        "layout": {"world_size": place.world_size, "tensor": settings.tensor_model_parallel_size, "stages": place.num_stages,
-                   "data": place.data_size, "chunks": num_virtual_chunks(settings),
-                   "random_place": [place.num_stages, settings.tensor_model_parallel_size]},
+        "shape": network_shape(settings, vocab_size),
+        "settings": settings_as_dict(settings),
+        "layout": {
+            "world_size": place.world_size,
+            "tensor": settings.tensor_model_parallel_size,
+            "stages": place.num_stages,
+            "data": place.data_size,
+            "chunks": num_virtual_chunks(settings),
+            "random_place": [place.num_stages, settings.tensor_model_parallel_size],
+        },
         "samples_a_step": global_batch_size(settings, place.world_size),
-        "tokenizer": None if tokenizer is None else {
-            "type": settings.tokenizer_type, "name": tokenizer.name, "sha256": tokenizer.sha256,
-            **({"hashes": sorted(tokenizer.hashes)} if len(tokenizer.hashes) > 1 else {})},
+        "tokenizer": None
+        if tokenizer is None
+        else {
+            "type": settings.tokenizer_type,
+            "name": tokenizer.name,
+            "sha256": tokenizer.sha256,
+            **({"hashes": sorted(tokenizer.hashes)} if len(tokenizer.hashes) > 1 else {}),
+        },
         "data": data,
     }
 
 
 def exit_costs(settings: Settings, vocab_size: int) -> dict[str, dict[str, int]]:
     """Return {depth: {"parameters", "flops_per_token"}} of every sub-model, depths as text (JSON keys)."""
-    parameters, flops = sub_model_parameters(settings, vocab_size), forward_flops_per_token(settings, vocab_size)
-    return {str(depth): {"parameters": parameters[depth], "flops_per_token": flops[depth]} for depth in exit_depths(settings)}
+    parameters, flops = (
+        sub_model_parameters(settings, vocab_size),
+        forward_flops_per_token(settings, vocab_size),
+    )
+    return {
+        str(depth): {"parameters": parameters[depth], "flops_per_token": flops[depth]}
+        for depth in exit_depths(settings)
+    }
 
 
-def evaluation_results(settings: Settings, vocab_size: int, step: int, reports: list[EvaluationReport]) -> dict[str, Any]:
+def evaluation_results(
+    settings: Settings, vocab_size: int, step: int, reports: list[EvaluationReport]
+) -> dict[str, Any]:
     """Return what ``evaluation.json`` says: every sub-model's costs and its results on every set."""
-    sets = {report.name: {str(depth): {"loss": e.loss, "token_accuracy": e.token_accuracy, "exact_match": e.exact_match}
-                          for depth, e in sorted(report.exits.items())} for report in reports}
-    return {"run": Path(settings.save).name, "step": step, "exits": exit_costs(settings, vocab_size), "sets": sets}
+    sets = {
+        report.name: {
+            str(depth): {
+                "loss": e.loss,
+                "token_accuracy": e.token_accuracy,
+                "exact_match": e.exact_match,
+            }
+            for depth, e in sorted(report.exits.items())
+        }
+        for report in reports
+    }
+    return {
+        "run": Path(settings.save).name,
+        "step": step,
+        "exits": exit_costs(settings, vocab_size),
+        "sets": sets,
+    }
 
 
-def write_evaluation(settings: Settings, vocab_size: int, step: int, reports: list[EvaluationReport]) -> Path:
+def write_evaluation(
+    settings: Settings, vocab_size: int, step: int, reports: list[EvaluationReport]
+) -> Path:
     """Return the file with the last evaluation of every exit, after writing it into --save."""
     path = Path(settings.save) / "evaluation.json"
     whole = evaluation_results(settings, vocab_size, step, reports)
@@ -92,14 +134,18 @@ def opening_lines(settings: Settings, where: Platform, place: Place, vocab_size:
     depths = exit_depths(settings)
     parameters = sub_model_parameters(settings, vocab_size)
     chunks = num_virtual_chunks(settings)
-    layout = f"tp {settings.tensor_model_parallel_size} x pp {settings.pipeline_model_parallel_size}"
+    layout = (
+        f"tp {settings.tensor_model_parallel_size} x pp {settings.pipeline_model_parallel_size}"
+    )
     layout += f" ({chunks} chunks)" if chunks > 1 else ""
     layout += f" x dp {place.data_size}"
     stages = []
     for chunk in layout_of(settings).chunks:
         name = f"stage {chunk.stage}" + (f" chunk {chunk.chunk}" if chunks > 1 else "")
-        stages.append(f"{name}: layers {chunk.first_layer + 1}-{chunk.last_layer}, "
-                      f"exits {' '.join(map(str, chunk.exits)) or 'none'}")
+        stages.append(
+            f"{name}: layers {chunk.first_layer + 1}-{chunk.last_layer}, "
+            f"exits {' '.join(map(str, chunk.exits)) or 'none'}"
+        )
     precision = "bf16" if settings.bf16 else "fp16" if settings.fp16 else "fp32"
     return [
         f"{place.world_size} process{'es' * (place.world_size > 1)} on {where.name}: {layout}, {precision}, "

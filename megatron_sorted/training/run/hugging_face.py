@@ -43,8 +43,16 @@ def hugging_face_candidate(root: Path, settings: Settings) -> Candidate:
     model = open_model(root)
     shape = network_shape(model.settings, model.settings.vocab_size)
     manifest = {
-        "contents": WEIGHTS_ONLY, "kind": KIND, "run_id": "", "saved_at": "", "shape": shape, "files": {}, "sha256": _identity(root),
-        "settings": settings_as_dict(model.settings), "progress": {"step": 0, "samples": 0}, "tokenizer": tokenizer_description(model),
+        "contents": WEIGHTS_ONLY,
+        "kind": KIND,
+        "run_id": "",
+        "saved_at": "",
+        "shape": shape,
+        "files": {},
+        "sha256": _identity(root),
+        "settings": settings_as_dict(model.settings),
+        "progress": {"step": 0, "samples": 0},
+        "tokenizer": tokenizer_description(model),
     }
     return Candidate(root, with_new_parts(manifest, settings))
 
@@ -73,10 +81,14 @@ def load_by_name(directory: Path, settings: Settings, chunks: list, optimizer) -
     model = open_model(directory)
     for chunk in chunks:
         state = weights_in_place(chunk)
-        apply_factories(state)  # gate and up of an MLP are one parameter and two shards: views of it
+        apply_factories(
+            state
+        )  # gate and up of an MLP are one parameter and two shards: views of it
         shards: dict[str, list[ShardedTensor]] = {}
         for shard in nested_values(state):
-            if isinstance(shard, ShardedTensor) and not is_adapter(shard.key):  # new ones begin as they were made
+            if isinstance(shard, ShardedTensor) and not is_adapter(
+                shard.key
+            ):  # new ones begin as they were made
                 shards.setdefault(_name_of(shard), []).append(shard)
         with torch.no_grad():
             for name, of_tensor in shards.items():
@@ -99,7 +111,12 @@ def _name_of(shard: ShardedTensor) -> str:
 
 def _copy_part(whole: torch.Tensor, shard: ShardedTensor) -> None:
     offsets = shard.global_offset[shard.prepend_axis_num :]
-    source = whole[tuple(slice(begin, begin + size) for begin, size in zip(offsets, shard.local_shape, strict=True))]
+    source = whole[
+        tuple(
+            slice(begin, begin + size)
+            for begin, size in zip(offsets, shard.local_shape, strict=True)
+        )
+    ]
     target = shard.data.view(shard.local_shape)
     # a rank may hold rows that pad the vocabulary: they stay as they were made
     target[tuple(slice(0, size) for size in source.shape)].copy_(source)
@@ -139,8 +156,10 @@ def check_export_of_run(settings: Settings, run_id: str) -> None:
     with suppress(CheckpointError):
         other = str(read_json_object(path, error=CheckpointError).get("run_id", other))
     if other != run_id:
-        raise CheckpointError(f"--save-hf: {settings.save_hf} holds the export of run {shown(other)}, this one is run {run_id}. "
-                              "Give another directory.")
+        raise CheckpointError(
+            f"--save-hf: {settings.save_hf} holds the export of run {shown(other)}, this one is run {run_id}. "
+            "Give another directory."
+        )
 
 
 def export_last(settings: Settings, step: int, run_id: str, say: Callable[..., None]) -> None:
@@ -157,8 +176,12 @@ def export_last(settings: Settings, step: int, run_id: str, say: Callable[..., N
         verify = False
     model = open_model(iteration_directory(settings.save, step))
     say(f"exporting to {destination} ({model.num_bytes / 1e6:,.1f} MB)")
-    written = export_model(model, destination, Writing((destination / EXPORT).is_file(), verify),
-                           more_files={EXPORT: json.dumps({"run_id": run_id, "step": step}) + "\n"})
+    written = export_model(
+        model,
+        destination,
+        Writing((destination / EXPORT).is_file(), verify),
+        more_files={EXPORT: json.dumps({"run_id": run_id, "step": step}) + "\n"},
+    )
     comparison = written.comparison
     for note in written.notes:
         say(note)
@@ -166,5 +189,7 @@ def export_last(settings: Settings, step: int, run_id: str, say: Callable[..., N
         say(f"wrote {destination}; not verified, since transformers is not installed")
         return
     worst = max(comparison.exits, key=lambda row: row.largest_difference)
-    say(f"wrote {destination}; verified: {len(comparison.tensors)} tensors equal, logits of {len(comparison.exits)} exits equal those of "
-        f"transformers within {worst.largest_difference:.1g} (largest logit {worst.largest_logit:.3g})")
+    say(
+        f"wrote {destination}; verified: {len(comparison.tensors)} tensors equal, logits of {len(comparison.exits)} exits equal those of "
+        f"transformers within {worst.largest_difference:.1g} (largest logit {worst.largest_logit:.3g})"
+    )

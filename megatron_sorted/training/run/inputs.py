@@ -10,7 +10,12 @@ from typing import Any
 from megatron_sorted.checkpoint.candidates import Candidate, Candidates, find_candidates
 from megatron_sorted.checkpoint.layout import saved_steps
 from megatron_sorted.conversion.network import is_hugging_face
-from megatron_sorted.data.batches import make_document_masks, make_eval_sets, make_test_sets, open_train_samples
+from megatron_sorted.data.batches import (
+    make_document_masks,
+    make_eval_sets,
+    make_test_sets,
+    open_train_samples,
+)
 from megatron_sorted.data.identity import data_identity
 from megatron_sorted.data.prepared import check_same_tokenizer, form_of_data
 from megatron_sorted.data.samples.dataset import EvaluationSet
@@ -70,21 +75,35 @@ def open_inputs(settings: Settings) -> Inputs:
     notes = notes_on_tokenizer(tokenizer, settings)
     vocab_size = settings.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     if not vocab_size:
-        raise SettingsError("--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size.")
+        raise SettingsError(
+            "--vocab-size: the vocabulary is unknown without a tokenizer. Give --tokenizer-model or --vocab-size."
+        )
     settings = start_from_pretrained(dataclasses.replace(settings, vocab_size=vocab_size))
     check_top_k(settings)
     check_teacher(settings)
     if tokenizer is not None:
-        check_same_tokenizer((*data_prefixes(settings), *settings.valid_data_path, *settings.test_data_path), tokenizer)
+        check_same_tokenizer(
+            (*data_prefixes(settings), *settings.valid_data_path, *settings.test_data_path),
+            tokenizer,
+        )
     settings = settle_document_masks(settings)
     masks = make_document_masks(settings, tokenizer)
     samples = None if settings.skip_train else open_train_samples(settings, vocab_size, masks)
     eval_sets = make_eval_sets(settings, vocab_size, masks)
     test_sets = make_test_sets(settings, vocab_size, masks)
-    check_context_parallel(settings, {"the training data": samples,
-                                      **{f"set {name!r}": one.source for name, one in (eval_sets | test_sets).items()}})
+    check_context_parallel(
+        settings,
+        {
+            "the training data": samples,
+            **{f"set {name!r}": one.source for name, one in (eval_sets | test_sets).items()},
+        },
+    )
     first = int(os.environ.get("RANK", 0)) == 0
-    data = data_identity(settings) if first and (settings.save or settings.load) and not settings.skip_train else None
+    data = (
+        data_identity(settings)
+        if first and (settings.save or settings.load) and not settings.skip_train
+        else None
+    )
     checkpoints = find_checkpoints(settings, tokenizer, data)
     resumed, going_on = go_on_in_save(settings, newest_of(checkpoints), tokenizer, data)
     if resumed is not settings:
@@ -95,8 +114,19 @@ def open_inputs(settings: Settings) -> Inputs:
     if settings.metrics_file:
         check_writable("--metrics-file", Path(settings.metrics_file).parent)
     form, lines = open_form(settings, tokenizer, vocab_size)
-    return Inputs(settings, vocab_size, tokenizer, data, checkpoints, samples, eval_sets, test_sets, (*notes, *lines),
-                  tuple(going_on), form)
+    return Inputs(
+        settings,
+        vocab_size,
+        tokenizer,
+        data,
+        checkpoints,
+        samples,
+        eval_sets,
+        test_sets,
+        (*notes, *lines),
+        tuple(going_on),
+        form,
+    )
 
 
 def check_context_parallel(settings: Settings, sources: Mapping[str, SampleSource | None]) -> None:
@@ -108,13 +138,20 @@ def check_context_parallel(settings: Settings, sources: Mapping[str, SampleSourc
     packed = [name for name, source in sources.items() if source is not None and source.packs]
     if settings.context_parallel_size == 1 or not packed:
         return
-    why = (f"documents of {packed[0]} are to be kept apart (--reset-attention-mask, or the checkpoint was trained so)"
-           if settings.reset_attention_mask else f"{packed[0]} are packed instructions")
-    raise SettingsError(f"--context-parallel-size: {settings.context_parallel_size}, but {why}, and attention across context parallel "
-                        "processes knows no documents. Use 1, or train on text with --no-reset-attention-mask.")
+    why = (
+        f"documents of {packed[0]} are to be kept apart (--reset-attention-mask, or the checkpoint was trained so)"
+        if settings.reset_attention_mask
+        else f"{packed[0]} are packed instructions"
+    )
+    raise SettingsError(
+        f"--context-parallel-size: {settings.context_parallel_size}, but {why}, and attention across context parallel "
+        "processes knows no documents. Use 1, or train on text with --no-reset-attention-mask."
+    )
 
 
-def open_form(settings: Settings, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[PromptForm | None, list[str]]:
+def open_form(
+    settings: Settings, tokenizer: Tokenizer | None, vocab_size: int
+) -> tuple[PromptForm | None, list[str]]:
     """Return the form that the training data teach, and lines about it.
 
     Raises:
@@ -122,7 +159,9 @@ def open_form(settings: Settings, tokenizer: Tokenizer | None, vocab_size: int) 
     """
     if settings.skip_train:
         return None, []
-    form, notes = form_of_data(data_blend(settings) or [(1.0, prefix) for prefix in settings.data_path])
+    form, notes = form_of_data(
+        data_blend(settings) or [(1.0, prefix) for prefix in settings.data_path]
+    )
     if form is not None:
         where = f"--data-path {' '.join(settings.data_path)}"
         check_rows(form, vocab_size, where)
@@ -157,7 +196,9 @@ def notes_on_tokenizer(tokenizer: Tokenizer | None, settings: Settings) -> tuple
 
 def start_from_pretrained(settings: Settings) -> Settings:
     """Return the settings with the weights of --pretrained-checkpoint to be taken, where the run has no checkpoint of its own yet."""
-    if settings.pretrained_checkpoint is None or (settings.load is not None and saved_steps(settings.load)):
+    if settings.pretrained_checkpoint is None or (
+        settings.load is not None and saved_steps(settings.load)
+    ):
         return settings
     return dataclasses.replace(settings, load=settings.pretrained_checkpoint, finetune=True)
 
@@ -167,7 +208,9 @@ def newest_of(checkpoints: Candidates | None) -> Candidate | None:
     return checkpoints.usable[0] if checkpoints is not None and checkpoints.usable else None
 
 
-def find_checkpoints(settings: Settings, tokenizer: Tokenizer | None, data: dict[str, Any] | None) -> Candidates | None:
+def find_checkpoints(
+    settings: Settings, tokenizer: Tokenizer | None, data: dict[str, Any] | None
+) -> Candidates | None:
     """Return the checkpoints the run may continue from, best first; None to start afresh.
 
     Raises:
@@ -176,23 +219,39 @@ def find_checkpoints(settings: Settings, tokenizer: Tokenizer | None, data: dict
     if settings.load is None:
         return None
     root = Path(settings.load)
-    flag = "--pretrained-checkpoint" if same_path(settings.load, settings.pretrained_checkpoint) else "--load"
+    flag = (
+        "--pretrained-checkpoint"
+        if same_path(settings.load, settings.pretrained_checkpoint)
+        else "--load"
+    )
     # where --load and --save are the same, a job script can be submitted again and again, the first time too
     same_as_save = same_path(root, settings.save)
     try:
         if not root.is_dir() and not same_as_save:
-            raise CheckpointError(f"{flag}: {root} is not a directory. Give the directory that --save of another run wrote to.")
-        found = Candidates([hugging_face_candidate(root, settings)]) if is_hugging_face(root) else find_candidates(root, settings.ckpt_step)
+            raise CheckpointError(
+                f"{flag}: {root} is not a directory. Give the directory that --save of another run wrote to."
+            )
+        found = (
+            Candidates([hugging_face_candidate(root, settings)])
+            if is_hugging_face(root)
+            else find_candidates(root, settings.ckpt_step)
+        )
     except OSError as error:
-        raise CheckpointError(f"{flag}: cannot read {root} ({error.strerror}). Give a directory that can be read.") from error
+        raise CheckpointError(
+            f"{flag}: cannot read {root} ({error.strerror}). Give a directory that can be read."
+        ) from error
     if found.usable:
         check_can_continue(found.usable[0], settings, tokenizer, data)
         return found
     if found.skipped:
-        raise CheckpointError(f"{flag}: {root} holds no complete checkpoint: {' '.join(found.passed_over(None))} Restore one, or give "
-                              "another directory.")
+        raise CheckpointError(
+            f"{flag}: {root} holds no complete checkpoint: {' '.join(found.passed_over(None))} Restore one, or give "
+            "another directory."
+        )
     if settings.exit_on_missing_checkpoint or settings.finetune or settings.skip_train:
-        raise CheckpointError(f"{flag}: {root} holds no checkpoint. Give the directory that --save of another run wrote to.")
+        raise CheckpointError(
+            f"{flag}: {root} holds no checkpoint. Give the directory that --save of another run wrote to."
+        )
     return None
 
 
@@ -208,4 +267,6 @@ def check_writable(flag: str, directory: Path) -> None:
         trial.write_bytes(b"\0")
         trial.unlink()
     except OSError as error:
-        raise SettingsError(f"{flag}: cannot write in {directory} ({error.strerror}). Give a directory that can be written.") from error
+        raise SettingsError(
+            f"{flag}: cannot write in {directory} ({error.strerror}). Give a directory that can be written."
+        ) from error

@@ -31,8 +31,12 @@ def start_of(settings: Settings, source: Candidate | None) -> str:
     return f"the Hugging Face model {manifest['sha256'][:12]}"
 
 
-def go_on_in_save(settings: Settings, source: Candidate | None, tokenizer: Tokenizer | None,
-                  data: Mapping[str, Any] | None) -> tuple[Settings, list[str]]:
+def go_on_in_save(
+    settings: Settings,
+    source: Candidate | None,
+    tokenizer: Tokenizer | None,
+    data: Mapping[str, Any] | None,
+) -> tuple[Settings, list[str]]:
     """Return the settings with the checkpoints in --save to be loaded, where these are of this run; and what to say.
 
     A run that does not load from --save itself would otherwise begin again, and replace step by step
@@ -54,7 +58,9 @@ def go_on_in_save(settings: Settings, source: Candidate | None, tokenizer: Token
         if not any(saved_steps(settings.save)):
             return settings, []
     except OSError as error:
-        raise CheckpointError(f"--save: cannot read {settings.save} ({error.strerror}). Give a directory that can be read.") from error
+        raise CheckpointError(
+            f"--save: cannot read {settings.save} ({error.strerror}). Give a directory that can be read."
+        ) from error
     there = find_candidates(settings.save)
     newest = _newest(settings, there)
     notes = _of_this_run(settings, source, newest)
@@ -64,8 +70,10 @@ def go_on_in_save(settings: Settings, source: Candidate | None, tokenizer: Token
     try:
         check_can_continue(newest, resumed, tokenizer, data)
     except CheckpointError as error:
-        raise CheckpointError(f"--save: {settings.save} holds checkpoints with which this run cannot go on: "
-                              f"{error} Or give another directory.") from error
+        raise CheckpointError(
+            f"--save: {settings.save} holds checkpoints with which this run cannot go on: "
+            f"{error} Or give another directory."
+        ) from error
     return resumed, notes
 
 
@@ -78,27 +86,46 @@ def _newest(settings: Settings, there: Candidates) -> Candidate:
     if there.usable and not there.usable[0].weights_only:
         return there.usable[0]
     sentences = " ".join(there.passed_over(None)) or "they are weights only."
-    raise CheckpointError(f"--save: {settings.save} holds checkpoints that this run would replace and cannot go on from: "
-                          f"{sentences} Give another directory, or take them away.")
+    raise CheckpointError(
+        f"--save: {settings.save} holds checkpoints that this run would replace and cannot go on from: "
+        f"{sentences} Give another directory, or take them away."
+    )
 
 
-def _of_this_run(settings: Settings, source: Candidate | None, newest: Candidate) -> list[str] | None:
+def _of_this_run(
+    settings: Settings, source: Candidate | None, newest: Candidate
+) -> list[str] | None:
     """Return what to say when ``newest`` is this run's; None where the run is to go on from ``source``, which is newer.
 
     Raises:
         CheckpointError: It is another run's.
     """
-    said, manifest = f"--save {settings.save} holds checkpoints of this run up to step {newest.step}", newest.manifest
+    said, manifest = (
+        f"--save {settings.save} holds checkpoints of this run up to step {newest.step}",
+        newest.manifest,
+    )
     if source is not None and not takes_weights_only(source, settings):
         if manifest["run_id"] == source.manifest["run_id"]:
-            return None if newest.saved_at < source.saved_at else [f"{said}: going on from them, not from --load {settings.load}"]
-        raise CheckpointError(f"--save: {settings.save} holds checkpoints up to step {newest.step} of run {manifest['run_id']}, and "
-                              f"--load names run {source.manifest['run_id']}. " + ELSEWHERE.format(settings.save))
+            return (
+                None
+                if newest.saved_at < source.saved_at
+                else [f"{said}: going on from them, not from --load {settings.load}"]
+            )
+        raise CheckpointError(
+            f"--save: {settings.save} holds checkpoints up to step {newest.step} of run {manifest['run_id']}, and "
+            f"--load names run {source.manifest['run_id']}. " + ELSEWHERE.format(settings.save)
+        )
     ours, theirs = start_of(settings, source), manifest.get(START)
     if theirs is not None and theirs != ours:
-        raise CheckpointError(f"--save: {settings.save} holds checkpoints up to step {newest.step} of another run: it started from "
-                              f"{theirs}, this one from {ours}. " + ELSEWHERE.format(settings.save))
-    notes = [f"{said}: going on from them" + (f", not from {settings.load}" if settings.load else "")]
+        raise CheckpointError(
+            f"--save: {settings.save} holds checkpoints up to step {newest.step} of another run: it started from "
+            f"{theirs}, this one from {ours}. " + ELSEWHERE.format(settings.save)
+        )
+    notes = [
+        f"{said}: going on from them" + (f", not from {settings.load}" if settings.load else "")
+    ]
     if theirs is None:
-        notes.append("note: an older version saved them, which did not write what a run started from; they are taken for this run's")
+        notes.append(
+            "note: an older version saved them, which did not write what a run started from; they are taken for this run's"
+        )
     return notes

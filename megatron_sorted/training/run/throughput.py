@@ -9,8 +9,13 @@ from megatron_sorted.settings.derived import deepest_layer_run, global_batch_siz
 from megatron_sorted.settings.run import Settings
 
 
-def step_flops(settings: Settings, vocab_size: int, world_size: int, depths: Collection[int],
-               teacher: Settings | None = None) -> int:
+def step_flops(
+    settings: Settings,
+    vocab_size: int,
+    world_size: int,
+    depths: Collection[int],
+    teacher: Settings | None = None,
+) -> int:
     """Return the operations of one step over all devices that trains the exits at ``depths``.
 
     Forward and backward of the layers that are run and of these exits' heads, for every position of every sample; causal
@@ -19,9 +24,13 @@ def step_flops(settings: Settings, vocab_size: int, world_size: int, depths: Col
     memory is not counted, nor a backward that frozen layers do not have.
     """
     tokens = global_batch_size(settings, world_size) * settings.seq_length
-    per_token = train_flops_per_token(settings, vocab_size, depths, deepest_layer_run(settings, depths))
+    per_token = train_flops_per_token(
+        settings, vocab_size, depths, deepest_layer_run(settings, depths)
+    )
     head = 2 * settings.hidden_size * vocab_size
-    layers = forward_flops_per_token(teacher, vocab_size)[teacher.num_layers] - head if teacher else 0
+    layers = (
+        forward_flops_per_token(teacher, vocab_size)[teacher.num_layers] - head if teacher else 0
+    )
     return tokens * (per_token + len(taught_exits(settings, depths)) * head + layers)
 
 

@@ -21,7 +21,12 @@ class PhaseTimers:
         clock: Seconds that only grow.
     """
 
-    def __init__(self, enabled: bool, synchronize: Callable[[], None], clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        enabled: bool,
+        synchronize: Callable[[], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         self.enabled, self._synchronize, self._clock = enabled, synchronize, clock
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
@@ -45,7 +50,9 @@ class PhaseTimers:
         self._synchronize()
         now = self._clock()
         if self._open:
-            self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._since
+            self._seconds[self._open[-1]] = (
+                self._seconds.get(self._open[-1], 0.0) + now - self._since
+            )
         self._since = now
         if phase is None:
             self._open.pop()
@@ -54,6 +61,10 @@ class PhaseTimers:
 
     def take(self, num_steps: int) -> dict[str, float]:
         """Return {phase: mean seconds a step} over ``num_steps`` since the last call, and start anew; empty if disabled."""
-        taken = {phase: self._seconds[phase] / max(num_steps, 1) for phase in PHASES if phase in self._seconds}
+        taken = {
+            phase: self._seconds[phase] / max(num_steps, 1)
+            for phase in PHASES
+            if phase in self._seconds
+        }
         self._seconds.clear()
         return taken

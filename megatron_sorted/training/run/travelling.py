@@ -30,20 +30,26 @@ def tokenizer_files(settings: Settings) -> dict[str, bytes]:
     if settings.tokenizer_model is None:
         return {}
     path = Path(settings.tokenizer_model)
-    if path.is_file() and (settings.tokenizer_type == "HuggingFaceTokenizer" or path.name in (JSON, VOCABULARY, MERGES)):
+    if path.is_file() and (
+        settings.tokenizer_type == "HuggingFaceTokenizer" or path.name in (JSON, VOCABULARY, MERGES)
+    ):
         path = path.parent  # the directory is the tokenizer
     # whatever a sentencepiece file is called here, a Hugging Face directory made of the checkpoint is searched for tokenizer.model
     name = "tokenizer.model" if settings.tokenizer_type == "SentencePieceTokenizer" else path.name
     if path.is_file():  # with the settings beside it, by which it is read
         used = files_with(path)
-        found = {f"{TOKENIZER}/{name if file == path else inside}": file for inside, file in used.items()}
+        found = {
+            f"{TOKENIZER}/{name if file == path else inside}": file for inside, file in used.items()
+        }
     else:
         found = tokenizer_files_in(path)
     try:
         return {name: file.read_bytes() for name, file in found.items()}
     except OSError as error:
-        raise DataError(f"--tokenizer-model: cannot read {error.filename} ({error.strerror}), which is to go into every checkpoint. "
-                        "Make it readable.") from error
+        raise DataError(
+            f"--tokenizer-model: cannot read {error.filename} ({error.strerror}), which is to go into every checkpoint. "
+            "Make it readable."
+        ) from error
 
 
 def own_files(settings: Settings, form: PromptForm | None) -> dict[str, bytes]:
@@ -61,15 +67,25 @@ def files_of_checkpoint(candidate: Candidate) -> dict[str, bytes]:
     Raises:
         CheckpointError: One cannot be read.
     """
-    names = [name for name in candidate.manifest["files"] if name.startswith((f"{TOKENIZER}/", f"{HUGGING_FACE}/"))]
+    names = [
+        name
+        for name in candidate.manifest["files"]
+        if name.startswith((f"{TOKENIZER}/", f"{HUGGING_FACE}/"))
+    ]
     try:
         return {name: (candidate.directory / name).read_bytes() for name in names}
     except OSError as error:
-        raise CheckpointError(f"{error.filename}: not readable ({error.strerror}), although it is to travel on with the run. "
-                              "Restore it, or load another checkpoint.") from error
+        raise CheckpointError(
+            f"{error.filename}: not readable ({error.strerror}), although it is to travel on with the run. "
+            "Restore it, or load another checkpoint."
+        ) from error
 
 
-def carry_files(carried: Mapping[str, bytes], own: Mapping[str, bytes], saved_tokenizer: Mapping[str, Any] | None) -> dict[str, bytes]:
+def carry_files(
+    carried: Mapping[str, bytes],
+    own: Mapping[str, bytes],
+    saved_tokenizer: Mapping[str, Any] | None,
+) -> dict[str, bytes]:
     """Return what goes into every checkpoint of a run.
 
     The Hugging Face files always travel. The run's own tokenizer replaces the checkpoint's; where it is the same one, named by one of
@@ -84,10 +100,19 @@ def carry_files(carried: Mapping[str, bytes], own: Mapping[str, bytes], saved_to
     reads = [name for name in own if name != FORM]
     same = not hashes.isdisjoint(hashlib.sha256(content).hexdigest() for content in own.values())
     mine = set(own.values())
-    kept = {name: content for name, content in carried.items()
-            if name.startswith(f"{HUGGING_FACE}/") or not reads or (same and content not in mine) or (name == FORM and same)}
+    kept = {
+        name: content
+        for name, content in carried.items()
+        if name.startswith(f"{HUGGING_FACE}/")
+        or not reads
+        or (same and content not in mine)
+        or (name == FORM and same)
+    }
     if FORM in kept and FORM in own and not form_from_bytes(own[FORM], FORM).is_conversation:
-        own = {**own, FORM: _with_ends(kept[FORM], own[FORM])}  # text does not change how a model is asked
+        own = {
+            **own,
+            FORM: _with_ends(kept[FORM], own[FORM]),
+        }  # text does not change how a model is asked
     return {**kept, **own}
 
 

@@ -5,7 +5,11 @@ from dataclasses import dataclass, field
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
@@ -13,7 +17,10 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_sorted.checkpoint.manifest import CONTENT
-from megatron_sorted.checkpoint.sharding.optimizer_state import count_padding_in_offsets, give_sgd_a_first_state
+from megatron_sorted.checkpoint.sharding.optimizer_state import (
+    count_padding_in_offsets,
+    give_sgd_a_first_state,
+)
 from megatron_sorted.loss.cross_entropy import VocabularyShard
 from megatron_sorted.model.config import make_config, parameter_dtype, uses_transformer_engine
 from megatron_sorted.model.spec import layer_spec
@@ -64,7 +71,9 @@ def vocabulary_shard(settings: Settings, vocab_size: int) -> VocabularyShard:
     group = parallel_state.get_tensor_model_parallel_group()
     rows = padded_vocab_size(vocab_size, settings) // group.size()
     first = rows * group.rank()
-    return VocabularyShard(first, max(0, min(rows, vocab_size - first)), group, settings.sequence_parallel)
+    return VocabularyShard(
+        first, max(0, min(rows, vocab_size - first)), group, settings.sequence_parallel
+    )
 
 
 def build_model(settings: Settings, platform: Platform, place: Place, vocab_size: int) -> Model:
@@ -78,23 +87,37 @@ def build_model(settings: Settings, platform: Platform, place: Place, vocab_size
     stages: list[SortedStage] = []
     layout = layout_of(settings)
     for plan in layout.of_stage(place.stage):
-        stage = SortedStage(settings, config, spec, padded_vocab_size(vocab_size, settings), plan, tuple(stages))
+        stage = SortedStage(
+            settings, config, spec, padded_vocab_size(vocab_size, settings), plan, tuple(stages)
+        )
         stages.append(stage.to(current_device()))
     for stage in stages:
         for parameter in stage.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         freeze_others(stage, settings)
-    parameters = {kind: [p for stage in stages for p in stage.heads.shared_parameters()[kind]] for kind in ("head", "norm")}
+    parameters = {
+        kind: [p for stage in stages for p in stage.heads.shared_parameters()[kind]]
+        for kind in ("head", "norm")
+    }
     copies = connect_copies(parameters, layout.copies)
     wrap = _shard_fully if settings.data_parallel == "fsdp" else _replicate
-    model = Model(wrap(stages, config, settings, platform), config, layout, copies, vocabulary_shard(settings, vocab_size), vocab_size)
+    model = Model(
+        wrap(stages, config, settings, platform),
+        config,
+        layout,
+        copies,
+        vocabulary_shard(settings, vocab_size),
+        vocab_size,
+    )
     _connect_schedule(model, settings)
     if settings.exit_kd_teacher is not None and not settings.skip_train:
         model.teacher = FrozenTeacher(settings, platform, layout, place.stage, vocab_size)
     return model
 
 
-def _replicate(stages: list[SortedStage], config: TransformerConfig, settings: Settings, _platform: Platform) -> list:
+def _replicate(
+    stages: list[SortedStage], config: TransformerConfig, settings: Settings, _platform: Platform
+) -> list:
     """Return the chunks with Megatron's gradient buffers, every data parallel rank holding all weights."""
     half = parameter_dtype(settings) != torch.float32
     wrapped = [Float16Module(config, stage) for stage in stages] if half else list(stages)
@@ -104,16 +127,25 @@ def _replicate(stages: list[SortedStage], config: TransformerConfig, settings: S
         overlap_param_gather=settings.overlap_param_gather,
         use_distributed_optimizer=settings.use_distributed_optimizer,
     )
-    chunks = [DistributedDataParallel(config, buffers, module, disable_bucketing=index > 0) for index, module in enumerate(wrapped)]
+    chunks = [
+        DistributedDataParallel(config, buffers, module, disable_bucketing=index > 0)
+        for index, module in enumerate(wrapped)
+    ]
     count_padding_in_offsets(chunks)
     return chunks
 
 
-def _shard_fully(stages: list[SortedStage], config: TransformerConfig, settings: Settings, platform: Platform) -> list:
+def _shard_fully(
+    stages: list[SortedStage], config: TransformerConfig, settings: Settings, platform: Platform
+) -> list:
     """Return the only chunk of a network without stages, every data parallel rank keeping some rows of its weights."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     states = stages[0].sharded_state_dict(metadata=dict(CONTENT))
-    return [FullyShardedStage(config, stages[0], group, platform.device().type, parameter_dtype(settings), states)]
+    return [
+        FullyShardedStage(
+            config, stages[0], group, platform.device().type, parameter_dtype(settings), states
+        )
+    ]
 
 
 def finalize_gradients(model: Model) -> Callable:
@@ -154,15 +186,29 @@ def build_optimizer(model: Model, settings: Settings, world_size: int) -> None:
     """
     dtype = parameter_dtype(settings)
     optimizer_config = OptimizerConfig(
-        optimizer=settings.optimizer, lr=settings.lr, min_lr=settings.min_lr, weight_decay=settings.weight_decay,
-        adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2, adam_eps=settings.adam_eps,
-        sgd_momentum=settings.sgd_momentum, clip_grad=settings.clip_grad,
-        fp16=settings.fp16, bf16=settings.bf16, params_dtype=dtype,
-        loss_scale=settings.loss_scale, initial_loss_scale=settings.initial_loss_scale, min_loss_scale=settings.min_loss_scale,
-        loss_scale_window=settings.loss_scale_window, hysteresis=settings.hysteresis,
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        sgd_momentum=settings.sgd_momentum,
+        clip_grad=settings.clip_grad,
+        fp16=settings.fp16,
+        bf16=settings.bf16,
+        params_dtype=dtype,
+        loss_scale=settings.loss_scale,
+        initial_loss_scale=settings.initial_loss_scale,
+        min_loss_scale=settings.min_loss_scale,
+        loss_scale_window=settings.loss_scale_window,
+        hysteresis=settings.hysteresis,
         use_distributed_optimizer=settings.use_distributed_optimizer,
-        **known_arguments(OptimizerConfig, overlap_param_gather=settings.overlap_param_gather))
-    model.optimizer = get_megatron_optimizer(optimizer_config, model.chunks, use_gloo_process_groups=False)
+        **known_arguments(OptimizerConfig, overlap_param_gather=settings.overlap_param_gather),
+    )
+    model.optimizer = get_megatron_optimizer(
+        optimizer_config, model.chunks, use_gloo_process_groups=False
+    )
     give_sgd_a_first_state(model.optimizer)
     if settings.data_parallel == "fsdp":
         connect_optimizer(model.optimizer)
@@ -170,8 +216,17 @@ def build_optimizer(model: Model, settings: Settings, world_size: int) -> None:
     samples = global_batch_size(settings, world_size)  # Megatron's schedule counts samples
     decay = settings.lr_decay_iters or max(settings.train_iters, 1)
     model.schedule = OptimizerParamScheduler(
-        model.optimizer, init_lr=settings.lr_warmup_init, max_lr=settings.lr, min_lr=settings.min_lr,
-        lr_warmup_steps=settings.lr_warmup_iters * samples, lr_decay_style=settings.lr_decay_style,
+        model.optimizer,
+        init_lr=settings.lr_warmup_init,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters * samples,
+        lr_decay_style=settings.lr_decay_style,
         lr_decay_steps=max(decay, settings.lr_warmup_iters + 1) * samples,
-        start_wd=settings.weight_decay, end_wd=settings.weight_decay, wd_incr_steps=decay * samples, wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=decay * samples,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

@@ -67,7 +67,13 @@ class _Widen(torch.autograd.Function):
 
 def halves_of_message(settings: Settings, depths: Iterable[int], forward_only: bool = False) -> int:
     """Return 2 where stages send each other a carrier beside the hidden state, at a step that trains the exits at ``depths``; else 1."""
-    return 2 if settings.pipeline_model_parallel_size > 1 and not forward_only and taught_exits(settings, depths) else 1
+    return (
+        2
+        if settings.pipeline_model_parallel_size > 1
+        and not forward_only
+        and taught_exits(settings, depths)
+        else 1
+    )
 
 
 def narrow(wide_tbh: torch.Tensor, box: TeacherSlot) -> torch.Tensor:

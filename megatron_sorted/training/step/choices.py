@@ -25,7 +25,13 @@ class Choices:
     follow: dict[int, torch.Tensor] = field(default_factory=dict)
     ids: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
 
-    def add_batch(self, micro_batch: int, loss_mask_bs: torch.Tensor, positions_bs: torch.Tensor, segments_bs: torch.Tensor | None) -> None:
+    def add_batch(
+        self,
+        micro_batch: int,
+        loss_mask_bs: torch.Tensor,
+        positions_bs: torch.Tensor,
+        segments_bs: torch.Tensor | None,
+    ) -> None:
         """Record a micro-batch, whose tensors still lie on the host; a second time changes nothing."""
         if micro_batch not in self.num_counted:
             self.num_counted[micro_batch] = int((loss_mask_bs != 0).sum())
@@ -46,7 +52,9 @@ class Choices:
             follow_n = platform.to_device(self._follow(order))
             for depth, by_batch in sorted(self.ids.items()):
                 chosen_n = torch.cat([by_batch[micro_batch] for micro_batch in order])
-                ledger.add_drafts(depth, draft_counts(chosen_n == last_n, follow_n, num_draft_tokens))
+                ledger.add_drafts(
+                    depth, draft_counts(chosen_n == last_n, follow_n, num_draft_tokens)
+                )
         self.clear()
 
     def _last_ids(self, order: list[int], device: torch.device, last: int) -> torch.Tensor:

@@ -38,13 +38,19 @@ class Confidences:
     levels: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
     bins: torch.Tensor | None = None
 
-    def add(self, depth: int, micro_batch: int, confidence_n: torch.Tensor, vocab_size: int) -> None:
+    def add(
+        self, depth: int, micro_batch: int, confidence_n: torch.Tensor, vocab_size: int
+    ) -> None:
         """Take in how sure the exit at ``depth`` is of the tokens of a micro-batch."""
         level_n = torch.zeros_like(confidence_n, dtype=torch.uint8)
         for threshold in self.thresholds:
             level_n += confidence_n > threshold
         self.levels.setdefault(depth, {})[micro_batch] = level_n
-        place_n = ((1 + confidence_n.double().log() / math.log(vocab_size)) * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+        place_n = (
+            ((1 + confidence_n.double().log() / math.log(vocab_size)) * NUM_BINS)
+            .long()
+            .clamp(0, NUM_BINS - 1)
+        )
         counts = torch.zeros(NUM_BINS, dtype=torch.float64, device=confidence_n.device)
         counts.index_add_(0, place_n, torch.ones_like(confidence_n, dtype=torch.float64))
         self.bins = counts if self.bins is None else self.bins + counts
@@ -60,7 +66,10 @@ class Confidences:
         depths = layout.depths
         order = sorted(self.num_counted)
         num_tokens = sum(self.num_counted.values())
-        level = {depth: torch.cat([by_batch[micro_batch] for micro_batch in order]) for depth, by_batch in self.levels.items()}
+        level = {
+            depth: torch.cat([by_batch[micro_batch] for micro_batch in order])
+            for depth, by_batch in self.levels.items()
+        }
         row = torch.zeros(len(depths) + 1 + NUM_BINS, dtype=torch.float64, device=device)
         shallower = self._largest_shallower(layout, level, num_tokens, device)
         for place, depth in enumerate(depths):
@@ -73,8 +82,9 @@ class Confidences:
         self.clear()
         return row
 
-    def _largest_shallower(self, layout: Layout, level: dict[int, torch.Tensor], num_tokens: int,
-                           device: torch.device) -> dict[int, torch.Tensor]:
+    def _largest_shallower(
+        self, layout: Layout, level: dict[int, torch.Tensor], num_tokens: int, device: torch.device
+    ) -> dict[int, torch.Tensor]:
         """Return {depth: largest number of passed thresholds at any shallower exit [n], uint8} for the exits of this rank.
 
         Collective: see ``count``.
@@ -89,13 +99,21 @@ class Confidences:
         passing = mine_cn  # in the order in which a token passes the chunks
         if stages > 1:
             everyone = torch.empty(stages, chunks, num_tokens, dtype=torch.uint8, device=device)
-            dist.all_gather(list(everyone.unbind(0)), mine_cn, group=parallel_state.get_pipeline_model_parallel_group())
+            dist.all_gather(
+                list(everyone.unbind(0)),
+                mine_cn,
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
             passing = everyone.transpose(0, 1).reshape(chunks * stages, num_tokens)
         result = {}
         for depth in sorted(level):
             chunk = chunk_of[depth]
             before = passing[: chunk * stages + stage]
-            largest = before.amax(0) if before.size(0) else torch.zeros(num_tokens, dtype=torch.uint8, device=device)
+            largest = (
+                before.amax(0)
+                if before.size(0)
+                else torch.zeros(num_tokens, dtype=torch.uint8, device=device)
+            )
             for other in level:
                 if other < depth and chunk_of[other] == chunk:
                     largest = torch.maximum(largest, level[other])

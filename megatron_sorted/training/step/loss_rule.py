@@ -50,4 +50,6 @@ class LossRule:
         """
         if self.settings.calculate_per_token_loss:
             return self.loss_scale() * self.model.num_tokens.clamp(min=1)
-        return self.loss_scale() * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        return self.loss_scale() * parallel_state.get_data_parallel_world_size(
+            with_context_parallel=True
+        )

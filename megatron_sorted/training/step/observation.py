@@ -17,7 +17,9 @@ from megatron_sorted.training.step.forward_step import ForwardStep
 
 def loss_columns(settings: Settings) -> tuple[int, int]:
     """Return which two of the ledger's columns make the mean loss under the loss rule in force."""
-    names = ("loss", "tokens") if settings.calculate_per_token_loss else ("mean_loss", "micro_batches")
+    names = (
+        ("loss", "tokens") if settings.calculate_per_token_loss else ("mean_loss", "micro_batches")
+    )
     return COLUMNS.index(names[0]), COLUMNS.index(names[1])
 
 
@@ -33,10 +35,16 @@ def numbers_to_observe(forward_step: ForwardStep) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.float64, device=current_device())
     columns = [*loss_columns(settings), *([GRADIENT] if GRADIENTS in needs else [])]
     nothing = torch.zeros(len(columns), dtype=torch.float64, device=current_device())
-    parts = [torch.stack([ledger.sums[depth][column] for column in columns]) if depth in ledger.sums else nothing
-             for depth in exit_depths(settings)]
+    parts = [
+        torch.stack([ledger.sums[depth][column] for column in columns])
+        if depth in ledger.sums
+        else nothing
+        for depth in exit_depths(settings)
+    ]
     if EXIT_LAYERS in needs:
-        parts.append(forward_step.losses.confidences.count(forward_step.model.layout, forward_step.device))
+        parts.append(
+            forward_step.losses.confidences.count(forward_step.model.layout, forward_step.device)
+        )
     return torch.cat(parts)
 
 
@@ -47,23 +55,42 @@ def read_observation(sums: Sequence[float], forward_step: ForwardStep) -> Observ
         return None
     depths, wide = exit_depths(settings), 3 if GRADIENTS in needs else 2
     rows = {depth: sums[place * wide : (place + 1) * wide] for place, depth in enumerate(depths)}
-    trained = [depth for depth in depths if rows[depth][1] > 0 and forward_step.coefficients.get(depth, 0.0) > 0]
+    trained = [
+        depth
+        for depth in depths
+        if rows[depth][1] > 0 and forward_step.coefficients.get(depth, 0.0) > 0
+    ]
     # each tensor parallel rank counted all tokens, and holds the whole gradient unless it holds a part of the sequence
-    copies = 1 if settings.sequence_parallel else parallel_state.get_tensor_model_parallel_world_size()
-    norms = {depth: math.sqrt(rows[depth][2] / copies) for depth in trained} if GRADIENTS in needs else {}
+    copies = (
+        1 if settings.sequence_parallel else parallel_state.get_tensor_model_parallel_world_size()
+    )
+    norms = (
+        {depth: math.sqrt(rows[depth][2] / copies) for depth in trained}
+        if GRADIENTS in needs
+        else {}
+    )
     shares, confidences = {}, (0.0, 1.0)
     if EXIT_LAYERS in needs:
         shares, confidences = _read_confidences(sums[len(depths) * wide :], forward_step)
-    return Observation({depth: rows[depth][0] / rows[depth][1] for depth in trained},
-                       {depth: forward_step.coefficients[depth] for depth in trained}, norms, shares, confidences)
+    return Observation(
+        {depth: rows[depth][0] / rows[depth][1] for depth in trained},
+        {depth: forward_step.coefficients[depth] for depth in trained},
+        norms,
+        shares,
+        confidences,
+    )
 
 
-def _read_confidences(sums: Sequence[float], forward_step: ForwardStep) -> tuple[dict[int, float], tuple[float, float]]:
+def _read_confidences(
+    sums: Sequence[float], forward_step: ForwardStep
+) -> tuple[dict[int, float], tuple[float, float]]:
     """Return the share of tokens that leave at each exit, and the range of confidences: the borders of the outermost bins hit."""
     depths = exit_depths(forward_step.settings)
     gained, tokens, bins = sums[: len(depths)], sums[len(depths)], sums[len(depths) + 1 :]
     whole = tokens * len(forward_step.losses.confidences.thresholds)
-    shares = {depth: gain / whole if whole else 0.0 for depth, gain in zip(depths, gained, strict=True)}
+    shares = {
+        depth: gain / whole if whole else 0.0 for depth, gain in zip(depths, gained, strict=True)
+    }
     shares[depths[-1]] = 1 - sum(shares[depth] for depth in depths[:-1])
     hit = [number for number in range(NUM_BINS) if bins[number] > 0]
     edges = bin_edges(forward_step.model.vocab_size)

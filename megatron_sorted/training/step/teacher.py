@@ -38,20 +38,37 @@ def teacher_settings(settings: Settings) -> Settings:
     for name in ("hidden_size", "vocab_size"):
         ours, theirs = getattr(settings, name), getattr(found, name)
         if ours != theirs:
-            raise SettingsError(f"--exit-kd-teacher: {directory} has --{name.replace('_', '-')} {theirs} and this network {ours}. Give a "
-                                "teacher of the same width and vocabulary.")
+            raise SettingsError(
+                f"--exit-kd-teacher: {directory} has --{name.replace('_', '-')} {theirs} and this network {ours}. Give a "
+                "teacher of the same width and vocabulary."
+            )
     chunks, stages = num_virtual_chunks(settings), settings.pipeline_model_parallel_size
     same = found.num_layers == settings.num_layers
     if not same and found.num_layers % (chunks * stages):
-        raise SettingsError(f"--exit-kd-teacher: {directory} has {found.num_layers} layers, which {stages} stages of {chunks} chunks "
-                            "cannot share evenly. Use another layout, or a teacher of as many layers as the network.")
+        raise SettingsError(
+            f"--exit-kd-teacher: {directory} has {found.num_layers} layers, which {stages} stages of {chunks} chunks "
+            "cannot share evenly. Use another layout, or a teacher of as many layers as the network."
+        )
     plain = {field.name: field.default for field in dataclasses.fields(Settings)}
-    changes = network_fields(found) | {name: plain[name] for name in (
-        *EXITS, "lora_rank", "layer_dropout", "exit_kd_weight", "exit_kd_teacher", "recompute_granularity", "recompute_method",
-        "recompute_num_layers")}
+    changes = network_fields(found) | {
+        name: plain[name]
+        for name in (
+            *EXITS,
+            "lora_rank",
+            "layer_dropout",
+            "exit_kd_weight",
+            "exit_kd_teacher",
+            "recompute_granularity",
+            "recompute_method",
+            "recompute_num_layers",
+        )
+    }
     if not same:
-        changes |= {"decoder_first_pipeline_num_layers": None, "decoder_last_pipeline_num_layers": None,
-                    "pipeline_model_parallel_layout": None}
+        changes |= {
+            "decoder_first_pipeline_num_layers": None,
+            "decoder_last_pipeline_num_layers": None,
+            "pipeline_model_parallel_layout": None,
+        }
         if chunks > 1:
             changes["num_layers_per_virtual_pipeline_stage"] = found.num_layers // (chunks * stages)
     return dataclasses.replace(settings, **changes, hidden_dropout=0.0, attention_dropout=0.0)
@@ -84,20 +101,37 @@ class FrozenTeacher:
         vocab_size: Real tokens.
     """
 
-    def __init__(self, settings: Settings, platform: Platform, layout: Layout, stage: int, vocab_size: int):
+    def __init__(
+        self, settings: Settings, platform: Platform, layout: Layout, stage: int, vocab_size: int
+    ):
         self.settings = own = teacher_settings(settings)
         self.window = settings.sliding_window
-        config, spec = make_config(own, platform), layer_spec(own, uses_transformer_engine(own, platform))
+        config, spec = (
+            make_config(own, platform),
+            layer_spec(own, uses_transformer_engine(own, platform)),
+        )
         # an exit where a chunk ends gives it the norm and the head that the exits of the chunk beside it are taught through
-        ends = [theirs.last_layer for ours, theirs in zip(layout.chunks, layout_of(own).chunks, strict=True) if ours.exits]
+        ends = [
+            theirs.last_layer
+            for ours, theirs in zip(layout.chunks, layout_of(own).chunks, strict=True)
+            if ours.exits
+        ]
         self.chunks: list[SortedStage] = []
         for plan in layout_of(own, ends).of_stage(stage):
-            chunk = SortedStage(own, config, spec, padded_vocab_size(vocab_size, own), plan, tuple(self.chunks))
-            self.chunks.append(chunk.to(device=current_device(), dtype=parameter_dtype(settings)).requires_grad_(False).eval())
+            chunk = SortedStage(
+                own, config, spec, padded_vocab_size(vocab_size, own), plan, tuple(self.chunks)
+            )
+            self.chunks.append(
+                chunk.to(device=current_device(), dtype=parameter_dtype(settings))
+                .requires_grad_(False)
+                .eval()
+            )
         load_by_name(Path(settings.exit_kd_teacher), own, self.chunks, None)
 
     @torch.no_grad()
-    def run(self, plan: ChunkLayout, box: TeacherSlot, batch: Batch, attention_mask: torch.Tensor | None) -> None:
+    def run(
+        self, plan: ChunkLayout, box: TeacherSlot, batch: Batch, attention_mask: torch.Tensor | None
+    ) -> None:
         """Take the teacher's hidden state in ``box`` through a chunk; after the last one it is the normed one that exits learn from.
 
         Collective: Megatron's, of the layers (tensor parallel group).
@@ -110,11 +144,19 @@ class FrozenTeacher:
         """
         stage, own = self.chunks[plan.chunk], self.settings
         if own.sliding_window != self.window:
-            attention_mask = make_attention_mask(batch.tokens_bs, batch.segments_bs, own.sliding_window, parameter_dtype(own))
+            attention_mask = make_attention_mask(
+                batch.tokens_bs, batch.segments_bs, own.sliding_window, parameter_dtype(own)
+            )
         if not stage.pre_process:
             stage.set_input_tensor(box.hidden_tbh)
         deepest = stage.plan.last_layer
-        hidden_tbh = stage(batch.tokens_bs, batch.positions_bs, attention_mask, lambda _depth, hidden: hidden, deepest)
+        hidden_tbh = stage(
+            batch.tokens_bs,
+            batch.positions_bs,
+            attention_mask,
+            lambda _depth, hidden: hidden,
+            deepest,
+        )
         stage.set_input_tensor(None)
         if stage.plan.is_last:
             box.normed_tbh, box.hidden_tbh = stage.head(deepest).norm(hidden_tbh), None

@@ -21,7 +21,13 @@ from megatron_sorted.training.watch.nonfinite import where_from
 from megatron_sorted.training.watch.trained_step import StepResult
 
 
-def run_schedule(model: Model, settings: Settings, forward_step: Callable, micro_batches: list[Batch], forward_only: bool) -> None:
+def run_schedule(
+    model: Model,
+    settings: Settings,
+    forward_step: Callable,
+    micro_batches: list[Batch],
+    forward_only: bool,
+) -> None:
     """Pass the micro-batches through Megatron's schedule for the layout.
 
     Collective: pipeline, tensor and data groups, as the schedule does.
@@ -34,14 +40,22 @@ def run_schedule(model: Model, settings: Settings, forward_step: Callable, micro
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
         num_microbatches=len(micro_batches),
-        seq_length=settings.seq_length * halves_of_message(settings, forward_step.coefficients, forward_only),
+        seq_length=settings.seq_length
+        * halves_of_message(settings, forward_step.coefficients, forward_only),
         micro_batch_size=settings.micro_batch_size,
         forward_only=forward_only,
     )
 
 
-def train_step(model: Model, settings: Settings, forward_step: ForwardStep, micro_batches: list[Batch],
-               coefficients: dict[int, float], samples: int, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
+def train_step(
+    model: Model,
+    settings: Settings,
+    forward_step: ForwardStep,
+    micro_batches: list[Batch],
+    coefficients: dict[int, float],
+    samples: int,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> StepResult:
     """Return the result of one optimizer step on this rank's micro-batches.
 
     Collective: the schedule's, gradient reduction's and the optimizer's.
@@ -78,13 +92,19 @@ def _grad_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
     squares = []
     for part in parts_of(optimizer):
         gradients = part.get_main_grads_for_grad_norm()
-        square = get_total_norm(gradients).float().square() if gradients else torch.zeros((), device=current_device())
+        square = (
+            get_total_norm(gradients).float().square()
+            if gradients
+            else torch.zeros((), device=current_device())
+        )
         dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
         squares.append(square)
     return torch.stack(squares).sum().sqrt()
 
 
-def optimizer_step(model: Model, settings: Settings, forward_step: ForwardStep, samples: int) -> StepResult:
+def optimizer_step(
+    model: Model, settings: Settings, forward_step: ForwardStep, samples: int
+) -> StepResult:
     """Return the result of the optimizer's step, which is left out where any rank saw a number that is not finite.
 
     The steps of Megatron's ``ChainedOptimizer.step``, with that question between the gradient norm and the update. For its answer the
@@ -97,17 +117,27 @@ def optimizer_step(model: Model, settings: Settings, forward_step: ForwardStep, 
     if optimizer.prepare_grads():  # fp16 overflow on some rank: Megatron lowers the loss scale
         return StepResult(False, float("nan"))
     norm = _grad_norm(optimizer)
-    bad = torch.maximum(forward_step.ledger.bad_flag(forward_step.device), (~torch.isfinite(norm)).float())
+    bad = torch.maximum(
+        forward_step.ledger.bad_flag(forward_step.device), (~torch.isfinite(norm)).float()
+    )
     numbers = torch.cat((bad.double().reshape(1), numbers_to_observe(forward_step)))
     dist.all_reduce(numbers)
-    is_bad, grad_norm, *observed = torch.cat((numbers[:1], norm.double().reshape(1), numbers[1:])).tolist()
+    is_bad, grad_norm, *observed = torch.cat(
+        (numbers[:1], norm.double().reshape(1), numbers[1:])
+    ).tolist()
     if is_bad:
         return StepResult(False, grad_norm, where_from(forward_step.ledger, grad_norm))
     for part in parts_of(optimizer):
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         if parameters and settings.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=settings.clip_grad, total_norm=grad_norm)
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=settings.clip_grad, total_norm=grad_norm
+            )
     stepped = optimizer.step_with_ready_grads()
     if stepped:
         model.schedule.step(increment=samples)
-    return StepResult(bool(stepped), grad_norm, observed=read_observation(observed, forward_step) if stepped else None)
+    return StepResult(
+        bool(stepped),
+        grad_norm,
+        observed=read_observation(observed, forward_step) if stepped else None,
+    )

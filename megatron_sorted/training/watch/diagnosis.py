@@ -31,7 +31,9 @@ def _who(sign: Sign) -> str:
     return f"rank {sign.rank} ({sign.host}, process {sign.process})"
 
 
-def find_culprits(earlier: Mapping[int, Sign], now: Mapping[int, Sign], world_size: int) -> tuple[list[int], str]:
+def find_culprits(
+    earlier: Mapping[int, Sign], now: Mapping[int, Sign], world_size: int
+) -> tuple[list[int], str]:
     """Return the ranks that hold the others up and a sentence that says why they are taken for it.
 
     Args:
@@ -42,17 +44,30 @@ def find_culprits(earlier: Mapping[int, Sign], now: Mapping[int, Sign], world_si
     missing = [rank for rank in range(world_size) if rank not in now]
     if missing:
         return missing, f"{_ranks(missing)} never gave a sign"
-    silent = [rank for rank, sign in now.items() if rank in earlier and sign.beat <= earlier[rank].beat]
+    silent = [
+        rank for rank, sign in now.items() if rank in earlier and sign.beat <= earlier[rank].beat
+    ]
     if silent:
-        return silent, _join(f"{_who(now[rank])} is silent (stopped, dead or cut off), last seen in {now[rank].phase}" for rank in silent)
+        return silent, _join(
+            f"{_who(now[rank])} is silent (stopped, dead or cut off), last seen in {now[rank].phase}"
+            for rank in silent
+        )
     furthest = max(sign.mark for sign in now.values())
     behind = [rank for rank, sign in now.items() if sign.mark < furthest]
     busy = [rank for rank in behind or now if not now[rank].waits]
     if busy and (behind or len(busy) < world_size):
-        return busy, _join(f"{_who(now[rank])} does not come out of {now[rank].phase}, at {now[rank].place}" for rank in busy)
+        return busy, _join(
+            f"{_who(now[rank])} does not come out of {now[rank].phase}, at {now[rank].place}"
+            for rank in busy
+        )
     if behind:
-        return behind, _join(f"{_who(now[rank])} is behind the others, in {now[rank].phase}, at {now[rank].place}" for rank in behind)
-    return [], "every rank waits for the others: " + _join(f"rank {sign.rank} in {sign.phase}, at {sign.place}" for sign in now.values())
+        return behind, _join(
+            f"{_who(now[rank])} is behind the others, in {now[rank].phase}, at {now[rank].place}"
+            for rank in behind
+        )
+    return [], "every rank waits for the others: " + _join(
+        f"rank {sign.rank} in {sign.phase}, at {sign.place}" for sign in now.values()
+    )
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -26,7 +26,9 @@ VICTIM_SECONDS = 15.0
 def lost_a_peer(error: BaseException) -> bool:
     """Return whether communication broke because another process ended."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    return "DistError" in names or (isinstance(error, RuntimeError) and ("gloo" in str(error) or "onnection " in str(error)))
+    return "DistError" in names or (
+        isinstance(error, RuntimeError) and ("gloo" in str(error) or "onnection " in str(error))
+    )
 
 
 def seconds_to_wait(error: BaseException, local_rank: int) -> float:
@@ -88,7 +90,9 @@ def report_and_exit(error: BaseException, silent: bool = False) -> NoReturn:
     """
     # The launcher may tell a victim to end before the broken connection comes up as an error, on a crowded host seconds before.
     before = VICTIM_SECONDS if silent or lost_a_peer(error) else 0.0
-    seconds = VICTIM_SECONDS if silent else seconds_to_wait(error, int(os.environ.get("LOCAL_RANK", 0)))
+    seconds = (
+        VICTIM_SECONDS if silent else seconds_to_wait(error, int(os.environ.get("LOCAL_RANK", 0)))
+    )
     wait_for_the_launcher(seconds, time.monotonic() - before)
     if silent:
         os._exit(1)
@@ -101,7 +105,15 @@ def report_and_exit(error: BaseException, silent: bool = False) -> NoReturn:
         message = f"rank {os.environ['RANK']}: {message}"
     if path:
         with open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}}, file)
+            json.dump(
+                {
+                    "message": {
+                        "message": message,
+                        "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))},
+                    }
+                },
+                file,
+            )
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
     # Without waiting for communication threads: other ranks may be stuck in a collective until this process is gone.

@@ -25,7 +25,13 @@ class Profiler:
         say: Takes a line for the user. Called on recording ranks.
     """
 
-    def __init__(self, settings: Settings, rank: int, directory: str | Path | None, say: Callable[[str], None]):
+    def __init__(
+        self,
+        settings: Settings,
+        rank: int,
+        directory: str | Path | None,
+        say: Callable[[str], None],
+    ):
         self._wanted = settings.profile and directory is not None and rank in settings.profile_ranks
         self._start, self._end = settings.profile_step_start, settings.profile_step_end
         self._rank, self._say = rank, say
@@ -72,10 +78,18 @@ class Profiler:
         self._directory.mkdir(parents=True, exist_ok=True)
         recording.export_chrome_trace(str(self._directory / f"{name}.json.gz"))
         averages = recording.key_averages()
-        key = "self_device_time_total" if any(event.self_device_time_total for event in averages) else "self_cpu_time_total"
+        key = (
+            "self_device_time_total"
+            if any(event.self_device_time_total for event in averages)
+            else "self_cpu_time_total"
+        )
         table = averages.table(sort_by=key, row_limit=TABLE_ROWS, max_name_column_width=80)
-        write_text_atomically(self._directory / f"{name}.txt", f"torch {torch.__version__}\n{table}\n")
-        self._say(f"profile: wrote {self._directory / name}.json.gz (open in ui.perfetto.dev) and {name}.txt")
+        write_text_atomically(
+            self._directory / f"{name}.txt", f"torch {torch.__version__}\n{table}\n"
+        )
+        self._say(
+            f"profile: wrote {self._directory / name}.json.gz (open in ui.perfetto.dev) and {name}.txt"
+        )
 
     def _give_up(self, error: Exception) -> None:
         self._wanted, self._recording = False, None

@@ -31,7 +31,11 @@ def _place_of(thread_id: int) -> tuple[str, bool]:
     stack = traceback.extract_stack(frame)
     waits = any(word in stack[-1].filename for word in WAITING_FILES)
     libraries = (sys.prefix, sys.base_prefix)
-    own = [entry for entry in stack if "megatron_sorted" in entry.filename or not entry.filename.startswith(libraries)] or [stack[-1]]
+    own = [
+        entry
+        for entry in stack
+        if "megatron_sorted" in entry.filename or not entry.filename.startswith(libraries)
+    ] or [stack[-1]]
     return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno} in {own[-1].name}", waits
 
 
@@ -77,7 +81,16 @@ class Watchdog:
 
     def _say(self, beat: int) -> None:
         place, waits = _place_of(self._main)
-        sign = Sign(dist.get_rank(), socket.gethostname(), os.getpid(), beat, self._mark, self._phase, place, waits)
+        sign = Sign(
+            dist.get_rank(),
+            socket.gethostname(),
+            os.getpid(),
+            beat,
+            self._mark,
+            self._phase,
+            place,
+            waits,
+        )
         self._store.set(f"sign/{sign.rank}", json.dumps(asdict(sign)))
 
     def _read(self) -> dict[int, Sign]:
@@ -89,18 +102,32 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(self.interval_seconds):
             if self._launcher is not None and os.getppid() != self._launcher:
-                self.on_hang(TrainingError("the launcher of this process is gone, so nobody would notice the end of another rank."), False)
+                self.on_hang(
+                    TrainingError(
+                        "the launcher of this process is gone, so nobody would notice the end of another rank."
+                    ),
+                    False,
+                )
             try:
                 self._beat += 1
                 self._say(self._beat)
                 stalled = time.monotonic() - self._since
                 if stalled > self.timeout_seconds:
                     self._end(stalled)
-            except Exception as error:  # the store is gone with its server: the job is over, or rank 0 is
-                if time.monotonic() - self._since > self.timeout_seconds and not self._over.is_set():
-                    self.on_hang(TrainingError(
-                        f"no progress for {time.monotonic() - self._since:.0f} s in {self._phase}, and the store that rank 0 or the "
-                        f"launcher serves does not answer ({error}): it has stopped, died or is cut off."), False)
+            except (
+                Exception
+            ) as error:  # the store is gone with its server: the job is over, or rank 0 is
+                if (
+                    time.monotonic() - self._since > self.timeout_seconds
+                    and not self._over.is_set()
+                ):
+                    self.on_hang(
+                        TrainingError(
+                            f"no progress for {time.monotonic() - self._since:.0f} s in {self._phase}, and the store that rank 0 or the "
+                            f"launcher serves does not answer ({error}): it has stopped, died or is cut off."
+                        ),
+                        False,
+                    )
 
     def _end(self, stalled: float) -> None:
         earlier = self._read()
@@ -116,7 +143,9 @@ class Watchdog:
         if mine:
             stack = "".join(traceback.format_stack(sys._current_frames()[self._main]))
             print(f"rank {dist.get_rank()} hangs here:\n{stack}", file=sys.stderr, flush=True)
-        error = TrainingError(f"no progress for {stalled:.0f} s: {why}. Mend its cause, or raise --hang-timeout-minutes if work takes so "
-                              "long; start again with --load.")
+        error = TrainingError(
+            f"no progress for {stalled:.0f} s: {why}. Mend its cause, or raise --hang-timeout-minutes if work takes so "
+            "long; start again with --load."
+        )
         speaks = min((rank for rank in now if rank not in culprits), default=min(now))
         self.on_hang(error, dist.get_rank() != speaks)

@@ -12,7 +12,14 @@ def _batched(operations: list) -> list:
     works = []
     for operation in operations:
         peer = "group_dst" if operation.op.__name__ == "isend" else "group_src"
-        works.append(operation.op(operation.tensor, group=operation.group, tag=operation.tag, **{peer: operation.group_peer}))
+        works.append(
+            operation.op(
+                operation.tensor,
+                group=operation.group,
+                tag=operation.tag,
+                **{peer: operation.group_peer},
+            )
+        )
     return works
 
 

@@ -17,12 +17,20 @@ def simulated_environment(devices: int = 8, name: str = "Ascend910B1") -> dict[s
         devices: NPUs of the host.
         name: What each says it is.
     """
+
     def before(variable: str, *folders: Path) -> str:
-        there = [part for part in os.environ.get(variable, "").split(os.pathsep) if part and part not in map(str, folders)]
+        there = [
+            part
+            for part in os.environ.get(variable, "").split(os.pathsep)
+            if part and part not in map(str, folders)
+        ]
         return os.pathsep.join([*map(str, folders), *there])
 
     return {
         "TASK_QUEUE_ENABLE": "0",  # or torch_npu's copies wait in a queue while kernels, which are Python here, already read
-        "SIMULATED_NPUS": str(devices), "SIMULATED_NPU_NAME": name, "LD_LIBRARY_PATH": before("LD_LIBRARY_PATH", build(BUILT)),
-        "PYTHONPATH": before("PYTHONPATH", SITE, ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "SIMULATED_NPUS": str(devices),
+        "SIMULATED_NPU_NAME": name,
+        "LD_LIBRARY_PATH": before("LD_LIBRARY_PATH", build(BUILT)),
+        "PYTHONPATH": before("PYTHONPATH", SITE, ROOT),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }

@@ -14,12 +14,22 @@ import torch
 from tests.support.npu_simulation.references import REFERENCES
 
 CPU = torch.device("cpu")
-EMPTY_STRIDED, FROM_BUFFER = torch.empty_strided, torch.frombuffer  # before transfer_to_npu wraps them
+EMPTY_STRIDED, FROM_BUFFER = (
+    torch.empty_strided,
+    torch.frombuffer,
+)  # before transfer_to_npu wraps them
 KEY = "PrivateUse1"  # under which torch_npu registers its kernels
 NAMESPACES = ("aten", "npu", "c10d")
-OWN = re.compile(r"aten::(empty|empty_strided|_pin_memory|is_pinned|record_stream|set_|resize_|view|_unsafe_view|as_strided|"
-                 r"_reshape_alias|alias|detach|_has_compatible|unfold$|_record|npu_)")
-REDUCING = ("c10d::allreduce_", "c10d::reduce_", "c10d::reduce_scatter_", "c10d::_reduce_scatter_base_")
+OWN = re.compile(
+    r"aten::(empty|empty_strided|_pin_memory|is_pinned|record_stream|set_|resize_|view|_unsafe_view|as_strided|"
+    r"_reshape_alias|alias|detach|_has_compatible|unfold$|_record|npu_)"
+)
+REDUCING = (
+    "c10d::allreduce_",
+    "c10d::reduce_",
+    "c10d::reduce_scatter_",
+    "c10d::_reduce_scatter_base_",
+)
 MIXING = 0x9E3779B97F4A7C15  # spreads neighbouring seeds
 _libraries: list[torch.library.Library] = []  # a registration ends with its library
 
@@ -29,8 +39,12 @@ def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     storage = tensor.untyped_storage()
     if not storage.nbytes() or not storage.data_ptr():
         return EMPTY_STRIDED(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-    memory = FROM_BUFFER((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr()), dtype=torch.uint8)
-    whole = memory[: storage.nbytes() // tensor.element_size() * tensor.element_size()].view(tensor.dtype)
+    memory = FROM_BUFFER(
+        (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr()), dtype=torch.uint8
+    )
+    whole = memory[: storage.nbytes() // tensor.element_size() * tensor.element_size()].view(
+        tensor.dtype
+    )
     alias = whole.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
     alias.memory_of = storage
     return alias
@@ -38,9 +52,13 @@ def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 def on_npu(tensor: torch.Tensor, index: int) -> torch.Tensor:
     """Returns a new NPU tensor with the values and strides of a CPU tensor."""
-    made = EMPTY_STRIDED(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=torch.device("npu", index))
+    made = EMPTY_STRIDED(
+        tensor.size(), tensor.stride(), dtype=tensor.dtype, device=torch.device("npu", index)
+    )
     if tensor.numel():
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+        extent = 1 + sum(
+            (size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True)
+        )
         ctypes.memmove(made.data_ptr(), tensor.data_ptr(), extent * tensor.element_size())
     return made
 
@@ -77,7 +95,9 @@ def kernel_of(op: torch._ops.OpOverload) -> Callable:
             device = args[device_place]
         if device is not None:
             device = torch.device(device)
-        origin: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of every alias by its id: it and what it is made from
+        origin: dict[
+            int, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # of every alias by its id: it and what it is made from
         generators: list[torch.Generator] = []
 
         def to_cpu(value):
@@ -110,7 +130,11 @@ def kernel_of(op: torch._ops.OpOverload) -> Callable:
         if device is not None and device.type == "npu" and device.index is not None:
             index = device.index
         else:
-            index = next(iter(origin.values()))[1].device.index if origin else torch.npu.current_device()
+            index = (
+                next(iter(origin.values()))[1].device.index
+                if origin
+                else torch.npu.current_device()
+            )
         if options.get("pin_memory"):
             options["pin_memory"] = False
         with _random_numbers_of(generators, index) if draws else nullcontext():
@@ -125,12 +149,20 @@ def replace_kernels() -> int:
         namespace, rest = name.split("::")
         base, _, overload = rest.partition(".")
         full = f"{namespace}::{base}"
-        if namespace not in NAMESPACES or OWN.match(full) or (namespace == "npu" and full not in REFERENCES):
+        if (
+            namespace not in NAMESPACES
+            or OWN.match(full)
+            or (namespace == "npu" and full not in REFERENCES)
+        ):
             continue
-        op = getattr(getattr(getattr(torch.ops, namespace), base, None), overload or "default", None)
+        op = getattr(
+            getattr(getattr(torch.ops, namespace), base, None), overload or "default", None
+        )
         if op is None:
             continue
-        if namespace == "aten" and any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns):
+        if namespace == "aten" and any(
+            r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns
+        ):
             continue  # a view
         library = torch.library.Library(namespace, "IMPL")
         library.impl(rest, kernel_of(op), KEY, allow_override=True)

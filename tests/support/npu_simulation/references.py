@@ -24,7 +24,9 @@ def _heads(x: torch.Tensor, heads: int, layout: str) -> torch.Tensor:
 
 def _joined(x_bnsd: torch.Tensor, like: torch.Tensor, layout: str) -> torch.Tensor:
     """Returns what ``_heads`` took apart, in the dtype of ``like``."""
-    order = {"SBH": (2, 0, 1, 3), "BSH": (0, 2, 1, 3), "BSND": (0, 2, 1, 3), "BNSD": (0, 1, 2, 3)}[layout]
+    order = {"SBH": (2, 0, 1, 3), "BSH": (0, 2, 1, 3), "BSND": (0, 2, 1, 3), "BNSD": (0, 1, 2, 3)}[
+        layout
+    ]
     joined = x_bnsd.permute(order)
     return (joined.flatten(-2) if layout in ("SBH", "BSH") else joined).to(like.dtype).contiguous()
 
@@ -43,49 +45,100 @@ def _scores(query, key, scale, atten_mask, sparse_mode):
     scores = query @ key.transpose(-1, -2) * scale
     rows, columns = scores.shape[-2:]
     if sparse_mode == 2:
-        assert atten_mask is not None and atten_mask.shape[-2:] == (MASK_TOKENS, MASK_TOKENS), "sparse mode 2 takes the fixed mask"
+        assert atten_mask is not None and atten_mask.shape[-2:] == (MASK_TOKENS, MASK_TOKENS), (
+            "sparse mode 2 takes the fixed mask"
+        )
         if atten_mask.data_ptr() not in _seen_masks:
-            assert torch.equal(atten_mask.bool(), torch.ones(MASK_TOKENS, MASK_TOKENS, dtype=torch.bool).triu(1)), "an upper triangle"
+            assert torch.equal(
+                atten_mask.bool(), torch.ones(MASK_TOKENS, MASK_TOKENS, dtype=torch.bool).triu(1)
+            ), "an upper triangle"
             _seen_masks.add(atten_mask.data_ptr())
         hidden = torch.ones(rows, columns, dtype=torch.bool).triu(1)
     elif sparse_mode in (0, 1):
         assert sparse_mode == 0 or atten_mask is not None, "sparse mode 1 takes a whole mask"
         if atten_mask is None or not atten_mask.numel():
             return scores
-        assert atten_mask.dtype in (torch.bool, torch.uint8), f"masks of {atten_mask.dtype} are not taken"
-        assert atten_mask.shape[-2:] == (rows, columns), f"mask {tuple(atten_mask.shape)} of {rows} by {columns} scores"
+        assert atten_mask.dtype in (torch.bool, torch.uint8), (
+            f"masks of {atten_mask.dtype} are not taken"
+        )
+        assert atten_mask.shape[-2:] == (rows, columns), (
+            f"mask {tuple(atten_mask.shape)} of {rows} by {columns} scores"
+        )
         hidden = atten_mask.bool()
     else:
         raise NotImplementedError(f"sparse mode {sparse_mode} is not simulated")
     return scores.masked_fill(hidden, float("-inf"))
 
 
-def fusion_attention(query, key, value, head_num, input_layout, *, atten_mask=None, scale=1.0, keep_prob=1.0, sparse_mode=0, pse=None,
-                     padding_mask=None, **_unused):
+def fusion_attention(
+    query,
+    key,
+    value,
+    head_num,
+    input_layout,
+    *,
+    atten_mask=None,
+    scale=1.0,
+    keep_prob=1.0,
+    sparse_mode=0,
+    pse=None,
+    padding_mask=None,
+    **_unused,
+):
     """Returns the attention output, the maxima and the sums of the softmax (eight times each, as on the device), and four rests."""
-    assert keep_prob == 1.0 and pse is None and padding_mask is None, "dropout, biases and padding are not simulated"
+    assert keep_prob == 1.0 and pse is None and padding_mask is None, (
+        "dropout, biases and padding are not simulated"
+    )
     q, k, v, _ = _operands(query, key, value, head_num, input_layout)
     scores = _scores(q, k, scale, atten_mask, sparse_mode)
     highest = scores.amax(-1, keepdim=True)
     exponentials = (scores - highest).exp()
     total = exponentials.sum(-1, keepdim=True)
     statistics = [x.expand(*x.shape[:-1], 8).contiguous() for x in (highest, total)]
-    return _joined(exponentials / total @ v, query, input_layout), *statistics, query.new_empty(0), 0, 0, 0
+    return (
+        _joined(exponentials / total @ v, query, input_layout),
+        *statistics,
+        query.new_empty(0),
+        0,
+        0,
+        0,
+    )
 
 
-def fusion_attention_grad(query, key, value, dy, head_num, input_layout, *, atten_mask=None, scale_value=1.0, sparse_mode=0, **_unused):
+def fusion_attention_grad(
+    query,
+    key,
+    value,
+    dy,
+    head_num,
+    input_layout,
+    *,
+    atten_mask=None,
+    scale_value=1.0,
+    sparse_mode=0,
+    **_unused,
+):
     """Returns the gradients of query, key and value, and two rests."""
     q, k, v, times = _operands(query, key, value, head_num, input_layout)
     d_context = _heads(dy, head_num, input_layout)
     probabilities = _scores(q, k, scale_value, atten_mask, sparse_mode).softmax(-1)
     d_probabilities = d_context @ v.transpose(-1, -2)
-    d_scores = probabilities * (d_probabilities - (d_probabilities * probabilities).sum(-1, keepdim=True)) * scale_value
+    d_scores = (
+        probabilities
+        * (d_probabilities - (d_probabilities * probabilities).sum(-1, keepdim=True))
+        * scale_value
+    )
 
     def grouped(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return _joined(x.unflatten(1, (-1, times)).sum(2), like, input_layout)
 
-    return (_joined(d_scores @ k, query, input_layout), grouped(d_scores.transpose(-1, -2) @ q, key),
-            grouped(probabilities.transpose(-1, -2) @ d_context, value), torch.empty(0), torch.empty(0))
+    return (
+        _joined(d_scores @ k, query, input_layout),
+        grouped(d_scores.transpose(-1, -2) @ q, key),
+        grouped(probabilities.transpose(-1, -2) @ d_context, value),
+        torch.empty(0),
+        torch.empty(0),
+    )
 
 
 def rms_norm(input, gamma, epsilon=1e-6):
@@ -131,24 +184,42 @@ def rotary_mul(input, r1, r2, rotary_mode="half", rotate=None):
 def rotary_mul_backward(grad, input, r1, r2, rotary_mode="half"):
     """Returns the gradients of the input, ``r1`` and ``r2``."""
     turned_back = _quarter_turn(grad * r2).neg()
-    return grad * r1 + turned_back, (grad * input).sum_to_size(r1.shape), (grad * _quarter_turn(input)).sum_to_size(r2.shape)
+    return (
+        grad * r1 + turned_back,
+        (grad * input).sum_to_size(r1.shape),
+        (grad * _quarter_turn(input)).sum_to_size(r2.shape),
+    )
 
 
 def matmul_backward(grad, self, other, mask):
     """Returns the gradients of both factors, which the device's own product computes in one call."""
-    left, right = (self[None] if self.dim() == 1 else self), (other[:, None] if other.dim() == 1 else other)
+    left, right = (
+        (self[None] if self.dim() == 1 else self),
+        (other[:, None] if other.dim() == 1 else other),
+    )
     grad = grad.unsqueeze(-2) if self.dim() == 1 else grad
     grad = grad.unsqueeze(-1) if other.dim() == 1 else grad
-    d_left = (grad @ right.transpose(-1, -2)).sum_to_size(left.shape).reshape(self.shape) if mask[0] else None
-    d_right = (left.transpose(-1, -2) @ grad).sum_to_size(right.shape).reshape(other.shape) if mask[1] else None
+    d_left = (
+        (grad @ right.transpose(-1, -2)).sum_to_size(left.shape).reshape(self.shape)
+        if mask[0]
+        else None
+    )
+    d_right = (
+        (left.transpose(-1, -2) @ grad).sum_to_size(right.shape).reshape(other.shape)
+        if mask[1]
+        else None
+    )
     return d_left, d_right
 
 
 def linear_backward(self, grad_output, weight, output_mask):
     """Returns the gradients of a linear layer's input, weight and bias."""
     rows, grads = self.flatten(0, -2), grad_output.flatten(0, -2)
-    return (grad_output @ weight if output_mask[0] else None, grads.t() @ rows if output_mask[1] else None,
-            grads.sum(0) if output_mask[2] else None)
+    return (
+        grad_output @ weight if output_mask[0] else None,
+        grads.t() @ rows if output_mask[1] else None,
+        grads.sum(0) if output_mask[2] else None,
+    )
 
 
 REFERENCES = {

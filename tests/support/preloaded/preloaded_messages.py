@@ -9,7 +9,11 @@ HEADER = struct.Struct("!Q")
 
 def send(connection: socket.socket, body: bytes, descriptors: tuple[int, ...] = ()) -> None:
     """Send one message, with open files if there are any."""
-    files = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    files = (
+        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        if descriptors
+        else []
+    )
     connection.sendmsg([HEADER.pack(len(body))], files)
     connection.sendall(body)
 
@@ -17,7 +21,9 @@ def send(connection: socket.socket, body: bytes, descriptors: tuple[int, ...] = 
 def receive(connection: socket.socket, num_descriptors: int = 0) -> tuple[bytes | None, list[int]]:
     """Return the next message and its open files; None where the other side has closed the connection."""
     descriptors = array.array("i")
-    header, ancillary, _, _ = connection.recvmsg(HEADER.size, socket.CMSG_SPACE(num_descriptors * descriptors.itemsize))
+    header, ancillary, _, _ = connection.recvmsg(
+        HEADER.size, socket.CMSG_SPACE(num_descriptors * descriptors.itemsize)
+    )
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])

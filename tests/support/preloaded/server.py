@@ -25,7 +25,10 @@ from typing import NoReturn
 
 import preloaded_messages as messages
 
-PRELOADED = {"megatron": "tests.support.preloaded.for_megatron", "transformers": "tests.support.preloaded.for_transformers"}
+PRELOADED = {
+    "megatron": "tests.support.preloaded.for_megatron",
+    "transformers": "tests.support.preloaded.for_transformers",
+}
 ALIVE_SECONDS = 2
 """How often the server looks whether the test run is still there."""
 
@@ -143,9 +146,17 @@ def become(request: dict, descriptors: list[int], connection: socket.socket, sta
     for number in request["ignored"]:
         signal.signal(number, signal.SIG_IGN)
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "utf-8").partition(":")
-    in_c_locale = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG") or "C"
-    errors = errors or ("surrogateescape" if in_c_locale in ("C", "POSIX") and "PYTHONIOENCODING" not in os.environ else "strict")
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding or "utf-8", errors)
+    in_c_locale = (
+        os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG") or "C"
+    )
+    errors = errors or (
+        "surrogateescape"
+        if in_c_locale in ("C", "POSIX") and "PYTHONIOENCODING" not in os.environ
+        else "strict"
+    )
+    sys.stdin = io.TextIOWrapper(
+        io.BufferedReader(io.FileIO(0, closefd=False)), encoding or "utf-8", errors
+    )
     sys.stdout = _writer(1, encoding or "utf-8", errors)
     sys.stderr = _writer(2, encoding or "utf-8", "backslashreplace")
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
@@ -158,8 +169,13 @@ def become(request: dict, descriptors: list[int], connection: socket.socket, sta
 def _writer(number: int, encoding: str, errors: str) -> io.TextIOWrapper:
     raw = io.FileIO(number, "w", closefd=False)
     through = bool(os.environ.get("PYTHONUNBUFFERED"))
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, write_through=through,
-                            line_buffering=raw.isatty() or number == 2 or through)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding,
+        errors,
+        write_through=through,
+        line_buffering=raw.isatty() or number == 2 or through,
+    )
 
 
 def run_to_the_end(words: list[str]) -> NoReturn:
@@ -186,7 +202,9 @@ def run_to_the_end(words: list[str]) -> NoReturn:
         except OSError as error:
             status = 120
             with contextlib.suppress(OSError):
-                print(f"Exception ignored while flushing: {error!r}", file=sys.__stderr__, flush=True)
+                print(
+                    f"Exception ignored while flushing: {error!r}", file=sys.__stderr__, flush=True
+                )
     if status == -signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
@@ -219,7 +237,9 @@ def run_main(words: list[str]) -> None:
 def run_function(request: dict, descriptors: list[int]) -> None:
     """Call a function and write what it returns, or the traceback of what it raises, to the third of the open files; then end at once."""
     os.environ.update(request["environment"])
-    sys.modules["__main__"] = types.ModuleType("__main__")  # what multiprocessing spawns must not import this file
+    sys.modules["__main__"] = types.ModuleType(
+        "__main__"
+    )  # what multiprocessing spawns must not import this file
     for number, descriptor in zip((1, 2), descriptors, strict=False):
         os.dup2(descriptor, number)
     try:
@@ -231,7 +251,9 @@ def run_function(request: dict, descriptors: list[int]) -> None:
     with open(descriptors[2], "wb") as result:
         result.write(body)
     if "multiprocessing.util" in sys.modules:
-        sys.modules["multiprocessing.util"]._exit_function()  # ends the processes that the function started, such as Megatron's managers
+        sys.modules[
+            "multiprocessing.util"
+        ]._exit_function()  # ends the processes that the function started, such as Megatron's managers
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # taking a preloaded interpreter apart costs more than most tests do

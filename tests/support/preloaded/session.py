@@ -36,12 +36,18 @@ def open_session() -> None:
     folder = Path(tempfile.mkdtemp(prefix="preloaded_"))
     (folder / "session.pid").write_text(str(os.getpid()))
     stand_in = folder / "python"
-    stand_in.write_text(STAND_IN.format(python=sys.executable, here=str(HERE), root=str(ROOT), folder=str(folder)))
+    stand_in.write_text(
+        STAND_IN.format(python=sys.executable, here=str(HERE), root=str(ROOT), folder=str(folder))
+    )
     stand_in.chmod(0o755)
     os.environ[FOLDER] = str(folder)
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # results of failed tests stay where they always are
+    os.environ.setdefault(
+        "PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir()
+    )  # results of failed tests stay where they always are
     (folder / "tmp").mkdir()
-    os.environ["TMPDIR"] = str(folder / "tmp")  # what killed programs leave behind goes with the session
+    os.environ["TMPDIR"] = str(
+        folder / "tmp"
+    )  # what killed programs leave behind goes with the session
     tempfile.tempdir = None
 
 
@@ -55,7 +61,10 @@ def close_session() -> None:
         with suppress(ProcessLookupError):
             os.kill(server, signal.SIGTERM)
     until = time.monotonic() + END_SECONDS
-    while any(Path(f"/proc/{server}/fd/0").exists() for server in servers) and time.monotonic() < until:
+    while (
+        any(Path(f"/proc/{server}/fd/0").exists() for server in servers)
+        and time.monotonic() < until
+    ):
         time.sleep(0.02)
     shutil.rmtree(folder, ignore_errors=True)
     del os.environ[FOLDER], os.environ["TMPDIR"]
@@ -67,7 +76,9 @@ def stand_in() -> str:
     return str(_folder() / "python")
 
 
-def call(kind: str, module: str, function: str, arguments: tuple, environment: dict[str, str]) -> tuple[socket.socket, int]:
+def call(
+    kind: str, module: str, function: str, arguments: tuple, environment: dict[str, str]
+) -> tuple[socket.socket, int]:
     """Have the server of that kind call a function in a fork of it.
 
     Returns:
@@ -83,8 +94,13 @@ def call(kind: str, module: str, function: str, arguments: tuple, environment: d
     connection = client.connect(kind, sys.executable, _folder())
     result, write_end = os.pipe()
     try:
-        request = {"module": module, "function": function, "arguments": pickle.dumps(arguments).hex(), "environment": environment,
-                   "asker": os.getpid()}
+        request = {
+            "module": module,
+            "function": function,
+            "arguments": pickle.dumps(arguments).hex(),
+            "environment": environment,
+            "asker": os.getpid(),
+        }
         messages.send(connection, json.dumps(request).encode(), (1, 2, write_end))
     finally:
         os.close(write_end)

@@ -19,13 +19,33 @@ from pathlib import Path
 import preloaded_messages as messages
 
 MEGATRON, TRANSFORMERS = "megatron", "transformers"
-WITH_MEGATRON = ("pretrain_sorted.py", "tools/plan", "tools/doctor", "tools/launch_facts.py", "tools/accept_npu.py", "tools/bench")
+WITH_MEGATRON = (
+    "pretrain_sorted.py",
+    "tools/plan",
+    "tools/doctor",
+    "tools/launch_facts.py",
+    "tools/accept_npu.py",
+    "tools/bench",
+)
 """Scripts, by the beginning of their path below the root, that need megatron; the others must do without it."""
 TORCHRUN = "torch.distributed.run"
 FORK_CODE = "SORTED_FORK_CODE"
 """Environment variable of the tests of this folder: `-c CODE` is forked too."""
-LIMITS = (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_CORE, resource.RLIMIT_CPU)
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
+LIMITS = (
+    resource.RLIMIT_FSIZE,
+    resource.RLIMIT_NOFILE,
+    resource.RLIMIT_AS,
+    resource.RLIMIT_CORE,
+    resource.RLIMIT_CPU,
+)
+PASSED_ON = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGQUIT,
+)
 START_SECONDS = 240
 
 
@@ -57,7 +77,9 @@ def connect(kind: str, python: str, folder: Path) -> socket.socket:
             connection.close()
         if time.monotonic() > until:
             log = folder / f"{kind}.log"
-            sys.exit(f"the preloaded server did not start within {START_SECONDS} s: {log.read_text() if log.exists() else ''}")
+            sys.exit(
+                f"the preloaded server did not start within {START_SECONDS} s: {log.read_text() if log.exists() else ''}"
+            )
         _start(kind, python, folder)
         time.sleep(0.02)
 
@@ -69,8 +91,15 @@ def _start(kind: str, python: str, folder: Path) -> None:
         if (folder / f"{kind}.pid").exists():
             return
         with open(folder / f"{kind}.log", "wb") as log:
-            server = subprocess.Popen([python, str(Path(__file__).with_name("server.py")), kind, str(folder)], stdin=subprocess.DEVNULL,
-                                      stdout=log, stderr=log, cwd="/", env=_server_environment(), start_new_session=True)
+            server = subprocess.Popen(
+                [python, str(Path(__file__).with_name("server.py")), kind, str(folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=_server_environment(),
+                start_new_session=True,
+            )
         (folder / f"{kind}.pid").write_text(str(server.pid))
 
 
@@ -78,7 +107,13 @@ def _server_environment() -> dict[str, str]:
     """Return what servers start with: nothing of the test that happens to come first, and no second thread in any library."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    return {**kept, **threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    return {
+        **kept,
+        **threads,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }
 
 
 def main(python: str, root: str, folder: str) -> None:
@@ -89,8 +124,16 @@ def main(python: str, root: str, folder: str) -> None:
     umask = os.umask(0)
     os.umask(umask)
     ignored = [number for number in PASSED_ON if signal.getsignal(number) is signal.SIG_IGN]
-    request = {"words": words, "directory": os.getcwd(), "environment": dict(os.environ), "umask": umask, "ignored": ignored,
-               "limits": [(limit, *resource.getrlimit(limit)) for limit in LIMITS], "nice": os.nice(0), "asker": os.getppid()}
+    request = {
+        "words": words,
+        "directory": os.getcwd(),
+        "environment": dict(os.environ),
+        "umask": umask,
+        "ignored": ignored,
+        "limits": [(limit, *resource.getrlimit(limit)) for limit in LIMITS],
+        "nice": os.nice(0),
+        "asker": os.getppid(),
+    }
     pending: list[int] = []
     for number in PASSED_ON:
         if number not in ignored:
